@@ -1,0 +1,6565 @@
+"""asbridge: front page comes last."""
+
+from __future__ import annotations
+
+import _thread
+import argparse
+import base64
+import collections
+import contextlib
+import dataclasses
+import difflib
+import errno
+import fnmatch
+import functools
+import hashlib
+import hmac
+import http
+import http.client
+import http.server
+import json
+import logging
+import os
+import queue
+import random
+import re
+import secrets
+import select
+import shutil
+import signal
+import socket
+import socketserver
+import sqlite3
+import string
+import sys
+import tempfile
+import threading
+import time
+import urllib.parse
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeVar, cast
+
+__version__ = "0.1.0"
+
+# ============================================================================
+# 1. Vocabulary
+# ============================================================================
+# The words that the rest of the file is written in: identifiers and their
+# grammar, the one error type, canonical JSON, and the two clocks.
+# Spec: Appendices (Identifier Grammar, Canonical JSON); Client-Server API
+# (Standard error response). Knows of nothing else in this file.
+
+JsonObject = dict[str, Any]
+
+#: Every errcode that is used here, with the HTTP status that it has unless told otherwise.
+ERRORS = {
+    "M_BAD_ALIAS":             400,  # an alias in m.room.canonical_alias does not point to the room
+    "M_BAD_JSON":              400,  # JSON, but not of the shape that the endpoint takes
+    "M_BAD_STATE":             403,  # not possible in the present state, such as joining while banned
+    "M_BAD_STATUS":            502,  # the application service answered a ping with an error
+    "M_CONNECTION_FAILED":     502,  # the application service could not be reached for a ping
+    "M_CONNECTION_TIMEOUT":    504,  # the application service took too long for a ping
+    "M_EXCLUSIVE":             400,  # inside another's exclusive namespace, or outside one's own
+    "M_FORBIDDEN":             403,
+    "M_INVALID_PARAM":         400,
+    "M_INVALID_ROOM_STATE":    400,  # createRoom was asked for a state that the room rules refuse
+    "M_INVALID_USERNAME":      400,
+    "M_LIMIT_EXCEEDED":        429,
+    "M_MISSING_PARAM":         400,
+    "M_MISSING_TOKEN":         401,
+    "M_NOT_FOUND":             404,
+    "M_NOT_JSON":              400,
+    "M_ROOM_IN_USE":           400,  # the alias asked for in createRoom is taken
+    "M_TOO_LARGE":             413,
+    "M_UNKNOWN":               500,
+    "M_UNKNOWN_TOKEN":         401,
+    "M_UNRECOGNIZED":          404,
+    "M_UNSUPPORTED_ROOM_VERSION": 400,
+    "M_URL_NOT_SET":           400,  # a ping for an application service whose url is null
+    "M_USER_DEACTIVATED":      403,
+    "M_USER_IN_USE":           400,
+}
+
+
+class MatrixError(Exception):
+    """The one error: raised anywhere, rendered in one place as the spec's standard error response.
+
+    `error` says what is wrong, what would be right, and if need be what to do.
+    `extra` goes into the body beside `errcode` and `error`.
+    """
+
+    def __init__(self, errcode: str, error: str, http_status: int | None = None, **extra: Any) -> None:
+        super().__init__(error)
+        self.errcode, self.error, self.extra = errcode, error, extra
+        self.status = http_status or ERRORS.get(errcode, 400)
+
+    def body(self) -> JsonObject:
+        return {"errcode": self.errcode, "error": self.error, **self.extra}
+
+    def __str__(self) -> str:
+        return f"{self.status} {self.errcode}: {self.error}"
+
+
+# -- Identifiers. '@localpart:server', '#localpart:server', '!opaque:server', '$opaque'.
+
+STRICT_LOCALPART = re.compile(r"[a-z0-9._=/+-]+")           # what people may register
+HISTORICAL_LOCALPART = re.compile(r"[\x21-\x39\x3b-\x7e]+")  # what an AS may register, too
+SERVER_NAME = re.compile(r"(?:[A-Za-z0-9.-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{1,5})?")
+MAX_ID_BYTES = 255
+KINDS = {"users": "@", "aliases": "#", "rooms": "!"}         # the namespaces and their sigils
+
+
+def localpart_of(id: str) -> str:
+    return id[1:].partition(":")[0]
+
+
+def server_of(id: str) -> str:
+    return id.partition(":")[2]
+
+
+def check_id(sigil: str, text: object, server_name: str | None = None) -> str:
+    """`text`, if it is an ID with this sigil (and on this server, if one is named); else M_INVALID_PARAM."""
+    form = f"{sigil}localpart:server"
+    if not isinstance(text, str) or text[:1] != sigil or len(text.encode("utf-8", "replace")) > MAX_ID_BYTES:
+        raise MatrixError("M_INVALID_PARAM", f"{shorten(text)} is not of the form {form}, {MAX_ID_BYTES} bytes at most")
+    if ("\0" in text) or (sigil in "@#" and not (localpart_of(text) and SERVER_NAME.fullmatch(server_of(text)))):
+        raise MatrixError("M_INVALID_PARAM", f"{shorten(text)} is not of the form {form}")
+    if server_name is not None and server_of(text) != server_name:
+        raise MatrixError("M_INVALID_PARAM", f"{shorten(text)} is not on this server, whose name is {server_name}")
+    return text
+
+
+def shorten(value: object, limit: int = 80) -> str:
+    """A value as it can stand in an error text."""
+    text = json.dumps(value, ensure_ascii=True) if not isinstance(value, str) else value
+    return text if len(text) <= limit else text[:limit] + "…"
+
+
+def to_localpart(text: str) -> str:
+    """Any text in the alphabet of user IDs: lower case, every other byte as =xx (Appendices, Mapping from other character sets)."""
+    return re.sub(rb"[^a-z0-9._/+-]", lambda m: b"=%02x" % m[0][0], text.lower().encode("utf-8", "replace")).decode("ascii")
+
+
+def from_localpart(localpart: str) -> str:
+    """The reverse of to_localpart (what was upper case stays lower case)."""
+    return re.sub(rb"=([0-9a-f]{2})", lambda m: bytes([int(m[1], 16)]), localpart.encode("utf-8", "replace")).decode("utf-8", "replace")
+
+
+# -- JSON.
+
+class Raw(str):
+    """JSON that is already written: events are stored as they are sent."""
+
+
+_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode
+canonical_json: Callable[[Any], str] = json.JSONEncoder(
+    ensure_ascii=False, separators=(",", ":"), sort_keys=True, allow_nan=False).encode
+MAX_INT = 2**53 - 1
+
+
+def to_json(value: Any) -> str:
+    """Compact JSON of plain values in which finished pieces (Raw) may stand anywhere."""
+    if isinstance(value, Raw):
+        return value
+    if isinstance(value, dict):
+        return "{" + ",".join([f"{_encode(key)}:{to_json(item)}" for key, item in value.items()]) + "}"
+    if isinstance(value, (list, tuple)):
+        return "[" + ",".join([to_json(item) for item in value]) + "]"
+    return _encode(value)
+
+
+def _not_json(constant: str) -> Any:
+    raise ValueError(f"{constant} is not JSON")
+
+
+def parse_json(data: bytes | str) -> Any:
+    """The value of a JSON text; M_NOT_JSON if it is none. A lone surrogate is not text and is refused, too."""
+    try:
+        text = data if isinstance(data, str) else data.decode("utf-8")
+        value = json.loads(text, parse_constant=_not_json)
+        if "\\ud" in text or "\\uD" in text:
+            _encode(value).encode("utf-8")
+        return value
+    except (ValueError, RecursionError) as error:
+        raise MatrixError("M_NOT_JSON", f"the body is not JSON in UTF-8: {shorten(str(error), 200)}") from None
+
+
+def parse_object(data: bytes) -> JsonObject:
+    """A JSON object from a request body; an empty body is {}."""
+    value = parse_json(data) if data else {}
+    if not isinstance(value, dict):
+        raise MatrixError("M_BAD_JSON", f"the body must be a JSON object, not {shorten(value)}")
+    return value
+
+
+def check_canonical(value: Any) -> None:
+    """Events hold canonical JSON: integers of 53 bits, no fractions (Appendices, Canonical JSON); else M_BAD_JSON."""
+    if isinstance(value, dict):
+        for item in value.values():
+            check_canonical(item)
+    elif isinstance(value, list):
+        for item in value:
+            check_canonical(item)
+    elif isinstance(value, float) or (isinstance(value, int) and abs(value) > MAX_INT):
+        raise MatrixError("M_BAD_JSON", f"{value!r} can't stand in an event: numbers are integers from -(2^53)+1 to (2^53)-1")
+
+
+TYPE_NAMES = {str: "a string", int: "an integer", bool: "true or false", dict: "an object", list: "a list", type(None): "null"}
+T = TypeVar("T")
+
+
+def is_a(value: object, type_: Any) -> bool:
+    """isinstance, but true is no integer, as in JSON."""
+    return isinstance(value, type_) and not (isinstance(value, bool) and type_ is int)
+
+
+def field(body: JsonObject, key: str, type_: type[T], default: Any = ...) -> T:
+    """One key of a request body; M_BAD_JSON if it has the wrong type, M_MISSING_PARAM if there must be one."""
+    value = body.get(key)
+    if value is None:
+        if default is ...:
+            raise MatrixError("M_MISSING_PARAM", f"the body must have {key!r}: {TYPE_NAMES[type_]}")
+        return cast(T, default)
+    if not is_a(value, type_):
+        raise MatrixError("M_BAD_JSON", f"{key!r} must be {TYPE_NAMES[type_]}, not {shorten(value)}")
+    return cast(T, value)
+
+
+# -- Time.
+
+class Clock:
+    """Two clocks: now() stamps, wait() delays. advance() winds both on, so that a minute of backoff can pass in a test."""
+
+    def __init__(self) -> None:
+        self._wound = 0.0                                  # seconds that advance() has added
+        self._waiting: set[Any] = set()                    # locks that somebody waits on
+        self._guard = threading.Lock()                     # guards _waiting
+
+    def now(self) -> int:
+        """Milliseconds since 1970, for origin_server_ts and the like."""
+        return int((time.time() + self._wound) * 1000)
+
+    def monotonic(self) -> float:
+        """Seconds, for delays only."""
+        return time.monotonic() + self._wound
+
+    def wait(self, lock: Any, seconds: float) -> None:
+        """Returns when `lock` (taken, a threading.Lock) is released, when the seconds are over, or when the
+        clock was wound on. The caller looks again at what it waits for."""
+        with self._guard:
+            self._waiting.add(lock)
+        try:
+            lock.acquire(timeout=max(0.0, min(seconds, threading.TIMEOUT_MAX)))
+        finally:
+            with self._guard:
+                self._waiting.discard(lock)
+
+    def advance(self, seconds: float) -> None:
+        self._wound += seconds
+        with self._guard:
+            waiting = list(self._waiting)
+        for lock in waiting:
+            release(lock)
+
+
+def bell() -> Any:
+    """A lock to wait on: taken, until somebody releases it."""
+    lock = threading.Lock()
+    lock.acquire()
+    return lock
+
+
+def release(lock: Any) -> None:
+    """Rings a bell. Once is enough, twice is no error."""
+    with contextlib.suppress(RuntimeError):
+        lock.release()
+
+
+log = logging.getLogger("asbridge")
+trace = logging.getLogger("asbridge.trace")                  # what passes between homeserver and application services
+
+
+# ============================================================================
+# 2. Plumbing
+# ============================================================================
+# What carries everything else and can be skipped at first reading: an HTTP
+# server on http.server with a receive loop of its own and limits, a small HTTP
+# client with one deadline over the whole exchange, and how SQLite is opened.
+# Does not know Matrix, but for its error type.
+
+HEAD_SECONDS = 10.0                # from the first byte of a request to the end of its head
+IDLE_SECONDS = 10.0                # how often a silent connection looks whether the server stops
+ANSWER_SECONDS = 30.0              # for an answer to be taken
+BODY_BYTES_PER_SECOND = 20_000     # a body may take HEAD_SECONDS and its size at this rate
+MAX_HEAD_BYTES = 65_536
+MAX_HEADERS = 100
+TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")   # RFC 9110, 5.6.2
+
+
+@dataclass(slots=True)
+class Response:
+    """An answer before it is rendered. `headers` are whole lines, each with its CRLF."""
+    status: int
+    body: bytes
+    content_type: str = "application/json"
+    headers: bytes = b""
+
+    def render(self, head_only: bool = False, close: bool = False) -> bytes:
+        reason = REASONS.get(self.status, b"Unknown")
+        return b"HTTP/1.1 %d %b\r\nContent-Type: %b\r\nContent-Length: %d\r\n%b%b\r\n%b" % (
+            self.status, reason, self.content_type.encode("latin-1", "replace"), len(self.body), self.headers,
+            b"Connection: close\r\n" if close else b"", b"" if head_only else self.body)
+
+
+REASONS = {status.value: status.phrase.encode() for status in http.HTTPStatus}
+
+
+def json_response(status: int, value: Any, headers: bytes = b"") -> Response:
+    return Response(status, to_json(value).encode("utf-8", "replace"), headers=headers)
+
+
+class Request:
+    """One HTTP request: its head, and its body once somebody asks for it."""
+
+    __slots__ = ("method", "path", "query", "headers", "version", "_connection", "_unread", "_chunked")
+
+    def __init__(self, head: str, connection: Connection | None = None) -> None:
+        lines = head.split("\r\n")
+        try:
+            self.method, target, self.version = lines[0].split(" ")
+        except ValueError:
+            raise bad_request(f"the request line {shorten(lines[0])!r} is not 'METHOD target HTTP/1.1'") from None
+        if self.version not in ("HTTP/1.1", "HTTP/1.0") or not TOKEN.fullmatch(self.method):
+            raise bad_request(f"{shorten(lines[0])!r} is not an HTTP/1.1 request")
+        if target[:1] != "/" and "://" in target:            # the absolute form, as to a proxy
+            target = "/" + target.split("://", 1)[1].partition("/")[2]
+        self.path, _, query = target.partition("?")
+        self.query: dict[str, str] = dict(urllib.parse.parse_qsl(query, keep_blank_values=True)) if query else {}
+        self.headers = parse_headers(lines[1:])
+        self._connection, self._chunked = connection, "transfer-encoding" in self.headers
+        self._unread = self._length()
+
+    def _length(self) -> int:
+        """Bytes of body that are still to be read; -1: chunked, not known."""
+        lengths = set(self.headers.get("content-length", "0").split(", "))
+        if self._chunked:
+            if "content-length" in self.headers or self.headers["transfer-encoding"].lower() != "chunked":
+                raise bad_request("only Transfer-Encoding: chunked is taken, and never beside a Content-Length")
+            return -1
+        length = lengths.pop()
+        if lengths or not (length.isascii() and length.isdigit()):
+            raise bad_request("Content-Length must be one decimal number")
+        return int(length)
+
+    @property
+    def client_ip(self) -> str | None:
+        return self._connection.client_address[0] if self._connection else None
+
+    @property
+    def keep_alive(self) -> bool:
+        wish = self.headers.get("connection", "").lower()
+        return "close" not in wish if self.version == "HTTP/1.1" else "keep-alive" in wish
+
+    def body(self, limit: int) -> bytes:
+        """The body, read at the first call; M_TOO_LARGE past `limit` bytes."""
+        unread, self._unread = self._unread, 0
+        if not unread or self._connection is None:
+            return b""
+        if unread > limit:
+            self._unread = unread
+            raise too_large(limit)
+        if self.headers.get("expect", "").lower() == "100-continue":
+            self._connection.send(b"HTTP/1.1 100 Continue\r\n\r\n")
+        if unread > 0:
+            return self._connection.read(unread)
+        self._unread = -1
+        body = self._connection.read_chunks(limit)
+        self._unread = 0
+        return body
+
+    def finish(self) -> bool:
+        """Gets an unread body out of the way; False if the connection can't go on."""
+        if self._unread < 0 or self._unread > 65_536 or (self._unread and "expect" in self.headers):
+            return False
+        with contextlib.suppress(MatrixError):
+            self.body(65_536)
+            return True
+        return False
+
+
+def bad_request(error: str, status: int = 400) -> MatrixError:
+    return MatrixError("M_UNKNOWN", error, status)
+
+
+def too_large(limit: int) -> MatrixError:
+    return MatrixError("M_TOO_LARGE", f"the body may have {limit} bytes at most here")
+
+
+def parse_headers(lines: list[str]) -> dict[str, str]:
+    """Names in lower case; what comes twice is joined by ', '. Folding, bare LF, space before the colon: refused."""
+    if len(lines) > MAX_HEADERS:
+        raise bad_request(f"more than {MAX_HEADERS} headers", 431)
+    headers: dict[str, str] = {}
+    for line in lines:
+        name, colon, value = line.partition(":")
+        if not colon or not TOKEN.fullmatch(name) or "\n" in value or "\r" in value or "\0" in value:
+            raise bad_request(f"{shorten(line)!r} is not a header line 'Name: value'")
+        name, value = name.lower(), value.strip(" \t")
+        headers[name] = f"{headers[name]}, {value}" if name in headers else value
+    return headers
+
+
+class Connection(http.server.BaseHTTPRequestHandler):
+    """One client's connection, on a thread of its own: requests in, answers out, until either side has enough."""
+
+    server: HttpServer
+
+    def setup(self) -> None:
+        self.buffer = b""                                    # received, not yet used
+        self.idle_since: float | None = time.monotonic()     # None while a request is worked on
+        self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.request.settimeout(IDLE_SECONDS)
+        self.server.connections.add(self)
+
+    def finish(self) -> None:
+        self.server.connections.discard(self)
+
+    def handle(self) -> None:
+        try:
+            while (head := self.read_head()) is not None and self.exchange(head):
+                self.idle_since = time.monotonic()
+        except MatrixError as error:
+            with contextlib.suppress(OSError):
+                self.send(json_response(error.status, error.body()).render(close=True))
+        except OSError:
+            pass                                             # the client went away
+
+    def exchange(self, head: bytes) -> bool:
+        """Answers one request; False if the connection is to be closed."""
+        self.idle_since = None
+        request = Request(head.decode("latin-1"), self)
+        response = self.server.app(request)
+        keep = request.finish() and request.keep_alive and not self.server.stopping
+        self.send(response.render(request.method == "HEAD", close=not keep))
+        return keep
+
+    def read_head(self) -> bytes | None:
+        """The next head, without its empty line; None when the client has closed."""
+        deadline = time.monotonic() + HEAD_SECONDS if self.buffer else None
+        while (end := self.buffer.find(b"\r\n\r\n")) < 0:
+            if len(self.buffer) > MAX_HEAD_BYTES:
+                raise bad_request(f"the head of a request may have {MAX_HEAD_BYTES} bytes at most", 431)
+            if not self.receive(deadline):
+                return None
+            if not deadline:
+                self.buffer = self.buffer.lstrip(b"\r\n")    # RFC 9112, 2.2
+                deadline = time.monotonic() + HEAD_SECONDS
+        head, self.buffer = self.buffer[:end], self.buffer[end + 4:]
+        return head
+
+    def receive(self, deadline: float | None) -> bool:
+        """Adds to the buffer; False at the end of the stream. Without a deadline it waits for ever."""
+        while True:
+            try:
+                data = self.request.recv(65_536)
+                if deadline is None or time.monotonic() < deadline:
+                    self.buffer += data
+                    return bool(data)
+            except TimeoutError:
+                if deadline is None and not self.server.stopping:
+                    continue
+            raise bad_request("the request did not come in time", 408)
+
+    def read(self, size: int) -> bytes:
+        deadline = time.monotonic() + HEAD_SECONDS + size / BODY_BYTES_PER_SECOND
+        if len(self.buffer) < size:
+            parts, have = [self.buffer], len(self.buffer)
+            while have < size:
+                self.buffer = b""
+                if not self.receive(deadline):
+                    raise ConnectionError("closed inside a body")
+                parts.append(self.buffer)
+                have += len(self.buffer)
+            self.buffer = b"".join(parts)
+        data, self.buffer = self.buffer[:size], self.buffer[size:]
+        return data
+
+    def read_line(self) -> bytes:
+        deadline = time.monotonic() + HEAD_SECONDS
+        while (end := self.buffer.find(b"\r\n")) < 0:
+            if len(self.buffer) > 4096 or not self.receive(deadline):
+                raise bad_request("a chunk of the body does not start with its size")
+        line, self.buffer = self.buffer[:end], self.buffer[end + 2:]
+        return line
+
+    def read_chunks(self, limit: int) -> bytes:
+        parts: list[bytes] = []
+        left = limit
+        while True:
+            size = self.read_line().partition(b";")[0].strip()
+            if not re.fullmatch(rb"[0-9A-Fa-f]{1,8}", size):
+                raise bad_request("a chunk of the body does not start with its size")
+            if not (count := int(size, 16)):
+                break
+            left -= count
+            if left < 0:
+                raise too_large(limit)
+            parts.append(self.read(count))
+            if self.read(2) != b"\r\n":
+                raise bad_request("a chunk of the body is longer than it says")
+        while self.read_line():
+            pass                                             # trailers
+        return b"".join(parts)
+
+    def send(self, data: bytes) -> None:
+        if len(data) > 65_536:                               # may not fit: give a slow reader its time
+            self.request.settimeout(ANSWER_SECONDS + len(data) / BODY_BYTES_PER_SECOND)
+            self.request.sendall(data)
+            self.request.settimeout(IDLE_SECONDS)
+        else:
+            self.request.sendall(data)
+
+
+class HttpServer(http.server.ThreadingHTTPServer):
+    """Serves `app`, a function from Request to Response that raises nothing. start() and stop() may be called once each."""
+
+    request_queue_size = 1024
+    daemon_threads = True
+    block_on_close = False
+    allow_reuse_address = os.name == "posix"
+
+    def __init__(self, address: tuple[str, int], app: Callable[[Request], Response], max_connections: int = 10_000) -> None:
+        self.app, self.max_connections = app, max_connections
+        self.connections: set[Connection] = set()
+        self.stopping = self.started = False
+        if ":" in address[0]:
+            self.address_family = socket.AF_INET6
+        super().__init__(address, Connection)
+
+    def server_bind(self) -> None:
+        socketserver.TCPServer.server_bind(self)             # without http.server's reverse look-up
+        self.server_name, self.server_port = self.server_address[:2]  # type: ignore[assignment]
+
+    @property
+    def port(self) -> int:
+        return self.server_address[1]
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        if len(self.connections) >= self.max_connections:
+            self.close_longest_idle()
+        _thread.start_new_thread(self.process_request_thread, (request, client_address))
+
+    def close_longest_idle(self) -> None:
+        idle = [(c.idle_since, id(c), c) for c in list(self.connections) if c.idle_since is not None]
+        if idle:
+            hang_up(min(idle)[2].request)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        log.exception("a connection failed")
+
+    def start(self) -> None:
+        self.started = True
+        threading.Thread(target=self.serve_forever, args=(None,), name="http", daemon=True).start()
+
+    def stop(self) -> None:
+        """Takes no more connections and ends those that there are."""
+        self.stopping = True
+        closer = threading.Thread(target=self.shutdown, daemon=True)
+        if self.started:
+            closer.start()
+        while closer.is_alive():                             # serve_forever sleeps until somebody calls
+            with contextlib.suppress(OSError):
+                socket.create_connection((self.server_name, self.port), 1).close()
+            closer.join(0.01)
+        self.server_close()
+        for connection in list(self.connections):
+            hang_up(connection.request)
+
+
+def hang_up(sock: socket.socket) -> None:
+    """Closes a socket that another thread may be reading."""
+    with contextlib.suppress(OSError):
+        sock.shutdown(socket.SHUT_RDWR)
+
+
+class _TimedSocket(socket.socket):
+    """A socket whose reads all end by one deadline, however slowly the bytes trickle in."""
+
+    deadline = 0.0
+
+    def recv_into(self, *args: Any) -> int:
+        self.settimeout(max(0.001, self.deadline - time.monotonic()))
+        return super().recv_into(*args)
+
+
+class HttpClient:
+    """Asks one server, over one kept connection. For one thread at a time.
+
+    Raises OSError (TimeoutError among them) or http.client.HTTPException. Follows no redirect and uses no proxy.
+    """
+
+    def __init__(self, url: str) -> None:
+        parts = urllib.parse.urlsplit(url)
+        self.base, self._https = parts.path.rstrip("/"), parts.scheme == "https"
+        self.host, self.port = parts.hostname or "", parts.port or (443 if self._https else 80)
+        self._connection: http.client.HTTPConnection | None = None
+
+    def request(self, method: str, path: str, body: bytes | None = None, headers: Mapping[str, str] | None = None,
+                seconds: float = 60.0, limit: int = 65_536) -> tuple[int, bytes]:
+        """Status and body of the answer, all of it within `seconds`; at most `limit` bytes of body, else ValueError."""
+        kept = self._connection is not None and not self._went_away()
+        try:
+            return self._exchange(method, path, body, headers or {}, time.monotonic() + seconds, limit)
+        except (http.client.RemoteDisconnected, ConnectionResetError, BrokenPipeError):
+            self.close()
+            if not kept or method == "POST":                 # a POST may have been done already
+                raise
+        except BaseException:
+            self.close()
+            raise
+        return self._exchange(method, path, body, headers or {}, time.monotonic() + seconds, limit)
+
+    def _exchange(self, method: str, path: str, body: bytes | None, headers: Mapping[str, str],
+                  deadline: float, limit: int) -> tuple[int, bytes]:
+        connection = self._connection or self._connect(deadline)
+        connection.sock.settimeout(max(0.001, deadline - time.monotonic()))
+        if isinstance(connection.sock, _TimedSocket):
+            connection.sock.deadline = deadline
+        connection.request(method, self.base + path, body, dict(headers))
+        response = connection.getresponse()
+        data = response.read(limit + 1)
+        if len(data) > limit or response.will_close:
+            self.close()
+        if len(data) > limit:
+            raise ValueError(f"the answer has more than {limit} bytes")
+        return response.status, data
+
+    def _connect(self, deadline: float) -> http.client.HTTPConnection:
+        kind = http.client.HTTPSConnection if self._https else http.client.HTTPConnection
+        self._connection = connection = kind(self.host, self.port, timeout=max(0.001, deadline - time.monotonic()))
+        connection.connect()
+        if not self._https:                                  # TLS keeps its own socket, with a time-out for each read
+            connection.sock = _TimedSocket(fileno=connection.sock.detach())
+        connection.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return connection
+
+    def _went_away(self) -> bool:
+        """Whether the server has closed the kept connection (or said something that nobody asked for)."""
+        assert self._connection is not None
+        try:
+            readable = bool(select.select([self._connection.sock], [], [], 0)[0])
+        except (OSError, ValueError):
+            readable = True
+        if readable:
+            self.close()
+        return readable
+
+    def close(self) -> None:
+        connection, self._connection = self._connection, None
+        if connection:
+            connection.close()
+
+
+def open_sqlite(path: str, durable: bool = True, read_only: bool = False) -> sqlite3.Connection:
+    """A connection in autocommit mode on a write-ahead log: one writes while others read.
+
+    Durable: a COMMIT returns when the log is on the disk. May be used from any thread, by one at a time.
+    """
+    where = urllib.parse.quote(os.path.abspath(path)) + ("?mode=ro" if read_only else "")
+    db = sqlite3.connect(f"file:{where}", uri=True, isolation_level=None, check_same_thread=False, timeout=5)
+    if not read_only:
+        db.execute("PRAGMA journal_mode=WAL")
+        db.execute(f"PRAGMA synchronous={'FULL' if durable else 'OFF'}")
+    return db
+
+
+# ============================================================================
+# 3. Registrations and namespaces
+# ============================================================================
+# What an application service is to the homeserver: its registration, and the
+# regexes with which it claims user IDs, aliases and rooms. Here it is decided
+# who owns an ID, who may create it, and who is interested, each answer with its
+# reason. Spec: Application Service API, Registration; its 2016 text for URIs.
+# Does not know of storage or HTTP.
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that is wrong with a configuration or a registration."""
+    where: str
+    what: str
+    right: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.what}" + (f"; {self.right}" if self.right else "")
+
+
+class ConfigError(Exception):
+    """A configuration that can't be used; `findings` has everything that is wrong with it."""
+
+    def __init__(self, findings: Sequence[Finding]) -> None:
+        super().__init__("\n".join(map(str, findings)))
+        self.findings = list(findings)
+
+
+# -- YAML, as far as bridges write it.
+
+class YamlError(ValueError):
+    pass
+
+
+class Yaml:
+    """Reads block mappings and lists, plain and quoted scalars, comments, and flow collections on one line.
+
+    Anything else (anchors, tags, block scalars, several documents) is refused with its line number.
+    """
+
+    KEY = re.compile(r"""("(?:[^"\\]|\\.)*"|'(?:[^']|'')*'|[A-Za-z0-9_.][^:#'"]*?)\s*:(?:\s+(.*))?$""")
+    ITEM = re.compile(r"-(?:\s+(.*))?$")
+    COMMENT = re.compile(r"""((?:"(?:[^"\\]|\\.)*"|'(?:[^']|'')*'|(?<=\S)\#|[^\#"']|(?<=\w)['"])*)(?:\#.*)?$""")
+    FLOW = re.compile(r"""\s*("(?:[^"\\]|\\.)*"|'(?:[^']|'')*'|[\[\]{},]|:(?=[\s,\]}]|$)|(?:[^\[\]{},:'"]|:(?=\S))+)\s*""")
+    WORDS: dict[str, Any] = {"null": None, "~": None, "": None, "true": True, "false": False,
+                             "True": True, "False": False, "Null": None, "TRUE": True, "FALSE": False, "NULL": None}
+
+    def __init__(self, text: str) -> None:
+        self.lines: list[tuple[int, int, str]] = []          # line number, indent, content
+        self.at = 0
+        for number, line in enumerate(text.lstrip("\ufeff").splitlines(), 1):
+            self._add_line(number, line)
+
+    def _add_line(self, number: int, line: str) -> None:
+        if "\t" in line[:len(line) - len(line.lstrip())]:
+            raise YamlError(f"line {number}: a tab can't indent")
+        match = self.COMMENT.match(line)
+        content = (match[1] if match else line).rstrip()
+        if content in ("---", "...") or content.startswith(("%", "--- ")):
+            if self.lines or content != "---":
+                raise YamlError(f"line {number}: only one document, without directives, is read")
+        elif content.strip():
+            self.lines.append((number, len(content) - len(content.lstrip()), content.strip()))
+
+    def read(self) -> Any:
+        value = self._block(0) if self.lines else None
+        if self.at < len(self.lines):
+            raise self._error("is indented in a way that fits nothing above it")
+        return value
+
+    def _error(self, what: str, at: int | None = None) -> YamlError:
+        number, _, content = self.lines[min(self.at if at is None else at, len(self.lines) - 1)]
+        return YamlError(f"line {number}: {shorten(content)!r} {what}")
+
+    def _block(self, indent: int) -> Any:
+        """What stands from here on at this indent or deeper."""
+        _, own, content = self.lines[self.at]
+        if own < indent:
+            return None
+        if self.ITEM.match(content):
+            return self._list(own)
+        if self.KEY.match(content):
+            return self._mapping(own)
+        self.at += 1
+        return self._scalar(content)
+
+    def _mapping(self, indent: int) -> JsonObject:
+        out: JsonObject = {}
+        while self.at < len(self.lines) and self.lines[self.at][1] == indent:
+            match = self.KEY.match(self.lines[self.at][2])
+            if not match:
+                break
+            key = str(self._scalar(match[1]) if match[1][0] in "'\"" else match[1])
+            if key in out:
+                raise self._error("stands here a second time")
+            out[key] = self._value(match[2] or "", indent)
+        return out
+
+    def _value(self, rest: str, indent: int) -> Any:
+        """What belongs to a key: the rest of its line, or the block below (a list may stand at the key's own indent)."""
+        value = self._scalar(rest) if rest else None
+        self.at += 1
+        if not rest and self.at < len(self.lines):
+            _, own, content = self.lines[self.at]
+            if own > indent or (own == indent and self.ITEM.match(content)):
+                return self._block(own)
+        return value
+
+    def _list(self, indent: int) -> list[Any]:
+        out: list[Any] = []
+        while self.at < len(self.lines) and self.lines[self.at][1] == indent:
+            number, _, content = self.lines[self.at]
+            match = self.ITEM.match(content)
+            if not match:
+                break
+            if match[1] is None:
+                self.at += 1
+                deeper = self.at < len(self.lines) and self.lines[self.at][1] > indent
+                out.append(self._block(indent + 1) if deeper else None)
+            else:                                            # "- key: value": a block that starts in this line
+                self.lines[self.at] = (number, indent + len(content) - len(match[1]), match[1])
+                out.append(self._block(indent + 1))
+        return out
+
+    def _scalar(self, text: str) -> Any:
+        if text[0] in "[{":
+            return self._flow(text)
+        if text[0] == "'":
+            if not re.fullmatch(r"'(?:[^']|'')*'", text):
+                raise self._error("has a quote that does not end in its line")
+            return text[1:-1].replace("''", "'")
+        if text[0] == '"':
+            try:
+                return json.loads(re.sub(r"\\x([0-9a-fA-F]{2})", r"\\u00\1", text))
+            except ValueError:
+                raise self._error("is not a double-quoted text in one line") from None
+        if text[0] in "&*!|>%@`":
+            raise self._error(f"starts with {text[0]!r}, which this reader does not take; quote it or write it plainly")
+        return self._plain(text)
+
+    def _plain(self, text: str) -> Any:
+        if re.search(r":\s|:$", text):
+            raise self._error("has a second ':' in the line; quote the value")
+        if text in self.WORDS:
+            return self.WORDS[text]
+        if re.fullmatch(r"[-+]?(0|[1-9][0-9]*)", text):
+            return int(text)
+        if re.fullmatch(r"[-+]?[0-9]*\.?[0-9]+([eE][-+]?[0-9]+)?", text):
+            return float(text)
+        return text
+
+    def _flow(self, text: str) -> Any:
+        """A collection within one line: [], {}, [a, 'b'], {exclusive: true, regex: '…'}."""
+        tokens, at = [], 0
+        while at < len(text):
+            match = self.FLOW.match(text, at)
+            if not match or match.end() == at:
+                raise self._error("is not a list or mapping in one line")
+            tokens.append(match[1].strip())
+            at = match.end()
+        tokens.reverse()
+        value = self._flow_value(tokens)
+        if tokens:
+            raise self._error("goes on after its end")
+        return value
+
+    def _flow_value(self, tokens: list[str]) -> Any:
+        token = tokens.pop() if tokens else "]"
+        if token not in "[{":
+            if token in "]},:":
+                raise self._error("is not a list or mapping in one line")
+            return self._scalar(token)
+        items: list[Any] = []
+        while tokens and tokens[-1] != {"[": "]", "{": "}"}[token]:
+            item = self._flow_value(tokens)
+            if token == "{":
+                if not tokens or tokens.pop() != ":":
+                    raise self._error("has a key without a value")
+                item = (item, self._flow_value(tokens))
+            items.append(item)
+            if tokens and tokens[-1] == ",":
+                tokens.pop()
+            elif not tokens or tokens[-1] not in "]}":
+                raise self._error("lacks a comma or its end")
+        if not tokens:
+            raise self._error("does not end in its line")
+        tokens.pop()
+        return dict(items) if token == "{" else items
+
+
+# -- Namespaces.
+
+POSIX_CLASSES = {
+    "alnum": "a-zA-Z0-9", "alpha": "a-zA-Z", "blank": r" \t", "cntrl": r"\x00-\x1f\x7f", "digit": "0-9", "graph": r"\x21-\x7e",
+    "lower": "a-z", "print": r"\x20-\x7e", "punct": r"!-/:-@\[-`{-~", "space": r"\s", "upper": "A-Z", "xdigit": "0-9A-Fa-f",
+}
+BRACKETS = re.compile(r"\\.|\[\^?\]?(?:\[:[a-z]+:\]|\\.|[^\]\\])*\]", re.S)
+
+
+def compile_regex(regex: str) -> re.Pattern[str]:
+    """A POSIX extended regex as Python's: [[:alnum:]] and its kin are translated; re.error if it is none."""
+    def one_class(match: re.Match[str]) -> str:
+        if match[1] not in POSIX_CLASSES:
+            raise re.error(f"[:{match[1]}:] is no POSIX character class")
+        return POSIX_CLASSES[match[1]]
+
+    def one_bracket(match: re.Match[str]) -> str:
+        return re.sub(r"\[:([a-z]+):\]", one_class, match[0]) if match[0][0] == "[" else match[0]
+
+    return re.compile(BRACKETS.sub(one_bracket, regex))
+
+
+@dataclass(frozen=True)
+class Namespace:
+    """One entry of `namespaces`: matched from the start of the ID, as Synapse does."""
+    kind: str                    # "users", "aliases" or "rooms"
+    index: int
+    regex: str
+    exclusive: bool
+    pattern: re.Pattern[str] = dataclasses.field(compare=False, repr=False)
+
+    def __str__(self) -> str:
+        return f"{self.kind}[{self.index}] {self.regex!r}"
+
+
+@dataclass(frozen=True)
+class Claim:
+    """Why an application service has to do with an ID. `namespace` is None for its own sender_localpart user."""
+    registration: Registration
+    id: str
+    namespace: Namespace | None
+
+    @property
+    def exclusive(self) -> bool:
+        return self.namespace is None or self.namespace.exclusive
+
+    def __str__(self) -> str:
+        if self.namespace is None:
+            return f"{self.id} is its sender_localpart user"
+        return f"{self.id} matches {self.namespace.kind}[{self.namespace.index}]"
+
+
+@dataclass(frozen=True)
+class UriRule:
+    """One entry of our own key `uris`: a URI that matches as a whole becomes the ID in `template`."""
+    kind: str                    # "users" or "aliases"
+    pattern: re.Pattern[str]
+    template: str
+
+    def apply(self, uri: str, server_name: str) -> str | None:
+        match = self.pattern.fullmatch(uri)
+        if not match:
+            return None
+        write = to_localpart if self.kind == "users" else str
+        groups = {name: write(urllib.parse.unquote(value or "")) for name, value in match.groupdict().items()}
+        return self.template.format(**groups, server_name=server_name)
+
+
+@dataclass(frozen=True, eq=False)
+class Registration:
+    """An application service as its registration file has it (Application Service API, Registration)."""
+    id: str
+    url: str | None              # None: nothing is sent to it and nothing queued
+    as_token: str = dataclasses.field(repr=False)
+    hs_token: str = dataclasses.field(repr=False)
+    sender_localpart: str
+    namespaces: Mapping[str, Sequence[Namespace]]
+    rate_limited: bool = True
+    protocols: Sequence[str] = ()
+    receive_ephemeral: bool = False
+    push_ephemeral: bool = False                             # de.sorunome.msc2409.push_ephemeral
+    msc3202: bool = False                                    # org.matrix.msc3202
+    uris: Sequence[UriRule] = ()
+    sample: Mapping[str, Any] | None = None                  # asbridge.sample: run the IRC bridge for it
+    unknown: Sequence[str] = ()                              # keys that nobody here reads
+
+    def sender(self, server_name: str) -> str:
+        """The user ID of the application service's own user."""
+        return f"@{self.sender_localpart}:{server_name}"
+
+    def regexes(self, kind: str) -> str:
+        """Its regexes for an error text."""
+        return ", ".join(repr(namespace.regex) for namespace in self.namespaces[kind]) or "no regex"
+
+
+# One line for each key: its type, whether there must be one, and what would be right.
+REGISTRATION_KEYS: dict[str, tuple[Any, bool, str]] = {
+    "id":                                     (str,                True,  "a text that is unique on this homeserver"),
+    "url":                                    ((str, type(None)),  True,  "'http://host:port', or null if nothing is to be sent"),
+    "as_token":                               (str,                True,  "a long random text"),
+    "hs_token":                               (str,                True,  "another long random text"),
+    "sender_localpart":                       (str,                True,  "the localpart of its own user, without '@' and server name"),
+    "namespaces":                             (dict,               True,  "an object with users, aliases and rooms"),
+    "rate_limited":                           (bool,               False, "true or false"),
+    "protocols":                              ((list, type(None)), False, "a list of texts"),
+    "receive_ephemeral":                      (bool,               False, "true or false"),
+    "de.sorunome.msc2409.push_ephemeral":     (bool,               False, "true or false"),
+    "push_ephemeral":                         (bool,               False, "true or false"),
+    "org.matrix.msc3202":                     (bool,               False, "true or false"),
+    "io.element.msc4190":                     (bool,               False, "true or false"),
+    "uris":                                   (dict,               False, "an object with users and aliases"),
+    "asbridge.sample":                        (dict,               False, '{"irc_port": 6667}'),
+}
+
+
+class RegistrationReader:
+    """Turns one parsed registration into a Registration and collects everything that is wrong with it."""
+
+    def __init__(self, data: Any, where: str) -> None:
+        self.where, self.findings = where, []  # type: ignore[var-annotated]
+        self.data: JsonObject = data if isinstance(data, dict) else {}
+        if not isinstance(data, dict):
+            self.wrong("", "is not an object", "a registration has the keys " + ", ".join(REGISTRATION_KEYS))
+
+    def wrong(self, key: str, what: str, right: str = "") -> None:
+        self.findings.append(Finding(f"{self.where}: {key}" if key else self.where, what, right))
+
+    def read(self) -> Registration | None:
+        """The registration, or None if anything in `findings` stands against it."""
+        if not self.data:
+            return None
+        for key, (type_, required, right) in REGISTRATION_KEYS.items():
+            if key not in self.data:
+                if required:
+                    self.wrong(key, "is missing", f"write {right}")
+            elif not is_a(self.data[key], type_):
+                self.wrong(key, f"is {shorten(self.data[key])}", f"write {right}")
+        self._check_words()
+        namespaces = {kind: self._namespaces(kind) for kind in KINDS}
+        uris, sample = self._uris(), self.data.get("asbridge.sample")
+        if sample is not None and not is_a(dict(sample).get("irc_port", 6667), int):
+            self.wrong("asbridge.sample.irc_port", f"is {shorten(sample['irc_port'])}", "write a port number")
+        if self.findings:
+            return None
+        get = self.data.get
+        return Registration(
+            id=get("id", ""), url=get("url"), as_token=get("as_token", ""), hs_token=get("hs_token", ""),
+            sender_localpart=get("sender_localpart", ""), namespaces=namespaces, rate_limited=get("rate_limited", True),
+            protocols=tuple(get("protocols") or ()), receive_ephemeral=get("receive_ephemeral", False),
+            push_ephemeral=get("de.sorunome.msc2409.push_ephemeral", False) or get("push_ephemeral", False),
+            msc3202=get("org.matrix.msc3202", False), uris=uris, sample=sample,
+            unknown=tuple(key for key in self.data if key not in REGISTRATION_KEYS))
+
+    def _check_words(self) -> None:
+        url, sender = self.data.get("url"), self.data.get("sender_localpart")
+        if isinstance(url, str):
+            parts = urllib.parse.urlsplit(url)
+            if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
+                self.wrong("url", f"is {shorten(url)}", f"write {REGISTRATION_KEYS['url'][2]}")
+        if isinstance(sender, str) and not HISTORICAL_LOCALPART.fullmatch(sender):
+            self.wrong("sender_localpart", f"is {shorten(sender)}", f"write {REGISTRATION_KEYS['sender_localpart'][2]}")
+        for key in ("id", "as_token", "hs_token"):
+            if self.data.get(key) == "":
+                self.wrong(key, "is empty", f"write {REGISTRATION_KEYS[key][2]}")
+        if self.data.get("as_token") and self.data.get("as_token") == self.data.get("hs_token"):
+            self.wrong("hs_token", "is the same as as_token", "write another long random text")
+        if any(not isinstance(protocol, str) for protocol in self._items(self.data, "protocols", "protocols")):
+            self.wrong("protocols", "has an entry that is no text", "write a list of texts")
+
+    def _items(self, data: JsonObject, key: str, path: str) -> list[Any]:
+        value = data.get(key)
+        if value is not None and not isinstance(value, list):
+            self.wrong(path, f"is {shorten(value)}", "write a list")
+        return value if isinstance(value, list) else []
+
+    def _namespaces(self, kind: str) -> tuple[Namespace, ...]:
+        all_kinds = self.data.get("namespaces")
+        found = []
+        if isinstance(all_kinds, dict):
+            for index, entry in enumerate(self._items(all_kinds, kind, f"namespaces.{kind}")):
+                path = f"namespaces.{kind}[{index}]"
+                pattern = self._regex(entry, path)
+                exclusive = entry.get("exclusive") if isinstance(entry, dict) else None
+                if not isinstance(exclusive, bool):
+                    self.wrong(f"{path}.exclusive", "is missing or neither true nor false",
+                               "write true to keep everybody else out, false to share")
+                elif pattern:
+                    found.append(Namespace(kind, index, entry["regex"], exclusive, pattern))
+        return tuple(found)
+
+    def _regex(self, entry: Any, path: str) -> re.Pattern[str] | None:
+        regex = entry.get("regex") if isinstance(entry, dict) else None
+        if not isinstance(regex, str):
+            self.wrong(f"{path}.regex", "is missing or no text", "write a POSIX extended regex such as '@irc_.*:example\\.org'")
+            return None
+        try:
+            return compile_regex(regex)
+        except (re.error, RecursionError, OverflowError) as error:
+            self.wrong(f"{path}.regex", f"{shorten(regex)!r} is not a regex: {error}", "write a POSIX extended regex")
+            return None
+
+    def _uris(self) -> tuple[UriRule, ...]:
+        uris = self.data.get("uris")
+        found = []
+        for kind, key in (("users", "user_id"), ("aliases", "alias")):
+            for index, entry in enumerate(self._items(uris, kind, f"uris.{kind}") if isinstance(uris, dict) else ()):
+                path = f"uris.{kind}[{index}]"
+                pattern = self._regex(entry, path)
+                template = entry.get(key) if isinstance(entry, dict) else None
+                if pattern and self._fits(template, pattern):
+                    found.append(UriRule(kind, pattern, str(template)))
+                elif pattern:
+                    self.wrong(f"{path}.{key}", f"is {shorten(template)}",
+                               f"write an ID with the regex's named groups and server_name in braces: {KINDS[kind]}irc_{{nick}}:{{server_name}}")
+        return tuple(found)
+
+    @staticmethod
+    def _fits(template: object, pattern: re.Pattern[str]) -> bool:
+        try:
+            names = [name for _, name, _, _ in string.Formatter().parse(str(template)) if name is not None]
+        except ValueError:
+            return False
+        return isinstance(template, str) and set(names) <= {*pattern.groupindex, "server_name"}
+
+
+def parse_registration(text: str) -> Any:
+    """The plain value of a registration file, JSON or YAML; ValueError says where it is neither."""
+    if text.lstrip("\ufeff \r\n\t").startswith("{"):
+        return json.loads(text.lstrip("\ufeff"))
+    return Yaml(text).read()
+
+
+class Registrations:
+    """All registrations of a homeserver, and the questions about them.
+
+    What an ID matches is remembered (bounded), so that a busy ID costs no regex, whatever the number of registrations.
+    """
+
+    def __init__(self, server_name: str, registrations: Sequence[Registration] = ()) -> None:
+        self.server_name = server_name
+        self.by_id = {registration.id: registration for registration in registrations}
+        self._by_token = {hashlib.sha256(r.as_token.encode()).digest(): r for r in registrations}
+        self._hs_tokens = {hashlib.sha256(r.hs_token.encode()).digest(): r for r in registrations}
+        self.claims = functools.lru_cache(maxsize=100_000)(self._claims)
+
+    def __iter__(self) -> Iterator[Registration]:
+        return iter(self.by_id.values())
+
+    def of_as_token(self, token_digest: bytes) -> Registration | None:
+        return self._by_token.get(token_digest)
+
+    def of_hs_token(self, token_digest: bytes) -> Registration | None:
+        return self._hs_tokens.get(token_digest)
+
+    def _claims(self, kind: str, id: str) -> tuple[Claim, ...]:
+        """Every application service that has to do with this ID, each with its first reason. Only local users count."""
+        if kind == "users" and server_of(id) != self.server_name:
+            return ()
+        found = []
+        for registration in self.by_id.values():
+            if kind == "users" and id == registration.sender(self.server_name):
+                found.append(Claim(registration, id, None))
+                continue
+            for namespace in sorted(registration.namespaces[kind], key=lambda n: not n.exclusive):
+                if namespace.pattern.match(id):
+                    found.append(Claim(registration, id, namespace))
+                    break
+        return tuple(found)
+
+    def claim_of(self, registration: Registration, kind: str, id: str) -> Claim | None:
+        return next((claim for claim in self.claims(kind, id) if claim.registration is registration), None)
+
+    def owner(self, kind: str, id: str, other_than: Registration | None = None) -> Claim | None:
+        """The exclusive claim on this ID, if somebody (else) has one."""
+        return next((claim for claim in self.claims(kind, id)
+                     if claim.exclusive and claim.registration is not other_than), None)
+
+    def check_may_create(self, kind: str, id: str, by: Registration | None) -> None:
+        """M_EXCLUSIVE if a person (by=None) or an application service may not create or delete this user or alias."""
+        owner = self.owner(kind, id, by)
+        if owner:
+            raise MatrixError("M_EXCLUSIVE", f"{id} is reserved by the application service {owner.registration.id!r}: "
+                              + (f"{owner.namespace} claims it exclusively" if owner.namespace else "it is its sender_localpart user"))
+        if by and not self.claim_of(by, kind, id):
+            raise MatrixError("M_EXCLUSIVE", f"{id} is outside the namespaces of the application service {by.id!r}, "
+                              f"whose regexes for {kind} are {by.regexes(kind)} (matched from the start of the whole ID)")
+
+    def check_may_act_as(self, registration: Registration, user_id: str) -> None:
+        """M_FORBIDDEN if `user_id` is in none of the application service's namespaces (Identity assertion)."""
+        if not self.claim_of(registration, "users", user_id):
+            raise MatrixError("M_FORBIDDEN", f"the application service {registration.id!r} can't act as {shorten(user_id)}, which is outside "
+                              f"its namespaces: its regexes for users are {registration.regexes('users')} (matched from the start of the whole ID)")
+
+    def map_uri(self, kind: str, uri: str) -> str | None:
+        """The user ID or alias that a URI stands for (2016 text, URI mapping), or None."""
+        for registration in self:
+            for rule in registration.uris:
+                if rule.kind == kind and (id := rule.apply(uri, self.server_name)):
+                    return id if self.claim_of(registration, kind, id) else None
+        return None
+
+
+def check_together(registrations: Sequence[tuple[str, Registration]]) -> list[Finding]:
+    """What is wrong between registrations: each is given with where it stands."""
+    findings, seen = [], dict[tuple[str, str], str]()
+    for where, registration in registrations:
+        for key in ("id", "as_token"):
+            value = getattr(registration, key)
+            other = seen.setdefault((key, value), where)
+            if other is not where:
+                findings.append(Finding(f"{where}: {key}", f"is already that of {other}", f"every {key} must be unique"))
+        for key, twin in (("as_token", "hs_token"), ("hs_token", "as_token")):
+            for other, stranger in registrations:
+                if other is not where and getattr(registration, key) == getattr(stranger, twin):
+                    findings.append(Finding(f"{where}: {key}", f"is the {twin} of {other}", "tokens must differ from each other"))
+    return findings
+
+
+class Audience:
+    """Which application services hear a room, and because of whom: its joined members, its aliases, its ID.
+
+    Kept with the room and changed by the few events that change it, so that a message costs no regex.
+    """
+
+    def __init__(self, registrations: Registrations, room_id: str, members: Iterable[str], aliases: Iterable[str]) -> None:
+        self.registrations = registrations
+        self.why: dict[str, dict[str, Claim]] = {}           # application service's ID → ID in the room → claim
+        self.add("rooms", room_id)
+        for user_id in members:
+            self.add("users", user_id)
+        for alias in aliases:
+            self.add("aliases", alias)
+
+    def add(self, kind: str, id: str) -> None:
+        for claim in self.registrations.claims(kind, id):
+            self.why.setdefault(claim.registration.id, {})[id] = claim
+
+    def remove(self, kind: str, id: str) -> None:
+        for claim in self.registrations.claims(kind, id):
+            held = self.why.get(claim.registration.id, {})
+            held.pop(id, None)
+            if not held:
+                self.why.pop(claim.registration.id, None)
+
+    def interested(self, sender: str, target: str | None) -> dict[str, str]:
+        """Application services that get an event, each with the reason: its sender, the target of a membership, the room."""
+        found: dict[str, str] = {}
+        for part, user_id in (("sender", sender), ("target", target)):
+            for claim in self.registrations.claims("users", user_id) if user_id else ():
+                found.setdefault(claim.registration.id, f"{part} {claim}")
+        for id, claims in self.why.items():
+            if id not in found:
+                claim = next(iter(claims.values()))
+                part = {"@": "member", "#": "alias", "!": "room"}[claim.id[0]]
+                found[id] = f"{part} {claim}"
+        return found
+
+
+# ============================================================================
+# 4. Room rules
+# ============================================================================
+# What may happen in a room, and who may see it: the shape of events, power
+# levels, membership, redaction, history visibility; pure functions over a
+# room's state. Spec: room versions 10, 11 and 12 (Authorisation rules,
+# Redactions); Client-Server API (Room history visibility).
+# Does not know of storage or HTTP. A refusal is a MatrixError that says why.
+
+@dataclass(frozen=True)
+class RoomVersion:
+    """In what the room versions differ, as far as one server can see it."""
+    id: str
+    create_has_creator: bool      # m.room.create repeats its sender as content.creator
+    create_is_kept: bool          # a redaction leaves m.room.create as it is, and power_levels.invite
+    creators_rule: bool           # creators have all power for ever, and the room ID is the hash of m.room.create
+
+
+ROOM_VERSIONS = {version.id: version for version in (
+    #           id    create_has_creator  create_is_kept  creators_rule
+    RoomVersion("10", True,               False,          False),
+    RoomVersion("11", False,              True,           False),
+    RoomVersion("12", False,              True,           True),
+)}
+
+# What a redaction leaves of content, by type (room version 11, Redactions).
+KEPT_BY_REDACTION = {
+    "m.room.member":             ("membership", "join_authorised_via_users_server"),
+    "m.room.create":             ("creator",),
+    "m.room.join_rules":         ("join_rule", "allow"),
+    "m.room.power_levels":       ("ban", "events", "events_default", "kick", "redact", "state_default", "users", "users_default"),
+    "m.room.history_visibility": ("history_visibility",),
+}
+
+ALL_POWER = 2**53                # of a creator in room version 12: above every level that can be given
+LEVELS = ("users_default", "events_default", "state_default", "ban", "redact", "kick", "invite")
+STRIPPED_STATE = ("m.room.create", "m.room.name", "m.room.avatar", "m.room.topic", "m.room.join_rules",
+                  "m.room.canonical_alias", "m.room.encryption")     # what an invited user is shown
+
+
+class StateEvent(NamedTuple):
+    """One entry of a room's state."""
+    tick: int
+    sender: str
+    content: JsonObject
+
+
+class Draft(NamedTuple):
+    """An event that somebody wants to send; `state_key` None: not a state event."""
+    type: str
+    sender: str
+    content: JsonObject
+    state_key: str | None = None
+    redacts: str | None = None
+
+
+class Event(NamedTuple):
+    """A stored event, with what its `unsigned` is made of."""
+    tick: int
+    type: str
+    state_key: str | None
+    sender: str
+    ts: int
+    json: str                     # the whole event but for unsigned
+    redacted_because: str | None  # the redaction's json
+    prev_content: str | None
+    device_id: str | None         # who sent it with which client transaction ID
+    txn_id: str | None
+
+    @property
+    def event_id(self) -> str:
+        return self.json[13:57]   # {"event_id":"$…43 characters…",
+
+    @property
+    def content(self) -> JsonObject:
+        return cast(JsonObject, json.loads(self.json)["content"])
+
+    def unsigned(self, now: int) -> list[str]:
+        parts = [f'"age":{max(0, now - self.ts)}']
+        if self.prev_content is not None:
+            parts.append(f'"prev_content":{self.prev_content}')
+        if self.redacted_because is not None:
+            parts.append(f'"redacted_because":{self.redacted_because}')
+        return parts
+
+    def for_client(self, now: int, sender: str | None = None, device_id: str | None = None) -> Raw:
+        """As clients get it; the device that sent it finds its transaction ID again."""
+        parts = self.unsigned(now)
+        if self.txn_id is not None and (self.sender, self.device_id) == (sender, device_id):
+            parts.append(f'"transaction_id":{json.dumps(self.txn_id)}')
+        return Raw(self.json[:-1] + ',"unsigned":{' + ",".join(parts) + "}}")
+
+    def for_appservice(self, now: int) -> str:
+        """As an application service gets it: for old software with `age` and `user_id` at the top, too."""
+        return (f'{self.json[:-1]},"age":{max(0, now - self.ts)},"user_id":{json.dumps(self.sender)},'
+                f'"unsigned":{{{",".join(self.unsigned(now))}}}}}')
+
+
+class RoomState:
+    """A room's version and current state, and what the rules read in it."""
+
+    def __init__(self, version: RoomVersion) -> None:
+        self.version = version
+        self.events: dict[tuple[str, str], StateEvent] = {}
+        self.joined: set[str] = set()
+
+    def put(self, type: str, state_key: str, event: StateEvent) -> None:
+        self.events[type, state_key] = event
+        if type == "m.room.member":
+            (self.joined.add if event.content.get("membership") == "join" else self.joined.discard)(state_key)
+
+    def content(self, type: str, state_key: str = "") -> JsonObject:
+        event = self.events.get((type, state_key))
+        return event.content if event else {}
+
+    def membership(self, user_id: str) -> str:
+        return str(self.content("m.room.member", user_id).get("membership", "leave"))
+
+    @property
+    def join_rule(self) -> str:
+        return str(self.content("m.room.join_rules").get("join_rule", "invite"))
+
+    @property
+    def creators(self) -> set[str]:
+        create = self.events.get(("m.room.create", ""))
+        if not create:
+            return set()
+        more = create.content.get("additional_creators") if self.version.creators_rule else None
+        return {create.sender, *(more if isinstance(more, list) else ())}
+
+    def power(self, user_id: str) -> int:
+        levels = self.content("m.room.power_levels")
+        if self.version.creators_rule and user_id in self.creators:
+            return ALL_POWER
+        if not levels:
+            return 100 if user_id in self.creators else 0
+        level = levels.get("users", {}).get(user_id, levels.get("users_default", 0))
+        return int(level)
+
+    def needed(self, action: str) -> int:
+        """The power needed to "invite", "kick", "ban" or "redact"."""
+        return int(self.content("m.room.power_levels").get(action, 0 if action == "invite" else 50))
+
+    def needed_to_send(self, type: str, is_state: bool) -> int:
+        levels = self.content("m.room.power_levels")
+        default = levels.get("state_default", 50 if levels else 0) if is_state else levels.get("events_default", 0)
+        return int(levels.get("events", {}).get(type, default))
+
+
+# -- May this be sent? Authorisation rules, numbered as in room version 12.
+
+def forbidden(error: str) -> MatrixError:
+    return MatrixError("M_FORBIDDEN", error)
+
+
+def authorise(room: RoomState, draft: Draft) -> None:
+    """Raises M_FORBIDDEN (M_BAD_STATE for somebody banned) if the room's rules refuse the event."""
+    if draft.type == "m.room.create":                                                            # rule 1
+        if room.events:
+            raise forbidden("the room has been created already")
+        return
+    if draft.type == "m.room.member":                                                            # rule 5
+        return authorise_membership(room, draft)
+    if draft.sender not in room.joined:                                                          # rule 6
+        raise forbidden(f"{draft.sender} is not in the room")
+    needed = room.needed_to_send(draft.type, draft.state_key is not None)                        # rule 8
+    if room.power(draft.sender) < needed:
+        raise forbidden(f"{draft.sender} has power {room.power(draft.sender)}; {draft.type} needs {needed}")
+    if draft.state_key and draft.state_key[0] == "@" and draft.state_key != draft.sender:        # rule 9
+        raise forbidden(f"a state key that is a user ID may be set by that user only, not by {draft.sender}")
+    if draft.type == "m.room.power_levels":                                                      # rule 10
+        authorise_power_levels(room, draft)
+
+
+def authorise_membership(room: RoomState, draft: Draft) -> None:
+    target, membership = draft.state_key, draft.content.get("membership")
+    rule = MEMBERSHIP_RULES.get(membership) if isinstance(membership, str) else None
+    if not rule or not target:
+        raise MatrixError("M_BAD_JSON", f"membership must be one of {', '.join(MEMBERSHIP_RULES)}, not {shorten(membership)}")
+    rule(room, draft, target)
+
+
+def _may_join(room: RoomState, draft: Draft, target: str) -> None:
+    current = room.membership(target)
+    if set(room.events) == {("m.room.create", "")} and target == room.events["m.room.create", ""].sender:
+        return
+    if draft.sender != target:
+        raise forbidden(f"{draft.sender} can't join for {target}")
+    if current == "ban":
+        raise MatrixError("M_BAD_STATE", f"{target} is banned from the room")
+    if current in ("join", "invite") or room.join_rule == "public":
+        return
+    if room.join_rule in ("restricted", "knock_restricted"):
+        voucher = draft.content.get("join_authorised_via_users_server")
+        if voucher in room.joined and room.power(str(voucher)) >= room.needed("invite"):
+            return
+        raise forbidden(f"{target} is in none of the rooms whose members may join this one, and is not invited")
+    raise forbidden(f"{target} is not invited, and the join rule of the room is {room.join_rule!r}")
+
+
+def _may_invite(room: RoomState, draft: Draft, target: str) -> None:
+    _check_joined(room, draft.sender)
+    current = room.membership(target)
+    if current == "join":
+        raise forbidden(f"{target} is already in the room.")     # mautrix-python reads these four words
+    if current == "ban":
+        raise forbidden(f"{target} is banned from the room; unban first")
+    _check_power(room, draft.sender, "invite")
+
+
+def _may_leave(room: RoomState, draft: Draft, target: str) -> None:
+    current = room.membership(target)
+    if draft.sender == target:
+        if current not in ("invite", "join", "knock"):
+            raise forbidden(f"{target} is not in the room")
+        return
+    _check_joined(room, draft.sender)
+    if current == "ban":
+        _check_power(room, draft.sender, "ban")
+    _check_power(room, draft.sender, "kick")
+    _check_above(room, draft.sender, target)
+
+
+def _may_ban(room: RoomState, draft: Draft, target: str) -> None:
+    _check_joined(room, draft.sender)
+    _check_power(room, draft.sender, "ban")
+    _check_above(room, draft.sender, target)
+
+
+def _may_knock(room: RoomState, draft: Draft, target: str) -> None:
+    if room.join_rule not in ("knock", "knock_restricted"):
+        raise forbidden(f"one can't knock here: the join rule of the room is {room.join_rule!r}")
+    if draft.sender != target:
+        raise forbidden(f"{draft.sender} can't knock for {target}")
+    current = room.membership(target)
+    if current in ("ban", "invite", "join"):
+        raise forbidden(f"{target} can't knock: the membership is {current!r}")
+
+
+def _check_joined(room: RoomState, user_id: str) -> None:
+    if user_id not in room.joined:
+        raise forbidden(f"{user_id} is not in the room")
+
+
+def _check_power(room: RoomState, user_id: str, action: str) -> None:
+    if room.power(user_id) < room.needed(action):
+        raise forbidden(f"{user_id} has power {room.power(user_id)}; to {action} needs {room.needed(action)}")
+
+
+def _check_above(room: RoomState, user_id: str, target: str) -> None:
+    if room.power(target) >= room.power(user_id):
+        raise forbidden(f"{user_id} has power {room.power(user_id)}, which is not above that of {target} ({room.power(target)})")
+
+
+MEMBERSHIP_RULES: dict[str, Callable[[RoomState, Draft, str], None]] = {
+    "join":   _may_join,                # rule 5.3
+    "invite": _may_invite,              # rule 5.4
+    "leave":  _may_leave,               # rule 5.5: to leave, to decline, to kick, to unban
+    "ban":    _may_ban,                 # rule 5.6
+    "knock":  _may_knock,               # rule 5.7
+}
+
+
+def authorise_power_levels(room: RoomState, draft: Draft) -> None:
+    """Rule 10: nobody gives or takes what lies above their own power."""
+    new, old, mine = draft.content, room.content("m.room.power_levels"), room.power(draft.sender)
+    check_power_levels_shape(new)
+    if room.version.creators_rule and (named := room.creators & set(new.get("users", {}))):
+        raise forbidden(f"creators have all power in room version {room.version.id}; {', '.join(sorted(named))} can't stand in users")
+    if not old:
+        return
+    for key in LEVELS:
+        _check_change(key, old.get(key), new.get(key), mine, mine)
+    for group in ("events", "notifications", "users"):
+        before, after = old.get(group, {}), new.get(group, {})
+        for key in {**before, **after}:
+            limit = mine - 1 if group == "users" and key != draft.sender else mine
+            _check_change(f"{group}[{key}]", before.get(key), after.get(key), limit, mine)
+
+
+def _check_change(what: str, old: int | None, new: int | None, old_limit: int, new_limit: int) -> None:
+    if old != new and ((old is not None and old > old_limit) or (new is not None and new > new_limit)):
+        raise forbidden(f"{what} can't be changed from {old} to {new} by somebody with power {new_limit}")
+
+
+def check_power_levels_shape(content: JsonObject) -> None:
+    """Rules 10.1 to 10.3: levels are integers; users has user IDs as keys."""
+    for key in LEVELS:
+        if key in content and not is_a(content[key], int):
+            raise MatrixError("M_BAD_JSON", f"{key!r} in m.room.power_levels must be an integer, not {shorten(content[key])}")
+    for group in ("events", "notifications", "users"):
+        levels = content.get(group, {})
+        if not isinstance(levels, dict) or not all(is_a(level, int) for level in levels.values()):
+            raise MatrixError("M_BAD_JSON", f"{group!r} in m.room.power_levels must be an object of integers")
+    for user_id in content.get("users", {}):
+        check_id("@", user_id)
+
+
+# -- Redaction.
+
+def redacted_content(version: RoomVersion, type: str, content: JsonObject) -> JsonObject:
+    """What a redaction leaves (room version 11, Redactions)."""
+    if version.create_is_kept and type == "m.room.create":
+        return content
+    kept = KEPT_BY_REDACTION.get(type, ())
+    if version.create_is_kept:
+        kept += {"m.room.power_levels": ("invite",), "m.room.redaction": ("redacts",)}.get(type, ())
+    return {key: content[key] for key in kept if key in content}
+
+
+def redacted_json(version: RoomVersion, event_json: str) -> str:
+    event = json.loads(event_json)
+    event["content"] = redacted_content(version, event["type"], event["content"])
+    event.pop("redacts", None)
+    return to_json(event)
+
+
+# -- Who may see it? Room history visibility.
+
+FOREVER = 2**62
+
+
+def visible_ranges(visibilities: Sequence[tuple[int, str]], memberships: Sequence[tuple[int, str]]) -> list[tuple[int, int]]:
+    """The ticks whose events a user may see, as inclusive ranges from old to new.
+
+    `visibilities` and `memberships` are the changes of m.room.history_visibility and of this user's membership, each
+    (tick, new value) from old to new. An event that is itself such a change counts as seen if either side of it is.
+    """
+    ticks = sorted({0} | {tick for tick, _ in visibilities} | {tick for tick, _ in memberships})
+    visibility_at, membership_at = dict(visibilities), dict(memberships)
+    joins = [tick for tick, membership in memberships if membership == "join"]
+    leaves_last = next((tick for tick, membership in reversed(memberships) if membership != "join"), 0)
+    last_seen = FOREVER if joins and joins[-1] > leaves_last else max(
+        (tick for (tick, _), (_, before) in zip(memberships[1:], memberships, strict=False) if before == "join"), default=-1)
+    ranges: list[tuple[int, int]] = []
+    visibility, membership, before = "shared", "leave", False
+    for tick, after in zip(ticks, [*ticks[1:], FOREVER + 1], strict=True):
+        visibility = visibility_at.get(tick, visibility)
+        membership = membership_at.get(tick, membership)
+        now = (visibility == "world_readable" or membership == "join" or (visibility == "invited" and membership == "invite")
+               or (visibility == "shared" and tick < last_seen))
+        start, end = (tick if before or now else tick + 1), (after - 1 if now else tick)
+        if start <= end:
+            if ranges and ranges[-1][1] >= start - 1:
+                ranges[-1] = (ranges[-1][0], end)
+            else:
+                ranges.append((start, end))
+        before = now
+    return ranges
+
+
+# ============================================================================
+# 5. Store
+# ============================================================================
+# Everything that is kept: the schema, every SQL statement of the homeserver,
+# and the one thread that writes. Every change takes the next number of one
+# counter, the tick: a sync token is a tick, and "what is new" is what lies after
+# one. Does not know the rules: it stores what it is told.
+
+SCHEMA_VERSION = 1
+SCHEMA = """
+CREATE TABLE meta         (key TEXT PRIMARY KEY, value) WITHOUT ROWID;     -- server_name; position: the last tick in this database
+CREATE TABLE users        (user_id TEXT PRIMARY KEY,
+                           password TEXT,                                  -- scrypt$salt$hash; NULL: can't log in with one
+                           appservice TEXT,                                -- whose ghost it is
+                           displayname TEXT, avatar_url TEXT,
+                           deactivated INTEGER NOT NULL DEFAULT 0,
+                           created_ts INTEGER NOT NULL) WITHOUT ROWID;
+CREATE TABLE devices      (user_id TEXT, device_id TEXT, display_name TEXT, last_seen_ts INTEGER, last_seen_ip TEXT,
+                           PRIMARY KEY (user_id, device_id)) WITHOUT ROWID;
+CREATE TABLE sessions     (token BLOB PRIMARY KEY,                         -- SHA-256 of the access token
+                           user_id TEXT NOT NULL, device_id TEXT NOT NULL) WITHOUT ROWID;
+CREATE TABLE rooms        (n INTEGER PRIMARY KEY, room_id TEXT UNIQUE NOT NULL, version TEXT NOT NULL,
+                           published INTEGER NOT NULL DEFAULT 0);          -- in the public directory
+CREATE TABLE events       (tick INTEGER PRIMARY KEY, room INTEGER NOT NULL, type TEXT NOT NULL, state_key TEXT, sender TEXT NOT NULL,
+                           ts INTEGER NOT NULL,                            -- origin_server_ts
+                           json TEXT NOT NULL,                             -- as it is sent, but for unsigned
+                           replaces INTEGER,                               -- tick of the state event before it
+                           redacted_by INTEGER,                            -- tick of the redaction
+                           device_id TEXT, txn_id TEXT);                   -- the client's, for unsigned.transaction_id
+CREATE INDEX timeline     ON events (room, tick);
+CREATE INDEX state_events ON events (room, type, state_key, tick) WHERE state_key IS NOT NULL;
+CREATE TABLE state        (room INTEGER, type TEXT, state_key TEXT, tick INTEGER NOT NULL,
+                           PRIMARY KEY (room, type, state_key)) WITHOUT ROWID;
+CREATE TABLE memberships  (user_id TEXT, room INTEGER, membership TEXT NOT NULL, tick INTEGER NOT NULL,
+                           forgotten INTEGER NOT NULL DEFAULT 0, PRIMARY KEY (user_id, room)) WITHOUT ROWID;
+CREATE INDEX room_members ON memberships (room, membership);
+CREATE TABLE client_txns  (sender TEXT, device_id TEXT, path TEXT, txn_id TEXT, event_id TEXT NOT NULL,
+                           PRIMARY KEY (sender, device_id, path, txn_id)) WITHOUT ROWID;
+CREATE TABLE aliases      (alias TEXT PRIMARY KEY, room INTEGER NOT NULL, creator TEXT NOT NULL) WITHOUT ROWID;
+CREATE INDEX room_aliases ON aliases (room);
+CREATE TABLE account_data (user_id TEXT, room_id TEXT,                     -- room_id '': of the account
+                           type TEXT, tick INTEGER NOT NULL, json TEXT NOT NULL, PRIMARY KEY (user_id, room_id, type)) WITHOUT ROWID;
+CREATE TABLE receipts     (room INTEGER, type TEXT, user_id TEXT, thread_id TEXT, tick INTEGER NOT NULL, event_id TEXT NOT NULL,
+                           ts INTEGER NOT NULL, PRIMARY KEY (room, type, user_id, thread_id)) WITHOUT ROWID;
+CREATE TABLE filters      (filter_id INTEGER PRIMARY KEY, user_id TEXT NOT NULL, json TEXT NOT NULL, UNIQUE (user_id, json));
+CREATE TABLE media        (media_id TEXT PRIMARY KEY, content_type TEXT NOT NULL, filename TEXT, user_id TEXT NOT NULL,
+                           created_ts INTEGER NOT NULL, content BLOB NOT NULL);
+CREATE TABLE outbox       (appservice TEXT, tick INTEGER, reason TEXT NOT NULL, -- why this application service gets this event
+                           PRIMARY KEY (appservice, tick)) WITHOUT ROWID;
+CREATE TABLE transactions (appservice TEXT, txn_id INTEGER, last_tick INTEGER NOT NULL, events INTEGER NOT NULL,
+                           body BLOB NOT NULL,                             -- the exact bytes, never changed
+                           acknowledged_ts INTEGER, PRIMARY KEY (appservice, txn_id));
+"""
+
+MAX_BATCH = 256                  # jobs in one COMMIT
+MAX_TRANSACTION_EVENTS = 100
+KEPT_TRANSACTIONS = 1000         # acknowledged ones, for each application service, to look at
+MAX_CACHED_ROOMS = 2000          # rooms whose state the writer keeps in memory
+READERS = 8
+
+EVENT_COLUMNS = "e.tick, e.type, e.state_key, e.sender, e.ts, e.json, r.json, json_extract(p.json, '$.content'), e.device_id, e.txn_id"
+EVENT_TABLES = "events e LEFT JOIN events r ON r.tick = e.redacted_by LEFT JOIN events p ON p.tick = e.replaces"
+
+
+def event_id_of(tick: int, canonical: str) -> str:
+    """43 characters after the '$': the tick, by which the event is found, and the hash, which binds it to the content."""
+    digest = hashlib.sha256(canonical.encode()).digest()
+    return "$" + base64.urlsafe_b64encode(tick.to_bytes(6, "big") + digest[:26]).decode().rstrip("=")
+
+
+def tick_of(event_id: str) -> int:
+    """The tick in an event ID; -1 if it can't be one of ours."""
+    if not re.fullmatch(r"\$[A-Za-z0-9_-]{43}", event_id):
+        return -1
+    return int.from_bytes(base64.urlsafe_b64decode(event_id[1:9]), "big")
+
+
+class Room(RoomState):
+    """A room as the writer keeps it."""
+
+    def __init__(self, n: int, room_id: str, version: RoomVersion) -> None:
+        super().__init__(version)
+        self.n, self.room_id = n, room_id
+        self.audience: Audience | None = None                # made when first asked for
+
+
+class Outbox(NamedTuple):
+    """What waits for one application service."""
+    open: Transaction | None     # frozen, not yet acknowledged
+    frozen_to: int               # all ticks up to this one are in a transaction
+    waiting_to: int              # the last tick that waits, or frozen_to
+
+
+class Transaction(NamedTuple):
+    """A list of events for an application service. Never changes once it is frozen."""
+    appservice: str
+    txn_id: int
+    events: int
+    body: bytes
+
+
+class RoomRow(NamedTuple):
+    n: int
+    room_id: str
+    version: str
+    published: int
+
+
+class Filter(NamedTuple):
+    """A client's event filter, as far as SQL can do it (Client-Server API, EventFilter)."""
+    types: Sequence[str] | None = None
+    not_types: Sequence[str] = ()
+    senders: Sequence[str] | None = None
+    not_senders: Sequence[str] = ()
+
+    def passes(self, event: Event) -> bool:
+        def any_type(types: Sequence[str]) -> bool:
+            return any(fnmatch.fnmatchcase(event.type, glob_of(one)) for one in types)
+        return ((self.types is None or any_type(self.types)) and not any_type(self.not_types)
+                and (self.senders is None or event.sender in self.senders) and event.sender not in self.not_senders)
+
+    def sql(self) -> tuple[str, list[str]]:
+        """Conditions on the events e, and their values."""
+        clauses, values = "", list[str]()
+        for column, wanted, op in (("type", self.types, ""), ("type", self.not_types or None, "NOT "),
+                                   ("sender", self.senders, ""), ("sender", self.not_senders or None, "NOT ")):
+            if wanted is not None:
+                one = "e.type GLOB ?" if column == "type" else "e.sender = ?"
+                clauses += f" AND {op}(" + (" OR ".join([one] * len(wanted)) or "0") + ")"
+                values += [glob_of(item) for item in wanted] if column == "type" else wanted
+        return clauses, values
+
+
+def glob_of(pattern: str) -> str:
+    """A type in which only '*' is special, as SQLite's GLOB."""
+    return re.sub(r"[\[?]", lambda m: f"[{m[0]}]", pattern)
+
+
+class Reader:
+    """Every question to the database. One sees a single moment of it, from the first statement on."""
+
+    def __init__(self, db: sqlite3.Connection) -> None:
+        self.db = db
+
+    def one(self, sql: str, *values: Any) -> Any:
+        return self.db.execute(sql, values).fetchone()
+
+    def all(self, sql: str, *values: Any) -> list[Any]:
+        return self.db.execute(sql, values).fetchall()
+
+    def position(self) -> int:
+        """The tick of this moment."""
+        return int(self.one("SELECT value FROM meta WHERE key = 'position'")[0])
+
+    # -- accounts
+
+    def user(self, user_id: str) -> Any:
+        """(password, appservice, displayname, avatar_url, deactivated) or None."""
+        return self.one("SELECT password, appservice, displayname, avatar_url, deactivated FROM users WHERE user_id = ?", user_id)
+
+    def devices(self, user_id: str) -> list[Any]:
+        """(device_id, display_name, last_seen_ts, last_seen_ip) of each."""
+        return self.all("SELECT device_id, display_name, last_seen_ts, last_seen_ip FROM devices WHERE user_id = ?", user_id)
+
+    def device(self, user_id: str, device_id: str) -> Any:
+        return self.one("SELECT device_id, display_name, last_seen_ts, last_seen_ip FROM devices "
+                        "WHERE user_id = ? AND device_id = ?", user_id, device_id)
+
+    def account_data(self, user_id: str, room_id: str, type: str) -> Raw | None:
+        row = self.one("SELECT json FROM account_data WHERE user_id = ? AND room_id = ? AND type = ?", user_id, room_id, type)
+        return Raw(row[0]) if row else None
+
+    def account_data_since(self, user_id: str, since: int) -> list[Any]:
+        """(room_id, type, json) of what changed."""
+        return self.all("SELECT room_id, type, json FROM account_data WHERE user_id = ? AND tick > ? ORDER BY tick", user_id, since)
+
+    def filter(self, user_id: str, filter_id: int) -> Any:
+        return self.one("SELECT json FROM filters WHERE user_id = ? AND filter_id = ?", user_id, filter_id)
+
+    def media(self, media_id: str) -> Any:
+        """(content_type, filename, content) or None."""
+        return self.one("SELECT content_type, filename, content FROM media WHERE media_id = ?", media_id)
+
+    # -- rooms
+
+    def room_row(self, room_id: str) -> RoomRow | None:
+        row = self.one("SELECT n, room_id, version, published FROM rooms WHERE room_id = ?", room_id)
+        return RoomRow(*row) if row else None
+
+    def published_rooms(self) -> list[RoomRow]:
+        return [RoomRow(*row) for row in self.all("SELECT n, room_id, version, published FROM rooms WHERE published ORDER BY n")]
+
+    def alias(self, alias: str) -> Any:
+        """(room_id, creator) or None."""
+        return self.one("SELECT room_id, creator FROM aliases JOIN rooms ON n = room WHERE alias = ?", alias)
+
+    def aliases_of(self, room: int) -> list[str]:
+        return [row[0] for row in self.all("SELECT alias FROM aliases WHERE room = ? ORDER BY alias", room)]
+
+    def memberships_of(self, user_id: str) -> list[Any]:
+        """(room, room_id, membership, tick, forgotten) of every room that the user has to do with."""
+        return self.all("SELECT room, room_id, membership, tick, forgotten FROM memberships JOIN rooms ON n = room WHERE user_id = ?", user_id)
+
+    def membership(self, user_id: str, room: int) -> Any:
+        """(membership, tick, forgotten) or None."""
+        return self.one("SELECT membership, tick, forgotten FROM memberships WHERE user_id = ? AND room = ?", user_id, room)
+
+    def members(self, room: int, membership: str = "join") -> list[str]:
+        return [row[0] for row in self.all("SELECT user_id FROM memberships WHERE room = ? AND membership = ?", room, membership)]
+
+    def count_members(self, room: int, membership: str) -> int:
+        return int(self.one("SELECT count(*) FROM memberships WHERE room = ? AND membership = ?", room, membership)[0])
+
+    # -- events
+
+    def event(self, room: int, event_id: str) -> Event | None:
+        row = self.one(f"SELECT {EVENT_COLUMNS} FROM {EVENT_TABLES} WHERE e.tick = ? AND e.room = ?", tick_of(event_id), room)
+        event = Event(*row) if row else None
+        return event if event and event.event_id == event_id else None
+
+    def events(self, room: int, after: int, upto: int, limit: int, newest: bool, filter: Filter = Filter()) -> list[Event]:
+        """Events with after < tick <= upto, the newest or oldest `limit` of them, in that order."""
+        clause, values = filter.sql()
+        rows = self.all(f"SELECT {EVENT_COLUMNS} FROM {EVENT_TABLES} WHERE e.room = ? AND e.tick > ? AND e.tick <= ?{clause} "
+                        f"ORDER BY e.tick {'DESC' if newest else 'ASC'} LIMIT ?", room, after, upto, *values, limit)
+        return [Event(*row) for row in rows]
+
+    def state_event(self, room: int, type: str, state_key: str) -> Event | None:
+        row = self.one(f"SELECT {EVENT_COLUMNS} FROM state s JOIN {EVENT_TABLES} WHERE s.room = ? AND s.type = ? AND s.state_key = ? "
+                       "AND e.tick = s.tick", room, type, state_key)
+        return Event(*row) if row else None
+
+    def state_at(self, room: int, upto: int = FOREVER, after: int = 0, type: str = "*") -> list[Event]:
+        """The state as it was at `upto`, of that only what changed since `after`, old to new."""
+        last = ("SELECT max(tick) FROM events WHERE room = ? AND state_key IS NOT NULL AND tick > ? AND tick <= ? "
+                "AND (? = '*' OR type = ?) GROUP BY type, state_key")
+        rows = self.all(f"SELECT {EVENT_COLUMNS} FROM {EVENT_TABLES} WHERE e.tick IN ({last}) ORDER BY e.tick", room, after, upto, type, type)
+        return [Event(*row) for row in rows]
+
+    def contents(self, room: int, types: Sequence[str]) -> dict[str, JsonObject]:
+        """Content of the present state with an empty state key, by type."""
+        marks = ",".join("?" * len(types))
+        rows = self.all(f"SELECT e.type, json_extract(e.json, '$.content') FROM state s JOIN events e ON e.tick = s.tick "
+                        f"WHERE s.room = ? AND s.state_key = '' AND s.type IN ({marks})", room, *types)
+        return {type: json.loads(content) for type, content in rows}
+
+    def changes(self, room: int, type: str, state_key: str, key: str) -> list[tuple[int, str]]:
+        """(tick, content[key]) of each event that set this state, old to new."""
+        return [(tick, str(value)) for tick, value in self.all(
+            "SELECT tick, json_extract(json, '$.content.' || ?) FROM events WHERE room = ? AND type = ? AND state_key = ? "
+            "AND state_key IS NOT NULL ORDER BY tick", key, room, type, state_key)]
+
+    def receipts_since(self, room: int, since: int) -> list[Any]:
+        """(type, user_id, thread_id, event_id, ts) of each that is new."""
+        return self.all("SELECT type, user_id, thread_id, event_id, ts FROM receipts WHERE room = ? AND tick > ? ORDER BY tick", room, since)
+
+    def client_txn(self, sender: str, device_id: str, path: str, txn_id: str) -> str | None:
+        """The event ID that this client transaction was answered with."""
+        row = self.one("SELECT event_id FROM client_txns WHERE sender = ? AND device_id = ? AND path = ? AND txn_id = ?",
+                       sender, device_id, path, txn_id)
+        return row[0] if row else None
+
+    # -- what waits for application services
+
+    def outboxes(self) -> dict[str, Outbox]:
+        ids = [row[0] for row in self.all("SELECT appservice FROM outbox UNION SELECT appservice FROM transactions")]
+        return {id: self._outbox(id) for id in ids}
+
+    def _outbox(self, id: str) -> Outbox:
+        frozen_to = self.one("SELECT coalesce(max(last_tick), 0) FROM transactions WHERE appservice = ?", id)[0]
+        waiting_to = self.one("SELECT coalesce(max(tick), 0) FROM outbox WHERE appservice = ?", id)[0]
+        row = self.one("SELECT appservice, txn_id, events, body FROM transactions WHERE appservice = ? AND acknowledged_ts IS NULL", id)
+        return Outbox(Transaction(*row) if row else None, frozen_to, max(frozen_to, waiting_to))
+
+    def count_waiting(self, id: str) -> int:
+        """Events for this application service that it has not acknowledged."""
+        frozen = self.one("SELECT coalesce(sum(events), 0) FROM transactions WHERE appservice = ? AND acknowledged_ts IS NULL", id)[0]
+        return int(frozen + self.one("SELECT count(*) FROM outbox WHERE appservice = ? AND tick > "
+                                     "(SELECT coalesce(max(last_tick), 0) FROM transactions WHERE appservice = ?)", id, id)[0])
+
+    def transactions(self, id: str) -> list[Any]:
+        """(txn_id, body, acknowledged_ts) of those that are kept, old to new."""
+        return self.all("SELECT txn_id, body, acknowledged_ts FROM transactions WHERE appservice = ? ORDER BY txn_id", id)
+
+    def reason(self, id: str, tick: int) -> str | None:
+        row = self.one("SELECT reason FROM outbox WHERE appservice = ? AND tick = ?", id, tick)
+        return row[0] if row else None
+
+
+class Tx(Reader):
+    """What a job on the writer thread may do. Nothing that it does is seen before COMMIT."""
+
+    def __init__(self, store: Store, db: sqlite3.Connection) -> None:
+        super().__init__(db)
+        self.store = store
+        self.tick_now = 0                                    # the last tick drawn
+        self.rooms: collections.OrderedDict[str, Room] = collections.OrderedDict()  # the writer's cache of room states
+        self.boxes: dict[str, Outbox] = {}                   # the same for the outboxes
+        self.ready: set[str] = set()                         # of these, the ones that freeze() is to look at
+        self.forget()
+
+    def forget(self) -> None:
+        """Drops what is cached: after a rollback it may be wrong. Outside a batch only."""
+        self.rooms.clear()
+        self.boxes = self.outboxes()
+        self.ready = set(self.boxes)
+        self.tick_now = self.position()
+        self.new_batch()
+
+    def new_batch(self) -> None:
+        self.after: list[Callable[[], object]] = []          # to be done after COMMIT, in this order
+        self.woken: set[str] = set()                         # users to wake then,
+        self.woken_rooms: set[Room] = set()                  # and rooms whose members to wake
+        self.moved: dict[int, int] = {}                      # room → its last tick
+        self.new_job()
+
+    def new_job(self) -> None:
+        self._touched: set[str] = set()                      # rooms whose cached state this job changed
+        self._mark = len(self.after)
+        self._job_rows: dict[str, int] = {}                  # application service → last tick of its outbox, by this job
+
+    def job_done(self) -> None:
+        for id, tick in self._job_rows.items():
+            self.boxes[id] = self.boxes.get(id, Outbox(None, 0, 0))._replace(waiting_to=tick)
+            self.ready.add(id)
+
+    def job_failed(self) -> None:
+        """After the rollback of one job: what it changed in the caches goes, too."""
+        for room_id in self._touched:
+            self.rooms.pop(room_id, None)
+        del self.after[self._mark:]
+
+    def tick(self) -> int:
+        self.tick_now += 1
+        return self.tick_now
+
+    def run(self, sql: str, *values: Any) -> int:
+        return self.db.execute(sql, values).rowcount
+
+    def wake(self, *user_ids: str) -> None:
+        self.woken.update(user_ids)
+
+    def wake_room(self, room: Room) -> None:
+        self.woken_rooms.add(room)
+
+    # -- accounts
+
+    def check_session(self, token: bytes | None) -> None:
+        if token is not None and token not in self.store.sessions:
+            raise MatrixError("M_UNKNOWN_TOKEN", "this session has been logged out", soft_logout=False)
+
+    def add_user(self, user_id: str, password: str | None, appservice: str | None, now: int) -> None:
+        self.run("INSERT INTO users (user_id, password, appservice, displayname, created_ts) VALUES (?, ?, ?, ?, ?)",
+                 user_id, password, appservice, localpart_of(user_id), now)
+        self.after.append(lambda: self.store.users.add(user_id))
+
+    def set_profile(self, user_id: str, key: str, value: str | None) -> None:
+        column = {"displayname": "displayname", "avatar_url": "avatar_url"}[key]
+        self.run(f"UPDATE users SET {column} = ? WHERE user_id = ?", value, user_id)
+
+    def add_session(self, user_id: str, device_id: str, display_name: str | None, token: bytes, now: int, ip: str | None) -> None:
+        """A new token for the device; one that the device had before ends."""
+        self.end_sessions(user_id, device_id)
+        self.run("INSERT INTO devices VALUES (?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET "
+                 "display_name = coalesce(excluded.display_name, display_name), "
+                 "last_seen_ts = excluded.last_seen_ts, last_seen_ip = excluded.last_seen_ip",
+                 user_id, device_id, display_name, now, ip)
+        self.run("INSERT INTO sessions VALUES (?, ?, ?)", token, user_id, device_id)
+        self.after.append(lambda: self.store.sessions.__setitem__(token, (user_id, device_id)))
+
+    def end_sessions(self, user_id: str, device_id: str | None = None) -> None:
+        """Ends the tokens of a device, or of all."""
+        where, values = "user_id = ? AND (? IS NULL OR device_id = ?)", (user_id, device_id, device_id)
+        for (token,) in self.all(f"SELECT token FROM sessions WHERE {where}", *values):
+            self.after.append(functools.partial(self.store.sessions.pop, token, None))
+        self.run(f"DELETE FROM sessions WHERE {where}", *values)
+
+    def delete_device(self, user_id: str, device_id: str | None = None) -> None:
+        self.end_sessions(user_id, device_id)
+        self.run("DELETE FROM devices WHERE user_id = ? AND (? IS NULL OR device_id = ?)", user_id, device_id, device_id)
+
+    def rename_device(self, user_id: str, device_id: str, display_name: str | None) -> None:
+        self.run("UPDATE devices SET display_name = ? WHERE user_id = ? AND device_id = ?", display_name, user_id, device_id)
+
+    def set_account_data(self, user_id: str, room_id: str, type: str, content: str) -> None:
+        self.run("INSERT OR REPLACE INTO account_data VALUES (?, ?, ?, ?, ?)", user_id, room_id, type, self.tick(), content)
+        self.wake(user_id)
+
+    def add_filter(self, user_id: str, content: str) -> int:
+        self.run("INSERT OR IGNORE INTO filters (user_id, json) VALUES (?, ?)", user_id, content)
+        return int(self.one("SELECT filter_id FROM filters WHERE user_id = ? AND json = ?", user_id, content)[0])
+
+    def add_media(self, media_id: str, content_type: str, filename: str | None, user_id: str, now: int, content: bytes) -> None:
+        self.run("INSERT INTO media VALUES (?, ?, ?, ?, ?, ?)", media_id, content_type, filename, user_id, now, content)
+
+    # -- rooms
+
+    def add_room(self, room_id: str, version: RoomVersion) -> Room:
+        n = self.db.execute("INSERT INTO rooms (room_id, version) VALUES (?, ?)", (room_id, version.id)).lastrowid
+        self.rooms[room_id] = room = Room(int(n or 0), room_id, version)
+        self._touched.add(room_id)
+        return room
+
+    def room(self, room_id: str) -> Room | None:
+        """A room with its state, from the cache if it is there."""
+        if room_id in self.rooms:
+            self.rooms.move_to_end(room_id)
+            return self.rooms[room_id]
+        row = self.room_row(room_id)
+        if not row:
+            return None
+        room = Room(row.n, room_id, ROOM_VERSIONS[row.version])
+        for tick, type, state_key, sender, content in self.all(
+                "SELECT e.tick, e.type, e.state_key, e.sender, json_extract(e.json, '$.content') "
+                "FROM state s JOIN events e ON e.tick = s.tick WHERE s.room = ?", row.n):
+            room.put(type, state_key, StateEvent(tick, sender, json.loads(content)))
+        self.rooms[room_id] = room
+        if len(self.rooms) > MAX_CACHED_ROOMS:
+            self.rooms.popitem(last=False)
+        return room
+
+    def audience(self, room: Room) -> Audience:
+        if room.audience is None or room.audience.registrations is not self.store.registrations:
+            room.audience = Audience(self.store.registrations, room.room_id, room.joined, self.aliases_of(room.n))
+        return room.audience
+
+    def publish_room(self, room: Room, published: bool) -> None:
+        self.run("UPDATE rooms SET published = ? WHERE n = ?", int(published), room.n)
+
+    def add_alias(self, alias: str, room: Room, creator: str) -> None:
+        self.run("INSERT INTO aliases VALUES (?, ?, ?)", alias, room.n, creator)
+        self._touched.add(room.room_id)
+        self.audience(room).add("aliases", alias)
+
+    def delete_alias(self, alias: str, room: Room) -> None:
+        self.run("DELETE FROM aliases WHERE alias = ?", alias)
+        self._touched.add(room.room_id)
+        self.audience(room).remove("aliases", alias)
+
+    def forget_room(self, user_id: str, room: int) -> None:
+        self.run("UPDATE memberships SET forgotten = 1 WHERE user_id = ? AND room = ?", user_id, room)
+
+    def add_receipt(self, room: Room, type: str, user_id: str, thread_id: str, event_id: str, now: int) -> None:
+        tick = self.tick()
+        self.run("INSERT OR REPLACE INTO receipts VALUES (?, ?, ?, ?, ?, ?, ?)", room.n, type, user_id, thread_id, tick, event_id, now)
+        self.moved[room.n] = tick
+
+    # -- events
+
+    def append(self, room: Room, draft: Draft, ts: int, device_id: str | None = None, txn_id: str | None = None,
+               max_bytes: int = 65_536) -> str:
+        """Stores an event that the rules have passed and everything that follows from it; its event ID."""
+        tick = self.tick()
+        parts = {"type": draft.type, "sender": draft.sender, "content": draft.content, "origin_server_ts": ts, "room_id": room.room_id}
+        if draft.state_key is not None:
+            parts["state_key"] = draft.state_key
+        if draft.redacts is not None:
+            parts["redacts"] = draft.redacts
+        text = canonical_json(parts)
+        event_id = event_id_of(tick, text)
+        if draft.type == "m.room.create" and room.version.creators_rule:
+            self._name_by_hash(room, "!" + event_id[1:])
+            text = canonical_json({**parts, "room_id": room.room_id})
+        text = f'{{"event_id":"{event_id}",{text[1:]}'
+        if len(text) > max_bytes or len(text.encode()) > max_bytes:
+            raise MatrixError("M_TOO_LARGE", f"an event may have {max_bytes} bytes at most, this one has {len(text.encode())}")
+        self._insert(room, tick, draft, ts, text, device_id, txn_id)
+        return event_id
+
+    def _name_by_hash(self, room: Room, room_id: str) -> None:
+        """In room version 12 the room ID is the hash of m.room.create."""
+        self.run("UPDATE rooms SET room_id = ? WHERE n = ?", room_id, room.n)
+        self.rooms[room_id] = self.rooms.pop(room.room_id)
+        room.room_id, room.audience = room_id, None
+        self._touched.add(room_id)
+
+    def _insert(self, room: Room, tick: int, draft: Draft, ts: int, text: str, device_id: str | None, txn_id: str | None) -> None:
+        self._touched.add(room.room_id)
+        audience = self.audience(room)
+        target = draft.state_key if draft.type == "m.room.member" else None
+        reasons = audience.interested(draft.sender, target)
+        before = room.events.get((draft.type, draft.state_key)) if draft.state_key is not None else None
+        self.run("INSERT INTO events VALUES (?, ?, ?, ?, ?, ?, ?, ?, NULL, ?, ?)", tick, room.n, draft.type, draft.state_key, draft.sender, ts,
+                 text, before.tick if before else None, device_id, txn_id)
+        self.wake_room(room)
+        if draft.state_key is not None:
+            self._set_state(room, tick, draft, audience)
+        for id, reason in reasons.items():
+            if self.store.registrations.by_id[id].url is not None:
+                self.run("INSERT INTO outbox VALUES (?, ?, ?)", id, tick, reason)
+                self._job_rows[id] = tick
+        self.moved[room.n] = tick
+
+    def _set_state(self, room: Room, tick: int, draft: Draft, audience: Audience) -> None:
+        key = draft.state_key or ""
+        was_in = key in room.joined
+        room.put(draft.type, key, StateEvent(tick, draft.sender, draft.content))
+        self.run("INSERT OR REPLACE INTO state VALUES (?, ?, ?, ?)", room.n, draft.type, key, tick)
+        if draft.type == "m.room.member":
+            self.run("INSERT OR REPLACE INTO memberships VALUES (?, ?, ?, ?, 0)", key, room.n, draft.content["membership"], tick)
+            if was_in != (key in room.joined):
+                (audience.remove if was_in else audience.add)("users", key)
+            self.wake(key)
+
+    def remember_client_txn(self, sender: str, device_id: str, path: str, txn_id: str, event_id: str) -> None:
+        self.run("INSERT INTO client_txns VALUES (?, ?, ?, ?, ?)", sender, device_id, path, txn_id, event_id)
+
+    def redact(self, room: Room, event: Event, redaction_tick: int) -> None:
+        text = redacted_json(room.version, event.json)
+        self.run("UPDATE events SET json = ?, redacted_by = ? WHERE tick = ?", text, redaction_tick, event.tick)
+        key = (event.type, event.state_key or "")
+        if event.state_key is not None and key in room.events and room.events[key].tick == event.tick:
+            self._touched.add(room.room_id)
+            room.put(*key, StateEvent(event.tick, event.sender, json.loads(text)["content"]))
+
+    # -- the outbox
+
+    def freeze(self) -> None:
+        """Makes a transaction of what waits, for every application service that has none open. At the end of a batch."""
+        for id in self.ready:
+            box = self.boxes[id]
+            if box.open is None and box.waiting_to > box.frozen_to:
+                self._freeze(id, box)
+        self.ready.clear()
+
+    def _freeze(self, id: str, box: Outbox) -> None:
+        rows = self.all(f"SELECT {EVENT_COLUMNS} FROM outbox o JOIN {EVENT_TABLES} WHERE o.appservice = ? AND o.tick > ? AND e.tick = o.tick "
+                        "ORDER BY o.tick LIMIT ?", id, box.frozen_to, MAX_TRANSACTION_EVENTS)
+        now = self.store.clock.now()
+        body = '{"events":[' + ",".join([Event(*row).for_appservice(now) for row in rows]) + "]}"
+        transaction = Transaction(id, self._next_txn_id(id), len(rows), body.encode("utf-8", "replace"))
+        last = int(rows[-1][0])
+        self.run("INSERT INTO transactions VALUES (?, ?, ?, ?, ?, NULL)", id, transaction.txn_id, last, len(rows), transaction.body)
+        self.boxes[id] = box._replace(open=transaction, frozen_to=last)
+        self.after.append(lambda: self.store.on_frozen(transaction))
+
+    def _next_txn_id(self, id: str) -> int:
+        """Rises, and is never used again: not after a restart, not with a new database (the real clock, in microseconds)."""
+        last = self.one("SELECT coalesce(max(txn_id), 0) FROM transactions WHERE appservice = ?", id)[0]
+        return max(int(last) + 1, time.time_ns() // 1000)
+
+    def acknowledge(self, id: str, txn_id: int) -> None:
+        box = self.boxes.get(id)
+        if box and box.open and box.open.txn_id == txn_id:
+            self.run("UPDATE transactions SET acknowledged_ts = ? WHERE appservice = ? AND txn_id = ?", self.store.clock.now(), id, txn_id)
+            self.boxes[id] = box._replace(open=None)
+            self.ready.add(id)
+            self._prune(id)
+
+    def _prune(self, id: str) -> None:
+        row = self.one("SELECT txn_id, last_tick FROM transactions WHERE appservice = ? ORDER BY txn_id DESC LIMIT 1 OFFSET ?", id, KEPT_TRANSACTIONS)
+        if row:
+            self.run("DELETE FROM transactions WHERE appservice = ? AND txn_id <= ?", id, row[0])
+            self.run("DELETE FROM outbox WHERE appservice = ? AND tick <= ?", id, row[1])
+
+
+class Waiters:
+    """Who waits for news, by user: each long poll on a bell of its own, so that a batch wakes exactly whom it concerns."""
+
+    def __init__(self) -> None:
+        self._bells: dict[str, list[Any]] = {}
+        self._guard = threading.Lock()                       # guards _bells
+
+    def enter(self, user_id: str) -> Any:
+        waiting = bell()
+        with self._guard:
+            self._bells.setdefault(user_id, []).append(waiting)
+        return waiting
+
+    def leave(self, user_id: str, waiting: Any) -> None:
+        with self._guard:
+            self._bells[user_id].remove(waiting)
+            if not self._bells[user_id]:
+                del self._bells[user_id]
+
+    def among(self, user_ids: set[str]) -> set[str]:
+        with self._guard:
+            return self._bells.keys() & user_ids             # looks at the smaller of the two
+
+    def wake(self, user_ids: Iterable[str] | None = None) -> None:
+        """Wakes these users' polls, or all."""
+        with self._guard:
+            bells = [one for user_id in (user_ids if user_ids is not None else list(self._bells)) for one in self._bells.get(user_id, ())]
+        for one in bells:
+            release(one)
+
+
+class _Job:
+    """One change, waiting for its COMMIT."""
+
+    __slots__ = ("fn", "done", "result", "error")
+
+    def __init__(self, fn: Callable[[Tx], Any]) -> None:
+        self.fn, self.done = fn, bell()
+        self.result: Any = None
+        self.error: BaseException | None = None
+
+
+class Store:
+    """The database: read() lends a connection to look, write() runs a job on the one writer thread."""
+
+    def __init__(self, path: str, server_name: str, registrations: Registrations, clock: Clock) -> None:
+        self.clock, self.registrations = clock, registrations
+        self._temporary = tempfile.mkdtemp(prefix="asbridge-") if path == ":memory:" else None
+        self.path = os.path.join(self._temporary, "memory.db") if self._temporary else path
+        self._lock = None if self._temporary else hold_database(self.path)
+        self._readers: queue.LifoQueue[sqlite3.Connection | None] = queue.LifoQueue()
+        for _ in range(READERS):
+            self._readers.put(None)                          # opened when first needed
+        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        db = open_sqlite(self.path, durable=self._temporary is None)
+        create_schema(db, self.path, server_name)
+        # What is published after each COMMIT, for all threads to read:
+        self.sessions = {token: (user_id, device_id) for token, user_id, device_id in db.execute("SELECT token, user_id, device_id FROM sessions")}
+        self.users = {user_id for (user_id,) in db.execute("SELECT user_id FROM users WHERE NOT deactivated")}
+        self._moved: dict[int, int] = {}                     # room → its last tick, if it moved since the start
+        self._tx = Tx(self, db)
+        self.started_at = self.position = self._tx.tick_now  # the last tick that readers may see
+        self.waiters = Waiters()
+        self.on_frozen: Callable[[Transaction], object] = lambda transaction: None
+        self._thread = threading.Thread(target=self._run, name="writer", daemon=True)
+        self._thread.start()
+
+    def wait_published(self, tick: int) -> None:
+        """Until what was committed up to this tick is published as well: some microseconds."""
+        while self.position < tick:
+            time.sleep(0.0001)
+
+    def moved_since(self, room: int, tick: int) -> bool:
+        """Whether anything may have happened in a room after this tick."""
+        return self._moved.get(room, self.started_at) > tick
+
+    @contextlib.contextmanager
+    def read(self) -> Iterator[Reader]:
+        """A moment of the database. Not to be held while waiting, sending or asking."""
+        db = self._readers.get()
+        try:
+            db = db or open_sqlite(self.path, read_only=True)
+            db.execute("BEGIN")
+            try:
+                yield Reader(db)
+            finally:
+                db.execute("COMMIT")
+        finally:
+            self._readers.put(db)
+
+    def write(self, fn: Callable[[Tx], T]) -> T:
+        """Runs fn on the writer thread and returns its result when it is durable, or raises what it raised.
+
+        fn must have no effect outside of `tx`, for it may be run twice, and do no I/O.
+        """
+        job = _Job(fn)
+        self._jobs.put(job)
+        job.done.acquire()
+        if job.error:
+            raise job.error
+        return cast(T, job.result)
+
+    def close(self) -> None:
+        """After the last job. What is queued is still done."""
+        self._jobs.put(None)
+        self._thread.join()
+        for _ in range(READERS):
+            db = self._readers.get()
+            if db:
+                db.close()
+        self._tx.db.close()
+        if self._lock:
+            self._lock.close()
+        if self._temporary:
+            shutil.rmtree(self._temporary, ignore_errors=True)
+
+    # -- the writer thread
+
+    def _run(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            batch = [job]
+            with contextlib.suppress(queue.Empty):
+                while len(batch) < MAX_BATCH and (more := self._jobs.get_nowait()) is not None:
+                    batch.append(more)
+                if len(batch) < MAX_BATCH:
+                    self._jobs.put(None)                     # it was None: stop after this batch
+            self._do(batch)
+
+    def _do(self, batch: list[_Job]) -> None:
+        """One batch, one COMMIT. If it fails as a whole, each job gets another chance alone."""
+        try:
+            self._commit(batch)
+        except Exception as error:
+            self._roll_back()
+            if len(batch) > 1:
+                for job in batch:
+                    self._do([job])
+                return
+            log.error("a change could not be stored: %s", error, exc_info=not isinstance(error, sqlite3.Error))
+            batch[0].error = MatrixError("M_UNKNOWN", "the homeserver could not store this; its log says why")
+        for job in batch:
+            release(job.done)
+
+    def _commit(self, batch: list[_Job]) -> None:
+        tx = self._tx
+        tx.db.execute("BEGIN IMMEDIATE")
+        for job in batch:
+            self._try(tx, job)
+        tx.freeze()
+        tx.run("UPDATE meta SET value = ? WHERE key = 'position'", tx.tick_now)
+        tx.db.execute("COMMIT")
+        self._publish(tx)
+
+    def _try(self, tx: Tx, job: _Job) -> None:
+        tx.new_job()
+        tx.db.execute("SAVEPOINT job")
+        try:
+            job.result, job.error = job.fn(tx), None
+            tx.job_done()
+        except MatrixError as error:                         # a refusal: this job alone is undone
+            job.error = error
+            tx.db.execute("ROLLBACK TO job")
+            tx.job_failed()
+        tx.db.execute("RELEASE job")
+
+    def _publish(self, tx: Tx) -> None:
+        for change in tx.after:
+            change()
+        self._moved.update(tx.moved)
+        self.position = tx.tick_now
+        for room in tx.woken_rooms:
+            tx.woken |= self.waiters.among(room.joined)
+        if tx.woken:
+            self.waiters.wake(tx.woken)
+        tx.new_batch()
+
+    def _roll_back(self) -> None:
+        with contextlib.suppress(sqlite3.Error):
+            if self._tx.db.in_transaction:
+                self._tx.db.execute("ROLLBACK")
+        with contextlib.suppress(sqlite3.Error):
+            self._tx.forget()
+
+
+class DatabaseError(Exception):
+    """The database can't be used; the text says why and what to do."""
+
+
+def hold_database(path: str) -> sqlite3.Connection:
+    """Keeps a second process off the database: by a lock on a small file beside it, which ends with this process."""
+    try:
+        lock = sqlite3.connect(path + "-lock", isolation_level=None, check_same_thread=False, timeout=0)
+        lock.execute("PRAGMA journal_mode=MEMORY")
+        lock.execute("BEGIN EXCLUSIVE")
+    except sqlite3.Error as error:
+        why = "is in use by another asbridge; stop that one or name another --database" if "locked" in str(error) else f"can't be opened: {error}"
+        raise DatabaseError(f"the database {path} {why}") from None
+    return lock
+
+
+def create_schema(db: sqlite3.Connection, path: str, server_name: str) -> None:
+    """Makes the tables of a new database; refuses one that is not ours."""
+    try:
+        version = db.execute("PRAGMA user_version").fetchone()[0]
+        if version == 0 and not db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
+            db.executescript(f"BEGIN; {SCHEMA} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
+            db.execute("INSERT INTO meta VALUES ('server_name', ?), ('position', 0)", (server_name,))
+        elif version != SCHEMA_VERSION:
+            raise DatabaseError(f"{path} is not a database of this asbridge (its user_version is {version}, not {SCHEMA_VERSION}); name another --database")
+        made_for = db.execute("SELECT value FROM meta WHERE key = 'server_name'").fetchone()[0]
+    except sqlite3.Error as error:
+        raise DatabaseError(f"{path} can't be used as a database: {error}") from None
+    if made_for != server_name:
+        raise DatabaseError(f"{path} was made for the server name {made_for!r}, not {server_name!r}; name another --database or that server_name")
+
+
+# ============================================================================
+# 6. The homeserver
+# ============================================================================
+# What users do, as verbs with plain values in and out: register, log in, create
+# a room, join, send, read, sync. A verb checks within its job on the writer
+# thread, so that what it saw is still true when it is stored. Spec:
+# Client-Server API. Does not know HTTP; asks an application service only through
+# the function that it is given.
+
+MAX_SYNC_SECONDS = 600.0
+MAX_PAGE = 1000                  # events in one answer
+TIMELINE = 10                    # events in a /sync timeline, unless a filter says otherwise
+PASSWORDS = threading.Semaphore(2)   # scrypt takes 16 MiB and 50 ms: two at a time
+
+
+@dataclass
+class Settings:
+    """The keys of the configuration that the homeserver reads (README, Configuration)."""
+    server_name: str = "localhost"
+    public_url: str = ""
+    open_registration: bool = True
+    room_version: str = "11"
+    max_event_bytes: int = 65_536
+    max_request_bytes: int = 1_048_576
+    max_upload_bytes: int = 52_428_800
+    retry_first_ms: int = 500
+    retry_max_ms: int = 60_000
+    push_timeout_ms: int = 60_000
+    query_timeout_ms: int = 10_000
+    rate_limit: Mapping[str, float] | None = None            # per_second, burst
+
+
+@dataclass(frozen=True, slots=True)
+class Who:
+    """Who is asking: a person's session, or an application service acting as one of its users."""
+    user_id: str
+    device_id: str | None = None
+    token: bytes | None = None                   # digest of the session's token; None with an as_token
+    appservice: Registration | None = None
+
+
+class World:
+    """What all verbs work on."""
+
+    def __init__(self, settings: Settings, clock: Clock, registrations: Registrations, database: str) -> None:
+        self.settings, self.clock, self.name = settings, clock, settings.server_name
+        self.store = Store(database, settings.server_name, registrations, clock)
+        # Asks for "users" or "aliases" that don't exist yet; True if an application service says that it has created
+        # it. `by` is the one that is asking itself. Patient: tries again, and raises 408 in the end. Set by section 12.
+        self.ask: Callable[[str, str, Registration | None, bool], bool] = lambda kind, id, by, patient: False
+
+    @property
+    def registrations(self) -> Registrations:
+        return self.store.registrations
+
+    def add_senders(self) -> None:
+        """Every application service's own user exists from the start."""
+        def job(tx: Tx) -> None:
+            for registration in self.registrations:
+                user_id = registration.sender(self.name)
+                if not tx.user(user_id):
+                    tx.add_user(user_id, None, registration.id, self.clock.now())
+        self.store.write(job)
+
+
+def random_id(length: int = 18) -> str:
+    return "".join(secrets.choice(string.ascii_letters) for _ in range(length))
+
+
+def digest(token: str) -> bytes:
+    """What is kept of an access token."""
+    return hashlib.sha256(token.encode("utf-8", "replace")).digest()
+
+
+def hash_password(password: str, salt: bytes | None = None) -> str:
+    salt = salt or secrets.token_bytes(16)
+    with PASSWORDS:
+        key = hashlib.scrypt(password.encode("utf-8", "replace"), salt=salt, n=16_384, r=8, p=1)
+    return f"scrypt${salt.hex()}${key.hex()}"
+
+
+def password_fits(password: str, stored: str) -> bool:
+    return hmac.compare_digest(hash_password(password, bytes.fromhex(stored.split("$")[1])), stored)
+
+
+class Accounts:
+    """Users, their devices and sessions, profiles, and what they keep on the server."""
+
+    def __init__(self, world: World) -> None:
+        self.world, self.store = world, world.store
+
+    # -- registering and logging in
+
+    def register(self, username: str | None, password: str | None, **device: Any) -> JsonObject:
+        """A new person. `device`: device_id, display_name, ip, inhibit_login."""
+        if not self.world.settings.open_registration:
+            raise forbidden("people can't register here: open_registration is false in the configuration")
+        user_id = self.check_available(username if username is not None else random_id(10).lower(), None)
+        return self._add(user_id, hash_password(password) if password else None, None, **device)
+
+    def register_ghost(self, registration: Registration, username: str | None, **device: Any) -> JsonObject:
+        """A new user of an application service (Server admin style permissions)."""
+        user_id = self.check_available(username or "", registration)
+        return self._add(user_id, None, registration, **device)
+
+    def check_available(self, username: str, by: Registration | None) -> str:
+        """The user ID, if it may be registered; M_INVALID_USERNAME, M_EXCLUSIVE or M_USER_IN_USE."""
+        grammar = HISTORICAL_LOCALPART if by else STRICT_LOCALPART
+        user_id = f"@{username}:{self.world.name}"
+        if not grammar.fullmatch(username) or len(user_id) > MAX_ID_BYTES:
+            allowed = "printable ASCII without ':'" if by else "a-z, 0-9 and ._=/+-"
+            raise MatrixError("M_INVALID_USERNAME", f"{shorten(username)!r} is no user name: it may have {allowed}, "
+                              f"and the whole ID {MAX_ID_BYTES} bytes at most")
+        self.world.registrations.check_may_create("users", user_id, by)
+        with self.store.read() as reader:
+            self._check_free(reader, user_id)
+        return user_id
+
+    @staticmethod
+    def _check_free(reader: Reader, user_id: str) -> None:
+        if reader.user(user_id):
+            raise MatrixError("M_USER_IN_USE", f"{user_id} exists already")
+
+    def _add(self, user_id: str, password: str | None, by: Registration | None, device_id: str | None = None,
+             display_name: str | None = None, ip: str | None = None, inhibit_login: bool = False) -> JsonObject:
+        def job(tx: Tx) -> JsonObject:
+            self._check_free(tx, user_id)
+            tx.add_user(user_id, password, by.id if by else None, self.world.clock.now())
+            if inhibit_login:
+                return {"user_id": user_id, "home_server": self.world.name}
+            return self._new_session(tx, user_id, device_id, display_name, ip)
+        return self.store.write(job)
+
+    def _new_session(self, tx: Tx, user_id: str, device_id: str | None = None, display_name: str | None = None,
+                     ip: str | None = None) -> JsonObject:
+        token, device_id = secrets.token_urlsafe(32), device_id or random_id(10).upper()
+        tx.add_session(user_id, device_id, display_name, digest(token), self.world.clock.now(), ip)
+        return {"user_id": user_id, "access_token": token, "device_id": device_id, "home_server": self.world.name}
+
+    def full_id(self, user: str) -> str:
+        """A localpart or a whole user ID as the latter."""
+        return user if user.startswith("@") else f"@{user}:{self.world.name}"
+
+    def login(self, user: str, password: str, **device: Any) -> JsonObject:
+        user_id = self.full_id(user)
+        self.check_password(user_id, password)
+        return self.store.write(lambda tx: self._new_session(tx, user_id, **device))
+
+    def check_password(self, user_id: str, password: str) -> None:
+        with self.store.read() as reader:
+            row = reader.user(user_id)
+        stored = row[0] if row and not row[4] else None
+        if not password_fits(password, stored or hash_password("", b"nobody") + "!") or not stored:
+            raise forbidden("wrong user name or password")
+
+    def login_ghost(self, registration: Registration, user: str, **device: Any) -> JsonObject:
+        """A session of its own for a user of an application service (m.login.application_service)."""
+        user_id = self.full_id(user)
+        if not self.world.registrations.claim_of(registration, "users", user_id):
+            raise MatrixError("M_EXCLUSIVE", f"{shorten(user_id)} is outside the namespaces of the application service {registration.id!r}, "
+                              f"whose regexes for users are {registration.regexes('users')}")
+
+        def job(tx: Tx) -> JsonObject:
+            if not tx.user(user_id):
+                raise forbidden(f"{user_id} is not registered; register it first")
+            return self._new_session(tx, user_id, **device)
+        return self.store.write(job)
+
+    def logout(self, who: Who) -> None:
+        if who.device_id:
+            self.store.write(lambda tx: tx.delete_device(who.user_id, who.device_id))
+
+    def logout_all(self, who: Who) -> None:
+        self.store.write(lambda tx: tx.delete_device(who.user_id))
+
+    # -- devices
+
+    def devices(self, who: Who) -> list[JsonObject]:
+        with self.store.read() as reader:
+            return [self._device(who, row) for row in reader.devices(who.user_id)]
+
+    def device(self, who: Who, device_id: str) -> JsonObject:
+        with self.store.read() as reader:
+            row = reader.device(who.user_id, device_id)
+        if not row:
+            raise MatrixError("M_NOT_FOUND", f"{who.user_id} has no device {shorten(device_id)}")
+        return self._device(who, row)
+
+    @staticmethod
+    def _device(who: Who, row: Sequence[Any]) -> JsonObject:
+        return {"device_id": row[0], "display_name": row[1] or "", "last_seen_ts": row[2], "last_seen_ip": row[3], "user_id": who.user_id}
+
+    def rename_device(self, who: Who, device_id: str, display_name: str | None) -> None:
+        self.device(who, device_id)
+        self.store.write(lambda tx: tx.rename_device(who.user_id, device_id, display_name))
+
+    def delete_devices(self, who: Who, device_ids: Sequence[str]) -> None:
+        def job(tx: Tx) -> None:
+            for device_id in device_ids:
+                tx.delete_device(who.user_id, device_id)
+        self.store.write(job)
+
+    # -- profiles
+
+    def profile(self, user_id: str, by: Registration | None) -> JsonObject:
+        """displayname and avatar_url, as far as they are set. An unknown ghost's application service is asked."""
+        for again in (False, True):
+            with self.store.read() as reader:
+                row = reader.user(user_id)
+            if row:
+                return {key: value for key, value in (("displayname", row[2]), ("avatar_url", row[3])) if value is not None}
+            if again or not self.world.ask("users", user_id, by, True):
+                break
+        raise MatrixError("M_NOT_FOUND", f"there is no user {shorten(user_id)}")
+
+    def set_profile(self, who: Who, user_id: str, key: str, value: str | None) -> None:
+        """Changes the profile and with it the member events of the rooms that the user is in."""
+        if who.user_id != user_id:
+            raise forbidden(f"{who.user_id} can't change the profile of {shorten(user_id)}")
+
+        def job(tx: Tx) -> None:
+            tx.check_session(who.token)
+            tx.set_profile(user_id, key, value)
+            for _, room_id, membership, _, _ in tx.memberships_of(user_id):
+                room = tx.room(room_id)
+                if membership == "join" and room:
+                    content = {k: v for k, v in {**room.content("m.room.member", user_id), key: value}.items() if v is not None}
+                    tx.append(room, Draft("m.room.member", user_id, content, user_id), self.world.clock.now())
+        self.store.write(job)
+
+    # -- account data and filters
+
+    def account_data(self, who: Who, room_id: str, type: str) -> Raw:
+        with self.store.read() as reader:
+            found = reader.account_data(who.user_id, room_id, type)
+        if found is None:
+            raise MatrixError("M_NOT_FOUND", f"there is no account data of type {shorten(type)}")
+        return found
+
+    def set_account_data(self, who: Who, room_id: str, type: str, content: JsonObject) -> None:
+        self.store.write(lambda tx: tx.set_account_data(who.user_id, room_id, type, to_json(content)))
+
+    def tags(self, who: Who, room_id: str) -> JsonObject:
+        with self.store.read() as reader:
+            found = reader.account_data(who.user_id, room_id, "m.tag")
+        return cast(JsonObject, json.loads(found)) if found else {"tags": {}}
+
+    def set_tag(self, who: Who, room_id: str, tag: str, content: JsonObject | None) -> None:
+        """Sets a tag on a room, or takes it off with content None."""
+        def job(tx: Tx) -> None:
+            tags = json.loads(tx.account_data(who.user_id, room_id, "m.tag") or '{"tags":{}}')
+            tags["tags"].pop(tag, None)
+            if content is not None:
+                tags["tags"][tag] = content
+            tx.set_account_data(who.user_id, room_id, "m.tag", to_json(tags))
+        self.store.write(job)
+
+    def add_filter(self, who: Who, content: JsonObject) -> str:
+        return str(self.store.write(lambda tx: tx.add_filter(who.user_id, to_json(content))))
+
+    def filter(self, who: Who, filter_id: str) -> JsonObject:
+        with self.store.read() as reader:
+            row = reader.filter(who.user_id, int(filter_id)) if filter_id.isdecimal() and len(filter_id) < 16 else None
+        if not row:
+            raise MatrixError("M_NOT_FOUND", f"{who.user_id} has no filter {shorten(filter_id)}")
+        return cast(JsonObject, json.loads(row[0]))
+
+
+# -- Rooms.
+
+class View(NamedTuple):
+    """What one user may see of one room."""
+    row: RoomRow
+    membership: str
+    ranges: list[tuple[int, int]]        # of ticks whose events may be seen
+    state_upto: int                      # the state may be seen as it was then; -1: not at all
+
+    def events(self, reader: Reader, after: int, upto: int, limit: int, newest: bool, filter: Filter = Filter()) -> list[Event]:
+        """Visible events with after < tick <= upto."""
+        found: list[Event] = []
+        for first, last in reversed(self.ranges) if newest else self.ranges:
+            start, end = max(after, first - 1), min(upto, last)
+            if start < end and len(found) < limit:
+                found += reader.events(self.row.n, start, end, limit - len(found), newest, filter)
+        return found
+
+
+def view_of(reader: Reader, user_id: str, room_id: str) -> View:
+    """M_FORBIDDEN if there is nothing to see, or no such room: that makes no difference."""
+    row = reader.room_row(room_id)
+    if row:
+        own = reader.membership(user_id, row.n)
+        memberships = [] if not own or own[2] else reader.changes(row.n, "m.room.member", user_id, "membership")
+        visibilities = reader.changes(row.n, "m.room.history_visibility", "", "history_visibility")
+        ranges = visible_ranges(visibilities, memberships)
+        membership = memberships[-1][1] if memberships else "leave"
+        if membership == "join" or (visibilities and visibilities[-1][1] == "world_readable"):
+            return View(row, membership, ranges, FOREVER)
+        left = [tick for (tick, _), (_, before) in zip(memberships[1:], memberships, strict=False) if before == "join"]
+        if ranges or membership in ("invite", "knock"):
+            return View(row, membership, ranges, left[-1] if left else -1)
+    raise forbidden(f"{user_id} is not in the room {shorten(room_id)}")
+
+
+class Rooms:
+    """Everything that happens in rooms."""
+
+    def __init__(self, world: World) -> None:
+        self.world, self.store = world, world.store
+
+    def _room(self, tx: Tx, who: Who, room_id: str) -> Room:
+        """The room, for a job of `who`, whose session must still be good."""
+        tx.check_session(who.token)
+        room = tx.room(room_id)
+        if not room:
+            raise forbidden(f"{who.user_id} is not in the room {shorten(room_id)}")
+        return room
+
+    def _append(self, tx: Tx, room: Room, draft: Draft, ts: int | None = None, device_id: str | None = None, txn_id: str | None = None) -> str:
+        """Stores an event if the rules of the room pass it."""
+        authorise(room, draft)
+        return tx.append(room, draft, self.world.clock.now() if ts is None else ts, device_id, txn_id, self.world.settings.max_event_bytes)
+
+    # -- creating
+
+    def create(self, who: Who, options: JsonObject) -> str:
+        """A new room (createRoom): its first events in the order of the spec, all or none; the room ID."""
+        plan = RoomPlan(self.world, who, options)
+        for user_id in plan.invite:
+            self.world.ask("users", user_id, who.appservice, False)
+
+        def job(tx: Tx) -> str:
+            tx.check_session(who.token)
+            room = tx.add_room(f"!{random_id()}:{self.world.name}", plan.version)
+            if plan.published:
+                tx.publish_room(room, True)
+            for index, draft in enumerate(plan.drafts(self._member_content(tx, who.user_id, "join"))):
+                self._append_first(tx, room, draft)
+                if index == 0 and plan.alias:
+                    self._add_alias(tx, who, plan.alias, room, "M_ROOM_IN_USE")
+            for user_id in plan.invite:
+                content = self._member_content(tx, user_id, "invite", {"is_direct": True} if plan.is_direct else {})
+                self._append_first(tx, room, Draft("m.room.member", who.user_id, content, user_id))
+            return room.room_id
+        return self.store.write(job)
+
+    def _append_first(self, tx: Tx, room: Room, draft: Draft) -> None:
+        try:
+            if draft.type == "m.room.power_levels":
+                check_power_levels_shape(draft.content)
+            self._append(tx, room, draft)
+        except MatrixError as error:
+            if error.errcode == "M_FORBIDDEN":
+                raise MatrixError("M_INVALID_ROOM_STATE", f"the room can't begin with this {draft.type}: {error.error}") from None
+            raise
+
+    # -- membership
+
+    def _member_content(self, tx: Tx, user_id: str, membership: str, extra: JsonObject | None = None) -> JsonObject:
+        """Content of a member event, with the profile of the user that it is about."""
+        row = tx.user(user_id) if membership in ("join", "invite", "knock") else None
+        profile = {"displayname": row[2], "avatar_url": row[3]} if row else {}
+        content = {"membership": membership, **profile, **(extra or {})}
+        return {key: value for key, value in content.items() if value is not None}
+
+    def join(self, who: Who, room_id_or_alias: str, extra: JsonObject | None = None) -> str:
+        """Joins a room; the room ID. An unknown alias's application service is asked. `extra` goes into the event."""
+        room_id = self._id_of(room_id_or_alias, who)
+
+        def job(tx: Tx) -> str:
+            tx.check_session(who.token)
+            room = tx.room(room_id)
+            if not room:
+                raise MatrixError("M_NOT_FOUND", f"there is no room {shorten(room_id)}")
+            if who.user_id not in room.joined:
+                content = self._member_content(tx, who.user_id, "join", {**(extra or {}), **self._voucher(tx, room, who.user_id)})
+                self._append(tx, room, Draft("m.room.member", who.user_id, content, who.user_id))
+            return room_id
+        return self.store.write(job)
+
+    def _id_of(self, room_id_or_alias: str, who: Who) -> str:
+        return self.resolve(room_id_or_alias, who.appservice) if room_id_or_alias[:1] == "#" else room_id_or_alias
+
+    def _voucher(self, tx: Tx, room: Room, user_id: str) -> JsonObject:
+        """For a restricted room: a member with the power to invite, if the user is in one of the rooms that it names."""
+        if room.join_rule not in ("restricted", "knock_restricted") or room.membership(user_id) == "invite":
+            return {}
+        allow = room.content("m.room.join_rules").get("allow")
+        ids = [entry.get("room_id") for entry in allow if isinstance(entry, dict)] if isinstance(allow, list) else []
+        others = [tx.room(id) for id in ids if isinstance(id, str)]
+        if any(other and user_id in other.joined for other in others):
+            for member in room.joined:
+                if room.power(member) >= room.needed("invite"):
+                    return {"join_authorised_via_users_server": member}
+        return {}
+
+    def knock(self, who: Who, room_id_or_alias: str, extra: JsonObject | None = None) -> str:
+        room_id = self._id_of(room_id_or_alias, who)
+        self.set_membership(who, room_id, who.user_id, "knock", extra)
+        return room_id
+
+    def invite(self, who: Who, room_id: str, user_id: str, extra: JsonObject | None = None) -> None:
+        """Invites; a ghost that does not exist yet is asked for first, and invited whatever the answer was."""
+        self.world.ask("users", user_id, who.appservice, False)
+        self.set_membership(who, room_id, user_id, "invite", extra)
+
+    def set_membership(self, who: Who, room_id: str, user_id: str, membership: str, extra: JsonObject | None = None) -> None:
+        """invite, leave (oneself or another), ban, knock."""
+        check_id("@", user_id, self.world.name if membership == "invite" else None)
+
+        def job(tx: Tx) -> None:
+            room = self._room(tx, who, room_id)
+            content = self._member_content(tx, user_id, membership, extra)
+            self._append(tx, room, Draft("m.room.member", who.user_id, content, user_id))
+        self.store.write(job)
+
+    def unban(self, who: Who, room_id: str, user_id: str, extra: JsonObject | None = None) -> None:
+        def job(tx: Tx) -> None:
+            room = self._room(tx, who, room_id)
+            if room.membership(user_id) != "ban":
+                raise MatrixError("M_BAD_STATE", f"{shorten(user_id)} is not banned")
+            self._append(tx, room, Draft("m.room.member", who.user_id, {"membership": "leave", **(extra or {})}, user_id))
+        self.store.write(job)
+
+    def forget(self, who: Who, room_id: str) -> None:
+        def job(tx: Tx) -> None:
+            room = self._room(tx, who, room_id)
+            if room.membership(who.user_id) not in ("leave", "ban"):
+                raise MatrixError("M_UNKNOWN", f"{who.user_id} is still in the room; leave it first", 400)
+            tx.forget_room(who.user_id, room.n)
+        self.store.write(job)
+
+    def joined(self, who: Who) -> list[str]:
+        with self.store.read() as reader:
+            return [room_id for _, room_id, membership, _, _ in reader.memberships_of(who.user_id) if membership == "join"]
+
+    # -- sending
+
+    def send(self, who: Who, room_id: str, type: str, content: JsonObject, txn_id: str, ts: int | None = None) -> str:
+        """A message event; the same again for the same client transaction. `ts`: an application service's origin_server_ts."""
+        if type == "m.room.redaction" and isinstance(content.get("redacts"), str):
+            return self.redact(who, room_id, content["redacts"], content, txn_id, ts)
+        check_canonical(content)
+        return self._once(who, room_id, type, txn_id,
+                          lambda tx, room: self._append(tx, room, Draft(type, who.user_id, content), ts, who.device_id, txn_id))
+
+    def _once(self, who: Who, room_id: str, path: str, txn_id: str, fn: Callable[[Tx, Room], str]) -> str:
+        """Runs fn once for each client transaction ID: one scope per user, device, room and path."""
+        def job(tx: Tx) -> str:
+            room = self._room(tx, who, room_id)
+            scope = (who.user_id, who.device_id or "", f"{room.n}/{path}", txn_id)
+            event_id = tx.client_txn(*scope)
+            if event_id is None:
+                event_id = fn(tx, room)
+                tx.remember_client_txn(*scope, event_id)
+            return event_id
+        return self.store.write(job)
+
+    def set_state(self, who: Who, room_id: str, type: str, state_key: str, content: JsonObject, ts: int | None = None) -> str:
+        check_canonical(content)
+
+        def job(tx: Tx) -> str:
+            room = self._room(tx, who, room_id)
+            if type == "m.room.canonical_alias":
+                self._check_canonical_alias(tx, room, content)
+            return self._append(tx, room, Draft(type, who.user_id, content, state_key), ts)
+        return self.store.write(job)
+
+    @staticmethod
+    def _check_canonical_alias(tx: Tx, room: Room, content: JsonObject) -> None:
+        old = room.content("m.room.canonical_alias")
+        more = content.get("alt_aliases")
+        known = [old.get("alias"), *(old.get("alt_aliases") or ())]
+        for alias in [content.get("alias"), *(more if isinstance(more, list) else ())]:
+            if alias and alias not in known:
+                row = tx.alias(check_id("#", alias))
+                if not row or row[0] != room.room_id:
+                    raise MatrixError("M_BAD_ALIAS", f"{shorten(alias)} does not point to this room; create the alias first")
+
+    def redact(self, who: Who, room_id: str, event_id: str, content: JsonObject, txn_id: str, ts: int | None = None) -> str:
+        """Takes an event's content away: one's own, or with the power to redact."""
+        check_canonical(content)
+
+        def fn(tx: Tx, room: Room) -> str:
+            event = tx.event(room.n, event_id)
+            if who.user_id not in room.joined:
+                raise forbidden(f"{who.user_id} is not in the room")
+            if not event:
+                raise MatrixError("M_NOT_FOUND", f"there is no event {shorten(event_id)} in this room")
+            if event.type == "m.room.create":
+                raise forbidden("the creation of a room can't be redacted")
+            if event.sender != who.user_id and room.power(who.user_id) < room.needed("redact"):
+                raise forbidden(f"{who.user_id} has power {room.power(who.user_id)}; to redact others' events needs {room.needed('redact')}")
+            draft = Draft("m.room.redaction", who.user_id, {**content, "redacts": event_id}, redacts=event_id)
+            redaction_id = self._append(tx, room, draft, ts, who.device_id, txn_id)
+            tx.redact(room, event, tick_of(redaction_id))
+            return redaction_id
+        return self._once(who, room_id, f"redact/{event_id}", txn_id, fn)
+
+    # -- reading
+
+    @contextlib.contextmanager
+    def viewing(self, who: Who, room_id: str) -> Iterator[tuple[Reader, View]]:
+        with self.store.read() as reader:
+            yield reader, view_of(reader, who.user_id, room_id)
+
+    def render(self, who: Who, events: Iterable[Event]) -> list[Raw]:
+        now = self.world.clock.now()
+        return [event.for_client(now, who.user_id, who.device_id) for event in events]
+
+    def event(self, who: Who, room_id: str, event_id: str) -> Raw:
+        with self.viewing(who, room_id) as (reader, view):
+            return self.render(who, [self._visible(reader, view, event_id)])[0]
+
+    @staticmethod
+    def _visible(reader: Reader, view: View, event_id: str) -> Event:
+        event = reader.event(view.row.n, event_id)
+        if not event or not any(first <= event.tick <= last for first, last in view.ranges):
+            raise MatrixError("M_NOT_FOUND", f"there is no event {shorten(event_id)} here that may be seen")
+        return event
+
+    def state(self, who: Who, room_id: str) -> list[Raw]:
+        with self.viewing(who, room_id) as (reader, view):
+            self._check_state_visible(view)
+            return self.render(who, reader.state_at(view.row.n, view.state_upto))
+
+    @staticmethod
+    def _check_state_visible(view: View) -> None:
+        if view.state_upto < 0:
+            raise forbidden(f"the state of the room {view.row.room_id} can't be seen before joining it")
+
+    def state_event(self, who: Who, room_id: str, type: str, state_key: str) -> Event:
+        with self.viewing(who, room_id) as (reader, view):
+            self._check_state_visible(view)
+            event = reader.state_event(view.row.n, type, state_key)
+            if event and event.tick > view.state_upto:
+                older = reader.state_at(view.row.n, view.state_upto, 0, type)
+                event = next((one for one in older if one.state_key == state_key), None)
+        if not event:
+            raise MatrixError("M_NOT_FOUND", f"the room has no state {shorten(type)} with the key {shorten(state_key)!r}")
+        return event
+
+    def members(self, who: Who, room_id: str, upto: int | None = None, membership: str | None = None,
+                not_membership: str | None = None) -> list[Raw]:
+        """Member events, as they are or were at the tick `upto`."""
+        with self.viewing(who, room_id) as (reader, view):
+            self._check_state_visible(view)
+            events = reader.state_at(view.row.n, min(view.state_upto, upto if upto is not None else FOREVER), 0, "m.room.member")
+        wanted = [event for event in events if membership in (None, event.content.get("membership"))
+                  and (not_membership is None or not_membership != event.content.get("membership"))]
+        return self.render(who, wanted)
+
+    def joined_members(self, who: Who, room_id: str) -> dict[str, JsonObject]:
+        with self.viewing(who, room_id) as (reader, view):
+            if view.membership != "join":
+                raise forbidden(f"{who.user_id} is not in the room")
+            events = [reader.state_event(view.row.n, "m.room.member", user_id) for user_id in reader.members(view.row.n)]
+        contents = {event.state_key or "": event.content for event in events if event}
+        return {user_id: {"display_name": content.get("displayname"), "avatar_url": content.get("avatar_url")}
+                for user_id, content in contents.items()}
+
+    def messages(self, who: Who, room_id: str, start: int | None, backwards: bool, limit: int, filter: Filter, stop: int | None = None) -> JsonObject:
+        """A page of history: from the tick `start` (the end, if None) backwards, or forwards."""
+        with self.viewing(who, room_id) as (reader, view):
+            start = (reader.position() if backwards else 0) if start is None else start
+            after, upto = (stop or 0, start) if backwards else (start, FOREVER if stop is None else stop)
+            events = view.events(reader, after, upto, min(limit, MAX_PAGE), backwards, filter)
+        page: JsonObject = {"start": str(start), "chunk": self.render(who, events)}
+        if len(events) == min(limit, MAX_PAGE) and events:
+            page["end"] = str(events[-1].tick - 1 if backwards else events[-1].tick)
+        return page
+
+    def context(self, who: Who, room_id: str, event_id: str, limit: int, filter: Filter) -> JsonObject:
+        """An event with what stood before and after it; `limit` events of these at most."""
+        with self.viewing(who, room_id) as (reader, view):
+            event = self._visible(reader, view, event_id)
+            before = view.events(reader, 0, event.tick - 1, limit // 2, True, filter)
+            after = view.events(reader, event.tick, FOREVER, limit - limit // 2, False, filter)
+            last = after[-1].tick if after else event.tick
+            state = reader.state_at(view.row.n, last)
+        first = before[-1].tick if before else event.tick
+        return {"event": self.render(who, [event])[0], "events_before": self.render(who, before), "events_after": self.render(who, after),
+                "state": self.render(who, state), "start": str(first - 1), "end": str(last)}
+
+    # -- aliases and the directory
+
+    def resolve(self, alias: str, by: Registration | None) -> str:
+        """The room ID that an alias points to; an unknown one's application service is asked."""
+        check_id("#", alias)
+        for again in (False, True):
+            with self.store.read() as reader:
+                row = reader.alias(alias)
+            if row:
+                return str(row[0])
+            if again or not self.world.ask("aliases", alias, by, True):
+                break
+        raise MatrixError("M_NOT_FOUND", f"there is no room alias {shorten(alias)}")
+
+    def add_alias(self, who: Who, alias: str, room_id: str) -> None:
+        def job(tx: Tx) -> None:
+            room = self._room(tx, who, room_id)
+            if not who.appservice and who.user_id not in room.joined:
+                raise forbidden(f"{who.user_id} is not in the room")
+            self._add_alias(tx, who, alias, room, "M_UNKNOWN")
+        self.store.write(job)
+
+    def _add_alias(self, tx: Tx, who: Who, alias: str, room: Room, taken: str) -> None:
+        check_id("#", alias, self.world.name)
+        self.world.registrations.check_may_create("aliases", alias, who.appservice)
+        if tx.alias(alias):
+            raise MatrixError(taken, f"the alias {alias} exists already", 409 if taken == "M_UNKNOWN" else None)
+        tx.add_alias(alias, room, who.user_id)
+
+    def delete_alias(self, who: Who, alias: str) -> None:
+        """By who made it, by who may change the canonical alias, or by the application service that claims it."""
+        check_id("#", alias)
+
+        def job(tx: Tx) -> None:
+            self.world.registrations.check_may_create("aliases", alias, who.appservice)
+            row = tx.alias(alias)
+            room = self._room(tx, who, row[0]) if row else None
+            if not room:
+                raise MatrixError("M_NOT_FOUND", f"there is no room alias {shorten(alias)}")
+            needed = room.needed_to_send("m.room.canonical_alias", True)
+            if not (who.appservice or row[1] == who.user_id or (who.user_id in room.joined and room.power(who.user_id) >= needed)):
+                raise forbidden(f"{alias} may be deleted by {row[1]} or with power {needed} in the room")
+            tx.delete_alias(alias, room)
+        self.store.write(job)
+
+    def aliases(self, who: Who, room_id: str) -> list[str]:
+        with self.viewing(who, room_id) as (reader, view):
+            return reader.aliases_of(view.row.n)
+
+    def is_published(self, room_id: str) -> bool:
+        with self.store.read() as reader:
+            row = reader.room_row(room_id)
+        if not row:
+            raise MatrixError("M_NOT_FOUND", f"there is no room {shorten(room_id)}")
+        return bool(row.published)
+
+    def publish(self, who: Who, room_id: str, published: bool) -> None:
+        def job(tx: Tx) -> None:
+            room = self._room(tx, who, room_id)
+            needed = room.needed_to_send("m.room.canonical_alias", True)
+            if who.user_id not in room.joined or room.power(who.user_id) < needed:
+                raise forbidden(f"to list the room in the directory, {who.user_id} must be in it with power {needed}")
+            tx.publish_room(room, published)
+        self.store.write(job)
+
+    def public(self, search: str, offset: int, limit: int) -> JsonObject:
+        """The public directory: published rooms that one may join or knock at, the largest first."""
+        with self.store.read() as reader:
+            rooms = [public_entry(reader, row) for row in reader.published_rooms()]
+        wanted = [room for room in rooms if room["join_rule"] not in ("invite", "private")
+                  and search.lower() in " ".join(str(room.get(key, "")) for key in ("name", "topic", "canonical_alias")).lower()]
+        wanted.sort(key=lambda room: -int(room["num_joined_members"]))
+        answer: JsonObject = {"chunk": wanted[offset:offset + limit], "total_room_count_estimate": len(wanted)}
+        if offset + limit < len(wanted):
+            answer["next_batch"] = str(offset + limit)
+        if offset:
+            answer["prev_batch"] = str(max(0, offset - limit))
+        return answer
+
+    # -- what passes: typing, receipts, read markers
+
+    def add_receipt(self, who: Who, room_id: str, types: Mapping[str, str], thread_id: str = "") -> None:
+        """`types`: m.read or m.read.private → the event that was read; m.fully_read becomes account data."""
+        def job(tx: Tx) -> None:
+            room = self._room(tx, who, room_id)
+            if who.user_id not in room.joined:
+                raise forbidden(f"{who.user_id} is not in the room")
+            for type, event_id in types.items():
+                if type == "m.fully_read":
+                    tx.set_account_data(who.user_id, room_id, type, to_json({"event_id": event_id}))
+                elif type in ("m.read", "m.read.private"):
+                    tx.add_receipt(room, type, who.user_id, thread_id, event_id, self.world.clock.now())
+                    (tx.wake_room(room) if type == "m.read" else tx.wake(who.user_id))
+                else:
+                    raise MatrixError("M_INVALID_PARAM", f"a receipt is m.read, m.read.private or m.fully_read, not {shorten(type)}")
+        self.store.write(job)
+
+
+PRESETS = {  # preset: join_rule, history_visibility, guest_access
+    "private_chat":         ("invite", "shared", "can_join"),
+    "trusted_private_chat": ("invite", "shared", "can_join"),
+    "public_chat":          ("public", "shared", "forbidden"),
+}
+
+
+class RoomPlan:
+    """A createRoom request, checked: what the room begins with."""
+
+    def __init__(self, world: World, who: Who, options: JsonObject) -> None:
+        self.who, self.options = who, options
+        version = field(options, "room_version", str, world.settings.room_version)
+        if version not in ROOM_VERSIONS:
+            raise MatrixError("M_UNSUPPORTED_ROOM_VERSION", f"room version {shorten(version)} is not offered; these are: {', '.join(ROOM_VERSIONS)}")
+        self.version = ROOM_VERSIONS[version]
+        visibility = field(options, "visibility", str, "private")
+        self.published = visibility == "public"
+        self.preset = field(options, "preset", str, "public_chat" if self.published else "private_chat")
+        if visibility not in ("public", "private") or self.preset not in PRESETS:
+            raise MatrixError("M_INVALID_PARAM", f"visibility must be public or private, preset one of {', '.join(PRESETS)}")
+        self.invite = [check_id("@", user_id, world.name) for user_id in field(options, "invite", list, [])]
+        self.is_direct = field(options, "is_direct", bool, False)
+        localpart = field(options, "room_alias_name", str, "")
+        self.alias = check_id("#", f"#{localpart}:{world.name}") if localpart else ""
+        if ":" in localpart:
+            raise MatrixError("M_INVALID_PARAM", "room_alias_name is the part between '#' and ':' alone")
+        if self.alias:
+            world.registrations.check_may_create("aliases", self.alias, who.appservice)
+        check_canonical(options)
+
+    def drafts(self, member: JsonObject) -> Iterator[Draft]:
+        """The first events in the order of the spec, but for the invitations. `member`: content of the creator's join."""
+        get, sender = self.options.get, self.who.user_id
+        yield Draft("m.room.create", sender, self._create(), "")
+        yield Draft("m.room.member", sender, member, sender)
+        yield Draft("m.room.power_levels", sender, self._power_levels(), "")
+        if self.alias:
+            yield Draft("m.room.canonical_alias", sender, {"alias": self.alias}, "")
+        join_rule, visibility, guests = PRESETS[self.preset]
+        yield Draft("m.room.join_rules", sender, {"join_rule": join_rule}, "")
+        yield Draft("m.room.history_visibility", sender, {"history_visibility": visibility}, "")
+        yield Draft("m.room.guest_access", sender, {"guest_access": guests}, "")
+        for event in field(self.options, "initial_state", list, []):
+            if not isinstance(event, dict):
+                raise MatrixError("M_BAD_JSON", "initial_state must be a list of objects with type, state_key and content")
+            yield Draft(field(event, "type", str), sender, field(event, "content", dict), field(event, "state_key", str, ""))
+        for key in ("name", "topic"):
+            if get(key) is not None:
+                yield Draft(f"m.room.{key}", sender, {key: field(self.options, key, str)}, "")
+
+    def _create(self) -> JsonObject:
+        content = {**field(self.options, "creation_content", dict, {}), "room_version": self.version.id}
+        if self.version.create_has_creator:
+            content["creator"] = self.who.user_id
+        if self.version.creators_rule and self.preset == "trusted_private_chat" and self.invite:
+            content["additional_creators"] = sorted({*self.invite, *content.get("additional_creators", ())} - {self.who.user_id})
+        for user_id in field(content, "additional_creators", list, []) if self.version.creators_rule else ():
+            check_id("@", user_id)
+        return content
+
+    def _power_levels(self) -> JsonObject:
+        tops = [] if self.version.creators_rule else [self.who.user_id, *(self.invite if self.preset == "trusted_private_chat" else ())]
+        highest = 150 if self.version.creators_rule else 100
+        levels: JsonObject = {
+            "users": dict.fromkeys(tops, 100), "users_default": 0, "events_default": 0, "state_default": 50,
+            "ban": 50, "kick": 50, "redact": 50, "invite": 0, "historical": 100,
+            "events": {"m.room.name": 50, "m.room.avatar": 50, "m.room.canonical_alias": 50, "m.room.power_levels": 100,
+                       "m.room.history_visibility": 100, "m.room.encryption": 100, "m.room.server_acl": 100, "m.room.tombstone": highest}}
+        levels.update(field(self.options, "power_level_content_override", dict, {}))
+        users = levels.get("users")
+        if not self.version.creators_rule and not (isinstance(users, dict) and is_a(users.get(self.who.user_id), int)):
+            raise MatrixError("M_BAD_JSON", "power_level_content_override.users must give the room's creator a level, too; "
+                              "without it nobody could change the room")
+        return levels
+
+
+def public_entry(reader: Reader, row: RoomRow) -> JsonObject:
+    """One room of the directory (PublishedRoomsChunk)."""
+    state = reader.contents(row.n, ("m.room.create", "m.room.name", "m.room.topic", "m.room.avatar", "m.room.canonical_alias",
+                                    "m.room.join_rules", "m.room.guest_access", "m.room.history_visibility"))
+
+    def get(type: str, key: str) -> Any:
+        return state.get(f"m.room.{type}", {}).get(key)
+
+    entry = {"room_id": row.room_id, "num_joined_members": reader.count_members(row.n, "join"),
+             "world_readable": get("history_visibility", "history_visibility") == "world_readable",
+             "guest_can_join": get("guest_access", "guest_access") == "can_join",
+             "join_rule": get("join_rules", "join_rule") or "invite",
+             "name": get("name", "name"), "topic": get("topic", "topic"), "avatar_url": get("avatar", "url"),
+             "canonical_alias": get("canonical_alias", "alias"), "room_type": get("create", "type")}
+    return {key: value for key, value in entry.items() if value is not None}
+
+
+class Typing:
+    """Who is typing where. Kept in memory only; a thread takes out who has stopped."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self._rooms: dict[int, tuple[int, dict[str, float]]] = {}   # room → tick of the last change, user → until when
+        self._guard = threading.Lock()                       # guards _rooms and _thread
+        self._thread: threading.Thread | None = None
+        self._bell = bell()
+        self._stopped = False
+
+    def set(self, who: Who, room_id: str, until: float | None) -> None:
+        """`until`: the clock's monotonic time; None: stopped typing."""
+        def job(tx: Tx) -> None:
+            tx.check_session(who.token)
+            room = tx.room(room_id)
+            if not room or who.user_id not in room.joined:
+                raise forbidden(f"{who.user_id} is not in the room {shorten(room_id)}")
+            self._change(tx, room, {who.user_id: until})
+        self.world.store.write(job)
+        with self._guard:
+            if self._thread is None and not self._stopped:
+                self._thread = threading.Thread(target=self._expire, name="typing", daemon=True)
+                self._thread.start()
+        release(self._bell)
+
+    def _change(self, tx: Tx, room: Room, users: Mapping[str, float | None]) -> None:
+        tick = tx.tick()
+        tx.moved[room.n] = tick
+        tx.wake_room(room)
+        tx.after.append(lambda: self._publish(room.n, tick, users))
+
+    def _publish(self, room: int, tick: int, users: Mapping[str, float | None]) -> None:
+        with self._guard:
+            now = {**self._rooms.get(room, (0, {}))[1], **users}
+            self._rooms[room] = (tick, {user_id: until for user_id, until in now.items() if until is not None})
+
+    def since(self, room: int, since: int, now: int) -> JsonObject | None:
+        """The m.typing event of a room, if it changed after `since` and not after `now`."""
+        with self._guard:
+            tick, users = self._rooms.get(room, (0, {}))
+            return {"type": "m.typing", "content": {"user_ids": sorted(users)}} if since < tick <= now else None
+
+    def _expire(self) -> None:
+        clock = self.world.clock
+        while not self._stopped:
+            with self._guard:
+                ends = [until for _, users in self._rooms.values() for until in users.values()]
+            if ends and min(ends) <= clock.monotonic():
+                self.world.store.write(self._drop_expired)
+            else:
+                clock.wait(self._bell, min(ends) - clock.monotonic() if ends else 3600)
+
+    def _drop_expired(self, tx: Tx) -> None:
+        now = self.world.clock.monotonic()
+        with self._guard:
+            ended = {room: [user for user, until in users.items() if until <= now] for room, (_, users) in self._rooms.items()}
+        over = {room: users for room, users in ended.items() if users}
+        for room in list(tx.rooms.values()):
+            if room.n in over:
+                self._change(tx, room, dict.fromkeys(over.pop(room.n)))
+        for n, users in over.items():                        # rooms that the writer has let go of
+            tx.after.append(functools.partial(self._publish, n, tx.tick(), dict.fromkeys(users)))
+
+    def stop(self) -> None:
+        self._stopped = True
+        release(self._bell)
+        if self._thread:
+            self._thread.join()
+
+
+class Media:
+    """What was uploaded: kept in the database."""
+
+    def __init__(self, world: World) -> None:
+        self.world, self.store = world, world.store
+
+    def upload(self, who: Who, content: bytes, content_type: str, filename: str | None) -> str:
+        """The mxc: URI of the new content."""
+        media_id, now = random_id(24), self.world.clock.now()
+        self.store.write(lambda tx: tx.add_media(media_id, content_type, filename, who.user_id, now, content))
+        return f"mxc://{self.world.name}/{media_id}"
+
+    def download(self, server_name: str, media_id: str) -> tuple[str, str | None, bytes]:
+        """Type, file name and content."""
+        with self.store.read() as reader:
+            row = reader.media(media_id) if server_name == self.world.name else None
+        if not row:
+            raise MatrixError("M_NOT_FOUND", f"there is no media mxc://{shorten(server_name)}/{shorten(media_id)} on this server")
+        return row[0], row[1], row[2]
+
+
+# -- Sync.
+
+class SyncFilter:
+    """A client's filter (Client-Server API, Filtering), as far as /sync reads it."""
+
+    def __init__(self, source: JsonObject) -> None:
+        room = self._part(source, "room")
+        timeline = self._part(room, "timeline")
+        self.rooms = self._names(room, "rooms", None)
+        self.not_rooms = self._names(room, "not_rooms", ()) or ()
+        self.include_leave = bool(room.get("include_leave"))
+        self.timeline, self.state = event_filter(timeline), event_filter(self._part(room, "state"))
+        self.ephemeral, self.room_data = event_filter(self._part(room, "ephemeral")), event_filter(self._part(room, "account_data"))
+        self.account_data = event_filter(self._part(source, "account_data"))
+        self.lazy = any(bool(self._part(room, part).get("lazy_load_members")) for part in ("state", "timeline"))
+        limit = timeline.get("limit", TIMELINE)
+        if not is_a(limit, int):
+            raise MatrixError("M_BAD_JSON", f"limit in a filter must be an integer, not {shorten(limit)}")
+        self.limit = min(max(limit, 1), MAX_PAGE)
+
+    @staticmethod
+    def _part(source: JsonObject, key: str) -> JsonObject:
+        return field(source, key, dict, {})
+
+    @staticmethod
+    def _names(source: JsonObject, key: str, default: Sequence[str] | None) -> Sequence[str] | None:
+        names = source.get(key)
+        if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+            raise MatrixError("M_BAD_JSON", f"{key!r} in a filter must be a list of texts, not {shorten(names)}")
+        return names if names is not None else default
+
+    def wants(self, room_id: str) -> bool:
+        return (self.rooms is None or room_id in self.rooms) and room_id not in self.not_rooms
+
+
+def event_filter(source: JsonObject) -> Filter:
+    names = SyncFilter._names
+    return Filter(names(source, "types", None), names(source, "not_types", ()) or (), names(source, "senders", None),
+                  names(source, "not_senders", ()) or ())
+
+
+class Sync:
+    """What is new for one user: everything that lies after a tick."""
+
+    def __init__(self, world: World, typing: Typing) -> None:
+        self.world, self.store, self.typing = world, world.store, typing
+
+    def sync(self, who: Who, since: int | None, filter: SyncFilter, timeout: float = 0.0, full_state: bool = False,
+             stopped: Callable[[], bool] = lambda: False) -> JsonObject:
+        """Waits up to `timeout` seconds until there is something new after the tick `since`."""
+        clock = self.world.clock
+        if since is not None and since > self.store.position:
+            since = None                                     # from the future: of another database, say
+        deadline = clock.monotonic() + min(timeout, MAX_SYNC_SECONDS)
+        waiting = self.store.waiters.enter(who.user_id)
+        try:
+            while True:
+                answer = Window(self, who, since, filter, full_state).read()
+                if len(answer) > 1 or since is None or full_state or clock.monotonic() >= deadline or stopped():
+                    return answer
+                clock.wait(waiting, deadline - clock.monotonic())
+        finally:
+            self.store.waiters.leave(who.user_id, waiting)
+
+
+class Window:
+    """One look: what lies between `since` and now, for one user and filter."""
+
+    def __init__(self, sync: Sync, who: Who, since: int | None, filter: SyncFilter, full_state: bool) -> None:
+        self.sync, self.who, self.filter, self.full_state = sync, who, filter, full_state
+        self.store, self.clock_now = sync.store, sync.world.clock.now()
+        self.initial, self.since = since is None, since or 0
+        self.now = 0
+
+    def read(self) -> JsonObject:
+        """The answer of /sync; only next_batch in it: nothing is new."""
+        with self.store.read() as self.reader:
+            self.now = self.reader.position()
+            self.store.wait_published(self.now)
+            self.data = self._account_data()
+            answer: JsonObject = {"next_batch": str(self.now)}
+            account = [event for event in self.data.pop("", []) if self._wanted(self.filter.account_data, event)]
+            if account:
+                answer["account_data"] = {"events": account}
+            rooms: dict[str, JsonObject] = {}
+            for room, room_id, membership, tick, forgotten in self.reader.memberships_of(self.who.user_id):
+                if self.filter.wants(room_id):
+                    section, entry = self._room(room, room_id, membership, tick, forgotten)
+                    if entry:
+                        rooms.setdefault(section, {})[room_id] = entry
+            if rooms:
+                answer["rooms"] = rooms
+        return answer
+
+    @staticmethod
+    def _wanted(filter: Filter, event: JsonObject) -> bool:
+        return filter.passes(Event(0, event["type"], None, "", 0, "", None, None, None, None))
+
+    def _account_data(self) -> dict[str, list[JsonObject]]:
+        """By room ID; '' has the account's."""
+        found: dict[str, list[JsonObject]] = {}
+        for room_id, type, content in self.reader.account_data_since(self.who.user_id, self.since):
+            found.setdefault(room_id, []).append({"type": type, "content": Raw(content)})
+        return found
+
+    def _room(self, room: int, room_id: str, membership: str, tick: int, forgotten: int) -> tuple[str, JsonObject]:
+        if membership == "join":
+            if self.initial or self.full_state or tick > self.since or room_id in self.data or self.store.moved_since(room, self.since):
+                return "join", self._joined(room, room_id, tick)
+        elif membership in ("invite", "knock"):
+            if self.initial or tick > self.since:
+                return membership, {f"{membership}_state": {"events": self._stripped(room)}}
+        elif not forgotten and (self.filter.include_leave if self.initial else tick > self.since):
+            return "leave", self._left(room_id)
+        return "", {}
+
+    def _joined(self, room: int, room_id: str, tick: int) -> JsonObject:
+        view = None
+        if self.initial or tick > self.since:                # may be new here: look at what was before
+            view = view_of(self.reader, self.who.user_id, room_id)
+        fresh = self.initial or bool(view and self._joined_since(room))
+        entry = self._timeline(room, view, 0 if fresh else self.since, self.now)
+        if changed := self._summary(room, fresh):
+            entry["summary"] = changed
+        ephemeral = self._ephemeral(room, 0 if fresh else self.since)
+        data = [event for event in self.data.get(room_id, []) if self._wanted(self.filter.room_data, event)]
+        for key, events in (("ephemeral", ephemeral), ("account_data", data)):
+            if events:
+                entry[key] = {"events": events}
+        return entry
+
+    def _joined_since(self, room: int) -> bool:
+        """Whether the user was not in the room at `since`."""
+        before = [value for tick, value in self.reader.changes(room, "m.room.member", self.who.user_id, "membership") if tick <= self.since]
+        return not before or before[-1] != "join"
+
+    def _left(self, room_id: str) -> JsonObject:
+        try:
+            view = view_of(self.reader, self.who.user_id, room_id)
+        except MatrixError:                                  # nothing to see: an invitation that was declined, say
+            return {"timeline": {"events": [], "limited": False, "prev_batch": str(self.now)}, "state": {"events": []}}
+        return self._timeline(view.row.n, view, self.since, self.now) or {"timeline": {"events": [], "limited": False}}
+
+    def _timeline(self, room: int, view: View | None, after: int, upto: int) -> JsonObject:
+        """timeline and, where the timeline alone would leave a gap, state. Without a view all is visible."""
+        read = view.events if view else lambda reader, *rest: reader.events(room, *rest)
+        events = read(self.reader, after, upto, self.filter.limit + 1, True, self.filter.timeline)
+        limited = len(events) > self.filter.limit
+        events = events[self.filter.limit - 1::-1] if limited else events[::-1]
+        first = events[0].tick if events else upto + 1
+        state: list[Event] = []
+        if limited or self.full_state or not after:
+            last = min(first - 1, view.state_upto) if view else first - 1
+            state = self.reader.state_at(room, last, 0 if self.full_state else after)
+        state = self._chosen(room, state, events)
+        if not events and not state:
+            return {}
+        return {"timeline": {"events": self._render(events), "limited": limited, "prev_batch": str(first - 1)},
+                "state": {"events": self._render(state)}}
+
+    def _chosen(self, room: int, state: list[Event], timeline: list[Event]) -> list[Event]:
+        """Of the state, what the filter wants; of its members, with lazy loading, only those who speak."""
+        if self.filter.lazy:
+            speakers = {event.sender for event in timeline} | {self.who.user_id}
+            state = [event for event in state if event.type != "m.room.member" or event.state_key in speakers]
+            known = {event.state_key for event in [*state, *timeline] if event.type == "m.room.member"}
+            members = [self.reader.state_event(room, "m.room.member", user_id) for user_id in sorted(speakers - known) if timeline]
+            state += [event for event in members if event]
+        return [event for event in state if self.filter.state.passes(event)]
+
+    def _render(self, events: list[Event]) -> list[Raw]:
+        return [event.for_client(self.clock_now, self.who.user_id, self.who.device_id) for event in events]
+
+    def _stripped(self, room: int) -> list[JsonObject]:
+        """What somebody invited may know: the room's face, the invitation, and who sent it."""
+        events = [self.reader.state_event(room, type, "") for type in STRIPPED_STATE]
+        own = self.reader.state_event(room, "m.room.member", self.who.user_id)
+        if own and own.sender != self.who.user_id:
+            events.append(self.reader.state_event(room, "m.room.member", own.sender))
+        return [{"type": event.type, "state_key": event.state_key, "sender": event.sender, "content": event.content}
+                for event in [*events, own] if event]
+
+    def _summary(self, room: int, fresh: bool) -> JsonObject:
+        """Counts and heroes, when a membership has changed."""
+        if not (fresh or self.full_state or self.reader.state_at(room, self.now, self.since, "m.room.member")):
+            return {}
+        joined, invited = self.reader.members(room), self.reader.members(room, "invite")
+        heroes = sorted(user_id for user_id in [*joined, *invited] if user_id != self.who.user_id)[:5]
+        return {"m.heroes": heroes, "m.joined_member_count": len(joined), "m.invited_member_count": len(invited)}
+
+    def _ephemeral(self, room: int, since: int) -> list[JsonObject]:
+        content: JsonObject = {}
+        for type, user_id, thread_id, event_id, ts in self.reader.receipts_since(room, since):
+            if type == "m.read" or user_id == self.who.user_id:
+                receipt = {"ts": ts, **({"thread_id": thread_id} if thread_id else {})}
+                content.setdefault(event_id, {}).setdefault(type, {})[user_id] = receipt
+        events = [self.sync.typing.since(room, since, self.now), {"type": "m.receipt", "content": content} if content else None]
+        return [event for event in events if event and self._wanted(self.filter.ephemeral, event)]
+
+
+# ============================================================================
+# 7. Delivery
+# ============================================================================
+# The homeserver's calls to application services: transactions, until they are
+# acknowledged; pings; and the questions for users and aliases that don't exist
+# yet. Spec: Application Service API, Pushing events, Pinging, Querying, Legacy
+# routes. Does not know clients.
+
+QUERY_SECONDS = 30.0             # for all attempts of one question
+QUERY_ATTEMPTS = 3
+FALL_BACK_ON = (404, 405, 500, 501)
+LEGACY_PATHS = {"/_matrix/app/v1/transactions/": "/transactions/", "/_matrix/app/v1/users/": "/users/",
+                "/_matrix/app/v1/rooms/": "/rooms/", "/_matrix/app/v1/thirdparty/": "/_matrix/app/unstable/thirdparty/"}
+
+
+class Answer(NamedTuple):
+    status: int
+    body: bytes
+
+    @property
+    def json(self) -> Any:
+        try:
+            return json.loads(self.body)
+        except (ValueError, RecursionError):
+            return None
+
+    @property
+    def errcode(self) -> Any:
+        return self.json.get("errcode") if isinstance(self.json, dict) else None
+
+
+class Line:
+    """The one place that speaks to an application service. For one thread at a time."""
+
+    def __init__(self, registration: Registration) -> None:
+        self.registration = registration
+        self._client = HttpClient(registration.url or "")
+
+    def exchange(self, method: str, path: str, body: bytes | None, seconds: float) -> Answer:
+        """Calls the path of today's specification and, if the AS does not know it, at once the older one.
+
+        Raises what HttpClient raises.
+        """
+        deadline = time.monotonic() + seconds
+        answer = self._call(method, path, body, seconds)
+        older = next((old + path[len(new):] for new, old in LEGACY_PATHS.items() if path.startswith(new)), None)
+        if older and answer.status in FALL_BACK_ON and answer.errcode in (None, "M_UNRECOGNIZED"):
+            second = self._call(method, older, body, max(0.001, deadline - time.monotonic()))
+            if second.status == 200 and second.json is not None:
+                return second
+            if second.status != 200 and second.errcode not in (None, "M_UNRECOGNIZED"):
+                return second
+        return answer
+
+    def _call(self, method: str, path: str, body: bytes | None, seconds: float) -> Answer:
+        """The hs_token goes into the header and, for software older than v1.4, into the query."""
+        token = self.registration.hs_token
+        headers = {"Authorization": f"Bearer {token}", "Content-Type": "application/json", "User-Agent": f"asbridge/{__version__}"}
+        target = f"{path}?access_token={urllib.parse.quote(token, safe='')}"
+        began = time.monotonic()
+        trace.debug("HS ---> %s: %s %s, %d bytes", self.registration.id, method, path, len(body or b""))
+        try:
+            answer = Answer(*self._client.request(method, target, body, headers, seconds))
+        except Exception as error:
+            trace.debug("   <-/- %s: %s: %s", self.registration.id, type(error).__name__, error)
+            raise
+        trace.debug("   <--- %s: %d in %.1f ms", self.registration.id, answer.status, (time.monotonic() - began) * 1000)
+        return answer
+
+    def close(self) -> None:
+        self._client.close()
+
+
+CALL_FAILED = (OSError, http.client.HTTPException, ValueError)   # what Line.exchange can raise
+
+
+def advice(registration: Registration, failure: Answer | BaseException) -> str:
+    """Why a call failed, and what to do about it."""
+    if isinstance(failure, Answer):
+        if failure.status in (401, 403):
+            return (f"{failure.status}: it rejects the hs_token; is the application service running with the registration "
+                    "that the homeserver has?")
+        return f"it answered {failure.status} {shorten(failure.body.decode('utf-8', 'replace'), 200)}"
+    if isinstance(failure, ConnectionRefusedError):
+        return (f"nothing listens at {registration.url}; is the application service running? "
+                "(inside a container, localhost is the container)")
+    if isinstance(failure, TimeoutError):
+        return "it did not answer in time"
+    return f"{type(failure).__name__}: {failure}"
+
+
+class Worker:
+    """Pushes to one application service: the open transaction, until it answers 200; then the next.
+
+        waiting --frozen--> sending --200--> acknowledged --> waiting
+                               ^  |
+                               |  +--anything else--> backing off --time, ping or retry()--+
+                               +----------------------------------------------------------+
+    """
+
+    def __init__(self, world: World, registration: Registration) -> None:
+        self.world, self.registration = world, registration
+        self.transaction: Transaction | None = None          # what is to be sent; set by offer()
+        self.failures = 0                                    # attempts since the last success
+        self.next_attempt = 0.0                              # the clock's monotonic time
+        self._thread: threading.Thread | None = None         # started by the first transaction
+        self._bell, self._stopped = bell(), False
+
+    def offer(self, transaction: Transaction) -> None:
+        """A transaction was frozen. Called by the writer thread, so it only takes note."""
+        self.transaction = transaction
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name=f"push {self.registration.id}", daemon=True)
+            self._thread.start()
+        release(self._bell)
+
+    def retry(self) -> None:
+        """Ends the backoff."""
+        self.next_attempt = 0.0
+        release(self._bell)
+
+    def stop(self, seconds: float) -> None:
+        self._stopped = True
+        release(self._bell)
+        if self._thread:
+            self._thread.join(seconds)
+
+    def _run(self) -> None:
+        line = Line(self.registration)
+        while not self._stopped:
+            transaction = self.transaction
+            left = self.next_attempt - self.world.clock.monotonic()
+            if transaction is None or left > 0:
+                self.world.clock.wait(self._bell, left if transaction else 3600)
+            else:
+                self._settle(transaction, self._push(line, transaction))
+        line.close()
+
+    def _push(self, line: Line, transaction: Transaction) -> Answer | BaseException:
+        try:
+            return line.exchange("PUT", f"/_matrix/app/v1/transactions/{transaction.txn_id}", transaction.body,
+                                 self.world.settings.push_timeout_ms / 1000)
+        except CALL_FAILED as error:
+            return error
+
+    def _settle(self, transaction: Transaction, outcome: Answer | BaseException) -> None:
+        """Any 200 is an acknowledgement, whatever its body."""
+        if isinstance(outcome, Answer) and outcome.status == 200:
+            try:
+                self.transaction = None                      # the next one comes with the COMMIT of this acknowledgement
+                self.world.store.write(lambda tx: tx.acknowledge(transaction.appservice, transaction.txn_id))
+                if self.failures:
+                    log.info("application service %s is back; transaction %d went through", transaction.appservice, transaction.txn_id)
+                self.failures, self.next_attempt = 0, 0.0
+                return
+            except MatrixError:                              # not stored: it will be sent again, with the same ID
+                self.transaction = transaction
+        self._back_off(transaction, outcome)
+
+    def _back_off(self, transaction: Transaction, outcome: Answer | BaseException) -> None:
+        settings = self.world.settings
+        delay = next_delay(self.failures, settings.retry_first_ms, settings.retry_max_ms)
+        self.failures += 1
+        self.next_attempt = self.world.clock.monotonic() + delay
+        if not self._stopped:
+            log.warning("application service %s did not take transaction %d (%d events, attempt %d): %s; next attempt in %.1f s",
+                        transaction.appservice, transaction.txn_id, transaction.events, self.failures,
+                        advice(self.registration, outcome), delay)
+
+
+def next_delay(failures: int, first_ms: int, max_ms: int) -> float:
+    """Seconds until the next attempt: doubled each time, up to a limit, a tenth more or less."""
+    return min(first_ms * 2.0 ** min(failures, 60), max_ms) / 1000 * random.uniform(0.9, 1.1)
+
+
+class Query:
+    """A question in flight, and who waits for its answer."""
+
+    def __init__(self) -> None:
+        self.done = threading.Event()
+        self.created = False
+        self.error: MatrixError | None = None
+
+    def result(self) -> bool:
+        self.done.wait()
+        if self.error:
+            raise self.error
+        return self.created
+
+
+class Delivery:
+    """All workers, and the calls that answer somebody who waits."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self._workers: dict[str, Worker] = {}                # made when first needed
+        self._queries: dict[tuple[str, str, str], Query] = {}  # in flight: application service, kind, ID
+        self._guard = threading.Lock()                       # guards _workers and _queries
+        self._stopped = False
+
+    def start(self) -> None:
+        """Takes up what was open when the homeserver stopped."""
+        self.world.store.on_frozen = self._offer
+        self.world.ask = self.ask
+        with self.world.store.read() as reader:
+            waiting = [box.open for box in reader.outboxes().values() if box.open]
+        for transaction in waiting:
+            self._offer(transaction)
+        self.world.store.write(lambda tx: tx.ready.update(tx.boxes))   # freezes what waits
+
+    def stop(self, seconds: float = 2.0) -> None:
+        self._stopped = True
+        deadline = time.monotonic() + seconds
+        for worker in list(self._workers.values()):
+            worker.stop(0)
+        for worker in list(self._workers.values()):
+            worker.stop(max(0.0, deadline - time.monotonic()))
+
+    def _offer(self, transaction: Transaction) -> None:
+        worker = self.worker(transaction.appservice)
+        if worker and not self._stopped:
+            worker.offer(transaction)
+
+    def worker(self, id: str) -> Worker | None:
+        registration = self.world.registrations.by_id.get(id)
+        if not registration or registration.url is None:
+            return None
+        with self._guard:
+            return self._workers.setdefault(id, Worker(self.world, registration))
+
+    def failing(self, id: str) -> bool:
+        worker = self._workers.get(id)
+        return bool(worker and worker.failures)
+
+    # -- pinging
+
+    def ping(self, registration: Registration, transaction_id: str | None) -> int:
+        """Calls the application service as it asked; milliseconds (Pinging). A success ends its backoff."""
+        if registration.url is None:
+            raise MatrixError("M_URL_NOT_SET", f"the registration of {registration.id!r} has url: null, so there is nobody to ping")
+        body = to_json({} if transaction_id is None else {"transaction_id": transaction_id}).encode()
+        began, line = time.monotonic(), Line(registration)
+        try:
+            answer = line.exchange("POST", "/_matrix/app/v1/ping", body, self.world.settings.query_timeout_ms / 1000)
+        except TimeoutError as error:
+            raise MatrixError("M_CONNECTION_TIMEOUT", advice(registration, error)) from None
+        except CALL_FAILED as error:
+            raise MatrixError("M_CONNECTION_FAILED", advice(registration, error)) from None
+        finally:
+            line.close()
+        if answer.status != 200:
+            raise MatrixError("M_BAD_STATUS", advice(registration, answer), status=answer.status,
+                              body=answer.body.decode("utf-8", "replace"))
+        worker = self.worker(registration.id)
+        if worker:
+            worker.retry()
+        return int((time.monotonic() - began) * 1000)
+
+    # -- asking
+
+    def ask(self, kind: str, id: str, by: Registration | None, patient: bool) -> bool:
+        """Whether an application service, asked for a user or alias in its namespace, has created it (Querying).
+
+        Not asked: what exists already, and an application service about itself (`by`). Patient: three attempts, then 408.
+        """
+        with self.world.store.read() as reader:
+            if reader.user(id) if kind == "users" else reader.alias(id):
+                return False
+        for claim in self.world.registrations.claims(kind, id):
+            if claim.namespace and claim.registration is not by and claim.registration.url is not None:
+                if self._ask_one(claim.registration, kind, id, by, patient):
+                    return True
+        return False
+
+    def _ask_one(self, registration: Registration, kind: str, id: str, by: Registration | None, patient: bool) -> bool:
+        """Equal questions of people are asked once. One that an AS's request leads to is never shared: the first may wait for that AS."""
+        if by or not patient:
+            return self._question(registration, kind, id, patient)
+        key = (registration.id, kind, id)
+        with self._guard:
+            query = self._queries.get(key)
+            mine = query is None
+            if query is None:
+                query = self._queries[key] = Query()
+        if mine:
+            try:
+                query.created = self._question(registration, kind, id, patient)
+            except MatrixError as error:
+                query.error = error
+            finally:
+                with self._guard:
+                    del self._queries[key]
+                query.done.set()
+        return query.result()
+
+    def _question(self, registration: Registration, kind: str, id: str, patient: bool) -> bool:
+        clock, path = self.world.clock, f"/_matrix/app/v1/{'users' if kind == 'users' else 'rooms'}/{urllib.parse.quote(id, safe='')}"
+        each, attempts = self.world.settings.query_timeout_ms / 1000, QUERY_ATTEMPTS if patient else 1
+        deadline = clock.monotonic() + QUERY_SECONDS
+        line, why = Line(registration), ""
+        try:
+            for attempt in range(attempts):
+                try:
+                    answer = line.exchange("GET", path, None, min(each, max(0.001, deadline - clock.monotonic())))
+                    if answer.status == 200 or answer.status < 500:
+                        if answer.status not in (200, 404):
+                            log.warning("application service %s was asked for %s: %s", registration.id, id, advice(registration, answer))
+                        return answer.status == 200
+                    why = advice(registration, answer)
+                except CALL_FAILED as error:
+                    why = advice(registration, error)
+                if attempt + 1 < attempts and clock.monotonic() < deadline:
+                    clock.wait(bell(), 0.5 * 2**attempt)
+        finally:
+            line.close()
+        log.warning("application service %s was asked for %s: %s", registration.id, id, why)
+        if patient:
+            raise MatrixError("M_UNKNOWN", f"the application service {registration.id!r} was asked for {id}, but: {why}", 408)
+        return False
+
+
+# ============================================================================
+# 8. Routes
+# ============================================================================
+# Who is asking, and which verb it is: tokens and masquerading, thin handlers,
+# and the table of endpoints as data. Spec: Client-Server API; Application
+# Service API, Client-Server API Extensions. Knows neither SQL nor sockets.
+
+CORS = (b"Access-Control-Allow-Origin: *\r\n"
+        b"Access-Control-Allow-Methods: GET, HEAD, POST, PUT, DELETE, OPTIONS\r\n"
+        b"Access-Control-Allow-Headers: X-Requested-With, Content-Type, Authorization, Date\r\n")
+ANONYMOUS_BODY = 65_536          # bytes of body that are read without a token
+VERSIONS = ["r0.5.0", "r0.6.0", "r0.6.1", *(f"v1.{n}" for n in range(1, 16))]
+LOGIN_APPSERVICE = "m.login.application_service"
+
+
+class Call:
+    """One request, as a handler sees it."""
+
+    __slots__ = ("api", "request", "params", "who")
+
+    def __init__(self, api: Api, request: Request, params: Mapping[str, str]) -> None:
+        self.api, self.request, self.params = api, request, params
+        self.who = NOBODY
+
+    def __getitem__(self, name: str) -> str:
+        """A variable of the path."""
+        return self.params[name]
+
+    @property
+    def body(self) -> JsonObject:
+        return parse_object(self.bytes(self.api.world.settings.max_request_bytes))
+
+    def bytes(self, limit: int) -> bytes:
+        return self.request.body(limit if self.who is not NOBODY else min(limit, ANONYMOUS_BODY))
+
+    def query(self, name: str) -> str | None:
+        return self.request.query.get(name)
+
+    def integer(self, name: str, default: T, least: int = 0, most: int = MAX_INT) -> int | T:
+        text = self.request.query.get(name)
+        if text is None or text == "":
+            return default
+        if not (text.isascii() and text.isdigit() and least <= int(text[:20]) <= most):
+            raise MatrixError("M_INVALID_PARAM", f"{name} must be a number from {least} to {most}, not {shorten(text)!r}")
+        return int(text)
+
+    @property
+    def ts(self) -> int | None:
+        """The origin_server_ts that an application service wishes (Timestamp massaging)."""
+        return self.integer("ts", None) if self.who.appservice else None
+
+    def choice(self, name: str, options: Sequence[str], default: str) -> str:
+        value = self.request.query.get(name) or default
+        if value not in options:
+            raise MatrixError("M_INVALID_PARAM", f"{name} must be one of {', '.join(options)}, not {shorten(value)!r}")
+        return value
+
+    def own(self, user_id: str) -> None:
+        """Refuses to touch what belongs to another user."""
+        if user_id != self.who.user_id:
+            raise forbidden(f"{self.who.user_id} can't do this for {shorten(user_id)}")
+
+
+NOBODY = Who("")
+
+
+# -- Who is asking?
+
+def token_of(request: Request) -> str | None:
+    """The access token, from the header or the query; 401 if they differ. Empty is absent."""
+    header = request.headers.get("authorization", "")
+    in_header = header[7:].strip() if header[:7].lower() == "bearer " else ""
+    in_query = request.query.get("access_token", "")
+    if in_header and in_query and not hmac.compare_digest(in_header.encode(), in_query.encode()):
+        raise MatrixError("M_UNKNOWN_TOKEN", "the tokens in the Authorization header and in access_token differ; send one of them")
+    return in_header or in_query or None
+
+
+class Limiter:
+    """The configured rate limit: so many changes a second for each user, and a burst."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self._spent: dict[str, tuple[float, float]] = {}     # user → changes not yet forgiven, as of when
+        self._guard = threading.Lock()                       # guards _spent
+
+    def count(self, who: Who) -> None:
+        """M_LIMIT_EXCEEDED past the limit. An AS's own user is exempt, and its ghosts if `rate_limited` is false."""
+        limit = self.world.settings.rate_limit
+        if not limit or who is NOBODY or (who.appservice and (
+                not who.appservice.rate_limited or who.user_id == who.appservice.sender(self.world.name))):
+            return
+        now, per_second, burst = self.world.clock.monotonic(), limit["per_second"], limit["burst"]
+        with self._guard:
+            spent, then = self._spent.get(who.user_id, (0.0, now))
+            spent = max(0.0, spent - (now - then) * per_second) + 1
+            over = spent > burst
+            self._spent[who.user_id] = (spent - over, now)
+        if over:
+            wait_ms = int((spent - burst) / per_second * 1000) + 1
+            raise MatrixError("M_LIMIT_EXCEEDED", f"{who.user_id} may make {per_second} changes a second, {burst} at once; "
+                              f"try again in {wait_ms} ms", retry_after_ms=wait_ms)
+
+
+class Api:
+    """The homeserver as a function from Request to Response."""
+
+    def __init__(self, world: World, delivery: Delivery) -> None:
+        self.world, self.delivery = world, delivery
+        self.accounts, self.rooms, self.media = Accounts(world), Rooms(world), Media(world)
+        self.typing = Typing(world)
+        self.sync = Sync(world, self.typing)
+        self.router, self.limiter = Router(ROUTES), Limiter(world)
+        self.stopping = False
+
+    def __call__(self, request: Request) -> Response:
+        """Answers; raises nothing."""
+        began = time.monotonic()
+        try:
+            response = self._answer(request)
+        except MatrixError as error:
+            response = json_response(error.status, error.body(), CORS)
+        except Exception:
+            log.exception("%s %s failed", request.method, request.path)
+            response = json_response(500, MatrixError("M_UNKNOWN", "the homeserver failed; its log says why").body(), CORS)
+        if log.isEnabledFor(logging.DEBUG):
+            log.debug("%s %s %d in %.1f ms", request.method, request.path, response.status, (time.monotonic() - began) * 1000)
+        return response
+
+    def _answer(self, request: Request) -> Response:
+        if request.method == "OPTIONS":
+            return Response(204, b"", headers=CORS)
+        route, params = self.router.find("GET" if request.method == "HEAD" else request.method, request.path)
+        call = Call(self, request, params)
+        if route.auth != "nobody":
+            call.who = self.identify(request, route.auth)
+        if route.method != "GET":
+            self.limiter.count(call.who)
+        answer = route.handler(call)
+        return answer if isinstance(answer, Response) else json_response(200, answer, CORS)
+
+    def identify(self, request: Request, auth: str) -> Who:
+        """The session's user, or whom an application service acts as (Identity assertion)."""
+        token = token_of(request)
+        if token is None:
+            if auth == "maybe":
+                return NOBODY
+            raise MatrixError("M_MISSING_TOKEN", "this needs an access token: 'Authorization: Bearer TOKEN'")
+        hashed = digest(token)
+        session = self.world.store.sessions.get(hashed)
+        registration = None if session else self.world.registrations.of_as_token(hashed)
+        if auth == "appservice" and session:
+            raise forbidden("only an application service may do this, with its as_token")
+        if session:
+            return Who(session[0], session[1], hashed)
+        if not registration:
+            raise self.unknown_token(hashed)
+        return self.act_as(registration, request.query.get("user_id"))
+
+    def unknown_token(self, hashed: bytes) -> MatrixError:
+        swapped = self.world.registrations.of_hs_token(hashed)
+        if swapped:
+            return MatrixError("M_UNKNOWN_TOKEN", f"this is the hs_token of the application service {swapped.id!r}; it must send its as_token", soft_logout=False)
+        return MatrixError("M_UNKNOWN_TOKEN", "no session and no application service has this access token; "
+                           f"{len(self.world.registrations.by_id)} registrations are loaded", soft_logout=False)
+
+    def act_as(self, registration: Registration, user_id: str | None) -> Who:
+        user_id = user_id or registration.sender(self.world.name)
+        self.world.registrations.check_may_act_as(registration, user_id)
+        if user_id not in self.world.store.users:
+            raise forbidden(f"{shorten(user_id)} is in the namespaces of the application service {registration.id!r} but not registered; "
+                            f"register it first: POST /_matrix/client/v3/register with type {LOGIN_APPSERVICE}")
+        return Who(user_id, None, None, registration)
+
+    def appservice(self, request: Request) -> Registration:
+        """The application service whose as_token this is, whomever it may act as."""
+        token = token_of(request)
+        if token is None:
+            raise MatrixError("M_MISSING_TOKEN", f"{LOGIN_APPSERVICE} needs the as_token: 'Authorization: Bearer AS_TOKEN'")
+        registration = self.world.registrations.of_as_token(digest(token))
+        if not registration:
+            raise self.unknown_token(digest(token))
+        return registration
+
+
+# -- Which handler is it?
+
+class Route(NamedTuple):
+    """One endpoint. `auth`: "nobody" (no token is looked at), "maybe", "user" (a person, or an AS as one of its users), "appservice"."""
+    method: str
+    path: str
+    auth: str
+    handler: Callable[[Call], Any]
+    spec: str
+
+
+class Router:
+    """Finds routes by walking the path's segments. r0, v1 and v3 spellings of a route are one."""
+
+    VERSION = re.compile(r"r0|v[0-9]+|unstable")
+
+    def __init__(self, routes: Sequence[Route]) -> None:
+        self._root: dict[str, Any] = {}                      # segment, or '{}' for a variable → the like; '' → {method: route}
+        for route in routes:
+            node = self._root
+            for segment in self._segments(route.path):
+                node = node.setdefault("{}" if segment[:1] == "{" else segment, {})
+            node.setdefault(None, {})[route.method] = route  # type: ignore[call-overload]
+
+    @classmethod
+    def _segments(cls, path: str) -> list[str]:
+        segments = path.split("/")[1:]
+        if len(segments) > 2 and segments[0] == "_matrix" and cls.VERSION.fullmatch(segments[2]):
+            segments[2] = "*"
+        return segments
+
+    def find(self, method: str, path: str) -> tuple[Route, dict[str, str]]:
+        """The route and the variables of its path, decoded; M_UNRECOGNIZED, 404 or 405."""
+        node, values = self._root, []
+        for segment in self._segments(path):
+            if (literal := node.get(segment)) is not None:
+                node = literal
+            elif (variable := node.get("{}")) is not None:
+                node = variable
+                values.append(segment)
+            else:
+                raise MatrixError("M_UNRECOGNIZED", f"there is no endpoint {shorten(path)}; 'asbridge.py routes' lists them")
+        routes = node.get(None)                              # type: ignore[call-overload]
+        if not routes:
+            raise MatrixError("M_UNRECOGNIZED", f"there is no endpoint {shorten(path)}; 'asbridge.py routes' lists them")
+        if method not in routes:
+            raise MatrixError("M_UNRECOGNIZED", f"{shorten(path)} takes {', '.join(sorted(routes))}, not {shorten(method)}", 405)
+        route = routes[method]
+        names = re.findall(r"{(\w+)}", route.path) if values else ()
+        return route, {name: decode_segment(value) for name, value in zip(names, values, strict=True)}
+
+
+def decode_segment(segment: str) -> str:
+    """Percent-decoded after splitting, so that %2F is no separator."""
+    if "%" not in segment and segment.isascii():
+        return segment
+    try:
+        return urllib.parse.unquote_to_bytes(segment.encode("latin-1")).decode("utf-8")
+    except ValueError:
+        raise MatrixError("M_INVALID_PARAM", f"{shorten(segment)} in the path is not percent-encoded UTF-8") from None
+
+
+# -- Handlers: accounts.
+
+def versions(call: Call) -> Any:
+    return {"versions": VERSIONS, "unstable_features": {"fi.mau.msc2659.stable": True}}
+
+
+def well_known(call: Call) -> Any:
+    return {"m.homeserver": {"base_url": call.api.world.settings.public_url}}
+
+
+def capabilities(call: Call) -> Any:
+    versions = dict.fromkeys(ROOM_VERSIONS, "stable")
+    return {"capabilities": {"m.room_versions": {"default": call.api.world.settings.room_version, "available": versions},
+                             "m.change_password": {"enabled": False}, "m.3pid_changes": {"enabled": False},
+                             "m.set_displayname": {"enabled": True}, "m.set_avatar_url": {"enabled": True}}}
+
+
+def register_available(call: Call) -> Any:
+    username = call.query("username")
+    if username is None:
+        raise MatrixError("M_MISSING_PARAM", "the query must have username")
+    call.api.accounts.check_available(username, None)
+    return {"available": True}
+
+
+def device_of(call: Call, body: JsonObject) -> JsonObject:
+    return {"device_id": field(body, "device_id", str, None), "ip": call.request.client_ip,
+            "display_name": field(body, "initial_device_display_name", str, None)}
+
+
+def register(call: Call) -> Any:
+    """A person by the dummy stage of user-interactive authentication, or a ghost by the as_token."""
+    body, accounts = call.body, call.api.accounts
+    username = field(body, "username", str, None) or field(body, "user", str, None)     # `user`: the 2016 text
+    options = {**device_of(call, body), "inhibit_login": field(body, "inhibit_login", bool, False)}
+    if body.get("type") == LOGIN_APPSERVICE:
+        return accounts.register_ghost(call.api.appservice(call.request), username, **options)
+    if call.query("kind") == "guest":
+        raise forbidden("there are no guests here; register as a user")
+    token = token_of(call.request)
+    if token and call.api.world.registrations.of_as_token(digest(token)):
+        raise MatrixError("M_MISSING_PARAM", f"an application service registers users with \"type\": \"{LOGIN_APPSERVICE}\" in the body")
+    password = field(body, "password", str, None)
+    if username is not None:
+        accounts.check_available(username, None)
+    if field(field(body, "auth", dict, {}), "type", str, "") != "m.login.dummy":
+        challenge = {"session": random_id(), "flows": [{"stages": ["m.login.dummy"]}], "params": {}}
+        return json_response(401, challenge, CORS)
+    return accounts.register(username, password, **options)
+
+
+def login_flows(call: Call) -> Any:
+    return {"flows": [{"type": "m.login.password"}, {"type": LOGIN_APPSERVICE}]}
+
+
+def login(call: Call) -> Any:
+    body = call.body
+    identifier = field(body, "identifier", dict, {})
+    user = field(identifier, "user", str, None) or field(body, "user", str)               # `user`: the 2016 text
+    if identifier and identifier.get("type", "m.id.user") != "m.id.user":
+        raise MatrixError("M_UNKNOWN", "identifier.type must be m.id.user", 400)
+    kind = field(body, "type", str)
+    if kind == LOGIN_APPSERVICE:
+        return call.api.accounts.login_ghost(call.api.appservice(call.request), user, **device_of(call, body))
+    if kind != "m.login.password":
+        raise MatrixError("M_UNKNOWN", f"type must be m.login.password or {LOGIN_APPSERVICE}, not {shorten(kind)}", 400)
+    return call.api.accounts.login(user, field(body, "password", str), **device_of(call, body))
+
+
+def logout(call: Call) -> Any:
+    call.api.accounts.logout(call.who)
+    return {}
+
+
+def logout_all(call: Call) -> Any:
+    call.api.accounts.logout_all(call.who)
+    return {}
+
+
+def whoami(call: Call) -> Any:
+    return {"user_id": call.who.user_id, "is_guest": False, **({"device_id": call.who.device_id} if call.who.device_id else {})}
+
+
+def get_devices(call: Call) -> Any:
+    return {"devices": call.api.accounts.devices(call.who)}
+
+
+def get_device(call: Call) -> Any:
+    return call.api.accounts.device(call.who, call["deviceId"])
+
+
+def put_device(call: Call) -> Any:
+    call.api.accounts.rename_device(call.who, call["deviceId"], field(call.body, "display_name", str, None))
+    return {}
+
+
+def get_profile(call: Call) -> Any:
+    return call.api.accounts.profile(call["userId"], call.who.appservice)
+
+
+def get_profile_key(call: Call) -> Any:
+    """One field. Unset: {} and not 404, on which bridges rely."""
+    profile, key = get_profile(call), profile_key(call)
+    return {key: profile[key]} if key in profile else {}
+
+
+def put_profile_key(call: Call) -> Any:
+    key = profile_key(call)
+    call.api.accounts.set_profile(call.who, call["userId"], key, field(call.body, key, str, None))
+    return {}
+
+
+def profile_key(call: Call) -> str:
+    if call["keyName"] not in ("displayname", "avatar_url"):
+        raise MatrixError("M_UNRECOGNIZED", f"a profile has displayname and avatar_url, not {shorten(call['keyName'])}")
+    return call["keyName"]
+
+
+def get_account_data(call: Call) -> Any:
+    call.own(call["userId"])
+    return call.api.accounts.account_data(call.who, call.params.get("roomId", ""), call["type"])
+
+
+def put_account_data(call: Call) -> Any:
+    call.own(call["userId"])
+    if call["type"] in ("m.fully_read", "m.push_rules"):
+        raise MatrixError("M_BAD_JSON", f"{call['type']} is set by its own endpoint", 405)
+    call.api.accounts.set_account_data(call.who, call.params.get("roomId", ""), call["type"], call.body)
+    return {}
+
+
+def get_tags(call: Call) -> Any:
+    call.own(call["userId"])
+    return call.api.accounts.tags(call.who, call["roomId"])
+
+
+def put_tag(call: Call) -> Any:
+    call.own(call["userId"])
+    call.api.accounts.set_tag(call.who, call["roomId"], call["tag"], call.body)
+    return {}
+
+
+def delete_tag(call: Call) -> Any:
+    call.own(call["userId"])
+    call.api.accounts.set_tag(call.who, call["roomId"], call["tag"], None)
+    return {}
+
+
+def post_filter(call: Call) -> Any:
+    call.own(call["userId"])
+    source = call.body
+    SyncFilter(source)                                       # refuses what it can't read
+    return {"filter_id": call.api.accounts.add_filter(call.who, source)}
+
+
+def get_filter(call: Call) -> Any:
+    call.own(call["userId"])
+    return call.api.accounts.filter(call.who, call["filterId"])
+
+
+def keys_query(call: Call) -> Any:
+    """Device keys. Nobody can upload any here yet; an unknown ghost's application service is asked to create it."""
+    wanted = field(call.body, "device_keys", dict)
+    for user_id in wanted:
+        if check_id("@", user_id) and server_of(user_id) == call.api.world.name:
+            call.api.world.ask("users", user_id, call.who.appservice, True)
+    return {"device_keys": {}, "failures": {}}
+
+
+# -- Handlers: rooms.
+
+def create_room(call: Call) -> Any:
+    return {"room_id": call.api.rooms.create(call.who, call.body)}
+
+
+def with_reason(body: JsonObject) -> JsonObject:
+    reason = field(body, "reason", str, None)
+    return {} if reason is None else {"reason": reason}
+
+
+def join_room(call: Call) -> Any:
+    return {"room_id": call.api.rooms.join(call.who, call["roomId"], with_reason(call.body))}
+
+
+def knock_room(call: Call) -> Any:
+    return {"room_id": call.api.rooms.knock(call.who, call["roomId"], with_reason(call.body))}
+
+
+def invite(call: Call) -> Any:
+    body = call.body
+    call.api.rooms.invite(call.who, call["roomId"], field(body, "user_id", str), with_reason(body))
+    return {}
+
+
+def leave(call: Call) -> Any:
+    call.api.rooms.set_membership(call.who, call["roomId"], call.who.user_id, "leave", with_reason(call.body))
+    return {}
+
+
+def kick(call: Call) -> Any:
+    body = call.body
+    call.api.rooms.set_membership(call.who, call["roomId"], field(body, "user_id", str), "leave", with_reason(body))
+    return {}
+
+
+def ban(call: Call) -> Any:
+    body = call.body
+    call.api.rooms.set_membership(call.who, call["roomId"], field(body, "user_id", str), "ban", with_reason(body))
+    return {}
+
+
+def unban(call: Call) -> Any:
+    body = call.body
+    call.api.rooms.unban(call.who, call["roomId"], field(body, "user_id", str), with_reason(body))
+    return {}
+
+
+def forget(call: Call) -> Any:
+    call.api.rooms.forget(call.who, call["roomId"])
+    return {}
+
+
+def joined_rooms(call: Call) -> Any:
+    return {"joined_rooms": call.api.rooms.joined(call.who)}
+
+
+def send(call: Call) -> Any:
+    return {"event_id": call.api.rooms.send(call.who, call["roomId"], call["eventType"], call.body, call["txnId"], call.ts)}
+
+
+def redact(call: Call) -> Any:
+    return {"event_id": call.api.rooms.redact(call.who, call["roomId"], call["eventId"], call.body, call["txnId"])}
+
+
+def put_state(call: Call) -> Any:
+    return {"event_id": call.api.rooms.set_state(call.who, call["roomId"], call["eventType"], call.params.get("stateKey", ""), call.body, call.ts)}
+
+
+def get_state_event(call: Call) -> Any:
+    event = call.api.rooms.state_event(call.who, call["roomId"], call["eventType"], call.params.get("stateKey", ""))
+    return call.api.rooms.render(call.who, [event])[0] if call.query("format") == "event" else event.content
+
+
+def get_state(call: Call) -> Any:
+    return call.api.rooms.state(call.who, call["roomId"])
+
+
+def get_event(call: Call) -> Any:
+    return call.api.rooms.event(call.who, call["roomId"], call["eventId"])
+
+
+def members(call: Call) -> Any:
+    return {"chunk": call.api.rooms.members(call.who, call["roomId"], call.integer("at", None), call.query("membership"), call.query("not_membership"))}
+
+
+def joined_members(call: Call) -> Any:
+    return {"joined": call.api.rooms.joined_members(call.who, call["roomId"])}
+
+
+def query_filter(call: Call) -> tuple[Filter, JsonObject]:
+    """The event filter in the query, as JSON."""
+    source = parse_object((call.query("filter") or "").encode())
+    return event_filter(source), source
+
+
+def messages(call: Call) -> Any:
+    filter, source = query_filter(call)
+    limit = call.integer("limit", field(source, "limit", int, 10), 0, 2**31)
+    backwards = call.choice("dir", ("b", "f"), "b") == "b"
+    return call.api.rooms.messages(call.who, call["roomId"], call.integer("from", None), backwards, limit, filter, call.integer("to", None))
+
+
+def context(call: Call) -> Any:
+    return call.api.rooms.context(call.who, call["roomId"], call["eventId"], min(call.integer("limit", 10), MAX_PAGE), query_filter(call)[0])
+
+
+def room_aliases(call: Call) -> Any:
+    return {"aliases": call.api.rooms.aliases(call.who, call["roomId"])}
+
+
+def get_alias(call: Call) -> Any:
+    return {"room_id": call.api.rooms.resolve(call["roomAlias"], call.who.appservice), "servers": [call.api.world.name]}
+
+
+def put_alias(call: Call) -> Any:
+    call.api.rooms.add_alias(call.who, call["roomAlias"], field(call.body, "room_id", str))
+    return {}
+
+
+def delete_alias(call: Call) -> Any:
+    call.api.rooms.delete_alias(call.who, call["roomAlias"])
+    return {}
+
+
+def get_visibility(call: Call) -> Any:
+    return {"visibility": "public" if call.api.rooms.is_published(call["roomId"]) else "private"}
+
+
+def put_visibility(call: Call) -> Any:
+    visibility = field(call.body, "visibility", str, "public")
+    if visibility not in ("public", "private"):
+        raise MatrixError("M_INVALID_PARAM", f"visibility must be public or private, not {shorten(visibility)}")
+    call.api.rooms.publish(call.who, call["roomId"], visibility == "public")
+    return {}
+
+
+def get_public_rooms(call: Call) -> Any:
+    return call.api.rooms.public("", call.integer("since", 0), min(call.integer("limit", 100), MAX_PAGE))
+
+
+def search_public_rooms(call: Call) -> Any:
+    body = call.body
+    since = field(body, "since", str, "0")
+    term = field(field(body, "filter", dict, {}), "generic_search_term", str, "")
+    limit = min(max(field(body, "limit", int, 100), 0), MAX_PAGE)
+    return call.api.rooms.public(term, int(since) if since.isascii() and since.isdigit() else 0, limit)
+
+
+def put_typing(call: Call) -> Any:
+    call.own(call["userId"])
+    body = call.body
+    seconds = min(max(field(body, "timeout", int, 30_000), 0), 120_000) / 1000
+    until = call.api.world.clock.monotonic() + seconds if field(body, "typing", bool) else None
+    call.api.typing.set(call.who, call["roomId"], until)
+    return {}
+
+
+def post_receipt(call: Call) -> Any:
+    thread_id = field(call.body, "thread_id", str, "")
+    call.api.rooms.add_receipt(call.who, call["roomId"], {call["receiptType"]: call["eventId"]}, thread_id)
+    return {}
+
+
+def post_read_markers(call: Call) -> Any:
+    body = call.body
+    types = {str(type): field(body, type, str) for type in ("m.fully_read", "m.read", "m.read.private") if type in body}
+    call.api.rooms.add_receipt(call.who, call["roomId"], types)
+    return {}
+
+
+def sync(call: Call) -> Any:
+    chosen = call.query("filter") or "{}"
+    source = parse_object(chosen.encode()) if chosen[:1] == "{" else call.api.accounts.filter(call.who, chosen)
+    timeout = call.integer("timeout", 0) / 1000
+    full_state = call.choice("full_state", ("true", "false"), "false") == "true"
+    return call.api.sync.sync(call.who, call.integer("since", None), SyncFilter(source), timeout, full_state,
+                              lambda: call.api.stopping)
+
+
+# -- Handlers: media.
+
+INLINE_TYPES = ("image/jpeg", "image/gif", "image/png", "image/apng", "image/webp", "image/avif", "text/plain", "text/css", "text/csv",
+                "application/json", "video/mp4", "video/webm", "video/ogg", "video/quicktime", "audio/mp4", "audio/webm", "audio/aac",
+                "audio/mpeg", "audio/ogg", "audio/wave", "audio/wav", "audio/x-wav", "audio/x-pn-wav", "audio/flac", "audio/x-flac")
+
+
+def upload(call: Call) -> Any:
+    content = call.bytes(call.api.world.settings.max_upload_bytes)
+    content_type = call.request.headers.get("content-type", "application/octet-stream")
+    return {"content_uri": call.api.media.upload(call.who, content, content_type, call.query("filename"))}
+
+
+def download(call: Call) -> Any:
+    content_type, filename, content = call.api.media.download(call["serverName"], call["mediaId"])
+    filename = call.params.get("fileName") or filename
+    disposition = "inline" if content_type.partition(";")[0].strip().lower() in INLINE_TYPES else "attachment"
+    if filename:
+        disposition += "; filename*=UTF-8''" + urllib.parse.quote(filename, safe="")
+    headers = (f"Content-Disposition: {disposition}\r\nContent-Security-Policy: sandbox; default-src 'none'\r\n"
+               "Cross-Origin-Resource-Policy: cross-origin\r\n")
+    return Response(200, content, content_type, CORS + headers.encode())
+
+
+def media_config(call: Call) -> Any:
+    return {"m.upload.size": call.api.world.settings.max_upload_bytes}
+
+
+# -- Handlers: for application services.
+
+def ping(call: Call) -> Any:
+    registration = call.who.appservice
+    if not registration or registration.id != call["appserviceId"]:
+        raise forbidden(f"the as_token is not that of the application service {shorten(call['appserviceId'])}")
+    return {"duration_ms": call.api.delivery.ping(registration, field(call.body, "transaction_id", str, None))}
+
+
+def map_uri(call: Call) -> Any:
+    """URI mapping of the 2016 text."""
+    kind, key = {"user": ("users", "user_id"), "alias": ("aliases", "alias")}[call.request.path.rpartition("/")[2]]
+    uri = call.query("uri")
+    if uri is None:
+        raise MatrixError("M_MISSING_PARAM", "the query must have uri, such as irc://localhost/%23lobby, percent-encoded")
+    if not re.fullmatch(r"[A-Za-z][A-Za-z0-9+.-]*:[^\s\x00-\x1f]+", uri) or len(uri.encode("utf-8", "replace")) > 2048:
+        raise MatrixError("M_INVALID_PARAM", f"{shorten(uri)!r} is not a URI of 2,048 bytes at most")
+    id = call.api.world.registrations.map_uri(kind, uri)
+    if not id:
+        raise MatrixError("M_NOT_FOUND", f"no application service maps {shorten(uri)} to one of its {kind}")
+    return {key: id}
+
+
+# -- The table.
+
+C, M, A = "/_matrix/client/v3", "/_matrix/media/v3", "/_matrix/app/v1"
+R = C + "/rooms/{roomId}"
+ROUTES = [
+    #     method    path                                                        who           handler             section of the spec
+    Route("GET",    "/_matrix/client/versions",                                 "nobody",     versions,           "API Versions"),
+    Route("GET",    "/.well-known/matrix/client",                               "nobody",     well_known,         "Server Discovery"),
+    Route("GET",    f"{C}/capabilities",                                        "user",       capabilities,       "Capabilities negotiation"),
+    # Accounts
+    Route("GET",    f"{C}/register/available",                                  "nobody",     register_available, "Account registration"),
+    Route("POST",   f"{C}/register",                                            "nobody",     register,           "Account registration; AS: Server admin style permissions"),
+    Route("GET",    f"{C}/login",                                               "nobody",     login_flows,        "Login"),
+    Route("POST",   f"{C}/login",                                               "nobody",     login,              "Login; AS: Server admin style permissions"),
+    Route("POST",   f"{C}/logout",                                              "user",       logout,             "Login"),
+    Route("POST",   f"{C}/logout/all",                                          "user",       logout_all,         "Login"),
+    Route("GET",    f"{C}/account/whoami",                                      "user",       whoami,             "Current account information"),
+    Route("GET",    f"{C}/devices",                                             "user",       get_devices,        "Device Management"),
+    Route("GET",    f"{C}/devices/{{deviceId}}",                                "user",       get_device,         "Device Management"),
+    Route("PUT",    f"{C}/devices/{{deviceId}}",                                "user",       put_device,         "Device Management"),
+    Route("GET",    f"{C}/profile/{{userId}}",                                  "maybe",      get_profile,        "Profiles"),
+    Route("GET",    f"{C}/profile/{{userId}}/{{keyName}}",                      "maybe",      get_profile_key,    "Profiles"),
+    Route("PUT",    f"{C}/profile/{{userId}}/{{keyName}}",                      "user",       put_profile_key,    "Profiles"),
+    Route("GET",    f"{C}/user/{{userId}}/account_data/{{type}}",               "user",       get_account_data,   "Client Config"),
+    Route("PUT",    f"{C}/user/{{userId}}/account_data/{{type}}",               "user",       put_account_data,   "Client Config"),
+    Route("GET",    f"{C}/user/{{userId}}/rooms/{{roomId}}/account_data/{{type}}", "user",    get_account_data,   "Client Config"),
+    Route("PUT",    f"{C}/user/{{userId}}/rooms/{{roomId}}/account_data/{{type}}", "user",    put_account_data,   "Client Config"),
+    Route("GET",    f"{C}/user/{{userId}}/rooms/{{roomId}}/tags",               "user",       get_tags,           "Room Tagging"),
+    Route("PUT",    f"{C}/user/{{userId}}/rooms/{{roomId}}/tags/{{tag}}",       "user",       put_tag,            "Room Tagging"),
+    Route("DELETE", f"{C}/user/{{userId}}/rooms/{{roomId}}/tags/{{tag}}",       "user",       delete_tag,         "Room Tagging"),
+    Route("POST",   f"{C}/user/{{userId}}/filter",                              "user",       post_filter,        "Filtering"),
+    Route("GET",    f"{C}/user/{{userId}}/filter/{{filterId}}",                 "user",       get_filter,         "Filtering"),
+    Route("POST",   f"{C}/keys/query",                                          "user",       keys_query,         "End-to-End Encryption; AS: Querying"),
+    # Rooms
+    Route("GET",    f"{C}/sync",                                                "user",       sync,               "Syncing"),
+    Route("POST",   f"{C}/createRoom",                                          "user",       create_room,        "Creation"),
+    Route("POST",   f"{C}/join/{{roomId}}",                                     "user",       join_room,          "Joining rooms"),
+    Route("POST",   f"{R}/join",                                                "user",       join_room,          "Joining rooms"),
+    Route("POST",   f"{C}/knock/{{roomId}}",                                    "user",       knock_room,         "Knocking on rooms"),
+    Route("POST",   f"{R}/invite",                                              "user",       invite,             "Joining rooms"),
+    Route("POST",   f"{R}/leave",                                               "user",       leave,              "Leaving rooms"),
+    Route("POST",   f"{R}/kick",                                                "user",       kick,               "Leaving rooms"),
+    Route("POST",   f"{R}/ban",                                                 "user",       ban,                "Banning users in a room"),
+    Route("POST",   f"{R}/unban",                                               "user",       unban,              "Banning users in a room"),
+    Route("POST",   f"{R}/forget",                                              "user",       forget,             "Leaving rooms"),
+    Route("GET",    f"{C}/joined_rooms",                                        "user",       joined_rooms,       "Listing rooms"),
+    Route("PUT",    f"{R}/send/{{eventType}}/{{txnId}}",                        "user",       send,               "Sending events to a room; AS: Timestamp massaging"),
+    Route("PUT",    f"{R}/redact/{{eventId}}/{{txnId}}",                        "user",       redact,             "Redactions"),
+    Route("GET",    f"{R}/state",                                               "user",       get_state,          "Getting events for a room"),
+    Route("GET",    f"{R}/state/{{eventType}}",                                 "user",       get_state_event,    "Getting events for a room"),
+    Route("GET",    f"{R}/state/{{eventType}}/{{stateKey}}",                    "user",       get_state_event,    "Getting events for a room"),
+    Route("PUT",    f"{R}/state/{{eventType}}",                                 "user",       put_state,          "Sending events to a room; AS: Timestamp massaging"),
+    Route("PUT",    f"{R}/state/{{eventType}}/{{stateKey}}",                    "user",       put_state,          "Sending events to a room; AS: Timestamp massaging"),
+    Route("GET",    f"{R}/event/{{eventId}}",                                   "user",       get_event,          "Getting events for a room"),
+    Route("GET",    f"{R}/members",                                             "user",       members,            "Getting events for a room"),
+    Route("GET",    f"{R}/joined_members",                                      "user",       joined_members,     "Getting events for a room"),
+    Route("GET",    f"{R}/messages",                                            "user",       messages,           "Getting events for a room"),
+    Route("GET",    f"{R}/context/{{eventId}}",                                 "user",       context,            "Event Context"),
+    Route("PUT",    f"{R}/typing/{{userId}}",                                   "user",       put_typing,         "Typing Notifications"),
+    Route("POST",   f"{R}/receipt/{{receiptType}}/{{eventId}}",                 "user",       post_receipt,       "Receipts"),
+    Route("POST",   f"{R}/read_markers",                                        "user",       post_read_markers,  "Fully read markers"),
+    # Aliases and the directory
+    Route("GET",    f"{R}/aliases",                                             "user",       room_aliases,       "Room aliases"),
+    Route("GET",    f"{C}/directory/room/{{roomAlias}}",                        "maybe",      get_alias,          "Room aliases; AS: Querying"),
+    Route("PUT",    f"{C}/directory/room/{{roomAlias}}",                        "user",       put_alias,          "Room aliases"),
+    Route("DELETE", f"{C}/directory/room/{{roomAlias}}",                        "user",       delete_alias,       "Room aliases"),
+    Route("GET",    f"{C}/directory/list/room/{{roomId}}",                      "maybe",      get_visibility,     "Listing rooms"),
+    Route("PUT",    f"{C}/directory/list/room/{{roomId}}",                      "user",       put_visibility,     "Listing rooms"),
+    Route("GET",    f"{C}/publicRooms",                                         "maybe",      get_public_rooms,   "Listing rooms"),
+    Route("POST",   f"{C}/publicRooms",                                         "user",       search_public_rooms, "Listing rooms"),
+    # Media
+    Route("POST",   f"{M}/upload",                                              "user",       upload,             "Content repository"),
+    Route("GET",    f"{M}/download/{{serverName}}/{{mediaId}}",                 "nobody",     download,           "Content repository"),
+    Route("GET",    f"{M}/download/{{serverName}}/{{mediaId}}/{{fileName}}",    "nobody",     download,           "Content repository"),
+    Route("GET",    f"{M}/config",                                              "user",       media_config,       "Content repository"),
+    Route("GET",    "/_matrix/client/v1/media/download/{serverName}/{mediaId}", "user",       download,           "Content repository"),
+    Route("GET",    "/_matrix/client/v1/media/download/{serverName}/{mediaId}/{fileName}", "user", download,       "Content repository"),
+    Route("GET",    "/_matrix/client/v1/media/config",                          "user",       media_config,       "Content repository"),
+    # For application services
+    Route("POST",   "/_matrix/client/v1/appservice/{appserviceId}/ping",        "appservice", ping,               "AS: Pinging"),
+    Route("GET",    f"{A}/user",                                                "nobody",     map_uri,            "AS, 2016 text: URI mapping"),
+    Route("GET",    f"{A}/alias",                                               "nobody",     map_uri,            "AS, 2016 text: URI mapping"),
+]
+
+
+
+
+# ============================================================================
+# 10. The application service
+# ============================================================================
+# The other side of section 7: what a bridge or bot is built on. Client speaks
+# the client-server API, Intent does it as a user of the application service,
+# AppService takes the homeserver's pushes and queries and sees to it that an
+# event is handled once. Spec: Application Service API. Knows of sections 1 to 3
+# only: cut out with them, it works with any homeserver.
+
+MAX_ANSWER_BYTES = 64 * 1024 * 1024
+MAX_TRANSACTION_BYTES = 64 * 1024 * 1024
+MAX_KEPT_CONNECTIONS = 8
+KEPT_EVENTS, KEPT_TRANSACTIONS = 20_000, 1_000   # how far back the application service knows what it has done
+HELLO_FIRST, HELLO_LAST = 0.25, 15.0             # seconds between attempts to find the homeserver
+UNREACHABLE = (OSError, http.client.HTTPException)
+
+
+def client_path(*segments: str) -> str:
+    """The path of a client-server endpoint, each segment percent-encoded."""
+    return "/_matrix/client/v3/" + "/".join([urllib.parse.quote(segment, safe="") for segment in segments])
+
+
+def query_string(query: Mapping[str, Any]) -> str:
+    given = {key: str(value).lower() if isinstance(value, bool) else value
+             for key, value in query.items() if value is not None}
+    return "?" + urllib.parse.urlencode(given) if given else ""
+
+
+class Client:
+    """A Matrix client over HTTP, for any number of threads.
+
+    With a `user_id` it acts as that user (Identity assertion), for which the token must be an as_token.
+    Every verb raises MatrixError when the homeserver refuses, and one of UNREACHABLE when it can't be asked.
+    """
+
+    def __init__(self, url: str, token: str = "", user_id: str | None = None) -> None:
+        self.url, self.token, self.acts_as = url, token, user_id
+        self.connections: list[HttpClient] = []              # kept and idle, the last used on top
+        self.seen: list[JsonObject] = []                     # events that wait_for() has met
+        self._own_id = user_id
+        self._since: str | None = None                       # where wait_for() goes on
+
+    def call(self, method: str, path: str, body: Any = None, /, seconds: float = 60.0, **query: Any) -> Any:
+        """The JSON of the answer."""
+        headers = {"Authorization": f"Bearer {self.token}"} if self.token else {}
+        if body is not None:
+            headers["Content-Type"] = "application/json"
+        target = path + query_string({**query, "user_id": self.acts_as} if self.acts_as else query)
+        http_client = self._connection()
+        try:
+            data = None if body is None else to_json(body).encode("utf-8", "replace")
+            status, answer = http_client.request(method, target, data, headers, seconds, MAX_ANSWER_BYTES)
+        finally:
+            if len(self.connections) < MAX_KEPT_CONNECTIONS:
+                self.connections.append(http_client)
+            else:
+                http_client.close()
+        return self._result(status, answer)
+
+    def _connection(self) -> HttpClient:
+        try:
+            return self.connections.pop()
+        except IndexError:
+            return HttpClient(self.url)
+
+    @staticmethod
+    def _result(status: int, answer: bytes) -> Any:
+        try:
+            value = parse_json(answer)
+        except MatrixError:
+            if status < 300:
+                raise http.client.HTTPException("the homeserver's answer is not JSON") from None
+            value = None
+        if status < 300:
+            return value
+        told = value if isinstance(value, dict) else {}
+        refusal = MatrixError(str(told.get("errcode", "M_UNKNOWN")), str(told.get("error", answer[:200])), status)
+        refusal.extra.update({key: told[key] for key in told.keys() - {"errcode", "error"}})
+        raise refusal
+
+    def close(self) -> None:
+        while self.connections:
+            self.connections.pop().close()
+
+    # -- Who am I.
+
+    @property
+    def user_id(self) -> str:
+        if not self._own_id:
+            self._own_id = str(self.whoami()["user_id"])
+        return self._own_id
+
+    def whoami(self) -> JsonObject:
+        return cast(JsonObject, self.call("GET", client_path("account", "whoami")))
+
+    def profile(self, user_id: str | None = None) -> JsonObject:
+        return cast(JsonObject, self.call("GET", client_path("profile", user_id or self.user_id)))
+
+    def set_displayname(self, name: str) -> None:
+        self.call("PUT", client_path("profile", self.user_id, "displayname"), {"displayname": name})
+
+    def set_avatar_url(self, url: str) -> None:
+        self.call("PUT", client_path("profile", self.user_id, "avatar_url"), {"avatar_url": url})
+
+    def account_data(self, type: str, room_id: str | None = None) -> JsonObject:
+        return cast(JsonObject, self.call("GET", self._account_data_path(type, room_id)))
+
+    def set_account_data(self, type: str, content: JsonObject, room_id: str | None = None) -> None:
+        self.call("PUT", self._account_data_path(type, room_id), content)
+
+    def _account_data_path(self, type: str, room_id: str | None) -> str:
+        return client_path("user", self.user_id, *(["rooms", room_id] if room_id else []), "account_data", type)
+
+    # -- Rooms and who is in them.
+
+    def create_room(self, **options: Any) -> str:
+        return str(self.call("POST", client_path("createRoom"), options)["room_id"])
+
+    def join(self, room: str) -> str:
+        """Joins by ID or alias; the room's ID."""
+        return str(self.call("POST", client_path("join", room), {})["room_id"])
+
+    def leave(self, room_id: str, reason: str | None = None) -> None:
+        self.call("POST", client_path("rooms", room_id, "leave"), {"reason": reason} if reason else {})
+
+    def invite(self, room_id: str, user_id: str, reason: str | None = None) -> None:
+        self._membership("invite", room_id, user_id, reason)
+
+    def kick(self, room_id: str, user_id: str, reason: str | None = None) -> None:
+        self._membership("kick", room_id, user_id, reason)
+
+    def ban(self, room_id: str, user_id: str, reason: str | None = None) -> None:
+        self._membership("ban", room_id, user_id, reason)
+
+    def unban(self, room_id: str, user_id: str, reason: str | None = None) -> None:
+        self._membership("unban", room_id, user_id, reason)
+
+    def _membership(self, verb: str, room_id: str, user_id: str, reason: str | None) -> None:
+        self.call("POST", client_path("rooms", room_id, verb),
+                  {"user_id": user_id, **({"reason": reason} if reason else {})})
+
+    def joined_rooms(self) -> list[str]:
+        return list(self.call("GET", client_path("joined_rooms"))["joined_rooms"])
+
+    def joined_members(self, room_id: str) -> dict[str, JsonObject]:
+        """User ID → display_name and avatar_url."""
+        return dict(self.call("GET", client_path("rooms", room_id, "joined_members"))["joined"])
+
+    def members(self, room_id: str) -> list[JsonObject]:
+        """The m.room.member events."""
+        return list(self.call("GET", client_path("rooms", room_id, "members"))["chunk"])
+
+    def resolve(self, alias: str) -> str:
+        return str(self.call("GET", client_path("directory", "room", alias))["room_id"])
+
+    def set_alias(self, alias: str, room_id: str) -> None:
+        self.call("PUT", client_path("directory", "room", alias), {"room_id": room_id})
+
+    def delete_alias(self, alias: str) -> None:
+        self.call("DELETE", client_path("directory", "room", alias))
+
+    # -- Events.
+
+    def send(self, room_id: str, type: str, content: JsonObject, txn_id: str | None = None,
+             ts: int | None = None) -> str:
+        """The event's ID. The same `txn_id` again sends nothing again; `ts` is for application services."""
+        path = client_path("rooms", room_id, "send", type, txn_id or secrets.token_hex(8))
+        return str(self.call("PUT", path, content, ts=ts)["event_id"])
+
+    def say(self, room_id: str, text: str, txn_id: str | None = None) -> str:
+        return self.send(room_id, "m.room.message", {"msgtype": "m.text", "body": text}, txn_id)
+
+    def redact(self, room_id: str, event_id: str, reason: str | None = None, txn_id: str | None = None) -> str:
+        path = client_path("rooms", room_id, "redact", event_id, txn_id or secrets.token_hex(8))
+        return str(self.call("PUT", path, {"reason": reason} if reason else {})["event_id"])
+
+    def set_state(self, room_id: str, type: str, content: JsonObject, state_key: str = "",
+                  ts: int | None = None) -> str:
+        return str(self.call("PUT", client_path("rooms", room_id, "state", type, state_key), content, ts=ts)["event_id"])
+
+    def state(self, room_id: str, type: str, state_key: str = "") -> JsonObject:
+        """The content of one state event."""
+        return cast(JsonObject, self.call("GET", client_path("rooms", room_id, "state", type, state_key)))
+
+    def all_state(self, room_id: str) -> list[JsonObject]:
+        return list(self.call("GET", client_path("rooms", room_id, "state")))
+
+    def event(self, room_id: str, event_id: str) -> JsonObject:
+        return cast(JsonObject, self.call("GET", client_path("rooms", room_id, "event", event_id)))
+
+    def messages(self, room_id: str, dir: str = "b", limit: int = 100, **query: Any) -> JsonObject:
+        """`chunk`, `start` and `end`; the latest first unless `dir` is "f"."""
+        return cast(JsonObject, self.call("GET", client_path("rooms", room_id, "messages"), dir=dir, limit=limit, **query))
+
+    def typing(self, room_id: str, typing: bool = True, timeout: int = 30_000) -> None:
+        self.call("PUT", client_path("rooms", room_id, "typing", self.user_id),
+                  {"typing": typing, **({"timeout": timeout} if typing else {})})
+
+    def receipt(self, room_id: str, event_id: str, type: str = "m.read") -> None:
+        self.call("POST", client_path("rooms", room_id, "receipt", type, event_id), {})
+
+    def sync(self, since: str | None = None, timeout: int = 0, filter: JsonObject | str | None = None) -> JsonObject:
+        """`timeout` in milliseconds: how long the homeserver may wait for something new."""
+        narrow = to_json(filter) if isinstance(filter, dict) else filter
+        return cast(JsonObject, self.call("GET", client_path("sync"), seconds=60 + timeout / 1000,
+                                          since=since, timeout=timeout, filter=narrow))
+
+    def wait_for(self, test: Callable[[JsonObject], object], seconds: float = 10.0) -> JsonObject:
+        """The first event in any room, past or to come, that passes `test`; TimeoutError. Its `room_id` is filled in."""
+        deadline, at = time.monotonic() + seconds, 0
+        while True:
+            for event in self.seen[at:]:
+                if test(event):
+                    return event
+            at, left = len(self.seen), deadline - time.monotonic()
+            if left <= 0:
+                raise TimeoutError(f"no such event within {seconds} s; the last were {shorten(self.seen[-3:], 2000)}")
+            self._look(int(min(left, 5.0) * 1000))
+
+    def _look(self, timeout: int) -> None:
+        """Adds to `seen` what is new."""
+        answer = self.sync(self._since, timeout if self._since else 0, {"room": {"timeline": {"limit": 1000}}})
+        self._since = answer["next_batch"]
+        for kind, lists in (("invite", ("invite_state",)), ("join", ("state", "timeline")), ("leave", ("state", "timeline"))):
+            for room_id, room in answer.get("rooms", {}).get(kind, {}).items():
+                for name in lists:
+                    self.seen += [{**event, "room_id": room_id} for event in room.get(name, {}).get("events", ())]
+
+
+class Intent(Client):
+    """Acts as a user of the application service, who is registered and joined when the need arises."""
+
+    ROOM_PATH = re.compile(r"/_matrix/client/v3/rooms/([^/]+)/")
+
+    def __init__(self, service: AppService, user_id: str | None) -> None:
+        super().__init__(service.homeserver_url, service.registration.as_token, user_id)
+        self.service = service
+        self.connections = service.client.connections
+        self.registered = False
+        self.rooms: set[str] = set()                         # joined, as far as is known here
+
+    def call(self, method: str, path: str, body: Any = None, /, seconds: float = 60.0, **query: Any) -> Any:
+        self.ensure_registered()
+        try:
+            return super().call(method, path, body, seconds, **query)
+        except MatrixError as error:
+            room = self.ROOM_PATH.match(path)
+            if error.errcode != "M_FORBIDDEN" or not room or method == "POST":
+                raise                                        # what is done by POST changes memberships
+        room_id = urllib.parse.unquote(room[1])
+        self.rooms.discard(room_id)
+        self.ensure_joined(room_id)
+        return super().call(method, path, body, seconds, **query)
+
+    def ensure_registered(self) -> None:
+        if self.registered:
+            return
+        localpart = localpart_of(self.acts_as) if self.acts_as else self.service.registration.sender_localpart
+        try:
+            self.service.client.call("POST", client_path("register"), {
+                "type": "m.login.application_service", "username": localpart, "inhibit_login": True})
+        except MatrixError as error:
+            if error.errcode != "M_USER_IN_USE":
+                raise
+        self.registered = True
+
+    def ensure_joined(self, room_id: str) -> None:
+        """Joins, if need be on the invitation of the application service's own user."""
+        if room_id in self.rooms:
+            return
+        try:
+            self.join(room_id)
+        except MatrixError as error:
+            if error.errcode != "M_FORBIDDEN" or self is self.service.bot:
+                raise
+            self.service.bot.invite(room_id, self.user_id)
+            self.join(room_id)
+
+    def join(self, room: str) -> str:
+        room_id = super().join(room)
+        self.rooms.add(room_id)
+        return room_id
+
+    def leave(self, room_id: str, reason: str | None = None) -> None:
+        self.rooms.discard(room_id)
+        super().leave(room_id, reason)
+
+
+#: What to do when the homeserver can't, or does not want to, ping us.
+PING_HINTS = {
+    "M_BAD_STATUS":         "something else answers at {url}, or the hs_token there is another",
+    "M_CONNECTION_FAILED":  "the homeserver can't connect to {url}: is that our address as the homeserver sees it?",
+    "M_CONNECTION_TIMEOUT": "the homeserver gets no answer from {url}: is a firewall between?",
+    "M_FORBIDDEN":          "the as_token belongs to another application service than {id!r}",
+    "M_UNKNOWN_TOKEN":      "the homeserver does not know the as_token: has it read this registration, and been restarted since?",
+    "M_UNRECOGNIZED":       "the homeserver is too old for pings; nothing else depends on it",
+    "M_URL_NOT_SET":        "the registration that the homeserver has says url: null, so it will push nothing",
+}
+
+
+class AppService:
+    """An application service: takes what the homeserver pushes and asks, and acts through intents.
+
+    Override on_event, on_user_query, on_alias_query. `database` keeps what was handled; without a file a restart forgets it.
+    """
+
+    #: method, path (the prefix is missing in the 2016 text), handler
+    ROUTES = (
+        ("PUT",  r"(?:/_matrix/app/v1)?/transactions/([^/]+)", "_put_transaction"),
+        ("GET",  r"(?:/_matrix/app/v1)?/users/([^/]+)",        "_get_user"),
+        ("GET",  r"(?:/_matrix/app/v1)?/rooms/([^/]+)",        "_get_alias"),
+        ("POST", r"/_matrix/app/v1/ping",                      "_post_ping"),
+    )
+    SCHEMA = """
+        CREATE TABLE IF NOT EXISTS transactions_done(n INTEGER PRIMARY KEY, id TEXT NOT NULL UNIQUE);
+        CREATE TABLE IF NOT EXISTS events_handled(n INTEGER PRIMARY KEY, id TEXT NOT NULL UNIQUE);
+    """
+
+    def __init__(self, registration: Registration, homeserver_url: str, database: str = ":memory:",
+                 clock: Clock | None = None) -> None:
+        self.registration, self.homeserver_url = registration, homeserver_url
+        self.clock = clock or Clock()
+        self.client = Client(homeserver_url, registration.as_token)  # acts as nobody; owns the connections
+        self.intents: dict[str | None, Intent] = {}
+        self.bot = self.intent()
+        self.stopping = False
+        self.bells: list[Any] = []                           # rung when the homeserver was heard of, and to stop
+        self._server: HttpServer | None = None
+        self._server_name = ""
+        self._delivery = threading.Lock()                    # guards the handling of events: one transaction at a
+        #                                                      time, which is why on_event runs while it is held
+        self._db_guard = threading.Lock()                    # guards _db: one statement at a time
+        self._db = (sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
+                    if database == ":memory:" else open_sqlite(database))
+        self._db.executescript(self.SCHEMA)
+
+    # -- To override.
+
+    def on_event(self, event: JsonObject) -> None:
+        """One event, each once and in order. What it raises is logged, and the event counts as handled."""
+
+    def on_user_query(self, user_id: str) -> bool:
+        """Whether this user exists now; it may be registered here."""
+        return False
+
+    def on_alias_query(self, alias: str) -> bool:
+        """Whether this alias exists now; the room may be created here."""
+        return False
+
+    # -- To use.
+
+    def intent(self, user_id: str | None = None) -> Intent:
+        """Acts as this user; without one, as the application service's own user."""
+        if user_id not in self.intents:
+            self.intents.setdefault(user_id, Intent(self, user_id))
+        return self.intents[user_id]
+
+    @property
+    def server_name(self) -> str:
+        """Asked of the homeserver the first time."""
+        if not self._server_name:
+            self._server_name = server_of(self.bot.user_id)
+        return self._server_name
+
+    @property
+    def port(self) -> int:
+        return self._server.port if self._server else 0
+
+    @property
+    def url(self) -> str:
+        """Where we listen; the registration's, but with the real port."""
+        parts = urllib.parse.urlsplit(self.registration.url or "")
+        host = f"[{parts.hostname}]" if ":" in (parts.hostname or "") else parts.hostname
+        return f"{parts.scheme}://{host}:{self.port}{parts.path.rstrip('/')}"
+
+    def sql(self, statement: str, *values: Any) -> list[Any]:
+        """Runs one statement, durably; its rows."""
+        with self._db_guard:
+            return self._db.execute(statement, values).fetchall()
+
+    # -- Start and stop.
+
+    def listen(self) -> None:
+        """Takes the port of the registration's url, if it has one. start() does it if nobody has."""
+        if self.registration.url is not None and self._server is None:
+            parts = urllib.parse.urlsplit(self.registration.url)
+            port = parts.port if parts.port is not None else 443 if parts.scheme == "https" else 80
+            self._server = HttpServer((parts.hostname or "127.0.0.1", port), self.answer)
+
+    def start(self) -> None:
+        """Listens, and looks for the homeserver."""
+        self.listen()
+        if self._server:
+            self._server.start()
+        threading.Thread(target=self._hello, name=f"{self.registration.id} hello", daemon=True).start()
+
+    def stop(self) -> None:
+        self.stopping = True
+        self.ring()
+        server, self._server = self._server, None
+        if server:
+            server.stop()
+        self.client.close()
+        with self._db_guard:
+            self._db.close()
+
+    def ring(self) -> None:
+        """Wakes whoever waits for the homeserver to come back."""
+        for each in list(self.bells):
+            release(each)
+
+    def _hello(self) -> None:
+        """Registers our own user and learns the server name, as soon as there is a homeserver; then asks for a ping."""
+        ready, seconds = bell(), HELLO_FIRST
+        self.bells.append(ready)
+        while not self.stopping:
+            try:
+                log.info("%s: the homeserver %s is at %s", self.registration.id, self.server_name, self.homeserver_url)
+                return self._ask_for_ping()
+            except (*UNREACHABLE, MatrixError) as error:
+                log.warning("%s: no homeserver at %s yet: %s", self.registration.id, self.homeserver_url, self._hint(error))
+                self.clock.wait(ready, seconds)
+                seconds = min(2 * seconds, HELLO_LAST)
+
+    def _ask_for_ping(self) -> None:
+        path = f"/_matrix/client/v1/appservice/{urllib.parse.quote(self.registration.id, safe='')}/ping"
+        try:
+            answer = self.client.call("POST", path, {"transaction_id": secrets.token_hex(8)})
+            log.info("%s: the homeserver reaches us, in %s ms", self.registration.id, answer.get("duration_ms"))
+        except (*UNREACHABLE, MatrixError) as error:
+            log.warning("%s: the homeserver does not reach us: %s", self.registration.id, self._hint(error))
+
+    def _hint(self, error: Exception) -> str:
+        hint = PING_HINTS.get(error.errcode, "") if isinstance(error, MatrixError) else ""
+        return f"{error}; {hint.format(url=self.url, id=self.registration.id)}" if hint else str(error)
+
+    # -- What the homeserver sends.
+
+    def answer(self, request: Request) -> Response:
+        try:
+            return json_response(200, self._answer(request))
+        except MatrixError as error:
+            return json_response(error.status, error.body())
+        except Exception:
+            if not self.stopping:
+                log.exception("%s: %s %s failed", self.registration.id, request.method, request.path)
+            return json_response(500, MatrixError("M_UNKNOWN", "the application service failed; its log says why").body())
+
+    def _answer(self, request: Request) -> JsonObject:
+        handler, ids = self._route(request)
+        self._check_token(request)
+        self.ring()
+        getattr(self, handler)(*ids, request)
+        return {}
+
+    def _route(self, request: Request) -> tuple[str, list[str]]:
+        prefix = urllib.parse.urlsplit(self.registration.url or "").path.rstrip("/")
+        path = request.path.removeprefix(prefix) if request.path.startswith(prefix + "/") else ""
+        found = [(method, handler, match) for method, regex, handler in self.ROUTES if (match := re.fullmatch(regex, path))]
+        if not found:
+            raise MatrixError("M_UNRECOGNIZED", f"{shorten(request.path)} is no path of an application service")
+        for method, handler, match in found:
+            if method == request.method:
+                return handler, [urllib.parse.unquote(group) for group in match.groups()]
+        raise MatrixError("M_UNRECOGNIZED", f"{request.method} is not for this path, {found[0][0]} is", 405)
+
+    def _check_token(self, request: Request) -> None:
+        scheme, _, header = request.headers.get("authorization", "").partition(" ")
+        tokens = [token for token in (header.strip() if scheme.lower() == "bearer" else "",
+                                      request.query.get("access_token", "")) if token]
+        if not tokens:
+            raise MatrixError("M_MISSING_TOKEN", "the hs_token is missing: Authorization: Bearer, or access_token in the query")
+        for token in tokens:
+            if not hmac.compare_digest(token.encode(), self.registration.hs_token.encode()):
+                raise MatrixError("M_FORBIDDEN", "this is not the hs_token of this application service")
+
+    def _put_transaction(self, txn_id: str, request: Request) -> None:
+        events = parse_object(request.body(MAX_TRANSACTION_BYTES)).get("events")
+        if not isinstance(events, list):
+            raise MatrixError("M_BAD_JSON", "the body must have 'events': a list")
+        with self._delivery:
+            if not self.sql("SELECT 1 FROM transactions_done WHERE id = ?", txn_id):
+                for event in events:
+                    if isinstance(event, dict):
+                        self._handle(event)
+                self._remember("transactions_done", txn_id, KEPT_TRANSACTIONS)
+
+    def _handle(self, event: JsonObject) -> None:
+        event_id = event.get("event_id")
+        if isinstance(event_id, str) and self.sql("SELECT 1 FROM events_handled WHERE id = ?", event_id):
+            return
+        try:
+            self._notice_membership(event)
+            self.on_event(event)
+        except Exception:
+            log.exception("%s: event %s failed and is skipped", self.registration.id, event_id)
+        if isinstance(event_id, str):
+            self._remember("events_handled", event_id, KEPT_EVENTS)
+
+    def _notice_membership(self, event: JsonObject) -> None:
+        """What somebody else did to one of our users."""
+        if event.get("type") == "m.room.member" and event.get("content", {}).get("membership") != "join":
+            intent = self.intents.get(event.get("state_key"))
+            if intent:
+                intent.rooms.discard(event.get("room_id", ""))
+
+    def _remember(self, table: str, id: str, keep: int) -> None:
+        self.sql(f"INSERT OR IGNORE INTO {table}(id) VALUES (?)", id)
+        if not secrets.randbelow(100):                       # now and then is enough
+            self.sql(f"DELETE FROM {table} WHERE n <= (SELECT max(n) FROM {table}) - ?", keep)
+
+    def _get_user(self, user_id: str, request: Request) -> None:
+        if not self.on_user_query(user_id):
+            raise MatrixError("M_NOT_FOUND", f"{shorten(user_id)} does not exist here")
+
+    def _get_alias(self, alias: str, request: Request) -> None:
+        if not self.on_alias_query(alias):
+            raise MatrixError("M_NOT_FOUND", f"{shorten(alias)} does not exist here")
+
+    def _post_ping(self, request: Request) -> None:
+        parse_object(request.body(65_536))
+
+
+# ============================================================================
+# 11. The sample: an IRC bridge
+# ============================================================================
+# An IRC server whose channels are Matrix rooms: a person on IRC is a ghost on
+# Matrix, a person on Matrix is a nick on IRC. First the words of IRC, then a
+# connected client and its commands, then the bridge between the two. RFC 1459
+# and 2812 for IRC; nothing here but section 10 speaks Matrix.
+
+IRC_NAME = "irc.asbridge"
+LINE_BYTES = 510                   # without CRLF (RFC 2812, 2.3)
+NICK_LENGTH, CHANNEL_BYTES, TOPIC_BYTES = 30, 64, 390
+MAX_CHANNELS, MAX_TARGETS = 50, 10 # of one client; of one PRIVMSG
+MAX_CLIENTS = 1_000
+MAX_LINES = 200                    # that one Matrix message may become
+SEND_QUEUE = 4_096                 # lines that wait for one client; past it the client is dropped
+IDLE_PING_SECONDS = 90.0           # silence until a PING, and from there to the end
+BURST, LINES_PER_SECOND = 200, 50  # a client that writes faster is read more slowly
+RETRY_FIRST, RETRY_LAST = 0.25, 30.0
+MAX_FAILURES = 10                  # how often a line may be answered by 500 before it is given up
+KEPT_TEXTS = 2_000                 # messages that a reply or a redaction can quote
+
+NICK = re.compile(r"[A-Za-z\[\]\\`_^{|}][A-Za-z0-9\[\]\\`_^{|}-]{0,%d}" % (NICK_LENGTH - 1))
+CHANNEL = re.compile(r"#[^\x00-\x20,:\x7f]+")
+FOLD = str.maketrans(string.ascii_uppercase + "[]\\~", string.ascii_lowercase + "{}|^")   # RFC 1459, 2.2
+FORMATTING = re.compile(r"\x03(?:\d{1,2}(?:,\d{1,2})?)?|\x04(?:[0-9A-Fa-f]{6})?|[\x00-\x08\x0b-\x1f\x7f]")
+CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f]")
+
+MOTD = ("This server is a bridge: its channels are Matrix rooms.",
+        "JOIN #lobby, and people on Matrix find you in #{prefix}lobby:{server}.")
+
+#: The numeric replies whose last parameter is always the same.
+NUMERICS = {
+    1: "Welcome to Matrix by way of IRC",       315: "End of WHO list",           422: "There is no message of the day",
+    5: "are supported by this server",          318: "End of WHOIS list",         431: "No nickname given",
+    305: "You are no longer marked as away",    323: "End of LIST",               432: "Erroneous nickname",
+    306: "You have been marked as away",        331: "No topic is set",           433: "Nickname is already in use",
+    366: "End of NAMES list",                   368: "End of channel ban list",   441: "They aren't on that channel",
+    376: "End of MOTD",                         401: "No such nick or channel",   442: "You're not on that channel",
+    403: "No such channel",                     404: "Cannot send to channel",    443: "is already on channel",
+    405: "You have joined too many channels",   407: "Too many recipients",       451: "You have not registered",
+    411: "No recipient given",                  412: "No text to send",           461: "Not enough parameters",
+    421: "Unknown command",                     462: "You may not register again", 482: "Rights are managed on Matrix",
+    501: "Unknown mode flag",                   502: "Cannot change the mode of others",
+}
+FEATURES = ("CASEMAPPING=rfc1459", "CHANTYPES=#", "PREFIX=", "CHANMODES=b,,,n", f"NICKLEN={NICK_LENGTH}", f"CHANNELLEN={CHANNEL_BYTES}",
+            f"TOPICLEN={TOPIC_BYTES}", f"CHANLIMIT=#:{MAX_CHANNELS}", f"MAXTARGETS={MAX_TARGETS}", "NETWORK=asbridge")
+
+
+def fold(name: str) -> str:
+    """A nick or channel as IRC compares it."""
+    return name.translate(FOLD)
+
+
+def decode_line(raw: bytes) -> str:
+    """A line as it came, cut to 512 bytes: UTF-8, or else Latin-1."""
+    for end in range(LINE_BYTES, LINE_BYTES - 4, -1):        # the cut may have hit a character
+        with contextlib.suppress(UnicodeDecodeError):
+            return raw[:end].decode("utf-8")
+    return raw[:LINE_BYTES].decode("latin-1")
+
+
+def parse_line(line: str) -> tuple[str, list[str]]:
+    """Command, in upper case, and parameters; tags and prefix are left out. An empty command: nothing was said."""
+    while line[:1] in ("@", ":"):
+        line = line.partition(" ")[2].lstrip(" ")
+    middle, colon, trailing = line.partition(" :")
+    words = middle.split()
+    return (words[0].upper(), words[1:] + ([trailing] if colon else [])) if words else ("", [])
+
+
+def split_text(text: str, limit: int) -> list[str]:
+    """Pieces of at most `limit` bytes each, split between words, or else between characters; line ends split, too."""
+    pieces = []
+    for line in text.splitlines():
+        rest = line.rstrip()
+        while len(data := rest.encode("utf-8", "replace")) > limit:
+            piece = data[:limit].decode("utf-8", "ignore")
+            space = piece.rfind(" ") if rest[len(piece)] != " " else len(piece)
+            piece = piece[:space] if space > len(piece) // 2 else piece
+            pieces.append(piece)
+            rest = rest[len(piece):].lstrip(" ")
+        if rest.strip():
+            pieces.append(rest)
+    return pieces
+
+
+def irc_lines(source: str, command: str, target: str, text: str, action: bool = False) -> list[str]:
+    """`text` from `source` to `target`, in as many lines as it needs."""
+    before, after = (f":{source} {command} {target} :" + ("\x01ACTION " if action else "")), "\x01" if action else ""
+    pieces = split_text(text, LINE_BYTES - len((before + after).encode("utf-8", "replace")))
+    if len(pieces) > MAX_LINES:
+        pieces[MAX_LINES - 1:] = [f"(and {len(pieces) - MAX_LINES + 1} more lines)"]
+    return [before + piece + after for piece in pieces]
+
+
+def parse_action(text: str) -> tuple[str, bool]:
+    """The text, and whether it is what /me sends (CTCP ACTION)."""
+    if text.startswith("\x01ACTION "):
+        return text[8:].rstrip("\x01"), True
+    return text, False
+
+
+def as_nick(text: str) -> str:
+    """The valid nick that is nearest to any text."""
+    nick = re.sub(r"[^A-Za-z0-9\[\]\\`_^{|}-]", "_", text)[:NICK_LENGTH]
+    return nick if NICK.fullmatch(nick) else ("_" + nick)[:NICK_LENGTH]
+
+
+def is_channel(name: str) -> bool:
+    return bool(CHANNEL.fullmatch(name)) and len(name.encode("utf-8", "replace")) <= CHANNEL_BYTES
+
+
+@dataclass(eq=False)
+class Person:
+    """Somebody with a nick: on Matrix, or (IrcClient) connected here. Guarded, like Channel, by the bridge's lock."""
+    nick: str
+    user: str
+    host: str
+    realname: str
+    user_id: str = ""                                        # of a person on Matrix
+    away: str = ""
+    channels: set[Channel] = dataclasses.field(default_factory=set)
+
+    @property
+    def prefix(self) -> str:
+        return f"{self.nick}!{self.user}@{self.host}"
+
+    def tell(self, line: str) -> None:
+        """People on Matrix hear it from the homeserver."""
+
+
+@dataclass(eq=False)
+class Channel:
+    name: str
+    made: int                                                # seconds since 1970
+    room_id: str = ""                                        # empty until the homeserver has made or found it
+    topic: str = ""
+    topic_by: str = ""
+    topic_at: int = 0
+    people: set[Person] = dataclasses.field(default_factory=set)
+    changes: int = 0                                         # counts joins and parts, for refresh()
+
+    def announce(self, line: str, but: Person | None = None) -> None:
+        for person in self.people:
+            if person is not but:
+                person.tell(line)
+
+    def enter(self, person: Person) -> None:
+        self.people.add(person)
+        person.channels.add(self)
+        self.changes += 1
+        self.announce(f":{person.prefix} JOIN {self.name}")
+
+    def exit(self, person: Person, line: str = "") -> None:
+        if line:
+            self.announce(line)
+        self.people.discard(person)
+        person.channels.discard(self)
+        self.changes += 1
+
+
+class IrcClient(Person):
+    """One IRC connection: a thread reads commands, another writes what waits in the queue, so that nobody waits for this client."""
+
+    def __init__(self, bridge: IrcBridge, sock: socket.socket, host: str) -> None:
+        super().__init__("", "", host, "")
+        self.bridge, self.sock = bridge, sock
+        self.registered = self.negotiating = False           # negotiating: between CAP LS and CAP END
+        self.fate = ""                                       # why the connection ends
+        self.queue: queue.Queue[bytes | None] = queue.Queue(SEND_QUEUE)
+        self.pause = bell()                                  # what a client that writes too fast waits on
+        self.read_until = 0.0                                # clock time up to which its lines have used up its allowance
+
+    # -- The connection.
+
+    def start(self) -> None:
+        self.sock.settimeout(IDLE_PING_SECONDS)
+        for work in (self.read, self.write):
+            threading.Thread(target=work, name=f"irc {self.host}", daemon=True).start()
+
+    def read(self) -> None:
+        try:
+            for raw in self.lines():
+                self.slow_down()
+                with self.bridge.lock:
+                    self.obey(decode_line(raw))
+                if self.fate:
+                    break
+        except OSError:
+            pass                                             # the client went away
+        except Exception:
+            if not self.bridge.stopping:
+                log.exception("the IRC client %s is dropped", self.nick)
+        finally:
+            with self.bridge.lock:
+                self.bridge.quit(self, self.fate or "Connection closed")
+            self.close("Connection closed")
+
+    def lines(self) -> Iterator[bytes]:
+        buffer, pinged = b"", False
+        while True:
+            try:
+                data = self.sock.recv(4096)
+            except TimeoutError:
+                if pinged or not self.registered:
+                    self.close("Ping timeout")
+                    return
+                pinged = True
+                self.tell(f"PING :{IRC_NAME}")
+                continue
+            if not data:
+                return
+            pinged = False
+            *whole, buffer = (buffer + data).split(b"\n")
+            yield from whole
+            buffer = buffer[:2 * LINE_BYTES]
+
+    def slow_down(self) -> None:
+        now = self.bridge.clock.monotonic()
+        self.read_until = max(self.read_until, now - BURST / LINES_PER_SECOND) + 1 / LINES_PER_SECOND
+        if self.read_until > now:
+            self.bridge.clock.wait(self.pause, self.read_until - now)
+
+    def write(self) -> None:
+        try:
+            while (line := self.queue.get()) is not None:
+                self.sock.sendall(line)
+        except OSError:
+            pass                                             # the reader notices, too
+        hang_up(self.sock)
+        self.sock.close()
+
+    def tell(self, line: str) -> None:
+        """Queues one line for the client; never waits."""
+        data = CONTROL.sub(lambda m: m[0] if m[0] in "\x01\x02\x03\x0f\x16\x1d\x1f" else " ", line).replace("\n", " ").encode("utf-8", "replace")
+        try:
+            self.queue.put_nowait(data[:LINE_BYTES].decode("utf-8", "ignore").encode() + b"\r\n")
+        except queue.Full:
+            self.fate = self.fate or "Too slow to read"
+            hang_up(self.sock)
+
+    def close(self, fate: str) -> None:
+        if not self.fate:
+            self.fate = fate
+            self.tell(f"ERROR :Closing link: {fate}")
+        with contextlib.suppress(queue.Full):
+            self.queue.put_nowait(None)
+
+    def reply(self, number: int, *params: str) -> None:
+        """A numeric; what NUMERICS has for it comes last."""
+        *middle, last = [*params, NUMERICS[number]] if number in NUMERICS else params
+        self.tell(" ".join([f":{IRC_NAME} {number:03} {self.nick or '*'}", *middle, f":{last}"]))
+
+    def reply_list(self, number: int, *params: str, words: Iterable[str]) -> None:
+        """As many numerics as the words need."""
+        room = LINE_BYTES - len(" ".join([IRC_NAME, self.nick, *params]).encode()) - 10
+        for piece in split_text(" ".join(words), room):
+            self.reply(number, *params, piece)
+
+    def obey(self, line: str) -> None:
+        command, params = parse_line(line.rstrip("\r"))
+        if not command:
+            return
+        method, least, early = COMMANDS.get(command, (None, 0, False))
+        if not self.registered and not early:
+            self.reply(451)
+        elif method is None:
+            self.reply(421, command)
+        elif len(params) < least:
+            self.reply(461, command)
+        else:
+            method(self, *params[:15])
+
+    # -- Registering.
+
+    def cap(self, verb: str, *wanted: str) -> None:
+        """We have no capabilities, but clients ask first and wait for the answer."""
+        verb = verb.upper()
+        self.negotiating = not self.registered and (verb in ("LS", "REQ") or (self.negotiating and verb != "END"))
+        if verb in ("LS", "LIST"):
+            self.tell(f":{IRC_NAME} CAP {self.nick or '*'} {verb} :")
+        elif verb == "REQ":
+            self.tell(f":{IRC_NAME} CAP {self.nick or '*'} NAK :{' '.join(wanted)}")
+        self.welcome()
+
+    def pass_(self, *_: str) -> None:
+        if self.registered:
+            self.reply(462)
+
+    def user_(self, user: str, mode: str, unused: str, realname: str, *_: str) -> None:
+        if self.registered:
+            self.reply(462)
+        else:
+            self.user = re.sub(r"[^A-Za-z0-9._-]", "_", user)[:10] or "_"
+            self.realname = realname
+            self.welcome()
+
+    def nick_(self, nick: str = "", *_: str) -> None:
+        holder = self.bridge.people.get(fold(nick))
+        if not nick:
+            self.reply(431)
+        elif not NICK.fullmatch(nick):
+            self.reply(432, nick)
+        elif holder not in (None, self):
+            self.reply(433, nick)
+        elif self.registered:
+            self.bridge.rename(self, nick)
+        else:
+            self.nick = nick
+            self.welcome()
+
+    def welcome(self) -> None:
+        if self.registered or self.negotiating or not (self.nick and self.user):
+            return
+        if fold(self.nick) in self.bridge.people:            # somebody was quicker
+            taken, self.nick = self.nick, ""
+            return self.reply(433, taken)
+        self.registered = True
+        self.bridge.people[fold(self.nick)] = self
+        self.reply(1)
+        self.reply(2, f"Your host is {IRC_NAME}, running asbridge {__version__}")
+        self.reply(3, "It began when Matrix did")
+        self.reply(4, IRC_NAME, f"asbridge-{__version__}", "i", "n")
+        self.reply(5, *FEATURES)
+        self.lusers()
+        self.motd()
+
+    def motd(self, *_: str) -> None:
+        self.reply(375, f"- {IRC_NAME} message of the day")
+        for line in MOTD:
+            self.reply(372, "- " + line.format(prefix=self.bridge.prefix, server=self.bridge.known_name()))
+        self.reply(376)
+
+    def lusers(self, *_: str) -> None:
+        on_irc = sum(isinstance(person, IrcClient) for person in self.bridge.people.values())
+        self.reply(251, f"There are {on_irc} people on IRC and {len(self.bridge.people) - on_irc} on Matrix")
+        self.reply(254, str(len(self.bridge.channels)), "channels formed")
+        self.reply(255, f"I have {on_irc} clients and 0 servers")
+
+    def ping(self, token: str, *_: str) -> None:
+        self.tell(f":{IRC_NAME} PONG {IRC_NAME} :{token}")
+
+    def ignore(self, *_: str) -> None:
+        pass
+
+    def quit(self, reason: str = "", *_: str) -> None:
+        self.close(f"Quit: {reason}" if reason else "Quit")
+
+    # -- Channels.
+
+    def own_channel(self, name: str) -> Channel | None:
+        """The channel, if this client is on it; otherwise it is told that not."""
+        channel = self.bridge.channels.get(fold(name))
+        if channel is None:
+            self.reply(403, name)
+        elif self not in channel.people:
+            self.reply(442, name)
+        else:
+            return channel
+        return None
+
+    def join(self, names: str, *_: str) -> None:
+        if names == "0":
+            names = ""
+            self.part(",".join([channel.name for channel in self.channels]), "Left all channels")
+        for name in filter(None, names.split(",")):
+            if not is_channel(name):
+                self.reply(403, name)
+            elif len(self.channels) >= MAX_CHANNELS:
+                self.reply(405, name)
+            elif self not in (channel := self.bridge.channel(name)).people:
+                channel.enter(self)
+                self.bridge.spool({"do": "join", "nick": self.nick, "to": channel.name})
+                if channel.topic:
+                    self.tell_topic(channel)
+                self.names(channel.name)
+
+    def part(self, names: str, reason: str = "", *_: str) -> None:
+        for name in filter(None, names.split(",")):
+            if channel := self.own_channel(name):
+                channel.exit(self, f":{self.prefix} PART {channel.name} :{reason}")
+                self.bridge.spool({"do": "leave", "nick": self.nick, "to": channel.name, "reason": reason})
+
+    def topic(self, name: str, text: str | None = None, *_: str) -> None:
+        channel = self.own_channel(name)
+        if channel and text is None:
+            self.tell_topic(channel)
+        elif channel:
+            now = self.bridge.clock.now()
+            self.bridge.change_topic(channel, self.prefix, str(text), now)
+            self.bridge.spool({"do": "topic", "nick": self.nick, "to": channel.name, "topic": text, "ts": now})
+
+    def tell_topic(self, channel: Channel) -> None:
+        if not channel.topic:
+            return self.reply(331, channel.name)
+        self.reply(332, channel.name, channel.topic)
+        if channel.topic_by:
+            self.reply(333, channel.name, channel.topic_by, str(channel.topic_at))
+
+    def names(self, names: str = "", *_: str) -> None:
+        for name in filter(None, names.split(",")):
+            channel = self.bridge.channels.get(fold(name))
+            if channel:
+                self.reply_list(353, "=", channel.name, words=sorted(person.nick for person in channel.people))
+            self.reply(366, channel.name if channel else name)
+
+    def list(self, names: str = "", *_: str) -> None:
+        wanted = {fold(name) for name in names.split(",") if is_channel(name)}
+        self.reply(321, "Channel", "Users  Name")
+        for key, channel in sorted(self.bridge.channels.items()):
+            if not wanted or key in wanted:
+                self.reply(322, channel.name, str(len(channel.people)), channel.topic)
+        self.reply(323)
+
+    def mode(self, target: str, changes: str = "", *_: str) -> None:
+        channel = self.bridge.channels.get(fold(target))
+        if target.startswith("#"):
+            if channel is None:
+                self.reply(403, target)
+            elif not changes:
+                self.reply(324, channel.name, "+n")
+                self.reply(329, channel.name, str(channel.made))
+            elif changes.strip("+") == "b":
+                self.reply(368, channel.name)
+            else:
+                self.reply(482, channel.name)
+        elif fold(target) != fold(self.nick):
+            self.reply(502)
+        elif not changes:
+            self.reply(221, "+i")
+        elif changes.strip("+-iwos"):
+            self.reply(501)
+
+    def invite(self, nick: str, name: str, *_: str) -> None:
+        person = self.bridge.people.get(fold(nick))
+        if person is None:
+            return self.reply(401, nick)
+        if channel := self.own_channel(name):
+            if person in channel.people:
+                return self.reply(443, person.nick, channel.name)
+            self.reply(341, person.nick, channel.name)
+            person.tell(f":{self.prefix} INVITE {person.nick} :{channel.name}")
+            if person.user_id:
+                self.bridge.spool({"do": "invite", "nick": self.nick, "to": channel.name, "user": person.user_id})
+
+    def kick(self, name: str, *_: str) -> None:
+        if channel := self.own_channel(name):
+            self.reply(482, channel.name)
+
+    # -- Talking.
+
+    def privmsg(self, targets: str = "", text: str = "", *_: str) -> None:
+        if not targets:
+            return self.reply(411)
+        if not text:
+            return self.reply(412)
+        for target in targets.split(",")[:MAX_TARGETS]:
+            self.speak("PRIVMSG", target, text)
+
+    def notice(self, targets: str = "", text: str = "", *_: str) -> None:
+        """As PRIVMSG, but never answered (RFC 2812, 3.3.2)."""
+        for target in targets.split(",")[:MAX_TARGETS] if text else ():
+            self.speak("NOTICE", target, text)
+
+    def speak(self, command: str, target: str, text: str) -> None:
+        channel, person = self.bridge.channels.get(fold(target)), self.bridge.people.get(fold(target))
+        words, action = parse_action(text)
+        if channel and self in channel.people:
+            for line in irc_lines(self.prefix, command, channel.name, words, action):
+                channel.announce(line, but=self)
+            self.bridge.from_irc(self.nick, command, channel.name, words, action)
+        elif person:
+            for line in irc_lines(self.prefix, command, person.nick, words, action):
+                person.tell(line)
+            if person.user_id:
+                self.bridge.from_irc(self.nick, command, person.user_id, words, action)
+            elif person.away and command == "PRIVMSG":
+                self.reply(301, person.nick, person.away)
+        elif command == "PRIVMSG":
+            self.reply(*((404, channel.name) if channel else (403, target) if target.startswith("#") else (401, target)))
+
+    def away_(self, text: str = "", *_: str) -> None:
+        self.away = text
+        self.reply(306 if text else 305)
+
+    # -- Who is there.
+
+    def who(self, mask: str = "*", *_: str) -> None:
+        channel, person = self.bridge.channels.get(fold(mask)), self.bridge.people.get(fold(mask))
+        people = channel.people if channel else [person] if person else []
+        for each in sorted(people, key=lambda each: each.nick):
+            self.reply(352, channel.name if channel else "*", each.user, each.host, IRC_NAME, each.nick,
+                       "G" if each.away else "H", f"0 {each.realname}")
+        self.reply(315, mask)
+
+    def whois(self, *params: str) -> None:
+        for nick in params[-1].split(",")[:MAX_TARGETS]:
+            person = self.bridge.people.get(fold(nick))
+            if person:
+                self.describe(person)
+            else:
+                self.reply(401, nick)
+            self.reply(318, person.nick if person else nick)
+
+    def describe(self, person: Person) -> None:
+        self.reply(311, person.nick, person.user, person.host, "*", person.realname)
+        self.reply_list(319, person.nick, words=sorted(channel.name for channel in person.channels))
+        self.reply(312, person.nick, IRC_NAME, "is on Matrix" if person.user_id else "is on IRC")
+        if person.user_id:
+            self.reply(320, person.nick, f"is {person.user_id} on Matrix")
+        if person.away:
+            self.reply(301, person.nick, person.away)
+
+    def userhost(self, *nicks: str) -> None:
+        found = [person for nick in nicks[:5] if (person := self.bridge.people.get(fold(nick)))]
+        self.reply(302, " ".join([f"{p.nick}={'-' if p.away else '+'}{p.user}@{p.host}" for p in found]))
+
+    def ison(self, *nicks: str) -> None:
+        found = [self.bridge.people.get(fold(nick)) for nick in " ".join(nicks).split()]
+        self.reply(303, " ".join([person.nick for person in found if person]))
+
+    def version(self, *_: str) -> None:
+        self.reply(351, f"asbridge-{__version__}", IRC_NAME, "an IRC door to Matrix")
+
+
+#: command: method, least number of parameters (checked before it is called), allowed before registration
+COMMANDS: dict[str, tuple[Callable[..., None], int, bool]] = {
+    "AWAY":     (IrcClient.away_,    0, False),
+    "CAP":      (IrcClient.cap,      1, True),
+    "INVITE":   (IrcClient.invite,   2, False),
+    "ISON":     (IrcClient.ison,     1, False),
+    "JOIN":     (IrcClient.join,     1, False),
+    "KICK":     (IrcClient.kick,     2, False),
+    "LIST":     (IrcClient.list,     0, False),
+    "LUSERS":   (IrcClient.lusers,   0, False),
+    "MODE":     (IrcClient.mode,     1, False),
+    "MOTD":     (IrcClient.motd,     0, False),
+    "NAMES":    (IrcClient.names,    0, False),
+    "NICK":     (IrcClient.nick_,    0, True),
+    "NOTICE":   (IrcClient.notice,   0, False),
+    "PART":     (IrcClient.part,     1, False),
+    "PASS":     (IrcClient.pass_,    1, True),
+    "PING":     (IrcClient.ping,     1, True),
+    "PONG":     (IrcClient.ignore,   0, True),
+    "PRIVMSG":  (IrcClient.privmsg,  0, False),
+    "QUIT":     (IrcClient.quit,     0, True),
+    "TOPIC":    (IrcClient.topic,    1, False),
+    "USER":     (IrcClient.user_,    4, True),
+    "USERHOST": (IrcClient.userhost, 1, False),
+    "VERSION":  (IrcClient.version,  0, False),
+    "WHO":      (IrcClient.who,      0, False),
+    "WHOIS":    (IrcClient.whois,    1, False),
+}
+
+MEDIA = {"m.image": "an image", "m.video": "a video", "m.audio": "a recording", "m.file": "a file", "m.sticker": "a sticker"}
+
+
+def strip_quote(body: str) -> tuple[str, str]:
+    """A reply without the quotation that clients put before it, and the user ID that is quoted (or '')."""
+    quoted = re.match(r"> (?:\* )?<(@[^>\n]+)>", body)
+    return re.sub(r"\A(?:>[^\n]*\n)+\n?", "", body), quoted[1] if quoted else ""
+
+
+class IrcBridge(AppService):
+    """IRC people as ghosts @{prefix}{nick}:server, channels as rooms #{prefix}{channel}:server.
+
+    What IRC hands over is on disk, with its transaction ID, before it is sent to Matrix, and is sent in order by one thread.
+    What is written to an IRC socket and not read there is lost: IRC has no acknowledgement, and a socket dies with its process.
+    """
+
+    SCHEMA = AppService.SCHEMA + """
+        CREATE TABLE IF NOT EXISTS irc_spool(n INTEGER PRIMARY KEY AUTOINCREMENT, txn TEXT NOT NULL UNIQUE, job TEXT NOT NULL);
+        CREATE TABLE IF NOT EXISTS irc_channels(name TEXT PRIMARY KEY, room_id TEXT NOT NULL UNIQUE);
+        CREATE TABLE IF NOT EXISTS irc_direct(n INTEGER PRIMARY KEY, room_id TEXT NOT NULL UNIQUE, ghost TEXT NOT NULL, user_id TEXT NOT NULL);
+        CREATE TABLE IF NOT EXISTS irc_nicks(user_id TEXT PRIMARY KEY, nick TEXT NOT NULL);
+    """
+    #: event type: method
+    EVENTS = {
+        "m.room.encrypted": "_on_message",
+        "m.room.member":    "_on_member",
+        "m.room.message":   "_on_message",
+        "m.room.redaction": "_on_redaction",
+        "m.room.topic":     "_on_topic",
+        "m.sticker":        "_on_message",
+    }
+
+    def __init__(self, registration: Registration, homeserver_url: str, database: str = ":memory:",
+                 clock: Clock | None = None) -> None:
+        super().__init__(registration, homeserver_url, database, clock)
+        options = registration.sample or {}
+        self.prefix = str(options.get("prefix", "_irc_"))
+        self.address = (str(options.get("irc_bind", "127.0.0.1")), int(options.get("irc_port", 6667)))
+        self.lock = threading.Lock()                         # guards all below, and every Person and Channel; taken for
+        #                                                      one IRC line or one event, in which nothing waits
+        self.people: dict[str, Person] = {}                  # by folded nick: connected IRC clients, people on Matrix
+        self.matrix: dict[str, Person] = {}                  # by user ID: people on Matrix
+        self.channels: dict[str, Channel] = {}               # by folded name
+        self.rooms: dict[str, Channel] = {}                  # by room ID
+        self.direct: dict[str, tuple[str, str]] = {}         # by room ID: ghost and person; a pair's latest room is last
+        self.texts: dict[str, tuple[str, str]] = {}          # by event ID: who said what lately
+        self.clients: set[IrcClient] = set()
+        # Only for the sender, or set once:
+        self.dressed: dict[str, str] = {}                    # by ghost: the display name that it has
+        self.work, self.heard = bell(), bell()               # something was spooled; the homeserver was heard of
+        self.bells.append(self.heard)
+        self._listener: socket.socket | None = None
+        self._sender = threading.Thread(target=self._send, name="irc to matrix", daemon=True)
+        self._load()
+
+    def _load(self) -> None:
+        for user_id, nick in self.sql("SELECT user_id, nick FROM irc_nicks"):
+            self._add_person(user_id, nick)
+        for name, room_id in self.sql("SELECT name, room_id FROM irc_channels"):
+            self.rooms[room_id] = channel = self.channel(name)
+            channel.room_id = room_id
+        for room_id, ghost, user_id in self.sql("SELECT room_id, ghost, user_id FROM irc_direct ORDER BY n"):
+            self.direct[room_id] = (ghost, user_id)
+
+    # -- Start and stop.
+
+    def start(self) -> None:
+        """Listens for IRC, too. Ghosts that a former process has left in channels leave, as nobody is connected."""
+        self._listener = socket.create_server(self.address, family=socket.AF_INET6 if ":" in self.address[0] else socket.AF_INET,
+                                              backlog=128)
+        self._listener.settimeout(1.0)                       # where closing does not wake accept()
+        try:
+            super().start()
+        except OSError:
+            self._listener.close()
+            raise
+        self.sql("DELETE FROM irc_spool WHERE txn LIKE 'sweep%'")
+        self.spool(*[{"do": "sweep", "to": channel.name} for channel in self.rooms.values()], txn="sweep")
+        self._sender.start()
+        threading.Thread(target=self._accept, args=(self._listener,), name="irc accept", daemon=True).start()
+
+    def stop(self) -> None:
+        self.stopping = True
+        listener, self._listener = self._listener, None
+        if listener:
+            hang_up(listener)
+            listener.close()
+        for client in list(self.clients):
+            client.close("The bridge stops")
+        release(self.work)
+        self.ring()
+        if self._sender.is_alive():
+            self._sender.join(5)
+        super().stop()
+
+    @property
+    def irc_port(self) -> int:
+        return int(self._listener.getsockname()[1]) if self._listener else 0
+
+    def _accept(self, listener: socket.socket) -> None:
+        while not self.stopping:
+            try:
+                sock, address = listener.accept()
+            except TimeoutError:
+                continue
+            except OSError:
+                if self.stopping:
+                    return
+                time.sleep(0.1)                              # out of file descriptors, say
+                continue
+            client = IrcClient(self, sock, address[0].replace("::", "0::", 1) if address[0][:1] == ":" else address[0])
+            with self.lock:
+                full = len(self.clients) >= MAX_CLIENTS
+                self.clients.add(client)
+            client.start()
+            if full:
+                client.close("Too many clients")
+
+    # -- Names. A ghost has its nick in its user ID; a person on Matrix keeps the nick that it was given first.
+
+    def known_name(self) -> str:
+        return self._server_name or "server"
+
+    def ghost_id(self, nick: str) -> str:
+        return f"@{self.prefix}{to_localpart(nick)}:{self.server_name}"
+
+    def is_ghost(self, user_id: str) -> bool:
+        return user_id.startswith(f"@{self.prefix}") and server_of(user_id) == self.server_name
+
+    def is_ours(self, user_id: str) -> bool:
+        return self.is_ghost(user_id) or user_id == self.bot.user_id
+
+    def client_of(self, ghost: str) -> IrcClient | None:
+        """Who is connected and stands behind this ghost."""
+        person = self.people.get(fold(from_localpart(localpart_of(ghost)[len(self.prefix):])))
+        return person if isinstance(person, IrcClient) else None
+
+    def person(self, user_id: str, realname: str = "") -> Person:
+        """Somebody on Matrix, with a nick that stays."""
+        person = self.matrix.get(user_id)
+        if person is None:
+            base = as_nick(from_localpart(localpart_of(user_id)))
+            nicks = (base[:NICK_LENGTH - len(suffix)] + suffix
+                     for suffix in ("", "_m", *(f"_m{n}" for n in range(2, len(self.people) + 3))))
+            nick = next(nick for nick in nicks if fold(nick) not in self.people)
+            self.sql("INSERT OR REPLACE INTO irc_nicks VALUES (?, ?)", user_id, nick)
+            person = self._add_person(user_id, nick)
+        person.realname = realname or person.realname
+        return person
+
+    def _add_person(self, user_id: str, nick: str) -> Person:
+        user = re.sub(r"[^A-Za-z0-9._-]", "_", localpart_of(user_id))[:10]
+        self.matrix[user_id] = self.people[fold(nick)] = person = Person(nick, user, server_of(user_id), user_id, user_id)
+        return person
+
+    def nick_of(self, user_id: str) -> str:
+        if self.is_ghost(user_id):
+            client = self.client_of(user_id)
+            return client.nick if client else from_localpart(localpart_of(user_id)[len(self.prefix):])
+        return self.person(user_id).nick
+
+    def channel(self, name: str) -> Channel:
+        if fold(name) not in self.channels:
+            self.channels[fold(name)] = Channel(name, self.clock.now() // 1000)
+        return self.channels[fold(name)]
+
+    # -- From IRC to Matrix: what a client does ends here, as a job for the sender.
+
+    def spool(self, *jobs: JsonObject, txn: str = "") -> None:
+        """Puts jobs on disk. `txn`: the transaction ID if it can be derived from what the job is an answer to."""
+        for number, job in enumerate(jobs):
+            self.sql("INSERT OR IGNORE INTO irc_spool(txn, job) VALUES (?, ?)",
+                     f"{txn}{number or ''}" if txn else secrets.token_hex(8), to_json(job))
+        release(self.work)
+
+    def from_irc(self, nick: str, command: str, to: str, words: str, action: bool) -> None:
+        body = FORMATTING.sub("", words)
+        if words.startswith("\x01") or not body:
+            return                                           # another CTCP: between IRC clients only
+        msgtype = "m.emote" if action else "m.notice" if command == "NOTICE" else "m.text"
+        self.spool({"do": "say", "nick": nick, "to": to, "msgtype": msgtype, "body": body, "ts": self.clock.now()})
+
+    def rename(self, client: IrcClient, nick: str) -> None:
+        old, line = client.nick, f":{client.prefix} NICK :{nick}"
+        for person in {client}.union(*(channel.people for channel in client.channels)):
+            person.tell(line)
+        self.people.pop(fold(old), None)
+        self.people[fold(nick)], client.nick = client, nick
+        names = [channel.name for channel in client.channels]
+        self.spool(*[{"do": "join", "nick": nick, "to": name} for name in names])
+        if to_localpart(old) != to_localpart(nick):          # else only the display name changes
+            self.spool(*[{"do": "leave", "nick": old, "to": name, "reason": f"is now known as {nick}"} for name in names])
+
+    def quit(self, client: IrcClient, reason: str) -> None:
+        self.clients.discard(client)
+        if not client.registered:
+            return
+        self.people.pop(fold(client.nick), None)
+        for person in set[Person]().union(*(channel.people for channel in client.channels)) - {client}:
+            person.tell(f":{client.prefix} QUIT :{reason}")
+        names = [channel.name for channel in client.channels]
+        for channel in list(client.channels):
+            channel.exit(client)
+        if not self.stopping:                                # else the sweep at the next start does it
+            self.spool(*[{"do": "leave", "nick": client.nick, "to": name, "reason": reason} for name in names])
+
+    def change_topic(self, channel: Channel, source: str, topic: str, at: int) -> None:
+        """`at` in milliseconds."""
+        channel.topic, channel.topic_by, channel.topic_at = topic, source, at // 1000
+        channel.announce(f":{source} TOPIC {channel.name} :{topic}")
+
+    # -- The sender. The only thread that asks the homeserver for anything, but for the two queries below.
+
+    def _send(self) -> None:
+        while not self.stopping:
+            try:
+                rows = self.sql("SELECT n, txn, job FROM irc_spool ORDER BY n LIMIT 100")
+                if not rows:
+                    self.clock.wait(self.work, 3600)
+                for n, txn, job in rows:
+                    if not self._send_one(txn, parse_object(job.encode())):
+                        break
+                    self.sql("DELETE FROM irc_spool WHERE n = ?", n)
+            except sqlite3.ProgrammingError:
+                if not self.stopping:                        # else the database was closed under us
+                    raise
+
+    def _send_one(self, txn: str, job: JsonObject) -> bool:
+        """Until it is done or refused for good; False when the bridge stops before."""
+        seconds, failures = RETRY_FIRST, 0
+        while not self.stopping:
+            try:
+                getattr(self, "_do_" + job["do"])(job, txn)
+                return True
+            except UNREACHABLE as error:
+                problem: Exception = error
+            except MatrixError as error:
+                problem, failures = error, failures + (error.status == 500)
+                if (error.status < 500 and error.status not in (401, 408, 429)) or failures >= MAX_FAILURES:
+                    self._refused(job, error)
+                    return True
+                seconds = max(seconds, error.extra.get("retry_after_ms", 0) / 1000)
+            except Exception:
+                log.exception("a line from IRC can't be sent: %s", job["do"])
+                return True
+            log.warning("%s: can't send, next attempt in %.2f s: %s", self.registration.id, seconds, self._hint(problem))
+            self.clock.wait(self.heard, seconds)
+            seconds = min(2 * seconds, RETRY_LAST)
+        return False
+
+    def _refused(self, job: JsonObject, error: MatrixError) -> None:
+        log.log(logging.DEBUG if job["do"] in ("leave", "sweep") else logging.WARNING,
+                "%s: the homeserver refuses %s: %s", self.registration.id, {key: job[key] for key in job if key != "body"}, error)
+        with self.lock:
+            client, channel = self.people.get(fold(job.get("nick", ""))), self.channels.get(fold(job.get("to", "")))
+            if client and job["do"] == "join" and channel:
+                channel.exit(client, f":{IRC_NAME} KICK {channel.name} {client.nick} :{error.error}")
+            elif client and job["do"] != "leave":
+                client.tell(f":{IRC_NAME} NOTICE {client.nick} :Matrix refuses that: {error.error}")
+
+    def ghost(self, nick: str) -> Intent:
+        """The ghost of this nick, with it as display name."""
+        intent = self.intent(self.ghost_id(nick))
+        if self.dressed.get(intent.user_id) != nick:
+            intent.set_displayname(nick)
+            self.dressed[intent.user_id] = nick
+        return intent
+
+    def room_of(self, job: JsonObject) -> str:
+        if job["to"].startswith("#"):
+            return self.channel_room(job["to"])
+        return str(job.get("room") or self.direct_room(self.ghost(job["nick"]), job["to"]))
+
+    def channel_room(self, name: str) -> str:
+        """The room of a channel, which is created, or found, if need be."""
+        with self.lock:
+            channel = self.channel(name)
+        if not channel.room_id:
+            localpart = self.prefix + fold(name)[1:]
+            try:                                             # first create, then look: a look-up of our own alias may ask us back
+                room_id = self.bot.create_room(preset="public_chat", room_alias_name=localpart, name=name)
+            except MatrixError as error:
+                if error.errcode != "M_ROOM_IN_USE":
+                    raise
+                room_id = self.bot.resolve(f"#{localpart}:{self.server_name}")
+            self.sql("INSERT OR REPLACE INTO irc_channels VALUES (?, ?)", name, room_id)
+            with self.lock:
+                channel.room_id, self.rooms[room_id] = room_id, channel
+            self.refresh(channel)
+        return channel.room_id
+
+    def refresh(self, channel: Channel) -> list[str]:
+        """Learns who is in the room, and its topic, where no event has told; the ghosts in it."""
+        topic = self._topic(channel)
+        while True:
+            changes = channel.changes
+            members = self.bot.joined_members(channel.room_id)
+            people = {user_id: member for user_id, member in members.items() if not self.is_ours(user_id)}
+            with self.lock:
+                if changes == channel.changes:               # else look again: somebody came or went meanwhile
+                    self._set_people(channel, people)
+                    if topic and topic != channel.topic:
+                        self.change_topic(channel, IRC_NAME, topic, self.clock.now())
+                    return [user_id for user_id in members if self.is_ghost(user_id)]
+
+    def _topic(self, channel: Channel) -> str:
+        try:
+            return str(self.bot.state(channel.room_id, "m.room.topic").get("topic", ""))
+        except MatrixError as error:
+            if error.errcode != "M_NOT_FOUND":
+                raise
+            return ""
+
+    def _set_people(self, channel: Channel, members: Mapping[str, JsonObject]) -> None:
+        for person in [person for person in channel.people if person.user_id and person.user_id not in members]:
+            channel.exit(person, f":{person.prefix} PART {channel.name}")
+        for user_id, member in members.items():
+            person = self.person(user_id, str(member.get("display_name") or ""))
+            if person not in channel.people:
+                channel.enter(person)
+
+    def direct_room(self, ghost: Intent, user_id: str) -> str:
+        """The latest room of these two, or a new one to which the person is invited."""
+        with self.lock:
+            room_id = next((room for room, pair in reversed(self.direct.items()) if pair == (ghost.user_id, user_id)), "")
+        if not room_id:
+            room_id = self._find_direct(ghost, user_id) or ghost.create_room(
+                preset="trusted_private_chat", is_direct=True, invite=[user_id])
+            self._keep_direct(room_id, ghost.user_id, user_id)
+        return room_id
+
+    def _find_direct(self, ghost: Intent, user_id: str) -> str:
+        """A room that was created just before a crash."""
+        for room_id in ghost.joined_rooms():
+            if room_id not in self.rooms and self._present(ghost, room_id) == {ghost.user_id, user_id}:
+                return room_id
+        return ""
+
+    @staticmethod
+    def _present(ghost: Intent, room_id: str) -> set[str]:
+        """Who is in a room or invited."""
+        return {member["state_key"] for member in ghost.members(room_id) if member["content"]["membership"] in ("join", "invite")}
+
+    def _keep_direct(self, room_id: str, ghost: str, user_id: str) -> None:
+        self.sql("INSERT OR REPLACE INTO irc_direct(room_id, ghost, user_id) VALUES (?, ?, ?)", room_id, ghost, user_id)
+        with self.lock:
+            self.direct.pop(room_id, None)
+            self.direct[room_id] = (ghost, user_id)
+
+    # The jobs: each may be done again after a crash.
+
+    def _do_join(self, job: JsonObject, txn: str) -> None:
+        room_id = self.channel_room(job["to"])
+        self.ghost(job["nick"]).ensure_joined(room_id)
+
+    def _do_leave(self, job: JsonObject, txn: str) -> None:
+        self.intent(self.ghost_id(job["nick"])).leave(self.channel_room(job["to"]), job["reason"])
+
+    def _do_say(self, job: JsonObject, txn: str) -> None:
+        nick = job["to"] if job["to"].startswith("#") else job["nick"] + ",isnick"
+        uri = f"irc://{self.server_name.partition(':')[0]}/{urllib.parse.quote(nick, safe=',')}"
+        content = {"msgtype": job["msgtype"], "body": job["body"], "external_url": uri}
+        self.ghost(job["nick"]).send(self.room_of(job), "m.room.message", content, txn, job.get("ts"))
+
+    def _do_topic(self, job: JsonObject, txn: str) -> None:
+        room_id, content = self.channel_room(job["to"]), {"topic": job["topic"]}
+        try:
+            self.ghost(job["nick"]).set_state(room_id, "m.room.topic", content, ts=job["ts"])
+        except MatrixError as error:
+            if error.errcode != "M_FORBIDDEN":
+                raise
+            self.bot.set_state(room_id, "m.room.topic", content, ts=job["ts"])
+
+    def _do_invite(self, job: JsonObject, txn: str) -> None:
+        self.ghost(job["nick"]).invite(self.channel_room(job["to"]), job["user"])
+
+    def _do_accept(self, job: JsonObject, txn: str) -> None:
+        """A person invites a ghost: into a talk of two it goes, others it leaves again."""
+        ghost = self.intent(job["ghost"])
+        ghost.join(job["room"])
+        if job["direct"] or self._present(ghost, job["room"]) <= {ghost.user_id, job["user"]}:
+            self._keep_direct(job["room"], ghost.user_id, job["user"])
+        else:
+            ghost.leave(job["room"], f"only rooms of two and #{self.prefix}channel:{self.server_name} are bridged to IRC")
+
+    def _do_refuse(self, job: JsonObject, txn: str) -> None:
+        self.intent(job["ghost"]).leave(job["room"], job["reason"])
+
+    def _do_sweep(self, job: JsonObject, txn: str) -> None:
+        """Nobody was connected when this was spooled: the ghosts in the channel leave."""
+        with self.lock:
+            channel = self.channel(job["to"])
+        for ghost in self.refresh(channel):
+            self.intent(ghost).leave(channel.room_id, "the bridge was started again")
+
+    # -- Queries: the homeserver waits for the answer, so they ask it at once.
+
+    def on_user_query(self, user_id: str) -> bool:
+        with self.lock:
+            client = self.client_of(user_id) if self.is_ghost(user_id) else None
+        if client:
+            self.ghost(client.nick)
+        return client is not None
+
+    def on_alias_query(self, alias: str) -> bool:
+        name = "#" + localpart_of(alias)[len(self.prefix):]
+        if not alias.startswith("#" + self.prefix) or server_of(alias) != self.server_name or not is_channel(name):
+            return False
+        room_id = self.channel_room(name)
+        if name != fold(name):
+            with contextlib.suppress(MatrixError):           # another spelling of the same channel
+                self.bot.set_alias(alias, room_id)
+        return True
+
+    # -- From Matrix to IRC.
+
+    def on_event(self, event: JsonObject) -> None:
+        method = self.EVENTS.get(event.get("type", ""))
+        if method and isinstance(event.get("content"), dict) and self.server_name:   # which may ask the homeserver,
+            with self.lock:                                                          # so it comes before the lock
+                getattr(self, method)(event, self.rooms.get(event["room_id"]))
+
+    def _on_message(self, event: JsonObject, channel: Channel | None) -> None:
+        sender, pair = event["sender"], self.direct.get(event["room_id"])
+        if channel or pair:
+            command, text, action = self.readable(event)
+            self._keep_text(event["event_id"], sender, text)
+            if not self.is_ours(sender):
+                self._to_irc(event, channel, command, text, action)
+
+    def _to_irc(self, event: JsonObject, channel: Channel | None, command: str, text: str, action: bool) -> None:
+        """Tells a channel, or whoever a direct room is with."""
+        source = self.person(event["sender"]).prefix
+        if channel:
+            for line in irc_lines(source, command, channel.name, text, action):
+                channel.announce(line)
+            return
+        ghost, user_id = self.direct.get(event["room_id"], ("", ""))
+        client = self.client_of(ghost)
+        if client:
+            for line in irc_lines(source, command, client.nick, text, action):
+                client.tell(line)
+        elif ghost:
+            nick = self.nick_of(ghost)
+            self.spool({"do": "say", "nick": nick, "to": user_id, "room": event["room_id"], "msgtype": "m.notice",
+                        "body": f"{nick} is not on IRC and does not read this."}, txn=f"away-{event['event_id']}")
+
+    def _keep_text(self, event_id: str, sender: str, text: str) -> None:
+        self.texts[event_id] = (self.nick_of(sender), text)
+        if len(self.texts) > KEPT_TEXTS:
+            del self.texts[next(iter(self.texts))]
+
+    def readable(self, event: JsonObject) -> tuple[str, str, bool]:
+        """A message as IRC can show it: PRIVMSG or NOTICE, the text, and whether it is an action."""
+        content = event["content"]
+        relation = content.get("m.relates_to")
+        relation = relation if isinstance(relation, dict) else {}
+        if relation.get("rel_type") == "m.replace" and isinstance(content.get("m.new_content"), dict):
+            content, mark = content["m.new_content"], "* "
+        else:
+            mark = ""
+        kind = content.get("msgtype") if event["type"] == "m.room.message" else event["type"]
+        text = CONTROL.sub("", str(content.get("body", "")).replace("\r\n", "\n").replace("\t", " "))
+        if kind == "m.room.encrypted":
+            return "NOTICE", "(an encrypted message, which the bridge can't read)", False
+        if kind in MEDIA:
+            file = content.get("file")
+            url = content.get("url") or (file.get("url") if isinstance(file, dict) else None) or "without a URL"
+            return "PRIVMSG", f"{mark}{MEDIA[kind]}: {text} {url}", False
+        if "m.in_reply_to" in relation and not relation.get("is_falling_back"):
+            text = self._reply(text, relation["m.in_reply_to"])
+        if kind == "m.location":
+            text = f"{text} {content.get('geo_uri', '')}"
+        return "NOTICE" if kind == "m.notice" else "PRIVMSG", mark + text, kind == "m.emote"
+
+    def _reply(self, text: str, to: Any) -> str:
+        """'bob: yes', as one answers on IRC."""
+        text, user_id = strip_quote(text)
+        nick, _ = self.texts.get(to.get("event_id", "") if isinstance(to, dict) else "", ("", ""))
+        nick = nick or (self.nick_of(user_id) if user_id else "")
+        return f"{nick}: {text}" if nick else text
+
+    def _on_redaction(self, event: JsonObject, channel: Channel | None) -> None:
+        if not self.is_ours(event["sender"]):
+            nick, text = self.texts.get(event.get("redacts") or event["content"].get("redacts", ""), ("", ""))
+            whose = "" if nick == self.nick_of(event["sender"]) else f" of {nick}"
+            quote = f"the message{whose}: {shorten(text)}" if nick else "a message"
+            self._to_irc(event, channel, "PRIVMSG", f"deletes {quote}".replace("\n", " "), True)
+
+    def _on_topic(self, event: JsonObject, channel: Channel | None) -> None:
+        if channel and not self.is_ours(event["sender"]):
+            topic = CONTROL.sub("", str(event["content"].get("topic", ""))).replace("\n", " ")
+            self.change_topic(channel, self.person(event["sender"]).prefix, topic, event.get("origin_server_ts", 0))
+
+    def _on_member(self, event: JsonObject, channel: Channel | None) -> None:
+        target, membership = event["state_key"], event["content"].get("membership")
+        if self.is_ours(target):
+            if not self.is_ours(event["sender"]):
+                self._on_ghost_member(event, channel, target, membership)
+        elif channel:
+            self._on_person_member(event, channel, target, membership)
+        elif membership in ("leave", "ban"):
+            self._forget_direct(event)
+
+    def _on_person_member(self, event: JsonObject, channel: Channel, user_id: str, membership: object) -> None:
+        if membership == "join":
+            person = self.person(user_id, CONTROL.sub("", str(event["content"].get("displayname") or "")))
+            if person not in channel.people:
+                channel.enter(person)
+        elif membership in ("leave", "ban") and (person := self.person(user_id)) in channel.people:
+            reason = CONTROL.sub("", str(event["content"].get("reason") or ""))
+            if event["sender"] == user_id:
+                channel.exit(person, f":{person.prefix} PART {channel.name} :{reason}")
+            else:
+                self._kicked(event, channel, person)
+
+    def _kicked(self, event: JsonObject, channel: Channel, person: Person) -> None:
+        sender = event["sender"]
+        source = IRC_NAME if self.is_ours(sender) else self.person(sender).prefix
+        reason = CONTROL.sub("", str(event["content"].get("reason") or self.nick_of(sender)))
+        channel.exit(person, f":{source} KICK {channel.name} {person.nick} :{reason}")
+
+    def _on_ghost_member(self, event: JsonObject, channel: Channel | None, ghost: str, membership: object) -> None:
+        """What people on Matrix do to a ghost, or to our own user."""
+        client, txn = self.client_of(ghost), f"member-{event['event_id']}"
+        job = {"ghost": ghost, "room": event["room_id"], "user": event["sender"]}
+        if membership == "invite" and client and channel:
+            client.tell(f":{self.person(event['sender']).prefix} INVITE {client.nick} :{channel.name}")
+        elif membership == "invite" and client:
+            self.spool({"do": "accept", "direct": event["content"].get("is_direct") is True, **job}, txn=txn)
+        elif membership == "invite":
+            reason = f"{self.nick_of(ghost)} is not on IRC" if self.is_ghost(ghost) else f"join #{self.prefix}channel:{self.server_name}"
+            self.spool({"do": "refuse", "reason": reason, **job}, txn=txn)
+        elif membership in ("leave", "ban") and channel and client:
+            if client in channel.people:
+                self._kicked(event, channel, client)
+            # What was spooled before may bring the ghost back; this comes after it.
+            self.spool({"do": "leave", "nick": client.nick, "to": channel.name, "reason": "was kicked"}, txn=txn)
+        elif membership in ("leave", "ban"):
+            self._forget_direct(event)
+
+    def _forget_direct(self, event: JsonObject) -> None:
+        """One of the two has left: the ghost leaves, too, and the next word opens a new room."""
+        pair = self.direct.pop(event["room_id"], None)
+        if pair:
+            self.sql("DELETE FROM irc_direct WHERE room_id = ?", event["room_id"])
+            if event["state_key"] != pair[0]:
+                self.spool({"do": "refuse", "ghost": pair[0], "room": event["room_id"], "reason": "alone here"},
+                           txn=f"member-{event['event_id']}")
+# ============================================================================
+# 12. Running it
+# ============================================================================
+# Homeserver puts the sections together, for a program or a test; below it the
+# configuration and the command line.
+
+SAMPLE_REGISTRATION: JsonObject = {
+    "id": "irc",
+    "url": "http://127.0.0.1:9009",
+    "as_token": "example-as-token-change-me-wfghWEGh3wgWHEf3478sHFWE",
+    "hs_token": "example-hs-token-change-me-ugw8243igya57aaABGFfgeyu",
+    "sender_localpart": "_irc_bot",
+    "rate_limited": False,
+    "namespaces": {
+        "users": [{"exclusive": True, "regex": "@_irc_.*"}],
+        "aliases": [{"exclusive": True, "regex": "#_irc_.*"}],
+        "rooms": [],
+    },
+    "uris": {
+        "users": [{"regex": "irc://localhost/(?P<nick>[^,/?#]+),(?:isuser|isnick)", "user_id": "@_irc_{nick}:{server_name}"}],
+        "aliases": [{"regex": "irc://localhost/(?:%23|#)?(?P<channel>[^,/?#]+)(?:,ischannel)?", "alias": "#_irc_{channel}:{server_name}"}],
+    },
+    "asbridge.sample": {"irc_port": 6667},
+}
+
+
+@dataclass
+class Config(Settings):
+    """A whole configuration: what the homeserver reads, and what it takes to start it."""
+    bind: str = "127.0.0.1"
+    port: int = 8008
+    database: str = "asbridge.db"
+    registrations: Sequence[Registration] = ()
+    admin_token: str | None = None
+
+
+class Homeserver:
+    """A homeserver and the sample application services of its registrations, in this process.
+
+        with asbridge.Homeserver(registrations=[...]) as hs:
+            alice = hs.client("alice")
+
+    Embedded it takes a free port, keeps everything in memory, says nothing and touches no signals. `registrations`
+    are Registration objects, or plain objects as in a registration file. `keys` are those of the configuration.
+    """
+
+    def __init__(self, registrations: Sequence[Any] = (), *, port: int = 0, database: str = ":memory:", clock: Clock | None = None,
+                 samples: bool = True, **keys: Any) -> None:
+        self.config = Config(**{"public_url": "", **keys}, port=port, database=database,
+                             registrations=to_registrations(registrations, keys.get("server_name", "localhost")))
+        self.clock = clock or Clock()
+        self.samples: list[AppService] = []
+        self._run_samples = samples
+        self._started = self._stopped = False
+
+    @property
+    def port(self) -> int:
+        return self._server.port
+
+    @property
+    def url(self) -> str:
+        host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(self.config.bind, self.config.bind)
+        return f"http://{f'[{host}]' if ':' in host and host[0] != '[' else host}:{self.port}"
+
+    def start(self) -> Homeserver:
+        """Returns when everything listens. OSError if a port is taken, DatabaseError if the database can't be used."""
+        config = self.config
+        self._server = HttpServer((config.bind, config.port), lambda request: self.api(request))
+        try:
+            config.public_url = config.public_url or self.url
+            registrations = [self._sample(one) if one.sample is not None and self._run_samples else one for one in config.registrations]
+            self.world = World(config, self.clock, Registrations(config.server_name, registrations), config.database)
+        except BaseException:
+            for sample in self.samples:
+                sample.stop()
+            self._server.server_close()
+            raise
+        self.world.add_senders()
+        self.delivery = Delivery(self.world)
+        self.api = Api(self.world, self.delivery)
+        self._server.start()
+        self.delivery.start()
+        for sample in self.samples:
+            sample.start()
+        self._started = True
+        return self
+
+    def _sample(self, registration: Registration) -> Registration:
+        """Makes the sample application service of a registration listen; the registration with its real port."""
+        sample = IrcBridge(registration, self.url, beside(self.config.database, registration.id), self.clock)
+        self.samples.append(sample)
+        sample.listen()
+        return dataclasses.replace(registration, url=sample.url)
+
+    def stop(self) -> None:
+        """Ends what was started; again is no error. What was answered is kept."""
+        if self._stopped or not self._started:
+            return
+        self._stopped = self.api.stopping = True
+        for sample in self.samples:
+            sample.stop()
+        self.delivery.stop()
+        self.world.store.waiters.wake()
+        self._server.stop()
+        self.api.typing.stop()
+        self.world.store.close()
+
+    def __enter__(self) -> Homeserver:
+        return self.start()
+
+    def __exit__(self, *exc: object) -> None:
+        self.stop()
+
+    # -- for tests
+
+    def client(self, name: str, password: str | None = None) -> Client:
+        """A new person, logged in; without a password nobody can log in as them again."""
+        answer = self.api.accounts.register(name, password)
+        return Client(self.url, answer["access_token"])
+
+    def appservice(self, id: str) -> Client:
+        """A client with the as_token of an application service."""
+        return Client(self.url, self.world.registrations.by_id[id].as_token)
+
+    def advance(self, seconds: float) -> None:
+        """Winds the clock on: back-off, time-outs and typing run out without anybody waiting."""
+        self.clock.advance(seconds)
+
+    def waiting(self) -> dict[str, int]:
+        """Events that application services have not acknowledged, by application service."""
+        with self.world.store.read() as reader:
+            counts = {registration.id: reader.count_waiting(registration.id) for registration in self.world.registrations}
+        return {id: count for id, count in counts.items() if count}
+
+    def settle(self, timeout: float = 5.0) -> None:
+        """Returns when every outbox is empty and acknowledged; an AssertionError says what is stuck."""
+        deadline = time.monotonic() + timeout
+        while waiting := self.waiting():
+            if time.monotonic() > deadline:
+                stuck = [f"{count} events for {id!r}, after {worker.failures} failed attempts" for id, count in waiting.items()
+                         if (worker := self.delivery.worker(id))]
+                raise AssertionError(f"not settled after {timeout} s: " + "; ".join(stuck or map(str, waiting.items())))
+            time.sleep(0.002)
+
+    def transactions(self, id: str) -> list[JsonObject]:
+        """What was pushed to an application service: txn_id, events and whether it was acknowledged, old to new."""
+        with self.world.store.read() as reader:
+            return [{"txn_id": str(txn_id), "events": json.loads(body)["events"], "acknowledged": acknowledged is not None}
+                    for txn_id, body, acknowledged in reader.transactions(id)]
+
+    def reason(self, event_id: str, id: str) -> str | None:
+        """Why an application service gets this event; None if it does not."""
+        with self.world.store.read() as reader:
+            return reader.reason(id, tick_of(event_id))
+
+
+def to_registrations(sources: Sequence[Any], server_name: str) -> list[Registration]:
+    """Registration objects of what an embedding program gives; ConfigError with everything that is wrong."""
+    reader = ConfigReader({"server_name": server_name, "registrations": list(sources)}, "registrations", os.curdir)
+    return list(reader.read().registrations)
+
+
+def beside(database: str, id: str) -> str:
+    """The database of an application service, next to the homeserver's."""
+    root, extension = os.path.splitext(database)
+    return database if database == ":memory:" else f"{root}-{re.sub(r'[^A-Za-z0-9_.-]', '_', id)}{extension}"
+
+
+# -- The configuration.
+
+CONFIG_KEYS: dict[str, tuple[Any, str]] = {
+    # key                (type,               what would be right)
+    "server_name":       (str,                "a name such as 'localhost' or 'example.org'"),
+    "bind":              (str,                "an address of this machine, such as '127.0.0.1'"),
+    "port":              (int,                "a port from 0 to 65535; 0: any free one"),
+    "database":          (str,                "a file, or ':memory:'"),
+    "registrations":     (list,               "a list of paths, relative to this file, or of registrations"),
+    "open_registration": (bool,               "true or false"),
+    "public_url":        (str,                "'http://host:port', as clients reach it"),
+    "admin_token":       ((str, type(None)),  "a long random text"),
+    "max_event_bytes":   (int,                "a number of bytes"),
+    "max_request_bytes": (int,                "a number of bytes"),
+    "max_upload_bytes":  (int,                "a number of bytes"),
+    "retry_first_ms":    (int,                "milliseconds"),
+    "retry_max_ms":      (int,                "milliseconds"),
+    "push_timeout_ms":   (int,                "milliseconds"),
+    "query_timeout_ms":  (int,                "milliseconds"),
+    "room_version":      (str,                f"one of {', '.join(ROOM_VERSIONS)}"),
+    "rate_limit":        ((dict, type(None)), '{"per_second": 10, "burst": 50}'),
+}
+
+
+class ConfigReader:
+    """Turns a parsed configuration into a Config, or raises one ConfigError with everything that is wrong."""
+
+    def __init__(self, data: Any, where: str, folder: str) -> None:
+        self.where, self.folder = where, folder              # relative paths start from the folder
+        self.findings: list[Finding] = []
+        self.data: JsonObject = data if isinstance(data, dict) else {}
+        if not isinstance(data, dict):
+            self.wrong("", "is not an object", "a configuration has the keys " + ", ".join(CONFIG_KEYS))
+
+    def wrong(self, key: str, what: str, right: str) -> None:
+        self.findings.append(Finding(f"{self.where}: {key}" if key else self.where, what, right))
+
+    def read(self) -> Config:
+        values = {key: value for key, value in self.data.items() if key != "registrations" and self._check(key, value)}
+        sources = self.data.get("registrations", [])
+        registrations = self._registrations(sources if self._check("registrations", sources) else [])
+        self.findings += check_together(registrations)
+        if self.findings:
+            raise ConfigError(self.findings)
+        config = Config(**values, registrations=[registration for _, registration in registrations])
+        if "database" in self.data and config.database != ":memory:":
+            config.database = os.path.join(self.folder, config.database)
+        return config
+
+    def _check(self, key: str, value: Any) -> bool:
+        if key not in CONFIG_KEYS:
+            near = difflib.get_close_matches(key, CONFIG_KEYS, 1, 0.0)
+            self.wrong(key, "is not a key of the configuration", f"the nearest one is {near[0]!r}")
+            return False
+        type_, right = CONFIG_KEYS[key]
+        good = any(is_a(value, one) for one in (type_ if isinstance(type_, tuple) else (type_,))) and self._fits(key, value)
+        if not good:
+            self.wrong(key, f"is {shorten(value)}", f"write {right}")
+        return good
+
+    @staticmethod
+    def _fits(key: str, value: Any) -> bool:
+        if key == "server_name":
+            return bool(SERVER_NAME.fullmatch(value)) and len(value) <= 230
+        if key == "port":
+            return 0 <= int(value) <= 65535
+        if key == "room_version":
+            return value in ROOM_VERSIONS
+        if key == "rate_limit":
+            return value is None or (value.keys() == {"per_second", "burst"} and all(
+                isinstance(number, (int, float)) and not isinstance(number, bool) and number > 0 for number in value.values()))
+        return value > 0 if is_a(value, int) else True
+
+    def _registrations(self, sources: Iterable[Any]) -> list[tuple[str, Registration]]:
+        found = []
+        for index, source in enumerate(sources):
+            where = f"{self.where}: registrations[{index}]"
+            if isinstance(source, str):
+                where = os.path.join(self.folder, source)
+                source = self._file(where, index)
+            if isinstance(source, Registration):
+                found.append((where, source))
+            elif source is not None:
+                reader = RegistrationReader(source, where)
+                registration = reader.read()
+                self.findings += reader.findings
+                found += [(where, registration)] if registration else []
+        return found
+
+    def _file(self, path: str, index: int) -> Any:
+        """The plain value of a registration file; None, and a finding, if it can't be read."""
+        try:
+            with open(path, encoding="utf-8") as file:
+                return parse_registration(file.read())
+        except OSError as error:
+            self.wrong(f"registrations[{index}]", f"{path} can't be read: {error.strerror}", "write a path relative to this file")
+        except ValueError as error:
+            self.findings.append(Finding(path, f"is neither JSON nor plain YAML: {error}", "see the README, Registration"))
+        return None
+
+
+def read_config(path: str) -> Config:
+    """A configuration file, or a registration alone; ConfigError says everything that is wrong with it."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            data = parse_registration(file.read())
+    except OSError as error:
+        raise ConfigError([Finding(path, f"can't be read: {error.strerror}", "write --config FILE")]) from None
+    except ValueError as error:
+        raise ConfigError([Finding(path, f"is neither JSON nor plain YAML: {error}", "see the README, Configuration")]) from None
+    if isinstance(data, dict) and "as_token" in data:
+        data = {"registrations": [os.path.basename(path)]}
+    return ConfigReader(data, path, os.path.dirname(path)).read()
+
+
+# -- The command line.
+
+HELP_END = """examples:
+  python asbridge.py                              a homeserver and an IRC bridge, to play with
+  python asbridge.py --config bridge.yaml         a homeserver for the bridge of this registration
+  python asbridge.py --role appservice --homeserver http://127.0.0.1:8008
+                                                  only the IRC bridge, for another homeserver
+"""
+
+
+def parse_args(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="asbridge.py", epilog=HELP_END, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     description="A Matrix homeserver with the whole Application Service API, and an IRC bridge.")
+    parser.add_argument("--config", metavar="FILE", help="a configuration, or one registration (JSON or YAML)")
+    parser.add_argument("--role", choices=("both", "homeserver", "appservice"), default="both", help="run only one half")
+    parser.add_argument("--homeserver", metavar="URL", default="http://127.0.0.1:8008", help="for --role appservice")
+    for flag, kind in (("server-name", str), ("bind", str), ("port", int), ("database", str)):
+        parser.add_argument(f"--{flag}", type=kind, help=f"{CONFIG_KEYS[flag.replace('-', '_')][1]} (overrides the file)")
+    parser.add_argument("--port-file", metavar="FILE", help="write the real port there, once everything listens")
+    parser.add_argument("--trace", action="store_true", help="show the traffic between homeserver and application services")
+    parser.add_argument("--log-format", choices=("text", "json"), default="text")
+    parser.add_argument("-v", "--verbose", action="store_true", help="log every request")
+    parser.add_argument("-q", "--quiet", action="store_true", help="log only what goes wrong")
+    parser.add_argument("--version", action="version", version=f"asbridge {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="generate | routes")
+    generate = commands.add_parser("generate", help="print a fresh registration")
+    generate.add_argument("id")
+    generate.add_argument("--url", default="http://127.0.0.1:29300", help="where the application service listens")
+    generate.add_argument("--prefix", help="of its users and aliases (default: the ID and '_')")
+    commands.add_parser("routes", help="print the table of endpoints")
+    return parser.parse_args(arguments)
+
+
+def generate_registration(id: str, url: str, prefix: str | None = None) -> JsonObject:
+    """A registration with random tokens, ready to be written to a file."""
+    prefix = prefix or f"{id}_"
+    escaped = re.sub(r"([\\.*+?^$(){}|\[\]])", r"\\\1", prefix)
+    return {"id": id, "url": url, "as_token": secrets.token_hex(32), "hs_token": secrets.token_hex(32),
+            "sender_localpart": f"{to_localpart(prefix)}bot", "rate_limited": False,
+            "namespaces": {"users": [{"exclusive": True, "regex": f"@{escaped}.*"}],
+                           "aliases": [{"exclusive": True, "regex": f"#{escaped}.*"}], "rooms": []}}
+
+
+def print_routes() -> None:
+    rows = [(route.method, route.path, route.auth, route.spec) for route in ROUTES]
+    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    for row in rows:
+        print("  ".join(text.ljust(width) for text, width in zip(row, [*widths, 0], strict=True)).rstrip())
+
+
+class JsonLines(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        text = {"ts": int(record.created * 1000), "level": record.levelname, "message": record.getMessage()}
+        if record.exc_info:
+            text["exception"] = self.formatException(record.exc_info)
+        return json.dumps(text)
+
+
+def set_up_log(args: argparse.Namespace) -> None:
+    handler = logging.StreamHandler()
+    handler.setFormatter(JsonLines() if args.log_format == "json" else logging.Formatter("%(asctime)s %(levelname)-7s %(message)s"))
+    log.addHandler(handler)
+    log.propagate = False
+    log.setLevel(logging.DEBUG if args.verbose else logging.WARNING if args.quiet else logging.INFO)
+    trace.setLevel(logging.DEBUG if args.trace else logging.WARNING)
+
+
+def config_of(args: argparse.Namespace) -> Config:
+    """The file and the flags, which override it; without a file the sample."""
+    config = read_config(args.config) if args.config else ConfigReader({"registrations": [SAMPLE_REGISTRATION]}, "built in", "").read()
+    reader = ConfigReader({}, "command line", "")
+    for key in ("server_name", "bind", "port", "database"):
+        value = getattr(args, key)
+        if value is not None and reader._check(key, value):
+            setattr(config, key, value)
+    if args.role == "appservice" and not any(registration.sample is not None for registration in config.registrations):
+        reader.wrong("--role appservice", "has nothing to run", "a registration needs the key \"asbridge.sample\": {\"irc_port\": 6667}")
+    if reader.findings:
+        raise ConfigError(reader.findings)
+    return config
+
+
+def describe(hs: Homeserver) -> None:
+    """Says of each application service what it is, whether it answers, and what waits for it."""
+    waiting = hs.waiting()
+    for registration in hs.world.registrations:
+        names = ", ".join(str(namespace) for kind in KINDS for namespace in registration.namespaces[kind]) or "no namespaces"
+        log.info("application service %s at %s (%s): %s; %d events wait; %s", registration.id, registration.url, reachable(registration.url),
+                 registration.sender(hs.world.name), waiting.get(registration.id, 0), names)
+
+
+def reachable(url: str | None) -> str:
+    if url is None:
+        return "nothing is sent"
+    parts = urllib.parse.urlsplit(url)
+    try:
+        socket.create_connection((parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80)), 1).close()
+        return "answers"
+    except OSError:
+        return "does not answer yet"
+
+
+def suggestions(hs: Homeserver) -> list[str]:
+    """What to try, ready to be pasted."""
+    port = next((sample.irc_port for sample in hs.samples if isinstance(sample, IrcBridge)), None)
+    register = """-d '{"username": "alice", "password": "wonderland", "auth": {"type": "m.login.dummy"}}'"""
+    talk = r"(printf 'NICK bob\r\nUSER bob 0 * :Bob\r\nJOIN #lobby\r\nPRIVMSG #lobby :hello from IRC\r\n'; cat)"
+    return [f"irssi --noconnect=no -c 127.0.0.1 -p {port} -n bob      # then: /join #lobby", f"{talk} | nc 127.0.0.1 {port}",
+            f"curl -s {hs.url}/_matrix/client/v3/register {register}"] if port else []
+
+
+def run(config: Config, args: argparse.Namespace) -> int:
+    stop = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, frame: os._exit(1) if stop.is_set() else stop.set())
+    if args.role == "appservice":
+        return run_samples(config, args.homeserver, stop)
+    hs = Homeserver(samples=args.role == "both", **{entry.name: getattr(config, entry.name) for entry in dataclasses.fields(config)})
+    try:
+        hs.start()
+    except (OSError, DatabaseError) as error:
+        print(why_not_started(error, config), file=sys.stderr)
+        return 1
+    try:
+        describe(hs)
+        for line in suggestions(hs) if not args.quiet else ():
+            print(f"  try: {line}", file=sys.stderr)
+        if args.port_file:
+            write_whole(args.port_file, f"{hs.port}\n")
+        print(f"asbridge ready at {hs.url}", flush=True)
+        stop.wait()
+    finally:
+        hs.stop()
+    return 0
+
+
+def run_samples(config: Config, homeserver: str, stop: threading.Event) -> int:
+    """Only the sample application services, for another homeserver."""
+    samples = [IrcBridge(one, homeserver, beside(config.database, one.id)) for one in config.registrations if one.sample is not None]
+    try:
+        for sample in samples:
+            sample.start()
+    except OSError as error:
+        print(why_not_started(error, config), file=sys.stderr)
+        return 1
+    try:
+        print("asbridge ready at " + ", ".join(f"{sample.url} (IRC on port {sample.irc_port})" for sample in samples), flush=True)
+        stop.wait()
+    finally:
+        for sample in samples:
+            sample.stop()
+    return 0
+
+
+def why_not_started(error: Exception, config: Config) -> str:
+    if isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
+        return f"asbridge: a port is taken (the homeserver's is {config.port}): {error}; stop the other program, or use --port 0 for any free port"
+    return f"asbridge: {error}"
+
+
+def write_whole(path: str, text: str) -> None:
+    """Writes a file that nobody sees half written."""
+    with open(path + ".new", "w", encoding="utf-8") as file:
+        file.write(text)
+    os.replace(path + ".new", path)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    args = parse_args(sys.argv[1:] if arguments is None else arguments)
+    if args.command == "routes":
+        print_routes()
+        return 0
+    if args.command == "generate":
+        print(json.dumps(generate_registration(args.id, args.url, args.prefix), indent=2))
+        return 0
+    try:
+        config = config_of(args)
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return 2
+    set_up_log(args)
+    return run(config, args)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
