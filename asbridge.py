@@ -1,4 +1,58 @@
-"""asbridge: front page comes last."""
+"""asbridge: a Matrix homeserver with the whole Application Service API, and an IRC bridge, in one file.
+
+Quick start
+===========
+    python asbridge.py                        homeserver on port 8008, IRC network on port 6667, bridged
+    python asbridge.py --config bridge.yaml   a homeserver for the bridge whose registration this is
+    with asbridge.Homeserver(registrations=[...]) as hs: ...              the same, inside a test
+
+The picture
+===========
+                           this file                                   this file, or any bridge
+                +---------------------------+   PUT transactions    +-------------------------+
+    Matrix ---->|        homeserver         |   GET users, rooms    |   application service   |<---- IRC
+    client      |  rooms, events, one tick  |---------------------->|  ghosts, portals: what  |      client
+           <----|  for every change; an     |                       |  is said there is said  |---->
+     /sync      |  outbox for each AS       |<----------------------|  here, and back         |
+                +---------------------------+   the client-server   +-------------------------+
+                                                API, as its ghosts
+
+A message from Matrix is checked by the rules of the room (4), stored with its tick (5) and, in the same
+database transaction, put into the outbox of every application service whose namespaces (3) have to do
+with it. When it is durable, whoever waits in /sync is woken (6), and a worker pushes it until the
+application service has acknowledged it (7). The application service (10) sees to it that an event is
+handled once; the bridge (11) writes it to IRC. A line from IRC goes the other way: as a request of a
+ghost, with the application service's token and `user_id=` (8).
+
+Contents
+========
+     1. Vocabulary
+     2. Plumbing
+     3. Registrations and namespaces
+     4. Room rules
+     5. Store
+     6. The homeserver
+     7. Delivery
+     8. Routes
+    10. The application service
+    11. The sample: an IRC bridge
+    12. Running it
+
+A section uses only what stands above it.
+
+Reading paths
+=============
+    The Application Service API   3, 7, 10, and in 8 "Who is asking?"
+    Write a bridge                10, 11
+    Test a bridge                 Homeserver in 12
+    Change the server             1, 4, 5, 6, 8
+
+Left out on purpose
+===================
+Federation, guests, third-party identifiers, single sign-on, search, room upgrades: this is a homeserver to
+learn, build and test with. It listens on the loopback interface. When it is outgrown, the registration and
+the application service run unchanged on Synapse or another homeserver (README, Moving on).
+"""
 
 from __future__ import annotations
 
@@ -122,11 +176,14 @@ def check_id(sigil: str, text: object, server_name: str | None = None) -> str:
     """`text`, if it is an ID with this sigil (and on this server, if one is named); else M_INVALID_PARAM."""
     form = f"{sigil}localpart:server"
     if not isinstance(text, str) or text[:1] != sigil or len(text.encode("utf-8", "replace")) > MAX_ID_BYTES:
-        raise MatrixError("M_INVALID_PARAM", f"{shorten(text)} is not of the form {form}, {MAX_ID_BYTES} bytes at most")
-    if ("\0" in text) or (sigil in "@#" and not (localpart_of(text) and SERVER_NAME.fullmatch(server_of(text)))):
+        raise MatrixError("M_INVALID_PARAM", f"{shorten(text)} is not of the form {form}, {MAX_ID_BYTES} "
+                          f"bytes at most")
+    if ("\0" in text) or (sigil in "@#" and not (localpart_of(text)
+                                                 and SERVER_NAME.fullmatch(server_of(text)))):
         raise MatrixError("M_INVALID_PARAM", f"{shorten(text)} is not of the form {form}")
     if server_name is not None and server_of(text) != server_name:
-        raise MatrixError("M_INVALID_PARAM", f"{shorten(text)} is not on this server, whose name is {server_name}")
+        raise MatrixError("M_INVALID_PARAM", f"{shorten(text)} is not on this server, whose name is "
+                          f"{server_name}")
     return text
 
 
@@ -137,13 +194,17 @@ def shorten(value: object, limit: int = 80) -> str:
 
 
 def to_localpart(text: str) -> str:
-    """Any text in the alphabet of user IDs: lower case, every other byte as =xx (Appendices, Mapping from other character sets)."""
-    return re.sub(rb"[^a-z0-9._/+-]", lambda m: b"=%02x" % m[0][0], text.lower().encode("utf-8", "replace")).decode("ascii")
+    """Any text in the alphabet of user IDs: lower case, every other byte as =xx (Appendices, Mapping from
+    other character sets).
+    """
+    return re.sub(rb"[^a-z0-9._/+-]", lambda m: b"=%02x" % m[0][0],
+                  text.lower().encode("utf-8", "replace")).decode("ascii")
 
 
 def from_localpart(localpart: str) -> str:
     """The reverse of to_localpart (what was upper case stays lower case)."""
-    return re.sub(rb"=([0-9a-f]{2})", lambda m: bytes([int(m[1], 16)]), localpart.encode("utf-8", "replace")).decode("utf-8", "replace")
+    return re.sub(rb"=([0-9a-f]{2})", lambda m: bytes([int(m[1], 16)]),
+                  localpart.encode("utf-8", "replace")).decode("utf-8", "replace")
 
 
 # -- JSON.
@@ -194,7 +255,9 @@ def parse_object(data: bytes) -> JsonObject:
 
 
 def check_canonical(value: Any) -> None:
-    """Events hold canonical JSON: integers of 53 bits, no fractions (Appendices, Canonical JSON); else M_BAD_JSON."""
+    """Events hold canonical JSON: integers of 53 bits, no fractions (Appendices, Canonical JSON); else
+    M_BAD_JSON.
+    """
     if isinstance(value, dict):
         for item in value.values():
             check_canonical(item)
@@ -202,10 +265,12 @@ def check_canonical(value: Any) -> None:
         for item in value:
             check_canonical(item)
     elif isinstance(value, float) or (isinstance(value, int) and abs(value) > MAX_INT):
-        raise MatrixError("M_BAD_JSON", f"{value!r} can't stand in an event: numbers are integers from -(2^53)+1 to (2^53)-1")
+        raise MatrixError("M_BAD_JSON", f"{value!r} can't stand in an event: numbers are integers from "
+                          f"-(2^53)+1 to (2^53)-1")
 
 
-TYPE_NAMES = {str: "a string", int: "an integer", bool: "true or false", dict: "an object", list: "a list", type(None): "null"}
+TYPE_NAMES = {str: "a string", int: "an integer", bool: "true or false", dict: "an object", list: "a list",
+              type(None): "null"}
 T = TypeVar("T")
 
 
@@ -229,7 +294,9 @@ def field(body: JsonObject, key: str, type_: type[T], default: Any = ...) -> T:
 # -- Time.
 
 class Clock:
-    """Two clocks: now() stamps, wait() delays. advance() winds both on, so that a minute of backoff can pass in a test."""
+    """Two clocks: now() stamps, wait() delays. advance() winds both on, so that a minute of backoff can pass
+    in a test.
+    """
 
     def __init__(self) -> None:
         self._wound = 0.0                                  # seconds that advance() has added
@@ -277,7 +344,8 @@ def release(lock: Any) -> None:
 
 
 log = logging.getLogger("asbridge")
-trace = logging.getLogger("asbridge.trace")                  # what passes between homeserver and application services
+# what passes between homeserver and application services
+trace = logging.getLogger("asbridge.trace")
 
 
 # ============================================================================
@@ -329,13 +397,15 @@ class Request:
         try:
             self.method, target, self.version = lines[0].split(" ")
         except ValueError:
-            raise bad_request(f"the request line {shorten(lines[0])!r} is not 'METHOD target HTTP/1.1'") from None
+            raise bad_request(f"the request line {shorten(lines[0])!r} is not 'METHOD target "
+                              f"HTTP/1.1'") from None
         if self.version not in ("HTTP/1.1", "HTTP/1.0") or not TOKEN.fullmatch(self.method):
             raise bad_request(f"{shorten(lines[0])!r} is not an HTTP/1.1 request")
         if target[:1] != "/" and "://" in target:            # the absolute form, as to a proxy
             target = "/" + target.split("://", 1)[1].partition("/")[2]
         self.path, _, query = target.partition("?")
-        self.query: dict[str, str] = dict(urllib.parse.parse_qsl(query, keep_blank_values=True)) if query else {}
+        self.query: dict[str, str] = dict(urllib.parse.parse_qsl(query,
+                                                                 keep_blank_values=True)) if query else {}
         self.headers = parse_headers(lines[1:])
         self._connection, self._chunked = connection, "transfer-encoding" in self.headers
         self._unread = self._length()
@@ -397,7 +467,9 @@ def too_large(limit: int) -> MatrixError:
 
 
 def parse_headers(lines: list[str]) -> dict[str, str]:
-    """Names in lower case; what comes twice is joined by ', '. Folding, bare LF, space before the colon: refused."""
+    """Names in lower case; what comes twice is joined by ', '. Folding, bare LF, space before the colon:
+    refused.
+    """
     if len(lines) > MAX_HEADERS:
         raise bad_request(f"more than {MAX_HEADERS} headers", 431)
     headers: dict[str, str] = {}
@@ -411,7 +483,8 @@ def parse_headers(lines: list[str]) -> dict[str, str]:
 
 
 class Connection(http.server.BaseHTTPRequestHandler):
-    """One client's connection, on a thread of its own: requests in, answers out, until either side has enough."""
+    """One client's connection, on a thread of its own: requests in, answers out, until either side has enough.
+    """
 
     server: HttpServer
 
@@ -522,14 +595,17 @@ class Connection(http.server.BaseHTTPRequestHandler):
 
 
 class HttpServer(http.server.ThreadingHTTPServer):
-    """Serves `app`, a function from Request to Response that raises nothing. start() and stop() may be called once each."""
+    """Serves `app`, a function from Request to Response that raises nothing. start() and stop() may be called
+    once each.
+    """
 
     request_queue_size = 1024
     daemon_threads = True
     block_on_close = False
     allow_reuse_address = os.name == "posix"
 
-    def __init__(self, address: tuple[str, int], app: Callable[[Request], Response], max_connections: int = 10_000) -> None:
+    def __init__(self, address: tuple[str, int], app: Callable[[Request], Response],
+                 max_connections: int = 10_000) -> None:
         self.app, self.max_connections = app, max_connections
         self.connections: set[Connection] = set()
         self.stopping = self.started = False
@@ -605,41 +681,47 @@ class HttpClient:
         self.host, self.port = parts.hostname or "", parts.port or (443 if self._https else 80)
         self._connection: http.client.HTTPConnection | None = None
 
-    def request(self, method: str, path: str, body: bytes | None = None, headers: Mapping[str, str] | None = None,
+    def request(self, method: str, path: str, body: bytes | None = None,
+                headers: Mapping[str, str] | None = None,
                 seconds: float = 60.0, limit: int = 65_536) -> tuple[int, bytes]:
-        """Status and body of the answer, all of it within `seconds`; at most `limit` bytes of body, else ValueError."""
+        """Status and body of the answer, all of it within `seconds`; at most `limit` bytes of body, else
+        ValueError.
+        """
         kept = self._connection is not None and not self._went_away()
         try:
             return self._exchange(method, path, body, headers or {}, time.monotonic() + seconds, limit)
         except (http.client.RemoteDisconnected, ConnectionResetError, BrokenPipeError):
-            self.close()
             if not kept or method == "POST":                 # a POST may have been done already
                 raise
-        except BaseException:
-            self.close()
-            raise
         return self._exchange(method, path, body, headers or {}, time.monotonic() + seconds, limit)
 
     def _exchange(self, method: str, path: str, body: bytes | None, headers: Mapping[str, str],
                   deadline: float, limit: int) -> tuple[int, bytes]:
-        connection = self._connection or self._connect(deadline)
-        connection.sock.settimeout(max(0.001, deadline - time.monotonic()))
-        if isinstance(connection.sock, _TimedSocket):
-            connection.sock.deadline = deadline
-        connection.request(method, self.base + path, body, dict(headers))
-        response = connection.getresponse()
-        data = response.read(limit + 1)
-        if len(data) > limit or response.will_close:
+        if self._connection is None:
+            self._connection = self._connect(deadline)
+        connection = self._connection                        # where abort() finds it, too
+        try:
+            connection.sock.settimeout(max(0.001, deadline - time.monotonic()))
+            if isinstance(connection.sock, _TimedSocket):
+                connection.sock.deadline = deadline
+            connection.request(method, self.base + path, body, dict(headers))
+            response = connection.getresponse()
+            data = response.read(limit + 1)
+            if len(data) > limit:
+                raise ValueError(f"the answer has more than {limit} bytes")
+        except BaseException:
+            self.close()                                     # what else comes on it would be taken for the next answer
+            raise
+        if response.will_close:
             self.close()
-        if len(data) > limit:
-            raise ValueError(f"the answer has more than {limit} bytes")
         return response.status, data
 
     def _connect(self, deadline: float) -> http.client.HTTPConnection:
         kind = http.client.HTTPSConnection if self._https else http.client.HTTPConnection
-        self._connection = connection = kind(self.host, self.port, timeout=max(0.001, deadline - time.monotonic()))
+        connection = kind(self.host, self.port, timeout=max(0.001, deadline - time.monotonic()))
         connection.connect()
-        if not self._https:                                  # TLS keeps its own socket, with a time-out for each read
+        # TLS keeps its own socket, with a time-out for each read
+        if not self._https:
             connection.sock = _TimedSocket(fileno=connection.sock.detach())
         connection.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         return connection
@@ -659,6 +741,12 @@ class HttpClient:
         connection, self._connection = self._connection, None
         if connection:
             connection.close()
+
+    def abort(self) -> None:
+        """Ends the request that another thread is waiting for."""
+        connection = self._connection
+        if connection and connection.sock:
+            hang_up(connection.sock)
 
 
 def open_sqlite(path: str, durable: bool = True, read_only: bool = False) -> sqlite3.Connection:
@@ -773,7 +861,9 @@ class Yaml:
         return out
 
     def _value(self, rest: str, indent: int) -> Any:
-        """What belongs to a key: the rest of its line, or the block below (a list may stand at the key's own indent)."""
+        """What belongs to a key: the rest of its line, or the block below (a list may stand at the key's own
+        indent).
+        """
         value = self._scalar(rest) if rest else None
         self.at += 1
         if not rest and self.at < len(self.lines):
@@ -811,7 +901,8 @@ class Yaml:
             except ValueError:
                 raise self._error("is not a double-quoted text in one line") from None
         if text[0] in "&*!|>%@`":
-            raise self._error(f"starts with {text[0]!r}, which this reader does not take; quote it or write it plainly")
+            raise self._error(f"starts with {text[0]!r}, which this reader does not take; quote it or write "
+                              f"it plainly")
         return self._plain(text)
 
     def _plain(self, text: str) -> Any:
@@ -901,7 +992,8 @@ class Namespace:
 
 @dataclass(frozen=True)
 class Claim:
-    """Why an application service has to do with an ID. `namespace` is None for its own sender_localpart user."""
+    """Why an application service has to do with an ID. `namespace` is None for its own sender_localpart user.
+    """
     registration: Registration
     id: str
     namespace: Namespace | None
@@ -1011,7 +1103,8 @@ class RegistrationReader:
         get = self.data.get
         return Registration(
             id=get("id", ""), url=get("url"), as_token=get("as_token", ""), hs_token=get("hs_token", ""),
-            sender_localpart=get("sender_localpart", ""), namespaces=namespaces, rate_limited=get("rate_limited", True),
+            sender_localpart=get("sender_localpart",
+                                 ""), namespaces=namespaces, rate_limited=get("rate_limited", True),
             protocols=tuple(get("protocols") or ()), receive_ephemeral=get("receive_ephemeral", False),
             push_ephemeral=get("de.sorunome.msc2409.push_ephemeral", False) or get("push_ephemeral", False),
             msc3202=get("org.matrix.msc3202", False), uris=uris, sample=sample,
@@ -1024,7 +1117,8 @@ class RegistrationReader:
             if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
                 self.wrong("url", f"is {shorten(url)}", f"write {REGISTRATION_KEYS['url'][2]}")
         if isinstance(sender, str) and not HISTORICAL_LOCALPART.fullmatch(sender):
-            self.wrong("sender_localpart", f"is {shorten(sender)}", f"write {REGISTRATION_KEYS['sender_localpart'][2]}")
+            self.wrong("sender_localpart", f"is {shorten(sender)}",
+                       f"write {REGISTRATION_KEYS['sender_localpart'][2]}")
         for key in ("id", "as_token", "hs_token"):
             if self.data.get(key) == "":
                 self.wrong(key, "is empty", f"write {REGISTRATION_KEYS[key][2]}")
@@ -1057,19 +1151,22 @@ class RegistrationReader:
     def _regex(self, entry: Any, path: str) -> re.Pattern[str] | None:
         regex = entry.get("regex") if isinstance(entry, dict) else None
         if not isinstance(regex, str):
-            self.wrong(f"{path}.regex", "is missing or no text", "write a POSIX extended regex such as '@irc_.*:example\\.org'")
+            self.wrong(f"{path}.regex", "is missing or no text", "write a POSIX extended regex such as "
+                       "'@irc_.*:example\\.org'")
             return None
         try:
             return compile_regex(regex)
         except (re.error, RecursionError, OverflowError) as error:
-            self.wrong(f"{path}.regex", f"{shorten(regex)!r} is not a regex: {error}", "write a POSIX extended regex")
+            self.wrong(f"{path}.regex", f"{shorten(regex)!r} is not a regex: {error}",
+                       "write a POSIX extended regex")
             return None
 
     def _uris(self) -> tuple[UriRule, ...]:
         uris = self.data.get("uris")
         found = []
         for kind, key in (("users", "user_id"), ("aliases", "alias")):
-            for index, entry in enumerate(self._items(uris, kind, f"uris.{kind}") if isinstance(uris, dict) else ()):
+            for index, entry in enumerate(self._items(uris, kind, f"uris.{kind}") if isinstance(uris, dict)
+                                          else ()):
                 path = f"uris.{kind}[{index}]"
                 pattern = self._regex(entry, path)
                 template = entry.get(key) if isinstance(entry, dict) else None
@@ -1119,7 +1216,9 @@ class Registrations:
         return self._hs_tokens.get(token_digest)
 
     def _claims(self, kind: str, id: str) -> tuple[Claim, ...]:
-        """Every application service that has to do with this ID, each with its first reason. Only local users count."""
+        """Every application service that has to do with this ID, each with its first reason. Only local users
+        count.
+        """
         if kind == "users" and server_of(id) != self.server_name:
             return ()
         found = []
@@ -1142,19 +1241,25 @@ class Registrations:
                      if claim.exclusive and claim.registration is not other_than), None)
 
     def check_may_create(self, kind: str, id: str, by: Registration | None) -> None:
-        """M_EXCLUSIVE if a person (by=None) or an application service may not create or delete this user or alias."""
+        """M_EXCLUSIVE if a person (by=None) or an application service may not create or delete this user or
+        alias.
+        """
         owner = self.owner(kind, id, by)
         if owner:
-            raise MatrixError("M_EXCLUSIVE", f"{id} is reserved by the application service {owner.registration.id!r}: "
-                              + (f"{owner.namespace} claims it exclusively" if owner.namespace else "it is its sender_localpart user"))
+            raise MatrixError("M_EXCLUSIVE", f"{id} is reserved by the application service "
+                              f"{owner.registration.id!r}: "
+                              + (f"{owner.namespace} claims it exclusively" if owner.namespace
+                                 else "it is its sender_localpart user"))
         if by and not self.claim_of(by, kind, id):
-            raise MatrixError("M_EXCLUSIVE", f"{id} is outside the namespaces of the application service {by.id!r}, "
+            raise MatrixError("M_EXCLUSIVE", f"{id} is outside the namespaces of the application service "
+                              f"{by.id!r}, "
                               f"whose regexes for {kind} are {by.regexes(kind)} (matched from the start of the whole ID)")
 
     def check_may_act_as(self, registration: Registration, user_id: str) -> None:
         """M_FORBIDDEN if `user_id` is in none of the application service's namespaces (Identity assertion)."""
         if not self.claim_of(registration, "users", user_id):
-            raise MatrixError("M_FORBIDDEN", f"the application service {registration.id!r} can't act as {shorten(user_id)}, which is outside "
+            raise MatrixError("M_FORBIDDEN", f"the application service {registration.id!r} can't act as "
+                              f"{shorten(user_id)}, which is outside "
                               f"its namespaces: its regexes for users are {registration.regexes('users')} (matched from the start of the whole ID)")
 
     def map_uri(self, kind: str, uri: str) -> str | None:
@@ -1174,11 +1279,13 @@ def check_together(registrations: Sequence[tuple[str, Registration]]) -> list[Fi
             value = getattr(registration, key)
             other = seen.setdefault((key, value), where)
             if other is not where:
-                findings.append(Finding(f"{where}: {key}", f"is already that of {other}", f"every {key} must be unique"))
+                findings.append(Finding(f"{where}: {key}", f"is already that of {other}",
+                                        f"every {key} must be unique"))
         for key, twin in (("as_token", "hs_token"), ("hs_token", "as_token")):
             for other, stranger in registrations:
                 if other is not where and getattr(registration, key) == getattr(stranger, twin):
-                    findings.append(Finding(f"{where}: {key}", f"is the {twin} of {other}", "tokens must differ from each other"))
+                    findings.append(Finding(f"{where}: {key}", f"is the {twin} of {other}",
+                                            "tokens must differ from each other"))
     return findings
 
 
@@ -1188,7 +1295,8 @@ class Audience:
     Kept with the room and changed by the few events that change it, so that a message costs no regex.
     """
 
-    def __init__(self, registrations: Registrations, room_id: str, members: Iterable[str], aliases: Iterable[str]) -> None:
+    def __init__(self, registrations: Registrations, room_id: str, members: Iterable[str],
+                 aliases: Iterable[str]) -> None:
         self.registrations = registrations
         self.why: dict[str, dict[str, Claim]] = {}           # application service's ID → ID in the room → claim
         self.add("rooms", room_id)
@@ -1209,7 +1317,9 @@ class Audience:
                 self.why.pop(claim.registration.id, None)
 
     def interested(self, sender: str, target: str | None) -> dict[str, str]:
-        """Application services that get an event, each with the reason: its sender, the target of a membership, the room."""
+        """Application services that get an event, each with the reason: its sender, the target of a
+        membership, the room.
+        """
         found: dict[str, str] = {}
         for part, user_id in (("sender", sender), ("target", target)):
             for claim in self.registrations.claims("users", user_id) if user_id else ():
@@ -1237,7 +1347,8 @@ class RoomVersion:
     id: str
     create_has_creator: bool      # m.room.create repeats its sender as content.creator
     create_is_kept: bool          # a redaction leaves m.room.create as it is, and power_levels.invite
-    creators_rule: bool           # creators have all power for ever, and the room ID is the hash of m.room.create
+    # creators have all power for ever, and the room ID is the hash of m.room.create
+    creators_rule: bool
 
 
 ROOM_VERSIONS = {version.id: version for version in (
@@ -1367,7 +1478,8 @@ class RoomState:
 
     def needed_to_send(self, type: str, is_state: bool) -> int:
         levels = self.content("m.room.power_levels")
-        default = levels.get("state_default", 50 if levels else 0) if is_state else levels.get("events_default", 0)
+        default = levels.get("state_default", 50 if levels
+                             else 0) if is_state else levels.get("events_default", 0)
         return int(levels.get("events", {}).get(type, default))
 
 
@@ -1400,7 +1512,8 @@ def authorise_membership(room: RoomState, draft: Draft) -> None:
     target, membership = draft.state_key, draft.content.get("membership")
     rule = MEMBERSHIP_RULES.get(membership) if isinstance(membership, str) else None
     if not rule or not target:
-        raise MatrixError("M_BAD_JSON", f"membership must be one of {', '.join(MEMBERSHIP_RULES)}, not {shorten(membership)}")
+        raise MatrixError("M_BAD_JSON", f"membership must be one of {', '.join(MEMBERSHIP_RULES)}, not "
+                          f"{shorten(membership)}")
     rule(room, draft, target)
 
 
@@ -1473,7 +1586,8 @@ def _check_power(room: RoomState, user_id: str, action: str) -> None:
 
 def _check_above(room: RoomState, user_id: str, target: str) -> None:
     if room.power(target) >= room.power(user_id):
-        raise forbidden(f"{user_id} has power {room.power(user_id)}, which is not above that of {target} ({room.power(target)})")
+        raise forbidden(f"{user_id} has power {room.power(user_id)}, which is not above that of {target} "
+                        f"({room.power(target)})")
 
 
 MEMBERSHIP_RULES: dict[str, Callable[[RoomState, Draft, str], None]] = {
@@ -1490,7 +1604,8 @@ def authorise_power_levels(room: RoomState, draft: Draft) -> None:
     new, old, mine = draft.content, room.content("m.room.power_levels"), room.power(draft.sender)
     check_power_levels_shape(new)
     if room.version.creators_rule and (named := room.creators & set(new.get("users", {}))):
-        raise forbidden(f"creators have all power in room version {room.version.id}; {', '.join(sorted(named))} can't stand in users")
+        raise forbidden(f"creators have all power in room version {room.version.id}; "
+                        f"{', '.join(sorted(named))} can't stand in users")
     if not old:
         return
     for key in LEVELS:
@@ -1511,7 +1626,8 @@ def check_power_levels_shape(content: JsonObject) -> None:
     """Rules 10.1 to 10.3: levels are integers; users has user IDs as keys."""
     for key in LEVELS:
         if key in content and not is_a(content[key], int):
-            raise MatrixError("M_BAD_JSON", f"{key!r} in m.room.power_levels must be an integer, not {shorten(content[key])}")
+            raise MatrixError("M_BAD_JSON", f"{key!r} in m.room.power_levels must be an integer, not "
+                              f"{shorten(content[key])}")
     for group in ("events", "notifications", "users"):
         levels = content.get(group, {})
         if not isinstance(levels, dict) or not all(is_a(level, int) for level in levels.values()):
@@ -1544,7 +1660,8 @@ def redacted_json(version: RoomVersion, event_json: str) -> str:
 FOREVER = 2**62
 
 
-def visible_ranges(visibilities: Sequence[tuple[int, str]], memberships: Sequence[tuple[int, str]]) -> list[tuple[int, int]]:
+def visible_ranges(visibilities: Sequence[tuple[int, str]],
+                   memberships: Sequence[tuple[int, str]]) -> list[tuple[int, int]]:
     """The ticks whose events a user may see, as inclusive ranges from old to new.
 
     `visibilities` and `memberships` are the changes of m.room.history_visibility and of this user's membership, each
@@ -1555,13 +1672,15 @@ def visible_ranges(visibilities: Sequence[tuple[int, str]], memberships: Sequenc
     joins = [tick for tick, membership in memberships if membership == "join"]
     leaves_last = next((tick for tick, membership in reversed(memberships) if membership != "join"), 0)
     last_seen = FOREVER if joins and joins[-1] > leaves_last else max(
-        (tick for (tick, _), (_, before) in zip(memberships[1:], memberships, strict=False) if before == "join"), default=-1)
+        (tick for (tick, _), (_, before) in zip(memberships[1:], memberships, strict=False)
+         if before == "join"), default=-1)
     ranges: list[tuple[int, int]] = []
     visibility, membership, before = "shared", "leave", False
     for tick, after in zip(ticks, [*ticks[1:], FOREVER + 1], strict=True):
         visibility = visibility_at.get(tick, visibility)
         membership = membership_at.get(tick, membership)
-        now = (visibility == "world_readable" or membership == "join" or (visibility == "invited" and membership == "invite")
+        now = (visibility == "world_readable" or membership == "join"
+               or (visibility == "invited" and membership == "invite")
                or (visibility == "shared" and tick < last_seen))
         start, end = (tick if before or now else tick + 1), (after - 1 if now else tick)
         if start <= end:
@@ -1638,9 +1757,11 @@ EVENT_TABLES = "events e LEFT JOIN events r ON r.tick = e.redacted_by LEFT JOIN 
 
 
 def event_id_of(tick: int, canonical: str) -> str:
-    """43 characters after the '$': the tick, by which the event is found, and the hash, which binds it to the content."""
-    digest = hashlib.sha256(canonical.encode()).digest()
-    return "$" + base64.urlsafe_b64encode(tick.to_bytes(6, "big") + digest[:26]).decode().rstrip("=")
+    """43 characters after the '$': the tick, by which the event is found, and the hash, which binds it to the
+    content.
+    """
+    hashed = hashlib.sha256(canonical.encode()).digest()
+    return "$" + base64.urlsafe_b64encode(tick.to_bytes(6, "big") + hashed[:26]).decode().rstrip("=")
 
 
 def tick_of(event_id: str) -> int:
@@ -1692,7 +1813,8 @@ class Filter(NamedTuple):
         def any_type(types: Sequence[str]) -> bool:
             return any(fnmatch.fnmatchcase(event.type, glob_of(one)) for one in types)
         return ((self.types is None or any_type(self.types)) and not any_type(self.not_types)
-                and (self.senders is None or event.sender in self.senders) and event.sender not in self.not_senders)
+                and (self.senders is None
+                     or event.sender in self.senders) and event.sender not in self.not_senders)
 
     def sql(self) -> tuple[str, list[str]]:
         """Conditions on the events e, and their values."""
@@ -1731,23 +1853,27 @@ class Reader:
 
     def user(self, user_id: str) -> Any:
         """(password, appservice, displayname, avatar_url, deactivated) or None."""
-        return self.one("SELECT password, appservice, displayname, avatar_url, deactivated FROM users WHERE user_id = ?", user_id)
+        return self.one("SELECT password, appservice, displayname, avatar_url, deactivated FROM users WHERE "
+                        "user_id = ?", user_id)
 
     def devices(self, user_id: str) -> list[Any]:
         """(device_id, display_name, last_seen_ts, last_seen_ip) of each."""
-        return self.all("SELECT device_id, display_name, last_seen_ts, last_seen_ip FROM devices WHERE user_id = ?", user_id)
+        return self.all("SELECT device_id, display_name, last_seen_ts, last_seen_ip FROM devices WHERE "
+                        "user_id = ?", user_id)
 
     def device(self, user_id: str, device_id: str) -> Any:
         return self.one("SELECT device_id, display_name, last_seen_ts, last_seen_ip FROM devices "
                         "WHERE user_id = ? AND device_id = ?", user_id, device_id)
 
     def account_data(self, user_id: str, room_id: str, type: str) -> Raw | None:
-        row = self.one("SELECT json FROM account_data WHERE user_id = ? AND room_id = ? AND type = ?", user_id, room_id, type)
+        row = self.one("SELECT json FROM account_data WHERE user_id = ? AND room_id = ? AND type = ?", user_id,
+                       room_id, type)
         return Raw(row[0]) if row else None
 
     def account_data_since(self, user_id: str, since: int) -> list[Any]:
         """(room_id, type, json) of what changed."""
-        return self.all("SELECT room_id, type, json FROM account_data WHERE user_id = ? AND tick > ? ORDER BY tick", user_id, since)
+        return self.all("SELECT room_id, type, json FROM account_data WHERE user_id = ? AND tick > ? ORDER BY "
+                        "tick", user_id, since)
 
     def filter(self, user_id: str, filter_id: int) -> Any:
         return self.one("SELECT json FROM filters WHERE user_id = ? AND filter_id = ?", user_id, filter_id)
@@ -1763,7 +1889,8 @@ class Reader:
         return RoomRow(*row) if row else None
 
     def published_rooms(self) -> list[RoomRow]:
-        return [RoomRow(*row) for row in self.all("SELECT n, room_id, version, published FROM rooms WHERE published ORDER BY n")]
+        return [RoomRow(*row) for row in self.all("SELECT n, room_id, version, published FROM rooms WHERE "
+                                                  "published ORDER BY n")]
 
     def alias(self, alias: str) -> Any:
         """(room_id, creator) or None."""
@@ -1774,48 +1901,66 @@ class Reader:
 
     def memberships_of(self, user_id: str) -> list[Any]:
         """(room, room_id, membership, tick, forgotten) of every room that the user has to do with."""
-        return self.all("SELECT room, room_id, membership, tick, forgotten FROM memberships JOIN rooms ON n = room WHERE user_id = ?", user_id)
+        return self.all("SELECT room, room_id, membership, tick, forgotten FROM memberships JOIN rooms ON n = "
+                        "room WHERE user_id = ?", user_id)
 
     def membership(self, user_id: str, room: int) -> Any:
         """(membership, tick, forgotten) or None."""
-        return self.one("SELECT membership, tick, forgotten FROM memberships WHERE user_id = ? AND room = ?", user_id, room)
+        return self.one("SELECT membership, tick, forgotten FROM memberships WHERE user_id = ? AND room = ?",
+                        user_id, room)
 
     def members(self, room: int, membership: str = "join") -> list[str]:
-        return [row[0] for row in self.all("SELECT user_id FROM memberships WHERE room = ? AND membership = ?", room, membership)]
+        return [row[0] for row in self.all("SELECT user_id FROM memberships WHERE room = ? AND membership = ?",
+                                           room, membership)]
 
     def count_members(self, room: int, membership: str) -> int:
-        return int(self.one("SELECT count(*) FROM memberships WHERE room = ? AND membership = ?", room, membership)[0])
+        return int(self.one("SELECT count(*) FROM memberships WHERE room = ? AND membership = ?", room,
+                            membership)[0])
+
+    def members_changed(self, room: int, since: int) -> bool:
+        """Whether a membership changed after this tick. Looks at what is new, however many members there are.
+        """
+        return self.one("SELECT 1 FROM events INDEXED BY timeline WHERE room = ? AND tick > ? AND type = "
+                        "'m.room.member' LIMIT 1",
+                        room, since) is not None
 
     # -- events
 
     def event(self, room: int, event_id: str) -> Event | None:
-        row = self.one(f"SELECT {EVENT_COLUMNS} FROM {EVENT_TABLES} WHERE e.tick = ? AND e.room = ?", tick_of(event_id), room)
+        row = self.one(f"SELECT {EVENT_COLUMNS} FROM {EVENT_TABLES} WHERE e.tick = ? AND e.room = ?",
+                       tick_of(event_id), room)
         event = Event(*row) if row else None
         return event if event and event.event_id == event_id else None
 
-    def events(self, room: int, after: int, upto: int, limit: int, newest: bool, filter: Filter = Filter()) -> list[Event]:
+    def events(self, room: int, after: int, upto: int, limit: int, newest: bool,
+               filter: Filter = Filter()) -> list[Event]:
         """Events with after < tick <= upto, the newest or oldest `limit` of them, in that order."""
         clause, values = filter.sql()
-        rows = self.all(f"SELECT {EVENT_COLUMNS} FROM {EVENT_TABLES} WHERE e.room = ? AND e.tick > ? AND e.tick <= ?{clause} "
+        rows = self.all(f"SELECT {EVENT_COLUMNS} FROM {EVENT_TABLES} WHERE e.room = ? AND e.tick > ? AND "
+                        f"e.tick <= ?{clause} "
                         f"ORDER BY e.tick {'DESC' if newest else 'ASC'} LIMIT ?", room, after, upto, *values, limit)
         return [Event(*row) for row in rows]
 
     def state_event(self, room: int, type: str, state_key: str) -> Event | None:
-        row = self.one(f"SELECT {EVENT_COLUMNS} FROM state s JOIN {EVENT_TABLES} WHERE s.room = ? AND s.type = ? AND s.state_key = ? "
+        row = self.one(f"SELECT {EVENT_COLUMNS} FROM state s JOIN {EVENT_TABLES} WHERE s.room = ? AND s.type "
+                       f"= ? AND s.state_key = ? "
                        "AND e.tick = s.tick", room, type, state_key)
         return Event(*row) if row else None
 
     def state_at(self, room: int, upto: int = FOREVER, after: int = 0, type: str = "*") -> list[Event]:
         """The state as it was at `upto`, of that only what changed since `after`, old to new."""
-        last = ("SELECT max(tick) FROM events WHERE room = ? AND state_key IS NOT NULL AND tick > ? AND tick <= ? "
+        last = ("SELECT max(tick) FROM events WHERE room = ? AND state_key IS NOT NULL AND tick > ? AND tick "
+                "<= ? "
                 "AND (? = '*' OR type = ?) GROUP BY type, state_key")
-        rows = self.all(f"SELECT {EVENT_COLUMNS} FROM {EVENT_TABLES} WHERE e.tick IN ({last}) ORDER BY e.tick", room, after, upto, type, type)
+        rows = self.all(f"SELECT {EVENT_COLUMNS} FROM {EVENT_TABLES} WHERE e.tick IN ({last}) ORDER BY e.tick",
+                        room, after, upto, type, type)
         return [Event(*row) for row in rows]
 
     def contents(self, room: int, types: Sequence[str]) -> dict[str, JsonObject]:
         """Content of the present state with an empty state key, by type."""
         marks = ",".join("?" * len(types))
-        rows = self.all(f"SELECT e.type, json_extract(e.json, '$.content') FROM state s JOIN events e ON e.tick = s.tick "
+        rows = self.all(f"SELECT e.type, json_extract(e.json, '$.content') FROM state s JOIN events e ON "
+                        f"e.tick = s.tick "
                         f"WHERE s.room = ? AND s.state_key = '' AND s.type IN ({marks})", room, *types)
         return {type: json.loads(content) for type, content in rows}
 
@@ -1827,35 +1972,41 @@ class Reader:
 
     def receipts_since(self, room: int, since: int) -> list[Any]:
         """(type, user_id, thread_id, event_id, ts) of each that is new."""
-        return self.all("SELECT type, user_id, thread_id, event_id, ts FROM receipts WHERE room = ? AND tick > ? ORDER BY tick", room, since)
+        return self.all("SELECT type, user_id, thread_id, event_id, ts FROM receipts WHERE room = ? AND tick "
+                        "> ? ORDER BY tick", room, since)
 
     def client_txn(self, sender: str, device_id: str, path: str, txn_id: str) -> str | None:
         """The event ID that this client transaction was answered with."""
-        row = self.one("SELECT event_id FROM client_txns WHERE sender = ? AND device_id = ? AND path = ? AND txn_id = ?",
+        row = self.one("SELECT event_id FROM client_txns WHERE sender = ? AND device_id = ? AND path = ? AND "
+                       "txn_id = ?",
                        sender, device_id, path, txn_id)
         return row[0] if row else None
 
     # -- what waits for application services
 
     def outboxes(self) -> dict[str, Outbox]:
-        ids = [row[0] for row in self.all("SELECT appservice FROM outbox UNION SELECT appservice FROM transactions")]
+        ids = [row[0] for row in self.all("SELECT appservice FROM outbox UNION SELECT appservice FROM "
+                                          "transactions")]
         return {id: self._outbox(id) for id in ids}
 
     def _outbox(self, id: str) -> Outbox:
         frozen_to = self.one("SELECT coalesce(max(last_tick), 0) FROM transactions WHERE appservice = ?", id)[0]
         waiting_to = self.one("SELECT coalesce(max(tick), 0) FROM outbox WHERE appservice = ?", id)[0]
-        row = self.one("SELECT appservice, txn_id, events, body FROM transactions WHERE appservice = ? AND acknowledged_ts IS NULL", id)
+        row = self.one("SELECT appservice, txn_id, events, body FROM transactions WHERE appservice = ? AND "
+                       "acknowledged_ts IS NULL", id)
         return Outbox(Transaction(*row) if row else None, frozen_to, max(frozen_to, waiting_to))
 
     def count_waiting(self, id: str) -> int:
         """Events for this application service that it has not acknowledged."""
-        frozen = self.one("SELECT coalesce(sum(events), 0) FROM transactions WHERE appservice = ? AND acknowledged_ts IS NULL", id)[0]
+        frozen = self.one("SELECT coalesce(sum(events), 0) FROM transactions WHERE appservice = ? AND "
+                          "acknowledged_ts IS NULL", id)[0]
         return int(frozen + self.one("SELECT count(*) FROM outbox WHERE appservice = ? AND tick > "
                                      "(SELECT coalesce(max(last_tick), 0) FROM transactions WHERE appservice = ?)", id, id)[0])
 
     def transactions(self, id: str) -> list[Any]:
         """(txn_id, body, acknowledged_ts) of those that are kept, old to new."""
-        return self.all("SELECT txn_id, body, acknowledged_ts FROM transactions WHERE appservice = ? ORDER BY txn_id", id)
+        return self.all("SELECT txn_id, body, acknowledged_ts FROM transactions WHERE appservice = ? ORDER BY "
+                        "txn_id", id)
 
     def reason(self, id: str, tick: int) -> str | None:
         row = self.one("SELECT reason FROM outbox WHERE appservice = ? AND tick = ?", id, tick)
@@ -1869,7 +2020,8 @@ class Tx(Reader):
         super().__init__(db)
         self.store = store
         self.tick_now = 0                                    # the last tick drawn
-        self.rooms: collections.OrderedDict[str, Room] = collections.OrderedDict()  # the writer's cache of room states
+        # the writer's cache of room states
+        self.rooms: collections.OrderedDict[str, Room] = collections.OrderedDict()
         self.boxes: dict[str, Outbox] = {}                   # the same for the outboxes
         self.ready: set[str] = set()                         # of these, the ones that freeze() is to look at
         self.forget()
@@ -1892,7 +2044,8 @@ class Tx(Reader):
     def new_job(self) -> None:
         self._touched: set[str] = set()                      # rooms whose cached state this job changed
         self._mark = len(self.after)
-        self._job_rows: dict[str, int] = {}                  # application service → last tick of its outbox, by this job
+        # application service → last tick of its outbox, by this job
+        self._job_rows: dict[str, int] = {}
 
     def job_done(self) -> None:
         for id, tick in self._job_rows.items():
@@ -1925,7 +2078,8 @@ class Tx(Reader):
             raise MatrixError("M_UNKNOWN_TOKEN", "this session has been logged out", soft_logout=False)
 
     def add_user(self, user_id: str, password: str | None, appservice: str | None, now: int) -> None:
-        self.run("INSERT INTO users (user_id, password, appservice, displayname, created_ts) VALUES (?, ?, ?, ?, ?)",
+        self.run("INSERT INTO users (user_id, password, appservice, displayname, created_ts) VALUES (?, ?, ?, "
+                 "?, ?)",
                  user_id, password, appservice, localpart_of(user_id), now)
         self.after.append(lambda: self.store.users.add(user_id))
 
@@ -1933,7 +2087,8 @@ class Tx(Reader):
         column = {"displayname": "displayname", "avatar_url": "avatar_url"}[key]
         self.run(f"UPDATE users SET {column} = ? WHERE user_id = ?", value, user_id)
 
-    def add_session(self, user_id: str, device_id: str, display_name: str | None, token: bytes, now: int, ip: str | None) -> None:
+    def add_session(self, user_id: str, device_id: str, display_name: str | None, token: bytes, now: int,
+                    ip: str | None) -> None:
         """A new token for the device; one that the device had before ends."""
         self.end_sessions(user_id, device_id)
         self.run("INSERT INTO devices VALUES (?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET "
@@ -1952,26 +2107,33 @@ class Tx(Reader):
 
     def delete_device(self, user_id: str, device_id: str | None = None) -> None:
         self.end_sessions(user_id, device_id)
-        self.run("DELETE FROM devices WHERE user_id = ? AND (? IS NULL OR device_id = ?)", user_id, device_id, device_id)
+        self.run("DELETE FROM devices WHERE user_id = ? AND (? IS NULL OR device_id = ?)", user_id, device_id,
+                 device_id)
 
     def rename_device(self, user_id: str, device_id: str, display_name: str | None) -> None:
-        self.run("UPDATE devices SET display_name = ? WHERE user_id = ? AND device_id = ?", display_name, user_id, device_id)
+        self.run("UPDATE devices SET display_name = ? WHERE user_id = ? AND device_id = ?", display_name,
+                 user_id, device_id)
 
     def set_account_data(self, user_id: str, room_id: str, type: str, content: str) -> None:
-        self.run("INSERT OR REPLACE INTO account_data VALUES (?, ?, ?, ?, ?)", user_id, room_id, type, self.tick(), content)
+        self.run("INSERT OR REPLACE INTO account_data VALUES (?, ?, ?, ?, ?)", user_id, room_id, type,
+                 self.tick(), content)
         self.wake(user_id)
 
     def add_filter(self, user_id: str, content: str) -> int:
         self.run("INSERT OR IGNORE INTO filters (user_id, json) VALUES (?, ?)", user_id, content)
-        return int(self.one("SELECT filter_id FROM filters WHERE user_id = ? AND json = ?", user_id, content)[0])
+        return int(self.one("SELECT filter_id FROM filters WHERE user_id = ? AND json = ?", user_id,
+                            content)[0])
 
-    def add_media(self, media_id: str, content_type: str, filename: str | None, user_id: str, now: int, content: bytes) -> None:
-        self.run("INSERT INTO media VALUES (?, ?, ?, ?, ?, ?)", media_id, content_type, filename, user_id, now, content)
+    def add_media(self, media_id: str, content_type: str, filename: str | None, user_id: str, now: int,
+                  content: bytes) -> None:
+        self.run("INSERT INTO media VALUES (?, ?, ?, ?, ?, ?)", media_id, content_type, filename, user_id, now,
+                 content)
 
     # -- rooms
 
     def add_room(self, room_id: str, version: RoomVersion) -> Room:
-        n = self.db.execute("INSERT INTO rooms (room_id, version) VALUES (?, ?)", (room_id, version.id)).lastrowid
+        n = self.db.execute("INSERT INTO rooms (room_id, version) VALUES (?, ?)",
+                            (room_id, version.id)).lastrowid
         self.rooms[room_id] = room = Room(int(n or 0), room_id, version)
         self._touched.add(room_id)
         return room
@@ -1996,7 +2158,8 @@ class Tx(Reader):
 
     def audience(self, room: Room) -> Audience:
         if room.audience is None or room.audience.registrations is not self.store.registrations:
-            room.audience = Audience(self.store.registrations, room.room_id, room.joined, self.aliases_of(room.n))
+            room.audience = Audience(self.store.registrations, room.room_id, room.joined,
+                                     self.aliases_of(room.n))
         return room.audience
 
     def publish_room(self, room: Room, published: bool) -> None:
@@ -2017,7 +2180,8 @@ class Tx(Reader):
 
     def add_receipt(self, room: Room, type: str, user_id: str, thread_id: str, event_id: str, now: int) -> None:
         tick = self.tick()
-        self.run("INSERT OR REPLACE INTO receipts VALUES (?, ?, ?, ?, ?, ?, ?)", room.n, type, user_id, thread_id, tick, event_id, now)
+        self.run("INSERT OR REPLACE INTO receipts VALUES (?, ?, ?, ?, ?, ?, ?)", room.n, type, user_id,
+                 thread_id, tick, event_id, now)
         self.moved[room.n] = tick
 
     # -- events
@@ -2026,7 +2190,8 @@ class Tx(Reader):
                max_bytes: int = 65_536) -> str:
         """Stores an event that the rules have passed and everything that follows from it; its event ID."""
         tick = self.tick()
-        parts = {"type": draft.type, "sender": draft.sender, "content": draft.content, "origin_server_ts": ts, "room_id": room.room_id}
+        parts = {"type": draft.type, "sender": draft.sender, "content": draft.content, "origin_server_ts": ts,
+                 "room_id": room.room_id}
         if draft.state_key is not None:
             parts["state_key"] = draft.state_key
         if draft.redacts is not None:
@@ -2038,7 +2203,8 @@ class Tx(Reader):
             text = canonical_json({**parts, "room_id": room.room_id})
         text = f'{{"event_id":"{event_id}",{text[1:]}'
         if len(text) > max_bytes or len(text.encode()) > max_bytes:
-            raise MatrixError("M_TOO_LARGE", f"an event may have {max_bytes} bytes at most, this one has {len(text.encode())}")
+            raise MatrixError("M_TOO_LARGE", f"an event may have {max_bytes} bytes at most, this one has "
+                              f"{len(text.encode())}")
         self._insert(room, tick, draft, ts, text, device_id, txn_id)
         return event_id
 
@@ -2049,13 +2215,15 @@ class Tx(Reader):
         room.room_id, room.audience = room_id, None
         self._touched.add(room_id)
 
-    def _insert(self, room: Room, tick: int, draft: Draft, ts: int, text: str, device_id: str | None, txn_id: str | None) -> None:
+    def _insert(self, room: Room, tick: int, draft: Draft, ts: int, text: str, device_id: str | None,
+                txn_id: str | None) -> None:
         self._touched.add(room.room_id)
         audience = self.audience(room)
         target = draft.state_key if draft.type == "m.room.member" else None
         reasons = audience.interested(draft.sender, target)
         before = room.events.get((draft.type, draft.state_key)) if draft.state_key is not None else None
-        self.run("INSERT INTO events VALUES (?, ?, ?, ?, ?, ?, ?, ?, NULL, ?, ?)", tick, room.n, draft.type, draft.state_key, draft.sender, ts,
+        self.run("INSERT INTO events VALUES (?, ?, ?, ?, ?, ?, ?, ?, NULL, ?, ?)", tick, room.n, draft.type,
+                 draft.state_key, draft.sender, ts,
                  text, before.tick if before else None, device_id, txn_id)
         self.wake_room(room)
         if draft.state_key is not None:
@@ -2072,7 +2240,8 @@ class Tx(Reader):
         room.put(draft.type, key, StateEvent(tick, draft.sender, draft.content))
         self.run("INSERT OR REPLACE INTO state VALUES (?, ?, ?, ?)", room.n, draft.type, key, tick)
         if draft.type == "m.room.member":
-            self.run("INSERT OR REPLACE INTO memberships VALUES (?, ?, ?, ?, 0)", key, room.n, draft.content["membership"], tick)
+            self.run("INSERT OR REPLACE INTO memberships VALUES (?, ?, ?, ?, 0)", key, room.n,
+                     draft.content["membership"], tick)
             if was_in != (key in room.joined):
                 (audience.remove if was_in else audience.add)("users", key)
             self.wake(key)
@@ -2091,7 +2260,9 @@ class Tx(Reader):
     # -- the outbox
 
     def freeze(self) -> None:
-        """Makes a transaction of what waits, for every application service that has none open. At the end of a batch."""
+        """Makes a transaction of what waits, for every application service that has none open. At the end of a
+        batch.
+        """
         for id in self.ready:
             box = self.boxes[id]
             if box.open is None and box.waiting_to > box.frozen_to:
@@ -2099,38 +2270,46 @@ class Tx(Reader):
         self.ready.clear()
 
     def _freeze(self, id: str, box: Outbox) -> None:
-        rows = self.all(f"SELECT {EVENT_COLUMNS} FROM outbox o JOIN {EVENT_TABLES} WHERE o.appservice = ? AND o.tick > ? AND e.tick = o.tick "
+        rows = self.all(f"SELECT {EVENT_COLUMNS} FROM outbox o JOIN {EVENT_TABLES} WHERE o.appservice = ? AND "
+                        f"o.tick > ? AND e.tick = o.tick "
                         "ORDER BY o.tick LIMIT ?", id, box.frozen_to, MAX_TRANSACTION_EVENTS)
         now = self.store.clock.now()
         body = '{"events":[' + ",".join([Event(*row).for_appservice(now) for row in rows]) + "]}"
         transaction = Transaction(id, self._next_txn_id(id), len(rows), body.encode("utf-8", "replace"))
         last = int(rows[-1][0])
-        self.run("INSERT INTO transactions VALUES (?, ?, ?, ?, ?, NULL)", id, transaction.txn_id, last, len(rows), transaction.body)
+        self.run("INSERT INTO transactions VALUES (?, ?, ?, ?, ?, NULL)", id, transaction.txn_id, last,
+                 len(rows), transaction.body)
         self.boxes[id] = box._replace(open=transaction, frozen_to=last)
         self.after.append(lambda: self.store.on_frozen(transaction))
 
     def _next_txn_id(self, id: str) -> int:
-        """Rises, and is never used again: not after a restart, not with a new database (the real clock, in microseconds)."""
+        """Rises, and is never used again: not after a restart, not with a new database (the real clock, in
+        microseconds).
+        """
         last = self.one("SELECT coalesce(max(txn_id), 0) FROM transactions WHERE appservice = ?", id)[0]
         return max(int(last) + 1, time.time_ns() // 1000)
 
     def acknowledge(self, id: str, txn_id: int) -> None:
         box = self.boxes.get(id)
         if box and box.open and box.open.txn_id == txn_id:
-            self.run("UPDATE transactions SET acknowledged_ts = ? WHERE appservice = ? AND txn_id = ?", self.store.clock.now(), id, txn_id)
+            self.run("UPDATE transactions SET acknowledged_ts = ? WHERE appservice = ? AND txn_id = ?",
+                     self.store.clock.now(), id, txn_id)
             self.boxes[id] = box._replace(open=None)
             self.ready.add(id)
             self._prune(id)
 
     def _prune(self, id: str) -> None:
-        row = self.one("SELECT txn_id, last_tick FROM transactions WHERE appservice = ? ORDER BY txn_id DESC LIMIT 1 OFFSET ?", id, KEPT_TRANSACTIONS)
+        row = self.one("SELECT txn_id, last_tick FROM transactions WHERE appservice = ? ORDER BY txn_id DESC "
+                       "LIMIT 1 OFFSET ?", id, KEPT_TRANSACTIONS)
         if row:
             self.run("DELETE FROM transactions WHERE appservice = ? AND txn_id <= ?", id, row[0])
             self.run("DELETE FROM outbox WHERE appservice = ? AND tick <= ?", id, row[1])
 
 
 class Waiters:
-    """Who waits for news, by user: each long poll on a bell of its own, so that a batch wakes exactly whom it concerns."""
+    """Who waits for news, by user: each long poll on a bell of its own, so that a batch wakes exactly whom it
+    concerns.
+    """
 
     def __init__(self) -> None:
         self._bells: dict[str, list[Any]] = {}
@@ -2155,7 +2334,8 @@ class Waiters:
     def wake(self, user_ids: Iterable[str] | None = None) -> None:
         """Wakes these users' polls, or all."""
         with self._guard:
-            bells = [one for user_id in (user_ids if user_ids is not None else list(self._bells)) for one in self._bells.get(user_id, ())]
+            bells = [one for user_id in (user_ids if user_ids is not None else list(self._bells))
+                     for one in self._bells.get(user_id, ())]
         for one in bells:
             release(one)
 
@@ -2186,13 +2366,16 @@ class Store:
         db = open_sqlite(self.path, durable=self._temporary is None)
         create_schema(db, self.path, server_name)
         # What is published after each COMMIT, for all threads to read:
-        self.sessions = {token: (user_id, device_id) for token, user_id, device_id in db.execute("SELECT token, user_id, device_id FROM sessions")}
+        self.sessions = {token: (user_id, device_id) for token, user_id,
+                         device_id in db.execute("SELECT token, user_id, device_id FROM sessions")}
         self.users = {user_id for (user_id,) in db.execute("SELECT user_id FROM users WHERE NOT deactivated")}
         self._moved: dict[int, int] = {}                     # room → its last tick, if it moved since the start
         self._tx = Tx(self, db)
         self.started_at = self.position = self._tx.tick_now  # the last tick that readers may see
         self.waiters = Waiters()
         self.on_frozen: Callable[[Transaction], object] = lambda transaction: None
+        self._closed = False
+        self._gate = threading.Lock()                        # guards _closed against a job that comes too late
         self._thread = threading.Thread(target=self._run, name="writer", daemon=True)
         self._thread.start()
 
@@ -2210,6 +2393,8 @@ class Store:
         """A moment of the database. Not to be held while waiting, sending or asking."""
         db = self._readers.get()
         try:
+            if self._closed:
+                raise MatrixError("M_UNKNOWN", "the homeserver has stopped", 503)
             db = db or open_sqlite(self.path, read_only=True)
             db.execute("BEGIN")
             try:
@@ -2225,20 +2410,26 @@ class Store:
         fn must have no effect outside of `tx`, for it may be run twice, and do no I/O.
         """
         job = _Job(fn)
-        self._jobs.put(job)
+        with self._gate:
+            if self._closed:
+                raise MatrixError("M_UNKNOWN", "the homeserver has stopped", 503)
+            self._jobs.put(job)
         job.done.acquire()
         if job.error:
             raise job.error
         return cast(T, job.result)
 
     def close(self) -> None:
-        """After the last job. What is queued is still done."""
-        self._jobs.put(None)
+        """Does what is queued, and takes nothing more."""
+        with self._gate:
+            self._closed = True
+            self._jobs.put(None)
         self._thread.join()
-        for _ in range(READERS):
-            db = self._readers.get()
+        connections = [self._readers.get() for _ in range(READERS)]
+        for db in connections:
             if db:
                 db.close()
+            self._readers.put(None)
         self._tx.db.close()
         if self._lock:
             self._lock.close()
@@ -2318,7 +2509,9 @@ class DatabaseError(Exception):
 
 
 def hold_database(path: str) -> sqlite3.Connection:
-    """Keeps a second process off the database: by a lock on a small file beside it, which ends with this process."""
+    """Keeps a second process off the database: by a lock on a small file beside it, which ends with this
+    process.
+    """
     try:
         lock = sqlite3.connect(path + "-lock", isolation_level=None, check_same_thread=False, timeout=0)
         lock.execute("PRAGMA journal_mode=MEMORY")
@@ -2337,12 +2530,14 @@ def create_schema(db: sqlite3.Connection, path: str, server_name: str) -> None:
             db.executescript(f"BEGIN; {SCHEMA} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
             db.execute("INSERT INTO meta VALUES ('server_name', ?), ('position', 0)", (server_name,))
         elif version != SCHEMA_VERSION:
-            raise DatabaseError(f"{path} is not a database of this asbridge (its user_version is {version}, not {SCHEMA_VERSION}); name another --database")
+            raise DatabaseError(f"{path} is not a database of this asbridge (its user_version is {version}, "
+                                f"not {SCHEMA_VERSION}); name another --database")
         made_for = db.execute("SELECT value FROM meta WHERE key = 'server_name'").fetchone()[0]
     except sqlite3.Error as error:
         raise DatabaseError(f"{path} can't be used as a database: {error}") from None
     if made_for != server_name:
-        raise DatabaseError(f"{path} was made for the server name {made_for!r}, not {server_name!r}; name another --database or that server_name")
+        raise DatabaseError(f"{path} was made for the server name {made_for!r}, not {server_name!r}; name "
+                            f"another --database or that server_name")
 
 
 # ============================================================================
@@ -2456,7 +2651,8 @@ class Accounts:
         user_id = f"@{username}:{self.world.name}"
         if not grammar.fullmatch(username) or len(user_id) > MAX_ID_BYTES:
             allowed = "printable ASCII without ':'" if by else "a-z, 0-9 and ._=/+-"
-            raise MatrixError("M_INVALID_USERNAME", f"{shorten(username)!r} is no user name: it may have {allowed}, "
+            raise MatrixError("M_INVALID_USERNAME", f"{shorten(username)!r} is no user name: it may have "
+                              f"{allowed}, "
                               f"and the whole ID {MAX_ID_BYTES} bytes at most")
         self.world.registrations.check_may_create("users", user_id, by)
         with self.store.read() as reader:
@@ -2482,7 +2678,8 @@ class Accounts:
                      ip: str | None = None) -> JsonObject:
         token, device_id = secrets.token_urlsafe(32), device_id or random_id(10).upper()
         tx.add_session(user_id, device_id, display_name, digest(token), self.world.clock.now(), ip)
-        return {"user_id": user_id, "access_token": token, "device_id": device_id, "home_server": self.world.name}
+        return {"user_id": user_id, "access_token": token, "device_id": device_id,
+                "home_server": self.world.name}
 
     def full_id(self, user: str) -> str:
         """A localpart or a whole user ID as the latter."""
@@ -2504,7 +2701,8 @@ class Accounts:
         """A session of its own for a user of an application service (m.login.application_service)."""
         user_id = self.full_id(user)
         if not self.world.registrations.claim_of(registration, "users", user_id):
-            raise MatrixError("M_EXCLUSIVE", f"{shorten(user_id)} is outside the namespaces of the application service {registration.id!r}, "
+            raise MatrixError("M_EXCLUSIVE", f"{shorten(user_id)} is outside the namespaces of the "
+                              f"application service {registration.id!r}, "
                               f"whose regexes for users are {registration.regexes('users')}")
 
         def job(tx: Tx) -> JsonObject:
@@ -2535,7 +2733,8 @@ class Accounts:
 
     @staticmethod
     def _device(who: Who, row: Sequence[Any]) -> JsonObject:
-        return {"device_id": row[0], "display_name": row[1] or "", "last_seen_ts": row[2], "last_seen_ip": row[3], "user_id": who.user_id}
+        return {"device_id": row[0], "display_name": row[1] or "", "last_seen_ts": row[2],
+                "last_seen_ip": row[3], "user_id": who.user_id}
 
     def rename_device(self, who: Who, device_id: str, display_name: str | None) -> None:
         self.device(who, device_id)
@@ -2550,12 +2749,14 @@ class Accounts:
     # -- profiles
 
     def profile(self, user_id: str, by: Registration | None) -> JsonObject:
-        """displayname and avatar_url, as far as they are set. An unknown ghost's application service is asked."""
+        """displayname and avatar_url, as far as they are set. An unknown ghost's application service is asked.
+        """
         for again in (False, True):
             with self.store.read() as reader:
                 row = reader.user(user_id)
             if row:
-                return {key: value for key, value in (("displayname", row[2]), ("avatar_url", row[3])) if value is not None}
+                return {key: value for key, value in (("displayname", row[2]), ("avatar_url", row[3]))
+                        if value is not None}
             if again or not self.world.ask("users", user_id, by, True):
                 break
         raise MatrixError("M_NOT_FOUND", f"there is no user {shorten(user_id)}")
@@ -2571,7 +2772,8 @@ class Accounts:
             for _, room_id, membership, _, _ in tx.memberships_of(user_id):
                 room = tx.room(room_id)
                 if membership == "join" and room:
-                    content = {k: v for k, v in {**room.content("m.room.member", user_id), key: value}.items() if v is not None}
+                    content = {k: v for k, v in {**room.content("m.room.member", user_id), key: value}.items()
+                               if v is not None}
                     tx.append(room, Draft("m.room.member", user_id, content, user_id), self.world.clock.now())
         self.store.write(job)
 
@@ -2607,7 +2809,8 @@ class Accounts:
 
     def filter(self, who: Who, filter_id: str) -> JsonObject:
         with self.store.read() as reader:
-            row = reader.filter(who.user_id, int(filter_id)) if filter_id.isdecimal() and len(filter_id) < 16 else None
+            row = reader.filter(who.user_id,
+                                int(filter_id)) if filter_id.isdecimal() and len(filter_id) < 16 else None
         if not row:
             raise MatrixError("M_NOT_FOUND", f"{who.user_id} has no filter {shorten(filter_id)}")
         return cast(JsonObject, json.loads(row[0]))
@@ -2622,7 +2825,8 @@ class View(NamedTuple):
     ranges: list[tuple[int, int]]        # of ticks whose events may be seen
     state_upto: int                      # the state may be seen as it was then; -1: not at all
 
-    def events(self, reader: Reader, after: int, upto: int, limit: int, newest: bool, filter: Filter = Filter()) -> list[Event]:
+    def events(self, reader: Reader, after: int, upto: int, limit: int, newest: bool,
+               filter: Filter = Filter()) -> list[Event]:
         """Visible events with after < tick <= upto."""
         found: list[Event] = []
         for first, last in reversed(self.ranges) if newest else self.ranges:
@@ -2643,7 +2847,8 @@ def view_of(reader: Reader, user_id: str, room_id: str) -> View:
         membership = memberships[-1][1] if memberships else "leave"
         if membership == "join" or (visibilities and visibilities[-1][1] == "world_readable"):
             return View(row, membership, ranges, FOREVER)
-        left = [tick for (tick, _), (_, before) in zip(memberships[1:], memberships, strict=False) if before == "join"]
+        left = [tick for (tick, _), (_, before) in zip(memberships[1:], memberships, strict=False)
+                if before == "join"]
         if ranges or membership in ("invite", "knock"):
             return View(row, membership, ranges, left[-1] if left else -1)
     raise forbidden(f"{user_id} is not in the room {shorten(room_id)}")
@@ -2663,10 +2868,12 @@ class Rooms:
             raise forbidden(f"{who.user_id} is not in the room {shorten(room_id)}")
         return room
 
-    def _append(self, tx: Tx, room: Room, draft: Draft, ts: int | None = None, device_id: str | None = None, txn_id: str | None = None) -> str:
+    def _append(self, tx: Tx, room: Room, draft: Draft, ts: int | None = None, device_id: str | None = None,
+                txn_id: str | None = None) -> str:
         """Stores an event if the rules of the room pass it."""
         authorise(room, draft)
-        return tx.append(room, draft, self.world.clock.now() if ts is None else ts, device_id, txn_id, self.world.settings.max_event_bytes)
+        return tx.append(room, draft, self.world.clock.now() if ts is None else ts, device_id, txn_id,
+                         self.world.settings.max_event_bytes)
 
     # -- creating
 
@@ -2686,7 +2893,8 @@ class Rooms:
                 if index == 0 and plan.alias:
                     self._add_alias(tx, who, plan.alias, room, "M_ROOM_IN_USE")
             for user_id in plan.invite:
-                content = self._member_content(tx, user_id, "invite", {"is_direct": True} if plan.is_direct else {})
+                content = self._member_content(tx, user_id, "invite", {"is_direct": True} if plan.is_direct
+                                               else {})
                 self._append_first(tx, room, Draft("m.room.member", who.user_id, content, user_id))
             return room.room_id
         return self.store.write(job)
@@ -2698,12 +2906,14 @@ class Rooms:
             self._append(tx, room, draft)
         except MatrixError as error:
             if error.errcode == "M_FORBIDDEN":
-                raise MatrixError("M_INVALID_ROOM_STATE", f"the room can't begin with this {draft.type}: {error.error}") from None
+                raise MatrixError("M_INVALID_ROOM_STATE", f"the room can't begin with this {draft.type}: "
+                                  f"{error.error}") from None
             raise
 
     # -- membership
 
-    def _member_content(self, tx: Tx, user_id: str, membership: str, extra: JsonObject | None = None) -> JsonObject:
+    def _member_content(self, tx: Tx, user_id: str, membership: str,
+                        extra: JsonObject | None = None) -> JsonObject:
         """Content of a member event, with the profile of the user that it is about."""
         row = tx.user(user_id) if membership in ("join", "invite", "knock") else None
         profile = {"displayname": row[2], "avatar_url": row[3]} if row else {}
@@ -2711,7 +2921,9 @@ class Rooms:
         return {key: value for key, value in content.items() if value is not None}
 
     def join(self, who: Who, room_id_or_alias: str, extra: JsonObject | None = None) -> str:
-        """Joins a room; the room ID. An unknown alias's application service is asked. `extra` goes into the event."""
+        """Joins a room; the room ID. An unknown alias's application service is asked. `extra` goes into the
+        event.
+        """
         room_id = self._id_of(room_id_or_alias, who)
 
         def job(tx: Tx) -> str:
@@ -2720,20 +2932,25 @@ class Rooms:
             if not room:
                 raise MatrixError("M_NOT_FOUND", f"there is no room {shorten(room_id)}")
             if who.user_id not in room.joined:
-                content = self._member_content(tx, who.user_id, "join", {**(extra or {}), **self._voucher(tx, room, who.user_id)})
+                content = self._member_content(tx, who.user_id, "join",
+                                               {**(extra or {}), **self._voucher(tx, room, who.user_id)})
                 self._append(tx, room, Draft("m.room.member", who.user_id, content, who.user_id))
             return room_id
         return self.store.write(job)
 
     def _id_of(self, room_id_or_alias: str, who: Who) -> str:
-        return self.resolve(room_id_or_alias, who.appservice) if room_id_or_alias[:1] == "#" else room_id_or_alias
+        return self.resolve(room_id_or_alias,
+                            who.appservice) if room_id_or_alias[:1] == "#" else room_id_or_alias
 
     def _voucher(self, tx: Tx, room: Room, user_id: str) -> JsonObject:
-        """For a restricted room: a member with the power to invite, if the user is in one of the rooms that it names."""
+        """For a restricted room: a member with the power to invite, if the user is in one of the rooms that it
+        names.
+        """
         if room.join_rule not in ("restricted", "knock_restricted") or room.membership(user_id) == "invite":
             return {}
         allow = room.content("m.room.join_rules").get("allow")
-        ids = [entry.get("room_id") for entry in allow if isinstance(entry, dict)] if isinstance(allow, list) else []
+        ids = [entry.get("room_id") for entry in allow if isinstance(entry,
+                                                                     dict)] if isinstance(allow, list) else []
         others = [tx.room(id) for id in ids if isinstance(id, str)]
         if any(other and user_id in other.joined for other in others):
             for member in room.joined:
@@ -2751,7 +2968,8 @@ class Rooms:
         self.world.ask("users", user_id, who.appservice, False)
         self.set_membership(who, room_id, user_id, "invite", extra)
 
-    def set_membership(self, who: Who, room_id: str, user_id: str, membership: str, extra: JsonObject | None = None) -> None:
+    def set_membership(self, who: Who, room_id: str, user_id: str, membership: str,
+                       extra: JsonObject | None = None) -> None:
         """invite, leave (oneself or another), ban, knock."""
         check_id("@", user_id, self.world.name if membership == "invite" else None)
 
@@ -2766,7 +2984,8 @@ class Rooms:
             room = self._room(tx, who, room_id)
             if room.membership(user_id) != "ban":
                 raise MatrixError("M_BAD_STATE", f"{shorten(user_id)} is not banned")
-            self._append(tx, room, Draft("m.room.member", who.user_id, {"membership": "leave", **(extra or {})}, user_id))
+            self._append(tx, room, Draft("m.room.member", who.user_id,
+                                         {"membership": "leave", **(extra or {})}, user_id))
         self.store.write(job)
 
     def forget(self, who: Who, room_id: str) -> None:
@@ -2779,17 +2998,22 @@ class Rooms:
 
     def joined(self, who: Who) -> list[str]:
         with self.store.read() as reader:
-            return [room_id for _, room_id, membership, _, _ in reader.memberships_of(who.user_id) if membership == "join"]
+            return [room_id for _, room_id, membership, _, _ in reader.memberships_of(who.user_id)
+                    if membership == "join"]
 
     # -- sending
 
-    def send(self, who: Who, room_id: str, type: str, content: JsonObject, txn_id: str, ts: int | None = None) -> str:
-        """A message event; the same again for the same client transaction. `ts`: an application service's origin_server_ts."""
+    def send(self, who: Who, room_id: str, type: str, content: JsonObject, txn_id: str,
+             ts: int | None = None) -> str:
+        """A message event; the same again for the same client transaction. `ts`: an application service's
+        origin_server_ts.
+        """
         if type == "m.room.redaction" and isinstance(content.get("redacts"), str):
             return self.redact(who, room_id, content["redacts"], content, txn_id, ts)
         check_canonical(content)
         return self._once(who, room_id, type, txn_id,
-                          lambda tx, room: self._append(tx, room, Draft(type, who.user_id, content), ts, who.device_id, txn_id))
+                          lambda tx, room: self._append(tx, room, Draft(type, who.user_id, content), ts,
+                                                        who.device_id, txn_id))
 
     def _once(self, who: Who, room_id: str, path: str, txn_id: str, fn: Callable[[Tx, Room], str]) -> str:
         """Runs fn once for each client transaction ID: one scope per user, device, room and path."""
@@ -2803,7 +3027,8 @@ class Rooms:
             return event_id
         return self.store.write(job)
 
-    def set_state(self, who: Who, room_id: str, type: str, state_key: str, content: JsonObject, ts: int | None = None) -> str:
+    def set_state(self, who: Who, room_id: str, type: str, state_key: str, content: JsonObject,
+                  ts: int | None = None) -> str:
         check_canonical(content)
 
         def job(tx: Tx) -> str:
@@ -2822,9 +3047,11 @@ class Rooms:
             if alias and alias not in known:
                 row = tx.alias(check_id("#", alias))
                 if not row or row[0] != room.room_id:
-                    raise MatrixError("M_BAD_ALIAS", f"{shorten(alias)} does not point to this room; create the alias first")
+                    raise MatrixError("M_BAD_ALIAS", f"{shorten(alias)} does not point to this room; create "
+                                      f"the alias first")
 
-    def redact(self, who: Who, room_id: str, event_id: str, content: JsonObject, txn_id: str, ts: int | None = None) -> str:
+    def redact(self, who: Who, room_id: str, event_id: str, content: JsonObject, txn_id: str,
+               ts: int | None = None) -> str:
         """Takes an event's content away: one's own, or with the power to redact."""
         check_canonical(content)
 
@@ -2837,7 +3064,8 @@ class Rooms:
             if event.type == "m.room.create":
                 raise forbidden("the creation of a room can't be redacted")
             if event.sender != who.user_id and room.power(who.user_id) < room.needed("redact"):
-                raise forbidden(f"{who.user_id} has power {room.power(who.user_id)}; to redact others' events needs {room.needed('redact')}")
+                raise forbidden(f"{who.user_id} has power {room.power(who.user_id)}; to redact others' events "
+                                f"needs {room.needed('redact')}")
             draft = Draft("m.room.redaction", who.user_id, {**content, "redacts": event_id}, redacts=event_id)
             redaction_id = self._append(tx, room, draft, ts, who.device_id, txn_id)
             tx.redact(room, event, tick_of(redaction_id))
@@ -2884,7 +3112,8 @@ class Rooms:
                 older = reader.state_at(view.row.n, view.state_upto, 0, type)
                 event = next((one for one in older if one.state_key == state_key), None)
         if not event:
-            raise MatrixError("M_NOT_FOUND", f"the room has no state {shorten(type)} with the key {shorten(state_key)!r}")
+            raise MatrixError("M_NOT_FOUND", f"the room has no state {shorten(type)} with the key "
+                              f"{shorten(state_key)!r}")
         return event
 
     def members(self, who: Who, room_id: str, upto: int | None = None, membership: str | None = None,
@@ -2892,7 +3121,8 @@ class Rooms:
         """Member events, as they are or were at the tick `upto`."""
         with self.viewing(who, room_id) as (reader, view):
             self._check_state_visible(view)
-            events = reader.state_at(view.row.n, min(view.state_upto, upto if upto is not None else FOREVER), 0, "m.room.member")
+            events = reader.state_at(view.row.n, min(view.state_upto, upto if upto is not None else FOREVER),
+                                     0, "m.room.member")
         wanted = [event for event in events if membership in (None, event.content.get("membership"))
                   and (not_membership is None or not_membership != event.content.get("membership"))]
         return self.render(who, wanted)
@@ -2901,12 +3131,14 @@ class Rooms:
         with self.viewing(who, room_id) as (reader, view):
             if view.membership != "join":
                 raise forbidden(f"{who.user_id} is not in the room")
-            events = [reader.state_event(view.row.n, "m.room.member", user_id) for user_id in reader.members(view.row.n)]
+            events = [reader.state_event(view.row.n, "m.room.member", user_id)
+                      for user_id in reader.members(view.row.n)]
         contents = {event.state_key or "": event.content for event in events if event}
         return {user_id: {"display_name": content.get("displayname"), "avatar_url": content.get("avatar_url")}
                 for user_id, content in contents.items()}
 
-    def messages(self, who: Who, room_id: str, start: int | None, backwards: bool, limit: int, filter: Filter, stop: int | None = None) -> JsonObject:
+    def messages(self, who: Who, room_id: str, start: int | None, backwards: bool, limit: int, filter: Filter,
+                 stop: int | None = None) -> JsonObject:
         """A page of history: from the tick `start` (the end, if None) backwards, or forwards."""
         with self.viewing(who, room_id) as (reader, view):
             start = (reader.position() if backwards else 0) if start is None else start
@@ -2926,7 +3158,8 @@ class Rooms:
             last = after[-1].tick if after else event.tick
             state = reader.state_at(view.row.n, last)
         first = before[-1].tick if before else event.tick
-        return {"event": self.render(who, [event])[0], "events_before": self.render(who, before), "events_after": self.render(who, after),
+        return {"event": self.render(who, [event])[0], "events_before": self.render(who, before),
+                "events_after": self.render(who, after),
                 "state": self.render(who, state), "start": str(first - 1), "end": str(last)}
 
     # -- aliases and the directory
@@ -2959,7 +3192,8 @@ class Rooms:
         tx.add_alias(alias, room, who.user_id)
 
     def delete_alias(self, who: Who, alias: str) -> None:
-        """By who made it, by who may change the canonical alias, or by the application service that claims it."""
+        """By who made it, by who may change the canonical alias, or by the application service that claims it.
+        """
         check_id("#", alias)
 
         def job(tx: Tx) -> None:
@@ -2969,7 +3203,8 @@ class Rooms:
             if not room:
                 raise MatrixError("M_NOT_FOUND", f"there is no room alias {shorten(alias)}")
             needed = room.needed_to_send("m.room.canonical_alias", True)
-            if not (who.appservice or row[1] == who.user_id or (who.user_id in room.joined and room.power(who.user_id) >= needed)):
+            if not (who.appservice or row[1] == who.user_id or (who.user_id in room.joined
+                                                                and room.power(who.user_id) >= needed)):
                 raise forbidden(f"{alias} may be deleted by {row[1]} or with power {needed} in the room")
             tx.delete_alias(alias, room)
         self.store.write(job)
@@ -2990,7 +3225,8 @@ class Rooms:
             room = self._room(tx, who, room_id)
             needed = room.needed_to_send("m.room.canonical_alias", True)
             if who.user_id not in room.joined or room.power(who.user_id) < needed:
-                raise forbidden(f"to list the room in the directory, {who.user_id} must be in it with power {needed}")
+                raise forbidden(f"to list the room in the directory, {who.user_id} must be in it with power "
+                                f"{needed}")
             tx.publish_room(room, published)
         self.store.write(job)
 
@@ -2999,7 +3235,8 @@ class Rooms:
         with self.store.read() as reader:
             rooms = [public_entry(reader, row) for row in reader.published_rooms()]
         wanted = [room for room in rooms if room["join_rule"] not in ("invite", "private")
-                  and search.lower() in " ".join(str(room.get(key, "")) for key in ("name", "topic", "canonical_alias")).lower()]
+                  and search.lower() in " ".join(str(room.get(key, ""))
+                                                 for key in ("name", "topic", "canonical_alias")).lower()]
         wanted.sort(key=lambda room: -int(room["num_joined_members"]))
         answer: JsonObject = {"chunk": wanted[offset:offset + limit], "total_room_count_estimate": len(wanted)}
         if offset + limit < len(wanted):
@@ -3023,7 +3260,8 @@ class Rooms:
                     tx.add_receipt(room, type, who.user_id, thread_id, event_id, self.world.clock.now())
                     (tx.wake_room(room) if type == "m.read" else tx.wake(who.user_id))
                 else:
-                    raise MatrixError("M_INVALID_PARAM", f"a receipt is m.read, m.read.private or m.fully_read, not {shorten(type)}")
+                    raise MatrixError("M_INVALID_PARAM", f"a receipt is m.read, m.read.private or "
+                                      f"m.fully_read, not {shorten(type)}")
         self.store.write(job)
 
 
@@ -3041,13 +3279,15 @@ class RoomPlan:
         self.who, self.options = who, options
         version = field(options, "room_version", str, world.settings.room_version)
         if version not in ROOM_VERSIONS:
-            raise MatrixError("M_UNSUPPORTED_ROOM_VERSION", f"room version {shorten(version)} is not offered; these are: {', '.join(ROOM_VERSIONS)}")
+            raise MatrixError("M_UNSUPPORTED_ROOM_VERSION", f"room version {shorten(version)} is not offered; "
+                              f"these are: {', '.join(ROOM_VERSIONS)}")
         self.version = ROOM_VERSIONS[version]
         visibility = field(options, "visibility", str, "private")
         self.published = visibility == "public"
         self.preset = field(options, "preset", str, "public_chat" if self.published else "private_chat")
         if visibility not in ("public", "private") or self.preset not in PRESETS:
-            raise MatrixError("M_INVALID_PARAM", f"visibility must be public or private, preset one of {', '.join(PRESETS)}")
+            raise MatrixError("M_INVALID_PARAM", f"visibility must be public or private, preset one of "
+                              f"{', '.join(PRESETS)}")
         self.invite = [check_id("@", user_id, world.name) for user_id in field(options, "invite", list, [])]
         self.is_direct = field(options, "is_direct", bool, False)
         localpart = field(options, "room_alias_name", str, "")
@@ -3059,7 +3299,9 @@ class RoomPlan:
         check_canonical(options)
 
     def drafts(self, member: JsonObject) -> Iterator[Draft]:
-        """The first events in the order of the spec, but for the invitations. `member`: content of the creator's join."""
+        """The first events in the order of the spec, but for the invitations. `member`: content of the
+        creator's join.
+        """
         get, sender = self.options.get, self.who.user_id
         yield Draft("m.room.create", sender, self._create(), "")
         yield Draft("m.room.member", sender, member, sender)
@@ -3072,8 +3314,10 @@ class RoomPlan:
         yield Draft("m.room.guest_access", sender, {"guest_access": guests}, "")
         for event in field(self.options, "initial_state", list, []):
             if not isinstance(event, dict):
-                raise MatrixError("M_BAD_JSON", "initial_state must be a list of objects with type, state_key and content")
-            yield Draft(field(event, "type", str), sender, field(event, "content", dict), field(event, "state_key", str, ""))
+                raise MatrixError("M_BAD_JSON", "initial_state must be a list of objects with type, state_key "
+                                  "and content")
+            yield Draft(field(event, "type", str), sender, field(event, "content", dict),
+                        field(event, "state_key", str, ""))
         for key in ("name", "topic"):
             if get(key) is not None:
                 yield Draft(f"m.room.{key}", sender, {key: field(self.options, key, str)}, "")
@@ -3083,30 +3327,38 @@ class RoomPlan:
         if self.version.create_has_creator:
             content["creator"] = self.who.user_id
         if self.version.creators_rule and self.preset == "trusted_private_chat" and self.invite:
-            content["additional_creators"] = sorted({*self.invite, *content.get("additional_creators", ())} - {self.who.user_id})
+            content["additional_creators"] = sorted({*self.invite,
+                                                     *content.get("additional_creators",
+                                                                  ())} - {self.who.user_id})
         for user_id in field(content, "additional_creators", list, []) if self.version.creators_rule else ():
             check_id("@", user_id)
         return content
 
     def _power_levels(self) -> JsonObject:
-        tops = [] if self.version.creators_rule else [self.who.user_id, *(self.invite if self.preset == "trusted_private_chat" else ())]
+        tops = [] if self.version.creators_rule else [self.who.user_id,
+                                                      *(self.invite if self.preset == "trusted_private_chat"
+                                                        else ())]
         highest = 150 if self.version.creators_rule else 100
         levels: JsonObject = {
             "users": dict.fromkeys(tops, 100), "users_default": 0, "events_default": 0, "state_default": 50,
             "ban": 50, "kick": 50, "redact": 50, "invite": 0, "historical": 100,
-            "events": {"m.room.name": 50, "m.room.avatar": 50, "m.room.canonical_alias": 50, "m.room.power_levels": 100,
+            "events": {"m.room.name": 50, "m.room.avatar": 50, "m.room.canonical_alias": 50,
+                       "m.room.power_levels": 100,
                        "m.room.history_visibility": 100, "m.room.encryption": 100, "m.room.server_acl": 100, "m.room.tombstone": highest}}
         levels.update(field(self.options, "power_level_content_override", dict, {}))
         users = levels.get("users")
-        if not self.version.creators_rule and not (isinstance(users, dict) and is_a(users.get(self.who.user_id), int)):
-            raise MatrixError("M_BAD_JSON", "power_level_content_override.users must give the room's creator a level, too; "
+        if not self.version.creators_rule and not (isinstance(users, dict)
+                                                   and is_a(users.get(self.who.user_id), int)):
+            raise MatrixError("M_BAD_JSON", "power_level_content_override.users must give the room's creator "
+                              "a level, too; "
                               "without it nobody could change the room")
         return levels
 
 
 def public_entry(reader: Reader, row: RoomRow) -> JsonObject:
     """One room of the directory (PublishedRoomsChunk)."""
-    state = reader.contents(row.n, ("m.room.create", "m.room.name", "m.room.topic", "m.room.avatar", "m.room.canonical_alias",
+    state = reader.contents(row.n, ("m.room.create", "m.room.name", "m.room.topic", "m.room.avatar",
+                                    "m.room.canonical_alias",
                                     "m.room.join_rules", "m.room.guest_access", "m.room.history_visibility"))
 
     def get(type: str, key: str) -> Any:
@@ -3126,7 +3378,8 @@ class Typing:
 
     def __init__(self, world: World) -> None:
         self.world = world
-        self._rooms: dict[int, tuple[int, dict[str, float]]] = {}   # room → tick of the last change, user → until when
+        # room → tick of the last change, user → until when
+        self._rooms: dict[int, tuple[int, dict[str, float]]] = {}
         self._guard = threading.Lock()                       # guards _rooms and _thread
         self._thread: threading.Thread | None = None
         self._bell = bell()
@@ -3177,7 +3430,8 @@ class Typing:
     def _drop_expired(self, tx: Tx) -> None:
         now = self.world.clock.monotonic()
         with self._guard:
-            ended = {room: [user for user, until in users.items() if until <= now] for room, (_, users) in self._rooms.items()}
+            ended = {room: [user for user, until in users.items() if until <= now] for room,
+                     (_, users) in self._rooms.items()}
         over = {room: users for room, users in ended.items() if users}
         for room in list(tx.rooms.values()):
             if room.n in over:
@@ -3209,7 +3463,9 @@ class Media:
         with self.store.read() as reader:
             row = reader.media(media_id) if server_name == self.world.name else None
         if not row:
-            raise MatrixError("M_NOT_FOUND", f"there is no media mxc://{shorten(server_name)}/{shorten(media_id)} on this server")
+            raise MatrixError("M_NOT_FOUND",
+                              f"there is no media mxc://{shorten(server_name)}/{shorten(media_id)} on this "
+                              f"server")
         return row[0], row[1], row[2]
 
 
@@ -3225,7 +3481,8 @@ class SyncFilter:
         self.not_rooms = self._names(room, "not_rooms", ()) or ()
         self.include_leave = bool(room.get("include_leave"))
         self.timeline, self.state = event_filter(timeline), event_filter(self._part(room, "state"))
-        self.ephemeral, self.room_data = event_filter(self._part(room, "ephemeral")), event_filter(self._part(room, "account_data"))
+        self.ephemeral, self.room_data = event_filter(self._part(room,
+                                                                 "ephemeral")), event_filter(self._part(room, "account_data"))
         self.account_data = event_filter(self._part(source, "account_data"))
         self.lazy = any(bool(self._part(room, part).get("lazy_load_members")) for part in ("state", "timeline"))
         limit = timeline.get("limit", TIMELINE)
@@ -3241,7 +3498,8 @@ class SyncFilter:
     def _names(source: JsonObject, key: str, default: Sequence[str] | None) -> Sequence[str] | None:
         names = source.get(key)
         if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
-            raise MatrixError("M_BAD_JSON", f"{key!r} in a filter must be a list of texts, not {shorten(names)}")
+            raise MatrixError("M_BAD_JSON", f"{key!r} in a filter must be a list of texts, not "
+                              f"{shorten(names)}")
         return names if names is not None else default
 
     def wants(self, room_id: str) -> bool:
@@ -3250,7 +3508,8 @@ class SyncFilter:
 
 def event_filter(source: JsonObject) -> Filter:
     names = SyncFilter._names
-    return Filter(names(source, "types", None), names(source, "not_types", ()) or (), names(source, "senders", None),
+    return Filter(names(source, "types", None), names(source, "not_types", ()) or (),
+                  names(source, "senders", None),
                   names(source, "not_senders", ()) or ())
 
 
@@ -3260,7 +3519,8 @@ class Sync:
     def __init__(self, world: World, typing: Typing) -> None:
         self.world, self.store, self.typing = world, world.store, typing
 
-    def sync(self, who: Who, since: int | None, filter: SyncFilter, timeout: float = 0.0, full_state: bool = False,
+    def sync(self, who: Who, since: int | None, filter: SyncFilter, timeout: float = 0.0,
+             full_state: bool = False,
              stopped: Callable[[], bool] = lambda: False) -> JsonObject:
         """Waits up to `timeout` seconds until there is something new after the tick `since`."""
         clock = self.world.clock
@@ -3294,7 +3554,8 @@ class Window:
             self.store.wait_published(self.now)
             self.data = self._account_data()
             answer: JsonObject = {"next_batch": str(self.now)}
-            account = [event for event in self.data.pop("", []) if self._wanted(self.filter.account_data, event)]
+            account = [event for event in self.data.pop("", [])
+                       if self._wanted(self.filter.account_data, event)]
             if account:
                 answer["account_data"] = {"events": account}
             rooms: dict[str, JsonObject] = {}
@@ -3318,7 +3579,8 @@ class Window:
             found.setdefault(room_id, []).append({"type": type, "content": Raw(content)})
         return found
 
-    def _room(self, room: int, room_id: str, membership: str, tick: int, forgotten: int) -> tuple[str, JsonObject]:
+    def _room(self, room: int, room_id: str, membership: str, tick: int,
+              forgotten: int) -> tuple[str, JsonObject]:
         if membership == "join":
             if self.initial or self.full_state or tick > self.since or room_id in self.data or self.store.moved_since(room, self.since):
                 return "join", self._joined(room, room_id, tick)
@@ -3346,15 +3608,19 @@ class Window:
 
     def _joined_since(self, room: int) -> bool:
         """Whether the user was not in the room at `since`."""
-        before = [value for tick, value in self.reader.changes(room, "m.room.member", self.who.user_id, "membership") if tick <= self.since]
+        before = [value for tick, value in self.reader.changes(room, "m.room.member", self.who.user_id,
+                                                               "membership") if tick <= self.since]
         return not before or before[-1] != "join"
 
     def _left(self, room_id: str) -> JsonObject:
         try:
             view = view_of(self.reader, self.who.user_id, room_id)
-        except MatrixError:                                  # nothing to see: an invitation that was declined, say
-            return {"timeline": {"events": [], "limited": False, "prev_batch": str(self.now)}, "state": {"events": []}}
-        return self._timeline(view.row.n, view, self.since, self.now) or {"timeline": {"events": [], "limited": False}}
+        # nothing to see: an invitation that was declined, say
+        except MatrixError:
+            return {"timeline": {"events": [], "limited": False, "prev_batch": str(self.now)},
+                    "state": {"events": []}}
+        return self._timeline(view.row.n, view, self.since,
+                              self.now) or {"timeline": {"events": [], "limited": False}}
 
     def _timeline(self, room: int, view: View | None, after: int, upto: int) -> JsonObject:
         """timeline and, where the timeline alone would leave a gap, state. Without a view all is visible."""
@@ -3379,7 +3645,8 @@ class Window:
             speakers = {event.sender for event in timeline} | {self.who.user_id}
             state = [event for event in state if event.type != "m.room.member" or event.state_key in speakers]
             known = {event.state_key for event in [*state, *timeline] if event.type == "m.room.member"}
-            members = [self.reader.state_event(room, "m.room.member", user_id) for user_id in sorted(speakers - known) if timeline]
+            members = [self.reader.state_event(room, "m.room.member", user_id)
+                       for user_id in sorted(speakers - known) if timeline]
             state += [event for event in members if event]
         return [event for event in state if self.filter.state.passes(event)]
 
@@ -3392,16 +3659,18 @@ class Window:
         own = self.reader.state_event(room, "m.room.member", self.who.user_id)
         if own and own.sender != self.who.user_id:
             events.append(self.reader.state_event(room, "m.room.member", own.sender))
-        return [{"type": event.type, "state_key": event.state_key, "sender": event.sender, "content": event.content}
+        return [{"type": event.type, "state_key": event.state_key, "sender": event.sender,
+                 "content": event.content}
                 for event in [*events, own] if event]
 
     def _summary(self, room: int, fresh: bool) -> JsonObject:
         """Counts and heroes, when a membership has changed."""
-        if not (fresh or self.full_state or self.reader.state_at(room, self.now, self.since, "m.room.member")):
+        if not (fresh or self.full_state or self.reader.members_changed(room, self.since)):
             return {}
         joined, invited = self.reader.members(room), self.reader.members(room, "invite")
         heroes = sorted(user_id for user_id in [*joined, *invited] if user_id != self.who.user_id)[:5]
-        return {"m.heroes": heroes, "m.joined_member_count": len(joined), "m.invited_member_count": len(invited)}
+        return {"m.heroes": heroes, "m.joined_member_count": len(joined),
+                "m.invited_member_count": len(invited)}
 
     def _ephemeral(self, room: int, since: int) -> list[JsonObject]:
         content: JsonObject = {}
@@ -3409,7 +3678,8 @@ class Window:
             if type == "m.read" or user_id == self.who.user_id:
                 receipt = {"ts": ts, **({"thread_id": thread_id} if thread_id else {})}
                 content.setdefault(event_id, {}).setdefault(type, {})[user_id] = receipt
-        events = [self.sync.typing.since(room, since, self.now), {"type": "m.receipt", "content": content} if content else None]
+        events = [self.sync.typing.since(room, since, self.now), {"type": "m.receipt", "content": content}
+                  if content else None]
         return [event for event in events if event and self._wanted(self.filter.ephemeral, event)]
 
 
@@ -3470,7 +3740,8 @@ class Line:
     def _call(self, method: str, path: str, body: bytes | None, seconds: float) -> Answer:
         """The hs_token goes into the header and, for software older than v1.4, into the query."""
         token = self.registration.hs_token
-        headers = {"Authorization": f"Bearer {token}", "Content-Type": "application/json", "User-Agent": f"asbridge/{__version__}"}
+        headers = {"Authorization": f"Bearer {token}", "Content-Type": "application/json",
+                   "User-Agent": f"asbridge/{__version__}"}
         target = f"{path}?access_token={urllib.parse.quote(token, safe='')}"
         began = time.monotonic()
         trace.debug("HS ---> %s: %s %s, %d bytes", self.registration.id, method, path, len(body or b""))
@@ -3479,11 +3750,15 @@ class Line:
         except Exception as error:
             trace.debug("   <-/- %s: %s: %s", self.registration.id, type(error).__name__, error)
             raise
-        trace.debug("   <--- %s: %d in %.1f ms", self.registration.id, answer.status, (time.monotonic() - began) * 1000)
+        trace.debug("   <--- %s: %d in %.1f ms", self.registration.id, answer.status,
+                    (time.monotonic() - began) * 1000)
         return answer
 
     def close(self) -> None:
         self._client.close()
+
+    def abort(self) -> None:
+        self._client.abort()
 
 
 CALL_FAILED = (OSError, http.client.HTTPException, ValueError)   # what Line.exchange can raise
@@ -3493,7 +3768,8 @@ def advice(registration: Registration, failure: Answer | BaseException) -> str:
     """Why a call failed, and what to do about it."""
     if isinstance(failure, Answer):
         if failure.status in (401, 403):
-            return (f"{failure.status}: it rejects the hs_token; is the application service running with the registration "
+            return (f"{failure.status}: it rejects the hs_token; is the application service running with the "
+                    f"registration "
                     "that the homeserver has?")
         return f"it answered {failure.status} {shorten(failure.body.decode('utf-8', 'replace'), 200)}"
     if isinstance(failure, ConnectionRefusedError):
@@ -3516,6 +3792,7 @@ class Worker:
     def __init__(self, world: World, registration: Registration) -> None:
         self.world, self.registration = world, registration
         self.transaction: Transaction | None = None          # what is to be sent; set by offer()
+        self.line = Line(registration)
         self.failures = 0                                    # attempts since the last success
         self.next_attempt = 0.0                              # the clock's monotonic time
         self._thread: threading.Thread | None = None         # started by the first transaction
@@ -3534,26 +3811,29 @@ class Worker:
         self.next_attempt = 0.0
         release(self._bell)
 
-    def stop(self, seconds: float) -> None:
+    def stop(self, deadline: float) -> None:
+        """Lets the attempt that is under way end, until this real monotonic time."""
         self._stopped = True
         release(self._bell)
         if self._thread:
-            self._thread.join(seconds)
+            self._thread.join(max(0.0, deadline - time.monotonic()))
+            self.line.abort()
+            self._thread.join(1)
 
     def _run(self) -> None:
-        line = Line(self.registration)
         while not self._stopped:
             transaction = self.transaction
             left = self.next_attempt - self.world.clock.monotonic()
             if transaction is None or left > 0:
                 self.world.clock.wait(self._bell, left if transaction else 3600)
             else:
-                self._settle(transaction, self._push(line, transaction))
-        line.close()
+                self._settle(transaction, self._push(transaction))
+        self.line.close()
 
-    def _push(self, line: Line, transaction: Transaction) -> Answer | BaseException:
+    def _push(self, transaction: Transaction) -> Answer | BaseException:
         try:
-            return line.exchange("PUT", f"/_matrix/app/v1/transactions/{transaction.txn_id}", transaction.body,
+            return self.line.exchange("PUT", f"/_matrix/app/v1/transactions/{transaction.txn_id}",
+                                      transaction.body,
                                  self.world.settings.push_timeout_ms / 1000)
         except CALL_FAILED as error:
             return error
@@ -3562,13 +3842,16 @@ class Worker:
         """Any 200 is an acknowledgement, whatever its body."""
         if isinstance(outcome, Answer) and outcome.status == 200:
             try:
-                self.transaction = None                      # the next one comes with the COMMIT of this acknowledgement
+                # the next one comes with the COMMIT of this acknowledgement
+                self.transaction = None
                 self.world.store.write(lambda tx: tx.acknowledge(transaction.appservice, transaction.txn_id))
                 if self.failures:
-                    log.info("application service %s is back; transaction %d went through", transaction.appservice, transaction.txn_id)
+                    log.info("application service %s is back; transaction %d went through",
+                             transaction.appservice, transaction.txn_id)
                 self.failures, self.next_attempt = 0, 0.0
                 return
-            except MatrixError:                              # not stored: it will be sent again, with the same ID
+            # not stored: it will be sent again, with the same ID
+            except MatrixError:
                 self.transaction = transaction
         self._back_off(transaction, outcome)
 
@@ -3578,7 +3861,8 @@ class Worker:
         self.failures += 1
         self.next_attempt = self.world.clock.monotonic() + delay
         if not self._stopped:
-            log.warning("application service %s did not take transaction %d (%d events, attempt %d): %s; next attempt in %.1f s",
+            log.warning("application service %s did not take transaction %d (%d events, attempt %d): %s; next "
+                        "attempt in %.1f s",
                         transaction.appservice, transaction.txn_id, transaction.events, self.failures,
                         advice(self.registration, outcome), delay)
 
@@ -3624,12 +3908,11 @@ class Delivery:
         self.world.store.write(lambda tx: tx.ready.update(tx.boxes))   # freezes what waits
 
     def stop(self, seconds: float = 2.0) -> None:
+        """Attempts that are under way may take this long to end."""
         self._stopped = True
         deadline = time.monotonic() + seconds
         for worker in list(self._workers.values()):
-            worker.stop(0)
-        for worker in list(self._workers.values()):
-            worker.stop(max(0.0, deadline - time.monotonic()))
+            worker.stop(deadline)
 
     def _offer(self, transaction: Transaction) -> None:
         worker = self.worker(transaction.appservice)
@@ -3652,11 +3935,13 @@ class Delivery:
     def ping(self, registration: Registration, transaction_id: str | None) -> int:
         """Calls the application service as it asked; milliseconds (Pinging). A success ends its backoff."""
         if registration.url is None:
-            raise MatrixError("M_URL_NOT_SET", f"the registration of {registration.id!r} has url: null, so there is nobody to ping")
+            raise MatrixError("M_URL_NOT_SET", f"the registration of {registration.id!r} has url: null, so "
+                              f"there is nobody to ping")
         body = to_json({} if transaction_id is None else {"transaction_id": transaction_id}).encode()
         began, line = time.monotonic(), Line(registration)
         try:
-            answer = line.exchange("POST", "/_matrix/app/v1/ping", body, self.world.settings.query_timeout_ms / 1000)
+            answer = line.exchange("POST", "/_matrix/app/v1/ping", body,
+                                   self.world.settings.query_timeout_ms / 1000)
         except TimeoutError as error:
             raise MatrixError("M_CONNECTION_TIMEOUT", advice(registration, error)) from None
         except CALL_FAILED as error:
@@ -3687,8 +3972,11 @@ class Delivery:
                     return True
         return False
 
-    def _ask_one(self, registration: Registration, kind: str, id: str, by: Registration | None, patient: bool) -> bool:
-        """Equal questions of people are asked once. One that an AS's request leads to is never shared: the first may wait for that AS."""
+    def _ask_one(self, registration: Registration, kind: str, id: str, by: Registration | None,
+                 patient: bool) -> bool:
+        """Equal questions of people are asked once. One that an AS's request leads to is never shared: the
+        first may wait for that AS.
+        """
         if by or not patient:
             return self._question(registration, kind, id, patient)
         key = (registration.id, kind, id)
@@ -3716,10 +4004,12 @@ class Delivery:
         try:
             for attempt in range(attempts):
                 try:
-                    answer = line.exchange("GET", path, None, min(each, max(0.001, deadline - clock.monotonic())))
+                    answer = line.exchange("GET", path, None, min(each,
+                                                                  max(0.001, deadline - clock.monotonic())))
                     if answer.status == 200 or answer.status < 500:
                         if answer.status not in (200, 404):
-                            log.warning("application service %s was asked for %s: %s", registration.id, id, advice(registration, answer))
+                            log.warning("application service %s was asked for %s: %s", registration.id, id,
+                                        advice(registration, answer))
                         return answer.status == 200
                     why = advice(registration, answer)
                 except CALL_FAILED as error:
@@ -3730,7 +4020,8 @@ class Delivery:
             line.close()
         log.warning("application service %s was asked for %s: %s", registration.id, id, why)
         if patient:
-            raise MatrixError("M_UNKNOWN", f"the application service {registration.id!r} was asked for {id}, but: {why}", 408)
+            raise MatrixError("M_UNKNOWN", f"the application service {registration.id!r} was asked for {id}, "
+                              f"but: {why}", 408)
         return False
 
 
@@ -3777,7 +4068,8 @@ class Call:
         if text is None or text == "":
             return default
         if not (text.isascii() and text.isdigit() and least <= int(text[:20]) <= most):
-            raise MatrixError("M_INVALID_PARAM", f"{name} must be a number from {least} to {most}, not {shorten(text)!r}")
+            raise MatrixError("M_INVALID_PARAM", f"{name} must be a number from {least} to {most}, not "
+                              f"{shorten(text)!r}")
         return int(text)
 
     @property
@@ -3788,7 +4080,8 @@ class Call:
     def choice(self, name: str, options: Sequence[str], default: str) -> str:
         value = self.request.query.get(name) or default
         if value not in options:
-            raise MatrixError("M_INVALID_PARAM", f"{name} must be one of {', '.join(options)}, not {shorten(value)!r}")
+            raise MatrixError("M_INVALID_PARAM", f"{name} must be one of {', '.join(options)}, not "
+                              f"{shorten(value)!r}")
         return value
 
     def own(self, user_id: str) -> None:
@@ -3808,7 +4101,8 @@ def token_of(request: Request) -> str | None:
     in_header = header[7:].strip() if header[:7].lower() == "bearer " else ""
     in_query = request.query.get("access_token", "")
     if in_header and in_query and not hmac.compare_digest(in_header.encode(), in_query.encode()):
-        raise MatrixError("M_UNKNOWN_TOKEN", "the tokens in the Authorization header and in access_token differ; send one of them")
+        raise MatrixError("M_UNKNOWN_TOKEN", "the tokens in the Authorization header and in access_token "
+                          "differ; send one of them")
     return in_header or in_query or None
 
 
@@ -3821,7 +4115,9 @@ class Limiter:
         self._guard = threading.Lock()                       # guards _spent
 
     def count(self, who: Who) -> None:
-        """M_LIMIT_EXCEEDED past the limit. An AS's own user is exempt, and its ghosts if `rate_limited` is false."""
+        """M_LIMIT_EXCEEDED past the limit. An AS's own user is exempt, and its ghosts if `rate_limited` is
+        false.
+        """
         limit = self.world.settings.rate_limit
         if not limit or who is NOBODY or (who.appservice and (
                 not who.appservice.rate_limited or who.user_id == who.appservice.sender(self.world.name))):
@@ -3834,7 +4130,8 @@ class Limiter:
             self._spent[who.user_id] = (spent - over, now)
         if over:
             wait_ms = int((spent - burst) / per_second * 1000) + 1
-            raise MatrixError("M_LIMIT_EXCEEDED", f"{who.user_id} may make {per_second} changes a second, {burst} at once; "
+            raise MatrixError("M_LIMIT_EXCEEDED", f"{who.user_id} may make {per_second} changes a second, "
+                              f"{burst} at once; "
                               f"try again in {wait_ms} ms", retry_after_ms=wait_ms)
 
 
@@ -3858,9 +4155,11 @@ class Api:
             response = json_response(error.status, error.body(), CORS)
         except Exception:
             log.exception("%s %s failed", request.method, request.path)
-            response = json_response(500, MatrixError("M_UNKNOWN", "the homeserver failed; its log says why").body(), CORS)
+            response = json_response(500, MatrixError("M_UNKNOWN", "the homeserver failed; its log says "
+                                                      "why").body(), CORS)
         if log.isEnabledFor(logging.DEBUG):
-            log.debug("%s %s %d in %.1f ms", request.method, request.path, response.status, (time.monotonic() - began) * 1000)
+            log.debug("%s %s %d in %.1f ms", request.method, request.path, response.status,
+                      (time.monotonic() - began) * 1000)
         return response
 
     def _answer(self, request: Request) -> Response:
@@ -3896,7 +4195,8 @@ class Api:
     def unknown_token(self, hashed: bytes) -> MatrixError:
         swapped = self.world.registrations.of_hs_token(hashed)
         if swapped:
-            return MatrixError("M_UNKNOWN_TOKEN", f"this is the hs_token of the application service {swapped.id!r}; it must send its as_token", soft_logout=False)
+            return MatrixError("M_UNKNOWN_TOKEN", f"this is the hs_token of the application service "
+                               f"{swapped.id!r}; it must send its as_token", soft_logout=False)
         return MatrixError("M_UNKNOWN_TOKEN", "no session and no application service has this access token; "
                            f"{len(self.world.registrations.by_id)} registrations are loaded", soft_logout=False)
 
@@ -3904,7 +4204,8 @@ class Api:
         user_id = user_id or registration.sender(self.world.name)
         self.world.registrations.check_may_act_as(registration, user_id)
         if user_id not in self.world.store.users:
-            raise forbidden(f"{shorten(user_id)} is in the namespaces of the application service {registration.id!r} but not registered; "
+            raise forbidden(f"{shorten(user_id)} is in the namespaces of the application service "
+                            f"{registration.id!r} but not registered; "
                             f"register it first: POST /_matrix/client/v3/register with type {LOGIN_APPSERVICE}")
         return Who(user_id, None, None, registration)
 
@@ -3912,7 +4213,8 @@ class Api:
         """The application service whose as_token this is, whomever it may act as."""
         token = token_of(request)
         if token is None:
-            raise MatrixError("M_MISSING_TOKEN", f"{LOGIN_APPSERVICE} needs the as_token: 'Authorization: Bearer AS_TOKEN'")
+            raise MatrixError("M_MISSING_TOKEN", f"{LOGIN_APPSERVICE} needs the as_token: 'Authorization: "
+                              f"Bearer AS_TOKEN'")
         registration = self.world.registrations.of_as_token(digest(token))
         if not registration:
             raise self.unknown_token(digest(token))
@@ -3922,7 +4224,9 @@ class Api:
 # -- Which handler is it?
 
 class Route(NamedTuple):
-    """One endpoint. `auth`: "nobody" (no token is looked at), "maybe", "user" (a person, or an AS as one of its users), "appservice"."""
+    """One endpoint. `auth`: "nobody" (no token is looked at), "maybe", "user" (a person, or an AS as one of
+    its users), "appservice".
+    """
     method: str
     path: str
     auth: str
@@ -3936,7 +4240,8 @@ class Router:
     VERSION = re.compile(r"r0|v[0-9]+|unstable")
 
     def __init__(self, routes: Sequence[Route]) -> None:
-        self._root: dict[str, Any] = {}                      # segment, or '{}' for a variable → the like; '' → {method: route}
+        # segment, or '{}' for a variable → the like; '' → {method: route}
+        self._root: dict[str, Any] = {}
         for route in routes:
             node = self._root
             for segment in self._segments(route.path):
@@ -3960,12 +4265,15 @@ class Router:
                 node = variable
                 values.append(segment)
             else:
-                raise MatrixError("M_UNRECOGNIZED", f"there is no endpoint {shorten(path)}; 'asbridge.py routes' lists them")
+                raise MatrixError("M_UNRECOGNIZED", f"there is no endpoint {shorten(path)}; 'asbridge.py "
+                                  f"routes' lists them")
         routes = node.get(None)                              # type: ignore[call-overload]
         if not routes:
-            raise MatrixError("M_UNRECOGNIZED", f"there is no endpoint {shorten(path)}; 'asbridge.py routes' lists them")
+            raise MatrixError("M_UNRECOGNIZED", f"there is no endpoint {shorten(path)}; 'asbridge.py routes' "
+                              f"lists them")
         if method not in routes:
-            raise MatrixError("M_UNRECOGNIZED", f"{shorten(path)} takes {', '.join(sorted(routes))}, not {shorten(method)}", 405)
+            raise MatrixError("M_UNRECOGNIZED", f"{shorten(path)} takes {', '.join(sorted(routes))}, not "
+                              f"{shorten(method)}", 405)
         route = routes[method]
         names = re.findall(r"{(\w+)}", route.path) if values else ()
         return route, {name: decode_segment(value) for name, value in zip(names, values, strict=True)}
@@ -3978,7 +4286,8 @@ def decode_segment(segment: str) -> str:
     try:
         return urllib.parse.unquote_to_bytes(segment.encode("latin-1")).decode("utf-8")
     except ValueError:
-        raise MatrixError("M_INVALID_PARAM", f"{shorten(segment)} in the path is not percent-encoded UTF-8") from None
+        raise MatrixError("M_INVALID_PARAM", f"{shorten(segment)} in the path is not percent-encoded "
+                          f"UTF-8") from None
 
 
 # -- Handlers: accounts.
@@ -3993,7 +4302,8 @@ def well_known(call: Call) -> Any:
 
 def capabilities(call: Call) -> Any:
     versions = dict.fromkeys(ROOM_VERSIONS, "stable")
-    return {"capabilities": {"m.room_versions": {"default": call.api.world.settings.room_version, "available": versions},
+    return {"capabilities": {"m.room_versions": {"default": call.api.world.settings.room_version,
+                                                 "available": versions},
                              "m.change_password": {"enabled": False}, "m.3pid_changes": {"enabled": False},
                              "m.set_displayname": {"enabled": True}, "m.set_avatar_url": {"enabled": True}}}
 
@@ -4022,7 +4332,8 @@ def register(call: Call) -> Any:
         raise forbidden("there are no guests here; register as a user")
     token = token_of(call.request)
     if token and call.api.world.registrations.of_as_token(digest(token)):
-        raise MatrixError("M_MISSING_PARAM", f"an application service registers users with \"type\": \"{LOGIN_APPSERVICE}\" in the body")
+        raise MatrixError("M_MISSING_PARAM", f"an application service registers users with \"type\": "
+                          f"\"{LOGIN_APPSERVICE}\" in the body")
     password = field(body, "password", str, None)
     if username is not None:
         accounts.check_available(username, None)
@@ -4039,14 +4350,16 @@ def login_flows(call: Call) -> Any:
 def login(call: Call) -> Any:
     body = call.body
     identifier = field(body, "identifier", dict, {})
-    user = field(identifier, "user", str, None) or field(body, "user", str)               # `user`: the 2016 text
+    # `user`: the 2016 text
+    user = field(identifier, "user", str, None) or field(body, "user", str)
     if identifier and identifier.get("type", "m.id.user") != "m.id.user":
         raise MatrixError("M_UNKNOWN", "identifier.type must be m.id.user", 400)
     kind = field(body, "type", str)
     if kind == LOGIN_APPSERVICE:
         return call.api.accounts.login_ghost(call.api.appservice(call.request), user, **device_of(call, body))
     if kind != "m.login.password":
-        raise MatrixError("M_UNKNOWN", f"type must be m.login.password or {LOGIN_APPSERVICE}, not {shorten(kind)}", 400)
+        raise MatrixError("M_UNKNOWN", f"type must be m.login.password or {LOGIN_APPSERVICE}, not "
+                          f"{shorten(kind)}", 400)
     return call.api.accounts.login(user, field(body, "password", str), **device_of(call, body))
 
 
@@ -4061,7 +4374,8 @@ def logout_all(call: Call) -> Any:
 
 
 def whoami(call: Call) -> Any:
-    return {"user_id": call.who.user_id, "is_guest": False, **({"device_id": call.who.device_id} if call.who.device_id else {})}
+    return {"user_id": call.who.user_id, "is_guest": False, **({"device_id": call.who.device_id}
+                                                               if call.who.device_id else {})}
 
 
 def get_devices(call: Call) -> Any:
@@ -4095,7 +4409,8 @@ def put_profile_key(call: Call) -> Any:
 
 def profile_key(call: Call) -> str:
     if call["keyName"] not in ("displayname", "avatar_url"):
-        raise MatrixError("M_UNRECOGNIZED", f"a profile has displayname and avatar_url, not {shorten(call['keyName'])}")
+        raise MatrixError("M_UNRECOGNIZED", f"a profile has displayname and avatar_url, not "
+                          f"{shorten(call['keyName'])}")
     return call["keyName"]
 
 
@@ -4142,7 +4457,9 @@ def get_filter(call: Call) -> Any:
 
 
 def keys_query(call: Call) -> Any:
-    """Device keys. Nobody can upload any here yet; an unknown ghost's application service is asked to create it."""
+    """Device keys. Nobody can upload any here yet; an unknown ghost's application service is asked to create
+    it.
+    """
     wanted = field(call.body, "device_keys", dict)
     for user_id in wanted:
         if check_id("@", user_id) and server_of(user_id) == call.api.world.name:
@@ -4182,13 +4499,15 @@ def leave(call: Call) -> Any:
 
 def kick(call: Call) -> Any:
     body = call.body
-    call.api.rooms.set_membership(call.who, call["roomId"], field(body, "user_id", str), "leave", with_reason(body))
+    call.api.rooms.set_membership(call.who, call["roomId"], field(body, "user_id", str), "leave",
+                                  with_reason(body))
     return {}
 
 
 def ban(call: Call) -> Any:
     body = call.body
-    call.api.rooms.set_membership(call.who, call["roomId"], field(body, "user_id", str), "ban", with_reason(body))
+    call.api.rooms.set_membership(call.who, call["roomId"], field(body, "user_id", str), "ban",
+                                  with_reason(body))
     return {}
 
 
@@ -4208,19 +4527,23 @@ def joined_rooms(call: Call) -> Any:
 
 
 def send(call: Call) -> Any:
-    return {"event_id": call.api.rooms.send(call.who, call["roomId"], call["eventType"], call.body, call["txnId"], call.ts)}
+    return {"event_id": call.api.rooms.send(call.who, call["roomId"], call["eventType"], call.body,
+                                            call["txnId"], call.ts)}
 
 
 def redact(call: Call) -> Any:
-    return {"event_id": call.api.rooms.redact(call.who, call["roomId"], call["eventId"], call.body, call["txnId"])}
+    return {"event_id": call.api.rooms.redact(call.who, call["roomId"], call["eventId"], call.body,
+                                              call["txnId"])}
 
 
 def put_state(call: Call) -> Any:
-    return {"event_id": call.api.rooms.set_state(call.who, call["roomId"], call["eventType"], call.params.get("stateKey", ""), call.body, call.ts)}
+    return {"event_id": call.api.rooms.set_state(call.who, call["roomId"], call["eventType"],
+                                                 call.params.get("stateKey", ""), call.body, call.ts)}
 
 
 def get_state_event(call: Call) -> Any:
-    event = call.api.rooms.state_event(call.who, call["roomId"], call["eventType"], call.params.get("stateKey", ""))
+    event = call.api.rooms.state_event(call.who, call["roomId"], call["eventType"],
+                                       call.params.get("stateKey", ""))
     return call.api.rooms.render(call.who, [event])[0] if call.query("format") == "event" else event.content
 
 
@@ -4232,11 +4555,12 @@ def get_event(call: Call) -> Any:
     return call.api.rooms.event(call.who, call["roomId"], call["eventId"])
 
 
-def members(call: Call) -> Any:
-    return {"chunk": call.api.rooms.members(call.who, call["roomId"], call.integer("at", None), call.query("membership"), call.query("not_membership"))}
+def get_members(call: Call) -> Any:
+    return {"chunk": call.api.rooms.members(call.who, call["roomId"], call.integer("at", None),
+                                            call.query("membership"), call.query("not_membership"))}
 
 
-def joined_members(call: Call) -> Any:
+def get_joined_members(call: Call) -> Any:
     return {"joined": call.api.rooms.joined_members(call.who, call["roomId"])}
 
 
@@ -4246,15 +4570,17 @@ def query_filter(call: Call) -> tuple[Filter, JsonObject]:
     return event_filter(source), source
 
 
-def messages(call: Call) -> Any:
+def get_messages(call: Call) -> Any:
     filter, source = query_filter(call)
     limit = call.integer("limit", field(source, "limit", int, 10), 0, 2**31)
     backwards = call.choice("dir", ("b", "f"), "b") == "b"
-    return call.api.rooms.messages(call.who, call["roomId"], call.integer("from", None), backwards, limit, filter, call.integer("to", None))
+    return call.api.rooms.messages(call.who, call["roomId"], call.integer("from", None), backwards, limit,
+                                   filter, call.integer("to", None))
 
 
-def context(call: Call) -> Any:
-    return call.api.rooms.context(call.who, call["roomId"], call["eventId"], min(call.integer("limit", 10), MAX_PAGE), query_filter(call)[0])
+def get_context(call: Call) -> Any:
+    return call.api.rooms.context(call.who, call["roomId"], call["eventId"],
+                                  min(call.integer("limit", 10), MAX_PAGE), query_filter(call)[0])
 
 
 def room_aliases(call: Call) -> Any:
@@ -4262,7 +4588,8 @@ def room_aliases(call: Call) -> Any:
 
 
 def get_alias(call: Call) -> Any:
-    return {"room_id": call.api.rooms.resolve(call["roomAlias"], call.who.appservice), "servers": [call.api.world.name]}
+    return {"room_id": call.api.rooms.resolve(call["roomAlias"], call.who.appservice),
+            "servers": [call.api.world.name]}
 
 
 def put_alias(call: Call) -> Any:
@@ -4316,12 +4643,13 @@ def post_receipt(call: Call) -> Any:
 
 def post_read_markers(call: Call) -> Any:
     body = call.body
-    types = {str(type): field(body, type, str) for type in ("m.fully_read", "m.read", "m.read.private") if type in body}
+    types = {str(type): field(body, type, str) for type in ("m.fully_read", "m.read", "m.read.private")
+             if type in body}
     call.api.rooms.add_receipt(call.who, call["roomId"], types)
     return {}
 
 
-def sync(call: Call) -> Any:
+def get_sync(call: Call) -> Any:
     chosen = call.query("filter") or "{}"
     source = parse_object(chosen.encode()) if chosen[:1] == "{" else call.api.accounts.filter(call.who, chosen)
     timeout = call.integer("timeout", 0) / 1000
@@ -4332,7 +4660,8 @@ def sync(call: Call) -> Any:
 
 # -- Handlers: media.
 
-INLINE_TYPES = ("image/jpeg", "image/gif", "image/png", "image/apng", "image/webp", "image/avif", "text/plain", "text/css", "text/csv",
+INLINE_TYPES = ("image/jpeg", "image/gif", "image/png", "image/apng", "image/webp", "image/avif", "text/plain",
+                "text/css", "text/csv",
                 "application/json", "video/mp4", "video/webm", "video/ogg", "video/quicktime", "audio/mp4", "audio/webm", "audio/aac",
                 "audio/mpeg", "audio/ogg", "audio/wave", "audio/wav", "audio/x-wav", "audio/x-pn-wav", "audio/flac", "audio/x-flac")
 
@@ -4369,11 +4698,14 @@ def ping(call: Call) -> Any:
 
 def map_uri(call: Call) -> Any:
     """URI mapping of the 2016 text."""
-    kind, key = {"user": ("users", "user_id"), "alias": ("aliases", "alias")}[call.request.path.rpartition("/")[2]]
+    kind, key = {"user": ("users", "user_id"), "alias": ("aliases",
+                                                         "alias")}[call.request.path.rpartition("/")[2]]
     uri = call.query("uri")
     if uri is None:
-        raise MatrixError("M_MISSING_PARAM", "the query must have uri, such as irc://localhost/%23lobby, percent-encoded")
-    if not re.fullmatch(r"[A-Za-z][A-Za-z0-9+.-]*:[^\s\x00-\x1f]+", uri) or len(uri.encode("utf-8", "replace")) > 2048:
+        raise MatrixError("M_MISSING_PARAM", "the query must have uri, such as irc://localhost/%23lobby, "
+                          "percent-encoded")
+    if not re.fullmatch(r"[A-Za-z][A-Za-z0-9+.-]*:[^\s\x00-\x1f]+",
+                        uri) or len(uri.encode("utf-8", "replace")) > 2048:
         raise MatrixError("M_INVALID_PARAM", f"{shorten(uri)!r} is not a URI of 2,048 bytes at most")
     id = call.api.world.registrations.map_uri(kind, uri)
     if not id:
@@ -4381,91 +4713,90 @@ def map_uri(call: Call) -> Any:
     return {key: id}
 
 
-# -- The table.
+# -- The table. C, V, M and A stand for the prefixes.
 
-C, M, A = "/_matrix/client/v3", "/_matrix/media/v3", "/_matrix/app/v1"
-R = C + "/rooms/{roomId}"
-ROUTES = [
-    #     method    path                                                        who           handler             section of the spec
-    Route("GET",    "/_matrix/client/versions",                                 "nobody",     versions,           "API Versions"),
-    Route("GET",    "/.well-known/matrix/client",                               "nobody",     well_known,         "Server Discovery"),
-    Route("GET",    f"{C}/capabilities",                                        "user",       capabilities,       "Capabilities negotiation"),
+PREFIXES = {"C": "/_matrix/client/v3", "V": "/_matrix/client/v1", "M": "/_matrix/media/v3",
+            "A": "/_matrix/app/v1"}
+ROUTES = [Route(method, PREFIXES.get(path[0], path[0]) + path[1:], auth, handler, spec) for method, path, auth,
+          handler, spec in (
+    # method  path                                                  who           handler              section of the spec
+    ("GET",    "/_matrix/client/versions",                           "nobody",     versions,            "API Versions"),
+    ("GET",    "/.well-known/matrix/client",                         "nobody",     well_known,          "Server Discovery"),
+    ("GET",    "C/capabilities",                                     "user",       capabilities,        "Capabilities negotiation"),
     # Accounts
-    Route("GET",    f"{C}/register/available",                                  "nobody",     register_available, "Account registration"),
-    Route("POST",   f"{C}/register",                                            "nobody",     register,           "Account registration; AS: Server admin style permissions"),
-    Route("GET",    f"{C}/login",                                               "nobody",     login_flows,        "Login"),
-    Route("POST",   f"{C}/login",                                               "nobody",     login,              "Login; AS: Server admin style permissions"),
-    Route("POST",   f"{C}/logout",                                              "user",       logout,             "Login"),
-    Route("POST",   f"{C}/logout/all",                                          "user",       logout_all,         "Login"),
-    Route("GET",    f"{C}/account/whoami",                                      "user",       whoami,             "Current account information"),
-    Route("GET",    f"{C}/devices",                                             "user",       get_devices,        "Device Management"),
-    Route("GET",    f"{C}/devices/{{deviceId}}",                                "user",       get_device,         "Device Management"),
-    Route("PUT",    f"{C}/devices/{{deviceId}}",                                "user",       put_device,         "Device Management"),
-    Route("GET",    f"{C}/profile/{{userId}}",                                  "maybe",      get_profile,        "Profiles"),
-    Route("GET",    f"{C}/profile/{{userId}}/{{keyName}}",                      "maybe",      get_profile_key,    "Profiles"),
-    Route("PUT",    f"{C}/profile/{{userId}}/{{keyName}}",                      "user",       put_profile_key,    "Profiles"),
-    Route("GET",    f"{C}/user/{{userId}}/account_data/{{type}}",               "user",       get_account_data,   "Client Config"),
-    Route("PUT",    f"{C}/user/{{userId}}/account_data/{{type}}",               "user",       put_account_data,   "Client Config"),
-    Route("GET",    f"{C}/user/{{userId}}/rooms/{{roomId}}/account_data/{{type}}", "user",    get_account_data,   "Client Config"),
-    Route("PUT",    f"{C}/user/{{userId}}/rooms/{{roomId}}/account_data/{{type}}", "user",    put_account_data,   "Client Config"),
-    Route("GET",    f"{C}/user/{{userId}}/rooms/{{roomId}}/tags",               "user",       get_tags,           "Room Tagging"),
-    Route("PUT",    f"{C}/user/{{userId}}/rooms/{{roomId}}/tags/{{tag}}",       "user",       put_tag,            "Room Tagging"),
-    Route("DELETE", f"{C}/user/{{userId}}/rooms/{{roomId}}/tags/{{tag}}",       "user",       delete_tag,         "Room Tagging"),
-    Route("POST",   f"{C}/user/{{userId}}/filter",                              "user",       post_filter,        "Filtering"),
-    Route("GET",    f"{C}/user/{{userId}}/filter/{{filterId}}",                 "user",       get_filter,         "Filtering"),
-    Route("POST",   f"{C}/keys/query",                                          "user",       keys_query,         "End-to-End Encryption; AS: Querying"),
+    ("GET",    "C/register/available",                               "nobody",     register_available,  "Account registration"),
+    ("POST",   "C/register",                                         "nobody",     register,            "Account registration; AS: Server admin style"),
+    ("GET",    "C/login",                                            "nobody",     login_flows,         "Login"),
+    ("POST",   "C/login",                                            "nobody",     login,               "Login; AS: Server admin style"),
+    ("POST",   "C/logout",                                           "user",       logout,              "Login"),
+    ("POST",   "C/logout/all",                                       "user",       logout_all,          "Login"),
+    ("GET",    "C/account/whoami",                                   "user",       whoami,              "Current account information"),
+    ("GET",    "C/devices",                                          "user",       get_devices,         "Device Management"),
+    ("GET",    "C/devices/{deviceId}",                               "user",       get_device,          "Device Management"),
+    ("PUT",    "C/devices/{deviceId}",                               "user",       put_device,          "Device Management"),
+    ("GET",    "C/profile/{userId}",                                 "maybe",      get_profile,         "Profiles"),
+    ("GET",    "C/profile/{userId}/{keyName}",                       "maybe",      get_profile_key,     "Profiles"),
+    ("PUT",    "C/profile/{userId}/{keyName}",                       "user",       put_profile_key,     "Profiles"),
+    ("GET",    "C/user/{userId}/account_data/{type}",                "user",       get_account_data,    "Client Config"),
+    ("PUT",    "C/user/{userId}/account_data/{type}",                "user",       put_account_data,    "Client Config"),
+    ("GET",    "C/user/{userId}/rooms/{roomId}/account_data/{type}", "user",       get_account_data,    "Client Config"),
+    ("PUT",    "C/user/{userId}/rooms/{roomId}/account_data/{type}", "user",       put_account_data,    "Client Config"),
+    ("GET",    "C/user/{userId}/rooms/{roomId}/tags",                "user",       get_tags,            "Room Tagging"),
+    ("PUT",    "C/user/{userId}/rooms/{roomId}/tags/{tag}",          "user",       put_tag,             "Room Tagging"),
+    ("DELETE", "C/user/{userId}/rooms/{roomId}/tags/{tag}",          "user",       delete_tag,          "Room Tagging"),
+    ("POST",   "C/user/{userId}/filter",                             "user",       post_filter,         "Filtering"),
+    ("GET",    "C/user/{userId}/filter/{filterId}",                  "user",       get_filter,          "Filtering"),
+    ("POST",   "C/keys/query",                                       "user",       keys_query,          "End-to-End Encryption; AS: Querying"),
     # Rooms
-    Route("GET",    f"{C}/sync",                                                "user",       sync,               "Syncing"),
-    Route("POST",   f"{C}/createRoom",                                          "user",       create_room,        "Creation"),
-    Route("POST",   f"{C}/join/{{roomId}}",                                     "user",       join_room,          "Joining rooms"),
-    Route("POST",   f"{R}/join",                                                "user",       join_room,          "Joining rooms"),
-    Route("POST",   f"{C}/knock/{{roomId}}",                                    "user",       knock_room,         "Knocking on rooms"),
-    Route("POST",   f"{R}/invite",                                              "user",       invite,             "Joining rooms"),
-    Route("POST",   f"{R}/leave",                                               "user",       leave,              "Leaving rooms"),
-    Route("POST",   f"{R}/kick",                                                "user",       kick,               "Leaving rooms"),
-    Route("POST",   f"{R}/ban",                                                 "user",       ban,                "Banning users in a room"),
-    Route("POST",   f"{R}/unban",                                               "user",       unban,              "Banning users in a room"),
-    Route("POST",   f"{R}/forget",                                              "user",       forget,             "Leaving rooms"),
-    Route("GET",    f"{C}/joined_rooms",                                        "user",       joined_rooms,       "Listing rooms"),
-    Route("PUT",    f"{R}/send/{{eventType}}/{{txnId}}",                        "user",       send,               "Sending events to a room; AS: Timestamp massaging"),
-    Route("PUT",    f"{R}/redact/{{eventId}}/{{txnId}}",                        "user",       redact,             "Redactions"),
-    Route("GET",    f"{R}/state",                                               "user",       get_state,          "Getting events for a room"),
-    Route("GET",    f"{R}/state/{{eventType}}",                                 "user",       get_state_event,    "Getting events for a room"),
-    Route("GET",    f"{R}/state/{{eventType}}/{{stateKey}}",                    "user",       get_state_event,    "Getting events for a room"),
-    Route("PUT",    f"{R}/state/{{eventType}}",                                 "user",       put_state,          "Sending events to a room; AS: Timestamp massaging"),
-    Route("PUT",    f"{R}/state/{{eventType}}/{{stateKey}}",                    "user",       put_state,          "Sending events to a room; AS: Timestamp massaging"),
-    Route("GET",    f"{R}/event/{{eventId}}",                                   "user",       get_event,          "Getting events for a room"),
-    Route("GET",    f"{R}/members",                                             "user",       members,            "Getting events for a room"),
-    Route("GET",    f"{R}/joined_members",                                      "user",       joined_members,     "Getting events for a room"),
-    Route("GET",    f"{R}/messages",                                            "user",       messages,           "Getting events for a room"),
-    Route("GET",    f"{R}/context/{{eventId}}",                                 "user",       context,            "Event Context"),
-    Route("PUT",    f"{R}/typing/{{userId}}",                                   "user",       put_typing,         "Typing Notifications"),
-    Route("POST",   f"{R}/receipt/{{receiptType}}/{{eventId}}",                 "user",       post_receipt,       "Receipts"),
-    Route("POST",   f"{R}/read_markers",                                        "user",       post_read_markers,  "Fully read markers"),
+    ("GET",    "C/sync",                                             "user",       get_sync,            "Syncing"),
+    ("POST",   "C/createRoom",                                       "user",       create_room,         "Creation"),
+    ("POST",   "C/join/{roomId}",                                    "user",       join_room,           "Joining rooms"),
+    ("POST",   "C/rooms/{roomId}/join",                              "user",       join_room,           "Joining rooms"),
+    ("POST",   "C/knock/{roomId}",                                   "user",       knock_room,          "Knocking on rooms"),
+    ("POST",   "C/rooms/{roomId}/invite",                            "user",       invite,              "Joining rooms"),
+    ("POST",   "C/rooms/{roomId}/leave",                             "user",       leave,               "Leaving rooms"),
+    ("POST",   "C/rooms/{roomId}/kick",                              "user",       kick,                "Leaving rooms"),
+    ("POST",   "C/rooms/{roomId}/ban",                               "user",       ban,                 "Banning users in a room"),
+    ("POST",   "C/rooms/{roomId}/unban",                             "user",       unban,               "Banning users in a room"),
+    ("POST",   "C/rooms/{roomId}/forget",                            "user",       forget,              "Leaving rooms"),
+    ("GET",    "C/joined_rooms",                                     "user",       joined_rooms,        "Listing rooms"),
+    ("PUT",    "C/rooms/{roomId}/send/{eventType}/{txnId}",          "user",       send,                "Sending events to a room; AS: Timestamps"),
+    ("PUT",    "C/rooms/{roomId}/redact/{eventId}/{txnId}",          "user",       redact,              "Redactions"),
+    ("GET",    "C/rooms/{roomId}/state",                             "user",       get_state,           "Getting events for a room"),
+    ("GET",    "C/rooms/{roomId}/state/{eventType}",                 "user",       get_state_event,     "Getting events for a room"),
+    ("GET",    "C/rooms/{roomId}/state/{eventType}/{stateKey}",      "user",       get_state_event,     "Getting events for a room"),
+    ("PUT",    "C/rooms/{roomId}/state/{eventType}",                 "user",       put_state,           "Sending events to a room; AS: Timestamps"),
+    ("PUT",    "C/rooms/{roomId}/state/{eventType}/{stateKey}",      "user",       put_state,           "Sending events to a room; AS: Timestamps"),
+    ("GET",    "C/rooms/{roomId}/event/{eventId}",                   "user",       get_event,           "Getting events for a room"),
+    ("GET",    "C/rooms/{roomId}/members",                           "user",       get_members,         "Getting events for a room"),
+    ("GET",    "C/rooms/{roomId}/joined_members",                    "user",       get_joined_members,  "Getting events for a room"),
+    ("GET",    "C/rooms/{roomId}/messages",                          "user",       get_messages,        "Getting events for a room"),
+    ("GET",    "C/rooms/{roomId}/context/{eventId}",                 "user",       get_context,         "Event Context"),
+    ("PUT",    "C/rooms/{roomId}/typing/{userId}",                   "user",       put_typing,          "Typing Notifications"),
+    ("POST",   "C/rooms/{roomId}/receipt/{receiptType}/{eventId}",   "user",       post_receipt,        "Receipts"),
+    ("POST",   "C/rooms/{roomId}/read_markers",                      "user",       post_read_markers,   "Fully read markers"),
     # Aliases and the directory
-    Route("GET",    f"{R}/aliases",                                             "user",       room_aliases,       "Room aliases"),
-    Route("GET",    f"{C}/directory/room/{{roomAlias}}",                        "maybe",      get_alias,          "Room aliases; AS: Querying"),
-    Route("PUT",    f"{C}/directory/room/{{roomAlias}}",                        "user",       put_alias,          "Room aliases"),
-    Route("DELETE", f"{C}/directory/room/{{roomAlias}}",                        "user",       delete_alias,       "Room aliases"),
-    Route("GET",    f"{C}/directory/list/room/{{roomId}}",                      "maybe",      get_visibility,     "Listing rooms"),
-    Route("PUT",    f"{C}/directory/list/room/{{roomId}}",                      "user",       put_visibility,     "Listing rooms"),
-    Route("GET",    f"{C}/publicRooms",                                         "maybe",      get_public_rooms,   "Listing rooms"),
-    Route("POST",   f"{C}/publicRooms",                                         "user",       search_public_rooms, "Listing rooms"),
+    ("GET",    "C/rooms/{roomId}/aliases",                           "user",       room_aliases,        "Room aliases"),
+    ("GET",    "C/directory/room/{roomAlias}",                       "maybe",      get_alias,           "Room aliases; AS: Querying"),
+    ("PUT",    "C/directory/room/{roomAlias}",                       "user",       put_alias,           "Room aliases"),
+    ("DELETE", "C/directory/room/{roomAlias}",                       "user",       delete_alias,        "Room aliases"),
+    ("GET",    "C/directory/list/room/{roomId}",                     "maybe",      get_visibility,      "Listing rooms"),
+    ("PUT",    "C/directory/list/room/{roomId}",                     "user",       put_visibility,      "Listing rooms"),
+    ("GET",    "C/publicRooms",                                      "maybe",      get_public_rooms,    "Listing rooms"),
+    ("POST",   "C/publicRooms",                                      "user",       search_public_rooms, "Listing rooms"),
     # Media
-    Route("POST",   f"{M}/upload",                                              "user",       upload,             "Content repository"),
-    Route("GET",    f"{M}/download/{{serverName}}/{{mediaId}}",                 "nobody",     download,           "Content repository"),
-    Route("GET",    f"{M}/download/{{serverName}}/{{mediaId}}/{{fileName}}",    "nobody",     download,           "Content repository"),
-    Route("GET",    f"{M}/config",                                              "user",       media_config,       "Content repository"),
-    Route("GET",    "/_matrix/client/v1/media/download/{serverName}/{mediaId}", "user",       download,           "Content repository"),
-    Route("GET",    "/_matrix/client/v1/media/download/{serverName}/{mediaId}/{fileName}", "user", download,       "Content repository"),
-    Route("GET",    "/_matrix/client/v1/media/config",                          "user",       media_config,       "Content repository"),
+    ("POST",   "M/upload",                                           "user",       upload,              "Content repository"),
+    ("GET",    "M/download/{serverName}/{mediaId}",                  "nobody",     download,            "Content repository"),
+    ("GET",    "M/download/{serverName}/{mediaId}/{fileName}",       "nobody",     download,            "Content repository"),
+    ("GET",    "M/config",                                           "user",       media_config,        "Content repository"),
+    ("GET",    "V/media/download/{serverName}/{mediaId}",            "user",       download,            "Content repository"),
+    ("GET",    "V/media/download/{serverName}/{mediaId}/{fileName}", "user",       download,            "Content repository"),
+    ("GET",    "V/media/config",                                     "user",       media_config,        "Content repository"),
     # For application services
-    Route("POST",   "/_matrix/client/v1/appservice/{appserviceId}/ping",        "appservice", ping,               "AS: Pinging"),
-    Route("GET",    f"{A}/user",                                                "nobody",     map_uri,            "AS, 2016 text: URI mapping"),
-    Route("GET",    f"{A}/alias",                                               "nobody",     map_uri,            "AS, 2016 text: URI mapping"),
-]
-
-
+    ("POST",   "V/appservice/{appserviceId}/ping",                   "appservice", ping,                "AS: Pinging"),
+    ("GET",    "A/user",                                             "nobody",     map_uri,             "AS, 2016 text: URI mapping"),
+    ("GET",    "A/alias",                                            "nobody",     map_uri,             "AS, 2016 text: URI mapping"),
+)]
 
 
 # ============================================================================
@@ -4479,7 +4810,6 @@ ROUTES = [
 
 MAX_ANSWER_BYTES = 64 * 1024 * 1024
 MAX_TRANSACTION_BYTES = 64 * 1024 * 1024
-MAX_KEPT_CONNECTIONS = 8
 KEPT_EVENTS, KEPT_TRANSACTIONS = 20_000, 1_000   # how far back the application service knows what it has done
 HELLO_FIRST, HELLO_LAST = 0.25, 15.0             # seconds between attempts to find the homeserver
 UNREACHABLE = (OSError, http.client.HTTPException)
@@ -4516,15 +4846,14 @@ class Client:
         if body is not None:
             headers["Content-Type"] = "application/json"
         target = path + query_string({**query, "user_id": self.acts_as} if self.acts_as else query)
-        http_client = self._connection()
+        data = None if body is None else to_json(body).encode("utf-8", "replace")
+        connection = self._connection()
         try:
-            data = None if body is None else to_json(body).encode("utf-8", "replace")
-            status, answer = http_client.request(method, target, data, headers, seconds, MAX_ANSWER_BYTES)
-        finally:
-            if len(self.connections) < MAX_KEPT_CONNECTIONS:
-                self.connections.append(http_client)
-            else:
-                http_client.close()
+            status, answer = connection.request(method, target, data, headers, seconds, MAX_ANSWER_BYTES)
+        except BaseException:
+            connection.close()
+            raise
+        self.connections.append(connection)
         return self._result(status, answer)
 
     def _connection(self) -> HttpClient:
@@ -4544,9 +4873,12 @@ class Client:
         if status < 300:
             return value
         told = value if isinstance(value, dict) else {}
-        refusal = MatrixError(str(told.get("errcode", "M_UNKNOWN")), str(told.get("error", answer[:200])), status)
-        refusal.extra.update({key: told[key] for key in told.keys() - {"errcode", "error"}})
-        raise refusal
+        errcode, error = told.pop("errcode", "M_UNKNOWN"), told.pop("error", answer[:200])
+        raise MatrixError(str(errcode), str(error), status, **told)
+
+    def ask(self, method: str, *segments: str, body: Any = None, **query: Any) -> JsonObject:
+        """The JSON object that the client-server endpoint with this path answers."""
+        return cast(JsonObject, self.call(method, client_path(*segments), body, **query))
 
     def close(self) -> None:
         while self.connections:
@@ -4561,122 +4893,120 @@ class Client:
         return self._own_id
 
     def whoami(self) -> JsonObject:
-        return cast(JsonObject, self.call("GET", client_path("account", "whoami")))
+        return self.ask("GET", "account", "whoami")
 
     def profile(self, user_id: str | None = None) -> JsonObject:
-        return cast(JsonObject, self.call("GET", client_path("profile", user_id or self.user_id)))
+        return self.ask("GET", "profile", user_id or self.user_id)
 
     def set_displayname(self, name: str) -> None:
-        self.call("PUT", client_path("profile", self.user_id, "displayname"), {"displayname": name})
+        self.ask("PUT", "profile", self.user_id, "displayname", body={"displayname": name})
 
     def set_avatar_url(self, url: str) -> None:
-        self.call("PUT", client_path("profile", self.user_id, "avatar_url"), {"avatar_url": url})
+        self.ask("PUT", "profile", self.user_id, "avatar_url", body={"avatar_url": url})
 
     def account_data(self, type: str, room_id: str | None = None) -> JsonObject:
-        return cast(JsonObject, self.call("GET", self._account_data_path(type, room_id)))
+        where = ["rooms", room_id] if room_id else []
+        return self.ask("GET", "user", self.user_id, *where, "account_data", type)
 
     def set_account_data(self, type: str, content: JsonObject, room_id: str | None = None) -> None:
-        self.call("PUT", self._account_data_path(type, room_id), content)
-
-    def _account_data_path(self, type: str, room_id: str | None) -> str:
-        return client_path("user", self.user_id, *(["rooms", room_id] if room_id else []), "account_data", type)
+        where = ["rooms", room_id] if room_id else []
+        self.ask("PUT", "user", self.user_id, *where, "account_data", type, body=content)
 
     # -- Rooms and who is in them.
 
     def create_room(self, **options: Any) -> str:
-        return str(self.call("POST", client_path("createRoom"), options)["room_id"])
+        return str(self.ask("POST", "createRoom", body=options)["room_id"])
 
     def join(self, room: str) -> str:
         """Joins by ID or alias; the room's ID."""
-        return str(self.call("POST", client_path("join", room), {})["room_id"])
+        return str(self.ask("POST", "join", room, body={})["room_id"])
 
     def leave(self, room_id: str, reason: str | None = None) -> None:
-        self.call("POST", client_path("rooms", room_id, "leave"), {"reason": reason} if reason else {})
+        self.ask("POST", "rooms", room_id, "leave", body={"reason": reason} if reason else {})
 
     def invite(self, room_id: str, user_id: str, reason: str | None = None) -> None:
-        self._membership("invite", room_id, user_id, reason)
+        self._put_in_place("invite", room_id, user_id, reason)
 
     def kick(self, room_id: str, user_id: str, reason: str | None = None) -> None:
-        self._membership("kick", room_id, user_id, reason)
+        self._put_in_place("kick", room_id, user_id, reason)
 
     def ban(self, room_id: str, user_id: str, reason: str | None = None) -> None:
-        self._membership("ban", room_id, user_id, reason)
+        self._put_in_place("ban", room_id, user_id, reason)
 
     def unban(self, room_id: str, user_id: str, reason: str | None = None) -> None:
-        self._membership("unban", room_id, user_id, reason)
+        self._put_in_place("unban", room_id, user_id, reason)
 
-    def _membership(self, verb: str, room_id: str, user_id: str, reason: str | None) -> None:
-        self.call("POST", client_path("rooms", room_id, verb),
-                  {"user_id": user_id, **({"reason": reason} if reason else {})})
+    def _put_in_place(self, verb: str, room_id: str, user_id: str, reason: str | None) -> None:
+        body = {"user_id": user_id, "reason": reason} if reason else {"user_id": user_id}
+        self.ask("POST", "rooms", room_id, verb, body=body)
 
     def joined_rooms(self) -> list[str]:
-        return list(self.call("GET", client_path("joined_rooms"))["joined_rooms"])
+        return list(self.ask("GET", "joined_rooms")["joined_rooms"])
 
     def joined_members(self, room_id: str) -> dict[str, JsonObject]:
         """User ID → display_name and avatar_url."""
-        return dict(self.call("GET", client_path("rooms", room_id, "joined_members"))["joined"])
+        return dict(self.ask("GET", "rooms", room_id, "joined_members")["joined"])
 
     def members(self, room_id: str) -> list[JsonObject]:
         """The m.room.member events."""
-        return list(self.call("GET", client_path("rooms", room_id, "members"))["chunk"])
+        return list(self.ask("GET", "rooms", room_id, "members")["chunk"])
 
     def resolve(self, alias: str) -> str:
-        return str(self.call("GET", client_path("directory", "room", alias))["room_id"])
+        return str(self.ask("GET", "directory", "room", alias)["room_id"])
 
     def set_alias(self, alias: str, room_id: str) -> None:
-        self.call("PUT", client_path("directory", "room", alias), {"room_id": room_id})
+        self.ask("PUT", "directory", "room", alias, body={"room_id": room_id})
 
     def delete_alias(self, alias: str) -> None:
-        self.call("DELETE", client_path("directory", "room", alias))
+        self.ask("DELETE", "directory", "room", alias)
 
     # -- Events.
 
     def send(self, room_id: str, type: str, content: JsonObject, txn_id: str | None = None,
              ts: int | None = None) -> str:
         """The event's ID. The same `txn_id` again sends nothing again; `ts` is for application services."""
-        path = client_path("rooms", room_id, "send", type, txn_id or secrets.token_hex(8))
-        return str(self.call("PUT", path, content, ts=ts)["event_id"])
+        txn_id = txn_id or secrets.token_hex(8)
+        return str(self.ask("PUT", "rooms", room_id, "send", type, txn_id, body=content, ts=ts)["event_id"])
 
     def say(self, room_id: str, text: str, txn_id: str | None = None) -> str:
         return self.send(room_id, "m.room.message", {"msgtype": "m.text", "body": text}, txn_id)
 
     def redact(self, room_id: str, event_id: str, reason: str | None = None, txn_id: str | None = None) -> str:
-        path = client_path("rooms", room_id, "redact", event_id, txn_id or secrets.token_hex(8))
-        return str(self.call("PUT", path, {"reason": reason} if reason else {})["event_id"])
+        txn_id, body = txn_id or secrets.token_hex(8), {"reason": reason} if reason else {}
+        return str(self.ask("PUT", "rooms", room_id, "redact", event_id, txn_id, body=body)["event_id"])
 
     def set_state(self, room_id: str, type: str, content: JsonObject, state_key: str = "",
                   ts: int | None = None) -> str:
-        return str(self.call("PUT", client_path("rooms", room_id, "state", type, state_key), content, ts=ts)["event_id"])
+        return str(self.ask("PUT", "rooms", room_id, "state", type, state_key, body=content, ts=ts)["event_id"])
 
     def state(self, room_id: str, type: str, state_key: str = "") -> JsonObject:
         """The content of one state event."""
-        return cast(JsonObject, self.call("GET", client_path("rooms", room_id, "state", type, state_key)))
+        return self.ask("GET", "rooms", room_id, "state", type, state_key)
 
     def all_state(self, room_id: str) -> list[JsonObject]:
         return list(self.call("GET", client_path("rooms", room_id, "state")))
 
     def event(self, room_id: str, event_id: str) -> JsonObject:
-        return cast(JsonObject, self.call("GET", client_path("rooms", room_id, "event", event_id)))
+        return self.ask("GET", "rooms", room_id, "event", event_id)
 
     def messages(self, room_id: str, dir: str = "b", limit: int = 100, **query: Any) -> JsonObject:
         """`chunk`, `start` and `end`; the latest first unless `dir` is "f"."""
-        return cast(JsonObject, self.call("GET", client_path("rooms", room_id, "messages"), dir=dir, limit=limit, **query))
+        return self.ask("GET", "rooms", room_id, "messages", dir=dir, limit=limit, **query)
 
     def typing(self, room_id: str, typing: bool = True, timeout: int = 30_000) -> None:
-        self.call("PUT", client_path("rooms", room_id, "typing", self.user_id),
-                  {"typing": typing, **({"timeout": timeout} if typing else {})})
+        body = {"typing": typing, **({"timeout": timeout} if typing else {})}
+        self.ask("PUT", "rooms", room_id, "typing", self.user_id, body=body)
 
     def receipt(self, room_id: str, event_id: str, type: str = "m.read") -> None:
-        self.call("POST", client_path("rooms", room_id, "receipt", type, event_id), {})
+        self.ask("POST", "rooms", room_id, "receipt", type, event_id, body={})
 
     def sync(self, since: str | None = None, timeout: int = 0, filter: JsonObject | str | None = None) -> JsonObject:
         """`timeout` in milliseconds: how long the homeserver may wait for something new."""
         narrow = to_json(filter) if isinstance(filter, dict) else filter
-        return cast(JsonObject, self.call("GET", client_path("sync"), seconds=60 + timeout / 1000,
-                                          since=since, timeout=timeout, filter=narrow))
+        return self.ask("GET", "sync", seconds=60 + timeout / 1000, since=since, timeout=timeout, filter=narrow)
 
     def wait_for(self, test: Callable[[JsonObject], object], seconds: float = 10.0) -> JsonObject:
-        """The first event in any room, past or to come, that passes `test`; TimeoutError. Its `room_id` is filled in."""
+        """The first event of any room, past or to come, that passes `test`, with its room_id; TimeoutError."""
         deadline, at = time.monotonic() + seconds, 0
         while True:
             for event in self.seen[at:]:
@@ -4684,17 +5014,17 @@ class Client:
                     return event
             at, left = len(self.seen), deadline - time.monotonic()
             if left <= 0:
-                raise TimeoutError(f"no such event within {seconds} s; the last were {shorten(self.seen[-3:], 2000)}")
+                raise TimeoutError(f"no such event in {seconds} s; the last were {shorten(self.seen[-3:], 2000)}")
             self._look(int(min(left, 5.0) * 1000))
 
     def _look(self, timeout: int) -> None:
         """Adds to `seen` what is new."""
         answer = self.sync(self._since, timeout if self._since else 0, {"room": {"timeline": {"limit": 1000}}})
         self._since = answer["next_batch"]
-        for kind, lists in (("invite", ("invite_state",)), ("join", ("state", "timeline")), ("leave", ("state", "timeline"))):
-            for room_id, room in answer.get("rooms", {}).get(kind, {}).items():
-                for name in lists:
-                    self.seen += [{**event, "room_id": room_id} for event in room.get(name, {}).get("events", ())]
+        for rooms in answer.get("rooms", {}).values():
+            for room_id, room in rooms.items():
+                for part in ("invite_state", "knock_state", "state", "timeline"):
+                    self.seen += [{**event, "room_id": room_id} for event in room.get(part, {}).get("events", ())]
 
 
 class Intent(Client):
@@ -4714,25 +5044,36 @@ class Intent(Client):
         try:
             return super().call(method, path, body, seconds, **query)
         except MatrixError as error:
-            room = self.ROOM_PATH.match(path)
-            if error.errcode != "M_FORBIDDEN" or not room or method == "POST":
-                raise                                        # what is done by POST changes memberships
+            if error.errcode != "M_FORBIDDEN" or not self._mend(method, path):
+                raise
+        return super().call(method, path, body, seconds, **query)
+
+    def _mend(self, method: str, path: str) -> bool:
+        """After a refusal: registers and joins, whatever is remembered; whether another attempt has a chance."""
+        self.registered = False
+        new, room = self.ensure_registered(), self.ROOM_PATH.match(path)
+        if not room or method == "POST":                     # what is done by POST changes memberships
+            return new
         room_id = urllib.parse.unquote(room[1])
         self.rooms.discard(room_id)
         self.ensure_joined(room_id)
-        return super().call(method, path, body, seconds, **query)
+        return True
 
-    def ensure_registered(self) -> None:
+    def ensure_registered(self) -> bool:
+        """Whether the user was not registered before."""
         if self.registered:
-            return
+            return False
         localpart = localpart_of(self.acts_as) if self.acts_as else self.service.registration.sender_localpart
         try:
-            self.service.client.call("POST", client_path("register"), {
+            self.service.client.ask("POST", "register", body={
                 "type": "m.login.application_service", "username": localpart, "inhibit_login": True})
         except MatrixError as error:
             if error.errcode != "M_USER_IN_USE":
                 raise
+            self.registered = True
+            return False
         self.registered = True
+        return True
 
     def ensure_joined(self, room_id: str) -> None:
         """Joins, if need be on the invitation of the application service's own user."""
@@ -4759,19 +5100,19 @@ class Intent(Client):
 #: What to do when the homeserver can't, or does not want to, ping us.
 PING_HINTS = {
     "M_BAD_STATUS":         "something else answers at {url}, or the hs_token there is another",
-    "M_CONNECTION_FAILED":  "the homeserver can't connect to {url}: is that our address as the homeserver sees it?",
+    "M_CONNECTION_FAILED":  "the homeserver can't connect to {url}: is that where it would find us?",
     "M_CONNECTION_TIMEOUT": "the homeserver gets no answer from {url}: is a firewall between?",
     "M_FORBIDDEN":          "the as_token belongs to another application service than {id!r}",
-    "M_UNKNOWN_TOKEN":      "the homeserver does not know the as_token: has it read this registration, and been restarted since?",
+    "M_UNKNOWN_TOKEN":      "the homeserver does not know the as_token: does it have this registration?",
     "M_UNRECOGNIZED":       "the homeserver is too old for pings; nothing else depends on it",
-    "M_URL_NOT_SET":        "the registration that the homeserver has says url: null, so it will push nothing",
+    "M_URL_NOT_SET":        "the homeserver's copy of the registration has url: null: it will push nothing",
 }
 
 
 class AppService:
     """An application service: takes what the homeserver pushes and asks, and acts through intents.
 
-    Override on_event, on_user_query, on_alias_query. `database` keeps what was handled; without a file a restart forgets it.
+    Override on_event, on_user_query, on_alias_query. `database` is a file, or ":memory:", which a restart forgets.
     """
 
     #: method, path (the prefix is missing in the 2016 text), handler
@@ -4794,11 +5135,11 @@ class AppService:
         self.intents: dict[str | None, Intent] = {}
         self.bot = self.intent()
         self.stopping = False
-        self.bells: list[Any] = []                           # rung when the homeserver was heard of, and to stop
+        self.bells: list[Any] = []                           # rung when the homeserver calls, and to stop
         self._server: HttpServer | None = None
         self._server_name = ""
-        self._delivery = threading.Lock()                    # guards the handling of events: one transaction at a
-        #                                                      time, which is why on_event runs while it is held
+        # One transaction at a time: that is what this lock is for, so on_event does run while it is held.
+        self._delivery = threading.Lock()
         self._db_guard = threading.Lock()                    # guards _db: one statement at a time
         self._db = (sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
                     if database == ":memory:" else open_sqlite(database))
@@ -4865,14 +5206,18 @@ class AppService:
         threading.Thread(target=self._hello, name=f"{self.registration.id} hello", daemon=True).start()
 
     def stop(self) -> None:
+        """Ends after the event in hand; the rest of its transaction will come again."""
         self.stopping = True
         self.ring()
         server, self._server = self._server, None
         if server:
             server.stop()
-        self.client.close()
+        waited = self._delivery.acquire(timeout=5)
         with self._db_guard:
             self._db.close()
+        if waited:
+            self._delivery.release()
+        self.client.close()
 
     def ring(self) -> None:
         """Wakes whoever waits for the homeserver to come back."""
@@ -4880,15 +5225,15 @@ class AppService:
             release(each)
 
     def _hello(self) -> None:
-        """Registers our own user and learns the server name, as soon as there is a homeserver; then asks for a ping."""
-        ready, seconds = bell(), HELLO_FIRST
+        """As soon as there is a homeserver: registers our own user, learns the server name, asks for a ping."""
+        ready, seconds, url = bell(), HELLO_FIRST, self.homeserver_url
         self.bells.append(ready)
         while not self.stopping:
             try:
-                log.info("%s: the homeserver %s is at %s", self.registration.id, self.server_name, self.homeserver_url)
+                log.info("%s: the homeserver %s is at %s", self.registration.id, self.server_name, url)
                 return self._ask_for_ping()
             except (*UNREACHABLE, MatrixError) as error:
-                log.warning("%s: no homeserver at %s yet: %s", self.registration.id, self.homeserver_url, self._hint(error))
+                log.warning("%s: no homeserver at %s: %s", self.registration.id, url, self._hint(error))
                 self.clock.wait(ready, seconds)
                 seconds = min(2 * seconds, HELLO_LAST)
 
@@ -4914,7 +5259,7 @@ class AppService:
         except Exception:
             if not self.stopping:
                 log.exception("%s: %s %s failed", self.registration.id, request.method, request.path)
-            return json_response(500, MatrixError("M_UNKNOWN", "the application service failed; its log says why").body())
+            return json_response(500, {"errcode": "M_UNKNOWN", "error": "it failed inside; the log says why"})
 
     def _answer(self, request: Request) -> JsonObject:
         handler, ids = self._route(request)
@@ -4926,20 +5271,19 @@ class AppService:
     def _route(self, request: Request) -> tuple[str, list[str]]:
         prefix = urllib.parse.urlsplit(self.registration.url or "").path.rstrip("/")
         path = request.path.removeprefix(prefix) if request.path.startswith(prefix + "/") else ""
-        found = [(method, handler, match) for method, regex, handler in self.ROUTES if (match := re.fullmatch(regex, path))]
-        if not found:
-            raise MatrixError("M_UNRECOGNIZED", f"{shorten(request.path)} is no path of an application service")
-        for method, handler, match in found:
-            if method == request.method:
+        for method, regex, handler in self.ROUTES:           # each path has one method
+            if match := re.fullmatch(regex, path):
+                if method != request.method:
+                    raise MatrixError("M_UNRECOGNIZED", f"this path takes {method}, not {request.method}", 405)
                 return handler, [urllib.parse.unquote(group) for group in match.groups()]
-        raise MatrixError("M_UNRECOGNIZED", f"{request.method} is not for this path, {found[0][0]} is", 405)
+        raise MatrixError("M_UNRECOGNIZED", f"{shorten(request.path)} is no path of an application service")
 
     def _check_token(self, request: Request) -> None:
         scheme, _, header = request.headers.get("authorization", "").partition(" ")
         tokens = [token for token in (header.strip() if scheme.lower() == "bearer" else "",
                                       request.query.get("access_token", "")) if token]
         if not tokens:
-            raise MatrixError("M_MISSING_TOKEN", "the hs_token is missing: Authorization: Bearer, or access_token in the query")
+            raise MatrixError("M_MISSING_TOKEN", "no hs_token: Authorization: Bearer, or access_token in the query")
         for token in tokens:
             if not hmac.compare_digest(token.encode(), self.registration.hs_token.encode()):
                 raise MatrixError("M_FORBIDDEN", "this is not the hs_token of this application service")
@@ -4951,6 +5295,8 @@ class AppService:
         with self._delivery:
             if not self.sql("SELECT 1 FROM transactions_done WHERE id = ?", txn_id):
                 for event in events:
+                    if self.stopping:
+                        raise MatrixError("M_UNKNOWN", "the application service stops", 503)
                     if isinstance(event, dict):
                         self._handle(event)
                 self._remember("transactions_done", txn_id, KEPT_TRANSACTIONS)
@@ -5009,34 +5355,35 @@ SEND_QUEUE = 4_096                 # lines that wait for one client; past it the
 IDLE_PING_SECONDS = 90.0           # silence until a PING, and from there to the end
 BURST, LINES_PER_SECOND = 200, 50  # a client that writes faster is read more slowly
 RETRY_FIRST, RETRY_LAST = 0.25, 30.0
-MAX_FAILURES = 10                  # how often a line may be answered by 500 before it is given up
-KEPT_TEXTS = 2_000                 # messages that a reply or a redaction can quote
+MAX_FAILURES = 10                  # how often a line may be answered by 500, or hit a bug, before it is given up
+KEPT_SAID = 2_000                  # messages that a reply or a redaction can be about
 
-NICK = re.compile(r"[A-Za-z\[\]\\`_^{|}][A-Za-z0-9\[\]\\`_^{|}-]{0,%d}" % (NICK_LENGTH - 1))
+NICK = re.compile(rf"(?![0-9-])[A-Za-z0-9\[\]\\`_^{{|}}-]{{1,{NICK_LENGTH}}}")
 CHANNEL = re.compile(r"#[^\x00-\x20,:\x7f]+")
 FOLD = str.maketrans(string.ascii_uppercase + "[]\\~", string.ascii_lowercase + "{}|^")   # RFC 1459, 2.2
 FORMATTING = re.compile(r"\x03(?:\d{1,2}(?:,\d{1,2})?)?|\x04(?:[0-9A-Fa-f]{6})?|[\x00-\x08\x0b-\x1f\x7f]")
-CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f]")
+CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f]")         # in Matrix text, nothing that IRC may take for its own
+ONE_LINE = {0: " ", 10: " ", 13: " "}
 
 MOTD = ("This server is a bridge: its channels are Matrix rooms.",
         "JOIN #lobby, and people on Matrix find you in #{prefix}lobby:{server}.")
 
 #: The numeric replies whose last parameter is always the same.
 NUMERICS = {
-    1: "Welcome to Matrix by way of IRC",       315: "End of WHO list",           422: "There is no message of the day",
-    5: "are supported by this server",          318: "End of WHOIS list",         431: "No nickname given",
-    305: "You are no longer marked as away",    323: "End of LIST",               432: "Erroneous nickname",
-    306: "You have been marked as away",        331: "No topic is set",           433: "Nickname is already in use",
-    366: "End of NAMES list",                   368: "End of channel ban list",   441: "They aren't on that channel",
-    376: "End of MOTD",                         401: "No such nick or channel",   442: "You're not on that channel",
-    403: "No such channel",                     404: "Cannot send to channel",    443: "is already on channel",
-    405: "You have joined too many channels",   407: "Too many recipients",       451: "You have not registered",
-    411: "No recipient given",                  412: "No text to send",           461: "Not enough parameters",
-    421: "Unknown command",                     462: "You may not register again", 482: "Rights are managed on Matrix",
-    501: "Unknown mode flag",                   502: "Cannot change the mode of others",
+    1: "Welcome to Matrix by way of IRC",      401: "No such nick or channel",       433: "Nickname is already in use",
+    5: "are supported by this server",         403: "No such channel",               442: "You're not on that channel",
+    305: "You are no longer marked as away",   404: "Cannot send to channel",        443: "is already on channel",
+    306: "You have been marked as away",       405: "You are on too many channels",  451: "You have not registered",
+    315: "End of WHO list",                    411: "No recipient given",            461: "Not enough parameters",
+    318: "End of WHOIS list",                  412: "No text to send",               462: "You may not register again",
+    323: "End of LIST",                        421: "Unknown command",               482: "Matrix decides on rights",
+    331: "No topic is set",                    431: "No nickname given",             501: "Unknown mode flag",
+    366: "End of NAMES list",                  432: "Erroneous nickname",            502: "Only your own mode, please",
+    368: "End of channel ban list",            376: "End of MOTD",
 }
-FEATURES = ("CASEMAPPING=rfc1459", "CHANTYPES=#", "PREFIX=", "CHANMODES=b,,,n", f"NICKLEN={NICK_LENGTH}", f"CHANNELLEN={CHANNEL_BYTES}",
-            f"TOPICLEN={TOPIC_BYTES}", f"CHANLIMIT=#:{MAX_CHANNELS}", f"MAXTARGETS={MAX_TARGETS}", "NETWORK=asbridge")
+FEATURES = ("CASEMAPPING=rfc1459", "CHANTYPES=#", "PREFIX=", "CHANMODES=b,,,n", f"NICKLEN={NICK_LENGTH}",
+            f"CHANNELLEN={CHANNEL_BYTES}", f"TOPICLEN={TOPIC_BYTES}", f"CHANLIMIT=#:{MAX_CHANNELS}",
+            f"MAXTARGETS={MAX_TARGETS}", "NETWORK=asbridge")
 
 
 def fold(name: str) -> str:
@@ -5053,7 +5400,7 @@ def decode_line(raw: bytes) -> str:
 
 
 def parse_line(line: str) -> tuple[str, list[str]]:
-    """Command, in upper case, and parameters; tags and prefix are left out. An empty command: nothing was said."""
+    """Command, in upper case, and parameters, without tags and prefix. An empty command: nothing was said."""
     while line[:1] in ("@", ":"):
         line = line.partition(" ")[2].lstrip(" ")
     middle, colon, trailing = line.partition(" :")
@@ -5062,9 +5409,9 @@ def parse_line(line: str) -> tuple[str, list[str]]:
 
 
 def split_text(text: str, limit: int) -> list[str]:
-    """Pieces of at most `limit` bytes each, split between words, or else between characters; line ends split, too."""
+    """Pieces of at most `limit` bytes, split at line ends, then between words, or else between characters."""
     pieces = []
-    for line in text.splitlines():
+    for line in re.split(r"[\r\n]+", text):
         rest = line.rstrip()
         while len(data := rest.encode("utf-8", "replace")) > limit:
             piece = data[:limit].decode("utf-8", "ignore")
@@ -5097,6 +5444,11 @@ def as_nick(text: str) -> str:
     """The valid nick that is nearest to any text."""
     nick = re.sub(r"[^A-Za-z0-9\[\]\\`_^{|}-]", "_", text)[:NICK_LENGTH]
     return nick if NICK.fullmatch(nick) else ("_" + nick)[:NICK_LENGTH]
+
+
+def as_user(text: str) -> str:
+    """What stands between ! and @."""
+    return re.sub(r"[^A-Za-z0-9._-]", "_", text)[:10] or "_"
 
 
 def is_channel(name: str) -> bool:
@@ -5153,7 +5505,7 @@ class Channel:
 
 
 class IrcClient(Person):
-    """One IRC connection: a thread reads commands, another writes what waits in the queue, so that nobody waits for this client."""
+    """One IRC connection: one thread reads commands, another writes what is queued; nobody waits for this client."""
 
     def __init__(self, bridge: IrcBridge, sock: socket.socket, host: str) -> None:
         super().__init__("", "", host, "")
@@ -5162,7 +5514,7 @@ class IrcClient(Person):
         self.fate = ""                                       # why the connection ends
         self.queue: queue.Queue[bytes | None] = queue.Queue(SEND_QUEUE)
         self.pause = bell()                                  # what a client that writes too fast waits on
-        self.read_until = 0.0                                # clock time up to which its lines have used up its allowance
+        self.paid_until = 0.0                                # each line read moves it on, and it may not pass the clock
 
     # -- The connection.
 
@@ -5210,9 +5562,9 @@ class IrcClient(Person):
 
     def slow_down(self) -> None:
         now = self.bridge.clock.monotonic()
-        self.read_until = max(self.read_until, now - BURST / LINES_PER_SECOND) + 1 / LINES_PER_SECOND
-        if self.read_until > now:
-            self.bridge.clock.wait(self.pause, self.read_until - now)
+        self.paid_until = max(self.paid_until, now - BURST / LINES_PER_SECOND) + 1 / LINES_PER_SECOND
+        if self.paid_until > now:
+            self.bridge.clock.wait(self.pause, self.paid_until - now)
 
     def write(self) -> None:
         try:
@@ -5225,9 +5577,9 @@ class IrcClient(Person):
 
     def tell(self, line: str) -> None:
         """Queues one line for the client; never waits."""
-        data = CONTROL.sub(lambda m: m[0] if m[0] in "\x01\x02\x03\x0f\x16\x1d\x1f" else " ", line).replace("\n", " ").encode("utf-8", "replace")
+        data = line.translate(ONE_LINE).encode("utf-8", "replace")[:LINE_BYTES]
         try:
-            self.queue.put_nowait(data[:LINE_BYTES].decode("utf-8", "ignore").encode() + b"\r\n")
+            self.queue.put_nowait(data.decode("utf-8", "ignore").encode() + b"\r\n")   # no half character at the end
         except queue.Full:
             self.fate = self.fate or "Too slow to read"
             hang_up(self.sock)
@@ -5269,7 +5621,7 @@ class IrcClient(Person):
     def cap(self, verb: str, *wanted: str) -> None:
         """We have no capabilities, but clients ask first and wait for the answer."""
         verb = verb.upper()
-        self.negotiating = not self.registered and (verb in ("LS", "REQ") or (self.negotiating and verb != "END"))
+        self.negotiating = verb in ("LS", "REQ") or (self.negotiating and verb != "END")
         if verb in ("LS", "LIST"):
             self.tell(f":{IRC_NAME} CAP {self.nick or '*'} {verb} :")
         elif verb == "REQ":
@@ -5284,7 +5636,7 @@ class IrcClient(Person):
         if self.registered:
             self.reply(462)
         else:
-            self.user = re.sub(r"[^A-Za-z0-9._-]", "_", user)[:10] or "_"
+            self.user = as_user(user)
             self.realname = realname
             self.welcome()
 
@@ -5381,7 +5733,8 @@ class IrcClient(Person):
         elif channel:
             now = self.bridge.clock.now()
             self.bridge.change_topic(channel, self.prefix, str(text), now)
-            self.bridge.spool({"do": "topic", "nick": self.nick, "to": channel.name, "topic": text, "ts": now})
+            self.bridge.spool({"do": "topic", "nick": self.nick, "to": channel.name,
+                               "topic": FORMATTING.sub("", str(text)), "ts": now})
 
     def tell_topic(self, channel: Channel) -> None:
         if not channel.topic:
@@ -5390,14 +5743,14 @@ class IrcClient(Person):
         if channel.topic_by:
             self.reply(333, channel.name, channel.topic_by, str(channel.topic_at))
 
-    def names(self, names: str = "", *_: str) -> None:
+    def names(self, names: str = "*", *_: str) -> None:
         for name in filter(None, names.split(",")):
             channel = self.bridge.channels.get(fold(name))
             if channel:
                 self.reply_list(353, "=", channel.name, words=sorted(person.nick for person in channel.people))
             self.reply(366, channel.name if channel else name)
 
-    def list(self, names: str = "", *_: str) -> None:
+    def list_(self, names: str = "", *_: str) -> None:
         wanted = {fold(name) for name in names.split(",") if is_channel(name)}
         self.reply(321, "Channel", "Users  Name")
         for key, channel in sorted(self.bridge.channels.items()):
@@ -5470,7 +5823,7 @@ class IrcClient(Person):
             elif person.away and command == "PRIVMSG":
                 self.reply(301, person.nick, person.away)
         elif command == "PRIVMSG":
-            self.reply(*((404, channel.name) if channel else (403, target) if target.startswith("#") else (401, target)))
+            self.reply(404 if channel else 403 if target.startswith("#") else 401, target)
 
     def away_(self, text: str = "", *_: str) -> None:
         self.away = text
@@ -5524,7 +5877,7 @@ COMMANDS: dict[str, tuple[Callable[..., None], int, bool]] = {
     "ISON":     (IrcClient.ison,     1, False),
     "JOIN":     (IrcClient.join,     1, False),
     "KICK":     (IrcClient.kick,     2, False),
-    "LIST":     (IrcClient.list,     0, False),
+    "LIST":     (IrcClient.list_,    0, False),
     "LUSERS":   (IrcClient.lusers,   0, False),
     "MODE":     (IrcClient.mode,     1, False),
     "MOTD":     (IrcClient.motd,     0, False),
@@ -5545,7 +5898,8 @@ COMMANDS: dict[str, tuple[Callable[..., None], int, bool]] = {
     "WHOIS":    (IrcClient.whois,    1, False),
 }
 
-MEDIA = {"m.image": "an image", "m.video": "a video", "m.audio": "a recording", "m.file": "a file", "m.sticker": "a sticker"}
+MEDIA = {"m.image": "an image", "m.video": "a video", "m.audio": "a recording", "m.file": "a file",
+         "m.sticker": "a sticker"}
 
 
 def strip_quote(body: str) -> tuple[str, str]:
@@ -5557,15 +5911,15 @@ def strip_quote(body: str) -> tuple[str, str]:
 class IrcBridge(AppService):
     """IRC people as ghosts @{prefix}{nick}:server, channels as rooms #{prefix}{channel}:server.
 
-    What IRC hands over is on disk, with its transaction ID, before it is sent to Matrix, and is sent in order by one thread.
-    What is written to an IRC socket and not read there is lost: IRC has no acknowledgement, and a socket dies with its process.
+    What IRC hands over is on disk, with its transaction ID, before it is sent to Matrix, in order, by one thread.
+    What an IRC client had not yet read is lost with its socket: IRC has no acknowledgement.
     """
 
     SCHEMA = AppService.SCHEMA + """
-        CREATE TABLE IF NOT EXISTS irc_spool(n INTEGER PRIMARY KEY AUTOINCREMENT, txn TEXT NOT NULL UNIQUE, job TEXT NOT NULL);
-        CREATE TABLE IF NOT EXISTS irc_channels(name TEXT PRIMARY KEY, room_id TEXT NOT NULL UNIQUE);
-        CREATE TABLE IF NOT EXISTS irc_direct(n INTEGER PRIMARY KEY, room_id TEXT NOT NULL UNIQUE, ghost TEXT NOT NULL, user_id TEXT NOT NULL);
-        CREATE TABLE IF NOT EXISTS irc_nicks(user_id TEXT PRIMARY KEY, nick TEXT NOT NULL);
+        CREATE TABLE IF NOT EXISTS irc_spool(n INTEGER PRIMARY KEY AUTOINCREMENT, txn TEXT UNIQUE, job TEXT);
+        CREATE TABLE IF NOT EXISTS irc_channels(name TEXT PRIMARY KEY, room_id TEXT UNIQUE);
+        CREATE TABLE IF NOT EXISTS irc_direct(n INTEGER PRIMARY KEY, room_id TEXT UNIQUE, ghost TEXT, user_id TEXT);
+        CREATE TABLE IF NOT EXISTS irc_nicks(user_id TEXT PRIMARY KEY, nick TEXT);
     """
     #: event type: method
     EVENTS = {
@@ -5583,16 +5937,17 @@ class IrcBridge(AppService):
         options = registration.sample or {}
         self.prefix = str(options.get("prefix", "_irc_"))
         self.address = (str(options.get("irc_bind", "127.0.0.1")), int(options.get("irc_port", 6667)))
-        self.lock = threading.Lock()                         # guards all below, and every Person and Channel; taken for
-        #                                                      one IRC line or one event, in which nothing waits
+        # Guards all that follows, and every Person and Channel. Held for one IRC line or one event, in which nothing
+        # waits: what goes to IRC is queued, what goes to Matrix is spooled.
+        self.lock = threading.Lock()
         self.people: dict[str, Person] = {}                  # by folded nick: connected IRC clients, people on Matrix
         self.matrix: dict[str, Person] = {}                  # by user ID: people on Matrix
         self.channels: dict[str, Channel] = {}               # by folded name
         self.rooms: dict[str, Channel] = {}                  # by room ID
-        self.direct: dict[str, tuple[str, str]] = {}         # by room ID: ghost and person; a pair's latest room is last
-        self.texts: dict[str, tuple[str, str]] = {}          # by event ID: who said what lately
+        self.direct: dict[str, tuple[str, str]] = {}         # by room ID: ghost and person, the latest room last
+        self.said: dict[str, tuple[str, str]] = {}           # by event ID: who said it, and when
         self.clients: set[IrcClient] = set()
-        # Only for the sender, or set once:
+        # Only the sender's, or set once:
         self.dressed: dict[str, str] = {}                    # by ghost: the display name that it has
         self.work, self.heard = bell(), bell()               # something was spooled; the homeserver was heard of
         self.bells.append(self.heard)
@@ -5613,8 +5968,8 @@ class IrcBridge(AppService):
 
     def start(self) -> None:
         """Listens for IRC, too. Ghosts that a former process has left in channels leave, as nobody is connected."""
-        self._listener = socket.create_server(self.address, family=socket.AF_INET6 if ":" in self.address[0] else socket.AF_INET,
-                                              backlog=128)
+        family = socket.AF_INET6 if ":" in self.address[0] else socket.AF_INET
+        self._listener = socket.create_server(self.address, family=family, backlog=128)
         self._listener.settimeout(1.0)                       # where closing does not wake accept()
         try:
             super().start()
@@ -5632,8 +5987,9 @@ class IrcBridge(AppService):
         if listener:
             hang_up(listener)
             listener.close()
-        for client in list(self.clients):
-            client.close("The bridge stops")
+        with self.lock:
+            for client in self.clients:
+                client.close("The bridge stops")
         release(self.work)
         self.ring()
         if self._sender.is_alive():
@@ -5655,7 +6011,8 @@ class IrcBridge(AppService):
                     return
                 time.sleep(0.1)                              # out of file descriptors, say
                 continue
-            client = IrcClient(self, sock, address[0].replace("::", "0::", 1) if address[0][:1] == ":" else address[0])
+            host = "0" + address[0] if address[0][:1] == ":" else address[0]    # no parameter may start with ':'
+            client = IrcClient(self, sock, host)
             with self.lock:
                 full = len(self.clients) >= MAX_CLIENTS
                 self.clients.add(client)
@@ -5671,6 +6028,9 @@ class IrcBridge(AppService):
     def ghost_id(self, nick: str) -> str:
         return f"@{self.prefix}{to_localpart(nick)}:{self.server_name}"
 
+    def channel_alias(self, name: str) -> str:
+        return f"#{self.prefix}{fold(name)[1:]}:{self.server_name}"
+
     def is_ghost(self, user_id: str) -> bool:
         return user_id.startswith(f"@{self.prefix}") and server_of(user_id) == self.server_name
 
@@ -5679,7 +6039,8 @@ class IrcBridge(AppService):
 
     def client_of(self, ghost: str) -> IrcClient | None:
         """Who is connected and stands behind this ghost."""
-        person = self.people.get(fold(from_localpart(localpart_of(ghost)[len(self.prefix):])))
+        nick = from_localpart(localpart_of(ghost)[len(self.prefix):]) if self.is_ghost(ghost) else ""
+        person = self.people.get(fold(nick))
         return person if isinstance(person, IrcClient) else None
 
     def person(self, user_id: str, realname: str = "") -> Person:
@@ -5696,15 +6057,15 @@ class IrcBridge(AppService):
         return person
 
     def _add_person(self, user_id: str, nick: str) -> Person:
-        user = re.sub(r"[^A-Za-z0-9._-]", "_", localpart_of(user_id))[:10]
-        self.matrix[user_id] = self.people[fold(nick)] = person = Person(nick, user, server_of(user_id), user_id, user_id)
+        person = Person(nick, as_user(localpart_of(user_id)), server_of(user_id), user_id, user_id)
+        self.matrix[user_id] = self.people[fold(nick)] = person
         return person
 
     def nick_of(self, user_id: str) -> str:
-        if self.is_ghost(user_id):
-            client = self.client_of(user_id)
-            return client.nick if client else from_localpart(localpart_of(user_id)[len(self.prefix):])
-        return self.person(user_id).nick
+        if not self.is_ghost(user_id):
+            return self.person(user_id).nick
+        client = self.client_of(user_id)
+        return client.nick if client else from_localpart(localpart_of(user_id)[len(self.prefix):])
 
     def channel(self, name: str) -> Channel:
         if fold(name) not in self.channels:
@@ -5736,7 +6097,8 @@ class IrcBridge(AppService):
         names = [channel.name for channel in client.channels]
         self.spool(*[{"do": "join", "nick": nick, "to": name} for name in names])
         if to_localpart(old) != to_localpart(nick):          # else only the display name changes
-            self.spool(*[{"do": "leave", "nick": old, "to": name, "reason": f"is now known as {nick}"} for name in names])
+            reason = f"is now known as {nick}"
+            self.spool(*[{"do": "leave", "nick": old, "to": name, "reason": reason} for name in names])
 
     def quit(self, client: IrcClient, reason: str) -> None:
         self.clients.discard(client)
@@ -5768,9 +6130,10 @@ class IrcBridge(AppService):
                     if not self._send_one(txn, parse_object(job.encode())):
                         break
                     self.sql("DELETE FROM irc_spool WHERE n = ?", n)
-            except sqlite3.ProgrammingError:
-                if not self.stopping:                        # else the database was closed under us
-                    raise
+            except sqlite3.Error:                            # a full disk, say; or stop() has closed the database
+                if not self.stopping:
+                    log.exception("%s: the spool can't be used", self.registration.id)
+                    self.clock.wait(self.heard, RETRY_LAST)
 
     def _send_one(self, txn: str, job: JsonObject) -> bool:
         """Until it is done or refused for good; False when the bridge stops before."""
@@ -5787,17 +6150,20 @@ class IrcBridge(AppService):
                     self._refused(job, error)
                     return True
                 seconds = max(seconds, error.extra.get("retry_after_ms", 0) / 1000)
-            except Exception:
-                log.exception("a line from IRC can't be sent: %s", job["do"])
-                return True
-            log.warning("%s: can't send, next attempt in %.2f s: %s", self.registration.id, seconds, self._hint(problem))
+            except Exception as error:
+                problem, failures = error, failures + 1
+                log.exception("%s: a job of the IRC bridge failed: %s", self.registration.id, job["do"])
+                if failures >= MAX_FAILURES:
+                    return True
+            log.warning("%s: can't send; again in %.2f s: %s", self.registration.id, seconds, self._hint(problem))
             self.clock.wait(self.heard, seconds)
             seconds = min(2 * seconds, RETRY_LAST)
         return False
 
     def _refused(self, job: JsonObject, error: MatrixError) -> None:
-        log.log(logging.DEBUG if job["do"] in ("leave", "sweep") else logging.WARNING,
-                "%s: the homeserver refuses %s: %s", self.registration.id, {key: job[key] for key in job if key != "body"}, error)
+        what = " ".join(str(job[key]) for key in ("do", "nick", "to") if key in job)
+        log.log(logging.DEBUG if job["do"] == "leave" else logging.WARNING,
+                "%s: the homeserver refuses: %s: %s", self.registration.id, what, error)
         with self.lock:
             client, channel = self.people.get(fold(job.get("nick", ""))), self.channels.get(fold(job.get("to", "")))
             if client and job["do"] == "join" and channel:
@@ -5809,7 +6175,12 @@ class IrcBridge(AppService):
         """The ghost of this nick, with it as display name."""
         intent = self.intent(self.ghost_id(nick))
         if self.dressed.get(intent.user_id) != nick:
-            intent.set_displayname(nick)
+            try:
+                intent.set_displayname(nick)
+            except MatrixError as error:
+                if error.status >= 500 or error.status == 429:
+                    raise
+                log.warning("%s: no display name for %s: %s", self.registration.id, nick, error)
             self.dressed[intent.user_id] = nick
         return intent
 
@@ -5823,13 +6194,13 @@ class IrcBridge(AppService):
         with self.lock:
             channel = self.channel(name)
         if not channel.room_id:
-            localpart = self.prefix + fold(name)[1:]
-            try:                                             # first create, then look: a look-up of our own alias may ask us back
-                room_id = self.bot.create_room(preset="public_chat", room_alias_name=localpart, name=name)
+            alias = self.channel_alias(name)
+            try:                                             # not first a look-up: the homeserver may ask us back
+                room_id = self.bot.create_room(preset="public_chat", room_alias_name=localpart_of(alias), name=name)
             except MatrixError as error:
                 if error.errcode != "M_ROOM_IN_USE":
                     raise
-                room_id = self.bot.resolve(f"#{localpart}:{self.server_name}")
+                room_id = self.bot.resolve(alias)
             self.sql("INSERT OR REPLACE INTO irc_channels VALUES (?, ?)", name, room_id)
             with self.lock:
                 channel.room_id, self.rooms[room_id] = room_id, channel
@@ -5869,7 +6240,8 @@ class IrcBridge(AppService):
     def direct_room(self, ghost: Intent, user_id: str) -> str:
         """The latest room of these two, or a new one to which the person is invited."""
         with self.lock:
-            room_id = next((room for room, pair in reversed(self.direct.items()) if pair == (ghost.user_id, user_id)), "")
+            pair = (ghost.user_id, user_id)
+            room_id = next((room for room in reversed(self.direct) if self.direct[room] == pair), "")
         if not room_id:
             room_id = self._find_direct(ghost, user_id) or ghost.create_room(
                 preset="trusted_private_chat", is_direct=True, invite=[user_id])
@@ -5886,7 +6258,8 @@ class IrcBridge(AppService):
     @staticmethod
     def _present(ghost: Intent, room_id: str) -> set[str]:
         """Who is in a room or invited."""
-        return {member["state_key"] for member in ghost.members(room_id) if member["content"]["membership"] in ("join", "invite")}
+        return {member["state_key"] for member in ghost.members(room_id)
+                if member["content"]["membership"] in ("join", "invite")}
 
     def _keep_direct(self, room_id: str, ghost: str, user_id: str) -> None:
         self.sql("INSERT OR REPLACE INTO irc_direct(room_id, ghost, user_id) VALUES (?, ?, ?)", room_id, ghost, user_id)
@@ -5897,8 +6270,27 @@ class IrcBridge(AppService):
     # The jobs: each may be done again after a crash.
 
     def _do_join(self, job: JsonObject, txn: str) -> None:
-        room_id = self.channel_room(job["to"])
-        self.ghost(job["nick"]).ensure_joined(room_id)
+        ghost, room_id = self.ghost(job["nick"]), self.channel_room(job["to"])
+        try:
+            ghost.ensure_joined(room_id)
+        except MatrixError:
+            if not self._forget_lost_room(job["to"]):
+                raise
+            ghost.ensure_joined(self.channel_room(job["to"]))
+
+    def _forget_lost_room(self, name: str) -> bool:
+        """Whether a channel's alias is gone, as with a homeserver whose database is a new one."""
+        try:
+            self.bot.resolve(self.channel_alias(name))
+            return False
+        except MatrixError as error:
+            if error.errcode != "M_NOT_FOUND":
+                raise
+        with self.lock:
+            channel = self.channel(name)
+            self.rooms.pop(channel.room_id, None)
+            channel.room_id = ""
+        return True
 
     def _do_leave(self, job: JsonObject, txn: str) -> None:
         self.intent(self.ghost_id(job["nick"])).leave(self.channel_room(job["to"]), job["reason"])
@@ -5907,7 +6299,14 @@ class IrcBridge(AppService):
         nick = job["to"] if job["to"].startswith("#") else job["nick"] + ",isnick"
         uri = f"irc://{self.server_name.partition(':')[0]}/{urllib.parse.quote(nick, safe=',')}"
         content = {"msgtype": job["msgtype"], "body": job["body"], "external_url": uri}
-        self.ghost(job["nick"]).send(self.room_of(job), "m.room.message", content, txn, job.get("ts"))
+        room_id = self.room_of(job)
+        try:
+            self.ghost(job["nick"]).send(room_id, "m.room.message", content, txn, job.get("ts"))
+        except MatrixError as error:
+            if error.status in (403, 404):
+                with self.lock:                              # the next word opens another
+                    self._drop_direct(room_id)
+            raise
 
     def _do_topic(self, job: JsonObject, txn: str) -> None:
         room_id, content = self.channel_room(job["to"]), {"topic": job["topic"]}
@@ -5928,7 +6327,7 @@ class IrcBridge(AppService):
         if job["direct"] or self._present(ghost, job["room"]) <= {ghost.user_id, job["user"]}:
             self._keep_direct(job["room"], ghost.user_id, job["user"])
         else:
-            ghost.leave(job["room"], f"only rooms of two and #{self.prefix}channel:{self.server_name} are bridged to IRC")
+            ghost.leave(job["room"], f"IRC sees only rooms of two and #{self.prefix}channel:{self.server_name}")
 
     def _do_refuse(self, job: JsonObject, txn: str) -> None:
         self.intent(job["ghost"]).leave(job["room"], job["reason"])
@@ -5943,8 +6342,10 @@ class IrcBridge(AppService):
     # -- Queries: the homeserver waits for the answer, so they ask it at once.
 
     def on_user_query(self, user_id: str) -> bool:
+        if not self.is_ghost(user_id):
+            return False
         with self.lock:
-            client = self.client_of(user_id) if self.is_ghost(user_id) else None
+            client = self.client_of(user_id)
         if client:
             self.ghost(client.nick)
         return client is not None
@@ -5963,15 +6364,16 @@ class IrcBridge(AppService):
 
     def on_event(self, event: JsonObject) -> None:
         method = self.EVENTS.get(event.get("type", ""))
-        if method and isinstance(event.get("content"), dict) and self.server_name:   # which may ask the homeserver,
-            with self.lock:                                                          # so it comes before the lock
+        if method and isinstance(event.get("content"), dict):
+            assert self.server_name                          # asked of the homeserver before the lock is taken
+            with self.lock:
                 getattr(self, method)(event, self.rooms.get(event["room_id"]))
 
     def _on_message(self, event: JsonObject, channel: Channel | None) -> None:
         sender, pair = event["sender"], self.direct.get(event["room_id"])
         if channel or pair:
             command, text, action = self.readable(event)
-            self._keep_text(event["event_id"], sender, text)
+            self._keep_said(event, self.nick_of(sender))
             if not self.is_ours(sender):
                 self._to_irc(event, channel, command, text, action)
 
@@ -5989,13 +6391,14 @@ class IrcBridge(AppService):
                 client.tell(line)
         elif ghost:
             nick = self.nick_of(ghost)
-            self.spool({"do": "say", "nick": nick, "to": user_id, "room": event["room_id"], "msgtype": "m.notice",
-                        "body": f"{nick} is not on IRC and does not read this."}, txn=f"away-{event['event_id']}")
+            job = {"do": "say", "nick": nick, "to": user_id, "room": event["room_id"], "msgtype": "m.notice"}
+            self.spool({**job, "body": f"{nick} is not on IRC and can't read this."}, txn=f"away-{event['event_id']}")
 
-    def _keep_text(self, event_id: str, sender: str, text: str) -> None:
-        self.texts[event_id] = (self.nick_of(sender), text)
-        if len(self.texts) > KEPT_TEXTS:
-            del self.texts[next(iter(self.texts))]
+    def _keep_said(self, event: JsonObject, nick: str) -> None:
+        at = time.gmtime(event.get("origin_server_ts", 0) / 1000)
+        self.said[event["event_id"]] = (nick, time.strftime("%H:%M:%S UTC", at))
+        if len(self.said) > KEPT_SAID:
+            del self.said[next(iter(self.said))]
 
     def readable(self, event: JsonObject) -> tuple[str, str, bool]:
         """A message as IRC can show it: PRIVMSG or NOTICE, the text, and whether it is an action."""
@@ -6012,7 +6415,7 @@ class IrcBridge(AppService):
             return "NOTICE", "(an encrypted message, which the bridge can't read)", False
         if kind in MEDIA:
             file = content.get("file")
-            url = content.get("url") or (file.get("url") if isinstance(file, dict) else None) or "without a URL"
+            url = content.get("url") or (file.get("url") if isinstance(file, dict) else "")
             return "PRIVMSG", f"{mark}{MEDIA[kind]}: {text} {url}", False
         if "m.in_reply_to" in relation and not relation.get("is_falling_back"):
             text = self._reply(text, relation["m.in_reply_to"])
@@ -6023,16 +6426,16 @@ class IrcBridge(AppService):
     def _reply(self, text: str, to: Any) -> str:
         """'bob: yes', as one answers on IRC."""
         text, user_id = strip_quote(text)
-        nick, _ = self.texts.get(to.get("event_id", "") if isinstance(to, dict) else "", ("", ""))
+        nick, _ = self.said.get(to.get("event_id", "") if isinstance(to, dict) else "", ("", ""))
         nick = nick or (self.nick_of(user_id) if user_id else "")
         return f"{nick}: {text}" if nick else text
 
     def _on_redaction(self, event: JsonObject, channel: Channel | None) -> None:
+        """Says whose and which, but does not repeat what somebody wanted to be gone."""
         if not self.is_ours(event["sender"]):
-            nick, text = self.texts.get(event.get("redacts") or event["content"].get("redacts", ""), ("", ""))
-            whose = "" if nick == self.nick_of(event["sender"]) else f" of {nick}"
-            quote = f"the message{whose}: {shorten(text)}" if nick else "a message"
-            self._to_irc(event, channel, "PRIVMSG", f"deletes {quote}".replace("\n", " "), True)
+            nick, at = self.said.get(event.get("redacts") or event["content"].get("redacts", ""), ("", ""))
+            what = f"{nick}'s message of {at}" if nick else "a message"
+            self._to_irc(event, channel, "PRIVMSG", f"deletes {what}", True)
 
     def _on_topic(self, event: JsonObject, channel: Channel | None) -> None:
         if channel and not self.is_ours(event["sender"]):
@@ -6076,7 +6479,8 @@ class IrcBridge(AppService):
         elif membership == "invite" and client:
             self.spool({"do": "accept", "direct": event["content"].get("is_direct") is True, **job}, txn=txn)
         elif membership == "invite":
-            reason = f"{self.nick_of(ghost)} is not on IRC" if self.is_ghost(ghost) else f"join #{self.prefix}channel:{self.server_name}"
+            reason = (f"{self.nick_of(ghost)} is not on IRC" if self.is_ghost(ghost)
+                      else f"join #{self.prefix}channel:{self.server_name}")
             self.spool({"do": "refuse", "reason": reason, **job}, txn=txn)
         elif membership in ("leave", "ban") and channel and client:
             if client in channel.people:
@@ -6088,12 +6492,19 @@ class IrcBridge(AppService):
 
     def _forget_direct(self, event: JsonObject) -> None:
         """One of the two has left: the ghost leaves, too, and the next word opens a new room."""
-        pair = self.direct.pop(event["room_id"], None)
-        if pair:
-            self.sql("DELETE FROM irc_direct WHERE room_id = ?", event["room_id"])
-            if event["state_key"] != pair[0]:
-                self.spool({"do": "refuse", "ghost": pair[0], "room": event["room_id"], "reason": "alone here"},
-                           txn=f"member-{event['event_id']}")
+        ghost = self._drop_direct(event["room_id"])
+        if ghost and event["state_key"] != ghost:
+            self.spool({"do": "refuse", "ghost": ghost, "room": event["room_id"], "reason": "alone here"},
+                       txn=f"member-{event['event_id']}")
+
+    def _drop_direct(self, room_id: str) -> str:
+        """The ghost whose direct room this was, or ''."""
+        ghost, _ = self.direct.pop(room_id, ("", ""))
+        if ghost:
+            self.sql("DELETE FROM irc_direct WHERE room_id = ?", room_id)
+        return ghost
+
+
 # ============================================================================
 # 12. Running it
 # ============================================================================
@@ -6113,8 +6524,10 @@ SAMPLE_REGISTRATION: JsonObject = {
         "rooms": [],
     },
     "uris": {
-        "users": [{"regex": "irc://localhost/(?P<nick>[^,/?#]+),(?:isuser|isnick)", "user_id": "@_irc_{nick}:{server_name}"}],
-        "aliases": [{"regex": "irc://localhost/(?:%23|#)?(?P<channel>[^,/?#]+)(?:,ischannel)?", "alias": "#_irc_{channel}:{server_name}"}],
+        "users": [{"regex": "irc://localhost/(?P<nick>[^,/?#]+),(?:isuser|isnick)",
+                   "user_id": "@_irc_{nick}:{server_name}"}],
+        "aliases": [{"regex": "irc://localhost/(?:%23|#)?(?P<channel>[^,/?#]+)(?:,ischannel)?",
+                     "alias": "#_irc_{channel}:{server_name}"}],
     },
     "asbridge.sample": {"irc_port": 6667},
 }
@@ -6140,10 +6553,12 @@ class Homeserver:
     are Registration objects, or plain objects as in a registration file. `keys` are those of the configuration.
     """
 
-    def __init__(self, registrations: Sequence[Any] = (), *, port: int = 0, database: str = ":memory:", clock: Clock | None = None,
+    def __init__(self, registrations: Sequence[Any] = (), *, port: int = 0, database: str = ":memory:",
+                 clock: Clock | None = None,
                  samples: bool = True, **keys: Any) -> None:
         self.config = Config(**{"public_url": "", **keys}, port=port, database=database,
-                             registrations=to_registrations(registrations, keys.get("server_name", "localhost")))
+                             registrations=to_registrations(registrations,
+                                                            keys.get("server_name", "localhost")))
         self.clock = clock or Clock()
         self.samples: list[AppService] = []
         self._run_samples = samples
@@ -6159,13 +6574,17 @@ class Homeserver:
         return f"http://{f'[{host}]' if ':' in host and host[0] != '[' else host}:{self.port}"
 
     def start(self) -> Homeserver:
-        """Returns when everything listens. OSError if a port is taken, DatabaseError if the database can't be used."""
+        """Returns when everything listens. OSError if a port is taken, DatabaseError if the database can't be
+        used.
+        """
         config = self.config
         self._server = HttpServer((config.bind, config.port), lambda request: self.api(request))
         try:
             config.public_url = config.public_url or self.url
-            registrations = [self._sample(one) if one.sample is not None and self._run_samples else one for one in config.registrations]
-            self.world = World(config, self.clock, Registrations(config.server_name, registrations), config.database)
+            registrations = [self._sample(one) if one.sample is not None and self._run_samples else one
+                             for one in config.registrations]
+            self.world = World(config, self.clock, Registrations(config.server_name, registrations),
+                               config.database)
         except BaseException:
             for sample in self.samples:
                 sample.stop()
@@ -6182,7 +6601,8 @@ class Homeserver:
         return self
 
     def _sample(self, registration: Registration) -> Registration:
-        """Makes the sample application service of a registration listen; the registration with its real port."""
+        """Makes the sample application service of a registration listen; the registration with its real port.
+        """
         sample = IrcBridge(registration, self.url, beside(self.config.database, registration.id), self.clock)
         self.samples.append(sample)
         sample.listen()
@@ -6225,7 +6645,8 @@ class Homeserver:
     def waiting(self) -> dict[str, int]:
         """Events that application services have not acknowledged, by application service."""
         with self.world.store.read() as reader:
-            counts = {registration.id: reader.count_waiting(registration.id) for registration in self.world.registrations}
+            counts = {registration.id: reader.count_waiting(registration.id)
+                      for registration in self.world.registrations}
         return {id: count for id, count in counts.items() if count}
 
     def settle(self, timeout: float = 5.0) -> None:
@@ -6233,15 +6654,20 @@ class Homeserver:
         deadline = time.monotonic() + timeout
         while waiting := self.waiting():
             if time.monotonic() > deadline:
-                stuck = [f"{count} events for {id!r}, after {worker.failures} failed attempts" for id, count in waiting.items()
+                stuck = [f"{count} events for {id!r}, after {worker.failures} failed attempts" for id,
+                         count in waiting.items()
                          if (worker := self.delivery.worker(id))]
-                raise AssertionError(f"not settled after {timeout} s: " + "; ".join(stuck or map(str, waiting.items())))
+                raise AssertionError(f"not settled after {timeout} s: "
+                                     + "; ".join(stuck or map(str, waiting.items())))
             time.sleep(0.002)
 
     def transactions(self, id: str) -> list[JsonObject]:
-        """What was pushed to an application service: txn_id, events and whether it was acknowledged, old to new."""
+        """What was pushed to an application service: txn_id, events and whether it was acknowledged, old to
+        new.
+        """
         with self.world.store.read() as reader:
-            return [{"txn_id": str(txn_id), "events": json.loads(body)["events"], "acknowledged": acknowledged is not None}
+            return [{"txn_id": str(txn_id), "events": json.loads(body)["events"],
+                     "acknowledged": acknowledged is not None}
                     for txn_id, body, acknowledged in reader.transactions(id)]
 
     def reason(self, event_id: str, id: str) -> str | None:
@@ -6252,7 +6678,8 @@ class Homeserver:
 
 def to_registrations(sources: Sequence[Any], server_name: str) -> list[Registration]:
     """Registration objects of what an embedding program gives; ConfigError with everything that is wrong."""
-    reader = ConfigReader({"server_name": server_name, "registrations": list(sources)}, "registrations", os.curdir)
+    reader = ConfigReader({"server_name": server_name, "registrations": list(sources)}, "registrations",
+                          os.curdir)
     return list(reader.read().registrations)
 
 
@@ -6300,7 +6727,8 @@ class ConfigReader:
         self.findings.append(Finding(f"{self.where}: {key}" if key else self.where, what, right))
 
     def read(self) -> Config:
-        values = {key: value for key, value in self.data.items() if key != "registrations" and self._check(key, value)}
+        values = {key: value for key, value in self.data.items() if key != "registrations"
+                  and self._check(key, value)}
         sources = self.data.get("registrations", [])
         registrations = self._registrations(sources if self._check("registrations", sources) else [])
         self.findings += check_together(registrations)
@@ -6317,7 +6745,8 @@ class ConfigReader:
             self.wrong(key, "is not a key of the configuration", f"the nearest one is {near[0]!r}")
             return False
         type_, right = CONFIG_KEYS[key]
-        good = any(is_a(value, one) for one in (type_ if isinstance(type_, tuple) else (type_,))) and self._fits(key, value)
+        good = any(is_a(value, one) for one in (type_ if isinstance(type_, tuple)
+                                                else (type_,))) and self._fits(key, value)
         if not good:
             self.wrong(key, f"is {shorten(value)}", f"write {right}")
         return good
@@ -6332,7 +6761,8 @@ class ConfigReader:
             return value in ROOM_VERSIONS
         if key == "rate_limit":
             return value is None or (value.keys() == {"per_second", "burst"} and all(
-                isinstance(number, (int, float)) and not isinstance(number, bool) and number > 0 for number in value.values()))
+                isinstance(number, (int, float)) and not isinstance(number,
+                                                                    bool) and number > 0 for number in value.values()))
         return value > 0 if is_a(value, int) else True
 
     def _registrations(self, sources: Iterable[Any]) -> list[tuple[str, Registration]]:
@@ -6357,9 +6787,11 @@ class ConfigReader:
             with open(path, encoding="utf-8") as file:
                 return parse_registration(file.read())
         except OSError as error:
-            self.wrong(f"registrations[{index}]", f"{path} can't be read: {error.strerror}", "write a path relative to this file")
+            self.wrong(f"registrations[{index}]", f"{path} can't be read: {error.strerror}",
+                       "write a path relative to this file")
         except ValueError as error:
-            self.findings.append(Finding(path, f"is neither JSON nor plain YAML: {error}", "see the README, Registration"))
+            self.findings.append(Finding(path, f"is neither JSON nor plain YAML: {error}",
+                                         "see the README, Registration"))
         return None
 
 
@@ -6371,7 +6803,8 @@ def read_config(path: str) -> Config:
     except OSError as error:
         raise ConfigError([Finding(path, f"can't be read: {error.strerror}", "write --config FILE")]) from None
     except ValueError as error:
-        raise ConfigError([Finding(path, f"is neither JSON nor plain YAML: {error}", "see the README, Configuration")]) from None
+        raise ConfigError([Finding(path, f"is neither JSON nor plain YAML: {error}",
+                                   "see the README, Configuration")]) from None
     if isinstance(data, dict) and "as_token" in data:
         data = {"registrations": [os.path.basename(path)]}
     return ConfigReader(data, path, os.path.dirname(path)).read()
@@ -6388,15 +6821,21 @@ HELP_END = """examples:
 
 
 def parse_args(arguments: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="asbridge.py", epilog=HELP_END, formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = argparse.ArgumentParser(prog="asbridge.py", epilog=HELP_END,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter,
                                      description="A Matrix homeserver with the whole Application Service API, and an IRC bridge.")
     parser.add_argument("--config", metavar="FILE", help="a configuration, or one registration (JSON or YAML)")
-    parser.add_argument("--role", choices=("both", "homeserver", "appservice"), default="both", help="run only one half")
-    parser.add_argument("--homeserver", metavar="URL", default="http://127.0.0.1:8008", help="for --role appservice")
+    parser.add_argument("--role", choices=("both", "homeserver", "appservice"), default="both",
+                        help="run only one half")
+    parser.add_argument("--homeserver", metavar="URL", default="http://127.0.0.1:8008",
+                        help="for --role appservice")
     for flag, kind in (("server-name", str), ("bind", str), ("port", int), ("database", str)):
-        parser.add_argument(f"--{flag}", type=kind, help=f"{CONFIG_KEYS[flag.replace('-', '_')][1]} (overrides the file)")
-    parser.add_argument("--port-file", metavar="FILE", help="write the real port there, once everything listens")
-    parser.add_argument("--trace", action="store_true", help="show the traffic between homeserver and application services")
+        parser.add_argument(f"--{flag}", type=kind, help=f"{CONFIG_KEYS[flag.replace('-', '_')][1]} "
+                            f"(overrides the file)")
+    parser.add_argument("--port-file", metavar="FILE", help="write the real port there, once everything "
+                        "listens")
+    parser.add_argument("--trace", action="store_true", help="show the traffic between homeserver and "
+                        "application services")
     parser.add_argument("--log-format", choices=("text", "json"), default="text")
     parser.add_argument("-v", "--verbose", action="store_true", help="log every request")
     parser.add_argument("-q", "--quiet", action="store_true", help="log only what goes wrong")
@@ -6404,7 +6843,8 @@ def parse_args(arguments: Sequence[str]) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", metavar="generate | routes")
     generate = commands.add_parser("generate", help="print a fresh registration")
     generate.add_argument("id")
-    generate.add_argument("--url", default="http://127.0.0.1:29300", help="where the application service listens")
+    generate.add_argument("--url", default="http://127.0.0.1:29300", help="where the application service "
+                          "listens")
     generate.add_argument("--prefix", help="of its users and aliases (default: the ID and '_')")
     commands.add_parser("routes", help="print the table of endpoints")
     return parser.parse_args(arguments)
@@ -6437,7 +6877,8 @@ class JsonLines(logging.Formatter):
 
 def set_up_log(args: argparse.Namespace) -> None:
     handler = logging.StreamHandler()
-    handler.setFormatter(JsonLines() if args.log_format == "json" else logging.Formatter("%(asctime)s %(levelname)-7s %(message)s"))
+    handler.setFormatter(JsonLines() if args.log_format == "json"
+                         else logging.Formatter("%(asctime)s %(levelname)-7s %(message)s"))
     log.addHandler(handler)
     log.propagate = False
     log.setLevel(logging.DEBUG if args.verbose else logging.WARNING if args.quiet else logging.INFO)
@@ -6452,8 +6893,10 @@ def config_of(args: argparse.Namespace) -> Config:
         value = getattr(args, key)
         if value is not None and reader._check(key, value):
             setattr(config, key, value)
-    if args.role == "appservice" and not any(registration.sample is not None for registration in config.registrations):
-        reader.wrong("--role appservice", "has nothing to run", "a registration needs the key \"asbridge.sample\": {\"irc_port\": 6667}")
+    if args.role == "appservice" and not any(registration.sample is not None
+                                             for registration in config.registrations):
+        reader.wrong("--role appservice", "has nothing to run", "a registration needs the key "
+                     "\"asbridge.sample\": {\"irc_port\": 6667}")
     if reader.findings:
         raise ConfigError(reader.findings)
     return config
@@ -6461,10 +6904,15 @@ def config_of(args: argparse.Namespace) -> Config:
 
 def describe(hs: Homeserver) -> None:
     """Says of each application service what it is, whether it answers, and what waits for it."""
-    waiting = hs.waiting()
+    try:
+        waiting = hs.waiting()
+    except MatrixError:                                      # stopped already
+        return
     for registration in hs.world.registrations:
-        names = ", ".join(str(namespace) for kind in KINDS for namespace in registration.namespaces[kind]) or "no namespaces"
-        log.info("application service %s at %s (%s): %s; %d events wait; %s", registration.id, registration.url, reachable(registration.url),
+        names = ", ".join(str(namespace) for kind in KINDS
+                          for namespace in registration.namespaces[kind]) or "no namespaces"
+        log.info("application service %s at %s (%s): %s; %d events wait; %s", registration.id,
+                 registration.url, reachable(registration.url),
                  registration.sender(hs.world.name), waiting.get(registration.id, 0), names)
 
 
@@ -6473,7 +6921,8 @@ def reachable(url: str | None) -> str:
         return "nothing is sent"
     parts = urllib.parse.urlsplit(url)
     try:
-        socket.create_connection((parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80)), 1).close()
+        socket.create_connection((parts.hostname or "", parts.port
+                                  or (443 if parts.scheme == "https" else 80)), 1).close()
         return "answers"
     except OSError:
         return "does not answer yet"
@@ -6484,7 +6933,7 @@ def suggestions(hs: Homeserver) -> list[str]:
     port = next((sample.irc_port for sample in hs.samples if isinstance(sample, IrcBridge)), None)
     register = """-d '{"username": "alice", "password": "wonderland", "auth": {"type": "m.login.dummy"}}'"""
     talk = r"(printf 'NICK bob\r\nUSER bob 0 * :Bob\r\nJOIN #lobby\r\nPRIVMSG #lobby :hello from IRC\r\n'; cat)"
-    return [f"irssi --noconnect=no -c 127.0.0.1 -p {port} -n bob      # then: /join #lobby", f"{talk} | nc 127.0.0.1 {port}",
+    return [f"irssi -c 127.0.0.1 -p {port} -n bob      # then: /join #lobby", f"{talk} | nc 127.0.0.1 {port}",
             f"curl -s {hs.url}/_matrix/client/v3/register {register}"] if port else []
 
 
@@ -6494,14 +6943,15 @@ def run(config: Config, args: argparse.Namespace) -> int:
         signal.signal(number, lambda number, frame: os._exit(1) if stop.is_set() else stop.set())
     if args.role == "appservice":
         return run_samples(config, args.homeserver, stop)
-    hs = Homeserver(samples=args.role == "both", **{entry.name: getattr(config, entry.name) for entry in dataclasses.fields(config)})
+    hs = Homeserver(samples=args.role == "both", **{entry.name: getattr(config, entry.name)
+                                                    for entry in dataclasses.fields(config)})
     try:
         hs.start()
     except (OSError, DatabaseError) as error:
         print(why_not_started(error, config), file=sys.stderr)
         return 1
     try:
-        describe(hs)
+        threading.Thread(target=describe, args=(hs,), name="describe", daemon=True).start()
         for line in suggestions(hs) if not args.quiet else ():
             print(f"  try: {line}", file=sys.stderr)
         if args.port_file:
@@ -6515,7 +6965,8 @@ def run(config: Config, args: argparse.Namespace) -> int:
 
 def run_samples(config: Config, homeserver: str, stop: threading.Event) -> int:
     """Only the sample application services, for another homeserver."""
-    samples = [IrcBridge(one, homeserver, beside(config.database, one.id)) for one in config.registrations if one.sample is not None]
+    samples = [IrcBridge(one, homeserver, beside(config.database, one.id)) for one in config.registrations
+               if one.sample is not None]
     try:
         for sample in samples:
             sample.start()
@@ -6523,7 +6974,8 @@ def run_samples(config: Config, homeserver: str, stop: threading.Event) -> int:
         print(why_not_started(error, config), file=sys.stderr)
         return 1
     try:
-        print("asbridge ready at " + ", ".join(f"{sample.url} (IRC on port {sample.irc_port})" for sample in samples), flush=True)
+        print("asbridge ready at " + ", ".join(f"{sample.url} (IRC on port {sample.irc_port})"
+                                               for sample in samples), flush=True)
         stop.wait()
     finally:
         for sample in samples:
