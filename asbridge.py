@@ -189,8 +189,13 @@ def check_id(sigil: str, text: object, server_name: str | None = None) -> str:
 
 def shorten(value: object, limit: int = 80) -> str:
     """A value as it can stand in an error text."""
-    text = json.dumps(value, ensure_ascii=True) if not isinstance(value, str) else value
+    text = value if isinstance(value, str) else json.dumps(value)
     return text if len(text) <= limit else text[:limit] + "…"
+
+
+def quoted(value: object) -> str:
+    """The same as JSON, so that 1 and "1" can be told apart."""
+    return shorten(json.dumps(value, ensure_ascii=False))
 
 
 def to_localpart(text: str) -> str:
@@ -250,7 +255,7 @@ def parse_object(data: bytes) -> JsonObject:
     """A JSON object from a request body; an empty body is {}."""
     value = parse_json(data) if data else {}
     if not isinstance(value, dict):
-        raise MatrixError("M_BAD_JSON", f"the body must be a JSON object, not {shorten(value)}")
+        raise MatrixError("M_BAD_JSON", f"the body must be a JSON object, not {quoted(value)}")
     return value
 
 
@@ -287,7 +292,7 @@ def field(body: JsonObject, key: str, type_: type[T], default: Any = ...) -> T:
             raise MatrixError("M_MISSING_PARAM", f"the body must have {key!r}: {TYPE_NAMES[type_]}")
         return cast(T, default)
     if not is_a(value, type_):
-        raise MatrixError("M_BAD_JSON", f"{key!r} must be {TYPE_NAMES[type_]}, not {shorten(value)}")
+        raise MatrixError("M_BAD_JSON", f"{key!r} must be {TYPE_NAMES[type_]}, not {quoted(value)}")
     return cast(T, value)
 
 
@@ -1092,12 +1097,12 @@ class RegistrationReader:
                 if required:
                     self.wrong(key, "is missing", f"write {right}")
             elif not is_a(self.data[key], type_):
-                self.wrong(key, f"is {shorten(self.data[key])}", f"write {right}")
+                self.wrong(key, f"is {quoted(self.data[key])}", f"write {right}")
         self._check_words()
         namespaces = {kind: self._namespaces(kind) for kind in KINDS}
         uris, sample = self._uris(), self.data.get("asbridge.sample")
         if sample is not None and not is_a(dict(sample).get("irc_port", 6667), int):
-            self.wrong("asbridge.sample.irc_port", f"is {shorten(sample['irc_port'])}", "write a port number")
+            self.wrong("asbridge.sample.irc_port", f"is {quoted(sample['irc_port'])}", "write a port number")
         if self.findings:
             return None
         get = self.data.get
@@ -1115,9 +1120,9 @@ class RegistrationReader:
         if isinstance(url, str):
             parts = urllib.parse.urlsplit(url)
             if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
-                self.wrong("url", f"is {shorten(url)}", f"write {REGISTRATION_KEYS['url'][2]}")
-        if isinstance(sender, str) and not HISTORICAL_LOCALPART.fullmatch(sender):
-            self.wrong("sender_localpart", f"is {shorten(sender)}",
+                self.wrong("url", f"is {quoted(url)}", f"write {REGISTRATION_KEYS['url'][2]}")
+        if isinstance(sender, str) and (sender[:1] == "@" or not HISTORICAL_LOCALPART.fullmatch(sender)):
+            self.wrong("sender_localpart", f"is {quoted(sender)}",
                        f"write {REGISTRATION_KEYS['sender_localpart'][2]}")
         for key in ("id", "as_token", "hs_token"):
             if self.data.get(key) == "":
@@ -1130,7 +1135,7 @@ class RegistrationReader:
     def _items(self, data: JsonObject, key: str, path: str) -> list[Any]:
         value = data.get(key)
         if value is not None and not isinstance(value, list):
-            self.wrong(path, f"is {shorten(value)}", "write a list")
+            self.wrong(path, f"is {quoted(value)}", "write a list")
         return value if isinstance(value, list) else []
 
     def _namespaces(self, kind: str) -> tuple[Namespace, ...]:
@@ -1173,7 +1178,7 @@ class RegistrationReader:
                 if pattern and self._fits(template, pattern):
                     found.append(UriRule(kind, pattern, str(template)))
                 elif pattern:
-                    self.wrong(f"{path}.{key}", f"is {shorten(template)}",
+                    self.wrong(f"{path}.{key}", f"is {quoted(template)}",
                                f"write an ID with the regex's named groups and server_name in braces: {KINDS[kind]}irc_{{nick}}:{{server_name}}")
         return tuple(found)
 
@@ -3487,7 +3492,7 @@ class SyncFilter:
         self.lazy = any(bool(self._part(room, part).get("lazy_load_members")) for part in ("state", "timeline"))
         limit = timeline.get("limit", TIMELINE)
         if not is_a(limit, int):
-            raise MatrixError("M_BAD_JSON", f"limit in a filter must be an integer, not {shorten(limit)}")
+            raise MatrixError("M_BAD_JSON", f"limit in a filter must be an integer, not {quoted(limit)}")
         self.limit = min(max(limit, 1), MAX_PAGE)
 
     @staticmethod
@@ -4609,7 +4614,7 @@ def get_visibility(call: Call) -> Any:
 def put_visibility(call: Call) -> Any:
     visibility = field(call.body, "visibility", str, "public")
     if visibility not in ("public", "private"):
-        raise MatrixError("M_INVALID_PARAM", f"visibility must be public or private, not {shorten(visibility)}")
+        raise MatrixError("M_INVALID_PARAM", f"visibility must be public or private, not {quoted(visibility)}")
     call.api.rooms.publish(call.who, call["roomId"], visibility == "public")
     return {}
 
@@ -6748,7 +6753,7 @@ class ConfigReader:
         good = any(is_a(value, one) for one in (type_ if isinstance(type_, tuple)
                                                 else (type_,))) and self._fits(key, value)
         if not good:
-            self.wrong(key, f"is {shorten(value)}", f"write {right}")
+            self.wrong(key, f"is {quoted(value)}", f"write {right}")
         return good
 
     @staticmethod
