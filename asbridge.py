@@ -73,6 +73,7 @@ import http.client
 import http.server
 import json
 import logging
+import math
 import os
 import queue
 import random
@@ -203,7 +204,7 @@ def to_localpart(text: str) -> str:
     other character sets).
     """
     return re.sub(rb"[^a-z0-9._/+-]", lambda m: b"=%02x" % m[0][0],
-                  text.lower().encode("utf-8", "replace")).decode("ascii")
+                  text.encode("utf-8", "replace").lower()).decode("ascii")
 
 
 def from_localpart(localpart: str) -> str:
@@ -222,6 +223,7 @@ _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=
 canonical_json: Callable[[Any], str] = json.JSONEncoder(
     ensure_ascii=False, separators=(",", ":"), sort_keys=True, allow_nan=False).encode
 MAX_INT = 2**53 - 1
+MAX_DEPTH = 100                  # of nested objects and lists
 
 
 def to_json(value: Any) -> str:
@@ -235,15 +237,28 @@ def to_json(value: Any) -> str:
     return _encode(value)
 
 
-def _not_json(constant: str) -> Any:
-    raise ValueError(f"{constant} is not JSON")
+def _finite(number: str) -> float:
+    value = float(number)
+    if not math.isfinite(value):
+        raise ValueError(f"{number} is no number of JSON")
+    return value
+
+
+def nests_deeper(value: Any, limit: int) -> bool:
+    level = [value]
+    for _ in range(limit):
+        level = [item for one in level if isinstance(one, (dict, list))
+                 for item in (one.values() if isinstance(one, dict) else one)]
+    return bool(level)
 
 
 def parse_json(data: bytes | str) -> Any:
     """The value of a JSON text; M_NOT_JSON if it is none. A lone surrogate is not text and is refused, too."""
     try:
         text = data if isinstance(data, str) else data.decode("utf-8")
-        value = json.loads(text, parse_constant=_not_json)
+        value = json.loads(text, parse_float=_finite, parse_constant=_finite)
+        if text.count("[") + text.count("{") > MAX_DEPTH and nests_deeper(value, MAX_DEPTH):
+            raise ValueError(f"nested deeper than {MAX_DEPTH} levels")
         if "\\ud" in text or "\\uD" in text:
             _encode(value).encode("utf-8")
         return value
@@ -349,6 +364,7 @@ def release(lock: Any) -> None:
 
 
 log = logging.getLogger("asbridge")
+log.addHandler(logging.NullHandler())                        # silent, unless whoever runs us wants it otherwise
 # what passes between homeserver and application services
 trace = logging.getLogger("asbridge.trace")
 
@@ -363,11 +379,14 @@ trace = logging.getLogger("asbridge.trace")
 
 HEAD_SECONDS = 10.0                # from the first byte of a request to the end of its head
 IDLE_SECONDS = 10.0                # how often a silent connection looks whether the server stops
+LINGER_SECONDS = 2.0               # before a connection is closed on somebody who is still sending
 ANSWER_SECONDS = 30.0              # for an answer to be taken
 BODY_BYTES_PER_SECOND = 20_000     # a body may take HEAD_SECONDS and its size at this rate
 MAX_HEAD_BYTES = 65_536
 MAX_HEADERS = 100
 TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")   # RFC 9110, 5.6.2
+CONTROLS = re.compile(r"[\x00-\x20\x7f]")
+BARE_LF = re.compile(rb"(?<!\r)\n")
 
 
 @dataclass(slots=True)
@@ -404,7 +423,8 @@ class Request:
         except ValueError:
             raise bad_request(f"the request line {shorten(lines[0])!r} is not 'METHOD target "
                               f"HTTP/1.1'") from None
-        if self.version not in ("HTTP/1.1", "HTTP/1.0") or not TOKEN.fullmatch(self.method):
+        if (self.version not in ("HTTP/1.1", "HTTP/1.0") or not TOKEN.fullmatch(self.method)
+                or CONTROLS.search(target)):
             raise bad_request(f"{shorten(lines[0])!r} is not an HTTP/1.1 request")
         if target[:1] != "/" and "://" in target:            # the absolute form, as to a proxy
             target = "/" + target.split("://", 1)[1].partition("/")[2]
@@ -423,7 +443,7 @@ class Request:
                 raise bad_request("only Transfer-Encoding: chunked is taken, and never beside a Content-Length")
             return -1
         length = lengths.pop()
-        if lengths or not (length.isascii() and length.isdigit()):
+        if lengths or not (length.isascii() and length.isdigit() and len(length) < 16):
             raise bad_request("Content-Length must be one decimal number")
         return int(length)
 
@@ -447,7 +467,7 @@ class Request:
         if self.headers.get("expect", "").lower() == "100-continue":
             self._connection.send(b"HTTP/1.1 100 Continue\r\n\r\n")
         if unread > 0:
-            return self._connection.read(unread)
+            return self._connection.read(unread, body_deadline(unread))
         self._unread = -1
         body = self._connection.read_chunks(limit)
         self._unread = 0
@@ -465,6 +485,10 @@ class Request:
 
 def bad_request(error: str, status: int = 400) -> MatrixError:
     return MatrixError("M_UNKNOWN", error, status)
+
+
+def body_deadline(size: int) -> float:
+    return time.monotonic() + HEAD_SECONDS + size / BODY_BYTES_PER_SECOND
 
 
 def too_large(limit: int) -> MatrixError:
@@ -510,6 +534,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
         except MatrixError as error:
             with contextlib.suppress(OSError):
                 self.send(json_response(error.status, error.body()).render(close=True))
+                self.linger()
         except OSError:
             pass                                             # the client went away
 
@@ -518,23 +543,40 @@ class Connection(http.server.BaseHTTPRequestHandler):
         self.idle_since = None
         request = Request(head.decode("latin-1"), self)
         response = self.server.app(request)
-        keep = request.finish() and request.keep_alive and not self.server.stopping
+        read = request.finish()
+        keep = read and request.keep_alive and not self.server.stopping
         self.send(response.render(request.method == "HEAD", close=not keep))
+        if not read:
+            self.linger()
         return keep
+
+    def linger(self) -> None:
+        """Takes what is still being sent, for a moment: closed at once, the client would not get to read the answer."""
+        self.request.shutdown(socket.SHUT_WR)
+        self.request.settimeout(LINGER_SECONDS)
+        deadline = time.monotonic() + LINGER_SECONDS
+        while self.request.recv(65_536) and time.monotonic() < deadline:
+            pass
 
     def read_head(self) -> bytes | None:
         """The next head, without its empty line; None when the client has closed."""
         deadline = time.monotonic() + HEAD_SECONDS if self.buffer else None
-        while (end := self.buffer.find(b"\r\n\r\n")) < 0:
-            if len(self.buffer) > MAX_HEAD_BYTES:
-                raise bad_request(f"the head of a request may have {MAX_HEAD_BYTES} bytes at most", 431)
+        while (end := self.skip_empty_lines().find(b"\r\n\r\n")) < 0 and len(self.buffer) <= MAX_HEAD_BYTES:
+            if BARE_LF.search(self.buffer):
+                raise bad_request("the lines of a head end in CRLF, not in LF alone")
             if not self.receive(deadline):
                 return None
-            if not deadline:
-                self.buffer = self.buffer.lstrip(b"\r\n")    # RFC 9112, 2.2
-                deadline = time.monotonic() + HEAD_SECONDS
+            deadline = deadline or time.monotonic() + HEAD_SECONDS
+        if not 0 <= end <= MAX_HEAD_BYTES:
+            raise bad_request(f"the head of a request may have {MAX_HEAD_BYTES} bytes at most", 431)
         head, self.buffer = self.buffer[:end], self.buffer[end + 4:]
         return head
+
+    def skip_empty_lines(self) -> bytes:
+        """The buffer, without what may stand before a request (RFC 9112, 2.2)."""
+        if self.buffer[:1] in (b"\r", b"\n"):
+            self.buffer = self.buffer.lstrip(b"\r\n")
+        return self.buffer
 
     def receive(self, deadline: float | None) -> bool:
         """Adds to the buffer; False at the end of the stream. Without a deadline it waits for ever."""
@@ -549,8 +591,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
                     continue
             raise bad_request("the request did not come in time", 408)
 
-    def read(self, size: int) -> bytes:
-        deadline = time.monotonic() + HEAD_SECONDS + size / BODY_BYTES_PER_SECOND
+    def read(self, size: int, deadline: float) -> bytes:
         if len(self.buffer) < size:
             parts, have = [self.buffer], len(self.buffer)
             while have < size:
@@ -563,8 +604,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
         data, self.buffer = self.buffer[:size], self.buffer[size:]
         return data
 
-    def read_line(self) -> bytes:
-        deadline = time.monotonic() + HEAD_SECONDS
+    def read_line(self, deadline: float) -> bytes:
         while (end := self.buffer.find(b"\r\n")) < 0:
             if len(self.buffer) > 4096 or not self.receive(deadline):
                 raise bad_request("a chunk of the body does not start with its size")
@@ -573,9 +613,9 @@ class Connection(http.server.BaseHTTPRequestHandler):
 
     def read_chunks(self, limit: int) -> bytes:
         parts: list[bytes] = []
-        left = limit
+        left, deadline = limit, body_deadline(limit)
         while True:
-            size = self.read_line().partition(b";")[0].strip()
+            size = self.read_line(deadline).partition(b";")[0].strip()
             if not re.fullmatch(rb"[0-9A-Fa-f]{1,8}", size):
                 raise bad_request("a chunk of the body does not start with its size")
             if not (count := int(size, 16)):
@@ -583,10 +623,10 @@ class Connection(http.server.BaseHTTPRequestHandler):
             left -= count
             if left < 0:
                 raise too_large(limit)
-            parts.append(self.read(count))
-            if self.read(2) != b"\r\n":
+            parts.append(self.read(count, deadline))
+            if self.read(2, deadline) != b"\r\n":
                 raise bad_request("a chunk of the body is longer than it says")
-        while self.read_line():
+        while self.read_line(deadline):
             pass                                             # trailers
         return b"".join(parts)
 
@@ -693,12 +733,13 @@ class HttpClient:
         ValueError.
         """
         kept = self._connection is not None and not self._went_away()
+        deadline = time.monotonic() + seconds
         try:
-            return self._exchange(method, path, body, headers or {}, time.monotonic() + seconds, limit)
+            return self._exchange(method, path, body, headers or {}, deadline, limit)
         except (http.client.RemoteDisconnected, ConnectionResetError, BrokenPipeError):
             if not kept or method == "POST":                 # a POST may have been done already
                 raise
-        return self._exchange(method, path, body, headers or {}, time.monotonic() + seconds, limit)
+        return self._exchange(method, path, body, headers or {}, deadline, limit)
 
     def _exchange(self, method: str, path: str, body: bytes | None, headers: Mapping[str, str],
                   deadline: float, limit: int) -> tuple[int, bytes]:
@@ -714,6 +755,8 @@ class HttpClient:
             data = response.read(limit + 1)
             if len(data) > limit:
                 raise ValueError(f"the answer has more than {limit} bytes")
+            if response.length:
+                raise http.client.IncompleteRead(data, response.length)
         except BaseException:
             self.close()                                     # what else comes on it would be taken for the next answer
             raise
@@ -850,8 +893,9 @@ class Yaml:
             return self._list(own)
         if self.KEY.match(content):
             return self._mapping(own)
+        value = self._scalar(content)
         self.at += 1
-        return self._scalar(content)
+        return value
 
     def _mapping(self, indent: int) -> JsonObject:
         out: JsonObject = {}
@@ -917,7 +961,7 @@ class Yaml:
             return self.WORDS[text]
         if re.fullmatch(r"[-+]?(0|[1-9][0-9]*)", text):
             return int(text)
-        if re.fullmatch(r"[-+]?[0-9]*\.?[0-9]+([eE][-+]?[0-9]+)?", text):
+        if re.fullmatch(r"[-+]?(?:[0-9]+\.[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?", text):
             return float(text)
         return text
 
@@ -957,6 +1001,8 @@ class Yaml:
         if not tokens:
             raise self._error("does not end in its line")
         tokens.pop()
+        if token == "{" and len(dict(items)) < len(items):
+            raise self._error("has a key twice")
         return dict(items) if token == "{" else items
 
 
@@ -1090,18 +1136,18 @@ class RegistrationReader:
 
     def read(self) -> Registration | None:
         """The registration, or None if anything in `findings` stands against it."""
-        if not self.data:
+        if self.findings:
             return None
         for key, (type_, required, right) in REGISTRATION_KEYS.items():
             if key not in self.data:
                 if required:
                     self.wrong(key, "is missing", f"write {right}")
             elif not is_a(self.data[key], type_):
-                self.wrong(key, f"is {quoted(self.data[key])}", f"write {right}")
+                self.wrong(key, "is no text" if key.endswith("_token") else f"is {quoted(self.data[key])}", f"write {right}")
         self._check_words()
         namespaces = {kind: self._namespaces(kind) for kind in KINDS}
         uris, sample = self._uris(), self.data.get("asbridge.sample")
-        if sample is not None and not is_a(dict(sample).get("irc_port", 6667), int):
+        if isinstance(sample, dict) and not is_a(sample.get("irc_port", 6667), int):
             self.wrong("asbridge.sample.irc_port", f"is {quoted(sample['irc_port'])}", "write a port number")
         if self.findings:
             return None
@@ -1118,8 +1164,7 @@ class RegistrationReader:
     def _check_words(self) -> None:
         url, sender = self.data.get("url"), self.data.get("sender_localpart")
         if isinstance(url, str):
-            parts = urllib.parse.urlsplit(url)
-            if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
+            if not is_base_url(url):
                 self.wrong("url", f"is {quoted(url)}", f"write {REGISTRATION_KEYS['url'][2]}")
         if isinstance(sender, str) and (sender[:1] == "@" or not HISTORICAL_LOCALPART.fullmatch(sender)):
             self.wrong("sender_localpart", f"is {quoted(sender)}",
@@ -1129,7 +1174,8 @@ class RegistrationReader:
                 self.wrong(key, "is empty", f"write {REGISTRATION_KEYS[key][2]}")
         if self.data.get("as_token") and self.data.get("as_token") == self.data.get("hs_token"):
             self.wrong("hs_token", "is the same as as_token", "write another long random text")
-        if any(not isinstance(protocol, str) for protocol in self._items(self.data, "protocols", "protocols")):
+        protocols = self.data.get("protocols")
+        if isinstance(protocols, list) and not all(isinstance(protocol, str) for protocol in protocols):
             self.wrong("protocols", "has an entry that is no text", "write a list of texts")
 
     def _items(self, data: JsonObject, key: str, path: str) -> list[Any]:
@@ -1185,17 +1231,31 @@ class RegistrationReader:
     @staticmethod
     def _fits(template: object, pattern: re.Pattern[str]) -> bool:
         try:
-            names = [name for _, name, _, _ in string.Formatter().parse(str(template)) if name is not None]
+            parts = [part[1:] for part in string.Formatter().parse(str(template)) if part[1] is not None]
         except ValueError:
             return False
-        return isinstance(template, str) and set(names) <= {*pattern.groupindex, "server_name"}
+        plain = all(not format and not conversion for _, format, conversion in parts)
+        return isinstance(template, str) and plain and {part[0] for part in parts} <= {*pattern.groupindex, "server_name"}
+
+
+def is_base_url(url: str) -> bool:
+    """Whether an application service can be called there: http or https, a host, perhaps a port and a path."""
+    try:
+        parts = urllib.parse.urlsplit(url)
+        return (parts.scheme in ("http", "https") and bool(parts.hostname) and not parts.query and not parts.fragment
+                and (parts.port is None or parts.port >= 0) and not CONTROLS.search(url))
+    except ValueError:                                       # the port is none, or a bracket is open
+        return False
 
 
 def parse_registration(text: str) -> Any:
     """The plain value of a registration file, JSON or YAML; ValueError says where it is neither."""
-    if text.lstrip("\ufeff \r\n\t").startswith("{"):
-        return json.loads(text.lstrip("\ufeff"))
-    return Yaml(text).read()
+    try:
+        if text.lstrip("\ufeff \r\n\t").startswith("{"):
+            return json.loads(text.lstrip("\ufeff"))
+        return Yaml(text).read()
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
 
 
 class Registrations:
@@ -1272,8 +1332,14 @@ class Registrations:
         for registration in self:
             for rule in registration.uris:
                 if rule.kind == kind and (id := rule.apply(uri, self.server_name)):
-                    return id if self.claim_of(registration, kind, id) else None
+                    return id if self._is_own(registration, kind, id) else None
         return None
+
+    def _is_own(self, registration: Registration, kind: str, id: str) -> bool:
+        with contextlib.suppress(MatrixError):
+            check_id(KINDS[kind], id, self.server_name)
+            return self.claim_of(registration, kind, id) is not None
+        return False
 
 
 def check_together(registrations: Sequence[tuple[str, Registration]]) -> list[Finding]:
@@ -1373,6 +1439,7 @@ KEPT_BY_REDACTION = {
 }
 
 ALL_POWER = 2**53                # of a creator in room version 12: above every level that can be given
+JOIN_RULES = ("public", "invite", "knock", "restricted", "knock_restricted")
 LEVELS = ("users_default", "events_default", "state_default", "ban", "redact", "kick", "invite")
 STRIPPED_STATE = ("m.room.create", "m.room.name", "m.room.avatar", "m.room.topic", "m.room.join_rules",
                   "m.room.canonical_alias", "m.room.encryption")     # what an invited user is shown
@@ -1457,6 +1524,12 @@ class RoomState:
         return str(self.content("m.room.member", user_id).get("membership", "leave"))
 
     @property
+    def levels(self) -> JsonObject | None:
+        """Content of m.room.power_levels, if there is such an event."""
+        event = self.events.get(("m.room.power_levels", ""))
+        return event.content if event else None
+
+    @property
     def join_rule(self) -> str:
         return str(self.content("m.room.join_rules").get("join_rule", "invite"))
 
@@ -1469,22 +1542,21 @@ class RoomState:
         return {create.sender, *(more if isinstance(more, list) else ())}
 
     def power(self, user_id: str) -> int:
-        levels = self.content("m.room.power_levels")
+        levels = self.levels
         if self.version.creators_rule and user_id in self.creators:
             return ALL_POWER
-        if not levels:
+        if levels is None:
             return 100 if user_id in self.creators else 0
         level = levels.get("users", {}).get(user_id, levels.get("users_default", 0))
         return int(level)
 
     def needed(self, action: str) -> int:
         """The power needed to "invite", "kick", "ban" or "redact"."""
-        return int(self.content("m.room.power_levels").get(action, 0 if action == "invite" else 50))
+        return int((self.levels or {}).get(action, 0 if action == "invite" else 50))
 
     def needed_to_send(self, type: str, is_state: bool) -> int:
-        levels = self.content("m.room.power_levels")
-        default = levels.get("state_default", 50 if levels
-                             else 0) if is_state else levels.get("events_default", 0)
+        levels, state_default = self.levels or {}, 0 if self.levels is None else 50
+        default = levels.get("state_default", state_default) if is_state else levels.get("events_default", 0)
         return int(levels.get("events", {}).get(type, default))
 
 
@@ -1513,6 +1585,15 @@ def authorise(room: RoomState, draft: Draft) -> None:
         authorise_power_levels(room, draft)
 
 
+def check_shape(draft: Draft, server_name: str) -> None:
+    """What holds of every event: the sizes of its parts; a member event is about a user, an invited one is local."""
+    for key, text in (("type", draft.type), ("state_key", draft.state_key or "")):
+        if len(text.encode("utf-8", "replace")) > MAX_ID_BYTES:
+            raise MatrixError("M_INVALID_PARAM", f"the {key} of an event may have {MAX_ID_BYTES} bytes at most")
+    if draft.type == "m.room.member":
+        check_id("@", draft.state_key, server_name if draft.content.get("membership") == "invite" else None)
+
+
 def authorise_membership(room: RoomState, draft: Draft) -> None:
     target, membership = draft.state_key, draft.content.get("membership")
     rule = MEMBERSHIP_RULES.get(membership) if isinstance(membership, str) else None
@@ -1530,11 +1611,11 @@ def _may_join(room: RoomState, draft: Draft, target: str) -> None:
         raise forbidden(f"{draft.sender} can't join for {target}")
     if current == "ban":
         raise MatrixError("M_BAD_STATE", f"{target} is banned from the room")
-    if current in ("join", "invite") or room.join_rule == "public":
+    if room.join_rule == "public" or (current in ("join", "invite") and room.join_rule in JOIN_RULES):
         return
     if room.join_rule in ("restricted", "knock_restricted"):
         voucher = draft.content.get("join_authorised_via_users_server")
-        if voucher in room.joined and room.power(str(voucher)) >= room.needed("invite"):
+        if isinstance(voucher, str) and voucher in room.joined and room.power(voucher) >= room.needed("invite"):
             return
         raise forbidden(f"{target} is in none of the rooms whose members may join this one, and is not invited")
     raise forbidden(f"{target} is not invited, and the join rule of the room is {room.join_rule!r}")
@@ -1606,12 +1687,12 @@ MEMBERSHIP_RULES: dict[str, Callable[[RoomState, Draft, str], None]] = {
 
 def authorise_power_levels(room: RoomState, draft: Draft) -> None:
     """Rule 10: nobody gives or takes what lies above their own power."""
-    new, old, mine = draft.content, room.content("m.room.power_levels"), room.power(draft.sender)
+    new, old, mine = draft.content, room.levels, room.power(draft.sender)
     check_power_levels_shape(new)
     if room.version.creators_rule and (named := room.creators & set(new.get("users", {}))):
         raise forbidden(f"creators have all power in room version {room.version.id}; "
                         f"{', '.join(sorted(named))} can't stand in users")
-    if not old:
+    if old is None:
         return
     for key in LEVELS:
         _check_change(key, old.get(key), new.get(key), mine, mine)
@@ -1650,7 +1731,11 @@ def redacted_content(version: RoomVersion, type: str, content: JsonObject) -> Js
     kept = KEPT_BY_REDACTION.get(type, ())
     if version.create_is_kept:
         kept += {"m.room.power_levels": ("invite",), "m.room.redaction": ("redacts",)}.get(type, ())
-    return {key: content[key] for key in kept if key in content}
+    left = {key: content[key] for key in kept if key in content}
+    invite = content.get("third_party_invite")
+    if version.create_is_kept and type == "m.room.member" and isinstance(invite, dict) and "signed" in invite:
+        left["third_party_invite"] = {"signed": invite["signed"]}
+    return left
 
 
 def redacted_json(version: RoomVersion, event_json: str) -> str:
@@ -1663,6 +1748,7 @@ def redacted_json(version: RoomVersion, event_json: str) -> str:
 # -- Who may see it? Room history visibility.
 
 FOREVER = 2**62
+VISIBILITIES = ("world_readable", "shared", "invited", "joined")
 
 
 def visible_ranges(visibilities: Sequence[tuple[int, str]],
@@ -1683,6 +1769,7 @@ def visible_ranges(visibilities: Sequence[tuple[int, str]],
     visibility, membership, before = "shared", "leave", False
     for tick, after in zip(ticks, [*ticks[1:], FOREVER + 1], strict=True):
         visibility = visibility_at.get(tick, visibility)
+        visibility = visibility if visibility in VISIBILITIES else "shared"
         membership = membership_at.get(tick, membership)
         now = (visibility == "world_readable" or membership == "join"
                or (visibility == "invited" and membership == "invite")
@@ -1813,23 +1900,24 @@ class Filter(NamedTuple):
     not_types: Sequence[str] = ()
     senders: Sequence[str] | None = None
     not_senders: Sequence[str] = ()
+    contains_url: bool | None = None
 
     def passes(self, event: Event) -> bool:
         def any_type(types: Sequence[str]) -> bool:
             return any(fnmatch.fnmatchcase(event.type, glob_of(one)) for one in types)
         return ((self.types is None or any_type(self.types)) and not any_type(self.not_types)
-                and (self.senders is None
-                     or event.sender in self.senders) and event.sender not in self.not_senders)
+                and (self.senders is None or event.sender in self.senders) and event.sender not in self.not_senders)
 
     def sql(self) -> tuple[str, list[str]]:
         """Conditions on the events e, and their values."""
         clauses, values = "", list[str]()
-        for column, wanted, op in (("type", self.types, ""), ("type", self.not_types or None, "NOT "),
-                                   ("sender", self.senders, ""), ("sender", self.not_senders or None, "NOT ")):
+        for wanted, op, one in ((self.types, "", "e.type GLOB value"), (self.not_types or None, "NOT ", "e.type GLOB value"),
+                                (self.senders, "", "e.sender = value"), (self.not_senders or None, "NOT ", "e.sender = value")):
             if wanted is not None:
-                one = "e.type GLOB ?" if column == "type" else "e.sender = ?"
-                clauses += f" AND {op}(" + (" OR ".join([one] * len(wanted)) or "0") + ")"
-                values += [glob_of(item) for item in wanted] if column == "type" else wanted
+                clauses += f" AND {op}EXISTS (SELECT 1 FROM json_each(?) WHERE {one})"
+                values.append(to_json([glob_of(item) for item in wanted] if "GLOB" in one else wanted))
+        if self.contains_url is not None:
+            clauses += f" AND json_type(e.json, '$.content.url') IS {'' if self.contains_url else 'NOT '}'text'"
         return clauses, values
 
 
@@ -2051,8 +2139,12 @@ class Tx(Reader):
         self._mark = len(self.after)
         # application service → last tick of its outbox, by this job
         self._job_rows: dict[str, int] = {}
+        self._job_acknowledged: set[str] = set()             # application services that acknowledged, by this job
 
     def job_done(self) -> None:
+        for id in self._job_acknowledged:
+            self.boxes[id] = self.boxes[id]._replace(open=None)
+            self.ready.add(id)
         for id, tick in self._job_rows.items():
             self.boxes[id] = self.boxes.get(id, Outbox(None, 0, 0))._replace(waiting_to=tick)
             self.ready.add(id)
@@ -2139,8 +2231,13 @@ class Tx(Reader):
     def add_room(self, room_id: str, version: RoomVersion) -> Room:
         n = self.db.execute("INSERT INTO rooms (room_id, version) VALUES (?, ?)",
                             (room_id, version.id)).lastrowid
-        self.rooms[room_id] = room = Room(int(n or 0), room_id, version)
         self._touched.add(room_id)
+        return self._cache(Room(int(n or 0), room_id, version))
+
+    def _cache(self, room: Room) -> Room:
+        self.rooms[room.room_id] = room
+        if len(self.rooms) > MAX_CACHED_ROOMS:
+            self.rooms.popitem(last=False)
         return room
 
     def room(self, room_id: str) -> Room | None:
@@ -2156,10 +2253,7 @@ class Tx(Reader):
                 "SELECT e.tick, e.type, e.state_key, e.sender, json_extract(e.json, '$.content') "
                 "FROM state s JOIN events e ON e.tick = s.tick WHERE s.room = ?", row.n):
             room.put(type, state_key, StateEvent(tick, sender, json.loads(content)))
-        self.rooms[room_id] = room
-        if len(self.rooms) > MAX_CACHED_ROOMS:
-            self.rooms.popitem(last=False)
-        return room
+        return self._cache(room)
 
     def audience(self, room: Room) -> Audience:
         if room.audience is None or room.audience.registrations is not self.store.registrations:
@@ -2299,8 +2393,7 @@ class Tx(Reader):
         if box and box.open and box.open.txn_id == txn_id:
             self.run("UPDATE transactions SET acknowledged_ts = ? WHERE appservice = ? AND txn_id = ?",
                      self.store.clock.now(), id, txn_id)
-            self.boxes[id] = box._replace(open=None)
-            self.ready.add(id)
+            self._job_acknowledged.add(id)
             self._prune(id)
 
     def _prune(self, id: str) -> None:
@@ -2364,15 +2457,19 @@ class Store:
         self._temporary = tempfile.mkdtemp(prefix="asbridge-") if path == ":memory:" else None
         self.path = os.path.join(self._temporary, "memory.db") if self._temporary else path
         self._lock = None if self._temporary else hold_database(self.path)
+        try:
+            db = open_database(self.path, server_name, durable=self._temporary is None)
+        except DatabaseError:
+            if self._lock:
+                self._lock.close()
+            raise
         self._readers: queue.LifoQueue[sqlite3.Connection | None] = queue.LifoQueue()
         for _ in range(READERS):
             self._readers.put(None)                          # opened when first needed
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
-        db = open_sqlite(self.path, durable=self._temporary is None)
-        create_schema(db, self.path, server_name)
         # What is published after each COMMIT, for all threads to read:
-        self.sessions = {token: (user_id, device_id) for token, user_id,
-                         device_id in db.execute("SELECT token, user_id, device_id FROM sessions")}
+        sessions = db.execute("SELECT token, user_id, device_id FROM sessions")
+        self.sessions = {token: (user_id, device_id) for token, user_id, device_id in sessions}
         self.users = {user_id for (user_id,) in db.execute("SELECT user_id FROM users WHERE NOT deactivated")}
         self._moved: dict[int, int] = {}                     # room → its last tick, if it moved since the start
         self._tx = Tx(self, db)
@@ -2465,6 +2562,8 @@ class Store:
                 return
             log.error("a change could not be stored: %s", error, exc_info=not isinstance(error, sqlite3.Error))
             batch[0].error = MatrixError("M_UNKNOWN", "the homeserver could not store this; its log says why")
+        else:
+            self._publish(self._tx)
         for job in batch:
             release(job.done)
 
@@ -2476,7 +2575,6 @@ class Store:
         tx.freeze()
         tx.run("UPDATE meta SET value = ? WHERE key = 'position'", tx.tick_now)
         tx.db.execute("COMMIT")
-        self._publish(tx)
 
     def _try(self, tx: Tx, job: _Job) -> None:
         tx.new_job()
@@ -2491,8 +2589,12 @@ class Store:
         tx.db.execute("RELEASE job")
 
     def _publish(self, tx: Tx) -> None:
+        """What is durable becomes visible. Nothing here can undo it any more, so an error is logged and no more."""
         for change in tx.after:
-            change()
+            try:
+                change()
+            except Exception:
+                log.exception("after a COMMIT")
         self._moved.update(tx.moved)
         self.position = tx.tick_now
         for room in tx.woken_rooms:
@@ -2514,35 +2616,47 @@ class DatabaseError(Exception):
 
 
 def hold_database(path: str) -> sqlite3.Connection:
-    """Keeps a second process off the database: by a lock on a small file beside it, which ends with this
-    process.
-    """
+    """Keeps a second process off the database: by a lock on a small file beside it, which ends with this process."""
     try:
-        lock = sqlite3.connect(path + "-lock", isolation_level=None, check_same_thread=False, timeout=0)
+        lock = sqlite3.connect(os.path.realpath(path) + "-lock", isolation_level=None, check_same_thread=False, timeout=0)
         lock.execute("PRAGMA journal_mode=MEMORY")
         lock.execute("BEGIN EXCLUSIVE")
     except sqlite3.Error as error:
-        why = "is in use by another asbridge; stop that one or name another --database" if "locked" in str(error) else f"can't be opened: {error}"
+        why = f"can't be opened: {error}"
+        if "locked" in str(error):
+            why = "is in use by another asbridge; stop that one or name another --database"
         raise DatabaseError(f"the database {path} {why}") from None
     return lock
 
 
-def create_schema(db: sqlite3.Connection, path: str, server_name: str) -> None:
-    """Makes the tables of a new database; refuses one that is not ours."""
+def open_database(path: str, server_name: str, durable: bool) -> sqlite3.Connection:
+    """The database for the writer, with its tables; DatabaseError if it is not ours."""
+    db = None
     try:
-        version = db.execute("PRAGMA user_version").fetchone()[0]
-        if version == 0 and not db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
-            db.executescript(f"BEGIN; {SCHEMA} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
-            db.execute("INSERT INTO meta VALUES ('server_name', ?), ('position', 0)", (server_name,))
-        elif version != SCHEMA_VERSION:
-            raise DatabaseError(f"{path} is not a database of this asbridge (its user_version is {version}, "
-                                f"not {SCHEMA_VERSION}); name another --database")
-        made_for = db.execute("SELECT value FROM meta WHERE key = 'server_name'").fetchone()[0]
-    except sqlite3.Error as error:
+        db = open_sqlite(path, durable)
+        create_schema(db, path, server_name)
+        return db
+    except (sqlite3.Error, DatabaseError) as error:
+        if db:
+            db.close()
+        if isinstance(error, DatabaseError):
+            raise
         raise DatabaseError(f"{path} can't be used as a database: {error}") from None
+
+
+def create_schema(db: sqlite3.Connection, path: str, server_name: str) -> None:
+    """Makes the tables of a new database, all at once; refuses one that is not ours."""
+    version = db.execute("PRAGMA user_version").fetchone()[0]
+    if version == 0 and not db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
+        db.executescript(f"BEGIN; {SCHEMA} INSERT INTO meta VALUES ('server_name', '{server_name}'), ('position', 0);"
+                         f"PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
+    elif version != SCHEMA_VERSION:
+        raise DatabaseError(f"{path} is not a database of this asbridge (its user_version is {version}, "
+                            f"not {SCHEMA_VERSION}); name another --database")
+    made_for = db.execute("SELECT value FROM meta WHERE key = 'server_name'").fetchone()[0]
     if made_for != server_name:
-        raise DatabaseError(f"{path} was made for the server name {made_for!r}, not {server_name!r}; name "
-                            f"another --database or that server_name")
+        raise DatabaseError(f"{path} was made for the server name {made_for!r}, not {server_name!r}; "
+                            "name another --database or that server_name")
 
 
 # ============================================================================
@@ -2640,10 +2754,13 @@ class Accounts:
 
     def register(self, username: str | None, password: str | None, **device: Any) -> JsonObject:
         """A new person. `device`: device_id, display_name, ip, inhibit_login."""
-        if not self.world.settings.open_registration:
-            raise forbidden("people can't register here: open_registration is false in the configuration")
+        self.check_open()
         user_id = self.check_available(username if username is not None else random_id(10).lower(), None)
         return self._add(user_id, hash_password(password) if password else None, None, **device)
+
+    def check_open(self) -> None:
+        if not self.world.settings.open_registration:
+            raise forbidden("people can't register here: open_registration is false in the configuration")
 
     def register_ghost(self, registration: Registration, username: str | None, **device: Any) -> JsonObject:
         """A new user of an application service (Server admin style permissions)."""
@@ -2876,6 +2993,7 @@ class Rooms:
     def _append(self, tx: Tx, room: Room, draft: Draft, ts: int | None = None, device_id: str | None = None,
                 txn_id: str | None = None) -> str:
         """Stores an event if the rules of the room pass it."""
+        check_shape(draft, self.world.name)
         authorise(room, draft)
         return tx.append(room, draft, self.world.clock.now() if ts is None else ts, device_id, txn_id,
                          self.world.settings.max_event_bytes)
@@ -2944,18 +3062,15 @@ class Rooms:
         return self.store.write(job)
 
     def _id_of(self, room_id_or_alias: str, who: Who) -> str:
-        return self.resolve(room_id_or_alias,
-                            who.appservice) if room_id_or_alias[:1] == "#" else room_id_or_alias
+        return self.resolve(room_id_or_alias, who.appservice) if room_id_or_alias[:1] == "#" else room_id_or_alias
 
     def _voucher(self, tx: Tx, room: Room, user_id: str) -> JsonObject:
-        """For a restricted room: a member with the power to invite, if the user is in one of the rooms that it
-        names.
-        """
+        """For a restricted room: a member with the power to invite, if the user is in a room that it names."""
         if room.join_rule not in ("restricted", "knock_restricted") or room.membership(user_id) == "invite":
             return {}
         allow = room.content("m.room.join_rules").get("allow")
-        ids = [entry.get("room_id") for entry in allow if isinstance(entry,
-                                                                     dict)] if isinstance(allow, list) else []
+        rules = [entry for entry in allow if isinstance(entry, dict)] if isinstance(allow, list) else []
+        ids = [entry.get("room_id") for entry in rules if entry.get("type") == "m.room_membership"]
         others = [tx.room(id) for id in ids if isinstance(id, str)]
         if any(other and user_id in other.joined for other in others):
             for member in room.joined:
@@ -2976,12 +3091,19 @@ class Rooms:
     def set_membership(self, who: Who, room_id: str, user_id: str, membership: str,
                        extra: JsonObject | None = None) -> None:
         """invite, leave (oneself or another), ban, knock."""
-        check_id("@", user_id, self.world.name if membership == "invite" else None)
-
         def job(tx: Tx) -> None:
             room = self._room(tx, who, room_id)
             content = self._member_content(tx, user_id, membership, extra)
             self._append(tx, room, Draft("m.room.member", who.user_id, content, user_id))
+        self.store.write(job)
+
+    def kick(self, who: Who, room_id: str, user_id: str, extra: JsonObject | None = None) -> None:
+        """Puts somebody out, or takes an invitation back."""
+        def job(tx: Tx) -> None:
+            room = self._room(tx, who, room_id)
+            if room.membership(user_id) not in ("join", "invite", "knock"):
+                raise forbidden(f"{shorten(user_id)} is not in the room")
+            self._append(tx, room, Draft("m.room.member", who.user_id, {"membership": "leave", **(extra or {})}, user_id))
         self.store.write(job)
 
     def unban(self, who: Who, room_id: str, user_id: str, extra: JsonObject | None = None) -> None:
@@ -3038,22 +3160,25 @@ class Rooms:
 
         def job(tx: Tx) -> str:
             room = self._room(tx, who, room_id)
+            chosen = content
             if type == "m.room.canonical_alias":
                 self._check_canonical_alias(tx, room, content)
-            return self._append(tx, room, Draft(type, who.user_id, content, state_key), ts)
+            elif type == "m.room.member":                    # who vouches for a join is for the homeserver to say
+                chosen = {key: value for key, value in content.items() if key != "join_authorised_via_users_server"}
+                chosen |= self._voucher(tx, room, state_key) if content.get("membership") == "join" else {}
+            return self._append(tx, room, Draft(type, who.user_id, chosen, state_key), ts)
         return self.store.write(job)
 
     @staticmethod
     def _check_canonical_alias(tx: Tx, room: Room, content: JsonObject) -> None:
         old = room.content("m.room.canonical_alias")
-        more = content.get("alt_aliases")
-        known = [old.get("alias"), *(old.get("alt_aliases") or ())]
-        for alias in [content.get("alias"), *(more if isinstance(more, list) else ())]:
+        known = [old.get("alias"), *field(old, "alt_aliases", list, [])]
+        for alias in [content.get("alias"), *field(content, "alt_aliases", list, [])]:
             if alias and alias not in known:
                 row = tx.alias(check_id("#", alias))
                 if not row or row[0] != room.room_id:
-                    raise MatrixError("M_BAD_ALIAS", f"{shorten(alias)} does not point to this room; create "
-                                      f"the alias first")
+                    raise MatrixError("M_BAD_ALIAS", f"{shorten(alias)} does not point to this room; "
+                                      "create the alias first")
 
     def redact(self, who: Who, room_id: str, event_id: str, content: JsonObject, txn_id: str,
                ts: int | None = None) -> str:
@@ -3089,8 +3214,12 @@ class Rooms:
         return [event.for_client(now, who.user_id, who.device_id) for event in events]
 
     def event(self, who: Who, room_id: str, event_id: str) -> Raw:
-        with self.viewing(who, room_id) as (reader, view):
-            return self.render(who, [self._visible(reader, view, event_id)])[0]
+        """M_NOT_FOUND also for what may not be seen."""
+        try:
+            with self.viewing(who, room_id) as (reader, view):
+                return self.render(who, [self._visible(reader, view, event_id)])[0]
+        except MatrixError as error:
+            raise MatrixError("M_NOT_FOUND", error.error) from None
 
     @staticmethod
     def _visible(reader: Reader, view: View, event_id: str) -> Event:
@@ -3134,13 +3263,18 @@ class Rooms:
 
     def joined_members(self, who: Who, room_id: str) -> dict[str, JsonObject]:
         with self.viewing(who, room_id) as (reader, view):
-            if view.membership != "join":
+            users = reader.members(view.row.n)
+            if view.membership != "join" and not self._has_user_among(who.appservice, users):
                 raise forbidden(f"{who.user_id} is not in the room")
             events = [reader.state_event(view.row.n, "m.room.member", user_id)
-                      for user_id in reader.members(view.row.n)]
+                      for user_id in users]
         contents = {event.state_key or "": event.content for event in events if event}
         return {user_id: {"display_name": content.get("displayname"), "avatar_url": content.get("avatar_url")}
                 for user_id, content in contents.items()}
+
+    def _has_user_among(self, registration: Registration | None, user_ids: Iterable[str]) -> bool:
+        claim_of = self.world.registrations.claim_of
+        return registration is not None and any(claim_of(registration, "users", user_id) for user_id in user_ids)
 
     def messages(self, who: Who, room_id: str, start: int | None, backwards: bool, limit: int, filter: Filter,
                  stop: int | None = None) -> JsonObject:
@@ -3177,7 +3311,7 @@ class Rooms:
                 row = reader.alias(alias)
             if row:
                 return str(row[0])
-            if again or not self.world.ask("aliases", alias, by, True):
+            if again or server_of(alias) != self.world.name or not self.world.ask("aliases", alias, by, True):
                 break
         raise MatrixError("M_NOT_FOUND", f"there is no room alias {shorten(alias)}")
 
@@ -3332,11 +3466,10 @@ class RoomPlan:
         if self.version.create_has_creator:
             content["creator"] = self.who.user_id
         if self.version.creators_rule and self.preset == "trusted_private_chat" and self.invite:
-            content["additional_creators"] = sorted({*self.invite,
-                                                     *content.get("additional_creators",
-                                                                  ())} - {self.who.user_id})
-        for user_id in field(content, "additional_creators", list, []) if self.version.creators_rule else ():
-            check_id("@", user_id)
+            content["additional_creators"] = [*field(content, "additional_creators", list, []), *self.invite]
+        if self.version.creators_rule and "additional_creators" in content:
+            creators = [check_id("@", user_id) for user_id in field(content, "additional_creators", list, [])]
+            content["additional_creators"] = sorted({*creators} - {self.who.user_id})
         return content
 
     def _power_levels(self) -> JsonObject:
@@ -3513,9 +3646,8 @@ class SyncFilter:
 
 def event_filter(source: JsonObject) -> Filter:
     names = SyncFilter._names
-    return Filter(names(source, "types", None), names(source, "not_types", ()) or (),
-                  names(source, "senders", None),
-                  names(source, "not_senders", ()) or ())
+    return Filter(names(source, "types", None), names(source, "not_types", ()) or (), names(source, "senders", None),
+                  names(source, "not_senders", ()) or (), field(source, "contains_url", bool, None))
 
 
 class Sync:
@@ -3600,8 +3732,9 @@ class Window:
         view = None
         if self.initial or tick > self.since:                # may be new here: look at what was before
             view = view_of(self.reader, self.who.user_id, room_id)
-        fresh = self.initial or bool(view and self._joined_since(room))
-        entry = self._timeline(room, view, 0 if fresh else self.since, self.now)
+        was_in, was_away = self._presence(room) if view else (True, False)
+        fresh = self.initial or was_away
+        entry = self._timeline(room, view, self.since if was_in else 0, self.now, fresh)
         if changed := self._summary(room, fresh):
             entry["summary"] = changed
         ephemeral = self._ephemeral(room, 0 if fresh else self.since)
@@ -3611,23 +3744,21 @@ class Window:
                 entry[key] = {"events": events}
         return entry
 
-    def _joined_since(self, room: int) -> bool:
-        """Whether the user was not in the room at `since`."""
-        before = [value for tick, value in self.reader.changes(room, "m.room.member", self.who.user_id,
-                                                               "membership") if tick <= self.since]
-        return not before or before[-1] != "join"
+    def _presence(self, room: int) -> tuple[bool, bool]:
+        """Whether the user, who is in the room now, was in it at `since`; whether the user was out of it since then."""
+        changes = self.reader.changes(room, "m.room.member", self.who.user_id, "membership")
+        was_in = ([value for tick, value in changes if tick <= self.since] or ["leave"])[-1] == "join"
+        return was_in, not was_in or any(value != "join" for tick, value in changes if tick > self.since)
 
     def _left(self, room_id: str) -> JsonObject:
+        nothing = {"timeline": {"events": [], "limited": False, "prev_batch": str(self.now)}, "state": {"events": []}}
         try:
             view = view_of(self.reader, self.who.user_id, room_id)
-        # nothing to see: an invitation that was declined, say
-        except MatrixError:
-            return {"timeline": {"events": [], "limited": False, "prev_batch": str(self.now)},
-                    "state": {"events": []}}
-        return self._timeline(view.row.n, view, self.since,
-                              self.now) or {"timeline": {"events": [], "limited": False}}
+        except MatrixError:                                  # an invitation that was declined, say
+            return nothing
+        return self._timeline(view.row.n, view, self.since, self.now) or nothing
 
-    def _timeline(self, room: int, view: View | None, after: int, upto: int) -> JsonObject:
+    def _timeline(self, room: int, view: View | None, after: int, upto: int, fresh: bool = False) -> JsonObject:
         """timeline and, where the timeline alone would leave a gap, state. Without a view all is visible."""
         read = view.events if view else lambda reader, *rest: reader.events(room, *rest)
         events = read(self.reader, after, upto, self.filter.limit + 1, True, self.filter.timeline)
@@ -3635,9 +3766,9 @@ class Window:
         events = events[self.filter.limit - 1::-1] if limited else events[::-1]
         first = events[0].tick if events else upto + 1
         state: list[Event] = []
-        if limited or self.full_state or not after:
+        if limited or self.full_state or fresh or not after:
             last = min(first - 1, view.state_upto) if view else first - 1
-            state = self.reader.state_at(room, last, 0 if self.full_state else after)
+            state = self.reader.state_at(room, last, 0 if self.full_state or fresh else after)
         state = self._chosen(room, state, events)
         if not events and not state:
             return {}
@@ -4072,7 +4203,7 @@ class Call:
         text = self.request.query.get(name)
         if text is None or text == "":
             return default
-        if not (text.isascii() and text.isdigit() and least <= int(text[:20]) <= most):
+        if not (text.isascii() and text.isdigit() and len(text) < 20 and least <= int(text) <= most):
             raise MatrixError("M_INVALID_PARAM", f"{name} must be a number from {least} to {most}, not "
                               f"{shorten(text)!r}")
         return int(text)
@@ -4195,7 +4326,7 @@ class Api:
             return Who(session[0], session[1], hashed)
         if not registration:
             raise self.unknown_token(hashed)
-        return self.act_as(registration, request.query.get("user_id"))
+        return self.act_as(registration, request.query.get("user_id") if auth != "maybe" else None)
 
     def unknown_token(self, hashed: bytes) -> MatrixError:
         swapped = self.world.registrations.of_hs_token(hashed)
@@ -4340,6 +4471,7 @@ def register(call: Call) -> Any:
         raise MatrixError("M_MISSING_PARAM", f"an application service registers users with \"type\": "
                           f"\"{LOGIN_APPSERVICE}\" in the body")
     password = field(body, "password", str, None)
+    accounts.check_open()
     if username is not None:
         accounts.check_available(username, None)
     if field(field(body, "auth", dict, {}), "type", str, "") != "m.login.dummy":
@@ -4394,6 +4526,26 @@ def get_device(call: Call) -> Any:
 def put_device(call: Call) -> Any:
     call.api.accounts.rename_device(call.who, call["deviceId"], field(call.body, "display_name", str, None))
     return {}
+
+
+def delete_device(call: Call) -> Any:
+    confirm_password(call, body := call.body)
+    call.api.accounts.delete_devices(call.who, [call["deviceId"]] if "deviceId" in call.params else field(body, "devices", list))
+    return {}
+
+
+def confirm_password(call: Call, body: JsonObject) -> None:
+    """User-interactive authentication by the password; an application service needs none for its users."""
+    auth = field(body, "auth", dict, {})
+    if call.who.appservice:
+        return
+    flows = {"session": random_id(), "flows": [{"stages": ["m.login.password"]}], "params": {}}
+    if auth.get("type") != "m.login.password":
+        raise MatrixError("M_FORBIDDEN", "confirm this with the password: auth with type m.login.password", 401, **flows)
+    try:
+        call.api.accounts.check_password(call.who.user_id, field(auth, "password", str))
+    except MatrixError as error:
+        raise MatrixError(error.errcode, error.error, 401, **flows) from None
 
 
 def get_profile(call: Call) -> Any:
@@ -4504,8 +4656,7 @@ def leave(call: Call) -> Any:
 
 def kick(call: Call) -> Any:
     body = call.body
-    call.api.rooms.set_membership(call.who, call["roomId"], field(body, "user_id", str), "leave",
-                                  with_reason(body))
+    call.api.rooms.kick(call.who, call["roomId"], field(body, "user_id", str), with_reason(body))
     return {}
 
 
@@ -4739,6 +4890,8 @@ ROUTES = [Route(method, PREFIXES.get(path[0], path[0]) + path[1:], auth, handler
     ("GET",    "C/devices",                                          "user",       get_devices,         "Device Management"),
     ("GET",    "C/devices/{deviceId}",                               "user",       get_device,          "Device Management"),
     ("PUT",    "C/devices/{deviceId}",                               "user",       put_device,          "Device Management"),
+    ("DELETE", "C/devices/{deviceId}",                               "user",       delete_device,       "Device Management"),
+    ("POST",   "C/delete_devices",                                   "user",       delete_device,       "Device Management"),
     ("GET",    "C/profile/{userId}",                                 "maybe",      get_profile,         "Profiles"),
     ("GET",    "C/profile/{userId}/{keyName}",                       "maybe",      get_profile_key,     "Profiles"),
     ("PUT",    "C/profile/{userId}/{keyName}",                       "user",       put_profile_key,     "Profiles"),
@@ -4815,7 +4968,7 @@ ROUTES = [Route(method, PREFIXES.get(path[0], path[0]) + path[1:], auth, handler
 
 MAX_ANSWER_BYTES = 64 * 1024 * 1024
 MAX_TRANSACTION_BYTES = 64 * 1024 * 1024
-KEPT_EVENTS, KEPT_TRANSACTIONS = 20_000, 1_000   # how far back the application service knows what it has done
+KEPT_EVENTS, KEPT_TXNS = 20_000, 1_000   # how far back the application service knows what it has done
 HELLO_FIRST, HELLO_LAST = 0.25, 15.0             # seconds between attempts to find the homeserver
 UNREACHABLE = (OSError, http.client.HTTPException)
 
@@ -5304,7 +5457,7 @@ class AppService:
                         raise MatrixError("M_UNKNOWN", "the application service stops", 503)
                     if isinstance(event, dict):
                         self._handle(event)
-                self._remember("transactions_done", txn_id, KEPT_TRANSACTIONS)
+                self._remember("transactions_done", txn_id, KEPT_TXNS)
 
     def _handle(self, event: JsonObject) -> None:
         event_id = event.get("event_id")
