@@ -613,8 +613,9 @@ class Connection(http.server.BaseHTTPRequestHandler):
 
     def read_chunks(self, limit: int) -> bytes:
         parts: list[bytes] = []
-        left, deadline = limit, body_deadline(limit)
+        left, began = limit, body_deadline(0)
         while True:
+            deadline = began + (limit - left) / BODY_BYTES_PER_SECOND
             size = self.read_line(deadline).partition(b";")[0].strip()
             if not re.fullmatch(rb"[0-9A-Fa-f]{1,8}", size):
                 raise bad_request("a chunk of the body does not start with its size")
@@ -852,7 +853,6 @@ class Yaml:
 
     KEY = re.compile(r"""("(?:[^"\\]|\\.)*"|'(?:[^']|'')*'|[A-Za-z0-9_.][^:#'"]*?)\s*:(?:\s+(.*))?$""")
     ITEM = re.compile(r"-(?:\s+(.*))?$")
-    COMMENT = re.compile(r"""((?:"(?:[^"\\]|\\.)*"|'(?:[^']|'')*'|(?<=\S)\#|[^\#"']|(?<=\w)['"])*)(?:\#.*)?$""")
     FLOW = re.compile(r"""\s*("(?:[^"\\]|\\.)*"|'(?:[^']|'')*'|[\[\]{},]|:(?=[\s,\]}]|$)|(?:[^\[\]{},:'"]|:(?=\S))+)\s*""")
     WORDS: dict[str, Any] = {"null": None, "~": None, "": None, "true": True, "false": False,
                              "True": True, "False": False, "Null": None, "TRUE": True, "FALSE": False, "NULL": None}
@@ -866,13 +866,26 @@ class Yaml:
     def _add_line(self, number: int, line: str) -> None:
         if "\t" in line[:len(line) - len(line.lstrip())]:
             raise YamlError(f"line {number}: a tab can't indent")
-        match = self.COMMENT.match(line)
-        content = (match[1] if match else line).rstrip()
+        content = self._without_comment(line).rstrip()
         if content in ("---", "...") or content.startswith(("%", "--- ")):
             if self.lines or content != "---":
                 raise YamlError(f"line {number}: only one document, without directives, is read")
         elif content.strip():
             self.lines.append((number, len(content) - len(content.lstrip()), content.strip()))
+
+    @staticmethod
+    def _without_comment(line: str) -> str:
+        """A '#' after a space starts a comment, but not in a quoted text, which starts where a value can."""
+        quote, escaped = "", False
+        for at, char in enumerate(line):
+            before = line[at - 1] if at else " "
+            if quote:
+                quote, escaped = ("" if char == quote and not escaped else quote), char == "\\" and not escaped and quote == '"'
+            elif char == "#" and before in " \t":
+                return line[:at]
+            elif char in "'\"" and before in " \t[{,'":
+                quote = char
+        return line
 
     def read(self) -> Any:
         value = self._block(0) if self.lines else None
@@ -1235,7 +1248,7 @@ class RegistrationReader:
         except ValueError:
             return False
         plain = all(not format and not conversion for _, format, conversion in parts)
-        return isinstance(template, str) and plain and {part[0] for part in parts} <= {*pattern.groupindex, "server_name"}
+        return isinstance(template, str) and plain and "server_name" not in pattern.groupindex and {part[0] for part in parts} <= {*pattern.groupindex, "server_name"}
 
 
 def is_base_url(url: str) -> bool:
@@ -1576,7 +1589,8 @@ def authorise(room: RoomState, draft: Draft) -> None:
         return authorise_membership(room, draft)
     if draft.sender not in room.joined:                                                          # rule 6
         raise forbidden(f"{draft.sender} is not in the room")
-    needed = room.needed_to_send(draft.type, draft.state_key is not None)                        # rule 8
+    invites = draft.type == "m.room.third_party_invite"                                          # rule 7, else 8
+    needed = room.needed("invite") if invites else room.needed_to_send(draft.type, draft.state_key is not None)
     if room.power(draft.sender) < needed:
         raise forbidden(f"{draft.sender} has power {room.power(draft.sender)}; {draft.type} needs {needed}")
     if draft.state_key and draft.state_key[0] == "@" and draft.state_key != draft.sender:        # rule 9
@@ -1586,12 +1600,12 @@ def authorise(room: RoomState, draft: Draft) -> None:
 
 
 def check_shape(draft: Draft, server_name: str) -> None:
-    """What holds of every event: the sizes of its parts; a member event is about a user, an invited one is local."""
+    """What holds of every event: the sizes of its parts; who is invited is a local user."""
     for key, text in (("type", draft.type), ("state_key", draft.state_key or "")):
         if len(text.encode("utf-8", "replace")) > MAX_ID_BYTES:
             raise MatrixError("M_INVALID_PARAM", f"the {key} of an event may have {MAX_ID_BYTES} bytes at most")
-    if draft.type == "m.room.member":
-        check_id("@", draft.state_key, server_name if draft.content.get("membership") == "invite" else None)
+    if draft.type == "m.room.member" and draft.content.get("membership") == "invite":
+        check_id("@", draft.state_key, server_name)
 
 
 def authorise_membership(room: RoomState, draft: Draft) -> None:
@@ -1600,7 +1614,7 @@ def authorise_membership(room: RoomState, draft: Draft) -> None:
     if not rule or not target:
         raise MatrixError("M_BAD_JSON", f"membership must be one of {', '.join(MEMBERSHIP_RULES)}, not "
                           f"{shorten(membership)}")
-    rule(room, draft, target)
+    rule(room, draft, check_id("@", target))
 
 
 def _may_join(room: RoomState, draft: Draft, target: str) -> None:
@@ -2343,6 +2357,7 @@ class Tx(Reader):
                      draft.content["membership"], tick)
             if was_in != (key in room.joined):
                 (audience.remove if was_in else audience.add)("users", key)
+                self.after.append(lambda: self.store.on_membership(room.n, key, tick))
             self.wake(key)
 
     def remember_client_txn(self, sender: str, device_id: str, path: str, txn_id: str, event_id: str) -> None:
@@ -2475,7 +2490,9 @@ class Store:
         self._tx = Tx(self, db)
         self.started_at = self.position = self._tx.tick_now  # the last tick that readers may see
         self.waiters = Waiters()
+        # called on the writer thread after COMMIT: with each frozen transaction; with each room, user and tick of a join or leave
         self.on_frozen: Callable[[Transaction], object] = lambda transaction: None
+        self.on_membership: Callable[[int, str, int], object] = lambda room, user_id, tick: None
         self._closed = False
         self._gate = threading.Lock()                        # guards _closed against a job that comes too late
         self._thread = threading.Thread(target=self._run, name="writer", daemon=True)
@@ -2914,12 +2931,18 @@ class Accounts:
     def tags(self, who: Who, room_id: str) -> JsonObject:
         with self.store.read() as reader:
             found = reader.account_data(who.user_id, room_id, "m.tag")
-        return cast(JsonObject, json.loads(found)) if found else {"tags": {}}
+        return self._tags(found)
+
+    @staticmethod
+    def _tags(found: str | None) -> JsonObject:
+        """Content of m.tag, whatever a client may have put there."""
+        content = json.loads(found or "{}")
+        return content if isinstance(content.get("tags"), dict) else {**content, "tags": {}}
 
     def set_tag(self, who: Who, room_id: str, tag: str, content: JsonObject | None) -> None:
         """Sets a tag on a room, or takes it off with content None."""
         def job(tx: Tx) -> None:
-            tags = json.loads(tx.account_data(who.user_id, room_id, "m.tag") or '{"tags":{}}')
+            tags = self._tags(tx.account_data(who.user_id, room_id, "m.tag"))
             tags["tags"].pop(tag, None)
             if content is not None:
                 tags["tags"][tag] = content
@@ -2931,8 +2954,8 @@ class Accounts:
 
     def filter(self, who: Who, filter_id: str) -> JsonObject:
         with self.store.read() as reader:
-            row = reader.filter(who.user_id,
-                                int(filter_id)) if filter_id.isdecimal() and len(filter_id) < 16 else None
+            known = filter_id.isdecimal() and len(filter_id) < 16
+            row = reader.filter(who.user_id, int(filter_id)) if known else None
         if not row:
             raise MatrixError("M_NOT_FOUND", f"{who.user_id} has no filter {shorten(filter_id)}")
         return cast(JsonObject, json.loads(row[0]))
@@ -3262,11 +3285,13 @@ class Rooms:
         return self.render(who, wanted)
 
     def joined_members(self, who: Who, room_id: str) -> dict[str, JsonObject]:
-        with self.viewing(who, room_id) as (reader, view):
-            users = reader.members(view.row.n)
-            if view.membership != "join" and not self._has_user_among(who.appservice, users):
+        """For members, and for an application service with any of its users among them."""
+        with self.store.read() as reader:
+            row = reader.room_row(room_id)
+            users = reader.members(row.n) if row else []
+            if not row or (who.user_id not in users and not self._has_user_among(who.appservice, users)):
                 raise forbidden(f"{who.user_id} is not in the room")
-            events = [reader.state_event(view.row.n, "m.room.member", user_id)
+            events = [reader.state_event(row.n, "m.room.member", user_id)
                       for user_id in users]
         contents = {event.state_key or "": event.content for event in events if event}
         return {user_id: {"display_name": content.get("displayname"), "avatar_url": content.get("avatar_url")}
@@ -3522,6 +3547,7 @@ class Typing:
         self._thread: threading.Thread | None = None
         self._bell = bell()
         self._stopped = False
+        world.store.on_membership = lambda room, user_id, tick: self._publish(room, tick, {user_id: None})
 
     def set(self, who: Who, room_id: str, until: float | None) -> None:
         """`until`: the clock's monotonic time; None: stopped typing."""
@@ -3546,7 +3572,10 @@ class Typing:
 
     def _publish(self, room: int, tick: int, users: Mapping[str, float | None]) -> None:
         with self._guard:
-            now = {**self._rooms.get(room, (0, {}))[1], **users}
+            before = self._rooms.get(room, (0, {}))[1]
+            if not before.keys() & users.keys() and not any(users.values()):
+                return                                       # who stopped had not started
+            now = {**before, **users}
             self._rooms[room] = (tick, {user_id: until for user_id, until in now.items() if until is not None})
 
     def since(self, room: int, since: int, now: int) -> JsonObject | None:
@@ -3732,9 +3761,9 @@ class Window:
         view = None
         if self.initial or tick > self.since:                # may be new here: look at what was before
             view = view_of(self.reader, self.who.user_id, room_id)
-        was_in, was_away = self._presence(room) if view else (True, False)
-        fresh = self.initial or was_away
-        entry = self._timeline(room, view, self.since if was_in else 0, self.now, fresh)
+        came_back = self._came_back(room) if view and not self.initial else None
+        fresh = self.initial or came_back is not None
+        entry = self._timeline(room, view, self.since if came_back is None else came_back, self.now, fresh)
         if changed := self._summary(room, fresh):
             entry["summary"] = changed
         ephemeral = self._ephemeral(room, 0 if fresh else self.since)
@@ -3744,11 +3773,13 @@ class Window:
                 entry[key] = {"events": events}
         return entry
 
-    def _presence(self, room: int) -> tuple[bool, bool]:
-        """Whether the user, who is in the room now, was in it at `since`; whether the user was out of it since then."""
+    def _came_back(self, room: int) -> int | None:
+        """If the user was out of the room, at `since` or after it: the tick of the last leave, or 0. None: was in it all the time."""
         changes = self.reader.changes(room, "m.room.member", self.who.user_id, "membership")
-        was_in = ([value for tick, value in changes if tick <= self.since] or ["leave"])[-1] == "join"
-        return was_in, not was_in or any(value != "join" for tick, value in changes if tick > self.since)
+        before = [value for tick, value in changes if tick <= self.since][-1:]
+        if before == ["join"] and all(value == "join" for tick, value in changes if tick > self.since):
+            return None
+        return max((tick for tick, value in changes if value in ("leave", "ban")), default=0)
 
     def _left(self, room_id: str) -> JsonObject:
         nothing = {"timeline": {"events": [], "limited": False, "prev_batch": str(self.now)}, "state": {"events": []}}
@@ -3762,8 +3793,8 @@ class Window:
         """timeline and, where the timeline alone would leave a gap, state. Without a view all is visible."""
         read = view.events if view else lambda reader, *rest: reader.events(room, *rest)
         events = read(self.reader, after, upto, self.filter.limit + 1, True, self.filter.timeline)
-        limited = len(events) > self.filter.limit
-        events = events[self.filter.limit - 1::-1] if limited else events[::-1]
+        limited = len(events) > self.filter.limit or (fresh and after > self.since)
+        events = events[:self.filter.limit][::-1]
         first = events[0].tick if events else upto + 1
         state: list[Event] = []
         if limited or self.full_state or fresh or not after:
@@ -4779,7 +4810,7 @@ def search_public_rooms(call: Call) -> Any:
     since = field(body, "since", str, "0")
     term = field(field(body, "filter", dict, {}), "generic_search_term", str, "")
     limit = min(max(field(body, "limit", int, 100), 0), MAX_PAGE)
-    return call.api.rooms.public(term, int(since) if since.isascii() and since.isdigit() else 0, limit)
+    return call.api.rooms.public(term, int(since) if since.isdecimal() and len(since) < 16 else 0, limit)
 
 
 def put_typing(call: Call) -> Any:
@@ -6871,6 +6902,9 @@ CONFIG_KEYS: dict[str, tuple[Any, str]] = {
 }
 
 
+UNREADABLE = object()
+
+
 class ConfigReader:
     """Turns a parsed configuration into a Config, or raises one ConfigError with everything that is wrong."""
 
@@ -6932,7 +6966,7 @@ class ConfigReader:
                 source = self._file(where, index)
             if isinstance(source, Registration):
                 found.append((where, source))
-            elif source is not None:
+            elif source is not UNREADABLE:
                 reader = RegistrationReader(source, where)
                 registration = reader.read()
                 self.findings += reader.findings
@@ -6940,7 +6974,7 @@ class ConfigReader:
         return found
 
     def _file(self, path: str, index: int) -> Any:
-        """The plain value of a registration file; None, and a finding, if it can't be read."""
+        """The plain value of a registration file; UNREADABLE, and a finding, if it can't be read."""
         try:
             with open(path, encoding="utf-8") as file:
                 return parse_registration(file.read())
@@ -6950,7 +6984,7 @@ class ConfigReader:
         except ValueError as error:
             self.findings.append(Finding(path, f"is neither JSON nor plain YAML: {error}",
                                          "see the README, Registration"))
-        return None
+        return UNREADABLE
 
 
 def read_config(path: str) -> Config:
