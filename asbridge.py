@@ -331,13 +331,13 @@ class Clock:
         """Seconds, for delays only."""
         return time.monotonic() + self._wound
 
-    def wait(self, lock: Any, seconds: float) -> None:
-        """Returns when `lock` (taken, a threading.Lock) is released, when the seconds are over, or when the
-        clock was wound on. The caller looks again at what it waits for."""
+    def wait(self, lock: Any, until: float) -> None:
+        """Returns when `lock` (taken, a threading.Lock) is released, at `until` by monotonic(), or when the clock
+        was wound on. The caller looks again at what it waits for."""
         with self._guard:
             self._waiting.add(lock)
         try:
-            lock.acquire(timeout=max(0.0, min(seconds, threading.TIMEOUT_MAX)))
+            lock.acquire(timeout=max(0.0, min(until - self.monotonic(), threading.TIMEOUT_MAX)))
         finally:
             with self._guard:
                 self._waiting.discard(lock)
@@ -690,9 +690,10 @@ class HttpServer(http.server.ThreadingHTTPServer):
         closer = threading.Thread(target=self.shutdown, daemon=True)
         if self.started:
             closer.start()
+        own = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.server_name, self.server_name)
         while closer.is_alive():                             # serve_forever sleeps until somebody calls
             with contextlib.suppress(OSError):
-                socket.create_connection((self.server_name, self.port), 1).close()
+                socket.create_connection((own, self.port), 1).close()
             closer.join(0.01)
         self.server_close()
         for connection in list(self.connections):
@@ -3592,7 +3593,7 @@ class Typing:
             if ends and min(ends) <= clock.monotonic():
                 self.world.store.write(self._drop_expired)
             else:
-                clock.wait(self._bell, min(ends) - clock.monotonic() if ends else 3600)
+                clock.wait(self._bell, min(ends, default=math.inf))
 
     def _drop_expired(self, tx: Tx) -> None:
         now = self.world.clock.monotonic()
@@ -3699,7 +3700,7 @@ class Sync:
                 answer = Window(self, who, since, filter, full_state).read()
                 if len(answer) > 1 or since is None or full_state or clock.monotonic() >= deadline or stopped():
                     return answer
-                clock.wait(waiting, deadline - clock.monotonic())
+                clock.wait(waiting, deadline)
         finally:
             self.store.waiters.leave(who.user_id, waiting)
 
@@ -3992,7 +3993,7 @@ class Worker:
             transaction = self.transaction
             left = self.next_attempt - self.world.clock.monotonic()
             if transaction is None or left > 0:
-                self.world.clock.wait(self._bell, left if transaction else 3600)
+                self.world.clock.wait(self._bell, self.next_attempt if transaction else math.inf)
             else:
                 self._settle(transaction, self._push(transaction))
         self.line.close()
@@ -4182,7 +4183,7 @@ class Delivery:
                 except CALL_FAILED as error:
                     why = advice(registration, error)
                 if attempt + 1 < attempts and clock.monotonic() < deadline:
-                    clock.wait(bell(), 0.5 * 2**attempt)
+                    clock.wait(bell(), clock.monotonic() + 0.5 * 2**attempt)
         finally:
             line.close()
         log.warning("application service %s was asked for %s: %s", registration.id, id, why)
@@ -5423,7 +5424,7 @@ class AppService:
                 return self._ask_for_ping()
             except (*UNREACHABLE, MatrixError) as error:
                 log.warning("%s: no homeserver at %s: %s", self.registration.id, url, self._hint(error))
-                self.clock.wait(ready, seconds)
+                self.clock.wait(ready, self.clock.monotonic() + seconds)
                 seconds = min(2 * seconds, HELLO_LAST)
 
     def _ask_for_ping(self) -> None:
@@ -5432,7 +5433,8 @@ class AppService:
             answer = self.client.call("POST", path, {"transaction_id": secrets.token_hex(8)})
             log.info("%s: the homeserver reaches us, in %s ms", self.registration.id, answer.get("duration_ms"))
         except (*UNREACHABLE, MatrixError) as error:
-            log.warning("%s: the homeserver does not reach us: %s", self.registration.id, self._hint(error))
+            if not self.stopping:
+                log.warning("%s: the homeserver does not reach us: %s", self.registration.id, self._hint(error))
 
     def _hint(self, error: Exception) -> str:
         hint = PING_HINTS.get(error.errcode, "") if isinstance(error, MatrixError) else ""
@@ -5753,7 +5755,7 @@ class IrcClient(Person):
         now = self.bridge.clock.monotonic()
         self.paid_until = max(self.paid_until, now - BURST / LINES_PER_SECOND) + 1 / LINES_PER_SECOND
         if self.paid_until > now:
-            self.bridge.clock.wait(self.pause, self.paid_until - now)
+            self.bridge.clock.wait(self.pause, self.paid_until)
 
     def write(self) -> None:
         try:
@@ -6314,7 +6316,7 @@ class IrcBridge(AppService):
             try:
                 rows = self.sql("SELECT n, txn, job FROM irc_spool ORDER BY n LIMIT 100")
                 if not rows:
-                    self.clock.wait(self.work, 3600)
+                    self.clock.wait(self.work, math.inf)
                 for n, txn, job in rows:
                     if not self._send_one(txn, parse_object(job.encode())):
                         break
@@ -6322,7 +6324,7 @@ class IrcBridge(AppService):
             except sqlite3.Error:                            # a full disk, say; or stop() has closed the database
                 if not self.stopping:
                     log.exception("%s: the spool can't be used", self.registration.id)
-                    self.clock.wait(self.heard, RETRY_LAST)
+                    self.clock.wait(self.heard, self.clock.monotonic() + RETRY_LAST)
 
     def _send_one(self, txn: str, job: JsonObject) -> bool:
         """Until it is done or refused for good; False when the bridge stops before."""
@@ -6345,7 +6347,7 @@ class IrcBridge(AppService):
                 if failures >= MAX_FAILURES:
                     return True
             log.warning("%s: can't send; again in %.2f s: %s", self.registration.id, seconds, self._hint(problem))
-            self.clock.wait(self.heard, seconds)
+            self.clock.wait(self.heard, self.clock.monotonic() + seconds)
             seconds = min(2 * seconds, RETRY_LAST)
         return False
 
@@ -7130,9 +7132,9 @@ def suggestions(hs: Homeserver) -> list[str]:
 
 
 def run(config: Config, args: argparse.Namespace) -> int:
-    stop = threading.Event()
+    stop = bell()                                            # rung by a signal; a second one ends the process at once
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, frame: os._exit(1) if stop.is_set() else stop.set())
+        signal.signal(number, lambda number, frame: release(stop) if stop.locked() else os._exit(1))
     if args.role == "appservice":
         return run_samples(config, args.homeserver, stop)
     hs = Homeserver(samples=args.role == "both", **{entry.name: getattr(config, entry.name)
@@ -7149,13 +7151,20 @@ def run(config: Config, args: argparse.Namespace) -> int:
         if args.port_file:
             write_whole(args.port_file, f"{hs.port}\n")
         print(f"asbridge ready at {hs.url}", flush=True)
-        stop.wait()
+        until_rung(stop)
     finally:
         hs.stop()
     return 0
 
 
-def run_samples(config: Config, homeserver: str, stop: threading.Event) -> int:
+def until_rung(stop: Any) -> None:
+    """Looks up every second: a signal that comes just before the wait would else be handled after it only."""
+    while not stop.acquire(timeout=1):
+        pass
+    stop.release()
+
+
+def run_samples(config: Config, homeserver: str, stop: Any) -> int:
     """Only the sample application services, for another homeserver."""
     samples = [IrcBridge(one, homeserver, beside(config.database, one.id)) for one in config.registrations
                if one.sample is not None]
@@ -7168,7 +7177,7 @@ def run_samples(config: Config, homeserver: str, stop: threading.Event) -> int:
     try:
         print("asbridge ready at " + ", ".join(f"{sample.url} (IRC on port {sample.irc_port})"
                                                for sample in samples), flush=True)
-        stop.wait()
+        until_rung(stop)
     finally:
         for sample in samples:
             sample.stop()

@@ -8,7 +8,10 @@ Rules are tested without sockets, the rest over real ones on free ports of the l
 from __future__ import annotations
 
 import contextlib
+import ast
+import http.client
 import json
+import secrets
 import os
 import re
 import signal
@@ -137,16 +140,6022 @@ def acting(hs, id, user_id, register=True):
     return asbridge.Client(hs.url, hs.world.registrations.by_id[id].as_token, user_id)
 
 
-def test_smoke(start, recorder):
+# ============================================================================
+# 1. Vocabulary
+# ============================================================================
+
+@pytest.mark.parametrize("sigil, text", [
+    ("@", "@alice:localhost"), ("@", "@_irc_a=c3=a1/+-.:localhost:8448"), ("@", "@A b\x01é:[1234:5678::abcd]:5678"), ("@", "@a:1.2.3.4"),
+    ("@", "@" + "a" * 244 + ":localhost"), ("#", "#_irc_#lobby:localhost"), ("#", "#a:b"), ("!", "!opaque:localhost"), ("!", "!" + "x" * 43), ("$", "$" + "x" * 43)])
+def test_an_identifier_is_a_sigil_a_localpart_and_a_server_name(sigil, text):
+    assert asbridge.check_id(sigil, text) == text
+
+
+@pytest.mark.parametrize("sigil, text", [
+    ("@", None), ("@", 5), ("@", ["@a:b"]), ("@", ""), ("@", "@"), ("@", "alice:localhost"), ("@", "#alice:localhost"), ("@", "@alice"), ("@", "@alice:"),
+    ("@", "@:localhost"), ("@", "@a:b c"), ("@", "@a:b:c"), ("@", "@a:localhost:123456"), ("@", "@a:localhost\n"), ("@", "@a\0:localhost"),
+    ("@", "@" + "a" * 245 + ":localhost"), ("@", "@" + "é" * 123 + ":localhost"), ("#", "#a"), ("#", "#:b"), ("!", "!a\0b"), ("$", "$" + "x" * 255)])
+def test_what_is_no_identifier_is_refused(sigil, text):
+    with refused("M_INVALID_PARAM", 400, f"{sigil}localpart:server"):
+        asbridge.check_id(sigil, text)
+
+
+def test_an_identifier_of_another_server_is_refused_by_name():
+    assert asbridge.check_id("@", "@a:localhost", "localhost") == "@a:localhost"
+    with refused("M_INVALID_PARAM", text="localhost"):
+        asbridge.check_id("@", "@a:LOCALHOST", "localhost")
+
+
+@pytest.mark.parametrize("id, localpart, server", [
+    ("@a:b", "a", "b"), ("#x:[::1]:80", "x", "[::1]:80"), ("!" + "h" * 43, "h" * 43, ""), ("@a:b:c", "a", "b:c")])
+def test_the_server_name_is_what_stands_after_the_first_colon(id, localpart, server):
+    assert (asbridge.localpart_of(id), asbridge.server_of(id)) == (localpart, server)
+
+
+@pytest.mark.parametrize("text, localpart", [
+    ("bob", "bob"), ("Bob", "bob"), ("#", "=23"), ("á", "=c3=a1"), ("=", "=3d"), ("a b", "a=20b"), ("[m]\\`{|}^~", "=5bm=5d=5c=60=7b=7c=7d=5e=7e"),
+    ("a.b_c-d/e+f", "a.b_c-d/e+f"), ("", ""), ("😀", "=f0=9f=98=80"), ("a:b@c", "a=3ab=40c"), ("\0", "=00"), ("\udc80", "=3f")])
+def test_other_characters_are_mapped_to_the_alphabet_of_user_ids(text, localpart):
+    assert asbridge.to_localpart(text) == localpart
+    assert re.fullmatch(r"[a-z0-9._=/+-]*", localpart)
+
+
+@pytest.mark.parametrize("text", ["É", "\u212a", "İ"])
+def test_only_the_bytes_a_to_z_are_converted_to_lower_case(text):
+    assert asbridge.to_localpart(text) == "".join(f"={byte:02x}" for byte in text.encode())
+
+
+@pytest.mark.parametrize("text", ["bob", "#lobby", "á b=c", "=23", "😀/+", "==", ""])
+def test_the_mapping_can_be_reversed(text):
+    assert asbridge.from_localpart(asbridge.to_localpart(text)) == text
+
+
+@pytest.mark.parametrize("localpart, text", [("=zz", "=zz"), ("=", "="), ("=C3", "=C3"), ("=ff", "\ufffd"), ("a=2", "a=2")])
+def test_a_localpart_that_was_not_mapped_is_read_as_it_stands(localpart, text):
+    assert asbridge.from_localpart(localpart) == text
+
+
+def test_an_error_is_rendered_as_the_standard_error_response():
+    error = MatrixError("M_LIMIT_EXCEEDED", "slow down", retry_after_ms=5)
+    assert error.status == 429 and error.body() == {"errcode": "M_LIMIT_EXCEEDED", "error": "slow down", "retry_after_ms": 5}
+    assert MatrixError("M_FORBIDDEN", "", 418).status == 418 and MatrixError("ORG.EXAMPLE", "").status == 400
+
+
+@pytest.mark.parametrize("data", [
+    b"{", b"nope", b"NaN", b'{"a":Infinity}', b"[-Infinity]", b"\xff", b'"\xed\xa0\x80"', b'"\\ud800"', b'{"\\udfff":1}', b'["\\uD83D x"]', b"\xef\xbb\xbf{}",
+    pytest.param(b"[" * 100_000, id="deep list"), pytest.param(b'{"a":' * 100_000, id="deep object"), pytest.param(b"1" * 5000, id="long number"), b'{"a":1,}', b"'a'", b'"\n"', b"{} {}", b" "])
+def test_what_is_not_json_is_refused(data):
+    with refused("M_NOT_JSON", 400):
+        asbridge.parse_json(data)
+
+
+def test_surrogates_in_pairs_are_one_character():
+    assert asbridge.parse_json(b'"\\ud83d\\ude00 \\\\ud800"') == "😀 \\ud800"
+
+
+def test_a_number_that_is_too_large_for_a_double_is_refused():
+    with refused("M_NOT_JSON", 400):
+        asbridge.parse_json(b'{"a":1e400}')
+
+
+def test_json_that_was_read_can_be_checked_and_written_however_deep_it_is():
+    def written(depth):
+        try:
+            value = asbridge.parse_object(b'{"a":' + b"[" * depth + b"]" * depth + b"}")
+        except MatrixError:
+            return None
+        asbridge.check_canonical(value)
+        return asbridge.to_json(value) == asbridge.canonical_json(value)
+    assert [written(depth) for depth in (50, 5000)] == [True, None]
+    assert all(written(depth) in (True, None) for depth in range(100, 1000, 50))
+
+
+def test_no_body_is_an_empty_object():
+    assert asbridge.parse_object(b"") == {}
+
+
+@pytest.mark.parametrize("data", [b"[]", b"null", b"5", b'"a"', b"true"])
+def test_a_body_that_is_no_object_is_bad_json(data):
+    with refused("M_BAD_JSON", 400, "object"):
+        asbridge.parse_object(data)
+
+
+def test_canonical_json_is_sorted_compact_and_not_escaped():
+    value = {"b": [1, True, None], "a": {"é": "日", "\"": "\\/\n\x01"}, "B": -0}
+    assert asbridge.canonical_json(value) == '{"B":0,"a":{"\\"":"\\\\/\\n\\u0001","é":"日"},"b":[1,true,null]}'
+
+
+@pytest.mark.parametrize("value", [{}, {"a": 2**53 - 1, "b": [-(2**53) + 1, True, None, "1.5", {"c": {}}]}])
+def test_canonical_json_holds_integers_of_53_bits(value):
+    assert asbridge.check_canonical(value) is None
+
+
+@pytest.mark.parametrize("value", [1.0, {"a": 0.5}, {"a": {"b": [2**53]}}, [-(2**53)], {"a": [[1e300]]}, -0.0])
+def test_canonical_json_holds_no_fractions_and_no_larger_integers(value):
+    with refused("M_BAD_JSON", 400, "2^53"):
+        asbridge.check_canonical(value)
+
+
+def test_json_that_is_already_written_goes_into_an_answer_as_it_is():
+    raw = asbridge.Raw('{"z":1, "a":2}')
+    assert asbridge.to_json({"events": [raw, ("x",)], "k\n": None}) == '{"events":[{"z":1, "a":2},["x"]],"k\\n":null}'
+    with pytest.raises(ValueError):
+        asbridge.to_json({"a": float("nan")})
+
+
+@pytest.mark.parametrize("value, type_", [("x", str), ("", str), (0, int), (False, bool), ({}, dict), ([], list)])
+def test_a_field_of_a_body_has_its_type(value, type_):
+    assert asbridge.field({"key": value}, "key", type_) == value
+
+
+@pytest.mark.parametrize("value, type_", [(5, str), (True, int), (1, bool), (1.0, int), ("1", int), ([], dict), ({}, list)])
+def test_a_field_of_another_type_is_bad_json(value, type_):
+    with refused("M_BAD_JSON", 400, "'key'"):
+        asbridge.field({"key": value}, "key", type_, None)
+
+
+@pytest.mark.parametrize("body", [{}, {"key": None}])
+def test_a_field_that_is_not_there_is_missing_unless_it_has_a_default(body):
+    assert asbridge.field(body, "key", str, "else") == "else" and asbridge.field(body, "key", str, None) is None
+    with refused("M_MISSING_PARAM", 400, "'key'"):
+        asbridge.field(body, "key", str)
+
+
+def test_a_value_in_an_error_text_is_short():
+    assert len(asbridge.shorten("x" * 1000)) == 81 and asbridge.shorten({"a": "é"}) == '{"a": "\\u00e9"}'
+
+
+def waiting_on(clock, one, seconds):
+    """A thread that waits on this bell."""
+    thread = threading.Thread(target=clock.wait, args=(one, clock.monotonic() + seconds), daemon=True)
+    thread.start()
+    eventually(lambda: one in clock._waiting or not thread.is_alive())
+    return thread
+
+
+def test_waiting_ends_when_the_bell_rings():
+    clock, one = asbridge.Clock(), asbridge.bell()
+    thread = waiting_on(clock, one, 60)
+    asbridge.release(one)
+    thread.join(5)
+    assert not thread.is_alive() and not clock._waiting
+
+
+def test_waiting_ends_at_once_when_the_bell_has_rung_before():
+    clock, one = asbridge.Clock(), asbridge.bell()
+    asbridge.release(one)
+    asbridge.release(one)                                    # twice is no error
+    began = time.monotonic()
+    clock.wait(one, clock.monotonic() + 60)
+    assert time.monotonic() - began < 5 and one.locked()
+
+
+@pytest.mark.parametrize("seconds", [0.02, 0, -5])
+def test_waiting_ends_when_the_time_is_over(seconds):
+    clock, began = asbridge.Clock(), time.monotonic()
+    clock.wait(asbridge.bell(), clock.monotonic() + seconds)
+    assert max(0, seconds) * 0.9 <= time.monotonic() - began < 5
+
+
+def test_winding_the_clock_on_wakes_all_who_wait():
+    clock = asbridge.Clock()
+    threads = [waiting_on(clock, asbridge.bell(), 3600) for _ in range(3)]
+    clock.advance(60)
+    for thread in threads:
+        thread.join(5)
+    assert not any(thread.is_alive() for thread in threads)
+
+
+def test_winding_the_clock_moves_both_clocks():
+    clock = asbridge.Clock()
+    now, monotonic = clock.now(), clock.monotonic()
+    clock.advance(3600)
+    assert 3_600_000 <= clock.now() - now < 3_660_000 and 3600 <= clock.monotonic() - monotonic < 3660
+
+
+def test_one_may_wait_for_ever():
+    clock, one = asbridge.Clock(), asbridge.bell()
+    thread = waiting_on(clock, one, float("inf"))
+    asbridge.release(one)
+    thread.join(5)
+    assert not thread.is_alive()
+
+
+# ============================================================================
+# 2. Plumbing
+# ============================================================================
+
+@pytest.fixture
+def serve():
+    """Starts an HTTP server that answers what it was asked, as JSON; it ends with the test."""
+    made = []
+
+    def echo(request):
+        try:
+            body = request.body(100_000).decode("latin-1")
+            return asbridge.json_response(200, {"method": request.method, "path": request.path, "query": request.query,
+                                                "headers": request.headers, "body": body})
+        except MatrixError as error:
+            return asbridge.json_response(error.status, error.body())
+
+    def make(app=echo, **keys):
+        made.append(asbridge.HttpServer(("127.0.0.1", 0), app, **keys))
+        made[-1].start()
+        return made[-1]
+    yield make
+    for server in made:
+        server.stop()
+
+
+def connect(server):
+    return socket.create_connection(("127.0.0.1", server.port), 5)
+
+
+def read_all(sock):
+    """What comes until the other side closes."""
+    parts = []
+    with contextlib.suppress(ConnectionError):
+        while data := sock.recv(65_536):
+            parts.append(data)
+    return b"".join(parts)
+
+
+def talk(server, data):
+    """Sends this and nothing more; everything that comes back until the connection is closed."""
+    with connect(server) as sock:
+        sock.sendall(data)
+        with contextlib.suppress(OSError):
+            sock.shutdown(socket.SHUT_WR)
+        return read_all(sock)
+
+
+def answers_in(data):
+    """[(status, headers, JSON)] of the answers in a stream."""
+    found = []
+    while data:
+        head, _, data = data.partition(b"\r\n\r\n")
+        lines = head.decode().split("\r\n")
+        headers = {line.partition(": ")[0].lower(): line.partition(": ")[2] for line in lines[1:]}
+        size = int(headers["content-length"])
+        found.append((int(lines[0].split(" ")[1]), headers, json.loads(data[:size])))
+        data = data[size:]
+    return found
+
+
+def test_a_connection_is_kept_alive(serve):
+    server = serve()
+    with connect(server) as sock:
+        for n in range(3):
+            sock.sendall(b"GET /%d HTTP/1.1\r\nHost: h\r\n\r\n" % n)
+            (status, headers, answer), = answers_in(sock.recv(65_536))
+            assert status == 200 and answer["path"] == f"/{n}" and "connection" not in headers
+        assert len(server.connections) == 1
+
+
+def test_requests_may_come_before_the_answer_to_the_last_one(serve):
+    data = talk(serve(), b"POST /1 HTTP/1.1\r\nContent-Length: 3\r\n\r\nabcGET /2 HTTP/1.1\r\n\r\n"
+                         b"POST /3 HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n1\r\nx\r\n0\r\n\r\nGET /4 HTTP/1.1\r\n\r\n")
+    assert [(answer["path"], answer["body"]) for _, _, answer in answers_in(data)] == [("/1", "abc"), ("/2", ""), ("/3", "x"), ("/4", "")]
+
+
+def test_a_body_that_the_application_does_not_read_is_skipped(serve):
+    server = serve(lambda request: asbridge.json_response(200, request.path))
+    data = talk(server, b"POST /1 HTTP/1.1\r\nContent-Length: 20\r\n\r\nGET /x HTTP/1.1\r\n\r\n_" + b"GET /2 HTTP/1.1\r\n\r\n")
+    assert [answer for _, _, answer in answers_in(data)] == ["/1", "/2"]
+
+
+@pytest.mark.parametrize("head", [b"Content-Length: 65537", b"Transfer-Encoding: chunked", b"Expect: 100-continue\r\nContent-Length: 5"])
+def test_after_a_body_that_is_too_long_to_skip_the_connection_is_closed(serve, head):
+    server = serve(lambda request: asbridge.json_response(200, request.path))
+    with connect(server) as sock:
+        sock.sendall(b"POST /1 HTTP/1.1\r\n" + head + b"\r\n\r\n")
+        (status, headers, _), = answers_in(read_all(sock))
+    assert status == 200 and headers["connection"] == "close"
+
+
+def test_the_answer_to_head_has_the_length_of_the_body_but_no_body(serve):
+    server = serve(lambda request: asbridge.Response(200, b"12345", "text/plain", b"X-More: 1\r\n"))
+    data = talk(server, b"HEAD / HTTP/1.1\r\n\r\n")
+    assert data == b"HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\nContent-Length: 5\r\nX-More: 1\r\n\r\n"
+
+
+@pytest.mark.parametrize("body", [
+    b"5\r\nhello\r\n0\r\n\r\n", b"2\r\nhe\r\n3;name=value\r\nllo\r\n0\r\nTrailer: x\r\n\r\n", b"00005\r\nhello\r\n000\r\n\r\n", b"5 \r\nhello\r\n0\r\n\r\n"])
+def test_a_body_may_come_in_chunks(serve, body):
+    (_, _, answer), = answers_in(talk(serve(), b"POST / HTTP/1.1\r\nTransfer-Encoding: Chunked\r\n\r\n" + body))
+    assert answer["body"] == "hello"
+
+
+@pytest.mark.parametrize("body", [b"x\r\n", b"-1\r\n", b"0x5\r\nhello\r\n", b"5\r\nhelloo\r\n0\r\n\r\n", b"5\nhello\n0\n\n", b"FFFFFFFFF\r\n", b"\r\n", pytest.param(b"5" * 5000, id="long")])
+def test_a_chunk_that_is_not_what_it_says_is_refused(serve, body):
+    data = talk(serve(), b"POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n" + body + b"GET /evil HTTP/1.1\r\n\r\n")
+    (status, headers, _), = answers_in(data)
+    assert status == 400 and headers["connection"] == "close"
+
+
+def test_who_expects_100_continue_gets_it_before_the_body_is_read(serve):
+    with connect(serve()) as sock:
+        sock.sendall(b"POST / HTTP/1.1\r\nContent-Length: 2\r\nExpect: 100-Continue\r\n\r\n")
+        assert sock.recv(100) == b"HTTP/1.1 100 Continue\r\n\r\n"
+        sock.sendall(b"ok")
+        (status, _, answer), = answers_in(sock.recv(65_536))
+    assert status == 200 and answer["body"] == "ok"
+
+
+def test_who_expects_100_continue_for_too_large_a_body_is_told_so_instead(serve):
+    with connect(serve()) as sock:
+        sock.sendall(b"POST / HTTP/1.1\r\nContent-Length: 200000\r\nExpect: 100-continue\r\n\r\n")
+        (status, headers, answer), = answers_in(read_all(sock))
+    assert (status, answer["errcode"], headers["connection"]) == (413, "M_TOO_LARGE", "close")
+
+
+@pytest.mark.parametrize("head, kept", [
+    (b"GET / HTTP/1.1\r\n", True), (b"GET / HTTP/1.1\r\nConnection: close\r\n", False), (b"GET / HTTP/1.1\r\nConnection: Keep-Alive, Close\r\n", False),
+    (b"GET / HTTP/1.0\r\n", False), (b"GET / HTTP/1.0\r\nConnection: keep-alive\r\n", True)])
+def test_http_1_0_closes_unless_asked_not_to_and_http_1_1_the_other_way_round(serve, head, kept):
+    answers = answers_in(talk(serve(), (head + b"\r\n") * 2))
+    assert len(answers) == (2 if kept else 1) and ("connection" not in answers[0][1]) == kept
+
+
+@pytest.mark.parametrize("head", [
+    b"GET / HTTP/1.1\r\nA: b\nC: d", b"GET / HTTP/1.1\r\nA: b\r\n c", b"GET / HTTP/1.1\r\nA: b\r\n\tc", b"GET / HTTP/1.1\r\nA : b", b"GET / HTTP/1.1\r\nA",
+    b"GET / HTTP/1.1\r\n: b", b"GET / HTTP/1.1\r\nA: b\rc", b"GET / HTTP/1.1\r\nA: b\0", b"GET / HTTP/1.1\r\nA\xe9: b", b"GET / HTTP/1.1\r\n A: b",
+    b"GET / HTTP/1.1\r\nContent-Length: 5\r\nContent-Length: 6", b"GET / HTTP/1.1\r\nContent-Length: 5, 6", b"GET / HTTP/1.1\r\nContent-Length: -1",
+    b"GET / HTTP/1.1\r\nContent-Length: +5", b"GET / HTTP/1.1\r\nContent-Length: 0x5", b"GET / HTTP/1.1\r\nContent-Length: ", b"GET / HTTP/1.1\r\nContent-Length: \xb2",
+    b"GET / HTTP/1.1\r\nContent-Length: 1_0", b"GET / HTTP/1.1\r\nTransfer-Encoding: chunked\r\nContent-Length: 5", b"GET / HTTP/1.1\r\nTransfer-Encoding: gzip",
+    b"GET / HTTP/1.1\r\nTransfer-Encoding: gzip, chunked", b"GET / HTTP/1.1\r\nTransfer-Encoding: chunked\r\nTransfer-Encoding: chunked",
+    b"GET /", b"GET / x HTTP/1.1", b"GET  / HTTP/1.1", b"GET / HTTP/2.0", b"GET / http/1.1", b"G(T / HTTP/1.1", b"\x16\x03\x01", b"GET / HTTP/1.1 "])
+def test_a_head_that_two_readers_could_read_differently_is_refused_and_the_connection_closed(serve, head):
+    (status, headers, answer), = answers_in(talk(serve(), head + b"\r\n\r\nGET /evil HTTP/1.1\r\n\r\n"))
+    assert (status, answer["errcode"], headers["connection"]) == (400, "M_UNKNOWN", "close")
+
+
+@pytest.mark.parametrize("target", [b"/a\nX:y", b"/a\rX:y", b"/a\0"])
+def test_a_request_line_has_no_control_characters(serve, target):
+    assert talk(serve(), b"GET " + target + b" HTTP/1.1\r\n\r\n").startswith(b"HTTP/1.1 400 ")
+
+
+def test_a_content_length_of_any_length_is_answered(serve):
+    assert talk(serve(), b"POST / HTTP/1.1\r\nContent-Length: " + b"9" * 5000 + b"\r\n\r\n").startswith((b"HTTP/1.1 400 ", b"HTTP/1.1 413 "))
+
+
+def test_a_head_whose_lines_end_in_bare_lf_is_refused_at_once(serve):
+    with connect(serve()) as sock:
+        sock.settimeout(0.5)
+        sock.sendall(b"GET / HTTP/1.1\nHost: h\n\n")
+        assert sock.recv(100).startswith(b"HTTP/1.1 400 ")
+
+
+@pytest.mark.parametrize("extra", [b"\r\n", b"\r\n\r\n"])
+def test_empty_lines_before_the_first_request_are_ignored(serve, extra):
+    assert [status for status, _, _ in answers_in(talk(serve(), extra + b"GET / HTTP/1.1\r\n\r\n"))] == [200]
+
+
+def test_an_empty_line_after_a_body_is_ignored(serve):
+    data = talk(serve(), b"POST / HTTP/1.1\r\nContent-Length: 1\r\n\r\nx\r\nGET / HTTP/1.1\r\n\r\n")
+    assert [status for status, _, _ in answers_in(data)] == [200, 200]
+
+
+def test_a_content_length_that_comes_twice_alike_is_taken(serve):
+    (_, _, answer), = answers_in(talk(serve(), b"POST / HTTP/1.1\r\nContent-Length: 2\r\nContent-Length: 2\r\n\r\nok"))
+    assert answer["body"] == "ok"
+
+
+def test_a_request_says_its_method_path_query_and_headers(serve):
+    (_, _, answer), = answers_in(talk(serve(), b"PUT http://h:1/a%2Fb/?x=1&y=%C3%A9&z=&x=2 HTTP/1.1\r\nX-A: \t 1 \r\nx-a:2\r\n\r\n"))
+    assert (answer["method"], answer["path"], answer["query"]) == ("PUT", "/a%2Fb/", {"x": "2", "y": "é", "z": ""})
+    assert answer["headers"] == {"x-a": "1, 2"}
+
+
+def test_too_large_a_head_is_431(serve):
+    server = serve()
+    many, long = b"A: b\r\n" * 101, b"A: " + b"b" * 200_000 + b"\r\n"
+    for headers in (many, long):
+        assert talk(server, b"GET / HTTP/1.1\r\n" + headers + b"\r\n").startswith(b"HTTP/1.1 431 ")
+    assert talk(server, b"GET / HTTP/1.1\r\n" + b"A: b\r\n" * 100 + b"\r\n").startswith(b"HTTP/1.1 200 ")
+
+
+def test_a_head_has_65536_bytes_at_most(serve):
+    head = b"GET / HTTP/1.1\r\nA: "
+    assert talk(serve(), head + b"b" * (asbridge.MAX_HEAD_BYTES - len(head) + 10) + b"\r\n\r\n").startswith(b"HTTP/1.1 431 ")
+
+
+@pytest.mark.parametrize("head, body", [(b"Content-Length: 100001", b""), (b"Transfer-Encoding: chunked", b"186A1\r\n"),
+                                        (b"Transfer-Encoding: chunked", b"C350\r\n" + b"x" * 50_000 + b"\r\nC351\r\n")], ids=["length", "first chunk", "second chunk"])
+def test_too_large_a_body_is_413(serve, head, body):
+    (status, headers, answer), = answers_in(talk(serve(), b"POST / HTTP/1.1\r\n" + head + b"\r\n\r\n" + body))
+    assert (status, answer["errcode"], headers["connection"]) == (413, "M_TOO_LARGE", "close") and "100000 bytes" in answer["error"]
+
+
+def test_a_body_of_just_the_limit_is_taken(serve):
+    (status, _, answer), = answers_in(talk(serve(), b"POST / HTTP/1.1\r\nContent-Length: 100000\r\n\r\n" + b"x" * 100_000))
+    assert status == 200 and len(answer["body"]) == 100_000
+
+
+def test_a_client_that_sends_too_large_a_body_gets_to_read_the_413(serve):
+    client = asbridge.HttpClient(f"http://127.0.0.1:{serve().port}")
+    with contextlib.closing(client):
+        assert client.request("PUT", "/", b"x" * 8_000_000)[0] == 413
+
+
+def test_a_large_answer_arrives_whole(serve):
+    server = serve(lambda request: asbridge.Response(200, b"x" * 3_000_000))
+    assert talk(server, b"GET / HTTP/1.1\r\n\r\n").endswith(b"\r\n\r\n" + b"x" * 3_000_000)
+
+
+@pytest.mark.parametrize("data", [b"", b"GET / HT", b"POST / HTTP/1.1\r\nContent-Length: 9\r\n\r\nabc"])
+def test_a_client_that_goes_away_leaves_nothing_behind(serve, caplog, data):
+    server = serve()
+    assert talk(server, data) == b"" and eventually(lambda: not server.connections)
+    assert talk(server, b"GET / HTTP/1.1\r\n\r\n").startswith(b"HTTP/1.1 200 ") and not caplog.records
+
+
+def test_a_client_that_does_not_wait_for_its_answer_harms_nobody(serve, caplog):
+    reached, gone = threading.Event(), threading.Event()
+
+    def app(request):
+        reached.set()
+        gone.wait(5)
+        return asbridge.Response(200, b"x" * 1_000_000)
+    server = serve(app)
+    with connect(server) as sock:
+        sock.sendall(b"GET / HTTP/1.1\r\n\r\n")
+        assert reached.wait(5)
+    gone.set()
+    assert eventually(lambda: not server.connections)
+    assert talk(server, b"GET / HTTP/1.1\r\n\r\n").startswith(b"HTTP/1.1 200 ") and not caplog.records
+
+
+def test_a_head_has_a_deadline(serve, monkeypatch):
+    monkeypatch.setattr(asbridge, "HEAD_SECONDS", 0.05)
+    monkeypatch.setattr(asbridge, "IDLE_SECONDS", 0.02)
+    with connect(serve()) as sock:
+        sock.sendall(b"GET / HTTP/1.1\r\nA: ")
+        (status, headers, _), = answers_in(read_all(sock))
+    assert status == 408 and headers["connection"] == "close"
+
+
+def test_a_silent_connection_may_stay(serve, monkeypatch):
+    monkeypatch.setattr(asbridge, "HEAD_SECONDS", 0.01)
+    monkeypatch.setattr(asbridge, "IDLE_SECONDS", 0.01)
+    server = serve()
+    with connect(server) as sock:
+        sock.settimeout(0.05)
+        with pytest.raises(TimeoutError):
+            sock.recv(1)
+        sock.sendall(b"GET / HTTP/1.1\r\n\r\n")
+        sock.settimeout(5)
+        assert sock.recv(100).startswith(b"HTTP/1.1 200 ")
+
+
+def test_a_body_in_chunks_has_one_deadline(serve, monkeypatch):
+    monkeypatch.setattr(asbridge, "HEAD_SECONDS", 0.1)
+    monkeypatch.setattr(asbridge, "BODY_BYTES_PER_SECOND", 10**9)
+    with connect(serve()) as sock:
+        sock.sendall(b"POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n")
+        sock.settimeout(0.01)
+        for _ in range(40):
+            with contextlib.suppress(TimeoutError):
+                assert sock.recv(100).startswith(b"HTTP/1.1 408 ")
+                return
+            sock.sendall(b"1\r\nx\r\n")
+    raise AssertionError("still reading")
+
+
+def test_at_the_cap_the_connection_that_is_idle_for_longest_goes(serve):
+    server = serve(max_connections=2)
+    with connect(server) as first, connect(server) as second:
+        for sock in (second, first):
+            sock.sendall(b"GET / HTTP/1.1\r\n\r\n")
+            assert answers_in(sock.recv(65_536))[0][0] == 200
+            eventually(lambda: all(connection.idle_since for connection in server.connections))
+        assert talk(server, b"GET / HTTP/1.1\r\n\r\n").startswith(b"HTTP/1.1 200 ")
+        assert read_all(second) == b""
+        first.sendall(b"GET / HTTP/1.1\r\n\r\n")
+        assert answers_in(first.recv(65_536))[0][0] == 200
+
+
+def test_stopping_ends_idle_connections(serve):
+    server = serve()
+    with connect(server) as sock:
+        sock.sendall(b"GET / HTTP/1.1\r\n\r\n")
+        assert sock.recv(100).startswith(b"HTTP/1.1 200 ")
+        server.stop()
+        assert read_all(sock)[-1:] in (b"", b"}") and eventually(lambda: not server.connections)
+        with pytest.raises(OSError):
+            connect(server).close()
+    server.stop = lambda: None
+
+
+def test_a_server_that_was_never_started_can_be_stopped():
+    server = asbridge.HttpServer(("127.0.0.1", 0), lambda request: asbridge.Response(200, b""))
+    server.stop()
+    with pytest.raises(OSError):
+        connect(server).close()
+
+
+@pytest.fixture
+def scripted():
+    """A server of raw sockets: the n-th connection is handled by the n-th script. Gives its URL."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    threads = []
+
+    def make(*scripts):
+        def run():
+            with contextlib.suppress(OSError):
+                for script in scripts:
+                    sock, _ = listener.accept()
+                    with sock:
+                        sock.settimeout(5)
+                        script(sock)
+        threads.append(threading.Thread(target=run, daemon=True))
+        threads[-1].start()
+        return f"http://127.0.0.1:{listener.getsockname()[1]}"
+    yield make
+    for thread in threads:
+        while thread.is_alive():                             # scripts that nobody came for
+            with contextlib.suppress(OSError):
+                socket.create_connection(listener.getsockname(), 1).close()
+            thread.join(0.01)
+    listener.close()
+
+
+def says(answer, times=1):
+    """A script: reads a request and answers with these bytes, so many times, then closes."""
+    def script(sock):
+        for _ in range(times):
+            if sock.recv(65_536):
+                sock.sendall(answer)
+    return script
+
+
+OK_ANSWER = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
+
+
+@pytest.fixture
+def client():
+    """Makes HTTP clients; they are closed with the test."""
+    made = []
+
+    def make(url):
+        made.append(asbridge.HttpClient(url))
+        return made[-1]
+    yield make
+    for one in made:
+        one.close()
+
+
+def test_the_client_keeps_its_connection(scripted, client):
+    one = client(scripted(says(OK_ANSWER, 3)))
+    assert [one.request("GET", "/", seconds=5) for _ in range(3)] == [(200, b"ok")] * 3
+
+
+@pytest.mark.parametrize("method", ["GET", "PUT", "POST"])
+def test_the_client_survives_a_server_that_closed_the_kept_connection(scripted, client, method):
+    one = client(scripted(says(OK_ANSWER), says(OK_ANSWER)))
+    assert one.request(method, "/", b"", seconds=5) == (200, b"ok")
+    assert asbridge.select.select([one._connection.sock], [], [], 5)[0]      # the end of the stream has come
+    assert one.request(method, "/", b"", seconds=5) == (200, b"ok")
+
+
+def hangs_up_on_the_second_request(sock):
+    says(OK_ANSWER)(sock)
+    sock.recv(65_536)
+
+
+def test_a_request_on_a_kept_connection_that_ends_unanswered_is_repeated(scripted, client):
+    one = client(scripted(hangs_up_on_the_second_request, says(OK_ANSWER)))
+    assert [one.request("PUT", "/", b"", seconds=5) for _ in range(2)] == [(200, b"ok")] * 2
+
+
+def test_a_post_is_not_repeated_for_it_may_have_been_done(scripted, client):
+    one = client(scripted(hangs_up_on_the_second_request, says(OK_ANSWER)))
+    assert one.request("POST", "/", b"", seconds=5) == (200, b"ok")
+    with pytest.raises(ConnectionError):
+        one.request("POST", "/", b"", seconds=5)
+
+
+def test_a_request_on_a_new_connection_is_not_repeated(scripted, client):
+    with pytest.raises(ConnectionError):
+        client(scripted(lambda sock: sock.recv(100), says(OK_ANSWER))).request("PUT", "/", b"", seconds=5)
+
+
+def test_a_repeated_request_keeps_its_deadline(scripted, client, monkeypatch):
+    one, deadlines, exchange = client(scripted(hangs_up_on_the_second_request, says(OK_ANSWER))), [], asbridge.HttpClient._exchange
+    monkeypatch.setattr(asbridge.HttpClient, "_exchange", lambda *given: (deadlines.append(given[5]), exchange(*given))[1])
+    for _ in range(2):
+        one.request("PUT", "/", b"", seconds=5)
+    assert len(deadlines) == 3 and deadlines[1] == deadlines[2]
+
+
+@pytest.mark.parametrize("start_of_answer", [b"", b"HTTP/1.1 200 OK\r\nX: ", b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n"])
+def test_an_answer_that_trickles_has_one_deadline(scripted, client, start_of_answer):
+    over = threading.Event()
+
+    def trickle(sock):
+        sock.recv(65_536)
+        sock.sendall(start_of_answer)
+        while not over.wait(0.01):
+            sock.sendall(b"H")
+    one, began = client(scripted(trickle)), time.monotonic()
+    with pytest.raises(TimeoutError):
+        one.request("GET", "/", seconds=0.1)
+    over.set()
+    assert 0.09 <= time.monotonic() - began < 1 and one._connection is None
+
+
+def test_a_server_that_says_nothing_is_given_up_in_time(scripted, client):
+    over = threading.Event()
+    with pytest.raises(TimeoutError):
+        client(scripted(lambda sock: over.wait(5))).request("GET", "/", seconds=0.05)
+    over.set()
+
+
+def test_the_client_follows_no_redirect(scripted, client):
+    url = scripted(says(b"HTTP/1.1 302 Found\r\nLocation: http://127.0.0.1:1/\r\nContent-Length: 2\r\n\r\nno"))
+    assert client(url).request("GET", "/", seconds=5) == (302, b"no")
+
+
+@pytest.mark.parametrize("answer", [
+    b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b", b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n%x\r\n%b\r\n0\r\n\r\n"])
+@pytest.mark.parametrize("size", [99, 100, 101])
+def test_of_an_answer_no_more_than_the_limit_is_read(scripted, client, answer, size):
+    one = client(scripted(says(answer % (size, b"x" * size))))
+    if size <= 100:
+        assert one.request("GET", "/", seconds=5, limit=100) == (200, b"x" * size)
+    else:
+        with pytest.raises(ValueError, match="100 bytes"):
+            one.request("GET", "/", seconds=5, limit=100)
+        assert one._connection is None
+
+
+def test_an_answer_without_a_length_ends_with_the_connection(scripted, client):
+    one = client(scripted(says(b"HTTP/1.0 200 OK\r\n\r\nhello"), says(OK_ANSWER)))
+    assert [one.request("GET", "/", seconds=5) for _ in range(2)] == [(200, b"hello"), (200, b"ok")]
+
+
+def test_an_answer_that_breaks_off_is_an_error(scripted, client):
+    with pytest.raises(asbridge.http.client.IncompleteRead):
+        client(scripted(says(b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\nhalf"))).request("GET", "/", seconds=5)
+
+
+@pytest.mark.parametrize("answer", [b"garbage\r\n\r\n", b"HTTP/1.1 abc OK\r\n\r\n", b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n" + b"A: b\r\n" * 200 + b"\r\n"])
+def test_an_answer_that_is_not_http_is_an_http_exception(scripted, client, answer):
+    with pytest.raises(asbridge.http.client.HTTPException):
+        client(scripted(says(answer))).request("GET", "/", seconds=5)
+
+
+def test_the_client_keeps_the_path_of_the_url_and_uses_no_proxy(serve, client, monkeypatch):
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
+    one = client(f"http://127.0.0.1:{serve().port}/as/irc/")
+    assert json.loads(one.request("GET", "/_matrix/app/v1/x?y=1", headers={"X-Y": "z"})[1])["path"] == "/as/irc/_matrix/app/v1/x"
+
+
+def test_a_refused_connection_is_an_os_error(client):
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    with pytest.raises(ConnectionRefusedError):
+        client(f"http://127.0.0.1:{port}").request("GET", "/", seconds=5)
+
+
+@pytest.mark.parametrize("name", ["a b.db", "a?mode=ro.db", "a#b%20.db", "é.db"])
+def test_any_file_name_may_be_a_database(tmp_path, name):
+    with contextlib.closing(asbridge.open_sqlite(str(tmp_path / name))) as db:
+        db.execute("CREATE TABLE t (x)")
+        assert db.execute("PRAGMA journal_mode").fetchone() == ("wal",) and db.execute("PRAGMA synchronous").fetchone() == (2,)
+    with contextlib.closing(asbridge.open_sqlite(str(tmp_path / name), read_only=True)) as db, pytest.raises(sqlite3.OperationalError):
+        db.execute("INSERT INTO t VALUES (1)")
+    assert (tmp_path / name).exists()
+
+
+# ============================================================================
+# 3. Registrations and namespaces
+# ============================================================================
+
+# -- YAML
+
+HEISENBRIDGE = """\
+id: heisenbridge
+url: http://127.0.0.1:9898
+as_token: abcDEF0123
+hs_token: ghiJKL4567
+rate_limited: false
+sender_localpart: heisenbridge
+namespaces:
+    users:
+    - regex: '@irc_.*'
+      exclusive: true
+    - regex: '@heisenbridge:.*'
+      exclusive: true
+    aliases: []
+    rooms: []
+"""
+PYYAML = """\
+as_token: abcDEF0123
+hs_token: ghiJKL4567
+id: heisenbridge
+namespaces:
+  aliases: []
+  rooms: []
+  users:
+  - exclusive: true
+    regex: '@irc_.*'
+  - exclusive: true
+    regex: '@heisenbridge:.*'
+rate_limited: false
+sender_localpart: heisenbridge
+url: http://127.0.0.1:9898
+"""
+PYYAML_FLOW = """\
+---
+as_token: abcDEF0123
+hs_token: ghiJKL4567
+id: heisenbridge
+namespaces:
+  aliases: []
+  rooms: []
+  users:
+  - {exclusive: true, regex: '@irc_.*'}
+  - {exclusive: true, regex: '@heisenbridge:.*'}
+rate_limited: false
+sender_localpart: heisenbridge
+url: http://127.0.0.1:9898
+"""
+JS_YAML = """\
+id: heisenbridge
+url: 'http://127.0.0.1:9898'
+as_token: abcDEF0123
+hs_token: ghiJKL4567
+rate_limited: false
+sender_localpart: heisenbridge
+namespaces:
+  users:
+    - regex: '@irc_.*'
+      exclusive: true
+    - regex: '@heisenbridge:.*'
+      exclusive: true
+  aliases: []
+  rooms: []
+"""
+GO_YAML = """\
+id: heisenbridge
+url: http://127.0.0.1:9898
+as_token: abcDEF0123
+hs_token: ghiJKL4567
+rate_limited: false
+sender_localpart: heisenbridge
+namespaces:
+    users:
+        - regex: '@irc_.*'
+          exclusive: true
+        - regex: '@heisenbridge:.*'
+          exclusive: true
+    aliases: []
+    rooms: []
+"""
+BY_HAND = """\
+\ufeff# Registration of the bridge
+"id":   heisenbridge      # a comment
+'url':  "http://127.0.0.1:9898"
+
+as_token: "abcDEF0123"\r
+hs_token:
+  ghiJKL4567
+rate_limited: False
+sender_localpart: heisenbridge
+namespaces:
+  users:
+  -
+    regex: "@irc_.*"      # it's a regex
+    exclusive: True
+
+  # - regex: '@no_.*'
+  - exclusive: TRUE
+    regex: '@heisenbridge:.*'
+  aliases: [ ]            # none
+  rooms: []"""
+
+
+@pytest.mark.parametrize("text", [HEISENBRIDGE, PYYAML, PYYAML_FLOW, JS_YAML, GO_YAML, BY_HAND],
+                         ids=["ruamel", "PyYAML", "PyYAML-flow", "js-yaml", "yaml.v3", "by-hand"])
+def test_yaml_that_bridges_write_is_read(text):
+    assert asbridge.parse_registration(text) == {
+        "id": "heisenbridge", "url": "http://127.0.0.1:9898", "as_token": "abcDEF0123", "hs_token": "ghiJKL4567", "rate_limited": False,
+        "sender_localpart": "heisenbridge", "namespaces": {"users": [{"regex": "@irc_.*", "exclusive": True}, {"regex": "@heisenbridge:.*", "exclusive": True}],
+                                                           "aliases": [], "rooms": []}}
+
+
+@pytest.mark.parametrize("text, value", [
+    ("null", None), ("~", None), ("", None), ("Null", None), ("true", True), ("FALSE", False), ("yes", "yes"), ("off", "off"), ("5", 5), ("-7", -7), ("1.5", 1.5),
+    ("0x1f", "0x1f"), ("1:30", "1:30"), ("12:30:45", "12:30:45"), ("2001-01-01", "2001-01-01"), ("a b", "a b"), ("a#b", "a#b"), ("a # b", "a"),
+    ("http://h:1/p?x=1#f", "http://h:1/p?x=1#f"), ("'it''s #1'", "it's #1"), ("it's", "it's"), ("it's # x", "it's"), ("say \"hi\"", "say \"hi\""), ("''", ""), ('""', ""),
+    ('"\\\\d \\"q\\" \\x41\\u00e9 \\/ \\t"', "\\d \"q\" Aé / \t"), ("'\\d: # [a]'", "\\d: # [a]"), ("\\d+", "\\d+"), ("^@_?irc_([a-z0-9]+|x{1,3}):localhost$", "^@_?irc_([a-z0-9]+|x{1,3}):localhost$"),
+    ("[]", []), ("{}", {}), ("[a, 'b, c', 5, [null]]", ["a", "b, c", 5, [None]]), ("{exclusive: true, regex: '@a:.*'}", {"exclusive": True, "regex": "@a:.*"}),
+    ("[{a: 1}, {b: http://h:1/}]", [{"a": 1}, {"b": "http://h:1/"}]), ("-", "-"), ("---", "---"), ("?a", "?a"), (".", "."), ("日本", "日本"), ("$x", "$x"), ("a\\", "a\\")])
+def test_scalars_of_yaml(text, value):
+    assert asbridge.Yaml(f"key: {text}\nlast: 1\n").read() == {"key": value, "last": 1}
+
+
+@pytest.mark.parametrize("text, value", [
+    ("", None), ("# nothing\n\n", None), ("- 1\n- - 2\n  - 3\n-\n- a: 1\n  b:\n  - 4\n", [1, [2, 3], None, {"a": 1, "b": [4]}]),
+    ("a:\n- b:\n    c: 1\n  d: 2\ne:\n", {"a": [{"b": {"c": 1}, "d": 2}], "e": None}), ("a.b: 1\n'c d': 2\n", {"a.b": 1, "c d": 2}),
+    ("-   a: 1\n    b: 2\n", [{"a": 1, "b": 2}]), ("plain", "plain")])
+def test_blocks_of_yaml(text, value):
+    assert asbridge.Yaml(text).read() == value
+
+
+@pytest.mark.parametrize("text, line", [
+    ("a: 1\nb: &x 2\n", 2), ("a: *x\n", 1), ("a: !!bool 'true'\n", 1), ("a: 1\nb: |\n  text\n", 2), ("a: >-\n  text\n", 1), ("a: 1\n---\nb: 2\n", 2), ("%YAML 1.2\n---\na: 1\n", 1),
+    ("a: 1\n...\n", 2), ("a: 1\nb: 2\na: 3\n", 3), ("a:\n\tb: 1\n", 2), ("a: b: c\n", 1), ("a: 1\nb: [1, 2\n", 2), ("a: {b: 1\n", 1), ("a: [1 2]]\n", 1), ("a: {b}\n", 1),
+    ("a: 'open\n", 1), ("a: \"open\n", 1), ("a: 'b' c\n", 1), ('a: "\\q"\n', 1), ("a: plain\n  goes on\n", 2), ("a: 1\n  b: 2\n", 2), ("a:\n    b: 1\n  c: 2\n", 3),
+    ("a: 1\n\n# c\n- 2\n", 4), ("- 1\na: 2\n", 2), ("a: %x\n", 1), ("a: @x\n", 1), ("a: `x`\n", 1), ("a: [1,, 2]\n", 1), ("a: ]\nb: [}\n", 2)])
+def test_yaml_that_is_not_read_is_refused_with_its_line_number(text, line):
+    with pytest.raises(ValueError, match=rf"^line {line}: "):
+        asbridge.parse_registration(text)
+
+
+@pytest.mark.parametrize("text, line", [("it's: 1\nb: 2\n", 1), ("a: 1\nb:\n  @c: 1\n  d: 2\n", 3)])
+def test_yaml_with_a_key_that_is_not_read_names_the_line_of_the_key(text, line):
+    with pytest.raises(ValueError, match=rf"^line {line}: "):
+        asbridge.parse_registration(text)
+
+
+@pytest.mark.parametrize("token", ["1e3", "12345e678", "1E+5", "089", "012"])
+def test_digits_without_a_point_that_are_no_integer_are_a_text(token):
+    assert asbridge.Yaml(f"as_token: {token}\n").read() == {"as_token": token}
+
+
+def test_a_key_that_stands_twice_in_a_flow_mapping_is_refused():
+    with pytest.raises(ValueError, match="^line 1: "):
+        asbridge.Yaml("a: {exclusive: true, exclusive: false}\n").read()
+
+
+@pytest.mark.parametrize("text", ['{"a": ' + "[" * 100_000, "a: " + "[" * 2000], ids=["JSON", "YAML"])
+def test_a_registration_that_is_nested_too_deeply_is_refused(text):
+    with pytest.raises(ValueError):
+        asbridge.parse_registration(text)
+
+
+def test_a_line_full_of_quotes_is_read_in_no_time():
+    def seconds(quotes):
+        began = time.perf_counter()
+        with contextlib.suppress(asbridge.YamlError):
+            asbridge.Yaml("a: " + "x'y" * quotes + ' "')
+        return time.perf_counter() - began
+    assert min(seconds(26) for _ in range(3)) < 40 * min(seconds(13) for _ in range(3))
+
+
+def test_an_apostrophe_in_a_comment_belongs_to_the_comment():
+    assert asbridge.Yaml("a: don't # it's\n").read() == {"a": "don't"}
+
+
+def test_a_registration_may_be_json():
+    assert asbridge.parse_registration('\ufeff {"id": "é",\n "url": null}') == {"id": "é", "url": None}
+    with pytest.raises(ValueError, match="line 2"):
+        asbridge.parse_registration('{"id":\n oops}')
+
+
+# -- The schema
+
+def read_registration(data):
+    """(the registration or None, its findings as texts)."""
+    reader = asbridge.RegistrationReader(data, "x.yaml")
+    return reader.read(), [str(finding) for finding in reader.findings]
+
+
+def without(key):
+    return {name: value for name, value in registration().items() if name != key}
+
+
+def test_a_registration_has_the_keys_of_the_specification():
+    data = registration(url="http://h:1/base", rate_limited=True, protocols=["irc"], receive_ephemeral=True, **{"de.sorunome.msc2409.push_ephemeral": True,
+                        "org.matrix.msc3202": True, "io.element.msc4190": True, "asbridge.sample": {"irc_port": 6667}, "com.example": 1})
+    one, findings = read_registration(data)
+    assert not findings and (one.id, one.url, one.as_token, one.hs_token, one.sender_localpart) == ("irc", "http://h:1/base", "as-irc", "hs-irc", "_irc_bot")
+    assert (one.rate_limited, one.protocols, one.receive_ephemeral, one.push_ephemeral, one.msc3202) == (True, ("irc",), True, True, True)
+    assert one.sample == {"irc_port": 6667} and one.unknown == ("com.example",) and one.sender("h") == "@_irc_bot:h"
+
+
+def test_what_a_registration_need_not_have_has_defaults():
+    one, findings = read_registration({key: registration()[key] for key in ("id", "url", "as_token", "hs_token", "sender_localpart")} | {"namespaces": {}})
+    assert not findings and one.url is None and one.rate_limited is True and not one.receive_ephemeral and one.protocols == () and one.namespaces["rooms"] == ()
+
+
+@pytest.mark.parametrize("key", ["id", "url", "as_token", "hs_token", "sender_localpart", "namespaces"])
+def test_a_registration_without_a_required_key_is_refused(key):
+    one, findings = read_registration(without(key))
+    assert one is None and len(findings) == 1 and findings[0].startswith(f"x.yaml: {key}: is missing; write ")
+
+
+@pytest.mark.parametrize("key, value", [
+    *[(key, value) for key in ("id", "as_token", "hs_token", "sender_localpart") for value in (5, None, ["x"], True)], ("id", ""), ("as_token", ""), ("hs_token", ""),
+    ("url", 5), ("url", "localhost:1"), ("url", "ftp://h"), ("url", "http://"), ("url", "http://h?x=1"), ("url", ""), ("sender_localpart", ""),
+    ("sender_localpart", "@bot:localhost"), ("sender_localpart", "a b"), ("namespaces", []), ("namespaces", None), ("rate_limited", "no"), ("rate_limited", 0),
+    ("receive_ephemeral", "true"), ("org.matrix.msc3202", 1), ("uris", []), ("asbridge.sample", None), ("asbridge.sample", [])])
+def test_a_key_of_the_wrong_kind_is_one_finding_that_names_it(key, value):
+    one, findings = read_registration(registration(**{key: value}))
+    assert one is None and len(findings) == 1 and findings[0].startswith(f"x.yaml: {key}: ") and "; write " in findings[0]
+
+
+@pytest.mark.parametrize("value", ["http://[::1", "http://localhost:abc", "http://localhost:99999", "http://a b:80"])
+def test_a_url_that_cannot_be_called_is_a_finding(value):
+    one, findings = read_registration(registration(url=value))
+    assert one is None and len(findings) == 1 and findings[0].startswith("x.yaml: url: ")
+
+
+@pytest.mark.parametrize("value", ["abc", 5, True])
+def test_a_sample_that_is_no_object_is_a_finding(value):
+    one, findings = read_registration(registration(**{"asbridge.sample": value}))
+    assert one is None and len(findings) == 1 and findings[0].startswith("x.yaml: asbridge.sample: ")
+
+
+def test_protocols_that_are_no_list_are_one_finding():
+    assert len(read_registration(registration(protocols=5))[1]) == 1
+
+
+def test_an_empty_registration_lacks_every_required_key():
+    assert len(read_registration({})[1]) == 6
+
+
+@pytest.mark.parametrize("data", [None, [], "x", 5])
+def test_a_registration_that_is_no_object_is_refused(data):
+    one, findings = read_registration(data)
+    assert one is None and len(findings) == 1 and "is not an object" in findings[0]
+
+
+@pytest.mark.parametrize("entry, where", [
+    ({"regex": "@a"}, "exclusive"), ({"exclusive": True}, "regex"), ({"regex": "@a", "exclusive": "true"}, "exclusive"), ({"regex": "@a", "exclusive": None}, "exclusive"),
+    ({"regex": 5, "exclusive": True}, "regex"), ({"regex": "(", "exclusive": True}, "regex"), ({"regex": "[[:foo:]]", "exclusive": True}, "regex"),
+    ({"regex": "a{99999999999}", "exclusive": True}, "regex"), ({"regex": "*a", "exclusive": False}, "regex")])
+@pytest.mark.parametrize("kind", ["users", "aliases", "rooms"])
+def test_each_entry_of_a_namespace_must_have_regex_and_exclusive(kind, entry, where):
+    good = {"regex": "@ok", "exclusive": True}
+    one, findings = read_registration(registration(namespaces={kind: [good, entry]}))
+    assert one is None and len(findings) == 1 and findings[0].startswith(f"x.yaml: namespaces.{kind}[1].{where}: ")
+
+
+@pytest.mark.parametrize("value", [5, {}, "x", True])
+def test_a_namespace_that_is_no_list_is_refused(value):
+    assert read_registration(registration(namespaces={"aliases": value}))[1][0].startswith("x.yaml: namespaces.aliases: ")
+
+
+def test_everything_that_is_wrong_is_found_at_once():
+    _, findings = read_registration({"id": 5, "url": "x", "as_token": "t", "hs_token": "t", "namespaces": {"users": [5, {"regex": "("}], "rooms": 1}, "rate_limited": "no",
+                                     "uris": {"users": [{"regex": "(?P<a>.)", "user_id": "{b}"}], "aliases": 5}, "asbridge.sample": {"irc_port": "x"}})
+    wanted = ["id", "url", "sender_localpart", "hs_token", "rate_limited", "namespaces.users[0].regex", "namespaces.users[0].exclusive", "namespaces.users[1].regex",
+              "namespaces.users[1].exclusive", "namespaces.rooms", "uris.users[0].user_id", "uris.aliases", "asbridge.sample.irc_port"]
+    assert sorted(finding.split(": ")[1] for finding in findings) == sorted(wanted)
+
+
+def test_no_token_stands_in_a_finding_or_in_the_text_of_a_registration():
+    one, _ = read_registration(registration(as_token="SECRET-A", hs_token="SECRET-H"))
+    assert "SECRET" not in repr(one) + str(one) + repr(asbridge.Claim(one, "@a:b", None))
+    assert "SECRET" not in "".join(read_registration(registration(as_token="SECRET", hs_token="SECRET"))[1])
+
+
+@pytest.mark.parametrize("value", [["SECRET"], {"a": "SECRET"}])
+def test_no_token_of_the_wrong_type_stands_in_a_finding(value):
+    assert "SECRET" not in "".join(read_registration(registration(as_token=value))[1])
+
+
+def registrations_of(*data, server_name="localhost"):
+    """Registrations of plain data, which must be right."""
+    read = [read_registration(one) for one in data]
+    assert not [findings for _, findings in read if findings]
+    return asbridge.Registrations(server_name, [one for one, _ in read])
+
+
+def together_findings(*data):
+    """What check_together finds between registrations that stand in a.yaml, b.yaml, …"""
+    read = [(f"{chr(97 + n)}.yaml", read_registration(one)[0]) for n, one in enumerate(data)]
+    return [str(finding) for finding in asbridge.check_together(read)]
+
+
+def test_id_and_as_token_are_unique():
+    assert together_findings(registration(), registration("b"), registration("c")) == []
+    same_id, = together_findings(registration(), registration(as_token="other", hs_token="x"))
+    same_token, = together_findings(registration(), registration("b", as_token="as-irc"))
+    assert same_id.startswith("b.yaml: id: is already that of a.yaml") and same_token.startswith("b.yaml: as_token: is already that of a.yaml")
+
+
+def test_a_token_of_one_is_not_the_other_token_of_another():
+    findings = together_findings(registration(), registration("b", hs_token="as-irc"))
+    assert any("b.yaml: hs_token: is the as_token of a.yaml" in finding for finding in findings) and "as-irc" not in "".join(findings)
+
+
+def test_three_registrations_alike_are_two_findings_for_each_key():
+    assert len(together_findings(registration(), registration(), registration())) == 4
+
+
+# -- Namespaces
+
+@pytest.mark.parametrize("regex, yes, no", [
+    ("[[:alnum:]]+", "aZ5", "_"), ("[[:alpha:]]", "aZ", "5_"), ("[[:digit:]]", "5", "a٥"), ("[[:upper:]]", "A", "a"), ("[[:lower:]]", "a", "A"), ("[[:space:]]", " \t\n", "a"),
+    ("[[:blank:]]", " \t", "\na"), ("[[:punct:]]", "!@[]\\^`{|}~-_./", "a5 "), ("[[:xdigit:]]", "0aF", "g"), ("[[:cntrl:]]", "\x00\x7f", "a"), ("[[:graph:]]", "a!", " \x7f"),
+    ("[[:print:]]", "a ", "\x7f\n"), ("[^[:alnum:]]", "_-", "a5"), ("[[:alpha:]_.-]", "a_.-", "5"), ("[]a]", "]a", "b"), ("[^]a]", "b", "]a"), ("[a[:digit:]-]", "a5-", "b"),
+    ("\\[[:alpha:]", "", "a"), ("[\\]x]", "]x", "\\"), ("[[:digit:][:upper:]]", "5A", "a")])
+def test_posix_character_classes_are_translated(regex, yes, no):
+    pattern = asbridge.compile_regex(regex)
+    assert [one for one in yes if not pattern.match(one)] == [] and [one for one in no if pattern.match(one)] == []
+
+
+@pytest.mark.parametrize("regex", ["[[:foo:]]", "(", "[a", "a**", "\\"])
+def test_what_is_no_regex_is_an_error(regex):
+    with pytest.raises(re.error):
+        asbridge.compile_regex(regex)
+
+
+@pytest.mark.parametrize("regex, id, matches", [
+    ("@_irc_.*", "@_irc_bob:localhost", True), ("@_irc_", "@_irc_bob:localhost", True), ("_irc_.*", "@_irc_bob:localhost", False), (".*_irc_", "@_irc_bob:localhost", True),
+    ("^@_irc_.*", "@_irc_bob:localhost", True), ("@_irc_.*:localhost$", "@_irc_bob:localhost", True), ("@_irc_b$", "@_irc_bob:localhost", False), ("@_IRC_", "@_irc_bob:localhost", False),
+    ("@a|@_irc", "@_irc_bob:localhost", True), ("a|_irc", "@_irc_bob:localhost", False)])
+def test_a_namespace_is_matched_from_the_start_of_the_id(regex, id, matches):
+    claims = registrations_of(registration(users=[regex])).claims("users", id)
+    assert [str(claim) for claim in claims] == ([f"{id} matches users[0]"] if matches else [])
+
+
+@pytest.mark.parametrize("id", ["@_irc_bob:elsewhere", "@_irc_bob", "@_irc_bob:localhost:8448", "@_irc_bob:LOCALHOST", "@_irc_bot:elsewhere"])
+def test_only_local_users_are_in_a_namespace(id):
+    assert registrations_of(registration(users=[".*"])).claims("users", id) == ()
+
+
+def test_rooms_and_aliases_are_matched_whole():
+    both = registrations_of(registration(aliases=["#_irc_.*:localhost"], rooms=["!abc", "!x.*"]))
+    assert [str(claim) for claim in both.claims("rooms", "!xyz")] == ["!xyz matches rooms[1]"]
+    assert both.claims("aliases", "#_irc_a:localhost") and not both.claims("aliases", "#_irc_a:other") and not both.claims("users", "!abc:localhost")
+
+
+def test_the_own_user_of_an_application_service_is_in_its_namespace_and_exclusive():
+    claim, = registrations_of(registration(users=["@_irc_.*"], exclusive=False)).claims("users", "@_irc_bot:localhost")
+    assert claim.exclusive and claim.namespace is None and str(claim) == "@_irc_bot:localhost is its sender_localpart user"
+
+
+def test_several_application_services_may_have_to_do_with_one_id_each_with_its_first_reason():
+    some = registrations_of(registration("a", users=["@x", "@x_.*"]), registration("b", users=["@nobody", "@x_y"]), registration("c", users=["@y"]))
+    assert [(claim.registration.id, str(claim)) for claim in some.claims("users", "@x_y:localhost")] == [
+        ("a", "@x_y:localhost matches users[0]"), ("b", "@x_y:localhost matches users[1]")]
+
+
+def test_an_exclusive_entry_counts_before_one_that_is_not():
+    data = registration(namespaces={"users": [{"regex": "@x.*", "exclusive": False}, {"regex": "@x_.*", "exclusive": True}]})
+    some = registrations_of(data)
+    assert some.owner("users", "@x_y:localhost").namespace.index == 1 and some.owner("users", "@xy:localhost") is None
+
+
+def test_what_an_id_matches_is_remembered():
+    some = registrations_of(registration())
+    assert some.claims("users", "@_irc_a:localhost") is some.claims("users", "@_irc_a:localhost")
+    assert some.claims.cache_info().maxsize
+
+
+def test_the_owner_is_who_claims_exclusively():
+    some = registrations_of(registration("a", users=["@x_.*"], exclusive=False), registration("b", users=["@x_.*"]))
+    a, b = some
+    assert some.owner("users", "@x_1:localhost").registration is b and some.owner("users", "@x_1:localhost", other_than=b) is None
+    assert some.owner("users", "@x_1:localhost", other_than=a).registration is b and some.owner("aliases", "#x_1:localhost") is None
+
+
+def test_a_person_may_create_what_nobody_claims_exclusively():
+    some = registrations_of(registration("a", users=["@x_.*"], aliases=["#x_.*"], exclusive=False))
+    some.check_may_create("users", "@x_1:localhost", None)
+    some.check_may_create("aliases", "#x_1:localhost", None)
+    some.check_may_create("users", "@alice:localhost", None)
+
+
+@pytest.mark.parametrize("kind, id, told", [("users", "@_irc_1:localhost", "users[0] '@_irc_.*'"), ("aliases", "#_irc_1:localhost", "aliases[0] '#_irc_.*'"),
+                                            ("users", "@_irc_bot:localhost", "sender_localpart user"), ("users", "@_other_bot:localhost", "sender_localpart user")])
+def test_a_person_may_not_create_inside_an_exclusive_namespace_and_is_told_whose_it_is(kind, id, told):
+    some = registrations_of(registration(), registration("other", users=[], aliases=[]))
+    with refused("M_EXCLUSIVE", 400, told) as caught:
+        some.check_may_create(kind, id, None)
+    assert id in caught.value.error and repr("other" if "_other_" in id else "irc") in caught.value.error
+
+
+def test_an_application_service_may_create_inside_its_namespace_only():
+    some = registrations_of(registration(users=["@_irc_.*", "@_x_.*"]), registration("none", users=()))
+    some.check_may_create("users", "@_irc_1:localhost", some.by_id["irc"])
+    some.check_may_create("users", "@_irc_bot:localhost", some.by_id["irc"])
+    with refused("M_EXCLUSIVE", 400, "'@_irc_.*', '@_x_.*'"):
+        some.check_may_create("users", "@alice:localhost", some.by_id["irc"])
+    with refused("M_EXCLUSIVE", 400, "no regex"):
+        some.check_may_create("users", "@alice:localhost", some.by_id["none"])
+
+
+def test_an_exclusive_claim_binds_every_other_application_service_also_one_that_claims_the_same():
+    some = registrations_of(registration("a", users=["@x_.*"], exclusive=False), registration("b", users=["@x_.*"]))
+    with refused("M_EXCLUSIVE", 400, "'b'"):
+        some.check_may_create("users", "@x_1:localhost", some.by_id["a"])
+    some.check_may_create("users", "@x_1:localhost", some.by_id["b"])
+
+
+def test_an_application_service_may_act_as_the_users_of_its_namespaces_exclusive_or_not():
+    some = registrations_of(registration(users=["@alice:.*"], exclusive=False))
+    some.check_may_act_as(some.by_id["irc"], "@alice:localhost")
+    some.check_may_act_as(some.by_id["irc"], "@_irc_bot:localhost")
+
+
+@pytest.mark.parametrize("user_id", ["@bob:localhost", "@_irc_x:elsewhere", "", "nonsense", "@_other_bot:localhost"])
+def test_an_application_service_may_not_act_as_anybody_else(user_id):
+    some = registrations_of(registration(), registration("other"))
+    with refused("M_FORBIDDEN", 403, "'@_irc_.*'"):
+        some.check_may_act_as(some.by_id["irc"], user_id)
+
+
+def test_an_application_service_is_found_by_the_digest_of_its_token():
+    some = registrations_of(registration())
+    digest = asbridge.hashlib.sha256(b"as-irc").digest()
+    assert some.of_as_token(digest).id == "irc" and some.of_hs_token(digest) is None and some.of_as_token(b"") is None
+
+
+# -- Who is interested
+
+def audience(*data, room_id="!r:localhost", members=(), aliases=()):
+    return asbridge.Audience(registrations_of(*data), room_id, members, aliases)
+
+
+@pytest.mark.parametrize("keys, sender, target, reason", [
+    ({}, "@_irc_a:localhost", None, "sender @_irc_a:localhost matches users[0]"),
+    ({}, "@alice:localhost", "@_irc_a:localhost", "target @_irc_a:localhost matches users[0]"),
+    ({}, "@_irc_b:localhost", "@_irc_a:localhost", "sender @_irc_b:localhost matches users[0]"),
+    ({}, "@_irc_bot:localhost", None, "sender @_irc_bot:localhost is its sender_localpart user"),
+    ({"members": ["@alice:localhost", "@_irc_a:localhost"]}, "@alice:localhost", None, "member @_irc_a:localhost matches users[0]"),
+    ({"members": ["@_irc_bot:localhost"]}, "@alice:localhost", None, "member @_irc_bot:localhost is its sender_localpart user"),
+    ({"aliases": ["#x:localhost", "#_irc_x:localhost"]}, "@alice:localhost", None, "alias #_irc_x:localhost matches aliases[0]"),
+    ({"room_id": "!_irc_r"}, "@alice:localhost", None, "room !_irc_r matches rooms[0]"),
+    ({"members": ["@alice:localhost", "@_irc_a:elsewhere"], "aliases": ["#x:localhost"]}, "@alice:localhost", "@bob:localhost", None)])
+def test_an_application_service_is_interested_for_a_reason(keys, sender, target, reason):
+    found = audience(registration(rooms=["!_irc_.*"]), **keys).interested(sender, target)
+    assert found == ({"irc": reason} if reason else {})
+
+
+def test_each_interested_application_service_gets_its_own_reason():
+    one = audience(registration("a", users=["@a_.*"]), registration("b", users=["@b_.*"]), registration("c", users=["@c_.*"]), members=["@b_1:localhost"])
+    assert one.interested("@a_1:localhost", "@c_1:localhost") == {"a": "sender @a_1:localhost matches users[0]", "c": "target @c_1:localhost matches users[0]",
+                                                                  "b": "member @b_1:localhost matches users[0]"}
+
+
+def test_interest_ends_with_the_last_that_it_hangs_on():
+    one = audience(registration(), members=["@_irc_a:localhost", "@_irc_b:localhost"], aliases=["#_irc_x:localhost"])
+    told = []
+    for kind, id in (("users", "@_irc_a:localhost"), ("users", "@_irc_b:localhost"), ("users", "@_irc_b:localhost"), ("aliases", "#_irc_x:localhost")):
+        one.remove(kind, id)
+        told.append(one.interested("@alice:localhost", None).get("irc"))
+    assert told == ["member @_irc_b:localhost matches users[0]", "alias #_irc_x:localhost matches aliases[0]", "alias #_irc_x:localhost matches aliases[0]", None]
+    one.add("users", "@_irc_a:localhost")
+    assert "irc" in one.interested("@alice:localhost", None)
+
+
+def test_a_message_in_a_busy_room_costs_no_regex():
+    one = audience(registration(), members=["@_irc_a:localhost", "@alice:localhost"])
+    one.interested("@alice:localhost", None)
+    misses = one.registrations.claims.cache_info().misses
+    for _ in range(10):
+        one.interested("@alice:localhost", None)
+    assert one.registrations.claims.cache_info().misses == misses
+
+
+# -- URIs
+
+def uri_rules(**more):
+    return registration(uris={"users": [{"regex": "irc://localhost/(?P<nick>[^,/?#]+),(?:isuser|isnick)", "user_id": "@_irc_{nick}:{server_name}"}],
+                              "aliases": [{"regex": "irc://localhost/(?:%23|#)?(?P<channel>[^,/?#]+)(?:,ischannel)?", "alias": "#_irc_{channel}:{server_name}"}]}, **more)
+
+
+@pytest.mark.parametrize("kind, uri, id", [
+    ("users", "irc://localhost/Bob,isuser", "@_irc_bob:localhost"), ("users", "irc://localhost/b%5Bo%5D,isnick", "@_irc_b=5bo=5d:localhost"), ("users", "irc://localhost/a%2Cb,isnick", "@_irc_a=2cb:localhost"),
+    ("users", "irc://localhost/bob", None), ("users", "xirc://localhost/bob,isuser", None), ("users", "irc://localhost/bob,isuser#x", None), ("users", "irc://localhost/bob,isuser\n", None),
+    ("aliases", "irc://localhost/%23lobby", "#_irc_lobby:localhost"), ("aliases", "irc://localhost/#lobby", "#_irc_lobby:localhost"), ("aliases", "irc://localhost/Lob%C3%A9,ischannel", "#_irc_Lobé:localhost"),
+    ("aliases", "irc://elsewhere/lobby", None), ("aliases", "", None)])
+def test_a_uri_that_matches_as_a_whole_is_an_id(kind, uri, id):
+    assert registrations_of(uri_rules()).map_uri(kind, uri) == id
+
+
+def test_the_first_rule_that_matches_wins_and_the_result_must_be_in_that_namespace():
+    first = registration("a", users=["@a_.*"], uris={"users": [{"regex": "x:(?P<n>.*)", "user_id": "@b_{n}:{server_name}"}, {"regex": "(?P<n>.*)", "user_id": "@a_1:{server_name}"}]})
+    some = registrations_of(first, registration("b", users=["@b_.*"], uris={"users": [{"regex": "x:.*", "user_id": "@b_1:{server_name}"}]}))
+    assert some.map_uri("users", "x:1") is None and some.map_uri("users", "y:1") == "@a_1:localhost" and some.map_uri("aliases", "y:1") is None
+
+
+@pytest.mark.parametrize("template", [None, 5, "@{other}:x", "@{}:x", "@{0}:x", "@{nick.x}:x", "@{nick[0]}:x", "@{nick", "@nick}"])
+def test_a_template_has_the_named_groups_of_its_regex_and_server_name(template):
+    one, findings = read_registration(registration(uris={"users": [{"regex": "(?P<nick>.*)", "user_id": template}]}))
+    assert one is None and findings[0].startswith("x.yaml: uris.users[0].user_id: ")
+
+
+@pytest.mark.parametrize("regex, template", [
+    ("x:(?P<server_name>.*)", "@_irc_{server_name}:localhost"),
+    ("x:(?P<n>.*)", "@_irc_{n:d}:localhost"), ("x:(?P<n>.*)", "@_irc_{n:>999999999999}:x")])
+def test_a_template_that_cannot_be_filled_is_refused_at_the_start(regex, template):
+    assert read_registration(registration(uris={"users": [{"regex": regex, "user_id": template}]}))[1]
+
+
+@pytest.mark.parametrize("kind, uri", [("users", f"irc://localhost/{'x' * 300},isuser"), ("aliases", "irc://localhost/a:b"), ("aliases", "irc://localhost/a%00b"), ("aliases", "irc://localhost/" + "x" * 300)])
+def test_what_a_uri_is_mapped_to_is_an_id_of_this_server(kind, uri):
+    assert registrations_of(uri_rules()).map_uri(kind, uri) is None
+
+
+# ============================================================================
+# 4. Room rules
+# ============================================================================
+
+CREATOR, MOD, USER, LOW, OUT = "@creator:localhost", "@mod:localhost", "@user:localhost", "@low:localhost", "@out:localhost"
+LEVELS = {"users": {MOD: 50, LOW: -5}, "users_default": 0, "ban": 50, "kick": 50, "invite": 10, "redact": 50, "state_default": 50, "events_default": 0,
+          "events": {"m.room.name": 60, "x.easy": -5}}
+
+
+def room_of(version="11", levels=..., join_rule="invite", **memberships):
+    """A room with these power levels (None: no such event), this join rule, and memberships by localpart; the first four are joined."""
+    room = asbridge.RoomState(asbridge.ROOM_VERSIONS[version])
+    if levels is ...:
+        levels = {**LEVELS, "users": {**LEVELS["users"], **({CREATOR: 100} if version != "12" else {})}}
+
+    def put(type, content, state_key="", sender=CREATOR):
+        room.put(type, state_key, asbridge.StateEvent(len(room.events) + 1, sender, content))
+    put("m.room.create", {"room_version": version})
+    for user_id in (CREATOR, MOD, USER, LOW):
+        put("m.room.member", {"membership": "join"}, user_id)
+    if levels is not None:
+        put("m.room.power_levels", levels)
+    if join_rule:
+        put("m.room.join_rules", {"join_rule": join_rule})
+    for localpart, membership in memberships.items():
+        put("m.room.member", {"membership": membership}, f"@{localpart}:localhost")
+    return room
+
+
+def allowed(room, type, sender, content=None, state_key=None):
+    """None, or the errcode of the refusal."""
+    try:
+        return asbridge.authorise(room, asbridge.Draft(type, sender, content or {}, state_key))
+    except MatrixError as error:
+        assert error.error
+        return error.errcode
+
+
+def changes_to(room, sender, membership, target, **content):
+    return allowed(room, "m.room.member", sender, {"membership": membership, **content}, target)
+
+
+NO = "M_FORBIDDEN"
+VERSIONS = pytest.mark.parametrize("version", ["10", "11", "12"])
+
+
+def test_a_room_begins_with_its_creation_and_the_join_of_its_creator():
+    room = asbridge.RoomState(asbridge.ROOM_VERSIONS["11"])
+    assert allowed(room, "m.room.member", CREATOR, {"membership": "join"}, CREATOR) == NO and allowed(room, "m.room.create", CREATOR, {}, "") is None
+    room.put("m.room.create", "", asbridge.StateEvent(1, CREATOR, {}))
+    assert allowed(room, "m.room.create", CREATOR, {}, "") == NO and changes_to(room, USER, "join", USER) == NO and allowed(room, "m.room.topic", CREATOR, {}, "") == NO
+    assert changes_to(room, CREATOR, "join", CREATOR) is None
+
+
+def test_who_is_not_in_the_room_may_not_send():
+    for membership in ("leave", "invite", "ban", "knock"):
+        assert allowed(room_of(out=membership), "m.room.message", OUT) == NO
+
+
+@VERSIONS
+@pytest.mark.parametrize("type, state_key, who", [
+    ("m.room.message", None, [CREATOR, MOD, USER]), ("m.room.topic", "", [CREATOR, MOD]), ("m.room.name", "", [CREATOR]), ("m.room.name", None, [CREATOR]),
+    ("x.easy", None, [CREATOR, MOD, USER, LOW]), ("x.easy", "", [CREATOR, MOD, USER, LOW]), ("m.room.message", "", [CREATOR, MOD])])
+def test_the_type_of_an_event_needs_its_power(version, type, state_key, who):
+    room = room_of(version)
+    assert [user for user in (CREATOR, MOD, USER, LOW) if allowed(room, type, user, {}, state_key) is None] == who
+
+
+@VERSIONS
+def test_without_power_levels_the_creator_has_100_and_everybody_may_send_anything(version):
+    room = room_of(version, None)
+    assert room.power(CREATOR) == (asbridge.ALL_POWER if version == "12" else 100) and room.power(USER) == 0
+    assert allowed(room, "m.room.topic", USER, {}, "") is None and room.needed("kick") == 50 and room.needed("invite") == 0
+
+
+def test_empty_power_levels_are_power_levels():
+    room = room_of("11", {})
+    assert (room.power(CREATOR), room.needed_to_send("m.room.topic", True)) == (0, 50)
+    assert allowed(room, "m.room.topic", USER, {}, "") == NO and allowed(room, "m.room.power_levels", USER, {"users": {USER: 100}}, "") == NO
+
+
+@pytest.mark.parametrize("levels, user_id, power", [({"users_default": 7}, USER, 7), ({"users": {USER: -3}}, USER, -3), ({"users": {USER: 5}, "users_default": 7}, USER, 5), ({"users": {}}, CREATOR, 0)])
+def test_power_is_what_the_power_levels_say(levels, user_id, power):
+    assert room_of("11", levels).power(user_id) == power
+
+
+def test_a_state_key_that_is_a_user_id_belongs_to_that_user():
+    room = room_of()
+    assert allowed(room, "m.room.topic", MOD, {}, MOD) is None and allowed(room, "m.room.topic", MOD, {}, USER) == NO and allowed(room, "m.room.topic", MOD, {}, "@") == NO
+    assert allowed(room, "m.room.topic", MOD, {}, "x@y") is None
+
+
+@pytest.mark.parametrize("join_rule, membership, errcode", [
+    ("public", "leave", None), ("public", "knock", None), ("public", "ban", "M_BAD_STATE"), ("public", "join", None), ("invite", "leave", NO), ("invite", "invite", None), ("invite", "join", None),
+    ("invite", "ban", "M_BAD_STATE"), ("knock", "knock", NO), ("knock", "invite", None), ("restricted", "leave", NO), ("restricted", "invite", None), ("knock_restricted", "leave", NO),
+    ("knock_restricted", "invite", None), ("private", "leave", NO), (None, "leave", NO), (None, "invite", None), ("x.unknown", "leave", NO)])
+def test_who_may_join(join_rule, membership, errcode):
+    assert changes_to(room_of(join_rule=join_rule, out=membership), OUT, "join", OUT) == errcode
+
+
+@pytest.mark.parametrize("membership", ["invite", "join"])
+@pytest.mark.parametrize("join_rule", ["private", "x.unknown"])
+def test_nobody_joins_by_a_join_rule_that_is_not_known(join_rule, membership):
+    assert changes_to(room_of(join_rule=join_rule, out=membership), OUT, "join", OUT) == NO
+
+
+def test_nobody_joins_for_another():
+    assert changes_to(room_of(join_rule="public"), MOD, "join", OUT) == NO
+
+
+@pytest.mark.parametrize("voucher, errcode", [(MOD, None), (CREATOR, None), (USER, NO), (OUT, NO), ("@nobody:localhost", NO), (None, NO), (5, NO)])
+@pytest.mark.parametrize("join_rule", ["restricted", "knock_restricted"])
+def test_a_restricted_join_needs_a_member_who_may_invite(join_rule, voucher, errcode):
+    assert changes_to(room_of(join_rule=join_rule), OUT, "join", OUT, join_authorised_via_users_server=voucher) == errcode
+
+
+@pytest.mark.parametrize("voucher", [[], {}])
+def test_a_voucher_that_is_no_text_is_a_refusal(voucher):
+    assert changes_to(room_of(join_rule="restricted"), OUT, "join", OUT, join_authorised_via_users_server=voucher) == NO
+
+
+def test_nobody_vouches_for_themselves_into_a_restricted_room(start):
+    hs = start()
+    alice, mallory = hs.client("alice"), hs.client("mallory")
+    room = alice.create_room(initial_state=[{"type": "m.room.join_rules", "state_key": "", "content": {"join_rule": "restricted", "allow": []}}])
+    content = {"membership": "join", "join_authorised_via_users_server": "@alice:localhost"}
+    assert ask(hs, "PUT", f"/_matrix/client/v3/rooms/{room}/state/m.room.member/@mallory:localhost", mallory.token, content)[0] == 403
+
+
+@pytest.mark.parametrize("sender, target, before, errcode", [
+    (MOD, OUT, "leave", None), (CREATOR, OUT, "leave", None), (USER, OUT, "leave", NO), (OUT, "@x:localhost", "join", NO), (MOD, OUT, "invite", None), (MOD, OUT, "knock", None),
+    (MOD, OUT, "join", NO), (MOD, OUT, "ban", NO), ("@x:localhost", OUT, "leave", NO)])
+def test_who_may_invite(sender, target, before, errcode):
+    assert changes_to(room_of(out=before), sender, "invite", target) == errcode
+
+
+@pytest.mark.parametrize("sender, target, before, errcode", [
+    (OUT, OUT, "join", None), (OUT, OUT, "invite", None), (OUT, OUT, "knock", None), (OUT, OUT, "leave", NO), (OUT, OUT, "ban", NO),            # to leave, to decline
+    (MOD, OUT, "join", None), (MOD, OUT, "invite", None), (MOD, OUT, "knock", None), (USER, OUT, "join", NO), (USER, OUT, "invite", NO),         # to kick, to take back
+    (MOD, CREATOR, None, NO), (MOD, MOD, None, None), (CREATOR, MOD, None, None), ("@x:localhost", OUT, "join", NO), (MOD, OUT, "ban", None), (USER, OUT, "ban", NO)])
+def test_who_may_make_leave(sender, target, before, errcode):
+    room = room_of(**({"out": before} if before else {}))
+    assert changes_to(room, sender, "leave", target) == errcode
+
+
+def test_to_unban_needs_the_power_to_ban_and_to_kick():
+    users = {CREATOR: 100, MOD: 50}
+    for levels, errcode in (({"ban": 50, "kick": 50}, None), ({"ban": 60, "kick": 50}, NO), ({"ban": 50, "kick": 60}, NO)):
+        assert changes_to(room_of("11", {"users": users, **levels}, out="ban"), MOD, "leave", OUT) == errcode
+
+
+@pytest.mark.parametrize("sender, target, errcode", [
+    (MOD, OUT, None), (MOD, USER, None), (MOD, MOD, NO), (MOD, CREATOR, NO), (CREATOR, MOD, None), (USER, LOW, NO), (OUT, USER, NO), (CREATOR, CREATOR, NO)])
+@pytest.mark.parametrize("before", ["leave", "invite", "ban", "knock"])
+def test_who_may_ban(sender, target, errcode, before):
+    assert changes_to(room_of(out=before), sender, "ban", target) == errcode
+
+
+@pytest.mark.parametrize("join_rule, before, sender, errcode", [
+    ("knock", "leave", OUT, None), ("knock_restricted", "leave", OUT, None), ("knock", "knock", OUT, None), ("knock", "invite", OUT, NO), ("knock", "join", OUT, NO), ("knock", "ban", OUT, NO),
+    ("knock", "leave", MOD, NO), ("public", "leave", OUT, NO), ("invite", "leave", OUT, NO), ("restricted", "leave", OUT, NO), (None, "leave", OUT, NO)])
+def test_who_may_knock(join_rule, before, sender, errcode):
+    assert changes_to(room_of(join_rule=join_rule, out=before), sender, "knock", OUT) == errcode
+
+
+def test_who_may_invite_may_send_a_third_party_invite():
+    assert allowed(room_of("11", {"users": {MOD: 20}, "invite": 10}), "m.room.third_party_invite", MOD, {}, "token") is None
+    assert allowed(room_of("11", {"users": {MOD: 60}, "invite": 70}), "m.room.third_party_invite", MOD, {}, "token") == NO
+
+
+@pytest.mark.parametrize("content, target", [({}, OUT), ({"membership": None}, OUT), ({"membership": "x"}, OUT), ({"membership": ["join"]}, OUT), ({"membership": "join"}, None), ({"membership": "join"}, "")])
+def test_a_membership_must_be_known_and_be_somebodys(content, target):
+    assert allowed(room_of(), "m.room.member", OUT, content, target) == "M_BAD_JSON"
+
+
+def test_a_membership_is_that_of_a_user_id():
+    assert allowed(room_of(), "m.room.member", MOD, {"membership": "invite"}, "foo") is not None
+
+
+def test_a_refusal_of_a_join_of_someone_banned_is_m_bad_state_and_of_an_invitation_of_a_member_says_so():
+    with refused("M_BAD_STATE", 403, "banned"):
+        asbridge.authorise(room_of(out="ban"), asbridge.Draft("m.room.member", OUT, {"membership": "join"}, OUT))
+    with refused("M_FORBIDDEN", 403, "already in the room"):
+        asbridge.authorise(room_of(), asbridge.Draft("m.room.member", MOD, {"membership": "invite"}, USER))
+
+
+def test_a_refusal_for_lack_of_power_says_how_much_is_needed():
+    with refused("M_FORBIDDEN", 403, "@user:localhost has power 0; m.room.name needs 60"):
+        asbridge.authorise(room_of(), asbridge.Draft("m.room.name", USER, {}, ""))
+    with refused("M_FORBIDDEN", 403, "@user:localhost has power 0; to invite needs 10"):
+        asbridge.authorise(room_of(), asbridge.Draft("m.room.member", USER, {"membership": "invite"}, OUT))
+
+
+def spec_allows_membership(room, sender, target, membership, voucher):
+    """Rule 5, by the letter of the specification, to be compared with the program."""
+    def at(user):
+        return room.membership(user)
+
+    def may(action, default):
+        return room.power(sender) >= room.content("m.room.power_levels").get(action, default)
+    rule = room.join_rule
+    if membership == "join":
+        if sender != target or at(sender) == "ban":
+            return False
+        if rule in ("restricted", "knock_restricted"):
+            return at(sender) in ("join", "invite") or (at(voucher) == "join" and room.power(voucher) >= room.content("m.room.power_levels").get("invite", 0))
+        return rule == "public" or at(sender) in ("invite", "join")
+    if membership == "invite":
+        return at(sender) == "join" and at(target) not in ("join", "ban") and may("invite", 0)
+    if membership == "leave":
+        if sender == target:
+            return at(sender) in ("invite", "join", "knock")
+        if at(sender) != "join" or (at(target) == "ban" and not may("ban", 50)):
+            return False
+        return may("kick", 50) and room.power(target) < room.power(sender)
+    if membership == "ban":
+        return at(sender) == "join" and may("ban", 50) and room.power(target) < room.power(sender)
+    return rule in ("knock", "knock_restricted") and sender == target and at(sender) not in ("ban", "invite", "join")
+
+
+@VERSIONS
+def test_the_membership_rules_are_those_of_the_specification(version):
+    dice = asbridge.random.Random(int(version))
+    states, rules = ["join", "invite", "leave", "ban", "knock"], ["public", "invite", "knock", "restricted", "knock_restricted"]
+    outcomes = set()
+    for _ in range(3000):
+        levels = {key: dice.choice([0, 10, 50]) for key in dice.sample(["ban", "kick", "invite"], 2)} | {"users": {MOD: 50, USER: dice.choice([0, 10, 50])}}
+        room = room_of(version, levels, dice.choice(rules), user=dice.choice(states), mod=dice.choice(["join", "join", "leave"]), out=dice.choice(states))
+        sender, target = dice.choice([CREATOR, MOD, USER, OUT]), dice.choice([CREATOR, MOD, USER, OUT])
+        membership, voucher = dice.choice(states), dice.choice([MOD, USER, OUT])
+        result = changes_to(room, sender, membership, target, join_authorised_via_users_server=voucher) is None
+        assert result == spec_allows_membership(room, sender, target, membership, voucher), (room.events, sender, target, membership, voucher)
+        outcomes.add((membership, result))
+    assert len(outcomes) == 10
+
+
+# -- Power levels
+
+def sets_levels(sender, version="11", base=None, **changes):
+    """None or the errcode: `sender` changes these keys of the power levels; ... removes one."""
+    room = room_of(version) if base is None else room_of(version, base)
+    content = {key: value for key, value in {**room.content("m.room.power_levels"), **changes}.items() if value is not ...}
+    return allowed(room, "m.room.power_levels", sender, content, "")
+
+
+@pytest.mark.parametrize("content", [
+    {"ban": "50"}, {"kick": 5.0}, {"users_default": None}, {"invite": True}, {"events": []}, {"events": {"x": "1"}}, {"notifications": {"room": None}}, {"users": []}, {"users": {USER: "5"}},
+    {"users": {USER: True}}, {"users": None}])
+def test_power_levels_are_integers(content):
+    assert allowed(room_of(), "m.room.power_levels", CREATOR, content, "") == "M_BAD_JSON"
+
+
+@pytest.mark.parametrize("key", ["user", "@user", "user:localhost", "", "@:x"])
+def test_the_keys_of_users_are_user_ids(key):
+    assert allowed(room_of(), "m.room.power_levels", CREATOR, {"users": {CREATOR: 100, key: 5}}, "") in ("M_INVALID_PARAM", "M_BAD_JSON")
+
+
+@pytest.mark.parametrize("changes, errcode", [
+    ({}, None), ({"ban": 40}, None), ({"ban": 51}, NO), ({"kick": ...}, None), ({"invite": 50}, None), ({"notifications": {"room": 50}}, None), ({"notifications": {"room": 51}}, NO),
+    ({"events": {"m.room.name": 60, "x.easy": 50}}, None), ({"events": {"m.room.name": 50, "x.easy": -5}}, NO), ({"events": {"x.easy": -5}}, NO), ({"events": {"m.room.name": 60}}, None),
+    ({"users": {CREATOR: 100, MOD: 50, LOW: 50}}, None), ({"users": {CREATOR: 100, MOD: 50, LOW: 51}}, NO), ({"users": {CREATOR: 100, MOD: 51, LOW: -5}}, NO), ({"users": {CREATOR: 100, MOD: 0, LOW: -5}}, None),
+    ({"users": {MOD: 50, LOW: -5}}, NO), ({"users": {CREATOR: 99, MOD: 50, LOW: -5}}, NO), ({"users": {CREATOR: 100, MOD: 50}}, None), ({"users_default": 51}, NO), ({"state_default": 51}, NO)])
+def test_nobody_gives_or_takes_power_above_their_own(changes, errcode):
+    assert sets_levels(MOD, **changes) == errcode
+
+
+def test_nobody_takes_power_from_an_equal_but_everybody_from_themselves():
+    base = {"users": {MOD: 50, USER: 50, CREATOR: 100}}
+    assert sets_levels(MOD, base=base, users={MOD: 50, USER: 0, CREATOR: 100}) == NO and sets_levels(MOD, base=base, users={USER: 50, CREATOR: 100}) is None
+
+
+def test_a_level_above_ones_own_may_not_be_removed():
+    assert sets_levels(MOD, base={**LEVELS, "ban": 60}, ban=...) == NO and sets_levels(MOD, base={**LEVELS, "notifications": {"room": 60}}, notifications=...) == NO
+
+
+@VERSIONS
+def test_the_first_power_levels_are_free(version):
+    users = {MOD: 100} if version == "12" else {CREATOR: 1000, MOD: 100}
+    assert allowed(room_of(version, None), "m.room.power_levels", CREATOR, {"users": users, "ban": 5000}, "") is None
+
+
+# -- Creators, in room version 12
+
+def room_with_creators(*more):
+    room = room_of("12")
+    room.put("m.room.create", "", asbridge.StateEvent(1, CREATOR, {"room_version": "12", "additional_creators": list(more)}))
+    return room
+
+
+def test_creators_have_all_power_for_ever_in_room_version_12():
+    room = room_with_creators(USER)
+    assert room.creators == {CREATOR, USER} and room.power(USER) == room.power(CREATOR) > 2**53 - 1
+    assert changes_to(room, MOD, "ban", USER) == NO and changes_to(room, USER, "ban", MOD) is None and changes_to(room, USER, "leave", CREATOR) == NO
+    assert allowed(room, "m.room.power_levels", USER, {"ban": 2**53 - 1, "users": {MOD: 2**53 - 1}}, "") is None
+
+
+@pytest.mark.parametrize("named", [CREATOR, USER])
+def test_creators_cannot_stand_in_the_power_levels_of_room_version_12(named):
+    assert allowed(room_with_creators(USER), "m.room.power_levels", CREATOR, {"users": {named: 100}}, "") == NO
+
+
+@pytest.mark.parametrize("version", ["10", "11"])
+def test_before_room_version_12_the_creator_has_what_the_power_levels_say(version):
+    room = room_of(version, {"users": {CREATOR: 10}})
+    room.put("m.room.create", "", asbridge.StateEvent(1, CREATOR, {"additional_creators": [USER]}))
+    assert (room.power(CREATOR), room.power(USER), room.creators) == (10, 0, {CREATOR})
+
+
+@pytest.mark.parametrize("more", [5, "@a:b", ["nobody"], [5], [{}], {}])
+def test_additional_creators_are_user_ids(start, more):
+    hs = start()
+    with refused("M_BAD_JSON" if not isinstance(more, list) else "M_INVALID_PARAM", 400):
+        hs.api.rooms.create(asbridge.Who("@alice:localhost"), {"room_version": "12", "creation_content": {"additional_creators": more}})
+
+
+# -- Redactions
+
+REDACTIONS = [
+    ("m.room.message", {"body": "x", "msgtype": "m.text"}, {"10": [], "11": [], "12": []}),
+    ("m.room.member", {"membership": "join", "displayname": "x", "join_authorised_via_users_server": "@a:b", "reason": "x"}, ["membership", "join_authorised_via_users_server"]),
+    ("m.room.create", {"creator": "@a:b", "room_version": "11", "m.federate": True, "x": 1}, {"10": ["creator"], "11": ..., "12": ...}),
+    ("m.room.join_rules", {"join_rule": "restricted", "allow": [], "x": 1}, ["join_rule", "allow"]),
+    ("m.room.power_levels", {**dict.fromkeys(["ban", "events_default", "kick", "redact", "state_default", "users_default", "invite"], 1), "users": {}, "events": {}, "notifications": {}},
+     {"10": ["ban", "events_default", "kick", "redact", "state_default", "users_default", "users", "events"],
+      "11": ["ban", "events_default", "kick", "redact", "state_default", "users_default", "invite", "users", "events"]}),
+    ("m.room.history_visibility", {"history_visibility": "joined", "x": 1}, ["history_visibility"]),
+    ("m.room.redaction", {"redacts": "$x", "reason": "x"}, {"10": [], "11": ["redacts"]}),
+    ("m.room.aliases", {"aliases": ["#a:b"]}, []), ("m.room.topic", {"topic": "x"}, []), ("x.custom", {"membership": "join", "users": {}}, []),
+]
+
+
+@VERSIONS
+@pytest.mark.parametrize("type, content, kept", REDACTIONS, ids=[row[0] for row in REDACTIONS])
+def test_a_redaction_keeps_what_the_room_version_keeps(version, type, content, kept):
+    keys = kept.get(version, kept.get("11")) if isinstance(kept, dict) else kept
+    expected = content if keys is ... else {key: content[key] for key in keys}
+    assert asbridge.redacted_content(asbridge.ROOM_VERSIONS[version], type, content) == expected
+
+
+def test_a_redaction_keeps_the_signed_part_of_a_third_party_invite():
+    content = {"membership": "invite", "third_party_invite": {"display_name": "x", "signed": {"token": "t"}}}
+    assert asbridge.redacted_content(asbridge.ROOM_VERSIONS["11"], "m.room.member", content) == {"membership": "invite", "third_party_invite": {"signed": {"token": "t"}}}
+    assert asbridge.redacted_content(asbridge.ROOM_VERSIONS["10"], "m.room.member", content) == {"membership": "invite"}
+
+
+def test_a_redacted_event_keeps_its_id_sender_and_place():
+    text = '{"event_id":"$e","content":{"body":"é"},"origin_server_ts":5,"redacts":"$x","room_id":"!r","sender":"@a:b","state_key":"","type":"m.x"}'
+    assert json.loads(asbridge.redacted_json(asbridge.ROOM_VERSIONS["11"], text)) == {
+        "event_id": "$e", "content": {}, "origin_server_ts": 5, "room_id": "!r", "sender": "@a:b", "state_key": "", "type": "m.x"}
+
+
+# -- History visibility
+
+def seen(visibilities, memberships, upto=12):
+    """The ticks from 1 on that visible_ranges() lets see."""
+    ranges = asbridge.visible_ranges(visibilities, memberships)
+    assert all(first <= last for first, last in ranges) and all(a[1] < b[0] - 1 for a, b in zip(ranges, ranges[1:], strict=False))
+    return [tick for tick in range(1, upto) if any(first <= tick <= last for first, last in ranges)]
+
+
+CAME_AND_WENT = [(3, "invite"), (5, "join"), (8, "leave")]
+
+
+@pytest.mark.parametrize("visibility, ticks", [("world_readable", range(2, 12)), ("shared", range(2, 9)), ("invited", range(3, 9)), ("joined", range(5, 9))])
+def test_what_a_member_sees_who_came_and_went(visibility, ticks):
+    assert seen([(0, visibility)], CAME_AND_WENT)[-len(ticks):] == list(ticks) and len(seen([(0, visibility)], CAME_AND_WENT)) - len(ticks) == (visibility in ("world_readable", "shared"))
+
+
+@pytest.mark.parametrize("visibility, ticks", [("world_readable", range(1, 12)), ("shared", ()), ("invited", range(3, 12)), ("joined", ())])
+def test_what_somebody_invited_sees(visibility, ticks):
+    assert seen([(0, visibility)], [(3, "invite")]) == list(ticks)
+
+
+def test_without_a_history_visibility_it_is_shared():
+    assert seen([], [(5, "join")]) == list(range(1, 12)) and seen([], []) == [] and seen([], [(5, "invite")]) == []
+
+
+def test_a_history_visibility_that_is_not_understood_is_shared():
+    assert seen([(1, "x.secret")], [(5, "join")]) == list(range(1, 12))
+
+
+def test_a_change_of_visibility_is_seen_if_either_side_of_it_is():
+    assert seen([(1, "joined"), (4, "world_readable"), (7, "joined")], []) == [4, 5, 6, 7]
+
+
+def test_a_change_of_visibility_holds_from_then_on_only():
+    assert seen([(0, "joined"), (4, "shared")], [(8, "join")]) == [4, 5, 6, 7, 8, 9, 10, 11]
+
+
+def spec_may_see(tick, visibilities, memberships):
+    """Server behaviour 1 to 5 of the module Room History Visibility, by the letter."""
+    def at(changes, when, default):
+        return ([default] + [value for change, value in changes if change <= when])[-1]
+
+    def allow(visibility, membership):
+        joins_later = any(change > tick and value == "join" for change, value in memberships)
+        return (visibility == "world_readable" or membership == "join" or (visibility == "shared" and joins_later)
+                or (visibility == "invited" and membership == "invite"))
+    return any(allow(at(visibilities, tick - one, "shared"), at(memberships, tick - other, "leave"))
+               for one, other in ((0, 0), *([(1, 0)] if tick in dict(visibilities) else []), *([(0, 1)] if tick in dict(memberships) else [])))
+
+
+def test_history_visibility_is_that_of_the_specification():
+    dice = asbridge.random.Random(7)
+    for _ in range(3000):
+        ticks = dice.sample(range(1, 16), dice.randint(0, 9))
+        split = dice.randint(0, len(ticks))
+        visibilities = [(tick, dice.choice(["world_readable", "shared", "invited", "joined"])) for tick in sorted(ticks[:split])]
+        memberships = [(tick, dice.choice(["join", "join", "leave", "invite", "ban", "knock"])) for tick in sorted(ticks[split:])]
+        assert seen(visibilities, memberships, 18) == [tick for tick in range(1, 18) if spec_may_see(tick, visibilities, memberships)], (visibilities, memberships)
+
+
+# -- Events as they are sent
+
+def an_event(**more):
+    text = '{"event_id":"$' + "e" * 43 + '","content":{"body":"é"},"sender":"@a:b","type":"m.x"}'
+    return asbridge.Event(**{"tick": 5, "type": "m.x", "state_key": None, "sender": "@a:b", "ts": 1000, "json": text, "redacted_because": None,
+                             "prev_content": None, "device_id": "DEV", "txn_id": "t\"1", **more})
+
+
+def test_an_event_for_a_client_has_its_age_and_what_came_before():
+    told = json.loads(an_event(prev_content='{"body":"old"}', redacted_because='{"type":"m.room.redaction"}').for_client(3000))
+    assert told["unsigned"] == {"age": 2000, "prev_content": {"body": "old"}, "redacted_because": {"type": "m.room.redaction"}} and told["event_id"] == "$" + "e" * 43
+    assert json.loads(an_event().for_client(0))["unsigned"] == {"age": 0}
+
+
+@pytest.mark.parametrize("who, told", [(("@a:b", "DEV"), True), (("@a:b", "OTHER"), False), (("@x:b", "DEV"), False), ((None, None), False)])
+def test_only_the_device_that_sent_an_event_finds_its_transaction_id_again(who, told):
+    assert (json.loads(an_event().for_client(3000, *who))["unsigned"].get("transaction_id") == "t\"1") == told
+
+
+def test_an_event_for_an_application_service_has_age_and_user_id_at_the_top_for_old_software():
+    told = json.loads(an_event().for_appservice(3000))
+    assert (told["age"], told["user_id"], told["unsigned"], told["sender"], told["content"]) == (2000, "@a:b", {"age": 2000}, "@a:b", {"body": "é"})
+
+
+# ============================================================================
+# 5. Store
+# ============================================================================
+
+ALICE, GHOST = "@alice:localhost", "@_irc_bob:localhost"
+
+
+@pytest.fixture
+def open_store(tmp_path):
+    """Opens stores, in memory or in a file of this name; they are closed with the test."""
+    made = []
+
+    def make(name=None, *data, server_name="localhost"):
+        registrations = registrations_of(*(data or (registration(url="http://127.0.0.1:1"),)), server_name=server_name)
+        made.append(asbridge.Store(str(tmp_path / name) if name else ":memory:", server_name, registrations, asbridge.Clock()))
+        return made[-1]
+    yield make
+    for store in made:
+        if store._thread.is_alive():
+            store.close()
+
+
+def make_room(store, *members, version="11", room_id="!r:localhost"):
+    """A room with these members, whatever the rules say; its ID."""
+    def job(tx):
+        room = tx.add_room(room_id, asbridge.ROOM_VERSIONS[version])
+        tx.append(room, asbridge.Draft("m.room.create", ALICE, {"room_version": version}, ""), 1)
+        for member in (ALICE, *members):
+            tx.append(room, asbridge.Draft("m.room.member", member, {"membership": "join"}, member), 2)
+        return room.room_id
+    return store.write(job)
+
+
+def say(tx, room_id="!r:localhost", body="hello", sender=ALICE, **more):
+    return tx.append(tx.room(room_id), asbridge.Draft("m.room.message", sender, {"body": body}, **more), 1000)
+
+
+def texts_in(store, room=1):
+    with store.read() as reader:
+        return [event.content["body"] for event in reader.events(room, 0, 2**62, 10_000, False) if event.type == "m.room.message"]
+
+
+class Result:
+    def __init__(self, job):
+        job.done.acquire(timeout=5)
+        self.value, self.error = job.result, job.error
+
+
+def in_one_batch(store, *fns):
+    """Runs these jobs in one batch; their results, each with value and error."""
+    gate, inside = threading.Event(), threading.Event()
+    jobs = [asbridge._Job(fn) for fn in (lambda tx: (inside.set(), gate.wait(5)), *fns)]
+    store._jobs.put(jobs[0])
+    assert inside.wait(5)
+    for job in jobs[1:]:
+        store._jobs.put(job)
+    gate.set()
+    return [Result(job) for job in jobs][1:]
+
+
+class FaultyDb:
+    """A connection that fails at a statement, so many times."""
+
+    def __init__(self, db, statement, times):
+        self.db, self.statement, self.times = db, statement, times
+
+    def execute(self, sql, *values):
+        if sql.startswith(self.statement) and self.times:
+            self.times -= 1
+            raise sqlite3.OperationalError("disk I/O error")
+        return self.db.execute(sql, *values)
+
+    def __getattr__(self, name):
+        return getattr(self.db, name)
+
+
+def test_a_database_remembers_what_was_stored(open_store):
+    store = open_store("a.db")
+    make_room(store, GHOST)
+    event_id = store.write(say)
+    store.write(lambda tx: tx.add_user(ALICE, "hash", None, 5))
+    store.write(lambda tx: tx.add_session(ALICE, "DEV", None, b"digest", 5, None))
+    store.close()
+    again = open_store("a.db")
+    with again.read() as reader:
+        assert reader.event(1, event_id).content == {"body": "hello"} and set(reader.members(1)) == {GHOST, ALICE}
+    assert again.sessions == {b"digest": (ALICE, "DEV")} and again.users == {ALICE}
+    assert again.write(lambda tx: tx.room("!r:localhost").joined) == {ALICE, GHOST}
+
+
+def test_a_database_that_was_made_for_another_server_name_is_refused(open_store):
+    open_store("a.db").close()
+    with pytest.raises(asbridge.DatabaseError, match="'localhost', not 'other.org'"):
+        open_store("a.db", server_name="other.org")
+
+
+def test_a_newer_or_foreign_database_is_refused(open_store, tmp_path):
+    open_store("a.db").close()
+    with contextlib.closing(sqlite3.connect(tmp_path / "a.db")) as db:
+        db.execute(f"PRAGMA user_version = {asbridge.SCHEMA_VERSION + 1}")
+    with contextlib.closing(sqlite3.connect(tmp_path / "b.db")) as db:
+        db.execute("CREATE TABLE somebody_elses (x)")
+    for name in ("a.db", "b.db"):
+        with pytest.raises(asbridge.DatabaseError, match="not a database of this asbridge"):
+            open_store(name)
+
+
+def test_a_file_that_is_no_database_is_refused(open_store, tmp_path):
+    (tmp_path / "a.db").write_bytes(b"this is not a database, but a text that is long enough to look at" * 100)
+    with pytest.raises(asbridge.DatabaseError, match="a.db"):
+        open_store("a.db")
+
+
+def test_a_database_in_no_directory_is_refused(open_store):
+    with pytest.raises(asbridge.DatabaseError, match="can't be opened"):
+        open_store("nowhere/a.db")
+
+
+def test_a_refused_database_is_let_go(open_store):
+    open_store("a.db").close()
+    with pytest.raises(asbridge.DatabaseError) as held:
+        open_store("a.db", server_name="other.org")
+    assert open_store("a.db").position == 0 and held
+
+
+def test_a_new_database_is_made_in_one_transaction(tmp_path):
+    path = str(tmp_path / "a.db")
+    with contextlib.closing(asbridge.open_sqlite(path)) as db, contextlib.suppress(asbridge.DatabaseError):
+        asbridge.create_schema(FaultyDb(db, "INSERT INTO meta", 1), path, "localhost")
+    with contextlib.closing(asbridge.open_sqlite(path)) as db:
+        asbridge.create_schema(db, path, "localhost")
+
+
+def test_a_database_is_held_by_one_process(tmp_path):
+    path = str(tmp_path / "a.db")
+    with contextlib.closing(asbridge.hold_database(path)):
+        program = f"import asbridge\ntry: asbridge.hold_database({path!r})\nexcept asbridge.DatabaseError as e: print(e)"
+        told = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=HERE, timeout=20)
+        assert "is in use by another asbridge" in told.stdout, told
+        with pytest.raises(asbridge.DatabaseError, match="is in use"):
+            asbridge.hold_database(path)
+    asbridge.hold_database(path).close()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="symbolic links")
+def test_a_second_process_on_a_link_to_the_same_database_is_refused(tmp_path):
+    (tmp_path / "a.db").touch()
+    (tmp_path / "b.db").symlink_to("a.db")
+    with contextlib.closing(asbridge.hold_database(str(tmp_path / "a.db"))), pytest.raises(asbridge.DatabaseError):
+        asbridge.hold_database(str(tmp_path / "b.db")).close()
+
+
+def test_a_database_in_memory_leaves_nothing_behind(open_store):
+    store = open_store()
+    assert os.path.exists(store.path)
+    store.close()
+    assert not os.path.exists(os.path.dirname(store.path))
+
+
+def test_ticks_rise_and_go_on_after_a_restart(open_store):
+    store = open_store("a.db")
+    make_room(store)
+    ticks = [asbridge.tick_of(store.write(say)) for _ in range(3)]
+    assert ticks == sorted(set(ticks)) and store.position == ticks[-1]
+    store.close()
+    again = open_store("a.db")
+    assert again.position == ticks[-1] and asbridge.tick_of(again.write(say)) > ticks[-1]
+
+
+def test_all_that_waits_is_stored_with_one_commit(open_store):
+    store, statements = open_store(), []
+    make_room(store)
+    store._tx.db.set_trace_callback(statements.append)
+    results = in_one_batch(store, *[lambda tx, n=n: say(tx, body=str(n)) for n in range(20)])
+    assert statements.count("COMMIT") == 2 and statements.count("BEGIN IMMEDIATE") == 2        # one more for the job that held the others up
+    assert texts_in(store) == [str(n) for n in range(20)] and not [result.error for result in results if result.error]
+
+
+def test_a_batch_has_256_jobs_at_most(open_store):
+    store, statements = open_store(), []
+    store._tx.db.set_trace_callback(statements.append)
+    assert len({result.value for result in in_one_batch(store, *[lambda tx: tx.tick() for _ in range(300)])}) == 300
+    assert statements.count("COMMIT") == 3
+
+
+def test_a_refused_job_undoes_only_itself(open_store):
+    store = open_store()
+    make_room(store)
+
+    def no(tx):
+        say(tx, body="no")
+        tx.add_user("@no:localhost", None, None, 5)
+        raise MatrixError("M_FORBIDDEN", "no")
+    first, second, third = in_one_batch(store, lambda tx: say(tx, body="1"), no, lambda tx: say(tx, body="3"))
+    assert second.error.errcode == "M_FORBIDDEN" and first.value and third.value and texts_in(store) == ["1", "3"] and store.users == set()
+
+
+def test_a_refused_job_undoes_what_it_changed_in_the_caches(open_store):
+    store = open_store()
+    make_room(store)
+
+    def no(tx):
+        room = tx.room("!r:localhost")
+        tx.append(room, asbridge.Draft("m.room.member", GHOST, {"membership": "join"}, GHOST), 5)
+        tx.add_alias("#_irc_x:localhost", room, ALICE)
+        tx.add_room("!new:localhost", asbridge.ROOM_VERSIONS["12"])
+        raise MatrixError("M_FORBIDDEN", "no")
+    _, after = in_one_batch(store, no, lambda tx: (tx.room("!r:localhost").joined, tx.room("!new:localhost"), tx.audience(tx.room("!r:localhost")).why, tx.members(1)))
+    assert after.value == ({ALICE}, None, {}, [ALICE])
+
+
+def test_a_refused_job_leaves_nothing_in_an_outbox(open_store):
+    store, frozen = open_store(), []
+    make_room(store)
+    store.on_frozen = frozen.append
+
+    def no(tx):
+        say(tx, sender=GHOST)
+        raise MatrixError("M_FORBIDDEN", "no")
+    in_one_batch(store, no, say)
+    with store.read() as reader:
+        assert not frozen and reader.count_waiting("irc") == 0 and reader.transactions("irc") == []
+
+
+def test_a_refused_acknowledgement_leaves_the_transaction_open(open_store):
+    store = open_store()
+    make_room(store, GHOST)
+
+    def no(tx):
+        tx.acknowledge("irc", tx.boxes["irc"].open.txn_id)
+        raise MatrixError("M_FORBIDDEN", "no")
+    in_one_batch(store, no, say)
+    with store.read() as reader:
+        assert [acknowledged for _, _, acknowledged in reader.transactions("irc")] == [None]
+
+
+def test_a_job_that_fails_gets_an_error_of_its_own_and_the_others_of_the_batch_are_stored(open_store, caplog):
+    store = open_store()
+    make_room(store)
+
+    def broken(tx):
+        say(tx, body="no")
+        raise ZeroDivisionError("secret")
+    first, second, third = in_one_batch(store, lambda tx: say(tx, body="1"), broken, lambda tx: say(tx, body="3"))
+    assert (second.error.errcode, second.error.status) == ("M_UNKNOWN", 500) and "secret" not in second.error.error
+    assert texts_in(store) == ["1", "3"] and first.value and third.value and "secret" in caplog.text
+
+
+def test_a_statement_that_fails_in_a_job_does_the_same(open_store):
+    store = open_store()
+    make_room(store)
+    store._tx.db.execute("CREATE TRIGGER no BEFORE INSERT ON events WHEN NEW.sender = '@no:localhost' BEGIN SELECT RAISE(ROLLBACK, 'the disk is full'); END")
+    first, second, third = in_one_batch(store, lambda tx: say(tx, body="1"), lambda tx: say(tx, sender="@no:localhost"), lambda tx: say(tx, body="3"))
+    assert second.error.status == 500 and texts_in(store) == ["1", "3"]
+
+
+def test_when_the_commit_fails_each_job_is_run_again(open_store):
+    store, runs = open_store(), []
+    make_room(store)
+    store._tx.db = FaultyDb(store._tx.db, "COMMIT", 0)
+
+    def job(n):
+        def fn(tx):
+            runs.append(n)
+            if n == 0:
+                tx.db.times = 0 if runs.count(0) > 1 else 1
+            return say(tx, body=str(n))
+        return fn
+    results = in_one_batch(store, job(0), job(1), job(2))
+    assert runs == [0, 1, 2, 0, 1, 2] and texts_in(store) == ["0", "1", "2"] and not [result.error for result in results if result.error]
+    assert [asbridge.tick_of(result.value) for result in results] == sorted({asbridge.tick_of(result.value) for result in results})
+
+
+def test_when_the_commit_keeps_failing_each_job_is_told_so_and_the_next_is_stored(open_store):
+    store = open_store()
+    make_room(store, GHOST)
+    store._tx.db = FaultyDb(store._tx.db, "COMMIT", 0)
+
+    def fails(tx):
+        tx.db.times = 1
+        return say(tx, body="no")
+    results = in_one_batch(store, fails, fails)
+    store._tx.db.times = 0
+    assert [result.error.status for result in results] == [500, 500] and store.write(lambda tx: say(tx, body="yes")) and texts_in(store) == ["yes"]
+    with store.read() as reader:
+        assert store.position == reader.position()
+
+
+def test_what_was_committed_is_not_run_again_whatever_happens_while_it_is_published(open_store):
+    store = open_store()
+    make_room(store)
+
+    def boom(transaction):
+        store.on_frozen = lambda transaction: None
+        raise RuntimeError("can't start new thread")
+    store.on_frozen = boom
+    results = in_one_batch(store, *[lambda tx, n=n: say(tx, sender=GHOST, body=str(n)) for n in range(3)])
+    assert texts_in(store) == ["0", "1", "2"] and not [result.error for result in results if result.error]
+
+
+def test_readers_see_nothing_before_the_commit(open_store):
+    store, inside, gate = open_store(), threading.Event(), threading.Event()
+    make_room(store)
+    before = store.position
+
+    def slow(tx):
+        event_id = say(tx)
+        tx.add_user("@new:localhost", None, None, 5)
+        inside.set()
+        gate.wait(5)
+        return event_id
+    thread = threading.Thread(target=store.write, args=(slow,))
+    thread.start()
+    assert inside.wait(5)
+    with store.read() as reader:
+        assert reader.position() == before == store.position and reader.user("@new:localhost") is None and "@new:localhost" not in store.users
+        gate.set()
+        thread.join(5)
+        assert reader.position() == before                   # a reader stays in its moment
+    assert texts_in(store) == ["hello"] and store.position == before + 1 and "@new:localhost" in store.users
+
+
+def test_reading_does_not_write(open_store):
+    with open_store().read() as reader, pytest.raises(sqlite3.OperationalError):
+        reader.db.execute("DELETE FROM meta")
+
+
+def test_connections_for_reading_are_few_and_are_given_back(open_store):
+    store = open_store()
+    for _ in range(3 * asbridge.READERS):
+        with contextlib.suppress(KeyError), store.read():
+            raise KeyError
+    with contextlib.ExitStack() as stack:
+        for _ in range(asbridge.READERS):
+            stack.enter_context(store.read())
+        assert store._readers.empty()
+    assert store._readers.qsize() == asbridge.READERS
+
+
+def test_closing_waits_for_what_is_queued(open_store):
+    store, gate = open_store("a.db"), threading.Event()
+    make_room(store)
+    jobs = [asbridge._Job(fn) for fn in (lambda tx: gate.wait(5), say, say)]
+    for job in jobs:
+        store._jobs.put(job)
+    gate.set()
+    store.close()
+    assert len(texts_in(open_store("a.db"))) == 2
+
+
+def test_a_wakeup_comes_after_the_commit_to_those_whom_it_concerns(open_store):
+    store = open_store()
+    make_room(store)
+    inside, outside = store.waiters.enter(ALICE), store.waiters.enter("@other:localhost")
+    store.write(say)
+    assert inside.acquire(timeout=5) and not outside.acquire(blocking=False)
+    store.waiters.leave(ALICE, inside)
+    store.waiters.leave("@other:localhost", outside)
+    assert store.waiters._bells == {} and store.moved_since(1, 0) and not store.moved_since(1, store.position)
+
+
+# -- Events
+
+def test_an_event_id_has_43_characters_and_says_its_tick(open_store):
+    store = open_store()
+    make_room(store)
+    event_id = store.write(say)
+    assert re.fullmatch(r"\$[A-Za-z0-9_-]{43}", event_id) and asbridge.tick_of(event_id) == store.position
+    with store.read() as reader:
+        assert reader.event(1, event_id).event_id == event_id and json.loads(reader.event(1, event_id).json)["event_id"] == event_id
+
+
+def test_an_event_id_is_bound_to_the_content():
+    ids = [asbridge.event_id_of(tick, text) for tick, text in ((5, "a"), (5, "b"), (6, "a"), (2**48 - 1, "a"))]
+    assert len(set(ids)) == 4 and [asbridge.tick_of(id) for id in ids] == [5, 5, 6, 2**48 - 1] and ids[0][9:] == ids[2][9:]
+
+
+def test_an_event_is_not_found_by_another_id_or_in_another_room(open_store):
+    store = open_store()
+    make_room(store)
+    make_room(store, room_id="!s:localhost")
+    event_id = store.write(say)
+    forged = event_id[:-1] + ("A" if event_id[-1] != "A" else "B")
+    with store.read() as reader:
+        assert reader.event(1, forged) is None and reader.event(2, event_id) is None and reader.event(1, event_id)
+
+
+@pytest.mark.parametrize("id", ["", "$", "$" + "x" * 42, "$" + "x" * 44, "!" + "x" * 43, "$" + "é" * 43, "$abc:localhost", "$" + "x" * 43 + "\n"])
+def test_what_is_no_event_id_of_ours_has_no_tick(id):
+    assert asbridge.tick_of(id) == -1
+
+
+def test_an_event_has_65536_bytes_at_most(open_store):
+    store = open_store()
+    make_room(store)
+    with refused("M_TOO_LARGE", 413, "65536"):
+        store.write(lambda tx: say(tx, body="é" * 32_700))
+    assert store.write(lambda tx: say(tx, body="é" * 32_000)) and len(texts_in(store)) == 1
+
+
+def test_in_room_version_12_the_room_id_is_the_hash_of_its_creation(open_store):
+    store = open_store()
+    room_id = make_room(store, version="12")
+    with store.read() as reader:
+        create = reader.state_event(1, "m.room.create", "")
+        assert room_id == "!" + create.event_id[1:] and reader.room_row(room_id).n == 1 and reader.room_row("!r:localhost") is None
+        assert json.loads(create.json)["room_id"] == room_id
+    assert store.write(lambda tx: (tx.room(room_id).room_id, tx.room("!r:localhost"))) == (room_id, None)
+
+
+def test_a_state_event_knows_what_it_replaced(open_store):
+    store = open_store()
+    make_room(store)
+    for topic in ("one", "two"):
+        store.write(lambda tx, topic=topic: tx.append(tx.room("!r:localhost"), asbridge.Draft("m.room.topic", ALICE, {"topic": topic}, ""), 5))
+    with store.read() as reader:
+        event = reader.state_event(1, "m.room.topic", "")
+        assert json.loads(event.prev_content) == {"topic": "one"} and event.content == {"topic": "two"} and reader.contents(1, ["m.room.topic", "m.x"]) == {"m.room.topic": {"topic": "two"}}
+        assert [state.content for state in reader.state_at(1, event.tick - 1, type="m.room.topic")] == [{"topic": "one"}]
+        assert [value for _, value in reader.changes(1, "m.room.topic", "", "topic")] == ["one", "two"]
+
+
+def test_the_last_rooms_are_kept_in_memory_and_no_more(open_store, monkeypatch):
+    monkeypatch.setattr(asbridge, "MAX_CACHED_ROOMS", 3)
+    store = open_store()
+    for n in range(6):
+        make_room(store, room_id=f"!{n}:localhost")
+    store._tx.rooms.clear()
+    assert store.write(lambda tx: [tx.room(f"!{n}:localhost").joined for n in range(6)]) == [{ALICE}] * 6 and len(store._tx.rooms) == 3
+
+
+def test_new_rooms_count_among_those_that_are_kept_in_memory(open_store, monkeypatch):
+    monkeypatch.setattr(asbridge, "MAX_CACHED_ROOMS", 3)
+    store = open_store()
+    for n in range(6):
+        make_room(store, room_id=f"!{n}:localhost")
+    assert len(store._tx.rooms) <= 3
+
+
+def test_a_redaction_takes_the_content_from_the_database_and_from_the_state(open_store):
+    store = open_store()
+    make_room(store)
+    event_id = store.write(lambda tx: tx.append(tx.room("!r:localhost"), asbridge.Draft("m.room.topic", ALICE, {"topic": "secret"}, ""), 5))
+
+    def redact(tx):
+        room = tx.room("!r:localhost")
+        redaction = tx.append(room, asbridge.Draft("m.room.redaction", ALICE, {"redacts": event_id}, redacts=event_id), 6)
+        tx.redact(room, tx.event(room.n, event_id), asbridge.tick_of(redaction))
+        return room.content("m.room.topic")
+    assert store.write(redact) == {}
+    with store.read() as reader:
+        event = reader.event(1, event_id)
+        assert event.content == {} and json.loads(event.redacted_because)["content"] == {"redacts": event_id} and event.event_id == event_id
+        assert not reader.one("SELECT 1 FROM events WHERE json LIKE '%secret%'")
+
+
+@pytest.mark.parametrize("filter, found", [
+    ({}, "abcd"), ({"types": ["m.a"]}, "a"), ({"types": ["m.*"]}, "abc"), ({"types": ["*"]}, "abcd"), ({"types": []}, ""), ({"not_types": ["m.a", "x*"]}, "bc"), ({"types": ["m.*"], "not_types": ["m.b"]}, "ac"),
+    ({"types": ["m.[c]"]}, "c"), ({"types": ["m.?"]}, ""), ({"senders": ["@1:x"]}, "ac"), ({"senders": []}, ""), ({"not_senders": ["@1:x"]}, "bd"), ({"types": ["m.a", "x.d"], "senders": ["@1:x"]}, "a")])
+def test_a_filter_passes_the_same_events_in_sql_and_out_of_it(open_store, filter, found):
+    store = open_store()
+    make_room(store)
+    names = {"m.a": "@1:x", "m.b": "@2:x", "m.[c]": "@1:x", "x.d": "@2:x"}
+
+    def job(tx):
+        for type, sender in names.items():
+            tx.append(tx.room("!r:localhost"), asbridge.Draft(type, sender, {}), 5)
+    start = store.position
+    store.write(job)
+    one = asbridge.Filter(**filter)
+    with store.read() as reader:
+        events, all_events = [reader.events(1, start, 2**62, 100, False, which) for which in (one, asbridge.Filter())]
+    assert "".join(event.type.strip("[].mx") for event in events) == found and [event for event in all_events if one.passes(event)] == events
+
+
+@pytest.mark.parametrize("filter", [{"senders": 1500}, {"not_senders": 1500}, {"types": 1500}, {"not_types": 1500}])
+def test_a_filter_may_be_long(open_store, filter):
+    (key, count), = filter.items()
+    with open_store().read() as reader:
+        assert reader.events(1, 0, 2**62, 10, False, asbridge.Filter(**{key: [f"@u{n}:localhost" for n in range(count)]})) == []
+
+
+# -- The outbox
+
+def waiting_texts(body):
+    return [event["content"].get("body") for event in json.loads(body)["events"]]
+
+
+def acknowledge_all(store, id="irc"):
+    """Acknowledges until nothing is open; the transactions in order."""
+    done = []
+    while open := store._tx.boxes[id].open:
+        done.append(open)
+        store.write(lambda tx, open=open: tx.acknowledge(id, open.txn_id))
+    return done
+
+
+def test_an_event_is_stored_with_who_gets_it_and_why(open_store):
+    store = open_store()
+    make_room(store)
+    ids = [store.write(lambda tx, sender=sender: say(tx, sender=sender)) for sender in (ALICE, GHOST)]
+    ids.append(store.write(lambda tx: tx.append(tx.room("!r:localhost"), asbridge.Draft("m.room.member", ALICE, {"membership": "invite"}, GHOST), 5)))
+    with store.read() as reader:
+        assert [reader.reason("irc", asbridge.tick_of(id)) for id in ids] == [None, f"sender {GHOST} matches users[0]", f"target {GHOST} matches users[0]"]
+
+
+def test_interest_is_decided_by_the_state_at_the_time_of_the_event(open_store):
+    store = open_store()
+    make_room(store)
+
+    def job(tx):
+        room, ticks = tx.room("!r:localhost"), []
+        for membership in ("invite", "join", "leave"):
+            ticks += [tx.append(room, asbridge.Draft("m.room.member", GHOST if membership != "leave" else ALICE, {"membership": membership}, GHOST), 5), say(tx)]
+        tx.add_alias("#_irc_x:localhost", room, ALICE)
+        ticks.append(say(tx))
+        tx.delete_alias("#_irc_x:localhost", room)
+        ticks.append(say(tx))
+        return [(tx.reason("irc", asbridge.tick_of(id)) or "").split(" ")[0] for id in ticks]
+    assert store.write(job) == ["sender", "", "sender", "member", "target", "", "alias", ""]
+
+
+def test_each_interested_application_service_has_an_outbox_of_its_own(open_store):
+    store = open_store(None, registration("a", url="http://127.0.0.1:1", users=["@_irc_.*"], exclusive=False), registration("b", url="http://127.0.0.1:1", users=["@_irc_.*"], exclusive=False),
+                       registration("c", url="http://127.0.0.1:1", users=["@x"]), registration("d", url=None, users=["@_irc_.*"], exclusive=False))
+    make_room(store, GHOST)
+    with store.read() as reader:
+        assert [reader.count_waiting(id) for id in "abcd"] == [1, 1, 0, 0]          # url null: nothing is queued
+
+
+def test_a_backlog_goes_in_transactions_of_100_events_at_most_in_order(open_store):
+    store, frozen = open_store(), []
+    make_room(store)
+    store.on_frozen = frozen.append
+    store.write(lambda tx: [say(tx, sender=GHOST, body=str(n)) for n in range(250)] and None)
+    assert len(frozen) == 1
+    with store.read() as reader:
+        assert reader.count_waiting("irc") == 250
+    done = acknowledge_all(store)
+    assert [one.events for one in done] == [100, 100, 50] and done == frozen and sum([waiting_texts(one.body) for one in done], []) == [str(n) for n in range(250)]
+    assert [one.txn_id for one in done] == sorted({one.txn_id for one in done})
+    with store.read() as reader:
+        assert reader.count_waiting("irc") == 0
+
+
+def test_while_a_transaction_is_open_no_other_is_made(open_store):
+    store, frozen = open_store(), []
+    make_room(store)
+    store.on_frozen = frozen.append
+    for n in range(5):
+        store.write(lambda tx, n=n: say(tx, sender=GHOST, body=str(n)))
+    assert [waiting_texts(one.body) for one in frozen] == [["0"]]
+    store.write(lambda tx: tx.acknowledge("irc", frozen[0].txn_id))
+    assert [waiting_texts(one.body) for one in frozen] == [["0"], ["1", "2", "3", "4"]]
+
+
+def test_a_transaction_never_changes(open_store):
+    store = open_store("a.db")
+    make_room(store)
+    event_id = store.write(lambda tx: say(tx, sender=GHOST))
+    frozen = store._tx.boxes["irc"].open
+    store.clock.advance(3600)
+    store.write(lambda tx: tx.redact(tx.room("!r:localhost"), tx.event(1, event_id), 1))
+    store.write(lambda tx: say(tx, sender=GHOST, body="later"))
+    store.close()
+    assert open_store("a.db")._tx.boxes["irc"].open == frozen and waiting_texts(frozen.body) == ["hello"]
+
+
+def test_what_waits_when_the_server_stops_is_frozen_by_the_next_batch_after_the_start(open_store):
+    store = open_store("a.db")
+    make_room(store, GHOST)
+    store.write(lambda tx: say(tx, body="second"))
+    with contextlib.closing(sqlite3.connect(store.path)) as db:
+        db.execute("UPDATE transactions SET acknowledged_ts = 1")        # as if it had died right after the acknowledgement
+        db.commit()
+    store.close()
+    again, frozen = open_store("a.db"), []
+    again.on_frozen = frozen.append
+    again.write(lambda tx: None)
+    assert [waiting_texts(one.body) for one in frozen] == [["second"]]
+
+
+def test_only_the_open_transaction_can_be_acknowledged_and_only_once(open_store):
+    store = open_store()
+    make_room(store, GHOST)
+    first = store._tx.boxes["irc"].open
+    store.write(say)
+    for id, txn_id in (("irc", first.txn_id + 1), ("nobody", first.txn_id), ("irc", first.txn_id), ("irc", first.txn_id)):
+        store.write(lambda tx, id=id, txn_id=txn_id: tx.acknowledge(id, txn_id))
+    with store.read() as reader:
+        assert [acknowledged is None for _, _, acknowledged in reader.transactions("irc")] == [False, True]
+
+
+def test_transaction_ids_rise_though_the_real_clock_goes_back(open_store, monkeypatch):
+    store = open_store()
+    make_room(store, GHOST)
+    monkeypatch.setattr(asbridge.time, "time_ns", lambda: 1000)
+    for _ in range(3):
+        store.write(say)
+        store.write(lambda tx: tx.acknowledge("irc", tx.boxes["irc"].open.txn_id))
+    with store.read() as reader:
+        ids = [txn_id for txn_id, _, _ in reader.transactions("irc")]
+    assert ids[1:] == [ids[0] + n for n in range(1, len(ids))] and len(ids) == 4
+
+
+def test_a_transaction_id_is_not_used_again_with_a_new_database(open_store):
+    ids = []
+    for name in ("a.db", "b.db"):
+        store = open_store(name)
+        make_room(store, GHOST)
+        ids.append(store._tx.boxes["irc"].open.txn_id)
+        store.clock.advance(-10**9)
+    assert ids[0] < ids[1] and abs(ids[1] - time.time() * 1e6) < 60e6
+
+
+def test_of_the_acknowledged_transactions_the_last_1000_are_kept(open_store, monkeypatch):
+    assert asbridge.KEPT_TRANSACTIONS == 1000
+    monkeypatch.setattr(asbridge, "KEPT_TRANSACTIONS", 5)
+    store = open_store()
+    make_room(store, GHOST)
+    acknowledge_all(store)
+    for n in range(20):
+        store.write(lambda tx, n=n: say(tx, body=str(n)))
+        acknowledge_all(store)
+    with store.read() as reader:
+        kept = reader.transactions("irc")
+        assert [waiting_texts(body) for _, body, _ in kept] == [[str(n)] for n in range(15, 20)]
+        assert reader.one("SELECT count(*) FROM outbox")[0] == 5 and reader.count_waiting("irc") == 0
+
+
+def test_events_for_an_application_service_are_as_clients_get_them(open_store):
+    store = open_store()
+    make_room(store)
+    event_id = store.write(lambda tx: tx.append(tx.room("!r:localhost"), asbridge.Draft("m.room.member", GHOST, {"membership": "join"}, GHOST), 1000))
+    event, = json.loads(store._tx.boxes["irc"].open.body)["events"]
+    age = event["unsigned"]["age"]
+    assert event == {"event_id": event_id, "room_id": "!r:localhost", "sender": GHOST, "user_id": GHOST, "type": "m.room.member", "state_key": GHOST, "origin_server_ts": 1000,
+                     "content": {"membership": "join"}, "unsigned": {"age": age}, "age": age} and age > 0
+
+
+# Helpers of sections 6, 7, 8 and 12.
+
+from concurrent.futures import ThreadPoolExecutor
+
+V3 = "/_matrix/client/v3"
+AS_LOGIN = {"type": "m.login.application_service"}
+path = asbridge.client_path
+
+
+def closed_port():
+    """A port on which nothing listens."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return sock.getsockname()[1]
+
+
+def nowhere():
+    return f"http://127.0.0.1:{closed_port()}"
+
+
+@contextlib.contextmanager
+def background(fn, *args, **keys):
+    """Runs fn on another thread; its Future."""
+    with ThreadPoolExecutor(1) as pool:
+        yield pool.submit(fn, *args, **keys)
+
+
+def bot_of(hs, id="irc"):
+    return asbridge.Client(hs.url, hs.world.registrations.by_id[id].as_token)
+
+
+def bodies(events):
+    return [event["content"]["body"] for event in events if event["type"] == "m.room.message" and "body" in event["content"]]
+
+
+def types(events):
+    return [event["type"] for event in events]
+
+
+def joined(answer, room):
+    return answer["rooms"]["join"][room]
+
+
+def all_messages(client, room, dir="f", **query):
+    """The whole history, page by page."""
+    found, page = [], client.messages(room, dir, 7, **query)
+    while True:
+        found += page["chunk"]
+        if "end" not in page:
+            return found
+        page = client.messages(room, dir, 7, **{**query, "from": page["end"]})
+
+
+def creates_what_is_asked_for(hs, token="as-irc"):
+    """An application service's answer to a query: it registers the user or makes the room while the question is open."""
+    def answer(request, body):
+        kind, id = request.path.split("/")[-2:]
+        id = urllib.parse.unquote(id)
+        if kind == "users":
+            assert ask(hs, "POST", V3 + "/register", token, {**AS_LOGIN, "username": asbridge.localpart_of(id)})[0] == 200
+        if kind == "rooms":
+            asbridge.Client(hs.url, token).create_room(preset="public_chat", room_alias_name=asbridge.localpart_of(id))
+        return 200, {}
+    return answer
+
+
+def queries(recorder):
+    return [urllib.parse.unquote(request[1]).removeprefix("/_matrix/app/v1/") for request in recorder.requests if request[0] == "GET"]
+
+
+def wound_on(hs, future):
+    """Lets the pauses of somebody who waits pass."""
+    return eventually(lambda: hs.advance(0.05) or future.done(), 10)
+
+
+# ============================================================================
+# 6. The homeserver
+# ============================================================================
+
+# -- Exclusivity.
+
+def test_a_person_cannot_register_inside_an_exclusive_namespace(start):
+    hs = start(registration())
+    with refused("M_EXCLUSIVE", 400, "'@_irc_.*'") as caught:
+        hs.client("_irc_bob")
+    assert "'irc'" in caught.value.error and "users[0]" in caught.value.error
+
+
+def test_a_person_can_register_inside_a_namespace_that_is_not_exclusive(start):
+    hs = start(registration(exclusive=False))
+    assert hs.client("_irc_bob").user_id == "@_irc_bob:localhost"
+
+
+@pytest.mark.parametrize("exclusive", [True, False])
+def test_nobody_can_register_an_application_services_own_user(start, exclusive):
+    hs = start(registration(users=["@other_.*"], exclusive=exclusive))
+    with refused("M_EXCLUSIVE", 400, "sender_localpart"):
+        hs.client("_irc_bot")
+
+
+def test_an_application_service_cannot_register_outside_its_own_namespace(start):
+    hs = start(registration())
+    with refused("M_EXCLUSIVE", 400, "'@_irc_.*'"):
+        acting(hs, "irc", "@alice:localhost")
+
+
+def test_an_application_service_cannot_register_in_anothers_exclusive_namespace(start):
+    hs = start(registration(), registration("xmpp", users=["@_.*"], exclusive=False))
+    with refused("M_EXCLUSIVE", 400, "'irc'"):
+        acting(hs, "xmpp", "@_irc_bob:localhost")
+    assert acting(hs, "xmpp", "@_xmpp_bob:localhost").whoami()["user_id"] == "@_xmpp_bob:localhost"
+
+
+@pytest.mark.parametrize("username,errcode", [("_irc_x", "M_EXCLUSIVE"), ("alice", "M_USER_IN_USE"), ("Ümlaut", "M_INVALID_USERNAME"),
+                                              ("a" * 250, "M_INVALID_USERNAME"), ("", "M_INVALID_USERNAME"), (None, "M_MISSING_PARAM")])
+def test_register_available_tells_the_same(start, username, errcode):
+    hs = start(registration())
+    hs.client("alice")
+    with refused(errcode, 400):
+        asbridge.Client(hs.url).call("GET", V3 + "/register/available", username=username)
+    assert asbridge.Client(hs.url).call("GET", V3 + "/register/available", username="bob") == {"available": True}
+
+
+def test_a_person_can_neither_create_nor_delete_an_alias_in_an_exclusive_namespace(start):
+    hs = start(registration())
+    alice, room = hs.client("alice"), bot_of(hs).create_room(room_alias_name="_irc_lobby", preset="public_chat")
+    alice.join(room)
+    for change in (lambda: alice.set_alias("#_irc_x:localhost", room), lambda: alice.delete_alias("#_irc_lobby:localhost"),
+                   lambda: alice.create_room(room_alias_name="_irc_y")):
+        with refused("M_EXCLUSIVE", 400, "'#_irc_.*'"):
+            change()
+
+
+def test_an_application_service_has_full_control_over_the_aliases_in_its_namespace_and_none_outside(start):
+    hs = start(registration(exclusive=False))
+    alice, bot = hs.client("alice"), bot_of(hs)
+    room = alice.create_room()
+    alice.set_alias("#_irc_x:localhost", room)
+    bot.delete_alias("#_irc_x:localhost")
+    bot.set_alias("#_irc_y:localhost", room)
+    for change in (lambda: bot.set_alias("#other:localhost", room), lambda: bot.delete_alias("#other:localhost")):
+        with refused("M_EXCLUSIVE", 400, "outside"):
+            change()
+
+
+def test_another_application_service_cannot_take_an_alias_in_an_exclusive_namespace(start):
+    hs = start(registration(), registration("xmpp", aliases=["#_.*"], exclusive=False))
+    bot = bot_of(hs, "xmpp")
+    room = bot.create_room()
+    with refused("M_EXCLUSIVE", 400, "'irc'"):
+        bot.set_alias("#_irc_x:localhost", room)
+
+
+# -- Interest.
+
+def heard(hs, recorder):
+    hs.settle()
+    return recorder.texts()
+
+
+def test_an_event_of_a_room_without_anybody_of_the_namespace_is_pushed_to_nobody(start, recorder):
     r = recorder()
     hs = start(registration(url=r.url))
     alice = hs.client("alice")
+    event_id = alice.say(alice.create_room(), "secret")
+    hs.settle()
+    assert not r.requests and hs.reason(event_id, "irc") is None
+
+
+def test_the_sender_in_the_namespace_makes_interest_and_the_echo_is_kept(start, recorder):
+    r = recorder()
+    hs = start(registration(url=r.url))
     bob = acting(hs, "irc", "@_irc_bob:localhost")
+    event_id = bob.say(bob.create_room(), "mine")
+    assert heard(hs, r) == ["mine"] and hs.reason(event_id, "irc") == "sender @_irc_bob:localhost matches users[0]"
+
+
+def test_the_target_of_a_membership_makes_interest_so_that_an_invitation_of_a_ghost_reaches_its_service(start, recorder):
+    r = recorder()
+    hs = start(registration(url=r.url))
+    alice = hs.client("alice")
+    acting(hs, "irc", "@_irc_bob:localhost")
+    room = alice.create_room(invite=["@_irc_bob:localhost"])
+    alice.say(room, "not yet")
+    hs.settle()
+    assert [(event["type"], event["state_key"]) for event in r.events] == [("m.room.member", "@_irc_bob:localhost")]
+    assert hs.reason(r.events[0]["event_id"], "irc") == "target @_irc_bob:localhost matches users[0]"
+
+
+def test_an_invitation_of_a_ghost_that_does_not_exist_reaches_its_service_whatever_it_answered(start, recorder):
+    r = recorder()
+    r.answer = lambda request, body: (404 if request.method == "GET" else 200, {})
+    hs = start(registration(url=r.url))
+    alice = hs.client("alice")
+    alice.invite(alice.create_room(), "@_irc_new:localhost")
+    hs.settle()
+    assert [event["state_key"] for event in r.events] == ["@_irc_new:localhost"]
+
+
+def test_a_joined_member_makes_interest_until_it_has_left(start, recorder):
+    r = recorder()
+    hs = start(registration(url=r.url))
+    alice, bob = hs.client("alice"), acting(hs, "irc", "@_irc_bob:localhost")
+    room = alice.create_room(preset="public_chat")
+    alice.say(room, "before")
+    bob.join(room)
+    event_id = alice.say(room, "during")
+    bob.leave(room)
+    alice.say(room, "after")
+    assert heard(hs, r) == ["during"] and hs.reason(event_id, "irc") == "member @_irc_bob:localhost matches users[0]"
+    assert r.events[-1]["content"]["membership"] == "leave"
+
+
+def test_an_alias_of_the_room_makes_interest_until_it_is_deleted(start, recorder):
+    r = recorder()
+    hs = start(registration(url=r.url, exclusive=False))
+    alice = hs.client("alice")
+    room = alice.create_room()
+    alice.say(room, "before")
+    alice.set_alias("#_irc_x:localhost", room)
+    event_id = alice.say(room, "during")
+    alice.delete_alias("#_irc_x:localhost")
+    alice.say(room, "after")
+    assert heard(hs, r) == ["during"] and hs.reason(event_id, "irc") == "alias #_irc_x:localhost matches aliases[0]"
+
+
+@pytest.mark.parametrize("version", ["10", "11", "12"])
+def test_the_room_id_makes_interest(start, recorder, version):
+    r = recorder()
+    hs = start(registration(url=r.url, rooms=["!.*"]))
+    alice = hs.client("alice")
+    room = alice.create_room(room_version=version)
+    event_id = alice.say(room, "hello")
+    assert heard(hs, r) == ["hello"] and hs.reason(event_id, "irc") == f"room {room} matches rooms[0]"
+    assert r.events[0]["type"] == "m.room.create" and {event["room_id"] for event in r.events} == {room}
+
+
+def test_the_services_own_user_exists_from_the_start_and_makes_interest(start, recorder):
+    r = recorder()
+    hs = start(registration(url=r.url, users=[], sender_localpart="bridge"))
+    alice = hs.client("alice")
+    room = alice.create_room(invite=["@bridge:localhost"])
+    bot_of(hs).join(room)
+    event_id = alice.say(room, "hello")
+    assert heard(hs, r) == ["hello"] and "sender_localpart" in hs.reason(event_id, "irc")
+
+
+def test_several_services_interested_in_one_event_each_get_it(start, recorder):
+    one, two, three = recorder(), recorder(), recorder()
+    hs = start(registration("one", one.url, users=["@alice.*"], exclusive=False), registration("two", two.url, rooms=["!.*"]),
+               registration("three", three.url, users=["@carol.*"]))
+    alice = hs.client("alice")
+    alice.say(alice.create_room(), "hello")
+    hs.settle()
+    assert one.texts() == two.texts() == ["hello"] and not three.requests
+
+
+def test_a_namespace_is_matched_from_the_start_and_sees_local_users_only(start):
+    hs = start(registration(users=["@_irc_.*"]), registration("remote", users=["@.*:elsewhere.org"]))
+    claims = hs.world.registrations.claims
+    assert not claims("users", "@x_irc_bob:localhost") and not claims("users", "@bob:elsewhere.org")
+
+
+# -- Registering and logging in people.
+
+def test_registration_is_user_interactive_with_the_dummy_stage(start):
+    hs = start()
+    status, challenge = ask(hs, "POST", V3 + "/register", body={"username": "alice", "password": "w"})
+    assert status == 401 and challenge["flows"] == [{"stages": ["m.login.dummy"]}] and challenge["params"] == {} and challenge["session"]
+    status, answer = ask(hs, "POST", V3 + "/register", body={"username": "alice", "password": "w", "auth": {"type": "m.login.dummy", "session": challenge["session"]}})
+    assert status == 200 and answer["user_id"] == "@alice:localhost" and answer["access_token"] and answer["device_id"]
+
+
+def test_a_name_that_is_none_or_taken_is_refused_before_the_challenge(start):
+    hs = start()
+    hs.client("alice")
+    for username, errcode in (("alice", "M_USER_IN_USE"), ("A b", "M_INVALID_USERNAME"), (5, "M_BAD_JSON")):
+        assert ask(hs, "POST", V3 + "/register", body={"username": username})[1]["errcode"] == errcode
+
+
+def test_without_a_name_the_homeserver_makes_one_up(start):
+    status, answer = ask(start(), "POST", V3 + "/register", body={"auth": {"type": "m.login.dummy"}})
+    assert status == 200 and re.fullmatch(r"@[a-z0-9]+:localhost", answer["user_id"])
+
+
+def test_inhibit_login_registers_without_a_session(start):
+    status, answer = ask(start(), "POST", V3 + "/register", body={"username": "a", "inhibit_login": True, "auth": {"type": "m.login.dummy"}})
+    assert status == 200 and "access_token" not in answer and "device_id" not in answer
+
+
+def test_people_cannot_register_where_registration_is_closed_but_ghosts_can(start):
+    hs = start(registration(), open_registration=False)
+    assert ask(hs, "POST", V3 + "/register", body={"username": "a", "auth": {"type": "m.login.dummy"}})[0] == 403
+    assert ask(hs, "POST", V3 + "/register", "as-irc", {**AS_LOGIN, "username": "_irc_a"})[0] == 200
+
+
+def test_a_closed_registration_is_told_before_the_challenge(start):
+    assert ask(start(open_registration=False), "POST", V3 + "/register", body={"username": "a"})[0] == 403
+
+
+def test_there_are_no_guests(start):
+    assert ask(start(), "POST", V3 + "/register?kind=guest", body={})[0] == 403
+
+
+def test_a_password_logs_in_by_localpart_or_whole_id_and_a_wrong_one_does_not(start):
+    hs = start()
+    hs.client("alice", "wonderland")
+    client = asbridge.Client(hs.url)
+    for user in ("alice", "@alice:localhost"):
+        answer = client.call("POST", V3 + "/login", {"type": "m.login.password", "identifier": {"type": "m.id.user", "user": user},
+                                                     "password": "wonderland", "device_id": "D", "initial_device_display_name": "phone"})
+        assert (answer["user_id"], answer["device_id"]) == ("@alice:localhost", "D")
+    for user, password in (("alice", "x"), ("nobody", "wonderland")):
+        with refused("M_FORBIDDEN", 403):
+            client.call("POST", V3 + "/login", {"type": "m.login.password", "user": user, "password": password})
+
+
+def test_somebody_without_a_password_cannot_log_in_with_one(start):
+    hs = start(registration())
+    hs.client("alice")
+    for user in ("alice", "_irc_bot"):
+        with refused("M_FORBIDDEN", 403):
+            asbridge.Client(hs.url).call("POST", V3 + "/login", {"type": "m.login.password", "user": user, "password": ""})
+
+
+@pytest.mark.parametrize("body,errcode", [
+    ({"type": "m.login.sso", "user": "a"}, "M_UNKNOWN"), ({"user": "a"}, "M_MISSING_PARAM"), ({"type": "m.login.password"}, "M_MISSING_PARAM"),
+    ({"type": "m.login.password", "user": "a"}, "M_MISSING_PARAM"), ({"type": "m.login.password", "user": 5, "password": ""}, "M_BAD_JSON"),
+    ({"type": "m.login.password", "identifier": {"type": "m.id.phone", "user": "a"}, "password": ""}, "M_UNKNOWN")])
+def test_a_login_that_is_none_is_refused(start, body, errcode):
+    status, answer = ask(start(), "POST", V3 + "/login", body=body)
+    assert (status, answer["errcode"]) == (400, errcode)
+
+
+def test_the_login_flows_are_listed(start):
+    flows = ask(start(), "GET", V3 + "/login")[1]["flows"]
+    assert [flow["type"] for flow in flows] == ["m.login.password", "m.login.application_service"]
+
+
+def test_a_new_login_of_a_device_ends_the_token_that_it_had(start):
+    hs = start()
+    alice = hs.client("alice", "w")
+    device = alice.whoami()["device_id"]
+    hs.api.accounts.login("alice", "w", device_id=device)
+    with refused("M_UNKNOWN_TOKEN", 401):
+        alice.whoami()
+
+
+@pytest.mark.parametrize("everywhere", [False, True])
+def test_a_logout_ends_the_session_and_its_device(start, everywhere):
+    hs = start()
+    alice = hs.client("alice", "w")
+    other = asbridge.Client(hs.url, hs.api.accounts.login("alice", "w", device_id="OTHER")["access_token"])
+    assert ask(hs, "POST", V3 + "/logout" + "/all" * everywhere, alice.token, b"") == (200, {})
+    with refused("M_UNKNOWN_TOKEN", 401):
+        alice.whoami()
+    if everywhere:
+        with refused("M_UNKNOWN_TOKEN", 401):
+            other.whoami()
+    else:
+        assert [device["device_id"] for device in other.call("GET", V3 + "/devices")["devices"]] == ["OTHER"]
+
+
+def test_whoami_says_user_device_and_that_it_is_no_guest(start):
+    answer = start().client("alice").whoami()
+    assert answer["user_id"] == "@alice:localhost" and answer["is_guest"] is False and answer["device_id"]
+
+
+def test_devices_are_listed_named_and_only_ones_own(start):
+    hs = start()
+    alice, bob = hs.client("alice"), hs.client("bob")
+    device = alice.whoami()["device_id"]
+    assert alice.call("GET", V3 + f"/devices/{device}")["display_name"] == ""          # null lets matrix-commander crash
+    alice.call("PUT", V3 + f"/devices/{device}", {"display_name": "laptop"})
+    assert [(one["device_id"], one["display_name"]) for one in alice.call("GET", V3 + "/devices")["devices"]] == [(device, "laptop")]
+    for change in (lambda: bob.call("GET", V3 + f"/devices/{device}"), lambda: bob.call("PUT", V3 + f"/devices/{device}", {"display_name": "mine"})):
+        with refused("M_NOT_FOUND", 404):
+            change()
+
+
+def test_a_device_can_be_deleted(start):
+    hs = start()
+    alice = hs.client("alice", "w")
+    hs.api.accounts.login("alice", "w", device_id="OLD")
+    status, _ = ask(hs, "DELETE", V3 + "/devices/OLD", alice.token, b"")
+    assert status in (200, 401)
+
+
+# -- Rooms: creating.
+
+ORDER = ["m.room.create", "m.room.member", "m.room.power_levels", "m.room.canonical_alias", "m.room.join_rules", "m.room.history_visibility",
+         "m.room.guest_access", "org.example.state", "m.room.name", "m.room.topic", "m.room.member"]
+
+
+@pytest.mark.parametrize("version", ["10", "11", "12"])
+def test_the_events_of_a_new_room_come_in_the_order_of_the_specification(start, version):
+    hs = start()
+    alice, bob = hs.client("alice"), hs.client("bob")
+    room = alice.create_room(name="n", topic="t", invite=[bob.user_id], room_alias_name="x", room_version=version,
+                             initial_state=[{"type": "org.example.state", "content": {}}])
+    events = all_messages(alice, room)
+    assert types(events) == ORDER and events[0]["content"]["room_version"] == version
+    assert alice.resolve("#x:localhost") == room and events[3]["content"] == {"alias": "#x:localhost"}
+
+
+@pytest.mark.parametrize("options,rules", [
+    ({}, ("invite", "shared", "can_join")), ({"visibility": "public"}, ("public", "shared", "forbidden")),
+    ({"preset": "private_chat"}, ("invite", "shared", "can_join")), ({"preset": "public_chat"}, ("public", "shared", "forbidden")),
+    ({"preset": "trusted_private_chat"}, ("invite", "shared", "can_join")), ({"visibility": "public", "preset": "private_chat"}, ("invite", "shared", "can_join"))])
+def test_a_preset_sets_join_rule_history_visibility_and_guest_access(start, options, rules):
+    alice = start().client("alice")
+    room = alice.create_room(**options)
+    assert (alice.state(room, "m.room.join_rules")["join_rule"], alice.state(room, "m.room.history_visibility")["history_visibility"],
+            alice.state(room, "m.room.guest_access")["guest_access"]) == rules
+
+
+@pytest.mark.parametrize("version", ["10", "11", "12"])
+def test_a_trusted_private_chat_gives_those_invited_the_creators_power(start, version):
+    hs = start()
+    alice, bob = hs.client("alice"), hs.client("bob")
+    room = alice.create_room(preset="trusted_private_chat", invite=[bob.user_id], room_version=version)
+    bob.join(room)
+    bob.set_state(room, "m.room.power_levels", {**bob.state(room, "m.room.power_levels"), "kick": 99})
+    assert bob.state(room, "m.room.create").get("additional_creators") == ([bob.user_id] if version == "12" else None)
+
+
+def test_the_creator_is_named_as_the_room_version_wants_it(start):
+    alice = start().client("alice")
+    old, new, newest = (alice.create_room(room_version=version) for version in ("10", "11", "12"))
+    assert alice.state(old, "m.room.create")["creator"] == alice.user_id and "creator" not in alice.state(new, "m.room.create")
+    assert alice.state(new, "m.room.power_levels")["users"] == {alice.user_id: 100} and alice.state(newest, "m.room.power_levels")["users"] == {}
+    levels = alice.state(newest, "m.room.power_levels")
+    assert levels["events"]["m.room.tombstone"] > levels["state_default"] and ":" not in newest
+    assert "!" + alice.all_state(newest)[0]["event_id"][1:] == newest
+
+
+def test_a_new_room_has_the_configured_version_and_keeps_creation_content(start):
+    alice = start(room_version="10").client("alice")
+    room = alice.create_room(creation_content={"type": "m.space", "room_version": "1", "creator": "@x:y"}, unknown_key=1)
+    create = alice.state(room, "m.room.create")
+    assert (create["type"], create["room_version"], create["creator"]) == ("m.space", "10", alice.user_id)
+
+
+def test_initial_state_wins_over_the_preset_and_name_over_initial_state(start):
+    alice = start().client("alice")
+    room = alice.create_room(preset="private_chat", name="new", initial_state=[
+        {"type": "m.room.join_rules", "content": {"join_rule": "knock"}}, {"type": "m.room.name", "content": {"name": "old"}},
+        {"type": "a", "state_key": "k", "content": {"v": 1}}])
+    assert alice.state(room, "m.room.join_rules") == {"join_rule": "knock"}
+    assert alice.state(room, "m.room.name") == {"name": "new"} and alice.state(room, "a", "k") == {"v": 1}
+
+
+def test_power_level_content_override_is_laid_over_the_default(start):
+    alice = start().client("alice")
+    room = alice.create_room(power_level_content_override={"events_default": 10, "users": {alice.user_id: 100, "@bob:localhost": 20}})
+    levels = alice.state(room, "m.room.power_levels")
+    assert (levels["events_default"], levels["users"]["@bob:localhost"], levels["ban"]) == (10, 20, 50)
+
+
+def test_is_direct_stands_in_the_invitations(start):
+    hs = start()
+    alice, bob = hs.client("alice"), hs.client("bob")
+    room = alice.create_room(is_direct=True, invite=[bob.user_id])
+    assert alice.state(room, "m.room.member", bob.user_id)["is_direct"] is True
+
+
+@pytest.mark.parametrize("options,errcode", [
+    ({"room_version": "1"}, "M_UNSUPPORTED_ROOM_VERSION"), ({"room_version": 11}, "M_BAD_JSON"), ({"preset": "x"}, "M_INVALID_PARAM"),
+    ({"visibility": "x"}, "M_INVALID_PARAM"), ({"invite": "bob"}, "M_BAD_JSON"), ({"invite": ["bob"]}, "M_INVALID_PARAM"),
+    ({"invite": ["@alice:localhost"]}, "M_INVALID_ROOM_STATE"), ({"room_alias_name": "a:b"}, "M_INVALID_PARAM"), ({"room_alias_name": "taken"}, "M_ROOM_IN_USE"),
+    ({"name": 5}, "M_BAD_JSON"), ({"initial_state": [5]}, "M_BAD_JSON"), ({"initial_state": [{"type": "a"}]}, "M_MISSING_PARAM"),
+    ({"initial_state": [{"type": "m.room.create", "content": {}}]}, "M_INVALID_ROOM_STATE"), ({"creation_content": {"x": 1.5}}, "M_BAD_JSON"),
+    ({"power_level_content_override": {"users": {"@bob:localhost": 100}}}, "M_BAD_JSON"), ({"power_level_content_override": {"ban": "50"}}, "M_BAD_JSON"),
+    ({"power_level_content_override": []}, "M_BAD_JSON"), ({"is_direct": 1}, "M_BAD_JSON"),
+    ({"room_version": "12", "power_level_content_override": {"users": {"@alice:localhost": 100}}}, "M_INVALID_ROOM_STATE"),
+    ({"room_version": "12", "creation_content": {"additional_creators": ["bob"]}}, "M_INVALID_PARAM")])
+def test_a_room_that_cannot_be_is_refused_as_a_whole(start, options, errcode):
+    alice = start().client("alice")
+    first = alice.create_room(room_alias_name="taken")
+    with refused(errcode, 400):
+        alice.create_room(**options)
+    assert alice.joined_rooms() == [first]
+
+
+@pytest.mark.parametrize("creators", [[{}], 5, [5]])
+def test_additional_creators_that_are_none_are_refused(start, creators):
+    hs = start()
+    with pytest.raises(MatrixError) as caught:
+        hs.client("alice").create_room(room_version="12", preset="trusted_private_chat", invite=[hs.client("bob").user_id],
+                                       creation_content={"additional_creators": creators if creators != [5] else [{}, 5]})
+    assert caught.value.status == 400
+
+
+# -- Rooms: membership.
+
+@pytest.fixture
+def three(start):
+    """A homeserver with alice, bob and carol, and a public room of alice's."""
+    hs = start()
+    alice, bob, carol = (hs.client(name) for name in ("alice", "bob", "carol"))
+    return hs, alice, bob, carol, alice.create_room(preset="public_chat", room_alias_name="room")
+
+
+def test_a_room_is_joined_by_id_or_alias_and_again_without_effect(three):
+    hs, alice, bob, _, room = three
+    assert bob.join("#room:localhost") == bob.join(room) == bob.call("POST", path("rooms", room, "join"))["room_id"] == room
+    assert len([event for event in all_messages(bob, room) if event.get("state_key") == bob.user_id]) == 1
+    assert set(bob.joined_members(room)) == {alice.user_id, bob.user_id} and bob.joined_rooms() == [room]
+
+
+def test_a_join_carries_the_profile_and_the_reason(three):
+    hs, alice, bob, _, room = three
+    bob.set_displayname("Bob")
+    bob.call("POST", path("join", room), {"reason": "why not"})
+    assert alice.state(room, "m.room.member", bob.user_id) == {"membership": "join", "displayname": "Bob", "reason": "why not"}
+
+
+def test_what_does_not_exist_cannot_be_joined(three):
+    for room in ("!nowhere:localhost", "#nowhere:localhost"):
+        with refused("M_NOT_FOUND", 404):
+            three[2].join(room)
+    with refused("M_INVALID_PARAM", 400):
+        three[2].join("#nothing")
+
+
+def test_a_private_room_is_joined_by_those_invited_only(three):
+    hs, alice, bob, carol, _ = three
+    room = alice.create_room()
+    alice.invite(room, bob.user_id, "come")
+    assert bob.join(room) == room
+    with refused("M_FORBIDDEN", 403, "not invited"):
+        carol.join(room)
+
+
+def test_who_is_in_a_room_cannot_be_invited(three):
+    hs, alice, bob, _, room = three
+    bob.join(room)
+    with refused("M_FORBIDDEN", 403, "already in the room"):           # mautrix-python reads the text
+        alice.invite(room, bob.user_id)
+
+
+@pytest.mark.parametrize("user_id,errcode", [("bob", "M_INVALID_PARAM"), ("@bob:elsewhere", "M_INVALID_PARAM"), (5, "M_BAD_JSON"), (None, "M_MISSING_PARAM")])
+def test_an_invitation_of_nobody_is_refused(three, user_id, errcode):
+    with refused(errcode, 400):
+        three[1].call("POST", path("rooms", three[4], "invite"), {"user_id": user_id})
+
+
+def test_an_invitation_can_be_declined_and_taken_back(three):
+    hs, alice, bob, carol, _ = three
+    room = alice.create_room(invite=[bob.user_id, carol.user_id])
+    bob.leave(room, "no thanks")
+    alice.kick(room, carol.user_id)
+    assert {event["state_key"]: event["content"]["membership"] for event in alice.members(room)} == {
+        alice.user_id: "join", bob.user_id: "leave", carol.user_id: "leave"}
+    with refused("M_FORBIDDEN", 403):
+        bob.join(room)
+
+
+def test_one_leaves_and_may_not_leave_twice(three):
+    hs, alice, bob, _, room = three
+    bob.join(room)
+    assert ask(hs, "POST", path("rooms", room, "leave"), bob.token, b"") == (200, {})
+    with refused("M_FORBIDDEN", 403, "not in the room"):
+        bob.leave(room)
+    with refused("M_FORBIDDEN", 403):
+        bob.say(room, "still here")
+
+
+def test_a_kick_needs_power_and_carries_its_reason(three):
+    hs, alice, bob, carol, room = three
+    bob.join(room), carol.join(room)
+    with refused("M_FORBIDDEN", 403):
+        bob.kick(room, carol.user_id)
+    alice.kick(room, bob.user_id, "rude")
+    assert alice.state(room, "m.room.member", bob.user_id) == {"membership": "leave", "reason": "rude"}
+    carol.kick(room, carol.user_id, "bye")                             # oneself: needs no power (heisenbridge on PART)
+    assert set(alice.joined_members(room)) == {alice.user_id}
+
+
+def test_who_is_not_in_the_room_cannot_be_kicked(three):
+    with refused("M_FORBIDDEN", 403):
+        three[1].kick(three[4], three[2].user_id)
+
+
+def test_a_kick_does_not_lift_a_ban(three):
+    hs, alice, bob, _, room = three
+    alice.ban(room, bob.user_id)
+    with contextlib.suppress(MatrixError):
+        alice.kick(room, bob.user_id)
+    assert alice.state(room, "m.room.member", bob.user_id)["membership"] == "ban"
+
+
+def test_a_ban_keeps_out_until_it_is_lifted(three):
+    hs, alice, bob, _, room = three
+    bob.join(room)
+    alice.ban(room, bob.user_id, "spam")
+    with refused("M_BAD_STATE", 403, "banned"):                        # mautrix-python unbans on this code only
+        bob.join(room)
+    with refused("M_FORBIDDEN", 403, "banned"):
+        alice.invite(room, bob.user_id)
+    alice.unban(room, bob.user_id)
+    bob.join(room)
+    with refused("M_BAD_STATE", 403, "not banned"):
+        alice.unban(room, bob.user_id)
+    with refused("M_FORBIDDEN", 403):
+        bob.ban(room, alice.user_id)
+
+
+def test_a_room_is_forgotten_only_after_leaving_and_then_gives_nothing_away(three):
+    hs, alice, bob, _, room = three
+    bob.join(room)
+    with refused("M_UNKNOWN", 400, "leave it first"):
+        bob.call("POST", path("rooms", room, "forget"), {})
+    bob.leave(room)
+    assert bob.messages(room)["chunk"]
+    assert ask(hs, "POST", path("rooms", room, "forget"), bob.token, b"") == (200, {})
+    with refused("M_FORBIDDEN", 403):
+        bob.messages(room)
+    assert "rooms" not in bob.sync(filter={"room": {"include_leave": True}})
+    bob.join(room)                                                     # and coming back, one sees again
+    assert bodies(bob.messages(room)["chunk"]) == [] and bob.joined_rooms() == [room]
+
+
+@pytest.mark.parametrize("rule", ["knock", "knock_restricted"])
+def test_a_knock_is_answered_by_an_invitation(three, rule):
+    hs, alice, bob, carol, _ = three
+    room = alice.create_room(name="n", initial_state=[{"type": "m.room.join_rules", "content": {"join_rule": rule}}])
+    assert bob.call("POST", path("knock", room), {"reason": "please"})["room_id"] == room
+    state = bob.sync()["rooms"]["knock"][room]["knock_state"]["events"]
+    assert "m.room.name" in types(state) and state[-1]["content"] == {"membership": "knock", "displayname": "bob", "reason": "please"}
+    alice.invite(room, bob.user_id)
+    bob.join(room)
+    with refused("M_FORBIDDEN", 403):
+        bob.call("POST", path("knock", room), {})
+    carol.call("POST", path("knock", room), {})
+    alice.kick(room, carol.user_id)
+    assert carol.sync()["next_batch"] and room not in carol.joined_rooms()
+
+
+def test_one_cannot_knock_at_a_room_that_does_not_take_it(three):
+    with refused("M_FORBIDDEN", 403, "knock"):
+        three[2].call("POST", path("knock", three[4]), {})
+
+
+def restricted(alice, other, type="m.room_membership", version="11"):
+    return alice.create_room(room_version=version, initial_state=[
+        {"type": "m.room.join_rules", "content": {"join_rule": "restricted", "allow": [{"type": type, "room_id": other}]}}])
+
+
+@pytest.mark.parametrize("version", ["10", "11", "12"])
+def test_a_restricted_room_is_joined_by_members_of_the_other_room(three, version):
+    hs, alice, bob, carol, other = three
+    room = restricted(alice, other, version=version)
+    bob.join(other)
+    bob.join(room)
+    assert alice.state(room, "m.room.member", bob.user_id)["join_authorised_via_users_server"] == alice.user_id
+    with refused("M_FORBIDDEN", 403):
+        carol.join(room)
+    alice.invite(room, carol.user_id)
+    carol.join(room)
+    assert "join_authorised_via_users_server" not in alice.state(room, "m.room.member", carol.user_id)
+
+
+def test_nobody_can_vouch_for_oneself_at_a_restricted_room(three):
+    hs, alice, bob, _, other = three
+    with refused("M_FORBIDDEN", 403):
+        bob.set_state(restricted(alice, other), "m.room.member",
+                      {"membership": "join", "join_authorised_via_users_server": alice.user_id}, bob.user_id)
+
+
+def test_an_allow_condition_of_another_type_lets_nobody_in(three):
+    hs, alice, bob, _, other = three
+    bob.join(other)
+    with refused("M_FORBIDDEN", 403):
+        bob.join(restricted(alice, other, "org.example.other"))
+
+
+@pytest.mark.parametrize("key", ["bob", "@bob:elsewhere.org"])
+def test_a_member_event_needs_a_local_user(three, key):
+    with refused("M_INVALID_PARAM", 400):
+        three[1].set_state(three[4], "m.room.member", {"membership": "invite"}, key)
+
+
+def test_membership_by_put_state_follows_the_same_rules(three):
+    hs, alice, bob, carol, room = three
+    bob.set_state(room, "m.room.member", {"membership": "join", "displayname": "B"}, bob.user_id)
+    assert alice.joined_members(room)[bob.user_id]["display_name"] == "B"
+    with refused("M_FORBIDDEN", 403):
+        bob.set_state(room, "m.room.member", {"membership": "join"}, carol.user_id)
+    with refused("M_BAD_JSON", 400):
+        bob.set_state(room, "m.room.member", {"membership": "x"}, bob.user_id)
+
+
+# -- Rooms: sending.
+
+def test_a_client_transaction_sends_once_for_each_device_and_room(three):
+    hs, alice, bob, _, room = three
+    other = alice.create_room()
+    first = alice.say(room, "one", "t")
+    assert alice.say(room, "other text", "t") == first and alice.say(other, "one", "t") != first
+    assert alice.send(room, "org.example", {}, "t") != first
+    bob.join(room)
+    assert bob.say(room, "one", "t") != first
+    assert bodies(alice.messages(room)["chunk"]) == ["one", "one"]
+
+
+def test_another_device_of_the_same_user_has_transactions_of_its_own(start):
+    hs = start()
+    one = hs.client("alice", "w")
+    two = asbridge.Client(hs.url, hs.api.accounts.login("alice", "w")["access_token"])
+    room = one.create_room()
+    first, second = one.say(room, "x", "t"), two.say(room, "x", "t")
+    assert first != second
+    events = {event["event_id"]: event["unsigned"] for event in one.messages(room)["chunk"]}
+    assert events[first]["transaction_id"] == "t" and "transaction_id" not in events[second]
+
+
+def test_client_transactions_of_a_service_count_for_each_user_that_it_acts_as(start):
+    hs = start(registration())
+    bob, carol = acting(hs, "irc", "@_irc_bob:localhost"), acting(hs, "irc", "@_irc_carol:localhost")
+    room = bob.create_room(preset="public_chat")
+    carol.join(room)
+    first = bob.say(room, "x", "t")
+    assert bob.say(room, "x", "t") == first != carol.say(room, "x", "t")
+
+
+def test_client_transactions_are_remembered_over_a_restart(start, tmp_path):
+    hs = start(database=str(tmp_path / "a.db"))
+    alice = hs.client("alice")
+    room = alice.create_room()
+    first = alice.say(room, "x", "t")
+    hs.stop()
+    again = asbridge.Client(start(database=str(tmp_path / "a.db")).url, alice.token)
+    assert again.say(room, "x", "t") == first and bodies(again.messages(room)["chunk"]) == ["x"]
+
+
+def test_a_refused_transaction_can_be_tried_again(three):
+    hs, alice, bob, _, room = three
+    with refused("M_FORBIDDEN", 403):
+        bob.say(room, "x", "t")
+    bob.join(room)
+    assert bob.say(room, "x", "t").startswith("$")
+
+
+@pytest.mark.parametrize("body,errcode", [(b"", None), (b"[]", "M_BAD_JSON"), (b"{", "M_NOT_JSON"), (b'{"a":1.5}', "M_BAD_JSON"), (b'{"a":9007199254740992}', "M_BAD_JSON"),
+                                          (b'{"a":NaN}', "M_NOT_JSON"), (b'{"a":"\\ud800"}', "M_NOT_JSON"), (b"\xff", "M_NOT_JSON"), (b'{"a":9007199254740991}', None)])
+def test_an_event_is_canonical_json(three, body, errcode):
+    hs, alice, _, _, room = three
+    status, answer = ask(hs, "PUT", path("rooms", room, "send", "x", "t"), alice.token, body)
+    assert (status, answer.get("errcode")) == ((200, None) if errcode is None else (400, errcode))
+
+
+def test_an_event_that_is_too_large_is_refused(three):
+    hs, alice, _, _, room = three
+    with refused("M_TOO_LARGE", 413):
+        alice.say(room, "x" * 65_536)
+    assert alice.say(room, "x" * 64_000)
+
+
+@pytest.mark.parametrize("type,state_key", [("t" * 256, None), ("t" * 256, ""), ("t", "k" * 256)])
+def test_type_and_state_key_have_255_bytes_at_most(three, type, state_key):
+    hs, alice, _, _, room = three
+    with pytest.raises(MatrixError):
+        alice.send(room, type, {}) if state_key is None else alice.set_state(room, type, {}, state_key)
+
+
+@pytest.mark.parametrize("depth", [500, 950])
+def test_json_may_be_nested_to_a_limit_only_and_never_makes_the_homeserver_fail(three, depth):
+    hs, alice, _, _, room = three
+    deep = b'{"a":' + b"[" * depth + b"]" * depth + b"}"
+    statuses = [ask(hs, "PUT", path("user", alice.user_id, "account_data", "x"), alice.token, deep)[0],
+                ask(hs, "PUT", path("rooms", room, "state", "x", ""), alice.token, deep)[0], ask(hs, "GET", path("rooms", room, "state", "x"), alice.token)[0]]
+    assert 500 not in statuses
+
+
+@pytest.mark.parametrize("spelling", ["m.room.topic", "m.room.topic/", "m.room.topic/key"])
+def test_state_is_set_and_read_with_and_without_key_and_with_a_trailing_slash(three, spelling):
+    hs, alice, _, _, room = three
+    url = path("rooms", room, "state") + "/" + spelling
+    event_id = ask(hs, "PUT", url, alice.token, {"topic": "t"})[1]["event_id"]
+    assert ask(hs, "GET", url, alice.token) == (200, {"topic": "t"})
+    event = ask(hs, "GET", url + "?format=event", alice.token)[1]
+    assert event["event_id"] == event_id and event["state_key"] == ("key" if spelling.endswith("key") else "")
+
+
+def test_missing_state_is_not_found(three):
+    for url in ("org.none", "org.none/", "org.none/key"):
+        status, answer = ask(three[0], "GET", path("rooms", three[4], "state") + "/" + url, three[1].token)
+        assert (status, answer["errcode"]) == (404, "M_NOT_FOUND")
+
+
+def test_state_that_is_replaced_tells_what_was_before(three):
+    hs, alice, _, _, room = three
+    alice.set_state(room, "m.room.topic", {"topic": "old"})
+    event = alice.event(room, alice.set_state(room, "m.room.topic", {"topic": "new"}))
+    assert event["unsigned"]["prev_content"] == {"topic": "old"}
+
+
+def test_state_needs_power_and_a_user_id_as_key_belongs_to_that_user(three):
+    hs, alice, bob, carol, room = three
+    bob.join(room)
+    with refused("M_FORBIDDEN", 403, "needs 50"):
+        bob.set_state(room, "m.room.topic", {"topic": "x"})
+    alice.set_state(room, "m.room.power_levels", {**alice.state(room, "m.room.power_levels"), "state_default": 0})
+    bob.set_state(room, "org.example", {}, bob.user_id)
+    with refused("M_FORBIDDEN", 403):
+        bob.set_state(room, "org.example", {}, carol.user_id)
+
+
+def test_a_canonical_alias_must_point_to_the_room(three):
+    hs, alice, _, _, room = three
+    other = alice.create_room(room_alias_name="other")
+    for content in ({"alias": "#other:localhost"}, {"alt_aliases": ["#none:localhost"]}):
+        with refused("M_BAD_ALIAS", 400):
+            alice.set_state(room, "m.room.canonical_alias", content)
+    alice.set_alias("#two:localhost", room)
+    alice.set_state(room, "m.room.canonical_alias", {"alias": "#room:localhost", "alt_aliases": ["#two:localhost"]})
+
+
+def test_a_canonical_alias_without_a_list_of_alternatives_does_no_harm(three):
+    hs, alice, _, _, room = three
+    with contextlib.suppress(MatrixError):
+        alice.set_state(room, "m.room.canonical_alias", {"alt_aliases": 5})
+    alice.set_state(room, "m.room.canonical_alias", {"alias": "#room:localhost"})
+
+
+@pytest.mark.parametrize("version", ["10", "11", "12"])
+def test_a_redaction_takes_the_content_away_and_says_why(start, version):
+    hs = start()
+    alice = hs.client("alice")
+    room = alice.create_room(room_version=version)
+    event_id = alice.say(room, "secret")
+    redaction = alice.redact(room, event_id, "oops", "t")
+    assert alice.redact(room, event_id, "oops", "t") == redaction
+    event = alice.event(room, event_id)
+    assert event["content"] == {} and event["unsigned"]["redacted_because"]["event_id"] == redaction
+    because = alice.event(room, redaction)
+    assert because["content"] == {"reason": "oops", "redacts": event_id} and because["redacts"] == event_id
+    assert "secret" not in json.dumps(alice.messages(room)) + json.dumps(alice.sync())
+
+
+def test_others_events_are_redacted_with_power_only(three):
+    hs, alice, bob, carol, room = three
+    bob.join(room)
+    hers, his = alice.say(room, "hers"), bob.say(room, "his")
+    with refused("M_FORBIDDEN", 403, "redact"):
+        bob.redact(room, hers)
+    alice.redact(room, his)
+    bob.redact(room, bob.say(room, "mine"))
+    with refused("M_FORBIDDEN", 403):
+        carol.redact(room, hers)
+    with refused("M_NOT_FOUND", 404):
+        alice.redact(alice.create_room(), hers)
+    with refused("M_FORBIDDEN", 403):
+        alice.redact(room, alice.all_state(room)[0]["event_id"])
+
+
+def test_a_redaction_may_come_by_send_as_in_room_version_11(three):
+    hs, alice, _, _, room = three
+    event_id = alice.say(room, "x")
+    alice.send(room, "m.room.redaction", {"redacts": event_id})
+    assert alice.event(room, event_id)["content"] == {}
+
+
+def test_redacted_state_loses_its_effect(three):
+    hs, alice, bob, _, room = three
+    alice.redact(room, alice.set_state(room, "m.room.topic", {"topic": "t"}))
+    assert alice.state(room, "m.room.topic") == {}
+    redacted = alice.set_state(room, "m.room.join_rules", {"join_rule": "invite", "x": 1})
+    alice.redact(room, redacted)
+    assert alice.state(room, "m.room.join_rules") == {"join_rule": "invite"}
+
+
+# -- Rooms: reading.
+
+def test_an_event_is_found_in_its_own_room_only(three):
+    hs, alice, bob, _, room = three
+    event_id = alice.say(room, "x")
+    event = alice.event(room, event_id)
+    assert (event["event_id"], event["room_id"], event["sender"]) == (event_id, room, alice.user_id) and event["unsigned"]["age"] >= 0
+    for wrong in (alice.create_room(), room):
+        with refused("M_NOT_FOUND", 404):
+            alice.event(wrong, event_id if wrong != room else event_id[:-1] + ("A" if event_id[-1] != "A" else "B"))
+
+
+def test_an_event_that_may_not_be_seen_is_not_found(three):
+    hs, alice, bob, _, room = three
+    with refused("M_NOT_FOUND", 404):
+        bob.event(room, alice.say(room, "x"))
+
+
+def test_members_are_told_as_they_are_or_were_and_by_membership(three):
+    hs, alice, bob, carol, room = three
+    bob.join(room)
+    then = alice.sync()["next_batch"]
+    bob.leave(room)
+    alice.invite(room, carol.user_id)
+
+    def members(**query):
+        return {event["state_key"][1:].partition(":")[0]: event["content"]["membership"]
+                for event in alice.call("GET", path("rooms", room, "members"), **query)["chunk"]}
+    assert members() == {"alice": "join", "bob": "leave", "carol": "invite"} and members(at=then) == {"alice": "join", "bob": "join"}
+    assert members(membership="join") == {"alice": "join"} and members(not_membership="leave") == {"alice": "join", "carol": "invite"}
+
+
+def test_joined_members_have_names_and_are_for_members(three):
+    hs, alice, bob, _, room = three
+    alice.set_avatar_url("mxc://localhost/a")
+    assert alice.joined_members(room) == {alice.user_id: {"display_name": "alice", "avatar_url": "mxc://localhost/a"}}
+    for client in (bob, hs.client("dave")):
+        with refused("M_FORBIDDEN", 403):
+            client.joined_members(room)
+
+
+def test_joined_members_are_for_a_service_with_any_of_its_users_in_the_room(start):
+    hs = start(registration())
+    bob = acting(hs, "irc", "@_irc_bob:localhost")
+    assert list(bot_of(hs).joined_members(bob.create_room())) == ["@_irc_bob:localhost"]
+
+
+def test_messages_go_both_ways_to_both_ends(three):
+    hs, alice, _, _, room = three
+    for i in range(20):
+        alice.say(room, f"n{i}")
+    forwards = all_messages(alice, room, "f")
+    assert forwards[0]["type"] == "m.room.create" and bodies(forwards) == [f"n{i}" for i in range(20)]
+    assert [event["event_id"] for event in all_messages(alice, room, "b")] == [event["event_id"] for event in reversed(forwards)]
+    assert "end" not in alice.messages(room, "b", 1000) and alice.messages(room, "b", 1000)["start"]
+
+
+def test_messages_start_from_a_sync_token_and_stop_at_another(three):
+    hs, alice, _, _, room = three
+    first = alice.sync()["next_batch"]
+    alice.say(room, "in between")
+    second = alice.sync(first)["next_batch"]
+    alice.say(room, "after")
+    assert bodies(alice.messages(room, "f", 10, **{"from": second})["chunk"]) == ["after"]
+    assert bodies(alice.messages(room, "b", 10, **{"from": second, "to": first})["chunk"]) == ["in between"]
+    assert bodies(alice.messages(room, "f", 10, **{"from": first, "to": second})["chunk"]) == ["in between"]
+
+
+@pytest.mark.parametrize("filter,expected", [
+    ({"types": ["m.room.message"]}, ["m.room.message"] * 2), ({"types": ["org.*"]}, ["org.x"]), ({"types": []}, []),
+    ({"not_types": ["m.*"]}, ["org.x"]), ({"types": ["m.room.message"], "senders": ["@bob:localhost"]}, ["m.room.message"]),
+    ({"types": ["m.room.message"], "not_senders": ["@bob:localhost"]}, ["m.room.message"]), ({"senders": []}, []), ({"types": ["m.room.mess?ge", "[o]*"]}, [])])
+def test_messages_are_filtered(three, filter, expected):
+    hs, alice, bob, _, room = three
+    bob.join(room)
+    alice.say(room, "a"), bob.say(room, "b"), alice.send(room, "org.x", {})
+    assert types(alice.messages(room, "f", 100, filter=json.dumps(filter))["chunk"]) == expected
+
+
+def test_a_filters_limit_counts_where_the_query_has_none(three):
+    hs, alice, _, _, room = three
+    assert len(alice.call("GET", path("rooms", room, "messages"), filter='{"limit":3}')["chunk"]) == 3
+    assert len(alice.call("GET", path("rooms", room, "messages"), filter='{"limit":3}', limit=2)["chunk"]) == 2
+
+
+@pytest.mark.parametrize("query", [{"dir": "x"}, {"limit": "x"}, {"limit": -1}, {"from": "x"}, {"to": "-1"}, {"filter": "{"}, {"filter": '{"types":5}'}, {"filter": '{"limit":"1"}'}])
+def test_a_query_for_messages_that_is_none_is_refused(three, query):
+    with pytest.raises(MatrixError) as caught:
+        three[1].call("GET", path("rooms", three[4], "messages"), **query)
+    assert caught.value.status == 400
+
+
+@pytest.mark.parametrize("query", [{"timeout": "0" * 5000}, {"since": "0" * 20 + "9" * 30 + "0" * 4300}])
+def test_a_number_with_thousands_of_digits_is_refused(three, query):
+    with refused("M_INVALID_PARAM", 400):
+        three[1].call("GET", V3 + "/sync", **query)
+
+
+@pytest.mark.parametrize("where", ["sync", "messages"])
+def test_a_filter_may_name_thousands_of_types(three, where):
+    hs, alice, _, _, room = three
+    many = {"types": [f"t{i}" for i in range(1500)]}
+    if where == "sync":
+        assert alice.sync(filter={"room": {"timeline": many}})["next_batch"]
+    else:
+        assert alice.messages(room, filter=json.dumps(many))["chunk"] == []
+
+
+@pytest.mark.parametrize("contains,expected", [(True, ["i"]), (False, ["t"])])
+def test_a_filter_may_ask_for_events_with_a_url(three, contains, expected):
+    hs, alice, _, _, room = three
+    alice.say(room, "t"), alice.send(room, "m.room.message", {"msgtype": "m.image", "body": "i", "url": "mxc://localhost/x"})
+    assert bodies(alice.messages(room, filter=json.dumps({"types": ["m.room.message"], "contains_url": contains}))["chunk"]) == expected
+
+
+@pytest.mark.parametrize("limit,before,after", [(0, 0, 0), (1, 0, 1), (4, 2, 2), (100, 5, 5)])
+def test_the_context_of_an_event_is_what_stood_around_it(three, limit, before, after):
+    hs, alice, _, _, room = three
+    ids = [alice.say(room, f"n{i}") for i in range(11)]
+    context = alice.call("GET", path("rooms", room, "context", ids[5]), limit=limit, filter='{"types":["m.room.message"]}')
+    assert context["event"]["event_id"] == ids[5]
+    assert [event["event_id"] for event in context["events_before"]] == ids[:5][::-1][:before]
+    assert [event["event_id"] for event in context["events_after"]] == ids[6:][:after]
+    assert "m.room.create" in types(context["state"])
+    earlier = alice.messages(room, "b", 1, **{"from": context["start"]})["chunk"]
+    assert earlier[0]["event_id"] == (ids[4 - before] if before < 5 else alice.messages(room, "f", 1000)["chunk"][-12]["event_id"])
+
+
+# -- History visibility, through the API.
+
+@pytest.mark.parametrize("visibility,seen", [("world_readable", ["early", "invited", "joined"]), ("shared", ["early", "invited", "joined"]),
+                                             ("invited", ["invited", "joined"]), ("joined", ["joined"])])
+def test_who_has_joined_sees_as_much_as_the_history_visibility_says(three, visibility, seen):
+    hs, alice, bob, _, _ = three
+    room = alice.create_room(initial_state=[{"type": "m.room.history_visibility", "content": {"history_visibility": visibility}}])
+    alice.say(room, "early")
+    alice.invite(room, bob.user_id)
+    alice.say(room, "invited")
+    bob.join(room)
+    alice.say(room, "joined")
+    assert bodies(all_messages(bob, room)) == seen == bodies(reversed(all_messages(bob, room, "b")))
+    assert bodies(joined(bob.sync(filter={"room": {"timeline": {"limit": 100}}}), room)["timeline"]["events"]) == seen
+
+
+@pytest.mark.parametrize("visibility,seen", [("shared", ["before", "during"]), ("invited", ["during"]), ("joined", ["during"]),
+                                             ("world_readable", ["before", "during", "after"])])
+def test_who_has_left_sees_what_was_there_until_then(three, visibility, seen):
+    hs, alice, bob, _, _ = three
+    room = alice.create_room(preset="public_chat", initial_state=[{"type": "m.room.history_visibility", "content": {"history_visibility": visibility}}])
+    alice.say(room, "before")
+    bob.join(room)
+    alice.say(room, "during")
+    alice.set_state(room, "m.room.topic", {"topic": "then"})
+    bob.leave(room)
+    alice.say(room, "after")
+    alice.set_state(room, "m.room.topic", {"topic": "now"})
+    assert bodies(all_messages(bob, room)) == seen
+    assert bob.state(room, "m.room.topic") == {"topic": "now" if visibility == "world_readable" else "then"}
+    topic = next(event["content"]["topic"] for event in bob.all_state(room) if event["type"] == "m.room.topic")
+    assert topic == bob.state(room, "m.room.topic")["topic"]
+
+
+def test_who_was_never_there_sees_nothing_unless_the_room_is_world_readable(three):
+    hs, alice, bob, _, room = three
+    alice.set_alias("#two:localhost", room)
+    event_id = alice.say(room, "hello")
+    looks = [lambda: bob.messages(room), lambda: bob.all_state(room), lambda: bob.members(room), lambda: bob.state(room, "m.room.create"),
+             lambda: bob.call("GET", path("rooms", room, "context", event_id)), lambda: bob.call("GET", path("rooms", room, "aliases"))]
+    for look in looks:
+        with refused("M_FORBIDDEN", 403):
+            look()
+    alice.set_state(room, "m.room.history_visibility", {"history_visibility": "world_readable"})
+    event_id = alice.say(room, "for everybody")
+    assert bodies(bob.messages(room)["chunk"]) == ["for everybody"]
+    for look in looks:
+        assert look()
+
+
+def test_who_is_invited_sees_neither_the_state_nor_the_timeline_of_a_shared_room(three):
+    hs, alice, bob, _, _ = three
+    room = alice.create_room(invite=[bob.user_id])
+    alice.say(room, "x")
+    assert bob.messages(room)["chunk"] == []
+    for look in (lambda: bob.all_state(room), lambda: bob.state(room, "m.room.name"), lambda: bob.members(room)):
+        with refused("M_FORBIDDEN", 403):
+            look()
+
+
+def test_what_was_said_between_leaving_and_coming_back_stays_hidden_in_a_joined_room(three):
+    hs, alice, bob, _, _ = three
+    room = alice.create_room(preset="public_chat", initial_state=[{"type": "m.room.history_visibility", "content": {"history_visibility": "joined"}}])
+    bob.join(room)
+    alice.say(room, "one")
+    bob.leave(room)
+    hidden = alice.say(room, "two")
+    bob.join(room)
+    alice.say(room, "three")
+    assert bodies(all_messages(bob, room)) == ["one", "three"]
+    with refused("M_NOT_FOUND", 404):
+        bob.event(room, hidden)
+
+
+# -- Aliases and the directory.
+
+def test_an_alias_is_made_found_and_deleted(three):
+    hs, alice, bob, _, room = three
+    alice.set_alias("#two:localhost", room)
+    assert ask(hs, "GET", path("directory", "room", "#two:localhost")) == (200, {"room_id": room, "servers": ["localhost"]})
+    assert alice.call("GET", path("rooms", room, "aliases")) == {"aliases": ["#room:localhost", "#two:localhost"]}
+    with refused("M_UNKNOWN", 409):
+        alice.set_alias("#two:localhost", room)
+    with refused("M_FORBIDDEN", 403):
+        bob.delete_alias("#two:localhost")
+    with refused("M_FORBIDDEN", 403):
+        bob.set_alias("#three:localhost", room)
+    alice.delete_alias("#two:localhost")
+    for look in (lambda: alice.resolve("#two:localhost"), lambda: alice.delete_alias("#two:localhost")):
+        with refused("M_NOT_FOUND", 404):
+            look()
+
+
+@pytest.mark.parametrize("alias", ["#x", "#x:elsewhere.org", "x:localhost", "#:localhost", "#" + "x" * 250 + ":localhost"])
+def test_an_alias_that_is_none_is_refused(three, alias):
+    with refused("M_INVALID_PARAM", 400):
+        three[1].set_alias(alias, three[4])
+
+
+def test_the_directory_has_the_published_rooms_with_the_fields_that_clients_read(three):
+    hs, alice, bob, carol, room = three
+    alice.create_room(name="private", visibility="private", preset="public_chat")
+    alice.create_room(name="listed, but for those invited only", visibility="public", preset="private_chat")
+    big = alice.create_room(name="Big", topic="t", visibility="public", room_alias_name="big", creation_content={"type": "m.space"})
+    small = alice.create_room(name="Small", visibility="public", initial_state=[
+        {"type": "m.room.history_visibility", "content": {"history_visibility": "world_readable"}}, {"type": "m.room.guest_access", "content": {"guest_access": "can_join"}}])
+    bob.join(big)
+    answer = ask(hs, "GET", V3 + "/publicRooms")[1]
+    assert answer["total_room_count_estimate"] == 2 and answer["chunk"] == [
+        {"room_id": big, "num_joined_members": 2, "world_readable": False, "guest_can_join": False, "join_rule": "public", "name": "Big",
+         "topic": "t", "canonical_alias": "#big:localhost", "room_type": "m.space"},
+        {"room_id": small, "num_joined_members": 1, "world_readable": True, "guest_can_join": True, "join_rule": "public", "name": "Small"}]
+
+
+def test_the_directory_is_paged_and_searched(three):
+    hs, alice = three[:2]
+    for i in range(5):
+        alice.create_room(name=f"room {i}", visibility="public")
+    seen, since = [], None
+    while True:
+        page = alice.call("GET", V3 + "/publicRooms", limit=2, since=since)
+        seen += [room["name"] for room in page["chunk"]]
+        if not (since := page.get("next_batch")):
+            break
+    assert seen == [f"room {i}" for i in range(5)] and page["prev_batch"]
+    found = alice.call("POST", V3 + "/publicRooms", {"filter": {"generic_search_term": "ROOM 3"}, "limit": 10})
+    assert [room["name"] for room in found["chunk"]] == ["room 3"]
+
+
+def test_a_place_in_the_directory_that_is_none_does_not_make_the_homeserver_fail(three):
+    with contextlib.suppress(MatrixError):
+        assert three[1].call("POST", V3 + "/publicRooms", {"since": "1"})
+        three[1].call("POST", V3 + "/publicRooms", {"since": "9" * 5000})
+        return
+    pytest.fail("refused, or failed")
+
+
+def test_who_leaves_stops_typing(three):
+    hs, alice, bob, _, room = three
+    bob.join(room), bob.typing(room), bob.leave(room)
+    assert ephemeral(alice, room) in (None, {"user_ids": []})
+
+
+def test_a_room_is_listed_by_those_with_the_power_to_name_it(three):
+    hs, alice, bob, _, room = three
+    bob.join(room)
+    url = path("directory", "list", "room", room)
+    assert ask(hs, "GET", url) == (200, {"visibility": "private"})
+    with refused("M_FORBIDDEN", 403):
+        bob.call("PUT", url, {"visibility": "public"})
+    with refused("M_INVALID_PARAM", 400):
+        alice.call("PUT", url, {"visibility": "x"})
+    alice.call("PUT", url, {"visibility": "public"})
+    assert ask(hs, "GET", url) == (200, {"visibility": "public"})
+    assert ask(hs, "GET", path("directory", "list", "room", "!none:localhost"))[0] == 404
+
+
+# -- Profiles.
+
+def test_a_profile_spreads_into_the_rooms_that_one_has_joined(three):
+    hs, alice, bob, _, room = three
+    left = alice.create_room()
+    alice.leave(left)
+    alice.set_displayname("Al")
+    alice.set_avatar_url("mxc://localhost/a")
+    assert alice.joined_members(room)[alice.user_id] == {"display_name": "Al", "avatar_url": "mxc://localhost/a"}
+    assert alice.profile() == {"displayname": "Al", "avatar_url": "mxc://localhost/a"}
+    assert "displayname" not in alice.state(left, "m.room.member", alice.user_id)
+    assert ask(hs, "GET", path("profile", alice.user_id, "displayname")) == (200, {"displayname": "Al"})
+    assert ask(hs, "GET", path("profile", bob.user_id, "avatar_url")) == (200, {})
+
+
+def test_a_profile_belongs_to_its_user_and_an_unknown_one_is_not_found(three):
+    hs, alice, bob = three[:3]
+    with refused("M_FORBIDDEN", 403):
+        bob.call("PUT", path("profile", alice.user_id, "displayname"), {"displayname": "x"})
+    with refused("M_NOT_FOUND", 404):
+        bob.profile("@nobody:localhost")
+    with refused("M_UNRECOGNIZED", 404):
+        bob.call("GET", path("profile", alice.user_id, "shoe_size"))
+    with refused("M_BAD_JSON", 400):
+        bob.call("PUT", path("profile", bob.user_id, "displayname"), {"displayname": 5})
+
+
+# -- Typing, receipts, read markers.
+
+def ephemeral(client, room, since=None, type="m.typing"):
+    events = joined(client.sync(since), room).get("ephemeral", {"events": []})["events"]
+    return next((event["content"] for event in events if event["type"] == type), None)
+
+
+def test_typing_is_told_until_it_stops_or_runs_out(three):
+    hs, alice, bob, _, room = three
+    bob.join(room)
+    since = alice.sync()["next_batch"]
+    bob.typing(room, timeout=20_000)
+    assert ephemeral(alice, room, since) == {"user_ids": [bob.user_id]}
+    since = alice.sync(since)["next_batch"]
+    hs.advance(21)
+    assert joined(alice.sync(since, 5000), room)["ephemeral"]["events"] == [{"type": "m.typing", "content": {"user_ids": []}}]
+    alice.typing(room)
+    assert ephemeral(bob, room) == {"user_ids": [alice.user_id]}
+    alice.typing(room, False)
+    assert ephemeral(bob, room) == {"user_ids": []}
+
+
+def test_typing_is_for_oneself_in_a_room_that_one_is_in(three):
+    hs, alice, bob, _, room = three
+    for client, user in ((bob, bob), (alice, bob)):
+        with refused("M_FORBIDDEN", 403):
+            client.call("PUT", path("rooms", room, "typing", user.user_id), {"typing": True})
+    with refused("M_MISSING_PARAM", 400):
+        alice.call("PUT", path("rooms", room, "typing", alice.user_id), {})
+
+
+def test_receipts_are_told_to_all_and_private_ones_to_nobody_else(three):
+    hs, alice, bob, _, room = three
+    bob.join(room)
+    event_id, since = alice.say(room, "x"), alice.sync()["next_batch"]
+    bob.receipt(room, event_id, "m.read.private")
+    assert "rooms" not in alice.sync(since)
+    assert list(ephemeral(bob, room, type="m.receipt")[event_id]["m.read.private"]) == [bob.user_id]
+    bob.receipt(room, event_id)
+    assert ephemeral(alice, room, since, "m.receipt")[event_id]["m.read"][bob.user_id]["ts"] > 0
+    bob.call("POST", path("rooms", room, "receipt", "m.read", event_id), {"thread_id": "main"})
+    assert ephemeral(bob, room, type="m.receipt")[event_id]["m.read"][bob.user_id]["thread_id"] == "main"
+
+
+def test_a_receipt_needs_a_known_type_and_membership(three):
+    hs, alice, bob, _, room = three
+    with refused("M_INVALID_PARAM", 400):
+        alice.receipt(room, "$x", "m.unread")
+    with refused("M_FORBIDDEN", 403):
+        bob.receipt(room, "$x")
+
+
+def test_read_markers_are_account_data_and_receipts(three):
+    hs, alice, _, _, room = three
+    one, two = alice.say(room, "1"), alice.say(room, "2")
+    since = alice.sync()["next_batch"]
+    alice.call("POST", path("rooms", room, "read_markers"), {"m.fully_read": one, "m.read": two})
+    assert alice.account_data("m.fully_read", room) == {"event_id": one}
+    entry = joined(alice.sync(since), room)
+    assert entry["account_data"]["events"] == [{"type": "m.fully_read", "content": {"event_id": one}}] and two in entry["ephemeral"]["events"][0]["content"]
+    with refused("M_BAD_JSON", 405):
+        alice.set_account_data("m.fully_read", {"event_id": two}, room)
+
+
+# -- Account data, tags, filters.
+
+def test_account_data_is_kept_and_synced_for_the_account_and_for_rooms(three):
+    hs, alice, bob, _, room = three
+    since = alice.sync()["next_batch"]
+    for where in (None, room):
+        with refused("M_NOT_FOUND", 404):
+            alice.account_data("org.x", where)
+        alice.set_account_data("org.x", {"where": where or "account"}, where)
+        assert alice.account_data("org.x", where) == {"where": where or "account"}
+    for since in (since, None):
+        answer = alice.sync(since)
+        assert answer["account_data"]["events"] == [{"type": "org.x", "content": {"where": "account"}}]
+        assert joined(answer, room)["account_data"]["events"] == [{"type": "org.x", "content": {"where": room}}]
+    with refused("M_FORBIDDEN", 403):
+        bob.call("GET", path("user", alice.user_id, "account_data", "org.x"))
+
+
+def test_tags_are_set_taken_off_and_told_as_account_data(three):
+    hs, alice, bob, _, room = three
+    tags = path("user", alice.user_id, "rooms", room, "tags")
+    assert alice.call("GET", tags) == {"tags": {}}
+    alice.call("PUT", tags + "/m.favourite", {"order": 0.5})
+    alice.call("PUT", tags + "/u.work", {})
+    assert alice.call("GET", tags) == {"tags": {"m.favourite": {"order": 0.5}, "u.work": {}}} == alice.account_data("m.tag", room)
+    alice.call("DELETE", tags + "/u.work")
+    assert joined(alice.sync(), room)["account_data"]["events"] == [{"type": "m.tag", "content": {"tags": {"m.favourite": {"order": 0.5}}}}]
+    with refused("M_FORBIDDEN", 403):
+        bob.call("GET", tags)
+
+
+def test_account_data_that_is_no_list_of_tags_does_not_spoil_tagging(three):
+    hs, alice, _, _, room = three
+    alice.set_account_data("m.tag", {"tags": 5}, room)
+    alice.call("PUT", path("user", alice.user_id, "rooms", room, "tags", "u.x"), {})
+    assert alice.account_data("m.tag", room) == {"tags": {"u.x": {}}}
+
+
+def test_a_stored_filter_is_given_back_used_and_ones_own(three):
+    hs, alice, bob, _, room = three
+    source = {"room": {"timeline": {"limit": 1, "types": ["m.room.message"]}}}
+    url = path("user", alice.user_id, "filter")
+    filter_id = alice.call("POST", url, source)["filter_id"]
+    assert alice.call("GET", f"{url}/{filter_id}") == source and alice.call("POST", url, source)["filter_id"] == filter_id
+    alice.say(room, "1"), alice.say(room, "2"), alice.set_state(room, "x", {})
+    for filter in (filter_id, source):
+        assert bodies(joined(alice.sync(filter=filter), room)["timeline"]["events"]) == ["2"]
+    with refused("M_NOT_FOUND", 404):
+        alice.call("GET", url + "/999")
+    with refused("M_NOT_FOUND", 404):
+        bob.sync(filter=filter_id)
+    with refused("M_FORBIDDEN", 403):
+        bob.call("GET", f"{url}/{filter_id}")
+
+
+@pytest.mark.parametrize("source", [{"room": 5}, {"room": {"timeline": {"limit": "1"}}}, {"room": {"timeline": {"types": "x"}}}, {"room": {"rooms": [5]}}])
+def test_a_filter_that_is_none_is_refused(three, source):
+    alice = three[1]
+    for use in (lambda: alice.sync(filter=source), lambda: alice.call("POST", path("user", alice.user_id, "filter"), source)):
+        with refused("M_BAD_JSON", 400):
+            use()
+
+
+# -- Sync.
+
+def test_the_first_sync_has_the_state_before_the_timeline_and_the_last_ten_events(three):
+    hs, alice, _, _, room = three
+    for i in range(12):
+        alice.say(room, f"n{i}")
+    entry = joined(alice.sync(), room)
+    assert bodies(entry["timeline"]["events"]) == [f"n{i}" for i in range(2, 12)] and entry["timeline"]["limited"] is True
+    assert types(entry["state"]["events"]) == ["m.room.create", "m.room.member", "m.room.power_levels", "m.room.canonical_alias", "m.room.join_rules",
+                                               "m.room.history_visibility", "m.room.guest_access"]
+    assert entry["summary"] == {"m.heroes": [], "m.joined_member_count": 1, "m.invited_member_count": 0}
+
+
+def test_the_next_sync_has_what_is_new_and_nothing_else(three):
+    hs, alice, _, _, room = three
+    alice.create_room()
+    since = alice.sync()["next_batch"]
+    assert alice.sync(since) == {"next_batch": since}
+    alice.say(room, "new")
+    answer = alice.sync(since)
+    assert list(answer["rooms"]["join"]) == [room] and "account_data" not in answer
+    entry = joined(answer, room)
+    assert bodies(entry["timeline"]["events"]) == ["new"] and entry["timeline"]["limited"] is False and entry["state"]["events"] == []
+    assert alice.sync(since)["next_batch"] == answer["next_batch"] and alice.sync(answer["next_batch"]) == {"next_batch": answer["next_batch"]}
+
+
+def test_a_limited_timeline_has_the_state_of_the_gap_and_a_prev_batch_that_leads_into_it(three):
+    hs, alice, _, _, room = three
+    since = alice.sync()["next_batch"]
+    alice.set_state(room, "m.room.topic", {"topic": "in the gap"})
+    sent = [alice.say(room, f"n{i}") for i in range(20)]
+    timeline = joined(answer := alice.sync(since, filter={"room": {"timeline": {"limit": 5}}}), room)["timeline"]
+    assert timeline["limited"] is True and [event["event_id"] for event in timeline["events"]] == sent[-5:]
+    assert [event["content"] for event in joined(answer, room)["state"]["events"]] == [{"topic": "in the gap"}]
+    gap = alice.messages(room, "b", 100, **{"from": timeline["prev_batch"], "to": since})["chunk"]
+    assert [event["event_id"] for event in reversed(gap)][1:] == sent[:-5]
+
+
+def test_a_long_poll_ends_with_the_first_event(three):
+    hs, alice, bob, _, room = three
+    bob.join(room)
+    since = bob.sync()["next_batch"]
+    with background(bob.sync, since, 30_000) as future:
+        eventually(lambda: hs.world.store.waiters.among({bob.user_id}))
+        assert not future.done()
+        alice.say(room, "wake up")
+        assert bodies(joined(future.result(5), room)["timeline"]["events"]) == ["wake up"]
+
+
+def test_a_long_poll_ends_with_an_invitation_and_with_account_data(three):
+    hs, alice, bob, _, room = three
+    for cause, key in ((lambda: alice.create_room(invite=[bob.user_id]), "rooms"), (lambda: bob.set_account_data("x", {}), "account_data")):
+        since = bob.sync()["next_batch"]
+        with background(bob.sync, since, 30_000) as future:
+            eventually(lambda: hs.world.store.waiters.among({bob.user_id}))
+            cause()
+            assert key in future.result(5)
+
+
+def test_a_long_poll_ends_empty_after_its_time(three):
+    hs, alice, _, _, room = three
+    since = alice.sync()["next_batch"]
+    with background(alice.sync, since, 30_000) as future:
+        eventually(lambda: hs.world.store.waiters.among({alice.user_id}))
+        hs.advance(31)
+        assert future.result(5) == {"next_batch": since}
+
+
+def test_a_long_poll_does_not_wake_for_what_its_filter_leaves_out(three):
+    hs, alice, _, _, room = three
+    since = alice.sync()["next_batch"]
+    with background(alice.sync, since, 30_000, {"room": {"timeline": {"types": ["m.room.message"]}}}) as future:
+        eventually(lambda: hs.world.store.waiters.among({alice.user_id}))
+        alice.send(room, "org.other", {})
+        alice.say(room, "this")
+        assert bodies(joined(future.result(5), room)["timeline"]["events"]) == ["this"]
+
+
+def test_a_since_from_the_future_is_treated_as_none(three):
+    hs, alice, _, _, room = three
+    answer = alice.sync("99999999999", 30_000)
+    assert room in answer["rooms"]["join"] and int(answer["next_batch"]) < 99999999999
+    with refused("M_INVALID_PARAM", 400):
+        alice.sync("s_1")
+
+
+def test_an_invitation_comes_once_with_stripped_state(three):
+    hs, alice, bob, _, _ = three
+    room = alice.create_room(name="n", invite=[bob.user_id], is_direct=True)
+    answer = bob.sync()
+    events = answer["rooms"]["invite"][room]["invite_state"]["events"]
+    assert {"m.room.create", "m.room.name", "m.room.join_rules"} <= set(types(events)) and all(set(event) == {"type", "state_key", "sender", "content"} for event in events)
+    assert [(event["state_key"], event["content"]["membership"]) for event in events if event["type"] == "m.room.member"] == [
+        (alice.user_id, "join"), (bob.user_id, "invite")]
+    alice.say(room, "not for bob yet")
+    assert "rooms" not in bob.sync(answer["next_batch"])
+
+
+def test_a_newly_joined_room_comes_with_its_whole_state(three):
+    hs, alice, bob, _, room = three
+    since = bob.sync()["next_batch"]
+    alice.say(room, "before")
+    bob.join(room)
+    entry = joined(bob.sync(since), room)
+    assert {"m.room.create", "m.room.power_levels"} <= set(types(entry["state"]["events"] + entry["timeline"]["events"]))
+    assert bodies(entry["timeline"]["events"]) == ["before"] and entry["timeline"]["events"][-1]["state_key"] == bob.user_id
+    assert entry["summary"] == {"m.heroes": [alice.user_id], "m.joined_member_count": 2, "m.invited_member_count": 0}
+
+
+@pytest.mark.parametrize("how", ["leave", "kick", "ban"])
+def test_a_room_that_one_has_left_comes_once_with_what_was_until_then(three, how):
+    hs, alice, bob, _, room = three
+    bob.join(room)
+    since = bob.sync()["next_batch"]
+    alice.say(room, "last words")
+    bob.leave(room) if how == "leave" else getattr(alice, how)(room, bob.user_id)
+    alice.say(room, "behind his back")
+    answer = bob.sync(since)
+    timeline = answer["rooms"]["leave"][room]["timeline"]["events"]
+    assert bodies(timeline) == ["last words"] and timeline[-1]["content"]["membership"] == ("ban" if how == "ban" else "leave")
+    assert "rooms" not in bob.sync(answer["next_batch"]) and "rooms" not in bob.sync()
+    assert bodies(bob.sync(filter={"room": {"include_leave": True}})["rooms"]["leave"][room]["timeline"]["events"]) == ["last words"]
+
+
+def test_a_declined_invitation_comes_as_a_room_that_one_has_left(three):
+    hs, alice, bob, _, _ = three
+    room = alice.create_room(invite=[bob.user_id])
+    since = bob.sync()["next_batch"]
+    bob.leave(room)
+    assert list(bob.sync(since)["rooms"]["leave"]) == [room]
+
+
+def test_state_that_changed_while_one_was_away_is_told_after_coming_back(three):
+    hs, alice, bob, _, _ = three
+    room = alice.create_room(preset="public_chat", initial_state=[{"type": "m.room.history_visibility", "content": {"history_visibility": "joined"}}])
+    bob.join(room)
+    since = bob.sync()["next_batch"]
+    bob.leave(room)
+    alice.set_state(room, "m.room.topic", {"topic": "new"})
+    bob.join(room)
+    entry = joined(bob.sync(since), room)
+    assert {"topic": "new"} in [event["content"] for event in entry["state"]["events"] + entry["timeline"]["events"]]
+
+
+def test_full_state_gives_the_whole_state_again(three):
+    hs, alice, _, _, room = three
+    since = alice.sync()["next_batch"]
+    entry = joined(alice.call("GET", V3 + "/sync", since=since, full_state="true"), room)
+    assert "m.room.create" in types(entry["state"]["events"]) and entry["timeline"]["events"] == []
+
+
+def test_lazy_loading_gives_the_members_who_speak(three):
+    hs, alice, bob, carol, room = three
+    bob.join(room), carol.join(room)
+    for i in range(12):
+        bob.say(room, f"n{i}")
+    lazy = {"room": {"state": {"lazy_load_members": True}, "timeline": {"limit": 5}}}
+    entry = joined(answer := alice.sync(filter=lazy), room)
+    assert {event["state_key"] for event in entry["state"]["events"] if event["type"] == "m.room.member"} == {alice.user_id, bob.user_id}
+    carol.say(room, "me too")
+    entry = joined(alice.sync(answer["next_batch"], filter=lazy), room)
+    assert {event["state_key"] for event in entry["state"]["events"]} - {alice.user_id} == {carol.user_id}
+
+
+def test_a_sync_filter_chooses_rooms_and_kinds(three):
+    hs, alice, _, _, room = three
+    other = alice.create_room()
+    alice.typing(room), alice.set_account_data("a", {}), alice.set_account_data("b", {}), alice.set_account_data("c", {}, room)
+    assert list(alice.sync(filter={"room": {"rooms": [other]}})["rooms"]["join"]) == [other]
+    assert list(alice.sync(filter={"room": {"not_rooms": [other]}})["rooms"]["join"]) == [room]
+    answer = alice.sync(filter={"account_data": {"types": ["a"]}, "room": {"ephemeral": {"types": []}, "account_data": {"not_types": ["c"]}, "state": {"types": []}}})
+    assert types(answer["account_data"]["events"]) == ["a"] and not {"ephemeral", "account_data"} & joined(answer, room).keys()
+    assert joined(answer, room)["state"]["events"] == []
+
+
+def test_timelines_put_together_are_the_history_none_twice_none_missing(three):
+    """A property: whatever the limits and whoever writes meanwhile, sync and messages together are the room."""
+    hs, alice, bob, carol, room = three
+    bob.join(room), carol.join(room)
+
+    def write(client, name):
+        for i in range(40):
+            client.say(room, f"{name}{i}")
+            if i % 10 == 0:
+                client.typing(room), client.set_state(room, "m.room.member", {"membership": "join", "displayname": f"{name}{i}"}, client.user_id)
+    seen, since, limits = [], None, [1, 2, 3, 7, 50]
+    with ThreadPoolExecutor(3) as pool:
+        writers = [pool.submit(write, client, client.user_id[1]) for client in (alice, bob, carol)]
+        while True:
+            over = all(writer.done() for writer in writers)
+            answer = alice.sync(since, 0, {"room": {"timeline": {"limit": limits[len(seen) % 5]}}})
+            timeline = answer.get("rooms", {}).get("join", {}).get(room, {}).get("timeline", {"events": []})
+            gap, start = [], timeline.get("prev_batch")
+            while timeline.get("limited") and start:
+                page = alice.messages(room, "b", 4, **{"from": start, "to": since})
+                gap, start = gap + page["chunk"], page.get("end")
+            seen += [event["event_id"] for event in [*reversed(gap), *timeline["events"]]]
+            since = answer["next_batch"]
+            if over:
+                break
+        [writer.result() for writer in writers]
+    history = [event["event_id"] for event in all_messages(alice, room)]
+    assert seen == history and len(set(seen)) == len(seen) >= 132
+
+
+# -- Media.
+
+@pytest.mark.parametrize("old", [True, False])
+def test_what_is_uploaded_is_downloaded_with_its_type_and_name(three, old):
+    hs, alice = three[:2]
+    status, answer = ask(hs, "POST", "/_matrix/media/v3/upload?filename=na%C3%AFve%20caf%C3%A9.png", alice.token, b"\x89PNG\0", {"Content-Type": "image/png"})
+    assert status == 200 and answer["content_uri"].startswith("mxc://localhost/")
+    where = ("/_matrix/media/v3/download/" if old else "/_matrix/client/v1/media/download/") + answer["content_uri"][6:]
+    headers = {} if old else {"Authorization": f"Bearer {alice.token}"}
+    connection = asbridge.http.client.HTTPConnection("127.0.0.1", hs.port, timeout=5)
+    for suffix, name in (("", "na%C3%AFve%20caf%C3%A9.png"), ("/other.png", "other.png"), ("?allow_redirect=true&allow_remote=true", "na%C3%AFve%20caf%C3%A9.png")):
+        connection.request("GET", where + suffix, headers=headers)
+        response = connection.getresponse()
+        assert (response.status, response.read(), response.headers["Content-Type"]) == (200, b"\x89PNG\0", "image/png")
+        assert response.headers["Content-Disposition"] == f"inline; filename*=UTF-8''{name}" and "sandbox" in response.headers["Content-Security-Policy"]
+    connection.close()
+
+
+def test_what_could_be_run_is_no_inline_content(three):
+    hs, alice = three[:2]
+    uri = ask(hs, "POST", "/_matrix/media/r0/upload", alice.token, b"<script>", {"Content-Type": "text/html"})[1]["content_uri"]
+    with contextlib.closing(asbridge.http.client.HTTPConnection("127.0.0.1", hs.port, timeout=5)) as connection:
+        connection.request("GET", "/_matrix/media/r0/download/" + uri[6:])
+        assert connection.getresponse().headers["Content-Disposition"] == "attachment"
+
+
+def test_media_that_is_not_there_not_allowed_or_too_large_is_refused(start):
+    hs = start(max_upload_bytes=10)
+    alice = hs.client("alice")
+    assert ask(hs, "GET", "/_matrix/media/v3/download/localhost/none")[1]["errcode"] == "M_NOT_FOUND"
+    assert ask(hs, "GET", "/_matrix/media/v3/download/elsewhere/none")[0] == 404
+    assert ask(hs, "GET", "/_matrix/client/v1/media/download/localhost/none")[1]["errcode"] == "M_MISSING_TOKEN"
+    assert ask(hs, "POST", "/_matrix/media/v3/upload", alice.token, b"x" * 11)[1]["errcode"] == "M_TOO_LARGE"
+    for url in ("/_matrix/media/v3/config", "/_matrix/client/v1/media/config"):
+        assert ask(hs, "GET", url, alice.token) == (200, {"m.upload.size": 10})
+
+
+# ============================================================================
+# 7. Delivery
+# ============================================================================
+
+# -- Pushing events.
+
+def test_a_push_has_the_client_event_format_and_what_old_software_reads(start, recorder):
+    r = recorder()
+    hs = start(registration(url=r.url, rooms=["!.*"]))
+    alice = hs.client("alice")
+    room = alice.create_room()
+    event_id = alice.say(room, "hello")
+    hs.settle()
+    event, create = r.events[-1], r.events[0]
+    assert event.keys() == {"event_id", "room_id", "sender", "origin_server_ts", "type", "content", "unsigned", "age", "user_id"}
+    assert (event["event_id"], event["room_id"], event["sender"], event["user_id"]) == (event_id, room, alice.user_id, alice.user_id)
+    assert isinstance(event["age"], int) and event["unsigned"] == {"age": event["age"]}
+    assert create["state_key"] == "" and event["content"] == {"msgtype": "m.text", "body": "hello"}
+
+
+def test_a_push_is_a_put_with_the_token_in_the_header_and_for_old_software_in_the_query(start, recorder):
+    r = recorder()
+    hs = start(registration(url=r.url + "/some/path/", rooms=["!.*"], hs_token="h s&=%"))
+    hs.client("alice").create_room()
+    hs.settle()
+    method, where, headers, query, body = r.requests[0]
+    assert method == "PUT" and re.fullmatch(r"/some/path/_matrix/app/v1/transactions/[0-9]+", where)
+    assert headers["authorization"] == "Bearer h s&=%" and query == {"access_token": "h s&=%"}
+    assert headers["content-type"] == "application/json" and list(json.loads(body)) == ["events"]
+
+
+def test_a_pushed_redaction_says_at_the_top_and_in_its_content_what_it_redacts(start, recorder):
+    r = recorder()
+    hs = start(registration(url=r.url, rooms=["!.*"]))
+    alice = hs.client("alice")
+    room = alice.create_room()
+    event_id = alice.say(room, "x")
+    alice.redact(room, event_id)
+    hs.settle()
+    assert r.events[-1]["redacts"] == r.events[-1]["content"]["redacts"] == event_id
+
+
+@pytest.mark.parametrize("status,body", [(500, {}), (404, {}), (401, {"errcode": "M_UNKNOWN_TOKEN"}), (202, {}), (302, {}), (503, b"<html>")])
+def test_a_transaction_comes_again_with_the_same_id_and_the_same_bytes_until_200(start, recorder, status, body):
+    r = recorder()
+    r.answer = lambda request, sent: (status, body)
+    hs = start(registration(url=r.url, rooms=["!.*"]))
+    alice = hs.client("alice")
+    room = alice.create_room()
+    for attempt in range(1, 4):
+        eventually(lambda: hs.delivery.worker("irc").failures == attempt)
+        alice.say(room, f"later {attempt}")
+        hs.advance(10)
+    r.answer = lambda request, sent: (200, {})
+    eventually(lambda: hs.advance(5) or not hs.waiting())
+    pushes = r.transactions
+    first = [push for push in pushes if push[0] == pushes[0][0]]
+    assert len(first) >= 4 and len(set(first)) == 1 and r.texts() == ["later 1", "later 2", "later 3"]
+    ids = list(dict(pushes))
+    assert ids == sorted(ids, key=int) and all(transaction["acknowledged"] for transaction in hs.transactions("irc"))
+
+
+@pytest.mark.parametrize("body", [{}, b"", b"OK", b"[]", {"errcode": "M_UNKNOWN"}])
+def test_any_200_is_an_acknowledgement(start, recorder, body):
+    r = recorder()
+    r.answer = lambda request, sent: (200, body)
+    hs = start(registration(url=r.url, rooms=["!.*"]))
+    hs.client("alice").create_room()
+    hs.settle()
+    assert len({push[0] for push in r.transactions}) == len(r.transactions)
+
+
+def test_an_acknowledgement_that_is_lost_brings_the_same_again(start):
+    """The application service takes the transaction and dies before it answers."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    hs = start(registration(url=f"http://127.0.0.1:{listener.getsockname()[1]}", rooms=["!.*"]))
+    hs.client("alice").create_room()
+    seen = []
+    for _ in range(2):
+        listener.settimeout(5)
+        connection, _ = listener.accept()
+        seen.append(connection.recv(65_536).partition(b"\r\n")[0])
+        connection.close()
+        eventually(lambda: hs.delivery.worker("irc").failures == len(seen))
+        hs.advance(5)
+    listener.close()
+    assert seen[0] == seen[1] and seen[0].startswith(b"PUT /_matrix/app/v1/transactions/")
+
+
+def test_the_backoff_doubles_up_to_its_limit(start, recorder):
+    r = recorder()
+    r.answer = lambda request, sent: (503, {})
+    hs = start(registration(url=r.url, rooms=["!.*"]), retry_first_ms=100_000, retry_max_ms=400_000)
+    hs.client("alice").create_room()
+    worker = hs.delivery.worker("irc")
+    for attempt, seconds in enumerate((100, 200, 400, 400), 1):
+        eventually(lambda: worker.failures == attempt)
+        assert seconds * 0.89 <= worker.next_attempt - hs.clock.monotonic() <= seconds * 1.11
+        assert len(r.requests) == attempt
+        hs.advance(seconds * 1.11)
+    assert [asbridge.next_delay(n, 500, 60_000) < 66.1 for n in (0, 7, 1000)] == [True] * 3
+
+
+def test_a_success_ends_the_backoff_and_the_next_failure_starts_small(start, recorder):
+    r = recorder()
+    r.answer = lambda request, sent: (503, {})
+    hs = start(registration(url=r.url, rooms=["!.*"]))
+    alice = hs.client("alice")
+    room = alice.create_room()
+    worker = hs.delivery.worker("irc")
+    eventually(lambda: worker.failures == 1)
+    r.answer = lambda request, sent: (200, {})
+    eventually(lambda: hs.advance(1) or not hs.waiting())
+    alice.say(room, "at once")
+    hs.settle()
+    assert r.texts() == ["at once"] and worker.failures == 0
+
+
+def test_a_successful_ping_ends_the_backoff(start, recorder):
+    r = recorder()
+    r.answer = lambda request, sent: (503, {})
+    hs = start(registration(url=r.url, rooms=["!.*"]), retry_first_ms=3_600_000, retry_max_ms=3_600_000)
+    hs.client("alice").create_room()
+    eventually(lambda: hs.delivery.worker("irc").failures == 1)
+    with refused("M_BAD_STATUS", 502):
+        bot_of(hs).call("POST", "/_matrix/client/v1/appservice/irc/ping", {})
+    r.answer = lambda request, sent: (200, {})
+    bot_of(hs).call("POST", "/_matrix/client/v1/appservice/irc/ping", {})
+    hs.settle()
+
+
+def test_a_service_that_is_down_holds_up_nobody(start, recorder):
+    r = recorder()
+    hs = start(registration("down", nowhere(), rooms=["!.*"]), registration("up", r.url, rooms=["!.*"]))
+    alice = hs.client("alice")
+    room = alice.create_room()
+    for i in range(20):
+        alice.say(room, f"n{i}")
+    eventually(lambda: len(r.texts()) == 20)
+    assert bodies(reversed(alice.messages(room)["chunk"])) == [f"n{i}" for i in range(20)]
+    eventually(lambda: set(hs.waiting()) == {"down"})
+
+
+def test_a_service_that_does_not_answer_holds_up_nobody(start, recorder):
+    slow, quick, go = recorder(), recorder(), threading.Event()
+    slow.answer = lambda request, body: (go.wait(10), (200, {}))[1]
+    hs = start(registration("slow", slow.url, rooms=["!.*"]), registration("quick", quick.url, rooms=["!.*"]))
+    alice = hs.client("alice")
+    alice.say(alice.create_room(), "x")
+    eventually(lambda: quick.texts() == ["x"])
+    assert len(slow.requests) == 1                                     # one is in flight, and no other
+    go.set()
+    hs.settle()
+    assert slow.texts() == ["x"]
+
+
+def test_a_backlog_goes_in_batches_of_a_hundred_at_most_and_in_order(start, recorder):
+    r = recorder()
+    r.answer = lambda request, sent: (503, {})
+    hs = start(registration(url=r.url, rooms=["!.*"]))
+    alice = hs.client("alice")
+    room = alice.create_room()
+    eventually(lambda: hs.delivery.worker("irc").failures)
+    for i in range(250):
+        alice.say(room, f"n{i}")
+    r.answer = lambda request, sent: (200, {})
+    eventually(lambda: hs.advance(1) or not hs.waiting())
+    sizes = [len(json.loads(body)["events"]) for body in dict(r.transactions).values()]
+    assert max(sizes) == 100 and len(sizes) <= 5 and r.texts() == [f"n{i}" for i in range(250)]
+
+
+def test_what_waits_survives_a_restart_and_goes_on_at_once_with_the_same_id(start, recorder, tmp_path):
+    r = recorder()
+    r.answer = lambda request, sent: (503, {})
+    config, database = registration(url=r.url, rooms=["!.*"]), str(tmp_path / "a.db")
+    hs = start(config, database=database)
+    alice = hs.client("alice")
+    room = alice.create_room()
+    eventually(lambda: hs.delivery.worker("irc").failures)
+    alice.say(room, "while it was down")
+    hs.stop()
+    before = r.transactions[0]
+    r.answer = lambda request, sent: (200, {})
+    start(config, database=database).settle()
+    assert r.transactions.count(before) >= 2 and r.texts() == ["while it was down"]
+
+
+def test_a_transaction_id_rises_and_is_not_used_again_with_a_new_database(start, recorder):
+    r = recorder()
+    config = registration(url=r.url, rooms=["!.*"])
+    for _ in range(2):
+        hs = start(config)
+        alice = hs.client("alice")
+        alice.say(alice.create_room(), "x")
+        hs.settle()
+        hs.stop()
+    ids = [int(id) for id, _ in r.transactions]
+    assert ids == sorted(set(ids)) and ids[0] > 1_700_000_000_000_000
+
+
+def test_url_null_sends_and_queues_nothing(start):
+    hs = start(registration(url=None, rooms=["!.*"]))
+    alice = hs.client("alice")
+    event_id = alice.say(alice.create_room(invite=["@_irc_new:localhost"]), "x")
+    assert not hs.waiting() and not hs.transactions("irc") and hs.reason(event_id, "irc") is None
+    with refused("M_NOT_FOUND", 404):
+        alice.profile("@_irc_x:localhost")
+
+
+# -- Legacy paths.
+
+def legacy(status, body, old_status=200, old_body={}):
+    return lambda request, sent: (old_status, old_body) if request.path.startswith("/transactions/") else (status, body)
+
+
+@pytest.mark.parametrize("status,body,falls_back", [
+    (404, {}, True), (405, b"", True), (500, b"no", True), (501, {}, True), (404, {"errcode": "M_UNRECOGNIZED"}, True), (404, {"errcode": "M_NOT_FOUND"}, False),
+    (500, {"errcode": "M_UNKNOWN"}, False), (401, {}, False), (403, {}, False), (503, {}, False), (400, {}, False)])
+def test_the_older_path_is_tried_at_once_where_the_new_one_is_not_known(start, recorder, status, body, falls_back):
+    r = recorder()
+    r.answer = legacy(status, body)
+    hs = start(registration(url=r.url, rooms=["!.*"]))
+    hs.client("alice").create_room()
+    if falls_back:
+        hs.settle()
+        (new_id, sent), (old_id, again) = r.transactions[:2]
+        assert r.requests[1][1] == f"/transactions/{new_id}" and (new_id, sent) == (old_id, again)
+        assert r.requests[1][2]["authorization"] == "Bearer hs-irc"
+    else:
+        eventually(lambda: hs.delivery.worker("irc").failures)
+        assert len(r.requests) == 1
+
+
+def test_the_new_path_comes_first_every_time(start, recorder):
+    r = recorder()
+    r.answer = legacy(404, {})
+    hs = start(registration(url=r.url, rooms=["!.*"]))
+    alice = hs.client("alice")
+    room = alice.create_room()
+    hs.settle()
+    count = len(r.requests)
+    alice.say(room, "x")
+    hs.settle()
+    assert "/_matrix/app/v1/" in r.requests[count][1] and "/_matrix/app/v1/" not in r.requests[count + 1][1]
+
+
+def test_a_200_of_the_older_path_counts_with_a_json_body_only(start, recorder):
+    r = recorder()
+    r.answer = legacy(404, {}, 200, b"<html>welcome")
+    hs = start(registration(url=r.url, rooms=["!.*"]))
+    hs.client("alice").create_room()
+    eventually(lambda: hs.delivery.worker("irc").failures)
+    assert len(r.requests) == 2 and hs.waiting()
+
+
+@pytest.mark.parametrize("kind", ["users", "rooms"])
+def test_a_query_falls_back_to_the_older_path_too(start, recorder, kind):
+    r = recorder()
+    hs = start(registration(url=r.url))
+    create = creates_what_is_asked_for(hs)
+    r.answer = lambda request, body: (404, b"") if request.path.startswith("/_matrix") else create(request, body)
+    alice = hs.client("alice")
+    assert alice.profile("@_irc_x:localhost") if kind == "users" else alice.resolve("#_irc_x:localhost")
+    assert queries(r) == [f"{kind}/{'@' if kind == 'users' else '#'}_irc_x:localhost", f"/{kind}/{'@' if kind == 'users' else '#'}_irc_x:localhost"]
+
+
+# -- Pinging.
+
+PING = "/_matrix/client/v1/appservice/irc/ping"
+
+
+def test_a_ping_goes_both_ways_and_tells_how_long_it_took(start, recorder):
+    r = recorder()
+    hs = start(registration(url=r.url))
+    answer = bot_of(hs).call("POST", PING, {"transaction_id": "meow"})
+    assert answer.keys() == {"duration_ms"} and 0 <= answer["duration_ms"] < 5000
+    method, where, headers, _, body = r.requests[0]
+    assert (method, where, json.loads(body)) == ("POST", "/_matrix/app/v1/ping", {"transaction_id": "meow"}) and headers["authorization"] == "Bearer hs-irc"
+    assert ask(hs, "POST", PING, "as-irc", b"")[0] == 200 and r.requests[1][4] == b"{}"
+
+
+def test_a_ping_that_is_answered_with_an_error_tells_status_and_body(start, recorder):
+    r = recorder()
+    r.answer = lambda request, body: (403, b'{"errcode": "M_FORBIDDEN"}')
+    status, answer = ask(start(registration(url=r.url)), "POST", PING, "as-irc", {})
+    assert (status, answer["errcode"], answer["status"], answer["body"]) == (502, "M_BAD_STATUS", 403, '{"errcode": "M_FORBIDDEN"}')
+    assert len(r.requests) == 1 and "hs_token" in answer["error"] and "hs-irc" not in answer["error"]
+
+
+def test_a_ping_that_reaches_nobody_failed_to_connect(start):
+    with refused("M_CONNECTION_FAILED", 502, "nothing listens"):
+        bot_of(start(registration(url=nowhere()))).call("POST", PING, {})
+
+
+def test_a_ping_that_is_not_answered_in_time_timed_out(start):
+    with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as silent:
+        hs = start(registration(url=f"http://127.0.0.1:{silent.getsockname()[1]}"), query_timeout_ms=50)
+        with refused("M_CONNECTION_TIMEOUT", 504):
+            bot_of(hs).call("POST", PING, {})
+
+
+def test_a_ping_without_a_url_says_so(start):
+    with refused("M_URL_NOT_SET", 400):
+        bot_of(start(registration())).call("POST", PING, {})
+
+
+def test_a_ping_is_for_the_service_itself(start, recorder):
+    r = recorder()
+    hs = start(registration(url=r.url), registration("other", r.url))
+    for client in (bot_of(hs, "other"), hs.client("alice")):
+        with refused("M_FORBIDDEN", 403):
+            client.call("POST", PING, {})
+    assert ask(hs, "POST", PING, body={})[1]["errcode"] == "M_MISSING_TOKEN" and ask(hs, "POST", PING, "x", {})[1]["errcode"] == "M_UNKNOWN_TOKEN"
+    assert not r.requests
+
+
+# -- Asking.
+
+@pytest.mark.parametrize("verb", ["invite", "create_room", "profile", "displayname", "keys"])
+def test_an_unknown_ghost_is_asked_for_and_the_caller_waits_until_it_is_created(start, recorder, verb):
+    r = recorder()
+    hs = start(registration(url=r.url))
+    r.answer = creates_what_is_asked_for(hs)
+    alice, ghost = hs.client("alice"), "@_irc_new:localhost"
+    answer = {"invite": lambda: alice.invite(alice.create_room(), ghost), "create_room": lambda: alice.create_room(invite=[ghost]),
+              "profile": lambda: alice.profile(ghost), "displayname": lambda: alice.call("GET", path("profile", ghost, "displayname")),
+              "keys": lambda: alice.call("POST", V3 + "/keys/query", {"device_keys": {ghost: []}})}[verb]()
+    assert queries(r) == [f"users/{ghost}"] and ghost in hs.world.store.users
+    assert r.requests[0][2]["authorization"] == "Bearer hs-irc" and r.requests[0][3] == {"access_token": "hs-irc"}
+    if verb in ("profile", "displayname"):
+        assert answer == {"displayname": "_irc_new"}
+
+
+@pytest.mark.parametrize("verb", ["join", "resolve"])
+def test_an_unknown_alias_is_asked_for_and_the_caller_waits_until_the_room_is_created(start, recorder, verb):
+    r = recorder()
+    hs = start(registration(url=r.url))
+    r.answer = creates_what_is_asked_for(hs)
+    room = getattr(hs.client("alice"), verb)("#_irc_Läb/or:localhost")
+    assert room.startswith("!") and queries(r) == ["rooms/#_irc_Läb/or:localhost"]
+
+
+def test_what_exists_or_lies_outside_is_not_asked_for(start, recorder):
+    r = recorder()
+    hs = start(registration(url=r.url))
+    alice, bob = hs.client("alice"), acting(hs, "irc", "@_irc_bob:localhost")
+    room = bob.create_room(room_alias_name="_irc_x", preset="public_chat")
+    alice.join("#_irc_x:localhost")
+    alice.profile("@_irc_bob:localhost"), alice.profile("@_irc_bot:localhost"), alice.resolve("#_irc_x:localhost")
+    alice.call("POST", V3 + "/keys/query", {"device_keys": {"@_irc_bob:localhost": [], "@_irc_z:elsewhere.org": []}})
+    for look in (lambda: alice.profile("@nobody:localhost"), lambda: alice.profile("@_irc_x:elsewhere.org"), lambda: alice.resolve("#nothing:localhost")):
+        with refused("M_NOT_FOUND", 404):
+            look()
+    assert not queries(r)
+
+
+def test_an_alias_of_another_server_is_not_asked_for(start, recorder):
+    r = recorder()
+    r.answer = lambda request, body: (404, {})
+    hs = start(registration(url=r.url))
+    with refused("M_NOT_FOUND", 404):
+        hs.client("alice").resolve("#_irc_x:elsewhere.org")
+    assert not queries(r)
+
+
+@pytest.mark.parametrize("look", [lambda client: client.profile("@_irc_x:localhost"), lambda client: client.resolve("#_irc_x:localhost"),
+                                  lambda client: client.join("#_irc_x:localhost")])
+def test_a_404_is_not_found_at_once(start, recorder, look):
+    r = recorder()
+    r.answer = lambda request, body: (404, {"errcode": "M_NOT_FOUND"})
+    with refused("M_NOT_FOUND", 404):
+        look(start(registration(url=r.url)).client("alice"))
+    assert len(queries(r)) == 1
+
+
+@pytest.mark.parametrize("look", [lambda client: client.profile("@_irc_x:localhost"), lambda client: client.join("#_irc_x:localhost"),
+                                  lambda client: client.call("POST", V3 + "/keys/query", {"device_keys": {"@_irc_x:localhost": []}})])
+def test_no_answer_is_asked_for_again_and_is_then_408(start, recorder, look):
+    r = recorder()
+    r.answer = lambda request, body: (503, {})
+    hs = start(registration(url=r.url))
+    with background(look, hs.client("alice")) as future:
+        wound_on(hs, future)
+        with refused("M_UNKNOWN", 408, "'irc'"):
+            future.result()
+    assert len(queries(r)) == 3
+
+
+def test_a_service_that_comes_back_while_it_is_asked_is_not_missed(start, recorder):
+    r = recorder()
+    hs = start(registration(url=r.url))
+    create = creates_what_is_asked_for(hs)
+    r.answer = lambda request, body: create(request, body) if len(r.requests) > 1 else (503, {})
+    with background(hs.client("alice").resolve, "#_irc_x:localhost") as future:
+        wound_on(hs, future)
+        assert future.result().startswith("!")
+
+
+def test_an_invitation_asks_once_and_does_not_wait_for_a_service_that_is_down(start):
+    hs = start(registration(url=nowhere()))
+    alice = hs.client("alice")
+    room = alice.create_room()
+    alice.invite(room, "@_irc_x:localhost")
+    assert alice.state(room, "m.room.member", "@_irc_x:localhost")["membership"] == "invite"
+
+
+def test_equal_questions_in_flight_are_shared(start, recorder):
+    r, go = recorder(), threading.Event()
+    hs = start(registration(url=r.url))
+    create = creates_what_is_asked_for(hs)
+    r.answer = lambda request, body: (go.wait(10), create(request, body))[1]
+    clients = [hs.client(f"p{i}") for i in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        futures = [pool.submit(client.resolve, "#_irc_x:localhost") for client in clients]
+        eventually(lambda: sum(connection.idle_since is None for connection in hs._server.connections) == 4)
+        go.set()
+        assert len({future.result(5) for future in futures}) == 1
+    assert len(queries(r)) == 1
+
+
+def test_a_service_is_never_asked_about_its_own_and_others_are(start, recorder):
+    r, other = recorder(), recorder()
+    other.answer = lambda request, body: (404, {"errcode": "M_NOT_FOUND"})
+    hs = start(registration(url=r.url, exclusive=False), registration("other", other.url, users=["@_irc_.*"], aliases=["#_irc_.*"], exclusive=False))
+    for look in (lambda: bot_of(hs).profile("@_irc_x:localhost"), lambda: bot_of(hs).resolve("#_irc_x:localhost"), lambda: bot_of(hs).join("#_irc_x:localhost")):
+        with refused("M_NOT_FOUND", 404):
+            look()
+    assert not queries(r) and queries(other) == ["users/@_irc_x:localhost", "rooms/#_irc_x:localhost", "rooms/#_irc_x:localhost"]
+
+
+def test_a_question_holds_up_nothing_else(start, recorder):
+    r, go = recorder(), threading.Event()
+    r.answer = lambda request, body: (go.wait(10), (404, {}))[1]
+    hs = start(registration(url=r.url))
+    alice, bob = hs.client("alice"), hs.client("bob")
+    with background(alice.resolve, "#_irc_x:localhost") as future:
+        eventually(lambda: r.requests)
+        assert bob.say(bob.create_room(), "meanwhile") and not future.done()
+        go.set()
+        with refused("M_NOT_FOUND", 404):
+            future.result(5)
+
+
+# ============================================================================
+# 8. Routes
+# ============================================================================
+
+# -- Identity assertion.
+
+def test_without_a_user_id_a_service_acts_as_its_own_user(start):
+    hs = start(registration())
+    assert bot_of(hs).whoami() == {"user_id": "@_irc_bot:localhost", "is_guest": False}
+    assert ask(hs, "GET", V3 + "/account/whoami?user_id=", "as-irc")[1]["user_id"] == "@_irc_bot:localhost"
+
+
+ACTS = [("GET", "/account/whoami", None), ("GET", "/joined_rooms", None), ("GET", "/sync", None), ("POST", "/createRoom", {}), ("GET", "/devices", None),
+        ("GET", "/capabilities", None), ("POST", "/keys/query", {"device_keys": {}}), ("PUT", "/user/{user}/account_data/x", {}),
+        ("POST", "/user/{user}/filter", {}), ("PUT", "/profile/{user}/displayname", {"displayname": "x"}), ("GET", "/rooms/{room}/state", None),
+        ("PUT", "/rooms/{room}/send/x/1", {}), ("PUT", "/rooms/{room}/state/x", {}), ("POST", "/join/{room}", {}), ("POST", "/rooms/{room}/leave", {}), ("GET", "/rooms/{room}/messages", None),
+        ("PUT", "/rooms/{room}/typing/{user}", {"typing": True}), ("POST", "/rooms/{room}/receipt/m.read/$x", {}), ("GET", "/rooms/{room}/joined_members", None),
+        ("PUT", "/directory/room/%23_irc_x:localhost", {"room_id": "{room}"}), ("POST", "/rooms/{room}/read_markers", {}), ("GET", "/user/{user}/rooms/{room}/tags", None)]
+
+
+@pytest.mark.parametrize("method,where,body", ACTS)
+def test_a_service_acts_as_any_user_of_its_namespace_on_every_route(start, method, where, body):
+    hs = start(registration())
+    bob = acting(hs, "irc", "@_irc_bob:localhost")
+    room = bob.create_room()
+    where = V3 + where.format(room=room, user=bob.user_id)
+    body = json.loads(json.dumps(body).replace("{room}", room))
+    for user_id, text in (("@alice:localhost", "outside its namespaces"), ("@_irc_carol:localhost", "not registered"), ("@_irc_bob:elsewhere", "outside its namespaces")):
+        status, answer = ask(hs, method, f"{where}?user_id={user_id}", "as-irc", body)
+        assert (status, answer["errcode"]) == (403, "M_FORBIDDEN") and text in answer["error"]
+    assert ask(hs, method, f"{where}?user_id={bob.user_id}", "as-irc", body)[0] == 200
+
+
+def test_what_a_service_does_is_done_by_the_user_that_it_acts_as(start):
+    hs = start(registration())
+    bob, carol = acting(hs, "irc", "@_irc_bob:localhost"), acting(hs, "irc", "@_irc_carol:localhost")
+    room = bob.create_room(invite=[carol.user_id])
+    carol.join(room)
+    assert carol.event(room, carol.say(room, "x"))["sender"] == carol.user_id
+    assert bob.joined_rooms() == carol.joined_rooms() == [room] and bot_of(hs).joined_rooms() == []
+
+
+def test_a_persons_token_ignores_user_id(start):
+    hs = start(registration())
+    alice, bob = hs.client("alice"), hs.client("bob")
+    assert asbridge.Client(hs.url, alice.token, bob.user_id).whoami()["user_id"] == alice.user_id
+
+
+def test_a_service_may_act_and_log_in_as_a_person_in_its_namespace(start):
+    hs = start(registration("puppet", None, users=["@.*:localhost"], exclusive=False))
+    alice = hs.client("alice")
+    room = alice.create_room()
+    puppet = acting(hs, "puppet", alice.user_id, register=False)
+    assert alice.event(room, puppet.say(room, "by puppet"))["sender"] == alice.user_id
+    session = ask(hs, "POST", V3 + "/login", "as-puppet", {**AS_LOGIN, "identifier": {"type": "m.id.user", "user": "alice"}})[1]
+    assert asbridge.Client(hs.url, session["access_token"]).whoami()["user_id"] == alice.user_id
+    assert alice.whoami()["user_id"] == alice.user_id
+
+
+@pytest.mark.parametrize("header,query,status", [("as-irc", None, 200), (None, "as-irc", 200), ("as-irc", "as-irc", 200), ("as-irc", "", 200),
+                                                 ("as-irc", "x", 401), ("x", "as-irc", 401), ("", None, 401), (None, None, 401), (None, "", 401)])
+def test_a_token_comes_in_the_header_or_in_the_query_and_never_two_of_them(start, header, query, status):
+    hs = start(registration())
+    headers = {} if header is None else {"Authorization": f"Bearer {header}"}
+    answer = ask(hs, "GET", V3 + "/account/whoami" + ("" if query is None else f"?access_token={query}"), headers=headers)
+    assert answer[0] == status
+    if status == 401:
+        assert answer[1]["errcode"] == ("M_UNKNOWN_TOKEN" if header and query else "M_MISSING_TOKEN")
+
+
+def test_an_unknown_token_is_refused_and_an_hs_token_is_called_that(start):
+    hs = start(registration())
+    status, answer = ask(hs, "GET", V3 + "/account/whoami", "hs-irc")
+    assert (status, answer["errcode"]) == (401, "M_UNKNOWN_TOKEN") and "hs_token" in answer["error"] and "'irc'" in answer["error"]
+    status, answer = ask(hs, "GET", V3 + "/account/whoami", "nonsense")
+    assert (status, answer["errcode"], answer["soft_logout"]) == (401, "M_UNKNOWN_TOKEN", False) and "nonsense" not in answer["error"]
+
+
+@pytest.mark.parametrize("where", ["/_matrix/client/versions", V3 + "/login", "/.well-known/matrix/client"])
+def test_a_route_without_a_user_ignores_user_id(start, where):
+    assert ask(start(registration()), "GET", where + "?user_id=@nobody:localhost", "as-irc")[0] == 200
+
+
+@pytest.mark.parametrize("where", [V3 + "/publicRooms", V3 + "/profile/@_irc_bot:localhost", V3 + "/directory/room/%23_irc_x:localhost"])
+def test_a_public_route_ignores_user_id(start, where):
+    hs = start(registration())
+    bot_of(hs).create_room(room_alias_name="_irc_x")
+    assert ask(hs, "GET", where + "?user_id=@_irc_unregistered:localhost", "as-irc")[0] == 200
+
+
+# -- Timestamp massaging.
+
+@pytest.mark.parametrize("ts", [0, 1, 2**53 - 1])
+def test_a_service_sets_the_time_of_what_it_sends_and_of_state(start, recorder, ts):
+    r = recorder()
+    hs = start(registration(url=r.url))
+    bob = acting(hs, "irc", "@_irc_bob:localhost")
+    room = bob.create_room()
+    ids = [bob.send(room, "x", {}, "t", ts), bob.set_state(room, "x", {}, "", ts), bob.set_state(room, "m.room.member", {"membership": "join"}, bob.user_id, ts)]
+    assert [bob.event(room, id)["origin_server_ts"] for id in ids] == [ts] * 3
+    assert types(bob.messages(room)["chunk"])[:3] == ["m.room.member", "x", "x"]      # the order is that of arrival
+    hs.settle()
+    assert [event["origin_server_ts"] for event in r.events[-3:]] == [ts] * 3 and all(event["age"] >= 0 for event in r.events)
+
+
+@pytest.mark.parametrize("ts", ["-1", "x", "1.5", str(2**53), "1e3", "٣"])
+def test_a_time_that_is_none_is_refused_to_a_service_and_ignored_for_people(start, ts):
+    hs = start(registration())
+    bob, alice = acting(hs, "irc", "@_irc_bob:localhost"), hs.client("alice")
+    for client, status in ((bob, 400), (alice, 200)):
+        room, query = client.create_room(), "?ts=" + urllib.parse.quote(ts) + (f"&user_id={bob.user_id}" if client is bob else "")
+        for where in ("send/x/1", "state/x/"):
+            assert ask(hs, "PUT", f"{V3}/rooms/{room}/{where}{query}", client.token, {})[0] == status
+
+
+def test_ts_is_ignored_for_people_and_on_other_routes(start):
+    hs = start(registration())
+    alice, bob = hs.client("alice"), acting(hs, "irc", "@_irc_bob:localhost")
+    room = alice.create_room()
+    assert alice.event(room, alice.send(room, "x", {}, ts=5))["origin_server_ts"] > 1_000_000_000_000
+    room = bob.create_room()
+    answer = bob.call("PUT", path("rooms", room, "redact", bob.say(room, "x"), "1"), {}, ts=5)
+    assert bob.event(room, answer["event_id"])["origin_server_ts"] > 1_000_000_000_000
+
+
+# -- Registering and logging in ghosts.
+
+def test_a_ghost_is_registered_with_the_bare_as_token(start):
+    hs = start(registration())
+    status, answer = ask(hs, "POST", V3 + "/register", "as-irc", {**AS_LOGIN, "username": "_irc_bob"})
+    assert status == 200 and answer["user_id"] == "@_irc_bob:localhost"
+    assert asbridge.Client(hs.url, answer["access_token"]).whoami()["device_id"] == answer["device_id"]
+
+
+@pytest.mark.parametrize("query", ["", "?kind=user", "?user_id=@_irc_bob:localhost", "?access_token=as-irc"])
+def test_registration_of_a_ghost_takes_what_bridges_send_with_it(start, query):
+    hs = start(registration())
+    token = None if "access_token" in query else "as-irc"
+    assert ask(hs, "POST", V3 + "/register" + query, token, {**AS_LOGIN, "username": "_irc_bob"})[0] == 200
+
+
+def test_the_2016_spelling_of_the_user_name_is_read(start):
+    hs = start(registration())
+    assert ask(hs, "POST", "/_matrix/client/r0/register", "as-irc", {**AS_LOGIN, "user": "_irc_bob"})[1]["user_id"] == "@_irc_bob:localhost"
+    assert ask(hs, "POST", "/_matrix/client/r0/login", "as-irc", {**AS_LOGIN, "user": "_irc_bob"})[1]["user_id"] == "@_irc_bob:localhost"
+
+
+def test_inhibit_login_registers_a_ghost_without_a_session(start):
+    hs = start(registration())
+    answer = ask(hs, "POST", V3 + "/register", "as-irc", {**AS_LOGIN, "username": "_irc_bob", "inhibit_login": True})
+    assert answer[0] == 200 and not {"access_token", "device_id"} & answer[1].keys()
+    assert acting(hs, "irc", "@_irc_bob:localhost", register=False).call("GET", V3 + "/devices") == {"devices": []}
+
+
+@pytest.mark.parametrize("username,errcode", [("alice", "M_EXCLUSIVE"), ("_irc_bob", "M_USER_IN_USE"), ("_irc_bot", "M_USER_IN_USE"), ("_irc_a:b", "M_INVALID_USERNAME"),
+                                              ("_irc_ä", "M_INVALID_USERNAME"), ("_irc_a b", "M_INVALID_USERNAME"), ("", "M_INVALID_USERNAME"), ("_irc_" + "x" * 250, "M_INVALID_USERNAME"),
+                                              (5, "M_BAD_JSON")])
+def test_a_ghost_that_cannot_be_registered_is_refused(start, username, errcode):
+    hs = start(registration())
+    acting(hs, "irc", "@_irc_bob:localhost")
+    status, answer = ask(hs, "POST", V3 + "/register", "as-irc", {**AS_LOGIN, "username": username})
+    assert (status, answer["errcode"]) == (400, errcode)
+
+
+def test_a_ghost_may_have_a_historical_name_and_a_person_may_not(start):
+    hs = start(registration())
+    assert ask(hs, "POST", V3 + "/register", "as-irc", {**AS_LOGIN, "username": "_irc_[Bob]|"})[1]["user_id"] == "@_irc_[Bob]|:localhost"
+    with refused("M_INVALID_USERNAME", 400):
+        hs.client("Bob")
+
+
+@pytest.mark.parametrize("where,body", [("register", {"username": "_irc_x"}), ("login", {"user": "_irc_bot"})])
+@pytest.mark.parametrize("token,errcode", [(None, "M_MISSING_TOKEN"), ("nonsense", "M_UNKNOWN_TOKEN"), ("hs-irc", "M_UNKNOWN_TOKEN"), ("person", "M_UNKNOWN_TOKEN")])
+def test_a_ghost_is_neither_registered_nor_logged_in_without_the_as_token(start, where, body, token, errcode):
+    hs = start(registration())
+    token = hs.client("alice").token if token == "person" else token
+    status, answer = ask(hs, "POST", f"{V3}/{where}", token, {**AS_LOGIN, **body})
+    assert (status, answer["errcode"]) == (401, errcode)
+
+
+@pytest.mark.parametrize("user,status,errcode", [("_irc_bob", 200, None), ("@_irc_bob:localhost", 200, None), ("_irc_bot", 200, None), ("alice", 400, "M_EXCLUSIVE"),
+                                                 ("@_irc_bob:elsewhere", 400, "M_EXCLUSIVE"), ("_irc_unknown", 403, "M_FORBIDDEN")])
+def test_a_ghost_is_logged_in_with_the_as_token(start, user, status, errcode):
+    hs = start(registration())
+    acting(hs, "irc", "@_irc_bob:localhost"), hs.client("alice")
+    answer = ask(hs, "POST", V3 + "/login", "as-irc", {**AS_LOGIN, "identifier": {"type": "m.id.user", "user": user}, "device_id": "D"})
+    assert (answer[0], answer[1].get("errcode")) == (status, errcode)
+    if status == 200:
+        assert asbridge.Client(hs.url, answer[1]["access_token"]).whoami()["device_id"] == "D"
+
+
+def test_an_as_token_without_the_login_type_is_told_what_is_missing(start):
+    status, answer = ask(start(registration()), "POST", V3 + "/register", "as-irc", {"username": "_irc_x"})
+    assert status == 400 and "m.login.application_service" in answer["error"]
+
+
+# -- URI mapping.
+
+def with_uris(**more):
+    return registration(uris=asbridge.SAMPLE_REGISTRATION["uris"], **more)
+
+
+@pytest.mark.parametrize("version", ["v1", "r0", "unstable"])
+@pytest.mark.parametrize("kind,uri,status,expected", [
+    ("user", "irc://localhost/Bob,isuser", 200, "@_irc_bob:localhost"), ("user", "irc://localhost/a%5Bb,isnick", 200, "@_irc_a=5bb:localhost"),
+    ("alias", "irc://localhost/%23Lobby", 200, "#_irc_Lobby:localhost"), ("alias", "irc://localhost/lobby,ischannel", 200, "#_irc_lobby:localhost"),
+    ("user", "irc://elsewhere/bob,isuser", 404, "M_NOT_FOUND"), ("user", "irc://localhost/bob,isuser/more", 404, "M_NOT_FOUND"), ("alias", "xmpp:x@y", 404, "M_NOT_FOUND"),
+    ("user", None, 400, "M_MISSING_PARAM"), ("user", "no uri", 400, "M_INVALID_PARAM"), ("alias", "irc:" + "x" * 2048, 400, "M_INVALID_PARAM")])
+def test_a_uri_is_mapped_to_an_id_for_everybody(start, version, kind, uri, status, expected):
+    hs = start(with_uris())
+    answer = ask(hs, "GET", f"/_matrix/app/{version}/{kind}" + ("" if uri is None else "?" + urllib.parse.urlencode({"uri": uri})))
+    assert (answer[0], answer[1].get({"user": "user_id", "alias": "alias"}[kind], answer[1].get("errcode"))) == (status, expected)
+
+
+def test_a_uri_is_not_mapped_outside_the_namespace(start):
+    hs = start(with_uris(users=["@other_.*"]))
+    assert ask(hs, "GET", "/_matrix/app/v1/user?uri=irc://localhost/bob,isuser")[0] == 404
+
+
+# -- What everybody may ask.
+
+def test_versions_capabilities_and_well_known(start):
+    hs = start(public_url="https://matrix.example.org", room_version="12")
+    versions = ask(hs, "GET", "/_matrix/client/versions")[1]
+    assert {"r0.6.1", "v1.1", "v1.7", "v1.11", "v1.15"} <= set(versions["versions"]) and "v1.16" not in versions["versions"]
+    assert ask(hs, "GET", "/.well-known/matrix/client") == (200, {"m.homeserver": {"base_url": "https://matrix.example.org"}})
+    rooms = hs.client("alice").call("GET", V3 + "/capabilities")["capabilities"]["m.room_versions"]
+    assert rooms == {"default": "12", "available": {"10": "stable", "11": "stable", "12": "stable"}}
+
+
+# -- HTTP manners.
+
+def whole(hs, method, where, headers={}, body=None):
+    """Status, headers and body of one request."""
+    with contextlib.closing(asbridge.http.client.HTTPConnection("127.0.0.1", hs.port, timeout=5)) as connection:
+        connection.request(method, where, body, headers)
+        response = connection.getresponse()
+        return response.status, response.headers, response.read()
+
+
+@pytest.mark.parametrize("method,where,status", [("OPTIONS", V3 + "/sync", 204), ("GET", "/_matrix/client/versions", 200), ("GET", V3 + "/sync", 401),
+                                                 ("GET", "/_matrix/client/v3/nothing", 404), ("DELETE", V3 + "/sync", 405), ("POST", V3 + "/register", 401), ("HEAD", "/_matrix/client/versions", 200)])
+def test_every_answer_is_for_every_origin(start, method, where, status):
+    got, headers, body = whole(start(), method, where)
+    assert got == status and headers["Access-Control-Allow-Origin"] == "*"
+    assert headers["Access-Control-Allow-Methods"] == "GET, HEAD, POST, PUT, DELETE, OPTIONS"
+    assert headers["Access-Control-Allow-Headers"] == "X-Requested-With, Content-Type, Authorization, Date"
+    assert (body == b"") == (method in ("OPTIONS", "HEAD"))
+
+
+@pytest.mark.parametrize("method,where,status", [("GET", "/", 404), ("GET", "/_matrix/client/v3/nothing", 404), ("GET", "/_matrix/client/v3/rooms/!x:y", 404), ("GET", V3 + "/sync/", 404),
+                                                 ("GET", "/_matrix/client/v3/createRoom", 405), ("POST", V3 + "/sync", 405), ("PATCH", V3 + "/login", 405), ("GET", "//_matrix/client/versions", 404)])
+def test_an_unknown_path_is_404_and_a_wrong_method_405(start, method, where, status):
+    hs = start()
+    got, answer = ask(hs, method, where, hs.client("alice").token, b"")
+    assert (got, answer["errcode"]) == (status, "M_UNRECOGNIZED")
+
+
+@pytest.mark.parametrize("where", ["/_matrix/client/r0/", "/_matrix/client/v1/", "/_matrix/client/v3/", "/_matrix/client/unstable/"])
+def test_the_spellings_of_a_route_are_one(start, where):
+    hs = start()
+    assert ask(hs, "GET", where + "account/whoami", hs.client("alice").token)[0] == 200
+
+
+@pytest.mark.parametrize("encode", [lambda id: id, lambda id: urllib.parse.quote(id, safe=""), lambda id: id.replace(":", "%3a"),
+                                    lambda id: "".join(f"%{ord(c):02X}" for c in id)])
+def test_a_path_may_be_percent_encoded_or_not(three, encode):
+    hs, alice, _, _, room = three
+    assert ask(hs, "GET", f"{V3}/rooms/{encode(room)}/state/m.room.member/{encode(alice.user_id)}", alice.token)[1]["membership"] == "join"
+
+
+def test_a_segment_is_decoded_after_splitting(three):
+    hs, alice, _, _, room = three
+    alice.set_state(room, "org.x", {"v": 1}, "a/b ü%+")
+    assert ask(hs, "GET", f"{V3}/rooms/{room}/state/org.x/a%2Fb%20%C3%BC%25+", alice.token) == (200, {"v": 1})
+    assert ask(hs, "GET", f"{V3}/rooms/{room}/state/org.x/%FF", alice.token)[1]["errcode"] == "M_INVALID_PARAM"
+
+
+@pytest.mark.parametrize("body,errcode", [(b"{", "M_NOT_JSON"), (b"[]", "M_BAD_JSON"), (b"5", "M_BAD_JSON"), (b"\xff", "M_NOT_JSON")])
+def test_a_body_that_is_no_object_is_refused(start, body, errcode):
+    hs = start()
+    assert ask(hs, "POST", V3 + "/createRoom", hs.client("alice").token, body)[1]["errcode"] == errcode
+
+
+def test_an_empty_body_is_an_empty_object(three):
+    hs, alice, bob, _, room = three
+    for where in (path("join", room), path("rooms", room, "leave"), path("rooms", room, "forget"), V3 + "/createRoom", V3 + "/logout"):
+        assert ask(hs, "POST", where, bob.token, b"")[0] == 200
+
+
+def test_a_body_without_a_token_is_small_and_with_one_as_large_as_configured(start):
+    hs = start(max_request_bytes=100_000)
+    alice = hs.client("alice")
+    assert ask(hs, "POST", V3 + "/login", body=b'"' + b"x" * 66_000)[1]["errcode"] == "M_TOO_LARGE"
+    assert ask(hs, "POST", V3 + "/createRoom", alice.token, b'"' + b"x" * 66_000)[1]["errcode"] == "M_NOT_JSON"
+    assert ask(hs, "POST", V3 + "/createRoom", alice.token, b'"' + b"x" * 100_000)[0] == 413
+
+
+def test_a_rate_limit_is_told_and_forgiven_in_time(start):
+    hs = start(rate_limit={"per_second": 0.1, "burst": 2})
+    alice = hs.client("alice")
+    room = alice.create_room()
+    alice.say(room, "x")
+    with refused("M_LIMIT_EXCEEDED", 429) as caught:
+        alice.say(room, "y")
+    assert 0 < caught.value.extra["retry_after_ms"] <= 10_001
+    alice.messages(room), hs.client("bob").create_room()               # reading is free, and so is everybody else
+    hs.advance(caught.value.extra["retry_after_ms"] / 1000)
+    alice.say(room, "y")
+
+
+@pytest.mark.parametrize("rate_limited,ghosts", [(True, 2), (False, 5)])
+def test_a_services_own_user_is_not_limited_and_its_ghosts_as_the_registration_says(start, rate_limited, ghosts):
+    hs = start(registration(rate_limited=rate_limited), rate_limit={"per_second": 0.001, "burst": 2})
+    for client, allowed in ((bot_of(hs), 5), (acting(hs, "irc", "@_irc_bob:localhost"), ghosts)):
+        done = 0
+        with contextlib.suppress(MatrixError):
+            for done in range(5):
+                client.create_room()
+            done = 5
+        assert done == allowed
+
+
+def test_an_error_shows_neither_a_traceback_nor_a_token(start):
+    hs = start(registration())
+    alice = hs.client("alice")
+    hs.api.rooms.joined = lambda who: 1 / 0
+    status, answer = ask(hs, "GET", V3 + "/joined_rooms", alice.token)
+    assert (status, answer["errcode"]) == (500, "M_UNKNOWN") and "division" not in answer["error"]
+
+
+def test_a_path_of_the_table_has_a_handler_and_is_found(start):
+    for route in asbridge.ROUTES:
+        found, params = asbridge.Router(asbridge.ROUTES).find(route.method, re.sub(r"{\w+}", "x", route.path))
+        assert found.handler is route.handler and list(params) == re.findall(r"{(\w+)}", route.path)
+
+
+# ============================================================================
+# 10 and 11. The application service, and the IRC bridge on it
+# ============================================================================
+
+# -- Helpers.
+
+
+class Irc:
+    """A raw IRC client."""
+
+    def __init__(self, bridge, nick=None, *channels):
+        self.sock = socket.create_connection(("127.0.0.1", bridge.irc_port), 10)
+        self.nick, self.lines, self.buffer = nick, [], b""
+        if nick:
+            self.send(f"NICK {nick}", f"USER {nick} 0 * :{nick} the person")
+            self.wait(" (376|422) ")
+        for channel in channels:
+            self.send(f"JOIN {channel}")
+            self.wait(f" 366 {re.escape(nick)} {re.escape(channel)} ")
+
+    def send(self, *lines):
+        self.sock.sendall("".join(line + "\r\n" for line in lines).encode())
+
+    def wait(self, pattern, seconds=10.0):
+        """The first line, old or new, that matches; it and what came before is used up."""
+        deadline = time.monotonic() + seconds
+        while True:
+            for at, line in enumerate(self.lines):
+                if re.search(pattern, line):
+                    del self.lines[:at + 1]
+                    return line
+            self.sock.settimeout(max(0.01, deadline - time.monotonic()))
+            try:
+                data = self.sock.recv(65536)
+            except TimeoutError:
+                raise AssertionError(f"no {pattern!r}; there is {self.lines[-8:]}") from None
+            assert data, f"closed; no {pattern!r}; there is {self.lines[-8:]}"
+            *whole, self.buffer = (self.buffer + data).split(b"\r\n")
+            self.lines += [line.decode() for line in whole]
+
+    def never(self, pattern):
+        """Nothing that matches came before the answer to a PING sent now."""
+        token = secrets.token_hex(4)
+        self.send(f"PING {token}")
+        seen = len(self.lines)
+        while not any(token in line for line in self.lines[seen:]):
+            self.wait_more()
+        assert not [line for line in self.lines if re.search(pattern, line)]
+
+    def wait_more(self):
+        self.sock.settimeout(10)
+        *whole, self.buffer = (self.buffer + self.sock.recv(65536)).split(b"\r\n")
+        self.lines += [line.decode() for line in whole]
+
+    def closed(self):
+        self.sock.settimeout(10)
+        with contextlib.suppress(ConnectionResetError):
+            while self.sock.recv(65536):
+                pass
+        return True
+
+
+class World:
+    """A homeserver with the sample bridge, and people on it."""
+
+    def __init__(self, hs, database):
+        self.hs, self.people, self.database = hs, {}, database
+
+    hs_url = property(lambda self: self.hs.url)
+    bridge = property(lambda self: self.hs.samples[0])
+
+    def client(self, name):
+        if name not in self.people:
+            self.people[name] = self.hs.client(name)
+        return self.people[name]
+
+    def settle(self):
+        self.hs.settle()
+
+    def restart_bridge(self):
+        registration = self.hs.world.registrations.by_id["irc"]
+        self.bridge.stop()
+        self.hs.samples[0] = asbridge.IrcBridge(registration, self.hs.url, asbridge.beside(self.database, "irc"))
+        self.bridge.start()
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    database = str(tmp_path_factory.mktemp("world") / "hs.db")
+    sample = {**asbridge.SAMPLE_REGISTRATION, "url": "http://127.0.0.1:0", "asbridge.sample": {"irc_port": 0}}
+    with asbridge.Homeserver([sample], database=database) as hs:
+        yield World(hs, database)
+
+
+class FakeHomeserver:
+    """Answers like a homeserver on which everything succeeds, and notes what it was asked. `fail` makes it refuse."""
+
+    def __init__(self):
+        self.asked, self.fail, self.users = [], None, set()
+        self.server = asbridge.HttpServer(("127.0.0.1", 0), self.answer)
+        self.server.start()
+        self.url = f"http://127.0.0.1:{self.server.port}"
+
+    def answer(self, request):
+        body = asbridge.parse_object(request.body(10**7)) if request.method != "GET" else {}
+        self.asked.append((request.method, request.path, request.query, body))
+        failure = self.fail(request) if self.fail else None
+        if failure:
+            return asbridge.json_response(failure.status, failure.body())
+        if request.path.endswith("/register"):
+            if body["username"] in self.users:
+                return asbridge.json_response(400, {"errcode": "M_USER_IN_USE", "error": "taken"})
+            self.users.add(body["username"])
+        user = request.query.get("user_id", "@ircbot:test")
+        if request.path.endswith("/members"):
+            return asbridge.json_response(200, {"chunk": []})
+        return asbridge.json_response(200, {
+            "user_id": user, "room_id": "!room:test", "event_id": "$" + secrets.token_hex(8),
+            "joined": {}, "joined_rooms": [], "duration_ms": 1})
+
+    def paths(self, pattern):
+        return [asked for asked in list(self.asked) if re.search(pattern, asked[1])]
+
+    def said(self):
+        return [asked[3]["body"] for asked in self.paths("/send/m.room.message/")]
+
+
+@pytest.fixture
+def fake():
+    homeserver = FakeHomeserver()
+    yield homeserver
+    homeserver.server.stop()
+
+
+def bridge_registration(**other):
+    data = {"id": "irc", "url": "http://127.0.0.1:0", "as_token": "as-secret", "hs_token": "hs-secret",
+            "sender_localpart": "ircbot",
+            "namespaces": {"users": [{"regex": "@_irc_.*", "exclusive": True}],
+                           "aliases": [{"regex": "#_irc_.*", "exclusive": True}]},
+            "asbridge.sample": {"irc_port": 0}, **other}
+    reader = asbridge.RegistrationReader(data, "test")
+    read = reader.read()
+    assert read, reader.findings
+    return read
+
+
+class Handled(asbridge.AppService):
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.events, self.gate, self.entered = [], None, threading.Event()
+
+    def on_event(self, event):
+        self.entered.set()
+        if self.gate:
+            assert self.gate.wait(10)
+        self.events.append(event["event_id"])
+        if event["type"] == "poison":
+            raise ZeroDivisionError("poison")
+
+    def on_user_query(self, user_id):
+        return user_id == "@_irc_bob:test"
+
+    def on_alias_query(self, alias):
+        return alias == "#_irc_lobby:test"
+
+
+@pytest.fixture
+def service(fake):
+    it = Handled(bridge_registration(), fake.url)
+    it.start()
+    yield it
+    it.stop()
+
+
+def as_request(service, method, path, body=b"", token="hs-secret", path_token=None):
+    connection = http.client.HTTPConnection("127.0.0.1", service.port, timeout=10)
+    data = body if isinstance(body, bytes) else json.dumps(body).encode()
+    target = path + (f"?access_token={path_token}" if path_token else "")
+    connection.request(method, target, data, {"Authorization": f"Bearer {token}"} if token else {})
+    response = connection.getresponse()
+    answer = response.status, json.loads(response.read())
+    connection.close()
+    return answer
+
+
+def some_events(*ids, type="m.room.message"):
+    common = {"type": type, "room_id": "!r:test", "sender": "@a:test", "content": {}}
+    return {"events": [{"event_id": id, **common} for id in ids]}
+
+
+PUSH = "/_matrix/app/v1/transactions/"
+
+# -- 10. The application service: its endpoint.
+
+
+def test_an_application_service_refuses_a_missing_hs_token_with_401(service):
+    status, answer = as_request(service, "PUT", PUSH + "1", some_events("$1"), token=None)
+    assert (status, answer["errcode"]) == (401, "M_MISSING_TOKEN")
+
+
+@pytest.mark.parametrize("method, path", [("PUT", PUSH + "1"), ("GET", "/_matrix/app/v1/users/%40_irc_bob%3Atest"),
+                                          ("GET", "/rooms/%23_irc_lobby%3Atest"), ("POST", "/_matrix/app/v1/ping")])
+def test_an_application_service_refuses_a_wrong_hs_token_with_403(service, method, path):
+    status, answer = as_request(service, method, path, some_events() if method == "PUT" else b"", token="other")
+    assert (status, answer["errcode"]) == (403, "M_FORBIDDEN")
+    assert "hs-secret" not in str(answer)
+
+
+def test_an_application_service_takes_the_hs_token_from_the_query(service):
+    assert as_request(service, "PUT", PUSH + "1", some_events("$1"), token=None, path_token="hs-secret") == (200, {})
+
+
+def test_an_application_service_refuses_two_tokens_that_differ(service):
+    assert as_request(service, "PUT", PUSH + "1", some_events("$1"), path_token="other")[0] == 403
+    assert as_request(service, "PUT", PUSH + "1", some_events("$1"), path_token="hs-secret")[0] == 200
+
+
+def test_events_are_handled_in_order_on_the_new_and_the_old_path(service):
+    assert as_request(service, "PUT", PUSH + "1", some_events("$1", "$2")) == (200, {})
+    assert as_request(service, "PUT", "/transactions/2", some_events("$3")) == (200, {})
+    assert service.events == ["$1", "$2", "$3"]
+
+
+def test_the_same_transaction_again_is_200_without_effect(service):
+    for _ in range(2):
+        assert as_request(service, "PUT", PUSH + "1", some_events("$1")) == (200, {})
+    assert service.events == ["$1"]
+
+
+def test_an_event_that_comes_in_another_transaction_is_handled_once(service):
+    as_request(service, "PUT", PUSH + "1", some_events("$1", "$2"))
+    as_request(service, "PUT", PUSH + "2", some_events("$2", "$3"))
+    assert service.events == ["$1", "$2", "$3"]
+
+
+def test_two_overlapping_deliveries_of_a_transaction_run_it_once(service):
+    service.gate = threading.Event()
+    answers = []
+
+    def deliver():
+        answers.append(as_request(service, "PUT", PUSH + "1", some_events("$1", "$2")))
+    threads = [threading.Thread(target=deliver) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    assert service.entered.wait(10)
+    service.gate.set()
+    for thread in threads:
+        thread.join(10)
+    assert answers == [(200, {}), (200, {})]
+    assert service.events == ["$1", "$2"]
+
+
+def test_an_event_that_raises_counts_as_handled_and_does_not_block_the_rest(service, caplog):
+    body = {"events": some_events("$1", type="poison")["events"] + some_events("$2")["events"]}
+    assert as_request(service, "PUT", PUSH + "1", body) == (200, {})
+    as_request(service, "PUT", PUSH + "2", body)
+    assert service.events == ["$1", "$2"]
+    assert "$1 failed" in caplog.text
+
+
+def test_what_was_handled_is_remembered_on_disk(fake, tmp_path):
+    for handled in (["$1", "$2"], ["$3"]):
+        service = Handled(bridge_registration(), fake.url, str(tmp_path / "as.db"))
+        service.start()
+        as_request(service, "PUT", PUSH + "1", some_events("$1", "$2"))
+        as_request(service, "PUT", PUSH + "2", some_events("$2", "$3")) if handled == ["$3"] else None
+        service.stop()
+        assert service.events == handled
+
+
+def test_after_a_crash_only_the_event_in_hand_comes_again(fake, tmp_path):
+    class Crash(BaseException):
+        pass
+
+    class Crashing(Handled):
+        def on_event(self, event):
+            super().on_event(event)
+            if event["event_id"] == "$2":
+                raise Crash
+
+    database = str(tmp_path / "as.db")
+    service = Crashing(bridge_registration(), fake.url, database)
+    with pytest.raises(Crash):
+        for event in some_events("$1", "$2", "$3")["events"]:
+            service._handle(event)
+    service.stop()
+    service = Handled(bridge_registration(), fake.url, database)
+    service.start()
+    as_request(service, "PUT", PUSH + "1", some_events("$1", "$2", "$3"))
+    service.stop()
+    assert service.events == ["$2", "$3"]
+
+
+@pytest.mark.parametrize("body, errcode", [(b"{", "M_NOT_JSON"), (b"[]", "M_BAD_JSON"), (b"{}", "M_BAD_JSON"),
+                                           (b'{"events": {}}', "M_BAD_JSON")])
+def test_a_broken_transaction_is_400(service, body, errcode):
+    status, answer = as_request(service, "PUT", PUSH + "1", body)
+    assert (status, answer["errcode"]) == (400, errcode)
+
+
+def test_unknown_keys_and_event_types_are_tolerated(service):
+    body = {**some_events("$1", type="org.example.new"), "ephemeral": [{}], "de.sorunome.x": 1}
+    assert as_request(service, "PUT", PUSH + "1", body) == (200, {})
+    assert service.events == ["$1"]
+
+
+def test_of_the_paths_of_a_service_an_unknown_one_is_404_and_a_wrong_method_405(service):
+    assert as_request(service, "GET", "/_matrix/app/v1/nothing")[0] == 404
+    assert as_request(service, "GET", "/_matrix/app/v1/nothing")[1]["errcode"] == "M_UNRECOGNIZED"
+    status, answer = as_request(service, "GET", PUSH + "1")
+    assert (status, answer["errcode"]) == (405, "M_UNRECOGNIZED")
+
+
+@pytest.mark.parametrize("prefix", ["/_matrix/app/v1", ""])
+def test_queries_ask_the_hooks(service, prefix):
+    assert as_request(service, "GET", prefix + "/users/%40_irc_bob%3Atest") == (200, {})
+    assert as_request(service, "GET", prefix + "/rooms/%23_irc_lobby%3Atest") == (200, {})
+    for path in ("/users/%40_irc_eve%3Atest", "/rooms/%23_irc_none%3Atest"):
+        status, answer = as_request(service, "GET", prefix + path)
+        assert (status, answer["errcode"]) == (404, "M_NOT_FOUND")
+
+
+def test_a_path_in_the_url_is_honoured(fake):
+    service = Handled(bridge_registration(url="http://127.0.0.1:0/a/b/"), fake.url)
+    service.start()
+    assert service.url == f"http://127.0.0.1:{service.port}/a/b"
+    assert as_request(service, "POST", "/a/b/_matrix/app/v1/ping", {"transaction_id": "x"}) == (200, {})
+    assert as_request(service, "POST", "/_matrix/app/v1/ping", {})[0] == 404
+    service.stop()
+    service.stop()
+
+
+def test_it_learns_the_server_name_and_asks_for_a_ping_when_it_starts(fake, service):
+    asked = eventually(lambda: fake.paths("/appservice/irc/ping"))
+    assert asked[0][0] == "POST" and service.server_name == "test"
+
+
+def test_it_waits_for_a_homeserver_that_is_not_there_yet():
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port = sock.getsockname()[1]
+    clock = asbridge.Clock()
+    service = Handled(bridge_registration(url=None), f"http://127.0.0.1:{port}", clock=clock)
+    service.start()
+    homeserver = FakeHomeserver.__new__(FakeHomeserver)
+    homeserver.asked, homeserver.fail, homeserver.users = [], None, set()
+    homeserver.server = asbridge.HttpServer(("127.0.0.1", port), homeserver.answer)
+    homeserver.server.start()
+    eventually(lambda: clock.advance(20) or homeserver.paths("/ping"))
+    service.stop()
+    homeserver.server.stop()
+
+
+def test_a_bot_is_ten_lines(fake):
+    class Echo(asbridge.AppService):
+        def on_event(self, event):
+            me, content = self.bot.user_id, event["content"]
+            if event["type"] == "m.room.member" and event["state_key"] == me and content["membership"] == "invite":
+                self.bot.join(event["room_id"])
+            elif event["type"] == "m.room.message" and event["sender"] != me:
+                self.bot.say(event["room_id"], content["body"], txn_id=event["event_id"])
+
+    bot = Echo(bridge_registration(), fake.url)
+    bot.start()
+    push(bot, "m.room.member", {"membership": "invite"}, state_key="@ircbot:test", room_id="!r:test")
+    event_id = message(bot, "hello", room_id="!r:test")
+    message(bot, "hello", room_id="!r:test", sender="@ircbot:test")
+    bot.stop()
+    assert len(fake.paths("/join/%21r%3Atest")) == 1
+    assert fake.said() == ["hello"] and fake.paths("/send/")[0][1].endswith(event_id.replace("$", "%24"))
+
+
+# -- 10. Intents.
+
+
+def test_an_intent_registers_its_ghost_once_and_acts_as_it(fake, service):
+    ghost = service.intent("@_irc_bob:test")
+    ghost.say("!r:test", "one")
+    ghost.say("!r:test", "two", txn_id="t/2")
+    registered = [asked[3] for asked in fake.paths("/register") if asked[3]["username"] == "_irc_bob"]
+    assert registered == [{"type": "m.login.application_service", "username": "_irc_bob", "inhibit_login": True}]
+    sent = fake.paths("/send/")
+    assert [asked[2]["user_id"] for asked in sent] == ["@_irc_bob:test"] * 2
+    assert sent[1][1].endswith("/rooms/%21r%3Atest/send/m.room.message/t%2F2")
+
+
+def test_an_intent_takes_m_user_in_use_for_a_success(fake, service):
+    fake.fail = lambda request: asbridge.MatrixError("M_USER_IN_USE", "taken") if "register" in request.path else None
+    assert service.intent("@_irc_bob:test").say("!r:test", "one").startswith("$")
+
+
+def test_an_intent_joins_when_it_must_and_is_invited_when_it_may_not(fake, service):
+    refusals = {"/send/": 1, "/join/": 1}
+
+    def fail(request):
+        for part in refusals:
+            if part in request.path and refusals[part]:
+                refusals[part] -= 1
+                return asbridge.MatrixError("M_FORBIDDEN", "not in the room")
+        return None
+    fake.fail = fail
+    service.intent("@_irc_bob:test").say("!r:test", "one")
+    verbs = [re.search("/(send|join|invite)", asked[1])[1] for asked in fake.paths("/(send|join|invite)")]
+    assert verbs == ["send", "join", "invite", "join", "send"]
+
+
+def test_a_client_raises_what_the_homeserver_answers(fake):
+    fake.fail = lambda request: asbridge.MatrixError("M_LIMIT_EXCEEDED", "slower", retry_after_ms=7)
+    with pytest.raises(asbridge.MatrixError) as caught:
+        asbridge.Client(fake.url, "token").create_room()
+    assert (caught.value.status, caught.value.errcode) == (429, "M_LIMIT_EXCEEDED")
+    assert caught.value.extra == {"retry_after_ms": 7}
+
+
+# -- 11. The words of IRC.
+
+
+@pytest.mark.parametrize("line, command, params", [
+    ("PRIVMSG #a :hello  world ", "PRIVMSG", ["#a", "hello  world "]),
+    (":nick!u@h privmsg #a hello", "PRIVMSG", ["#a", "hello"]),
+    ("@tag=1 PING :x", "PING", ["x"]),
+    ("USER a 0 * :Real Name", "USER", ["a", "0", "*", "Real Name"]),
+    ("PRIVMSG a ::)", "PRIVMSG", ["a", ":)"]),
+    ("AWAY :", "AWAY", [""]),
+    ("   ", "", []),
+    (":prefix", "", []),
+])
+def test_a_line_is_a_command_and_parameters(line, command, params):
+    assert asbridge.parse_line(line) == (command, params)
+
+
+def test_names_fold_as_rfc_1459_says():
+    assert asbridge.fold("Foo[]\\~") == "foo{}|^"
+
+
+def test_a_line_is_utf_8_or_else_latin_1_and_cut_to_512_bytes():
+    assert asbridge.decode_line("é€".encode()) == "é€"
+    assert asbridge.decode_line("é".encode("latin-1")) == "é"
+    assert asbridge.decode_line(("x" * 509 + "é").encode()) == "x" * 509
+
+
+def test_a_long_text_is_split_between_words_and_loses_nothing():
+    text = " ".join(f"wörd{n}" for n in range(300))
+    lines = asbridge.irc_lines("alice!alice@test", "PRIVMSG", "#lobby", text)
+    assert len(lines) > 4 and all(len(line.encode()) <= 510 for line in lines)
+    assert " ".join(line.partition(" :")[2] for line in lines) == text
+
+
+def test_a_text_without_words_is_split_between_characters():
+    pieces = asbridge.split_text("€" * 1000, 400)
+    assert "".join(pieces) == "€" * 1000 and all(len(piece.encode()) <= 400 for piece in pieces)
+
+
+def test_each_line_of_an_action_is_an_action_and_empty_lines_are_left_out():
+    assert asbridge.irc_lines("a!a@b", "PRIVMSG", "#c", "waves\n\nand goes", action=True) == [
+        ":a!a@b PRIVMSG #c :\x01ACTION waves\x01", ":a!a@b PRIVMSG #c :\x01ACTION and goes\x01"]
+
+
+def test_a_huge_message_does_not_flood_irc():
+    lines = asbridge.irc_lines("a!a@b", "PRIVMSG", "#c", "x\n" * 30_000)
+    assert len(lines) == asbridge.MAX_LINES and "more lines" in lines[-1]
+
+
+@pytest.mark.parametrize("text, nick", [
+    ("alice", "alice"), ("a.b", "a_b"), ("1st", "_1st"), ("", "_"), ("é" * 50, "_" * 30)])
+def test_any_name_becomes_a_valid_nick(text, nick):
+    assert asbridge.as_nick(text) == nick and asbridge.NICK.fullmatch(nick)
+
+
+def test_the_quotation_before_a_reply_is_left_out():
+    assert asbridge.strip_quote("> <@bob:test> hi\n> there\n\nyes\n> no") == ("yes\n> no", "@bob:test")
+
+
+# -- 11. The IRC server.
+
+
+@pytest.fixture
+def bridge(fake):
+    it = asbridge.IrcBridge(bridge_registration(), fake.url)
+    it.start()
+    yield it
+    it.stop()
+
+
+def push(bridge, type, content, sender="@alice:test", room_id="!room:test", **other):
+    """An event comes from the homeserver."""
+    event = {"event_id": "$" + secrets.token_hex(8), "type": type, "content": content, "sender": sender,
+             "room_id": room_id, "origin_server_ts": 1, **other}
+    assert as_request(bridge, "PUT", PUSH + secrets.token_hex(8), {"events": [event]}) == (200, {})
+    return event["event_id"]
+
+
+def message(bridge, body, msgtype="m.text", **other):
+    content = {"msgtype": msgtype, "body": body, **other.pop("content", {})}
+    return push(bridge, "m.room.message", content, **other)
+
+
+def channel_is_known(bridge, name="#lobby"):
+    eventually(lambda: bridge.channels[name].room_id)
+
+
+def test_an_irc_client_is_welcomed_by_001_to_005_and_a_motd(bridge):
+    bob = Irc(bridge)
+    bob.send("CAP LS 302", "NICK bob", "USER bob 0 * :Bob")
+    assert " CAP * LS :" in bob.wait("CAP")
+    bob.send("CAP REQ :sasl")
+    bob.wait("CAP bob NAK :sasl")
+    bob.send("CAP END")
+    for number in ("001", "002", "003", "004", "005", "251", "255", "375", "372", "376"):
+        bob.wait(f"^:irc.asbridge {number} bob ")
+
+
+@pytest.mark.parametrize("line, answer", [
+    ("NICK", "431"), ("NICK 1bob", "432 bob 1bob"), ("NICK Taken", "433 bob Taken"),
+    ("NONSENSE", "421 bob NONSENSE"), ("JOIN", "461"), ("JOIN lobby", "403"), ("PART #none", "403"),
+    ("PART #busy", "442"), ("PRIVMSG", "411"), ("PRIVMSG taken", "412"),
+    ("PRIVMSG nobody :x", "401 bob nobody"), ("PRIVMSG #none :x", "403"), ("PRIVMSG #busy :x", "404"),
+    ("USER a b c d", "462"), ("PASS x", "462"), ("TOPIC #busy :x", "442"), ("MODE #busy", "324"),
+    ("MODE #busy b", "368"), ("MODE #busy +o bob", "482"), ("MODE bob", "221"), ("MODE taken +i", "502"),
+    ("KICK #busy taken", "442"), ("INVITE nobody #busy", "401"), ("WHOIS nobody", "401"),
+    ("WHOIS taken", "311 bob taken"), ("WHO #busy", "352 bob #busy taken"),
+    ("NAMES #busy", "353 bob = #busy :taken"), ("NAMES #none", "366 bob #none"), ("LIST", "321"),
+    ("MOTD", "375"), ("LUSERS", "251"), ("AWAY :tea", "306"), ("AWAY", "305"),
+    ("USERHOST taken", "302 bob :taken="), ("ISON nobody taken", "303 bob :taken"), ("VERSION", "351"),
+])
+def test_a_command_is_answered_by_its_numeric(bridge, line, answer):
+    _taken, bob = Irc(bridge, "taken", "#busy"), Irc(bridge, "bob")
+    bob.send(line)
+    assert bob.wait(r"^:irc.asbridge \d+ ").startswith(f":irc.asbridge {answer}")
+
+
+def test_before_registration_commands_are_refused_by_451(bridge):
+    bob = Irc(bridge)
+    bob.send("JOIN #lobby")
+    bob.wait(" 451 ")
+
+
+def test_a_ping_is_answered_by_a_pong(bridge):
+    bob = Irc(bridge, "bob")
+    bob.send("PING :a b")
+    assert bob.wait("PONG") == ":irc.asbridge PONG irc.asbridge :a b"
+
+
+def test_irc_people_hear_each_other_at_once_and_not_themselves(bridge):
+    bob, eve = Irc(bridge, "bob", "#lobby"), Irc(bridge, "eve")
+    eve.send("JOIN #Lobby")
+    eve.wait(" 366 ")
+    bob.wait(":eve!eve@127.0.0.1 JOIN #lobby")
+    bob.send("PRIVMSG #lobby :hello", "NOTICE eve :psst")
+    eve.wait("^:bob!bob@127.0.0.1 PRIVMSG #lobby :hello$")
+    eve.wait("^:bob!bob@127.0.0.1 NOTICE eve :psst$")
+    bob.send("NICK Bobby", "TOPIC #lobby :tea")
+    eve.wait("^:bob!bob@127.0.0.1 NICK :Bobby$")
+    eve.wait("TOPIC #lobby :tea")
+    bob.send("PART #lobby :bye")
+    eve.wait("PART #lobby :bye")
+    eve.send("JOIN 0")
+    eve.wait("eve!eve@127.0.0.1 PART #lobby")
+    bob.never("PRIVMSG #lobby|eve.*PART")
+
+
+def test_a_quit_is_seen_once_by_who_shares_channels(bridge):
+    bob, eve = Irc(bridge, "bob", "#a", "#b"), Irc(bridge, "eve", "#a", "#b")
+    bob.send("QUIT :gone")
+    bob.wait("ERROR")
+    assert bob.closed()
+    eve.wait("^:bob!bob@127.0.0.1 QUIT :Quit: gone")
+    eve.never("QUIT")
+
+
+def test_an_overlong_line_is_cut_and_what_is_relayed_fits_512_bytes(bridge):
+    bob, eve = Irc(bridge, "bob", "#lobby"), Irc(bridge, "eve", "#lobby")
+    bob.send("PRIVMSG #lobby :" + "x" * 20_000, "PRIVMSG #lobby :after")
+    got = ""
+    while not (line := eve.wait("PRIVMSG")).endswith("after"):
+        assert len(line.encode()) <= 510
+        got += line.partition(" :")[2]
+    assert got == "x" * (510 - len("PRIVMSG #lobby :"))
+
+
+def test_a_slow_reader_is_dropped_and_the_others_do_not_wait(bridge, monkeypatch):
+    monkeypatch.setattr(asbridge, "SEND_QUEUE", 64)
+    slow, eve = Irc(bridge, "slow", "#lobby"), Irc(bridge, "eve", "#lobby")
+    channel_is_known(bridge)
+    client = bridge.people["slow"]
+    client.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+    slow.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+
+    def dropped():
+        message(bridge, "x" * 5_000)
+        eve.wait("PRIVMSG")
+        eve.never("QUIT :Excess")
+        return client.fate
+    assert eventually(dropped) == "Too slow to read"
+
+
+def test_an_idle_client_is_pinged_and_a_dead_one_dropped(bridge, monkeypatch):
+    monkeypatch.setattr(asbridge, "IDLE_PING_SECONDS", 0.1)
+    bob = Irc(bridge, "bob")
+    bob.wait("^PING")
+    bob.send("PONG :irc.asbridge")
+    bob.wait("^PING")
+    bob.wait("^ERROR :.*Ping timeout")
+    assert bob.closed()
+
+
+def test_a_flood_is_slowed_and_kills_nobody(bridge, monkeypatch):
+    monkeypatch.setattr(asbridge, "LINES_PER_SECOND", 5000)
+    bob, eve = Irc(bridge, "bob", "#lobby"), Irc(bridge, "eve", "#lobby")
+    bob.send(*[f"PRIVMSG #lobby :{n}" for n in range(1000)])
+    eve.wait(":999$")
+    bob.never("ERROR")
+
+
+# -- 11. Across the bridge, with a homeserver that says yes.
+
+
+def test_what_irc_says_is_sent_as_the_ghost_with_its_time_and_external_url(fake, bridge):
+    bob = Irc(bridge, "Bob[x]", "#lobby")
+    before = bridge.clock.now()
+    bob.send("PRIVMSG #lobby :hello \x02bold\x02", "PRIVMSG #lobby :\x01ACTION waves\x01", "NOTICE #lobby :hm",
+             "PRIVMSG #lobby :\x01VERSION\x01")
+    eventually(lambda: len(fake.said()) == 3)
+    sent = fake.paths("/send/m.room.message/")
+    assert [(asked[3]["msgtype"], asked[3]["body"]) for asked in sent] == [
+        ("m.text", "hello bold"), ("m.emote", "waves"), ("m.notice", "hm")]
+    assert {asked[2]["user_id"] for asked in sent} == {"@_irc_bob=5bx=5d:test"}
+    assert before <= int(sent[0][2]["ts"]) <= bridge.clock.now()
+    assert sent[0][3]["external_url"] == "irc://test/%23lobby"
+    assert fake.paths("/displayname")[0][3] == {"displayname": "Bob[x]"}
+
+
+def test_join_creates_the_room_and_part_quit_and_nick_move_the_ghosts(fake, bridge):
+    bob = Irc(bridge, "bob", "#Lobby")
+    bob.send("NICK rob", "PART #lobby :tea")
+    eventually(lambda: len(fake.paths("/leave")) == 2)
+    assert fake.paths("/createRoom")[0][3] == {
+        "preset": "public_chat", "room_alias_name": "_irc_lobby", "name": "#Lobby"}
+    moves = [(re.search("/(join|leave)", asked[1])[1], asked[2].get("user_id"), asked[3].get("reason"))
+             for asked in fake.paths("/(join|leave)$|/join/")]
+    assert moves == [("join", "@_irc_bob:test", None), ("join", "@_irc_rob:test", None),
+                     ("leave", "@_irc_bob:test", "is now known as rob"), ("leave", "@_irc_rob:test", "tea")]
+
+
+def test_nothing_is_lost_doubled_or_reordered_while_the_homeserver_is_away(fake, tmp_path):
+    clock, database = asbridge.Clock(), str(tmp_path / "as.db")
+    bridge = asbridge.IrcBridge(bridge_registration(), fake.url, database, clock)
+    bridge.start()
+    bob = Irc(bridge, "bob", "#lobby")
+    eventually(lambda: fake.paths("/join/"))
+    fake.fail = lambda request: asbridge.MatrixError("M_UNKNOWN", "away", 503) if "/send/" in request.path else None
+    bob.send(*[f"PRIVMSG #lobby :{n}" for n in range(5)])
+    bob.never("nothing")
+    eventually(lambda: clock.advance(60) or len(fake.said()) > 2)    # attempts, all of the first line
+    assert set(fake.said()) == {"0"} and len({asked[1] for asked in fake.paths("/send/")}) == 1
+    bridge.stop()
+    fake.fail, first = None, fake.paths("/send/")[0][1]
+    fake.asked.clear()
+    bridge = asbridge.IrcBridge(bridge_registration(), fake.url, database, clock)
+    bridge.start()
+    eventually(lambda: len(fake.said()) == 5)
+    assert fake.said() == ["0", "1", "2", "3", "4"] and fake.paths("/send/")[0][1] == first
+    eventually(lambda: not bridge.sql("SELECT * FROM irc_spool"))
+    bridge.stop()
+
+
+def test_a_line_that_is_refused_for_good_is_told_and_dropped(fake, bridge):
+    bob = Irc(bridge, "bob", "#lobby")
+    channel_is_known(bridge)
+    fake.fail = lambda request: asbridge.MatrixError("M_BAD_JSON", "no good") if "/send/" in request.path else None
+    bob.send("PRIVMSG #lobby :one")
+    bob.wait("NOTICE bob :Matrix refuses that: no good")
+    fake.fail = None
+    bob.send("PRIVMSG #lobby :two")
+    eventually(lambda: fake.said()[-1] == "two")
+
+
+def test_matrix_people_are_seen_on_irc(bridge):
+    bob = Irc(bridge, "bob", "#lobby")
+    channel_is_known(bridge)
+    push(bridge, "m.room.member", {"membership": "join", "displayname": "Alice"}, state_key="@alice:test")
+    bob.wait("^:alice!alice@test JOIN #lobby$")
+    bob.send("NAMES #lobby", "WHOIS alice")
+    bob.wait("353 bob = #lobby :alice bob$")
+    assert bob.wait(" 311 ").endswith("alice alice test * :Alice")
+    message(bridge, "one\ntwo")
+    bob.wait("^:alice!alice@test PRIVMSG #lobby :one$")
+    bob.wait("^:alice!alice@test PRIVMSG #lobby :two$")
+    push(bridge, "m.room.topic", {"topic": "tea"}, state_key="")
+    bob.wait("^:alice!alice@test TOPIC #lobby :tea$")
+    push(bridge, "m.room.member", {"membership": "leave", "reason": "bye"}, state_key="@alice:test")
+    bob.wait("^:alice!alice@test PART #lobby :bye$")
+
+
+def test_a_matrix_person_whose_nick_is_taken_gets_another_and_keeps_it(fake, tmp_path):
+    for nick in ("alice", "else"):
+        bridge = asbridge.IrcBridge(bridge_registration(), fake.url, str(tmp_path / "as.db"))
+        bridge.start()
+        _other = Irc(bridge, nick)
+        bob = Irc(bridge, "bob", "#lobby")
+        channel_is_known(bridge)
+        push(bridge, "m.room.member", {"membership": "join"}, state_key="@alice:test")
+        bob.wait(":alice_m!alice@test JOIN")
+        bridge.stop()
+
+
+def test_what_ghosts_and_the_bot_send_is_not_echoed(bridge):
+    bob = Irc(bridge, "bob", "#lobby")
+    channel_is_known(bridge)
+    message(bridge, "echo", sender="@_irc_bob:test")
+    message(bridge, "echo", sender="@ircbot:test")
+    bob.never("echo")
+
+
+@pytest.mark.parametrize("content, line", [
+    ({"msgtype": "m.emote", "body": "waves"}, "PRIVMSG #lobby :\x01ACTION waves\x01"),
+    ({"msgtype": "m.notice", "body": "hm"}, "NOTICE #lobby :hm"),
+    ({"msgtype": "m.image", "body": "cat.png", "url": "mxc://test/1"}, "PRIVMSG #lobby :an image: cat.png mxc://test/1"),
+    ({"msgtype": "m.text", "body": "* ab", "m.new_content": {"msgtype": "m.text", "body": "ab"},
+      "m.relates_to": {"rel_type": "m.replace", "event_id": "$x"}}, "PRIVMSG #lobby :* ab"),
+    ({"msgtype": "m.text", "body": "> <@_irc_bob:test> hi\n\nyes",
+      "m.relates_to": {"m.in_reply_to": {"event_id": "$x"}}},
+     "PRIVMSG #lobby :bob: yes"),
+    ({"msgtype": "m.text", "body": "\x01ACTION spoofs\x01\r"}, "PRIVMSG #lobby :ACTION spoofs"),
+    ({"algorithm": "m.megolm"}, "PRIVMSG #lobby :"),
+])
+def test_a_matrix_message_is_readable_on_irc(bridge, content, line):
+    bob = Irc(bridge, "bob", "#lobby")
+    channel_is_known(bridge)
+    if "algorithm" in content:
+        push(bridge, "m.room.encrypted", content)
+        line = "NOTICE #lobby :(an encrypted message, which the bridge can't read)"
+    else:
+        push(bridge, "m.room.message", content)
+    assert bob.wait("^:alice!alice@test ") == ":alice!alice@test " + line
+
+
+def test_a_redaction_and_a_reply_say_what_they_are_about(bridge):
+    bob = Irc(bridge, "bob", "#lobby")
+    channel_is_known(bridge)
+    first = message(bridge, "first words")
+    message(bridge, "right", sender="@carol:test", content={"m.relates_to": {"m.in_reply_to": {"event_id": first}}})
+    bob.wait(":carol!carol@test PRIVMSG #lobby :alice: right")
+    push(bridge, "m.room.redaction", {"redacts": first})
+    bob.wait("ACTION deletes alice's message of 00:00:00 UTC\x01")
+    push(bridge, "m.room.redaction", {}, redacts="$unknown")
+    bob.wait("ACTION deletes a message\x01")
+
+
+def test_a_kick_on_matrix_is_a_kick_on_irc(fake, bridge):
+    bob = Irc(bridge, "bob", "#lobby")
+    channel_is_known(bridge)
+    push(bridge, "m.room.member", {"membership": "leave", "reason": "enough"}, state_key="@_irc_bob:test")
+    bob.wait("^:alice!alice@test KICK #lobby bob :enough")
+    bob.send("PRIVMSG #lobby :again")
+    bob.wait(" 404 ")
+
+
+def test_a_nick_that_a_matrix_person_has_is_in_use(bridge):
+    bob = Irc(bridge, "bob", "#lobby")
+    channel_is_known(bridge)
+    message(bridge, "hello")
+    bob.wait("hello")
+    bob.send("NICK Alice")
+    bob.wait(" 433 bob Alice ")
+
+
+def test_a_room_that_the_homeserver_has_lost_is_created_again(fake, bridge):
+    bob = Irc(bridge, "bob", "#lobby")
+    eventually(lambda: fake.paths("/join/"))
+    bob.send("PART #lobby", "JOIN #lobby")
+    fake.asked.clear()
+    lost = ["/join/", "/directory/"]
+
+    def fail(request):
+        for part in lost:
+            if part in request.path and not fake.paths("/createRoom"):
+                return asbridge.MatrixError("M_NOT_FOUND", "no such room")
+        return None
+    fake.fail = fail
+    eventually(lambda: fake.paths("/createRoom"))
+    bob.never("KICK")
+
+
+def test_irc_formatting_reaches_irc_people_and_is_left_out_on_matrix(fake, bridge):
+    bob, eve = Irc(bridge, "bob", "#lobby"), Irc(bridge, "eve", "#lobby")
+    bob.send("PRIVMSG #lobby :\x1ditalic\x1d \x0304,01red\x0f 4")
+    eve.wait(":\x1ditalic\x1d \x0304,01red\x0f 4$")
+    eventually(lambda: fake.said() == ["italic red 4"])
+
+
+def test_a_private_message_opens_one_direct_room_and_uses_it_again(fake, bridge):
+    bob = Irc(bridge, "bob", "#lobby")
+    channel_is_known(bridge)
+    message(bridge, "here I am")
+    bob.wait("here I am")
+    fake.asked.clear()
+    bob.send("PRIVMSG alice :one", "PRIVMSG ALICE :two")
+    eventually(lambda: fake.said() == ["one", "two"])
+    rooms = fake.paths("/createRoom")
+    assert len(rooms) == 1 and rooms[0][2]["user_id"] == "@_irc_bob:test"
+    assert rooms[0][3] == {"preset": "trusted_private_chat", "is_direct": True, "invite": ["@alice:test"]}
+
+
+def test_an_invited_ghost_joins_a_direct_room_and_its_messages_are_private(fake, bridge):
+    bob = Irc(bridge, "bob")
+    invite = {"room_id": "!direct:test", "state_key": "@_irc_bob:test"}
+    push(bridge, "m.room.member", {"membership": "invite", "is_direct": True}, **invite)
+    eventually(lambda: bridge.direct)
+    message(bridge, "psst", room_id="!direct:test")
+    bob.wait("^:alice!alice@test PRIVMSG bob :psst$")
+    bob.send("PRIVMSG alice :yes?", "QUIT")
+    eventually(lambda: fake.said() == ["yes?"])
+    assert "/rooms/%21direct%3Atest/send/" in fake.paths("/send/")[0][1]
+    assert bob.closed()
+    eventually(lambda: not bridge.clients)
+    event_id = message(bridge, "still there?", room_id="!direct:test")
+    eventually(lambda: len(fake.said()) == 2)
+    assert "not on IRC" in fake.said()[1]
+    assert fake.paths("/send/")[1][1].endswith("/away-" + event_id.replace("$", "%24"))
+
+
+def test_an_invited_ghost_that_is_not_connected_refuses(fake, bridge):
+    invite = {"membership": "invite", "is_direct": True}
+    push(bridge, "m.room.member", invite, state_key="@_irc_eve:test", room_id="!d:test")
+    left = eventually(lambda: fake.paths("/rooms/%21d%3Atest/leave"))
+    assert left[0][2]["user_id"] == "@_irc_eve:test" and left[0][3]["reason"] == "eve is not on IRC"
+
+
+def test_a_user_query_says_yes_only_for_nicks_that_are_connected(fake, bridge):
+    _bob = Irc(bridge, "Bob")
+    assert as_request(bridge, "GET", "/_matrix/app/v1/users/%40_irc_bob%3Atest")[0] == 200
+    assert "_irc_bob" in [asked[3]["username"] for asked in fake.paths("/register")]
+    assert as_request(bridge, "GET", "/_matrix/app/v1/users/%40_irc_eve%3Atest")[0] == 404
+
+
+def test_an_alias_query_creates_the_room_of_a_channel(fake, bridge):
+    assert as_request(bridge, "GET", "/_matrix/app/v1/rooms/%23_irc_tea%3Atest")[0] == 200
+    assert [asked[3]["room_alias_name"] for asked in fake.paths("/createRoom")] == ["_irc_tea"]
+    for alias in ("%23other%3Atest", "%23_irc_%3Atest", "%23_irc_a%2Cb%3Atest", "%23_irc_tea%3Aelsewhere"):
+        assert as_request(bridge, "GET", f"/_matrix/app/v1/rooms/{alias}")[0] == 404
+
+
+# -- 11. Across the bridge, with a real homeserver.
+
+
+def unique(name):
+    return f"{name}{secrets.token_hex(3)}"
+
+
+def alias_of(world, channel):
+    return f"#_irc_{channel[1:]}:{world.bridge.server_name}"
+
+
+def join(world, client, channel):
+    """Joins the room of a channel that somebody on IRC has opened."""
+    eventually(lambda: world.bridge.channels[channel].room_id)
+    return client.join(alias_of(world, channel))
+
+
+def member(user_id, membership):
+    """A test for wait_for()."""
+    wanted = ("m.room.member", user_id, membership)
+    return lambda e: (e["type"], e.get("state_key"), e["content"].get("membership")) == wanted
+
+
+def texts(client, room_id):
+    found = [e["content"]["body"] for e in client.messages(room_id)["chunk"] if e["type"] == "m.room.message"]
+    return found[::-1]
+
+
+def test_irc_and_matrix_talk_in_a_channel(world):
+    alice, channel, nick = world.client(unique("alice")), "#" + unique("lobby"), unique("bob")
+    bob = Irc(world.bridge, nick, channel)
+    room_id = join(world, alice, channel)
+    alice_nick = asbridge.localpart_of(alice.user_id)
+    bob.wait(f":{alice_nick}!.* JOIN {channel}")
+    alice.say(room_id, "hello from Matrix")
+    bob.wait(f":{alice_nick}!.* PRIVMSG {channel} :hello from Matrix")
+    bob.send(f"PRIVMSG {channel} :hello from IRC")
+    event = alice.wait_for(lambda e: e["content"].get("body") == "hello from IRC")
+    assert event["sender"] == world.bridge.ghost_id(nick) and event["content"]["external_url"].startswith("irc://")
+    assert alice.joined_members(room_id)[event["sender"]]["display_name"] == nick
+    bob.never("hello from IRC")
+
+
+def test_a_matrix_user_creates_a_channel_by_joining_its_alias(world):
+    alice, channel = world.client(unique("alice")), "#" + unique("tea")
+    room_id = alice.join(alias_of(world, channel))
+    bob = Irc(world.bridge, unique("bob"), channel)
+    bob.send(f"PRIVMSG {channel} :found you")
+    assert alice.wait_for(lambda e: e["content"].get("body") == "found you")["room_id"] == room_id
+    world.settle()
+    bob.send(f"NAMES {channel}")
+    assert asbridge.localpart_of(alice.user_id) in bob.wait(" 353 ")
+
+
+def test_topics_nicks_and_parts_cross_the_bridge(world):
+    alice, channel, nick = world.client(unique("alice")), "#" + unique("top"), unique("bob")
+    room_id = alice.join(alias_of(world, channel))
+    bob = Irc(world.bridge, nick, channel)
+    bob.send(f"TOPIC {channel} :tea time")
+    alice.wait_for(lambda e: e["type"] == "m.room.topic" and e["content"]["topic"] == "tea time")
+    other = unique("rob")
+    bob.send(f"NICK {other}")
+
+    old, new = world.bridge.ghost_id(nick), world.bridge.ghost_id(other)
+    alice.wait_for(member(new, "join"))
+    alice.wait_for(member(old, "leave"))
+    bob.send("QUIT :good night")
+    assert alice.wait_for(member(new, "leave"))["content"]["reason"] == "Quit: good night"
+    assert set(alice.joined_members(room_id)) == {alice.user_id, world.bridge.bot.user_id}
+
+
+def test_private_messages_cross_the_bridge_both_ways(world):
+    alice, channel, nick = world.client(unique("alice")), "#" + unique("priv"), unique("bob")
+    bob = Irc(world.bridge, nick, channel)
+    join(world, alice, channel)
+    alice_nick = asbridge.localpart_of(alice.user_id)
+    bob.wait(f"{alice_nick}!.* JOIN")
+    bob.send(f"PRIVMSG {alice_nick} :a secret")
+    invite = alice.wait_for(member(alice.user_id, "invite"))
+    room_id = alice.join(invite["room_id"])
+    alice.wait_for(lambda e: e["content"].get("body") == "a secret")
+    alice.say(room_id, "and another")
+    bob.wait(f":{alice_nick}!.* PRIVMSG {nick} :and another")
+    bob.send(f"PRIVMSG {alice_nick} :a third")
+    assert alice.wait_for(lambda e: e["content"].get("body") == "a third")["room_id"] == room_id
+
+
+def test_a_matrix_user_starts_a_private_talk(world):
+    alice, nick = world.client(unique("alice")), unique("bob")
+    bob = Irc(world.bridge, nick)
+    room_id = alice.create_room(preset="trusted_private_chat", is_direct=True, invite=[world.bridge.ghost_id(nick)])
+    alice.wait_for(member(world.bridge.ghost_id(nick), "join"))
+    alice.say(room_id, "psst")
+    line = bob.wait(f"PRIVMSG {nick} :psst")
+    bob.send(f"PRIVMSG {line[1:].partition('!')[0]} :yes?")
+    assert alice.wait_for(lambda e: e["content"].get("body") == "yes?")["room_id"] == room_id
+
+
+def test_many_lines_arrive_once_and_in_order(world):
+    alice, channel = world.client(unique("alice")), "#" + unique("many")
+    room_id = alice.join(alias_of(world, channel))
+    bob = Irc(world.bridge, unique("bob"), channel)
+    bob.send(*[f"PRIVMSG {channel} :{n}" for n in range(50)])
+    alice.wait_for(lambda e: e["content"].get("body") == "49", seconds=20)
+    assert texts(alice, room_id) == [str(n) for n in range(50)]
+
+
+def test_a_bridge_that_is_started_again_finds_its_rooms_and_its_ghosts_leave(world):
+    alice, channel, nick = world.client(unique("alice")), "#" + unique("again"), unique("bob")
+    bob = Irc(world.bridge, nick, channel)
+    room_id = join(world, alice, channel)
+    bob.wait("JOIN")
+    world.restart_bridge()
+    ghost = world.bridge.ghost_id(nick)
+    alice.wait_for(member(ghost, "leave"))
+    bob = Irc(world.bridge, nick, channel)
+    alice.say(room_id, "welcome back")
+    bob.wait("PRIVMSG .* :welcome back")
+    bob.send(f"PRIVMSG {channel} :thanks")
+    assert alice.wait_for(lambda e: e["content"].get("body") == "thanks")["room_id"] == room_id
+
+
+# ============================================================================
+# 12. Running it
+# ============================================================================
+
+PROGRAM = os.path.join(HERE, "asbridge.py")
+
+
+class Running:
+    """asbridge.py as a program: its process, and the URL that it announced."""
+
+    def __init__(self, folder, config=None, *flags, port="0"):
+        arguments = [sys.executable, PROGRAM, "--port", port, *flags]
+        if config is not None:
+            (folder / "config.json").write_text(json.dumps(config))
+            arguments += ["--config", str(folder / "config.json")]
+        self.process = subprocess.Popen(arguments, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        self.ready = self.process.stdout.readline()
+        self.url = self.ready.rpartition(" ")[2].strip()
+
+    def end(self, number=signal.SIGTERM):
+        """Exit code, rest of stdout, stderr."""
+        if self.process.poll() is None:
+            self.process.send_signal(number)
+        out, err = self.process.communicate(timeout=10)
+        return self.process.returncode, out, err
+
+
+@pytest.fixture
+def program(tmp_path):
+    made = []
+
+    def make(config=None, *flags, **keys):
+        made.append(Running(tmp_path, config, *flags, **keys))
+        return made[-1]
+    yield make
+    for one in made:
+        if one.process.poll() is None:
+            one.process.kill()
+        one.process.communicate()
+
+
+def person(running, name="alice"):
+    client = asbridge.Client(running.url)
+    client.token = client.call("POST", V3 + "/register", {"username": name, "auth": {"type": "m.login.dummy"}})["access_token"]
+    return client
+
+
+def configured(tmp_path, capsys, text):
+    """Exit code and stderr of a start with this configuration, which is wrong."""
+    file = tmp_path / "c.json"
+    file.write_text(text if isinstance(text, str) else json.dumps(text))
+    code = asbridge.main(["--config", str(file)])
+    out, err = capsys.readouterr()
+    assert out == "" and "Traceback" not in err
+    return code, err
+
+
+@pytest.mark.parametrize("key,value", [
+    ("server_name", ""), ("server_name", "a b"), ("server_name", 5), ("bind", 5), ("port", "8008"), ("port", 65536), ("port", -1), ("port", True), ("database", 5),
+    ("registrations", {}), ("open_registration", "yes"), ("open_registration", 1), ("public_url", 5), ("admin_token", 5), ("max_event_bytes", 0), ("max_event_bytes", "1"),
+    ("max_request_bytes", -1), ("max_upload_bytes", 1.5), ("retry_first_ms", 0), ("retry_max_ms", None), ("push_timeout_ms", "1"), ("query_timeout_ms", 0),
+    ("room_version", "1"), ("room_version", 11), ("rate_limit", 5), ("rate_limit", {"per_second": 1}), ("rate_limit", {"per_second": 0, "burst": 1}), ("rate_limit", {"per_second": 1, "burst": "2"})])
+def test_a_key_with_a_wrong_value_is_named_with_what_would_be_right(tmp_path, capsys, key, value):
+    code, err = configured(tmp_path, capsys, {key: value})
+    assert code == 2 and f"c.json: {key}: is " in err and "write " in err and len(err.splitlines()) == 1
+
+
+def test_every_key_of_the_design_is_a_key_of_the_configuration():
+    fields = {one.name for one in asbridge.dataclasses.fields(asbridge.Config)}
+    assert fields == set(asbridge.CONFIG_KEYS) == {
+        "server_name", "bind", "port", "database", "registrations", "open_registration", "public_url", "admin_token", "max_event_bytes", "max_request_bytes",
+        "max_upload_bytes", "retry_first_ms", "retry_max_ms", "push_timeout_ms", "query_timeout_ms", "room_version", "rate_limit"}
+    config = asbridge.ConfigReader({}, "x", "").read()
+    assert (config.server_name, config.bind, config.port, config.database, config.room_version) == ("localhost", "127.0.0.1", 8008, "asbridge.db", "11")
+    assert (config.max_event_bytes, config.max_request_bytes, config.max_upload_bytes) == (65536, 2**20, 50 * 2**20)
+    assert (config.retry_first_ms, config.retry_max_ms, config.push_timeout_ms, config.query_timeout_ms) == (500, 60000, 60000, 10000)
+
+
+@pytest.mark.parametrize("key,nearest", [("servername", "server_name"), ("prot", "port"), ("registration", "registrations"), ("zzz", "")])
+def test_an_unknown_key_names_the_nearest_known_one(tmp_path, capsys, key, nearest):
+    code, err = configured(tmp_path, capsys, {key: 1})
+    assert code == 2 and key in err and f"'{nearest}" in err
+
+
+def test_all_findings_are_printed_and_not_the_first(tmp_path, capsys):
+    (tmp_path / "bad.yaml").write_text("id: x\nurl: 5\n")
+    twins = [registration(), registration()]
+    code, err = configured(tmp_path, capsys, {"port": "x", "colour": 1, "registrations": [*twins, "bad.yaml", "missing.json", 5]})
+    assert code == 2
+    for part in ("port", "colour", "registrations[1]: id", "registrations[1]: as_token", "bad.yaml: url", "bad.yaml: as_token: is missing", "missing.json", "registrations[4]"):
+        assert part in err, part
+
+
+@pytest.mark.parametrize("entry", [{}, None])
+def test_an_empty_registration_is_a_finding(tmp_path, capsys, entry):
+    with pytest.raises(asbridge.ConfigError):
+        asbridge.ConfigReader({"registrations": [entry]}, "x", "").read()
+
+
+@pytest.mark.parametrize("text", ["", "[]", "5", "{", '{"a": 1,}', "\x00", "a: [1", "- x"])
+def test_a_file_that_is_no_configuration_is_refused(tmp_path, capsys, text):
+    code, err = configured(tmp_path, capsys, text)
+    assert code == 2 and "c.json" in err
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path, capsys):
+    assert asbridge.main(["--config", str(tmp_path / "none.json")]) == 2
+    assert "none.json" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags", [["--port", "99999"], ["--server-name", "a b"]])
+def test_a_wrong_flag_is_named(flags, capsys):
+    assert asbridge.main(flags) == 2
+    assert "command line" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags", [["--port", "x"], ["--role", "x"], ["--colour"], ["frobnicate"], ["generate"]])
+def test_a_wrong_command_line_ends_with_2(flags, capsys):
+    with pytest.raises(SystemExit) as caught:
+        asbridge.main(flags)
+    assert caught.value.code == 2 and capsys.readouterr().out == ""
+
+
+def test_the_role_of_an_application_service_needs_a_sample(tmp_path, capsys):
+    (tmp_path / "r.json").write_text(json.dumps(registration()))
+    assert asbridge.main(["--role", "appservice", "--config", str(tmp_path / "r.json")]) == 2
+    assert "asbridge.sample" in capsys.readouterr().err
+
+
+YAML = """id: heisenbridge
+url: http://127.0.0.1:9898
+as_token: a
+hs_token: h
+rate_limited: false
+sender_localpart: heisenbridge
+namespaces:
+    users:
+    - regex: '@irc_.*'
+      exclusive: true
+    aliases: []
+    rooms: []
+"""
+
+
+@pytest.mark.parametrize("text", [YAML, json.dumps(registration("heisenbridge"))])
+def test_a_registration_alone_is_a_configuration(tmp_path, text):
+    (tmp_path / "r.yaml").write_text(text)
+    config = asbridge.read_config(str(tmp_path / "r.yaml"))
+    assert [one.id for one in config.registrations] == ["heisenbridge"] and config.port == 8008
+
+
+def test_paths_in_a_configuration_are_relative_to_it(tmp_path):
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "r.yaml").write_text(YAML)
+    (tmp_path / "sub" / "c.json").write_text(json.dumps({"registrations": ["r.yaml", registration()], "database": "d.db"}))
+    config = asbridge.read_config(str(tmp_path / "sub" / "c.json"))
+    assert [one.id for one in config.registrations] == ["heisenbridge", "irc"] and config.database == str(tmp_path / "sub" / "d.db")
+
+
+def test_flags_override_the_file(tmp_path):
+    (tmp_path / "c.json").write_text('{"server_name": "a", "port": 1, "bind": "0.0.0.0", "database": "x.db", "room_version": "12"}')
+    config = asbridge.config_of(asbridge.parse_args(["--config", str(tmp_path / "c.json"), "--server-name", "b", "--port", "0", "--bind", "127.0.0.1", "--database", ":memory:"]))
+    assert (config.server_name, config.port, config.bind, config.database, config.room_version) == ("b", 0, "127.0.0.1", ":memory:", "12")
+
+
+def test_the_program_announces_itself_in_one_line_and_ends_with_0_on_sigterm(program, tmp_path):
+    running = program({"registrations": [registration()]}, "--port-file", str(tmp_path / "port"))
+    assert re.fullmatch(r"asbridge ready at http://127\.0\.0\.1:[0-9]+\n", running.ready)
+    assert running.url.endswith(":" + (tmp_path / "port").read_text().strip()) and ask_url(running, "/_matrix/client/versions")
+    code, out, err = running.end()
+    assert (code, out) == (0, "") and "irc" in err and "as-irc" not in err and "hs-irc" not in err and (tmp_path / "asbridge.db").exists()
+
+
+def ask_url(running, where):
+    return asbridge.Client(running.url).call("GET", where)
+
+
+def test_the_program_ends_with_0_on_sigint(program):
+    assert program({"database": ":memory:"}).end(signal.SIGINT)[0] == 0
+
+
+def sample(**more):
+    return {**asbridge.SAMPLE_REGISTRATION, "url": "http://127.0.0.1:0", "asbridge.sample": {"irc_port": 0}, **more}
+
+
+def test_the_program_suggests_three_things_that_can_be_pasted(program):
+    running = program({"registrations": [sample()], "database": ":memory:"})
+    code, out, err = running.end()
+    tries = [line.partition("try: ")[2] for line in err.splitlines() if "try: " in line]
+    assert code == 0 and out == "" and [line.split()[0] for line in tries] == ["irssi", "(printf", "curl"] and running.url in tries[2]
+    body = re.search(r"-d '(.*)'", tries[2])[1]
+    assert json.loads(body)["auth"] == {"type": "m.login.dummy"}
+
+
+def test_at_the_start_the_log_says_of_each_service_what_waits_for_it(program):
+    config = {"registrations": [registration(url=nowhere(), rooms=["!.*"])]}
+    running = program(config)
+    person(running).create_room()
+    running.end()
+    err = program(config).end()[2]
+    line = next(line for line in err.splitlines() if "application service irc at" in line)
+    assert "does not answer" in line and re.search(r"\b[1-9][0-9]* events wait", line) and "@_irc_.*" in line
+
+
+def test_a_port_that_is_taken_is_named_with_the_way_out(program):
+    with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as taken:
+        code, out, err = program({"database": ":memory:"}, port=str(taken.getsockname()[1])).end()
+    assert code == 1 and out == "" and "--port 0" in err and str(taken) not in err and "Traceback" not in err
+
+
+def test_a_second_process_on_the_same_database_is_refused(program):
+    first = program({})
+    code, out, err = program({}).end()
+    assert code == 1 and out == "" and "in use" in err and "Traceback" not in err and ask_url(first, "/_matrix/client/versions")
+
+
+def test_a_database_of_another_server_name_is_refused(program):
+    program({}).end()
+    code, _, err = program({}, "--server-name", "other.org").end()
+    assert code == 1 and "'localhost'" in err and "Traceback" not in err
+
+
+def test_the_log_may_be_json(program):
+    err = program({"database": ":memory:", "registrations": [registration()]}, "--log-format", "json", "-v").end()[2]
+    lines = [json.loads(line) for line in err.splitlines()]
+    assert lines and all({"ts", "level", "message"} <= line.keys() for line in lines)
+
+
+def test_quiet_says_nothing_while_all_is_well(program):
+    assert program({"database": ":memory:", "registrations": [registration(url=nowhere())]}, "-q").end() == (0, "", "")
+
+
+def test_the_role_of_a_homeserver_runs_no_sample(program):
+    err = program({"registrations": [sample()], "database": ":memory:"}, "--role", "homeserver").end()[2]
+    assert "try: irssi" not in err
+
+
+def test_generate_prints_a_registration_with_fresh_tokens(capsys):
+    made = []
+    for _ in range(2):
+        assert asbridge.main(["generate", "my", "--url", "http://127.0.0.1:1234", "--prefix", "my+"]) == 0
+        made.append(json.loads(capsys.readouterr().out))
+    hs_registration = asbridge.to_registrations(made[:1], "localhost")[0]
+    assert hs_registration.id == "my" and hs_registration.url == "http://127.0.0.1:1234" and made[0]["as_token"] != made[1]["as_token"]
+    assert hs_registration.namespaces["users"][0].pattern.match("@my+bob:localhost") and not hs_registration.namespaces["users"][0].pattern.match("@myyy:localhost")
+    assert hs_registration.namespaces["aliases"][0].exclusive and made[0]["as_token"] != made[0]["hs_token"]
+
+
+def test_routes_prints_the_table(capsys):
+    assert asbridge.main(["routes"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == len(asbridge.ROUTES) and any(re.match(r"GET +/_matrix/client/v3/sync +user +Syncing", line) for line in lines)
+
+
+def test_version_is_printed(capsys):
+    with pytest.raises(SystemExit) as caught:
+        asbridge.main(["--version"])
+    assert caught.value.code == 0 and capsys.readouterr().out == f"asbridge {asbridge.__version__}\n"
+
+
+def test_the_example_registration_is_the_one_that_is_built_in():
+    with open(os.path.join(HERE, "example_registration.json"), encoding="utf-8") as file:
+        assert json.load(file) == asbridge.SAMPLE_REGISTRATION
+
+
+# -- The file itself.
+
+def sections():
+    """Number, title and first line of each section, and the lines of the file."""
+    with open(PROGRAM, encoding="utf-8") as file:
+        lines = file.read().splitlines()
+    rule = "# " + "=" * 76
+    return [(int(match[1]), match[2], index + 1) for index, line in enumerate(lines)
+            if (match := re.fullmatch(r"# ([0-9]+)\. (.+)", line)) and lines[index - 1] == lines[index + 1] == rule], lines
+
+
+def test_no_section_refers_to_one_below_it():
+    found, lines = sections()
+    tree = ast.parse("\n".join(lines))
+
+    def section_of(node):
+        return max((number for number, _, first in found if first <= node.lineno), default=0)
+    home = {}
+    for node in tree.body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            home[node.name] = section_of(node)
+        for target in node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []:
+            home.update({name.id: section_of(node) for name in ast.walk(target) if isinstance(name, ast.Name)})
+    down = []
+    for top in tree.body:
+        own = {node.arg for node in ast.walk(top) if isinstance(node, ast.arg)} | {
+            node.id for node in ast.walk(top) if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load)}
+        down += [f"{node.id} in line {node.lineno}" for node in ast.walk(top) if isinstance(node, ast.Name)
+                 and isinstance(node.ctx, ast.Load) and node.id not in own and home.get(node.id, 0) > section_of(node)]
+    assert len(home) > 200 and down == []
+
+
+def test_the_contents_in_the_docstring_are_the_banners():
+    banners = [(number, title) for number, title, _ in sections()[0]]
+    contents = [(int(number), title) for number, title in re.findall(r"^ *([0-9]+)\. +(.+?)(?:  .*)?$", asbridge.__doc__, re.M)]
+    assert [number for number, _ in banners] == sorted({number for number, _ in banners}) and contents == banners
+
+
+# -- Embedding.
+
+def test_an_embedded_homeserver_starts_on_a_free_port_and_ends_with_the_block():
+    with asbridge.Homeserver(registrations=[registration()]) as hs:
+        assert hs.client("alice").whoami()["user_id"] == "@alice:localhost" and hs.appservice("irc").whoami()
+        folder = os.path.dirname(hs.world.store.path)
+        assert os.path.exists(folder)
+    assert not os.path.exists(folder)
+    with pytest.raises(OSError):
+        socket.create_connection(("127.0.0.1", hs.port), 1)
+    hs.stop()                                                          # again is no error
+
+
+def test_two_homeservers_in_one_process_know_nothing_of_each_other(start):
+    one, two = start(registration(), server_name="one.org"), start(server_name="two.org")
+    alice = one.client("alice")
+    assert alice.user_id == "@alice:one.org" and two.client("alice").user_id == "@alice:two.org"
+    with refused("M_UNKNOWN_TOKEN", 401):
+        asbridge.Client(two.url, alice.token).whoami()
+
+
+EMBEDDED = """
+import signal, sys, threading
+sys.path.insert(0, {here!r})
+before = [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)]
+import asbridge
+with asbridge.Homeserver(registrations=[{registration!r}]) as hs:
+    alice = hs.client("alice")
+    alice.say(alice.create_room(), "x")
+    while not hs.delivery.failing("irc"): pass
+    assert [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)] == before
+"""
+
+
+def embedded(url):
+    script = EMBEDDED.format(here=HERE, registration=registration(url=url, rooms=["!.*"]))
+    return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=20)
+
+
+def test_an_embedded_homeserver_touches_no_signals_and_ends():
+    assert embedded(nowhere()).returncode == 0
+
+
+def test_an_embedded_homeserver_says_nothing():
+    result = embedded(nowhere())
+    assert (result.stdout, result.stderr) == ("", "")
+
+
+def test_settle_says_what_is_stuck(start):
+    hs = start(registration(url=nowhere(), rooms=["!.*"]))
+    hs.client("alice").create_room()
+    with pytest.raises(AssertionError, match=r"[0-9]+ events for 'irc'"):
+        hs.settle(timeout=0.05)
+
+
+def test_a_registration_that_is_wrong_is_refused_when_embedded():
+    with pytest.raises(asbridge.ConfigError, match="as_token"):
+        asbridge.Homeserver([registration(), registration()])
+
+
+def in_about_ten(r, texts):
+    assert r.texts() == texts
+    sizes = [len(json.loads(body)["events"]) for body in dict(r.transactions).values()]
+    assert len(sizes) <= 13 and max(sizes) == 100
+
+
+def test_a_thousand_messages_to_a_service_that_was_down_arrive_once_and_in_order(start, recorder):
+    r = recorder()
+    r.answer = lambda request, body: (503, {})
+    hs = start(registration(url=r.url))
+    alice, bob = hs.client("alice"), acting(hs, "irc", "@_irc_bob:localhost")
     room = alice.create_room(preset="public_chat")
     bob.join(room)
-    for i in range(3):
+    eventually(lambda: hs.delivery.worker("irc").failures)
+    for i in range(1000):
         alice.say(room, f"n{i}")
-    hs.settle()
-    assert r.texts() == ["n0", "n1", "n2"]
-    with refused("M_FORBIDDEN", 403, "outside"):
-        acting(hs, "irc", "@alice:localhost", register=False).say(room, "x")
+    r.answer = lambda request, body: (200, {})
+    eventually(lambda: hs.advance(1) or not hs.waiting(), 10)
+    in_about_ten(r, [f"n{i}" for i in range(1000)])
+
+
+def test_a_homeserver_that_is_killed_in_the_middle_loses_and_doubles_nothing(program, recorder):
+    r = recorder()
+    r.answer = lambda request, body: (503, {})
+    config = {"registrations": [registration(url=r.url, rooms=["!.*"])], "retry_first_ms": 20, "retry_max_ms": 40}
+    running = program(config)
+    alice = person(running)
+    room = alice.create_room()
+    with ThreadPoolExecutor(1) as pool:
+        sender = pool.submit(lambda: [alice.say(room, f"n{i}", f"t{i}") for i in range(500)])
+        sender.result(30)
+        taken = []
+        r.answer = lambda request, body: (200, {}) if len(taken) < 2 and not taken.append(1) else (503, {})
+        eventually(lambda: len(taken) == 2 and len({id for id, _ in r.transactions}) > 2)
+        running.process.kill()
+        running.process.wait()
+    running = program(config)
+    alice = asbridge.Client(running.url, alice.token)
+    r.answer = lambda request, body: (200, {})
+    for i in range(500, 1000):
+        alice.say(room, f"n{i}", f"t{i}")
+    assert alice.say(room, "n0", "t0") and alice.say(room, "n999", "t999")   # what was answered is remembered
+    eventually(lambda: len(r.texts()) >= 1000, 10)
+    assert r.texts() == [f"n{i}" for i in range(1000)]
+    bodies_by_id = {}
+    for id, body in r.transactions:
+        assert bodies_by_id.setdefault(id, body) == body
+
+
+def test_a_message_that_was_answered_survives_a_kill_while_others_are_being_sent(program):
+    running = program({})
+    alice = person(running)
+    room = alice.create_room()
+    answered = []
+
+    def write():
+        with contextlib.suppress(OSError, asbridge.http.client.HTTPException):
+            while True:
+                answered.append(alice.say(room, "x"))
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(write)
+        eventually(lambda: len(answered) > 50)
+        running.process.kill()
+        running.process.wait()
+    again = asbridge.Client(program({}).url, alice.token)
+    history = [event["event_id"] for event in again.messages(room, "f", 1000)["chunk"] if event["type"] == "m.room.message"]
+    assert history[:len(answered)] == answered and len(history) <= len(answered) + 1
