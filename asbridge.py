@@ -881,7 +881,9 @@ class Yaml:
         for at, char in enumerate(line):
             before = line[at - 1] if at else " "
             if quote:
-                quote, escaped = ("" if char == quote and not escaped else quote), char == "\\" and not escaped and quote == '"'
+                ends = char == quote and not escaped
+                escaped = char == "\\" and quote == '"' and not escaped
+                quote = "" if ends else quote
             elif char == "#" and before in " \t":
                 return line[:at]
             elif char in "'\"" and before in " \t[{,'":
@@ -1023,8 +1025,9 @@ class Yaml:
 # -- Namespaces.
 
 POSIX_CLASSES = {
-    "alnum": "a-zA-Z0-9", "alpha": "a-zA-Z", "blank": r" \t", "cntrl": r"\x00-\x1f\x7f", "digit": "0-9", "graph": r"\x21-\x7e",
-    "lower": "a-z", "print": r"\x20-\x7e", "punct": r"!-/:-@\[-`{-~", "space": r"\s", "upper": "A-Z", "xdigit": "0-9A-Fa-f",
+    "alnum": "a-zA-Z0-9", "alpha": "a-zA-Z",    "blank": r" \t",         "cntrl": r"\x00-\x1f\x7f",
+    "digit": "0-9",       "graph": r"\x21-\x7e", "lower": "a-z",          "print": r"\x20-\x7e",
+    "space": r"\s",       "upper": "A-Z",       "xdigit": "0-9A-Fa-f",   "punct": r"!-/:-@\[-`{-~",
 }
 BRACKETS = re.compile(r"\\.|\[\^?\]?(?:\[:[a-z]+:\]|\\.|[^\]\\])*\]", re.S)
 
@@ -1157,7 +1160,8 @@ class RegistrationReader:
                 if required:
                     self.wrong(key, "is missing", f"write {right}")
             elif not is_a(self.data[key], type_):
-                self.wrong(key, "is no text" if key.endswith("_token") else f"is {quoted(self.data[key])}", f"write {right}")
+                shown = "is no text" if key.endswith("_token") else f"is {quoted(self.data[key])}"
+                self.wrong(key, shown, f"write {right}")
         self._check_words()
         namespaces = {kind: self._namespaces(kind) for kind in KINDS}
         uris, sample = self._uris(), self.data.get("asbridge.sample")
@@ -1239,7 +1243,8 @@ class RegistrationReader:
                     found.append(UriRule(kind, pattern, str(template)))
                 elif pattern:
                     self.wrong(f"{path}.{key}", f"is {quoted(template)}",
-                               f"write an ID with the regex's named groups and server_name in braces: {KINDS[kind]}irc_{{nick}}:{{server_name}}")
+                               "write an ID with the regex's named groups and server_name in braces: "
+                               f"{KINDS[kind]}irc_{{nick}}:{{server_name}}")
         return tuple(found)
 
     @staticmethod
@@ -1249,7 +1254,8 @@ class RegistrationReader:
         except ValueError:
             return False
         plain = all(not format and not conversion for _, format, conversion in parts)
-        return isinstance(template, str) and plain and "server_name" not in pattern.groupindex and {part[0] for part in parts} <= {*pattern.groupindex, "server_name"}
+        known = {part[0] for part in parts} <= {*pattern.groupindex, "server_name"}
+        return isinstance(template, str) and plain and known and "server_name" not in pattern.groupindex
 
 
 def is_base_url(url: str) -> bool:
@@ -1320,26 +1326,21 @@ class Registrations:
                      if claim.exclusive and claim.registration is not other_than), None)
 
     def check_may_create(self, kind: str, id: str, by: Registration | None) -> None:
-        """M_EXCLUSIVE if a person (by=None) or an application service may not create or delete this user or
-        alias.
-        """
+        """M_EXCLUSIVE if a person (by=None) or an application service may not create or delete this ID."""
         owner = self.owner(kind, id, by)
         if owner:
-            raise MatrixError("M_EXCLUSIVE", f"{id} is reserved by the application service "
-                              f"{owner.registration.id!r}: "
-                              + (f"{owner.namespace} claims it exclusively" if owner.namespace
-                                 else "it is its sender_localpart user"))
-        if by and not self.claim_of(by, kind, id):
-            raise MatrixError("M_EXCLUSIVE", f"{id} is outside the namespaces of the application service "
-                              f"{by.id!r}, "
-                              f"whose regexes for {kind} are {by.regexes(kind)} (matched from the start of the whole ID)")
+            why = f"{owner.namespace} claims it exclusively" if owner.namespace else "it is its sender_localpart user"
+            raise MatrixError("M_EXCLUSIVE",
+                              f"{id} is reserved by the application service {owner.registration.id!r}: {why}")
+        if by:
+            self.check_claims(by, kind, id, "M_EXCLUSIVE")
 
-    def check_may_act_as(self, registration: Registration, user_id: str) -> None:
-        """M_FORBIDDEN if `user_id` is in none of the application service's namespaces (Identity assertion)."""
-        if not self.claim_of(registration, "users", user_id):
-            raise MatrixError("M_FORBIDDEN", f"the application service {registration.id!r} can't act as "
-                              f"{shorten(user_id)}, which is outside "
-                              f"its namespaces: its regexes for users are {registration.regexes('users')} (matched from the start of the whole ID)")
+    def check_claims(self, registration: Registration, kind: str, id: str, errcode: str) -> None:
+        """Raises `errcode` if the ID is in none of the application service's namespaces."""
+        if not self.claim_of(registration, kind, id):
+            raise MatrixError(errcode, f"{shorten(id)} is outside the namespaces of the application service "
+                              f"{registration.id!r}: its regexes for {kind} are {registration.regexes(kind)}, "
+                              "matched from the start of the whole ID")
 
     def map_uri(self, kind: str, uri: str) -> str | None:
         """The user ID or alias that a URI stands for (2016 text, URI mapping), or None."""
@@ -1859,7 +1860,8 @@ KEPT_TRANSACTIONS = 1000         # acknowledged ones, for each application servi
 MAX_CACHED_ROOMS = 2000          # rooms whose state the writer keeps in memory
 READERS = 8
 
-EVENT_COLUMNS = "e.tick, e.type, e.state_key, e.sender, e.ts, e.json, r.json, json_extract(p.json, '$.content'), e.device_id, e.txn_id"
+EVENT_COLUMNS = ("e.tick, e.type, e.state_key, e.sender, e.ts, e.json, r.json, json_extract(p.json, '$.content'), "
+                 "e.device_id, e.txn_id")
 EVENT_TABLES = "events e LEFT JOIN events r ON r.tick = e.redacted_by LEFT JOIN events p ON p.tick = e.replaces"
 
 
@@ -1926,8 +1928,10 @@ class Filter(NamedTuple):
     def sql(self) -> tuple[str, list[str]]:
         """Conditions on the events e, and their values."""
         clauses, values = "", list[str]()
-        for wanted, op, one in ((self.types, "", "e.type GLOB value"), (self.not_types or None, "NOT ", "e.type GLOB value"),
-                                (self.senders, "", "e.sender = value"), (self.not_senders or None, "NOT ", "e.sender = value")):
+        for wanted, op, one in ((self.types,               "",     "e.type GLOB value"),
+                                (self.not_types or None,   "NOT ", "e.type GLOB value"),
+                                (self.senders,             "",     "e.sender = value"),
+                                (self.not_senders or None, "NOT ", "e.sender = value")):
             if wanted is not None:
                 clauses += f" AND {op}EXISTS (SELECT 1 FROM json_each(?) WHERE {one})"
                 values.append(to_json([glob_of(item) for item in wanted] if "GLOB" in one else wanted))
@@ -2075,8 +2079,8 @@ class Reader:
     def changes(self, room: int, type: str, state_key: str, key: str) -> list[tuple[int, str]]:
         """(tick, content[key]) of each event that set this state, old to new."""
         return [(tick, str(value)) for tick, value in self.all(
-            "SELECT tick, json_extract(json, '$.content.' || ?) FROM events WHERE room = ? AND type = ? AND state_key = ? "
-            "AND state_key IS NOT NULL ORDER BY tick", key, room, type, state_key)]
+            "SELECT tick, json_extract(json, '$.content.' || ?) FROM events "
+            "WHERE room = ? AND type = ? AND state_key = ? AND state_key IS NOT NULL ORDER BY tick", key, room, type, state_key)]
 
     def receipts_since(self, room: int, since: int) -> list[Any]:
         """(type, user_id, thread_id, event_id, ts) of each that is new."""
@@ -2491,7 +2495,7 @@ class Store:
         self._tx = Tx(self, db)
         self.started_at = self.position = self._tx.tick_now  # the last tick that readers may see
         self.waiters = Waiters()
-        # called on the writer thread after COMMIT: with each frozen transaction; with each room, user and tick of a join or leave
+        # Called on the writer thread after COMMIT: with each frozen transaction; with room, user and tick of a join or leave.
         self.on_frozen: Callable[[Transaction], object] = lambda transaction: None
         self.on_membership: Callable[[int, str, int], object] = lambda room, user_id, tick: None
         self._closed = False
@@ -2636,7 +2640,8 @@ class DatabaseError(Exception):
 def hold_database(path: str) -> sqlite3.Connection:
     """Keeps a second process off the database: by a lock on a small file beside it, which ends with this process."""
     try:
-        lock = sqlite3.connect(os.path.realpath(path) + "-lock", isolation_level=None, check_same_thread=False, timeout=0)
+        where = os.path.realpath(path) + "-lock"
+        lock = sqlite3.connect(where, isolation_level=None, check_same_thread=False, timeout=0)
         lock.execute("PRAGMA journal_mode=MEMORY")
         lock.execute("BEGIN EXCLUSIVE")
     except sqlite3.Error as error:
@@ -2840,10 +2845,7 @@ class Accounts:
     def login_ghost(self, registration: Registration, user: str, **device: Any) -> JsonObject:
         """A session of its own for a user of an application service (m.login.application_service)."""
         user_id = self.full_id(user)
-        if not self.world.registrations.claim_of(registration, "users", user_id):
-            raise MatrixError("M_EXCLUSIVE", f"{shorten(user_id)} is outside the namespaces of the "
-                              f"application service {registration.id!r}, "
-                              f"whose regexes for users are {registration.regexes('users')}")
+        self.world.registrations.check_claims(registration, "users", user_id, "M_EXCLUSIVE")
 
         def job(tx: Tx) -> JsonObject:
             if not tx.user(user_id):
@@ -3127,7 +3129,8 @@ class Rooms:
             room = self._room(tx, who, room_id)
             if room.membership(user_id) not in ("join", "invite", "knock"):
                 raise forbidden(f"{shorten(user_id)} is not in the room")
-            self._append(tx, room, Draft("m.room.member", who.user_id, {"membership": "leave", **(extra or {})}, user_id))
+            content = self._member_content(tx, user_id, "leave", extra)
+            self._append(tx, room, Draft("m.room.member", who.user_id, content, user_id))
         self.store.write(job)
 
     def unban(self, who: Who, room_id: str, user_id: str, extra: JsonObject | None = None) -> None:
@@ -3508,7 +3511,8 @@ class RoomPlan:
             "ban": 50, "kick": 50, "redact": 50, "invite": 0, "historical": 100,
             "events": {"m.room.name": 50, "m.room.avatar": 50, "m.room.canonical_alias": 50,
                        "m.room.power_levels": 100,
-                       "m.room.history_visibility": 100, "m.room.encryption": 100, "m.room.server_acl": 100, "m.room.tombstone": highest}}
+                       "m.room.history_visibility": 100, "m.room.encryption": 100,
+                       "m.room.server_acl": 100, "m.room.tombstone": highest}}
         levels.update(field(self.options, "power_level_content_override", dict, {}))
         users = levels.get("users")
         if not self.version.creators_rule and not (isinstance(users, dict)
@@ -3649,8 +3653,8 @@ class SyncFilter:
         self.not_rooms = self._names(room, "not_rooms", ()) or ()
         self.include_leave = bool(room.get("include_leave"))
         self.timeline, self.state = event_filter(timeline), event_filter(self._part(room, "state"))
-        self.ephemeral, self.room_data = event_filter(self._part(room,
-                                                                 "ephemeral")), event_filter(self._part(room, "account_data"))
+        self.ephemeral = event_filter(self._part(room, "ephemeral"))
+        self.room_data = event_filter(self._part(room, "account_data"))
         self.account_data = event_filter(self._part(source, "account_data"))
         self.lazy = any(bool(self._part(room, part).get("lazy_load_members")) for part in ("state", "timeline"))
         limit = timeline.get("limit", TIMELINE)
@@ -3749,7 +3753,8 @@ class Window:
     def _room(self, room: int, room_id: str, membership: str, tick: int,
               forgotten: int) -> tuple[str, JsonObject]:
         if membership == "join":
-            if self.initial or self.full_state or tick > self.since or room_id in self.data or self.store.moved_since(room, self.since):
+            all_rooms = self.initial or self.full_state
+            if all_rooms or tick > self.since or room_id in self.data or self.store.moved_since(room, self.since):
                 return "join", self._joined(room, room_id, tick)
         elif membership in ("invite", "knock"):
             if self.initial or tick > self.since:
@@ -3775,7 +3780,7 @@ class Window:
         return entry
 
     def _came_back(self, room: int) -> int | None:
-        """If the user was out of the room, at `since` or after it: the tick of the last leave, or 0. None: was in it all the time."""
+        """If the user was out of the room at `since` or after it: the tick of the last leave, or 0. Else None."""
         changes = self.reader.changes(room, "m.room.member", self.who.user_id, "membership")
         before = [value for tick, value in changes if tick <= self.since][-1:]
         if before == ["join"] and all(value == "join" for tick, value in changes if tick > self.since):
@@ -4129,7 +4134,8 @@ class Delivery:
     def ask(self, kind: str, id: str, by: Registration | None, patient: bool) -> bool:
         """Whether an application service, asked for a user or alias in its namespace, has created it (Querying).
 
-        Not asked: what exists already, and an application service about itself (`by`). Patient: three attempts, then 408.
+        Not asked: what exists already, and an application service about itself (`by`). Patient: three attempts,
+        then 408.
         """
         with self.world.store.read() as reader:
             if reader.user(id) if kind == "users" else reader.alias(id):
@@ -4165,7 +4171,8 @@ class Delivery:
         return query.result()
 
     def _question(self, registration: Registration, kind: str, id: str, patient: bool) -> bool:
-        clock, path = self.world.clock, f"/_matrix/app/v1/{'users' if kind == 'users' else 'rooms'}/{urllib.parse.quote(id, safe='')}"
+        clock, segment = self.world.clock, {"users": "users", "aliases": "rooms"}[kind]
+        path = f"/_matrix/app/v1/{segment}/{urllib.parse.quote(id, safe='')}"
         each, attempts = self.world.settings.query_timeout_ms / 1000, QUERY_ATTEMPTS if patient else 1
         deadline = clock.monotonic() + QUERY_SECONDS
         line, why = Line(registration), ""
@@ -4370,7 +4377,7 @@ class Api:
 
     def act_as(self, registration: Registration, user_id: str | None) -> Who:
         user_id = user_id or registration.sender(self.world.name)
-        self.world.registrations.check_may_act_as(registration, user_id)
+        self.world.registrations.check_claims(registration, "users", user_id, "M_FORBIDDEN")
         if user_id not in self.world.store.users:
             raise forbidden(f"{shorten(user_id)} is in the namespaces of the application service "
                             f"{registration.id!r} but not registered; "
@@ -4562,7 +4569,8 @@ def put_device(call: Call) -> Any:
 
 def delete_device(call: Call) -> Any:
     confirm_password(call, body := call.body)
-    call.api.accounts.delete_devices(call.who, [call["deviceId"]] if "deviceId" in call.params else field(body, "devices", list))
+    device_ids = [call["deviceId"]] if "deviceId" in call.params else field(body, "devices", list)
+    call.api.accounts.delete_devices(call.who, device_ids)
     return {}
 
 
@@ -4848,10 +4856,13 @@ def get_sync(call: Call) -> Any:
 
 # -- Handlers: media.
 
-INLINE_TYPES = ("image/jpeg", "image/gif", "image/png", "image/apng", "image/webp", "image/avif", "text/plain",
-                "text/css", "text/csv",
-                "application/json", "video/mp4", "video/webm", "video/ogg", "video/quicktime", "audio/mp4", "audio/webm", "audio/aac",
-                "audio/mpeg", "audio/ogg", "audio/wave", "audio/wav", "audio/x-wav", "audio/x-pn-wav", "audio/flac", "audio/x-flac")
+INLINE_TYPES = (
+    "text/css", "text/plain", "text/csv", "application/json", "application/ld+json",
+    "image/jpeg", "image/gif", "image/png", "image/apng", "image/webp", "image/avif",
+    "video/mp4", "video/webm", "video/ogg", "video/quicktime",
+    "audio/mp4", "audio/webm", "audio/aac", "audio/mpeg", "audio/ogg", "audio/wave", "audio/wav", "audio/x-wav",
+    "audio/x-pn-wav", "audio/flac", "audio/x-flac",
+)
 
 
 def upload(call: Call) -> Any:
@@ -4901,21 +4912,21 @@ def map_uri(call: Call) -> Any:
     return {key: id}
 
 
-# -- The table. C, V, M and A stand for the prefixes.
+# -- The table. The first letter of a path stands for a prefix.
 
-PREFIXES = {"C": "/_matrix/client/v3", "V": "/_matrix/client/v1", "M": "/_matrix/media/v3",
-            "A": "/_matrix/app/v1"}
-ROUTES = [Route(method, PREFIXES.get(path[0], path[0]) + path[1:], auth, handler, spec) for method, path, auth,
-          handler, spec in (
-    # method  path                                                  who           handler              section of the spec
+PREFIXES = {"C": "/_matrix/client/v3", "R": "/_matrix/client/v3/rooms/{roomId}", "U": "/_matrix/client/v3/user/{userId}",
+            "V": "/_matrix/client/v1", "M": "/_matrix/media/v3", "A": "/_matrix/app/v1"}
+ROUTES = [Route(method, PREFIXES.get(path[0], path[0]) + path[1:], auth, handler, spec)
+          for method, path, auth, handler, spec in (
+    # method   path                                                  who           handler              section of the spec
     ("GET",    "/_matrix/client/versions",                           "nobody",     versions,            "API Versions"),
     ("GET",    "/.well-known/matrix/client",                         "nobody",     well_known,          "Server Discovery"),
     ("GET",    "C/capabilities",                                     "user",       capabilities,        "Capabilities negotiation"),
     # Accounts
     ("GET",    "C/register/available",                               "nobody",     register_available,  "Account registration"),
-    ("POST",   "C/register",                                         "nobody",     register,            "Account registration; AS: Server admin style"),
+    ("POST",   "C/register",                                         "nobody",     register,            "Account registration; AS: Permissions"),
     ("GET",    "C/login",                                            "nobody",     login_flows,         "Login"),
-    ("POST",   "C/login",                                            "nobody",     login,               "Login; AS: Server admin style"),
+    ("POST",   "C/login",                                            "nobody",     login,               "Login; AS: Permissions"),
     ("POST",   "C/logout",                                           "user",       logout,              "Login"),
     ("POST",   "C/logout/all",                                       "user",       logout_all,          "Login"),
     ("GET",    "C/account/whoami",                                   "user",       whoami,              "Current account information"),
@@ -4927,46 +4938,46 @@ ROUTES = [Route(method, PREFIXES.get(path[0], path[0]) + path[1:], auth, handler
     ("GET",    "C/profile/{userId}",                                 "maybe",      get_profile,         "Profiles"),
     ("GET",    "C/profile/{userId}/{keyName}",                       "maybe",      get_profile_key,     "Profiles"),
     ("PUT",    "C/profile/{userId}/{keyName}",                       "user",       put_profile_key,     "Profiles"),
-    ("GET",    "C/user/{userId}/account_data/{type}",                "user",       get_account_data,    "Client Config"),
-    ("PUT",    "C/user/{userId}/account_data/{type}",                "user",       put_account_data,    "Client Config"),
-    ("GET",    "C/user/{userId}/rooms/{roomId}/account_data/{type}", "user",       get_account_data,    "Client Config"),
-    ("PUT",    "C/user/{userId}/rooms/{roomId}/account_data/{type}", "user",       put_account_data,    "Client Config"),
-    ("GET",    "C/user/{userId}/rooms/{roomId}/tags",                "user",       get_tags,            "Room Tagging"),
-    ("PUT",    "C/user/{userId}/rooms/{roomId}/tags/{tag}",          "user",       put_tag,             "Room Tagging"),
-    ("DELETE", "C/user/{userId}/rooms/{roomId}/tags/{tag}",          "user",       delete_tag,          "Room Tagging"),
-    ("POST",   "C/user/{userId}/filter",                             "user",       post_filter,         "Filtering"),
-    ("GET",    "C/user/{userId}/filter/{filterId}",                  "user",       get_filter,          "Filtering"),
+    ("GET",    "U/account_data/{type}",                              "user",       get_account_data,    "Client Config"),
+    ("PUT",    "U/account_data/{type}",                              "user",       put_account_data,    "Client Config"),
+    ("GET",    "U/rooms/{roomId}/account_data/{type}",               "user",       get_account_data,    "Client Config"),
+    ("PUT",    "U/rooms/{roomId}/account_data/{type}",               "user",       put_account_data,    "Client Config"),
+    ("GET",    "U/rooms/{roomId}/tags",                              "user",       get_tags,            "Room Tagging"),
+    ("PUT",    "U/rooms/{roomId}/tags/{tag}",                        "user",       put_tag,             "Room Tagging"),
+    ("DELETE", "U/rooms/{roomId}/tags/{tag}",                        "user",       delete_tag,          "Room Tagging"),
+    ("POST",   "U/filter",                                           "user",       post_filter,         "Filtering"),
+    ("GET",    "U/filter/{filterId}",                                "user",       get_filter,          "Filtering"),
     ("POST",   "C/keys/query",                                       "user",       keys_query,          "End-to-End Encryption; AS: Querying"),
     # Rooms
     ("GET",    "C/sync",                                             "user",       get_sync,            "Syncing"),
     ("POST",   "C/createRoom",                                       "user",       create_room,         "Creation"),
     ("POST",   "C/join/{roomId}",                                    "user",       join_room,           "Joining rooms"),
-    ("POST",   "C/rooms/{roomId}/join",                              "user",       join_room,           "Joining rooms"),
+    ("POST",   "R/join",                                             "user",       join_room,           "Joining rooms"),
     ("POST",   "C/knock/{roomId}",                                   "user",       knock_room,          "Knocking on rooms"),
-    ("POST",   "C/rooms/{roomId}/invite",                            "user",       invite,              "Joining rooms"),
-    ("POST",   "C/rooms/{roomId}/leave",                             "user",       leave,               "Leaving rooms"),
-    ("POST",   "C/rooms/{roomId}/kick",                              "user",       kick,                "Leaving rooms"),
-    ("POST",   "C/rooms/{roomId}/ban",                               "user",       ban,                 "Banning users in a room"),
-    ("POST",   "C/rooms/{roomId}/unban",                             "user",       unban,               "Banning users in a room"),
-    ("POST",   "C/rooms/{roomId}/forget",                            "user",       forget,              "Leaving rooms"),
+    ("POST",   "R/invite",                                           "user",       invite,              "Joining rooms"),
+    ("POST",   "R/leave",                                            "user",       leave,               "Leaving rooms"),
+    ("POST",   "R/kick",                                             "user",       kick,                "Leaving rooms"),
+    ("POST",   "R/ban",                                              "user",       ban,                 "Banning users in a room"),
+    ("POST",   "R/unban",                                            "user",       unban,               "Banning users in a room"),
+    ("POST",   "R/forget",                                           "user",       forget,              "Leaving rooms"),
     ("GET",    "C/joined_rooms",                                     "user",       joined_rooms,        "Listing rooms"),
-    ("PUT",    "C/rooms/{roomId}/send/{eventType}/{txnId}",          "user",       send,                "Sending events to a room; AS: Timestamps"),
-    ("PUT",    "C/rooms/{roomId}/redact/{eventId}/{txnId}",          "user",       redact,              "Redactions"),
-    ("GET",    "C/rooms/{roomId}/state",                             "user",       get_state,           "Getting events for a room"),
-    ("GET",    "C/rooms/{roomId}/state/{eventType}",                 "user",       get_state_event,     "Getting events for a room"),
-    ("GET",    "C/rooms/{roomId}/state/{eventType}/{stateKey}",      "user",       get_state_event,     "Getting events for a room"),
-    ("PUT",    "C/rooms/{roomId}/state/{eventType}",                 "user",       put_state,           "Sending events to a room; AS: Timestamps"),
-    ("PUT",    "C/rooms/{roomId}/state/{eventType}/{stateKey}",      "user",       put_state,           "Sending events to a room; AS: Timestamps"),
-    ("GET",    "C/rooms/{roomId}/event/{eventId}",                   "user",       get_event,           "Getting events for a room"),
-    ("GET",    "C/rooms/{roomId}/members",                           "user",       get_members,         "Getting events for a room"),
-    ("GET",    "C/rooms/{roomId}/joined_members",                    "user",       get_joined_members,  "Getting events for a room"),
-    ("GET",    "C/rooms/{roomId}/messages",                          "user",       get_messages,        "Getting events for a room"),
-    ("GET",    "C/rooms/{roomId}/context/{eventId}",                 "user",       get_context,         "Event Context"),
-    ("PUT",    "C/rooms/{roomId}/typing/{userId}",                   "user",       put_typing,          "Typing Notifications"),
-    ("POST",   "C/rooms/{roomId}/receipt/{receiptType}/{eventId}",   "user",       post_receipt,        "Receipts"),
-    ("POST",   "C/rooms/{roomId}/read_markers",                      "user",       post_read_markers,   "Fully read markers"),
+    ("PUT",    "R/send/{eventType}/{txnId}",                         "user",       send,                "Sending events to a room; AS: Timestamps"),
+    ("PUT",    "R/redact/{eventId}/{txnId}",                         "user",       redact,              "Redactions"),
+    ("GET",    "R/state",                                            "user",       get_state,           "Getting events for a room"),
+    ("GET",    "R/state/{eventType}",                                "user",       get_state_event,     "Getting events for a room"),
+    ("GET",    "R/state/{eventType}/{stateKey}",                     "user",       get_state_event,     "Getting events for a room"),
+    ("PUT",    "R/state/{eventType}",                                "user",       put_state,           "Sending events to a room; AS: Timestamps"),
+    ("PUT",    "R/state/{eventType}/{stateKey}",                     "user",       put_state,           "Sending events to a room; AS: Timestamps"),
+    ("GET",    "R/event/{eventId}",                                  "user",       get_event,           "Getting events for a room"),
+    ("GET",    "R/members",                                          "user",       get_members,         "Getting events for a room"),
+    ("GET",    "R/joined_members",                                   "user",       get_joined_members,  "Getting events for a room"),
+    ("GET",    "R/messages",                                         "user",       get_messages,        "Getting events for a room"),
+    ("GET",    "R/context/{eventId}",                                "user",       get_context,         "Event Context"),
+    ("PUT",    "R/typing/{userId}",                                  "user",       put_typing,          "Typing Notifications"),
+    ("POST",   "R/receipt/{receiptType}/{eventId}",                  "user",       post_receipt,        "Receipts"),
+    ("POST",   "R/read_markers",                                     "user",       post_read_markers,   "Fully read markers"),
     # Aliases and the directory
-    ("GET",    "C/rooms/{roomId}/aliases",                           "user",       room_aliases,        "Room aliases"),
+    ("GET",    "R/aliases",                                          "user",       room_aliases,        "Room aliases"),
     ("GET",    "C/directory/room/{roomAlias}",                       "maybe",      get_alias,           "Room aliases; AS: Querying"),
     ("PUT",    "C/directory/room/{roomAlias}",                       "user",       put_alias,           "Room aliases"),
     ("DELETE", "C/directory/room/{roomAlias}",                       "user",       delete_alias,        "Room aliases"),
@@ -5190,7 +5201,8 @@ class Client:
     def receipt(self, room_id: str, event_id: str, type: str = "m.read") -> None:
         self.ask("POST", "rooms", room_id, "receipt", type, event_id, body={})
 
-    def sync(self, since: str | None = None, timeout: int = 0, filter: JsonObject | str | None = None) -> JsonObject:
+    def sync(self, since: str | None = None, timeout: int = 0,
+             filter: JsonObject | str | None = None) -> JsonObject:
         """`timeout` in milliseconds: how long the homeserver may wait for something new."""
         narrow = to_json(filter) if isinstance(filter, dict) else filter
         return self.ask("GET", "sync", seconds=60 + timeout / 1000, since=since, timeout=timeout, filter=narrow)
@@ -5204,7 +5216,8 @@ class Client:
                     return event
             at, left = len(self.seen), deadline - time.monotonic()
             if left <= 0:
-                raise TimeoutError(f"no such event in {seconds} s; the last were {shorten(self.seen[-3:], 2000)}")
+                raise TimeoutError(f"no such event in {seconds} s; the last were "
+                                   f"{shorten(self.seen[-3:], 2000)}")
             self._look(int(min(left, 5.0) * 1000))
 
     def _look(self, timeout: int) -> None:
@@ -5214,7 +5227,8 @@ class Client:
         for rooms in answer.get("rooms", {}).values():
             for room_id, room in rooms.items():
                 for part in ("invite_state", "knock_state", "state", "timeline"):
-                    self.seen += [{**event, "room_id": room_id} for event in room.get(part, {}).get("events", ())]
+                    self.seen += [{**event, "room_id": room_id}
+                                  for event in room.get(part, {}).get("events", ())]
 
 
 class Intent(Client):
@@ -5239,7 +5253,8 @@ class Intent(Client):
         return super().call(method, path, body, seconds, **query)
 
     def _mend(self, method: str, path: str) -> bool:
-        """After a refusal: registers and joins, whatever is remembered; whether another attempt has a chance."""
+        """After a refusal: registers and joins, whatever is remembered; whether another attempt has a chance.
+        """
         self.registered = False
         new, room = self.ensure_registered(), self.ROOM_PATH.match(path)
         if not room or method == "POST":                     # what is done by POST changes memberships
@@ -5474,7 +5489,8 @@ class AppService:
         tokens = [token for token in (header.strip() if scheme.lower() == "bearer" else "",
                                       request.query.get("access_token", "")) if token]
         if not tokens:
-            raise MatrixError("M_MISSING_TOKEN", "no hs_token: Authorization: Bearer, or access_token in the query")
+            raise MatrixError("M_MISSING_TOKEN", "no hs_token: Authorization: Bearer, or access_token in the "
+                              "query")
         for token in tokens:
             if not hmac.compare_digest(token.encode(), self.registration.hs_token.encode()):
                 raise MatrixError("M_FORBIDDEN", "this is not the hs_token of this application service")
@@ -5546,14 +5562,16 @@ SEND_QUEUE = 4_096                 # lines that wait for one client; past it the
 IDLE_PING_SECONDS = 90.0           # silence until a PING, and from there to the end
 BURST, LINES_PER_SECOND = 200, 50  # a client that writes faster is read more slowly
 RETRY_FIRST, RETRY_LAST = 0.25, 30.0
-MAX_FAILURES = 10                  # how often a line may be answered by 500, or hit a bug, before it is given up
+# how often a line may be answered by 500, or hit a bug, before it is given up
+MAX_FAILURES = 10
 KEPT_SAID = 2_000                  # messages that a reply or a redaction can be about
 
 NICK = re.compile(rf"(?![0-9-])[A-Za-z0-9\[\]\\`_^{{|}}-]{{1,{NICK_LENGTH}}}")
 CHANNEL = re.compile(r"#[^\x00-\x20,:\x7f]+")
 FOLD = str.maketrans(string.ascii_uppercase + "[]\\~", string.ascii_lowercase + "{}|^")   # RFC 1459, 2.2
 FORMATTING = re.compile(r"\x03(?:\d{1,2}(?:,\d{1,2})?)?|\x04(?:[0-9A-Fa-f]{6})?|[\x00-\x08\x0b-\x1f\x7f]")
-CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f]")         # in Matrix text, nothing that IRC may take for its own
+# in Matrix text, nothing that IRC may take for its own
+CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f]")
 ONE_LINE = {0: " ", 10: " ", 13: " "}
 
 MOTD = ("This server is a bridge: its channels are Matrix rooms.",
@@ -5617,7 +5635,8 @@ def split_text(text: str, limit: int) -> list[str]:
 
 def irc_lines(source: str, command: str, target: str, text: str, action: bool = False) -> list[str]:
     """`text` from `source` to `target`, in as many lines as it needs."""
-    before, after = (f":{source} {command} {target} :" + ("\x01ACTION " if action else "")), "\x01" if action else ""
+    before, after = (f":{source} {command} {target} :" + ("\x01ACTION " if action
+                                                          else "")), "\x01" if action else ""
     pieces = split_text(text, LINE_BYTES - len((before + after).encode("utf-8", "replace")))
     if len(pieces) > MAX_LINES:
         pieces[MAX_LINES - 1:] = [f"(and {len(pieces) - MAX_LINES + 1} more lines)"]
@@ -5648,7 +5667,9 @@ def is_channel(name: str) -> bool:
 
 @dataclass(eq=False)
 class Person:
-    """Somebody with a nick: on Matrix, or (IrcClient) connected here. Guarded, like Channel, by the bridge's lock."""
+    """Somebody with a nick: on Matrix, or (IrcClient) connected here. Guarded, like Channel, by the bridge's
+    lock.
+    """
     nick: str
     user: str
     host: str
@@ -5696,7 +5717,9 @@ class Channel:
 
 
 class IrcClient(Person):
-    """One IRC connection: one thread reads commands, another writes what is queued; nobody waits for this client."""
+    """One IRC connection: one thread reads commands, another writes what is queued; nobody waits for this
+    client.
+    """
 
     def __init__(self, bridge: IrcBridge, sock: socket.socket, host: str) -> None:
         super().__init__("", "", host, "")
@@ -5705,7 +5728,8 @@ class IrcClient(Person):
         self.fate = ""                                       # why the connection ends
         self.queue: queue.Queue[bytes | None] = queue.Queue(SEND_QUEUE)
         self.pause = bell()                                  # what a client that writes too fast waits on
-        self.paid_until = 0.0                                # each line read moves it on, and it may not pass the clock
+        # each line read moves it on, and it may not pass the clock
+        self.paid_until = 0.0
 
     # -- The connection.
 
@@ -5770,7 +5794,8 @@ class IrcClient(Person):
         """Queues one line for the client; never waits."""
         data = line.translate(ONE_LINE).encode("utf-8", "replace")[:LINE_BYTES]
         try:
-            self.queue.put_nowait(data.decode("utf-8", "ignore").encode() + b"\r\n")   # no half character at the end
+            # no half character at the end
+            self.queue.put_nowait(data.decode("utf-8", "ignore").encode() + b"\r\n")
         except queue.Full:
             self.fate = self.fate or "Too slow to read"
             hang_up(self.sock)
@@ -5978,7 +6003,8 @@ class IrcClient(Person):
             self.reply(341, person.nick, channel.name)
             person.tell(f":{self.prefix} INVITE {person.nick} :{channel.name}")
             if person.user_id:
-                self.bridge.spool({"do": "invite", "nick": self.nick, "to": channel.name, "user": person.user_id})
+                self.bridge.spool({"do": "invite", "nick": self.nick, "to": channel.name,
+                                   "user": person.user_id})
 
     def kick(self, name: str, *_: str) -> None:
         if channel := self.own_channel(name):
@@ -6131,16 +6157,19 @@ class IrcBridge(AppService):
         # Guards all that follows, and every Person and Channel. Held for one IRC line or one event, in which nothing
         # waits: what goes to IRC is queued, what goes to Matrix is spooled.
         self.lock = threading.Lock()
-        self.people: dict[str, Person] = {}                  # by folded nick: connected IRC clients, people on Matrix
+        # by folded nick: connected IRC clients, people on Matrix
+        self.people: dict[str, Person] = {}
         self.matrix: dict[str, Person] = {}                  # by user ID: people on Matrix
         self.channels: dict[str, Channel] = {}               # by folded name
         self.rooms: dict[str, Channel] = {}                  # by room ID
-        self.direct: dict[str, tuple[str, str]] = {}         # by room ID: ghost and person, the latest room last
+        # by room ID: ghost and person, the latest room last
+        self.direct: dict[str, tuple[str, str]] = {}
         self.said: dict[str, tuple[str, str]] = {}           # by event ID: who said it, and when
         self.clients: set[IrcClient] = set()
         # Only the sender's, or set once:
         self.dressed: dict[str, str] = {}                    # by ghost: the display name that it has
-        self.work, self.heard = bell(), bell()               # something was spooled; the homeserver was heard of
+        # something was spooled; the homeserver was heard of
+        self.work, self.heard = bell(), bell()
         self.bells.append(self.heard)
         self._listener: socket.socket | None = None
         self._sender = threading.Thread(target=self._send, name="irc to matrix", daemon=True)
@@ -6158,7 +6187,9 @@ class IrcBridge(AppService):
     # -- Start and stop.
 
     def start(self) -> None:
-        """Listens for IRC, too. Ghosts that a former process has left in channels leave, as nobody is connected."""
+        """Listens for IRC, too. Ghosts that a former process has left in channels leave, as nobody is
+        connected.
+        """
         family = socket.AF_INET6 if ":" in self.address[0] else socket.AF_INET
         self._listener = socket.create_server(self.address, family=family, backlog=128)
         self._listener.settimeout(1.0)                       # where closing does not wake accept()
@@ -6202,7 +6233,8 @@ class IrcBridge(AppService):
                     return
                 time.sleep(0.1)                              # out of file descriptors, say
                 continue
-            host = "0" + address[0] if address[0][:1] == ":" else address[0]    # no parameter may start with ':'
+            # no parameter may start with ':'
+            host = "0" + address[0] if address[0][:1] == ":" else address[0]
             client = IrcClient(self, sock, host)
             with self.lock:
                 full = len(self.clients) >= MAX_CLIENTS
@@ -6266,7 +6298,8 @@ class IrcBridge(AppService):
     # -- From IRC to Matrix: what a client does ends here, as a job for the sender.
 
     def spool(self, *jobs: JsonObject, txn: str = "") -> None:
-        """Puts jobs on disk. `txn`: the transaction ID if it can be derived from what the job is an answer to."""
+        """Puts jobs on disk. `txn`: the transaction ID if it can be derived from what the job is an answer to.
+        """
         for number, job in enumerate(jobs):
             self.sql("INSERT OR IGNORE INTO irc_spool(txn, job) VALUES (?, ?)",
                      f"{txn}{number or ''}" if txn else secrets.token_hex(8), to_json(job))
@@ -6277,7 +6310,8 @@ class IrcBridge(AppService):
         if words.startswith("\x01") or not body:
             return                                           # another CTCP: between IRC clients only
         msgtype = "m.emote" if action else "m.notice" if command == "NOTICE" else "m.text"
-        self.spool({"do": "say", "nick": nick, "to": to, "msgtype": msgtype, "body": body, "ts": self.clock.now()})
+        self.spool({"do": "say", "nick": nick, "to": to, "msgtype": msgtype, "body": body,
+                    "ts": self.clock.now()})
 
     def rename(self, client: IrcClient, nick: str) -> None:
         old, line = client.nick, f":{client.prefix} NICK :{nick}"
@@ -6321,7 +6355,8 @@ class IrcBridge(AppService):
                     if not self._send_one(txn, parse_object(job.encode())):
                         break
                     self.sql("DELETE FROM irc_spool WHERE n = ?", n)
-            except sqlite3.Error:                            # a full disk, say; or stop() has closed the database
+            # a full disk, say; or stop() has closed the database
+            except sqlite3.Error:
                 if not self.stopping:
                     log.exception("%s: the spool can't be used", self.registration.id)
                     self.clock.wait(self.heard, self.clock.monotonic() + RETRY_LAST)
@@ -6346,7 +6381,8 @@ class IrcBridge(AppService):
                 log.exception("%s: a job of the IRC bridge failed: %s", self.registration.id, job["do"])
                 if failures >= MAX_FAILURES:
                     return True
-            log.warning("%s: can't send; again in %.2f s: %s", self.registration.id, seconds, self._hint(problem))
+            log.warning("%s: can't send; again in %.2f s: %s", self.registration.id, seconds,
+                        self._hint(problem))
             self.clock.wait(self.heard, self.clock.monotonic() + seconds)
             seconds = min(2 * seconds, RETRY_LAST)
         return False
@@ -6356,7 +6392,8 @@ class IrcBridge(AppService):
         log.log(logging.DEBUG if job["do"] == "leave" else logging.WARNING,
                 "%s: the homeserver refuses: %s: %s", self.registration.id, what, error)
         with self.lock:
-            client, channel = self.people.get(fold(job.get("nick", ""))), self.channels.get(fold(job.get("to", "")))
+            client, channel = self.people.get(fold(job.get("nick",
+                                                           ""))), self.channels.get(fold(job.get("to", "")))
             if client and job["do"] == "join" and channel:
                 channel.exit(client, f":{IRC_NAME} KICK {channel.name} {client.nick} :{error.error}")
             elif client and job["do"] != "leave":
@@ -6386,8 +6423,10 @@ class IrcBridge(AppService):
             channel = self.channel(name)
         if not channel.room_id:
             alias = self.channel_alias(name)
-            try:                                             # not first a look-up: the homeserver may ask us back
-                room_id = self.bot.create_room(preset="public_chat", room_alias_name=localpart_of(alias), name=name)
+            # not first a look-up: the homeserver may ask us back
+            try:
+                room_id = self.bot.create_room(preset="public_chat", room_alias_name=localpart_of(alias),
+                                               name=name)
             except MatrixError as error:
                 if error.errcode != "M_ROOM_IN_USE":
                     raise
@@ -6453,7 +6492,8 @@ class IrcBridge(AppService):
                 if member["content"]["membership"] in ("join", "invite")}
 
     def _keep_direct(self, room_id: str, ghost: str, user_id: str) -> None:
-        self.sql("INSERT OR REPLACE INTO irc_direct(room_id, ghost, user_id) VALUES (?, ?, ?)", room_id, ghost, user_id)
+        self.sql("INSERT OR REPLACE INTO irc_direct(room_id, ghost, user_id) VALUES (?, ?, ?)", room_id, ghost,
+                 user_id)
         with self.lock:
             self.direct.pop(room_id, None)
             self.direct[room_id] = (ghost, user_id)
@@ -6543,7 +6583,8 @@ class IrcBridge(AppService):
 
     def on_alias_query(self, alias: str) -> bool:
         name = "#" + localpart_of(alias)[len(self.prefix):]
-        if not alias.startswith("#" + self.prefix) or server_of(alias) != self.server_name or not is_channel(name):
+        if not alias.startswith("#"
+                                + self.prefix) or server_of(alias) != self.server_name or not is_channel(name):
             return False
         room_id = self.channel_room(name)
         if name != fold(name):
@@ -6568,7 +6609,8 @@ class IrcBridge(AppService):
             if not self.is_ours(sender):
                 self._to_irc(event, channel, command, text, action)
 
-    def _to_irc(self, event: JsonObject, channel: Channel | None, command: str, text: str, action: bool) -> None:
+    def _to_irc(self, event: JsonObject, channel: Channel | None, command: str, text: str,
+                action: bool) -> None:
         """Tells a channel, or whoever a direct room is with."""
         source = self.person(event["sender"]).prefix
         if channel:
@@ -6583,7 +6625,8 @@ class IrcBridge(AppService):
         elif ghost:
             nick = self.nick_of(ghost)
             job = {"do": "say", "nick": nick, "to": user_id, "room": event["room_id"], "msgtype": "m.notice"}
-            self.spool({**job, "body": f"{nick} is not on IRC and can't read this."}, txn=f"away-{event['event_id']}")
+            self.spool({**job, "body": f"{nick} is not on IRC and can't read this."},
+                       txn=f"away-{event['event_id']}")
 
     def _keep_said(self, event: JsonObject, nick: str) -> None:
         at = time.gmtime(event.get("origin_server_ts", 0) / 1000)
@@ -6631,7 +6674,8 @@ class IrcBridge(AppService):
     def _on_topic(self, event: JsonObject, channel: Channel | None) -> None:
         if channel and not self.is_ours(event["sender"]):
             topic = CONTROL.sub("", str(event["content"].get("topic", ""))).replace("\n", " ")
-            self.change_topic(channel, self.person(event["sender"]).prefix, topic, event.get("origin_server_ts", 0))
+            self.change_topic(channel, self.person(event["sender"]).prefix, topic,
+                              event.get("origin_server_ts", 0))
 
     def _on_member(self, event: JsonObject, channel: Channel | None) -> None:
         target, membership = event["state_key"], event["content"].get("membership")
@@ -6661,7 +6705,8 @@ class IrcBridge(AppService):
         reason = CONTROL.sub("", str(event["content"].get("reason") or self.nick_of(sender)))
         channel.exit(person, f":{source} KICK {channel.name} {person.nick} :{reason}")
 
-    def _on_ghost_member(self, event: JsonObject, channel: Channel | None, ghost: str, membership: object) -> None:
+    def _on_ghost_member(self, event: JsonObject, channel: Channel | None, ghost: str,
+                         membership: object) -> None:
         """What people on Matrix do to a ghost, or to our own user."""
         client, txn = self.client_of(ghost), f"member-{event['event_id']}"
         job = {"ghost": ghost, "room": event["room_id"], "user": event["sender"]}
@@ -6677,7 +6722,8 @@ class IrcBridge(AppService):
             if client in channel.people:
                 self._kicked(event, channel, client)
             # What was spooled before may bring the ghost back; this comes after it.
-            self.spool({"do": "leave", "nick": client.nick, "to": channel.name, "reason": "was kicked"}, txn=txn)
+            self.spool({"do": "leave", "nick": client.nick, "to": channel.name, "reason": "was kicked"},
+                       txn=txn)
         elif membership in ("leave", "ban"):
             self._forget_direct(event)
 
@@ -7015,9 +7061,9 @@ HELP_END = """examples:
 
 
 def parse_args(arguments: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="asbridge.py", epilog=HELP_END,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     description="A Matrix homeserver with the whole Application Service API, and an IRC bridge.")
+    parser = argparse.ArgumentParser(
+        prog="asbridge.py", epilog=HELP_END, formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="A Matrix homeserver with the whole Application Service API, and an IRC bridge.")
     parser.add_argument("--config", metavar="FILE", help="a configuration, or one registration (JSON or YAML)")
     parser.add_argument("--role", choices=("both", "homeserver", "appservice"), default="both",
                         help="run only one half")
@@ -7081,7 +7127,8 @@ def set_up_log(args: argparse.Namespace) -> None:
 
 def config_of(args: argparse.Namespace) -> Config:
     """The file and the flags, which override it; without a file the sample."""
-    config = read_config(args.config) if args.config else ConfigReader({"registrations": [SAMPLE_REGISTRATION]}, "built in", "").read()
+    sample = ConfigReader({"registrations": [SAMPLE_REGISTRATION]}, "built in", "")
+    config = read_config(args.config) if args.config else sample.read()
     reader = ConfigReader({}, "command line", "")
     for key in ("server_name", "bind", "port", "database"):
         value = getattr(args, key)
@@ -7186,7 +7233,8 @@ def run_samples(config: Config, homeserver: str, stop: Any) -> int:
 
 def why_not_started(error: Exception, config: Config) -> str:
     if isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
-        return f"asbridge: a port is taken (the homeserver's is {config.port}): {error}; stop the other program, or use --port 0 for any free port"
+        return (f"asbridge: a port is taken (the homeserver's is {config.port}): {error}; "
+                "stop the other program, or use --port 0 for any free port")
     return f"asbridge: {error}"
 
 

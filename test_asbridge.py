@@ -1250,15 +1250,15 @@ def test_an_exclusive_claim_binds_every_other_application_service_also_one_that_
 
 def test_an_application_service_may_act_as_the_users_of_its_namespaces_exclusive_or_not():
     some = registrations_of(registration(users=["@alice:.*"], exclusive=False))
-    some.check_may_act_as(some.by_id["irc"], "@alice:localhost")
-    some.check_may_act_as(some.by_id["irc"], "@_irc_bot:localhost")
+    some.check_claims(some.by_id["irc"], "users", "@alice:localhost", "M_FORBIDDEN")
+    some.check_claims(some.by_id["irc"], "users", "@_irc_bot:localhost", "M_FORBIDDEN")
 
 
 @pytest.mark.parametrize("user_id", ["@bob:localhost", "@_irc_x:elsewhere", "", "nonsense", "@_other_bot:localhost"])
 def test_an_application_service_may_not_act_as_anybody_else(user_id):
     some = registrations_of(registration(), registration("other"))
     with refused("M_FORBIDDEN", 403, "'@_irc_.*'"):
-        some.check_may_act_as(some.by_id["irc"], user_id)
+        some.check_claims(some.by_id["irc"], "users", user_id, "M_FORBIDDEN")
 
 
 def test_an_application_service_is_found_by_the_digest_of_its_token():
@@ -4454,7 +4454,7 @@ def test_a_service_acts_as_any_user_of_its_namespace_on_every_route(start, metho
     room = bob.create_room()
     where = V3 + where.format(room=room, user=bob.user_id)
     body = json.loads(json.dumps(body).replace("{room}", room))
-    for user_id, text in (("@alice:localhost", "outside its namespaces"), ("@_irc_carol:localhost", "not registered"), ("@_irc_bob:elsewhere", "outside its namespaces")):
+    for user_id, text in (("@alice:localhost", "outside the namespaces"), ("@_irc_carol:localhost", "not registered"), ("@_irc_bob:elsewhere", "outside its namespaces")):
         status, answer = ask(hs, method, f"{where}?user_id={user_id}", "as-irc", body)
         assert (status, answer["errcode"]) == (403, "M_FORBIDDEN") and text in answer["error"]
     assert ask(hs, method, f"{where}?user_id={bob.user_id}", "as-irc", body)[0] == 200
