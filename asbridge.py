@@ -1748,9 +1748,9 @@ def redacted_content(version: RoomVersion, type: str, content: JsonObject) -> Js
     if version.create_is_kept:
         kept += {"m.room.power_levels": ("invite",), "m.room.redaction": ("redacts",)}.get(type, ())
     left = {key: content[key] for key in kept if key in content}
-    invite = content.get("third_party_invite")
-    if version.create_is_kept and type == "m.room.member" and isinstance(invite, dict) and "signed" in invite:
-        left["third_party_invite"] = {"signed": invite["signed"]}
+    third_party = content.get("third_party_invite")
+    if version.create_is_kept and type == "m.room.member" and isinstance(third_party, dict) and "signed" in third_party:
+        left["third_party_invite"] = {"signed": third_party["signed"]}
     return left
 
 

@@ -4454,7 +4454,7 @@ def test_a_service_acts_as_any_user_of_its_namespace_on_every_route(start, metho
     room = bob.create_room()
     where = V3 + where.format(room=room, user=bob.user_id)
     body = json.loads(json.dumps(body).replace("{room}", room))
-    for user_id, text in (("@alice:localhost", "outside the namespaces"), ("@_irc_carol:localhost", "not registered"), ("@_irc_bob:elsewhere", "outside its namespaces")):
+    for user_id, text in (("@alice:localhost", "outside the namespaces"), ("@_irc_carol:localhost", "not registered"), ("@_irc_bob:elsewhere", "outside the namespaces")):
         status, answer = ask(hs, method, f"{where}?user_id={user_id}", "as-irc", body)
         assert (status, answer["errcode"]) == (403, "M_FORBIDDEN") and text in answer["error"]
     assert ask(hs, method, f"{where}?user_id={bob.user_id}", "as-irc", body)[0] == 200
