@@ -132,7 +132,6 @@ ERRORS = {
     "M_UNRECOGNIZED":          404,
     "M_UNSUPPORTED_ROOM_VERSION": 400,
     "M_URL_NOT_SET":           400,  # a ping for an application service whose url is null
-    "M_USER_DEACTIVATED":      403,
     "M_USER_IN_USE":           400,
 }
 
@@ -429,8 +428,8 @@ class Request:
         if target[:1] != "/" and "://" in target:            # the absolute form, as to a proxy
             target = "/" + target.split("://", 1)[1].partition("/")[2]
         self.path, _, query = target.partition("?")
-        self.query: dict[str, str] = dict(urllib.parse.parse_qsl(query,
-                                                                 keep_blank_values=True)) if query else {}
+        pairs = urllib.parse.parse_qsl(query, keep_blank_values=True) if query else ()
+        self.query: dict[str, str] = dict(pairs)
         self.headers = parse_headers(lines[1:])
         self._connection, self._chunked = connection, "transfer-encoding" in self.headers
         self._unread = self._length()
@@ -1234,8 +1233,8 @@ class RegistrationReader:
         uris = self.data.get("uris")
         found = []
         for kind, key in (("users", "user_id"), ("aliases", "alias")):
-            for index, entry in enumerate(self._items(uris, kind, f"uris.{kind}") if isinstance(uris, dict)
-                                          else ()):
+            entries = self._items(uris, kind, f"uris.{kind}") if isinstance(uris, dict) else []
+            for index, entry in enumerate(entries):
                 path = f"uris.{kind}[{index}]"
                 pattern = self._regex(entry, path)
                 template = entry.get(key) if isinstance(entry, dict) else None
@@ -2097,9 +2096,8 @@ class Reader:
     # -- what waits for application services
 
     def outboxes(self) -> dict[str, Outbox]:
-        ids = [row[0] for row in self.all("SELECT appservice FROM outbox UNION SELECT appservice FROM "
-                                          "transactions")]
-        return {id: self._outbox(id) for id in ids}
+        rows = self.all("SELECT appservice FROM outbox UNION SELECT appservice FROM transactions")
+        return {id: self._outbox(id) for (id,) in rows}
 
     def _outbox(self, id: str) -> Outbox:
         frozen_to = self.one("SELECT coalesce(max(last_tick), 0) FROM transactions WHERE appservice = ?", id)[0]
@@ -3042,8 +3040,8 @@ class Rooms:
                 if index == 0 and plan.alias:
                     self._add_alias(tx, who, plan.alias, room, "M_ROOM_IN_USE")
             for user_id in plan.invite:
-                content = self._member_content(tx, user_id, "invite", {"is_direct": True} if plan.is_direct
-                                               else {})
+                direct = {"is_direct": True} if plan.is_direct else {}
+                content = self._member_content(tx, user_id, "invite", direct)
                 self._append_first(tx, room, Draft("m.room.member", who.user_id, content, user_id))
             return room.room_id
         return self.store.write(job)
@@ -3371,8 +3369,8 @@ class Rooms:
             if not room:
                 raise MatrixError("M_NOT_FOUND", f"there is no room alias {shorten(alias)}")
             needed = room.needed_to_send("m.room.canonical_alias", True)
-            if not (who.appservice or row[1] == who.user_id or (who.user_id in room.joined
-                                                                and room.power(who.user_id) >= needed)):
+            may = who.user_id in room.joined and room.power(who.user_id) >= needed
+            if not (may or who.appservice or row[1] == who.user_id):
                 raise forbidden(f"{alias} may be deleted by {row[1]} or with power {needed} in the room")
             tx.delete_alias(alias, room)
         self.store.write(job)
@@ -3502,9 +3500,8 @@ class RoomPlan:
         return content
 
     def _power_levels(self) -> JsonObject:
-        tops = [] if self.version.creators_rule else [self.who.user_id,
-                                                      *(self.invite if self.preset == "trusted_private_chat"
-                                                        else ())]
+        trusted = self.invite if self.preset == "trusted_private_chat" else ()
+        tops = [] if self.version.creators_rule else [self.who.user_id, *trusted]
         highest = 150 if self.version.creators_rule else 100
         levels: JsonObject = {
             "users": dict.fromkeys(tops, 100), "users_default": 0, "events_default": 0, "state_default": 50,
@@ -4171,33 +4168,35 @@ class Delivery:
         return query.result()
 
     def _question(self, registration: Registration, kind: str, id: str, patient: bool) -> bool:
-        clock, segment = self.world.clock, {"users": "users", "aliases": "rooms"}[kind]
+        """Asks until there is an answer below 500: 200 means yes, any other no."""
+        clock, line, why = self.world.clock, Line(registration), ""
+        segment = {"users": "users", "aliases": "rooms"}[kind]
         path = f"/_matrix/app/v1/{segment}/{urllib.parse.quote(id, safe='')}"
-        each, attempts = self.world.settings.query_timeout_ms / 1000, QUERY_ATTEMPTS if patient else 1
         deadline = clock.monotonic() + QUERY_SECONDS
-        line, why = Line(registration), ""
         try:
-            for attempt in range(attempts):
-                try:
-                    answer = line.exchange("GET", path, None, min(each,
-                                                                  max(0.001, deadline - clock.monotonic())))
-                    if answer.status == 200 or answer.status < 500:
-                        if answer.status not in (200, 404):
-                            log.warning("application service %s was asked for %s: %s", registration.id, id,
-                                        advice(registration, answer))
-                        return answer.status == 200
-                    why = advice(registration, answer)
-                except CALL_FAILED as error:
-                    why = advice(registration, error)
-                if attempt + 1 < attempts and clock.monotonic() < deadline:
-                    clock.wait(bell(), clock.monotonic() + 0.5 * 2**attempt)
+            for attempt in range(QUERY_ATTEMPTS if patient else 1):
+                if attempt:
+                    clock.wait(bell(), min(deadline, clock.monotonic() + 0.25 * 2**attempt))
+                outcome = self._attempt(line, path, deadline)
+                if isinstance(outcome, Answer) and outcome.status in (200, 404):
+                    return outcome.status == 200
+                why = advice(registration, outcome)
+                if isinstance(outcome, Answer) and outcome.status < 500:
+                    patient = False
+                    break
         finally:
             line.close()
         log.warning("application service %s was asked for %s: %s", registration.id, id, why)
         if patient:
-            raise MatrixError("M_UNKNOWN", f"the application service {registration.id!r} was asked for {id}, "
-                              f"but: {why}", 408)
+            raise MatrixError("M_UNKNOWN", f"the application service {registration.id!r} was asked for {id}, but: {why}", 408)
         return False
+
+    def _attempt(self, line: Line, path: str, deadline: float) -> Answer | BaseException:
+        left = deadline - self.world.clock.monotonic()
+        try:
+            return line.exchange("GET", path, None, max(0.001, min(self.world.settings.query_timeout_ms / 1000, left)))
+        except CALL_FAILED as error:
+            return error
 
 
 # ============================================================================
@@ -4330,8 +4329,8 @@ class Api:
             response = json_response(error.status, error.body(), CORS)
         except Exception:
             log.exception("%s %s failed", request.method, request.path)
-            response = json_response(500, MatrixError("M_UNKNOWN", "the homeserver failed; its log says "
-                                                      "why").body(), CORS)
+            failed = MatrixError("M_UNKNOWN", "the homeserver failed; its log says why")
+            response = json_response(failed.status, failed.body(), CORS)
         if log.isEnabledFor(logging.DEBUG):
             log.debug("%s %s %d in %.1f ms", request.method, request.path, response.status,
                       (time.monotonic() - began) * 1000)
@@ -4550,8 +4549,8 @@ def logout_all(call: Call) -> Any:
 
 
 def whoami(call: Call) -> Any:
-    return {"user_id": call.who.user_id, "is_guest": False, **({"device_id": call.who.device_id}
-                                                               if call.who.device_id else {})}
+    device = {"device_id": call.who.device_id} if call.who.device_id else {}
+    return {"user_id": call.who.user_id, "is_guest": False, **device}
 
 
 def get_devices(call: Call) -> Any:
@@ -4897,8 +4896,8 @@ def ping(call: Call) -> Any:
 
 def map_uri(call: Call) -> Any:
     """URI mapping of the 2016 text."""
-    kind, key = {"user": ("users", "user_id"), "alias": ("aliases",
-                                                         "alias")}[call.request.path.rpartition("/")[2]]
+    kinds = {"user": ("users", "user_id"), "alias": ("aliases", "alias")}
+    kind, key = kinds[call.request.path.rpartition("/")[2]]
     uri = call.query("uri")
     if uri is None:
         raise MatrixError("M_MISSING_PARAM", "the query must have uri, such as irc://localhost/%23lobby, "
@@ -5635,8 +5634,8 @@ def split_text(text: str, limit: int) -> list[str]:
 
 def irc_lines(source: str, command: str, target: str, text: str, action: bool = False) -> list[str]:
     """`text` from `source` to `target`, in as many lines as it needs."""
-    before, after = (f":{source} {command} {target} :" + ("\x01ACTION " if action
-                                                          else "")), "\x01" if action else ""
+    start, after = ("\x01ACTION ", "\x01") if action else ("", "")
+    before = f":{source} {command} {target} :{start}"
     pieces = split_text(text, LINE_BYTES - len((before + after).encode("utf-8", "replace")))
     if len(pieces) > MAX_LINES:
         pieces[MAX_LINES - 1:] = [f"(and {len(pieces) - MAX_LINES + 1} more lines)"]
@@ -6392,8 +6391,8 @@ class IrcBridge(AppService):
         log.log(logging.DEBUG if job["do"] == "leave" else logging.WARNING,
                 "%s: the homeserver refuses: %s: %s", self.registration.id, what, error)
         with self.lock:
-            client, channel = self.people.get(fold(job.get("nick",
-                                                           ""))), self.channels.get(fold(job.get("to", "")))
+            client = self.people.get(fold(job.get("nick", "")))
+            channel = self.channels.get(fold(job.get("to", "")))
             if client and job["do"] == "join" and channel:
                 channel.exit(client, f":{IRC_NAME} KICK {channel.name} {client.nick} :{error.error}")
             elif client and job["do"] != "leave":
@@ -6793,9 +6792,8 @@ class Homeserver:
     def __init__(self, registrations: Sequence[Any] = (), *, port: int = 0, database: str = ":memory:",
                  clock: Clock | None = None,
                  samples: bool = True, **keys: Any) -> None:
-        self.config = Config(**{"public_url": "", **keys}, port=port, database=database,
-                             registrations=to_registrations(registrations,
-                                                            keys.get("server_name", "localhost")))
+        read = to_registrations(registrations, keys.get("server_name", "localhost"))
+        self.config = Config(port=port, database=database, registrations=read, **keys)
         self.clock = clock or Clock()
         self.samples: list[AppService] = []
         self._run_samples = samples
@@ -7001,8 +6999,7 @@ class ConfigReader:
             return value in ROOM_VERSIONS
         if key == "rate_limit":
             return value is None or (value.keys() == {"per_second", "burst"} and all(
-                isinstance(number, (int, float)) and not isinstance(number,
-                                                                    bool) and number > 0 for number in value.values()))
+                (is_a(number, int) or isinstance(number, float)) and number > 0 for number in value.values()))
         return value > 0 if is_a(value, int) else True
 
     def _registrations(self, sources: Iterable[Any]) -> list[tuple[str, Registration]]:
