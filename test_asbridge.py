@@ -7,13 +7,13 @@ Rules are tested without sockets, the rest over real ones on free ports of the l
 
 from __future__ import annotations
 
-import contextlib
 import ast
+import contextlib
 import http.client
 import json
-import secrets
 import os
 import re
+import secrets
 import signal
 import socket
 import sqlite3
@@ -22,6 +22,7 @@ import sys
 import threading
 import time
 import urllib.parse
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -2431,8 +2432,6 @@ def test_events_for_an_application_service_are_as_clients_get_them(open_store):
 
 
 # Helpers of sections 6, 7, 8 and 12.
-
-from concurrent.futures import ThreadPoolExecutor
 
 V3 = "/_matrix/client/v3"
 AS_LOGIN = {"type": "m.login.application_service"}
