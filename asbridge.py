@@ -659,7 +659,8 @@ class HttpServer(http.server.ThreadingHTTPServer):
         super().__init__(address, Connection)
 
     def server_bind(self) -> None:
-        socketserver.TCPServer.server_bind(self)             # without http.server's reverse look-up
+        with naming(self.server_address):
+            socketserver.TCPServer.server_bind(self)         # without http.server's reverse look-up
         self.server_name, self.server_port = self.server_address[:2]  # type: ignore[assignment]
 
     @property
@@ -697,6 +698,15 @@ class HttpServer(http.server.ThreadingHTTPServer):
         self.server_close()
         for connection in list(self.connections):
             hang_up(connection.request)
+
+
+@contextlib.contextmanager
+def naming(address: Any) -> Iterator[None]:
+    """An OSError that says which address could not be listened at."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, f"{address[0]}:{address[1]} can't be listened at: {error.strerror}") from None
 
 
 def hang_up(sock: socket.socket) -> None:
@@ -6190,7 +6200,8 @@ class IrcBridge(AppService):
         connected.
         """
         family = socket.AF_INET6 if ":" in self.address[0] else socket.AF_INET
-        self._listener = socket.create_server(self.address, family=family, backlog=128)
+        with naming(self.address):
+            self._listener = socket.create_server(self.address, family=family, backlog=128)
         self._listener.settimeout(1.0)                       # where closing does not wake accept()
         try:
             super().start()
@@ -6830,9 +6841,13 @@ class Homeserver:
         self.api = Api(self.world, self.delivery)
         self._server.start()
         self.delivery.start()
-        for sample in self.samples:
-            sample.start()
         self._started = True
+        try:
+            for sample in self.samples:
+                sample.start()
+        except BaseException:
+            self.stop()
+            raise
         return self
 
     def _sample(self, registration: Registration) -> Registration:
@@ -7230,8 +7245,10 @@ def run_samples(config: Config, homeserver: str, stop: Any) -> int:
 
 def why_not_started(error: Exception, config: Config) -> str:
     if isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
-        return (f"asbridge: a port is taken (the homeserver's is {config.port}): {error}; "
-                "stop the other program, or use --port 0 for any free port")
+        where = "--port 0 takes any free one"
+        if f":{config.port} " not in str(error):
+            where = "for the sample the ports stand in its registration: url, and asbridge.sample.irc_port"
+        return f"asbridge: {error.strerror}; stop the program that has this port, or use another ({where})"
     return f"asbridge: {error}"
 
 
