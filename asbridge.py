@@ -6856,7 +6856,7 @@ class Homeserver:
         sample = IrcBridge(registration, self.url, beside(self.config.database, registration.id), self.clock)
         self.samples.append(sample)
         sample.listen()
-        return dataclasses.replace(registration, url=sample.url)
+        return dataclasses.replace(registration, url=sample.url) if registration.url else registration
 
     def stop(self) -> None:
         """Ends what was started; again is no error. What was answered is kept."""
