@@ -363,7 +363,6 @@ def release(lock: Any) -> None:
 
 
 log = logging.getLogger("asbridge")
-log.addHandler(logging.NullHandler())                        # silent, unless whoever runs us wants it otherwise
 # what passes between homeserver and application services
 trace = logging.getLogger("asbridge.trace")
 
@@ -808,17 +807,24 @@ class HttpClient:
             hang_up(connection.sock)
 
 
+class DatabaseError(Exception):
+    """The database can't be used; the text says why and what to do."""
+
+
 def open_sqlite(path: str, durable: bool = True, read_only: bool = False) -> sqlite3.Connection:
-    """A connection in autocommit mode on a write-ahead log: one writes while others read.
+    """A connection in autocommit mode on a write-ahead log: one writes while others read. DatabaseError if there is none.
 
     Durable: a COMMIT returns when the log is on the disk. May be used from any thread, by one at a time.
     """
     where = urllib.parse.quote(os.path.abspath(path)) + ("?mode=ro" if read_only else "")
-    db = sqlite3.connect(f"file:{where}", uri=True, isolation_level=None, check_same_thread=False, timeout=5)
-    if not read_only:
-        db.execute("PRAGMA journal_mode=WAL")
-        db.execute(f"PRAGMA synchronous={'FULL' if durable else 'OFF'}")
-    return db
+    try:
+        db = sqlite3.connect(f"file:{where}", uri=True, isolation_level=None, check_same_thread=False, timeout=5)
+        if not read_only:
+            db.execute("PRAGMA journal_mode=WAL")
+            db.execute(f"PRAGMA synchronous={'FULL' if durable else 'OFF'}")
+        return db
+    except sqlite3.Error as error:
+        raise DatabaseError(f"{path} can't be used as a database: {error}") from None
 
 
 # ============================================================================
@@ -1287,6 +1293,27 @@ def parse_registration(text: str) -> Any:
         raise ValueError("it is nested too deeply") from None
 
 
+def read_registration(data: Any, where: str) -> Registration:
+    """A registration from its plain value; ConfigError with everything that is wrong with it."""
+    reader = RegistrationReader(data, where)
+    registration = reader.read()
+    if registration is None:
+        raise ConfigError(reader.findings)
+    return registration
+
+
+def load_registration(path: str) -> Registration:
+    """The registration in a file, JSON or YAML; ConfigError like read_registration."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            data = parse_registration(file.read())
+    except OSError as error:
+        raise ConfigError([Finding(path, f"can't be read: {error.strerror}", "name a file that can be read")]) from None
+    except ValueError as error:
+        raise ConfigError([Finding(path, f"is neither JSON nor plain YAML: {error}", "see the README, Registration")]) from None
+    return read_registration(data, path)
+
+
 class Registrations:
     """All registrations of a homeserver, and the questions about them.
 
@@ -1348,8 +1375,8 @@ class Registrations:
         """Raises `errcode` if the ID is in none of the application service's namespaces."""
         if not self.claim_of(registration, kind, id):
             raise MatrixError(errcode, f"{shorten(id)} is outside the namespaces of the application service "
-                              f"{registration.id!r}: its regexes for {kind} are {registration.regexes(kind)}, "
-                              "matched from the start of the whole ID")
+                              f"{registration.id!r}: its regexes for {kind} are {registration.regexes(kind)}, matched "
+                              f"from the start of the whole ID" + f" of users of {self.server_name}" * (kind == "users"))
 
     def map_uri(self, kind: str, uri: str) -> str | None:
         """The user ID or alias that a URI stands for (2016 text, URI mapping), or None."""
@@ -2641,10 +2668,6 @@ class Store:
             self._tx.forget()
 
 
-class DatabaseError(Exception):
-    """The database can't be used; the text says why and what to do."""
-
-
 def hold_database(path: str) -> sqlite3.Connection:
     """Keeps a second process off the database: by a lock on a small file beside it, which ends with this process."""
     try:
@@ -2662,16 +2685,15 @@ def hold_database(path: str) -> sqlite3.Connection:
 
 def open_database(path: str, server_name: str, durable: bool) -> sqlite3.Connection:
     """The database for the writer, with its tables; DatabaseError if it is not ours."""
-    db = None
+    db = open_sqlite(path, durable)
     try:
-        db = open_sqlite(path, durable)
         create_schema(db, path, server_name)
         return db
-    except (sqlite3.Error, DatabaseError) as error:
-        if db:
-            db.close()
-        if isinstance(error, DatabaseError):
-            raise
+    except DatabaseError:
+        db.close()
+        raise
+    except sqlite3.Error as error:
+        db.close()
         raise DatabaseError(f"{path} can't be used as a database: {error}") from None
 
 
@@ -2804,9 +2826,8 @@ class Accounts:
         user_id = f"@{username}:{self.world.name}"
         if not grammar.fullmatch(username) or len(user_id) > MAX_ID_BYTES:
             allowed = "printable ASCII without ':'" if by else "a-z, 0-9 and ._=/+-"
-            raise MatrixError("M_INVALID_USERNAME", f"{shorten(username)!r} is no user name: it may have "
-                              f"{allowed}, "
-                              f"and the whole ID {MAX_ID_BYTES} bytes at most")
+            raise MatrixError("M_INVALID_USERNAME", f"{shorten(username)!r} is no user name: write the localpart alone; "
+                              f"it may have {allowed}, and the whole ID {MAX_ID_BYTES} bytes at most")
         self.world.registrations.check_may_create("users", user_id, by)
         with self.store.read() as reader:
             self._check_free(reader, user_id)
@@ -3343,6 +3364,7 @@ class Rooms:
     def resolve(self, alias: str, by: Registration | None) -> str:
         """The room ID that an alias points to; an unknown one's application service is asked."""
         check_id("#", alias)
+        why = ""
         for again in (False, True):
             with self.store.read() as reader:
                 row = reader.alias(alias)
@@ -3350,7 +3372,8 @@ class Rooms:
                 return str(row[0])
             if again or server_of(alias) != self.world.name or not self.world.ask("aliases", alias, by, True):
                 break
-        raise MatrixError("M_NOT_FOUND", f"there is no room alias {shorten(alias)}")
+            why = "; its application service was asked and said yes, but has not created it"
+        raise MatrixError("M_NOT_FOUND", f"there is no room alias {shorten(alias)}{why}")
 
     def add_alias(self, who: Who, alias: str, room_id: str) -> None:
         def job(tx: Tx) -> None:
@@ -4073,7 +4096,7 @@ class Delivery:
     def __init__(self, world: World) -> None:
         self.world = world
         self._workers: dict[str, Worker] = {}                # made when first needed
-        self._queries: dict[tuple[str, str, str], Query] = {}  # in flight: application service, kind, ID
+        self._queries: dict[tuple[str, str, str, bool], Query] = {}  # in flight: application service, kind, ID
         self._guard = threading.Lock()                       # guards _workers and _queries
         self._stopped = False
 
@@ -4158,9 +4181,9 @@ class Delivery:
         """Equal questions of people are asked once. One that an AS's request leads to is never shared: the
         first may wait for that AS.
         """
-        if by or not patient:
+        if by:
             return self._question(registration, kind, id, patient)
-        key = (registration.id, kind, id)
+        key = (registration.id, kind, id, patient)
         with self._guard:
             query = self._queries.get(key)
             mine = query is None
@@ -4337,6 +4360,7 @@ class Api:
             response = self._answer(request)
         except MatrixError as error:
             response = json_response(error.status, error.body(), CORS)
+            log.debug("%s %s: %s", request.method, request.path, error)
         except Exception:
             log.exception("%s %s failed", request.method, request.path)
             failed = MatrixError("M_UNKNOWN", "the homeserver failed; its log says why")
@@ -4379,10 +4403,11 @@ class Api:
     def unknown_token(self, hashed: bytes) -> MatrixError:
         swapped = self.world.registrations.of_hs_token(hashed)
         if swapped:
+            log.warning("somebody uses the hs_token of the application service %s as access token: are they swapped?", swapped.id)
             return MatrixError("M_UNKNOWN_TOKEN", f"this is the hs_token of the application service "
                                f"{swapped.id!r}; it must send its as_token", soft_logout=False)
         return MatrixError("M_UNKNOWN_TOKEN", "no session and no application service has this access token; "
-                           f"{len(self.world.registrations.by_id)} registrations are loaded", soft_logout=False)
+                           f"the registrations that are loaded: {len(self.world.registrations.by_id)}", soft_logout=False)
 
     def act_as(self, registration: Registration, user_id: str | None) -> Who:
         user_id = user_id or registration.sender(self.world.name)
@@ -5022,7 +5047,12 @@ MAX_ANSWER_BYTES = 64 * 1024 * 1024
 MAX_TRANSACTION_BYTES = 64 * 1024 * 1024
 KEPT_EVENTS, KEPT_TXNS = 20_000, 1_000   # how far back the application service knows what it has done
 HELLO_FIRST, HELLO_LAST = 0.25, 15.0             # seconds between attempts to find the homeserver
-UNREACHABLE = (OSError, http.client.HTTPException)
+
+
+class Unreachable(OSError):
+    """The homeserver can't be asked; later it may be."""
+
+
 
 
 def client_path(*segments: str) -> str:
@@ -5040,7 +5070,7 @@ class Client:
     """A Matrix client over HTTP, for any number of threads.
 
     With a `user_id` it acts as that user (Identity assertion), for which the token must be an as_token.
-    Every verb raises MatrixError when the homeserver refuses, and one of UNREACHABLE when it can't be asked.
+    Every verb raises MatrixError when the homeserver refuses, and Unreachable when it can't be asked.
     """
 
     def __init__(self, url: str, token: str = "", user_id: str | None = None) -> None:
@@ -5060,9 +5090,9 @@ class Client:
         connection = self._connection()
         try:
             status, answer = connection.request(method, target, data, headers, seconds, MAX_ANSWER_BYTES)
-        except BaseException:
+        except (OSError, http.client.HTTPException, ValueError) as error:
             connection.close()
-            raise
+            raise Unreachable(f"{self.url} can't be asked: {error or type(error).__name__}") from error
         self.connections.append(connection)
         return self._result(status, answer)
 
@@ -5298,7 +5328,10 @@ class Intent(Client):
         except MatrixError as error:
             if error.errcode != "M_FORBIDDEN" or self is self.service.bot:
                 raise
-            self.service.bot.invite(room_id, self.user_id)
+            try:
+                self.service.bot.invite(room_id, self.user_id)
+            except MatrixError as other:
+                raise MatrixError(error.errcode, f"{error.error}; to be invited did not work either: {other.error}") from None
             self.join(room_id)
 
     def join(self, room: str) -> str:
@@ -5357,7 +5390,10 @@ class AppService:
         self._db_guard = threading.Lock()                    # guards _db: one statement at a time
         self._db = (sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
                     if database == ":memory:" else open_sqlite(database))
-        self._db.executescript(self.SCHEMA)
+        try:
+            self._db.executescript(self.SCHEMA)
+        except sqlite3.Error as error:
+            raise DatabaseError(f"{database} can't be used as a database: {error}") from None
 
     # -- To override.
 
@@ -5375,9 +5411,9 @@ class AppService:
     # -- To use.
 
     def intent(self, user_id: str | None = None) -> Intent:
-        """Acts as this user; without one, as the application service's own user."""
+        """Acts as this user, '@localpart:server'; without one, as the application service's own user."""
         if user_id not in self.intents:
-            self.intents.setdefault(user_id, Intent(self, user_id))
+            self.intents.setdefault(user_id, Intent(self, user_id and check_id("@", user_id)))
         return self.intents[user_id]
 
     @property
@@ -5446,8 +5482,9 @@ class AppService:
             try:
                 log.info("%s: the homeserver %s is at %s", self.registration.id, self.server_name, url)
                 return self._ask_for_ping()
-            except (*UNREACHABLE, MatrixError) as error:
-                log.warning("%s: no homeserver at %s: %s", self.registration.id, url, self._hint(error))
+            except (Unreachable, MatrixError) as error:
+                log.warning("%s: the homeserver at %s %s: %s", self.registration.id, url,
+                            "refuses us" if isinstance(error, MatrixError) else "does not answer", self._hint(error))
                 self.clock.wait(ready, self.clock.monotonic() + seconds)
                 seconds = min(2 * seconds, HELLO_LAST)
 
@@ -5456,7 +5493,7 @@ class AppService:
         try:
             answer = self.client.call("POST", path, {"transaction_id": secrets.token_hex(8)})
             log.info("%s: the homeserver reaches us, in %s ms", self.registration.id, answer.get("duration_ms"))
-        except (*UNREACHABLE, MatrixError) as error:
+        except (Unreachable, MatrixError) as error:
             if not self.stopping:
                 log.warning("%s: the homeserver does not reach us: %s", self.registration.id, self._hint(error))
 
@@ -5524,6 +5561,8 @@ class AppService:
         try:
             self._notice_membership(event)
             self.on_event(event)
+        except Unreachable as error:                         # it will be pushed again, and the homeserver be back
+            raise MatrixError("M_UNKNOWN", f"event {event_id} could not be handled: {error}", 503) from None
         except Exception:
             log.exception("%s: event %s failed and is skipped", self.registration.id, event_id)
         if isinstance(event_id, str):
@@ -6378,7 +6417,7 @@ class IrcBridge(AppService):
             try:
                 getattr(self, "_do_" + job["do"])(job, txn)
                 return True
-            except UNREACHABLE as error:
+            except Unreachable as error:
                 problem: Exception = error
             except MatrixError as error:
                 problem, failures = error, failures + (error.status == 500)
@@ -6803,9 +6842,10 @@ class Homeserver:
     def __init__(self, registrations: Sequence[Any] = (), *, port: int = 0, database: str = ":memory:",
                  clock: Clock | None = None,
                  samples: bool = True, **keys: Any) -> None:
-        read = to_registrations(registrations, keys.get("server_name", "localhost"))
-        self.config = Config(port=port, database=database, registrations=read, **keys)
+        sources = {**keys, "port": port, "database": database, "registrations": list(registrations)}
+        self.config = ConfigReader(sources, "Homeserver", os.curdir).read()
         self.clock = clock or Clock()
+        log.addHandler(logging.NullHandler())                # silent, unless whoever embeds it wants to hear
         self.samples: list[AppService] = []
         self._run_samples = samples
         self._started = self._stopped = False
@@ -6912,9 +6952,9 @@ class Homeserver:
             time.sleep(0.002)
 
     def transactions(self, id: str) -> list[JsonObject]:
-        """What was pushed to an application service: txn_id, events and whether it was acknowledged, old to
-        new.
-        """
+        """What was pushed to an application service: txn_id, events and whether it was acknowledged, old to new."""
+        if id not in self.world.registrations.by_id:
+            raise KeyError(f"there is no application service {id!r}, only {', '.join(self.world.registrations.by_id)}")
         with self.world.store.read() as reader:
             return [{"txn_id": str(txn_id), "events": json.loads(body)["events"],
                      "acknowledged": acknowledged is not None}
@@ -6924,13 +6964,6 @@ class Homeserver:
         """Why an application service gets this event; None if it does not."""
         with self.world.store.read() as reader:
             return reader.reason(id, tick_of(event_id))
-
-
-def to_registrations(sources: Sequence[Any], server_name: str) -> list[Registration]:
-    """Registration objects of what an embedding program gives; ConfigError with everything that is wrong."""
-    reader = ConfigReader({"server_name": server_name, "registrations": list(sources)}, "registrations",
-                          os.curdir)
-    return list(reader.read().registrations)
 
 
 def beside(database: str, id: str) -> str:
@@ -6961,9 +6994,6 @@ CONFIG_KEYS: dict[str, tuple[Any, str]] = {
     "room_version":      (str,                f"one of {', '.join(ROOM_VERSIONS)}"),
     "rate_limit":        ((dict, type(None)), '{"per_second": 10, "burst": 50}'),
 }
-
-
-UNREADABLE = object()
 
 
 class ConfigReader:
@@ -7018,33 +7048,25 @@ class ConfigReader:
         return value > 0 if is_a(value, int) else True
 
     def _registrations(self, sources: Iterable[Any]) -> list[tuple[str, Registration]]:
+        """Each with where it stands; what is wrong becomes a finding."""
         found = []
         for index, source in enumerate(sources):
             where = f"{self.where}: registrations[{index}]"
-            if isinstance(source, str):
+            if isinstance(source, (str, os.PathLike)):
                 where = os.path.join(self.folder, source)
-                source = self._file(where, index)
-            if isinstance(source, Registration):
-                found.append((where, source))
-            elif source is not UNREADABLE:
-                reader = RegistrationReader(source, where)
-                registration = reader.read()
-                self.findings += reader.findings
-                found += [(where, registration)] if registration else []
+            try:
+                found.append((where, self._registration(source, where)))
+            except ConfigError as error:
+                self.findings += error.findings
         return found
 
-    def _file(self, path: str, index: int) -> Any:
-        """The plain value of a registration file; UNREADABLE, and a finding, if it can't be read."""
-        try:
-            with open(path, encoding="utf-8") as file:
-                return parse_registration(file.read())
-        except OSError as error:
-            self.wrong(f"registrations[{index}]", f"{path} can't be read: {error.strerror}",
-                       "write a path relative to this file")
-        except ValueError as error:
-            self.findings.append(Finding(path, f"is neither JSON nor plain YAML: {error}",
-                                         "see the README, Registration"))
-        return UNREADABLE
+    @staticmethod
+    def _registration(source: Any, where: str) -> Registration:
+        if isinstance(source, Registration):
+            return source
+        if isinstance(source, (str, os.PathLike)):
+            return load_registration(where)
+        return read_registration(source, where)
 
 
 def read_config(path: str) -> Config:
@@ -7053,7 +7075,7 @@ def read_config(path: str) -> Config:
         with open(path, encoding="utf-8") as file:
             data = parse_registration(file.read())
     except OSError as error:
-        raise ConfigError([Finding(path, f"can't be read: {error.strerror}", "write --config FILE")]) from None
+        raise ConfigError([Finding(path, f"can't be read: {error.strerror}", "name a file that can be read")]) from None
     except ValueError as error:
         raise ConfigError([Finding(path, f"is neither JSON nor plain YAML: {error}",
                                    "see the README, Configuration")]) from None
@@ -7103,11 +7125,13 @@ def parse_args(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def generate_registration(id: str, url: str, prefix: str | None = None) -> JsonObject:
-    """A registration with random tokens, ready to be written to a file."""
-    prefix = prefix or f"{id}_"
-    escaped = re.sub(r"([\\.*+?^$(){}|\[\]])", r"\\\1", prefix)
+    """A registration with random tokens, ready to be written to a file; ConfigError if it would not be one."""
+    prefix = to_localpart((prefix or f"{id}_").lstrip("@#"))
+    escaped = prefix.replace(".", r"\.").replace("+", r"\+")
+    if not is_base_url(url):
+        raise ConfigError([Finding("--url", f"is {quoted(url)}", f"write {REGISTRATION_KEYS['url'][2]}")])
     return {"id": id, "url": url, "as_token": secrets.token_hex(32), "hs_token": secrets.token_hex(32),
-            "sender_localpart": f"{to_localpart(prefix)}bot", "rate_limited": False,
+            "sender_localpart": f"{prefix}bot", "rate_limited": False,
             "namespaces": {"users": [{"exclusive": True, "regex": f"@{escaped}.*"}],
                            "aliases": [{"exclusive": True, "regex": f"#{escaped}.*"}], "rooms": []}}
 
@@ -7164,9 +7188,13 @@ def describe(hs: Homeserver) -> None:
     for registration in hs.world.registrations:
         names = ", ".join(str(namespace) for kind in KINDS
                           for namespace in registration.namespaces[kind]) or "no namespaces"
-        log.info("application service %s at %s (%s): %s; %d events wait; %s", registration.id,
+        log.info("application service %s at %s (%s): %s; events that wait: %d; %s", registration.id,
                  registration.url, reachable(registration.url),
                  registration.sender(hs.world.name), waiting.get(registration.id, 0), names)
+        for key in registration.unknown:
+            near = difflib.get_close_matches(key, REGISTRATION_KEYS, 1, 0.0)[0]
+            log.warning("application service %s: nobody reads the key %r of its registration; the nearest one is %r",
+                        registration.id, key, near)
 
 
 def reachable(url: str | None) -> str:
@@ -7206,11 +7234,14 @@ def run(config: Config, args: argparse.Namespace) -> int:
     try:
         threading.Thread(target=describe, args=(hs,), name="describe", daemon=True).start()
         for line in suggestions(hs) if not args.quiet else ():
-            print(f"  try: {line}", file=sys.stderr)
+            log.info("try: %s", line) if args.log_format == "json" else sys.stderr.write(f"  try: {line}\n")
         if args.port_file:
             write_whole(args.port_file, f"{hs.port}\n")
         print(f"asbridge ready at {hs.url}", flush=True)
         until_rung(stop)
+    except OSError as error:
+        print(f"asbridge: --port-file {args.port_file}: {error.strerror}", file=sys.stderr)
+        return 1
     finally:
         hs.stop()
     return 0
@@ -7261,13 +7292,13 @@ def write_whole(path: str, text: str) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     args = parse_args(sys.argv[1:] if arguments is None else arguments)
-    if args.command == "routes":
-        print_routes()
-        return 0
-    if args.command == "generate":
-        print(json.dumps(generate_registration(args.id, args.url, args.prefix), indent=2))
-        return 0
     try:
+        if args.command == "routes":
+            print_routes()
+            return 0
+        if args.command == "generate":
+            print(json.dumps(generate_registration(args.id, args.url, args.prefix), indent=2))
+            return 0
         config = config_of(args)
     except ConfigError as error:
         print(error, file=sys.stderr)

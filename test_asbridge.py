@@ -4133,7 +4133,7 @@ def test_a_service_that_does_not_answer_holds_up_nobody(start, recorder):
     alice = hs.client("alice")
     alice.say(alice.create_room(), "x")
     eventually(lambda: quick.texts() == ["x"])
-    assert len(slow.requests) == 1                                     # one is in flight, and no other
+    assert len(eventually(lambda: slow.requests)) == 1                 # one is in flight, and no other
     go.set()
     hs.settle()
     assert slow.texts() == ["x"]
@@ -5069,6 +5069,31 @@ def test_unknown_keys_and_event_types_are_tolerated(service):
     assert service.events == ["$1"]
 
 
+def test_an_event_that_needs_a_homeserver_that_is_away_is_pushed_again(tmp_path):
+    class Answering(asbridge.AppService):
+        def on_event(self, event):
+            self.bot.say("!room:test", "heard")
+
+    service = Answering(bridge_registration(), "http://127.0.0.1:1", str(tmp_path / "as.db"))
+    service.start()
+    try:
+        body = some_events("$one")
+        assert as_request(service, "PUT", "/_matrix/app/v1/transactions/1", body)[0] == 503
+        homeserver = FakeHomeserver()
+        service.bot.url = service.client.url = homeserver.url
+        service.client.close()
+        assert as_request(service, "PUT", "/_matrix/app/v1/transactions/1", body)[0] == 200
+        assert len(homeserver.paths("/send/m.room.message/")) == 1
+        homeserver.server.stop()
+    finally:
+        service.stop()
+
+
+def test_an_intent_is_of_a_whole_user_id(service):
+    with refused("M_INVALID_PARAM", text="bob is not of the form @localpart:server"):
+        service.intent("bob")
+
+
 def test_of_the_paths_of_a_service_an_unknown_one_is_404_and_a_wrong_method_405(service):
     assert as_request(service, "GET", "/_matrix/app/v1/nothing")[0] == 404
     assert as_request(service, "GET", "/_matrix/app/v1/nothing")[1]["errcode"] == "M_UNRECOGNIZED"
@@ -5929,7 +5954,7 @@ def test_at_the_start_the_log_says_of_each_service_what_waits_for_it(program):
     running.end()
     err = program(config).end()[2]
     line = next(line for line in err.splitlines() if "application service irc at" in line)
-    assert "does not answer" in line and re.search(r"\b[1-9][0-9]* events wait", line) and "@_irc_.*" in line
+    assert "does not answer" in line and re.search(r"\bevents that wait: [1-9]", line) and "@_irc_.*" in line
 
 
 def test_a_port_that_is_taken_is_named_with_the_way_out(program):
@@ -5965,12 +5990,44 @@ def test_the_role_of_a_homeserver_runs_no_sample(program):
     assert "try: irssi" not in err
 
 
+@pytest.mark.parametrize("arguments", [["my", "--url", "localhost:29300"], ["my", "--url", "http://"]])
+def test_generate_refuses_a_url_that_cannot_be_called(capsys, arguments):
+    assert asbridge.main(["generate", *arguments]) == 2
+    assert "--url: is" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("prefix", ["@x_", "MyBridge_", "my bridge_"])
+def test_the_bot_of_a_generated_registration_lies_in_its_namespace(prefix):
+    made = asbridge.read_registration(asbridge.generate_registration("my", "http://127.0.0.1:1", prefix), "generated")
+    assert made.namespaces["users"][0].pattern.match(made.sender("localhost"))
+
+
+def test_a_registration_file_is_loaded_or_everything_wrong_with_it_is_said(tmp_path):
+    path = tmp_path / "r.json"
+    path.write_text(json.dumps(registration("one")))
+    assert asbridge.load_registration(str(path)).id == "one"
+    path.write_text(json.dumps({**registration("one"), "url": "x", "hs_token": 5}))
+    with pytest.raises(asbridge.ConfigError) as caught:
+        asbridge.load_registration(str(path))
+    assert len(caught.value.findings) == 2
+
+
+def test_an_embedded_homeserver_checks_its_keys_like_a_configuration():
+    with pytest.raises(asbridge.ConfigError, match="'server_name'"):
+        asbridge.Homeserver(server_nam="x")
+
+
+def test_a_database_in_a_folder_that_is_not_there_is_refused_with_its_name(tmp_path):
+    with pytest.raises(asbridge.DatabaseError, match="nowhere"):
+        asbridge.Homeserver(database=str(tmp_path / "nowhere" / "x.db")).start()
+
+
 def test_generate_prints_a_registration_with_fresh_tokens(capsys):
     made = []
     for _ in range(2):
         assert asbridge.main(["generate", "my", "--url", "http://127.0.0.1:1234", "--prefix", "my+"]) == 0
         made.append(json.loads(capsys.readouterr().out))
-    hs_registration = asbridge.to_registrations(made[:1], "localhost")[0]
+    hs_registration = asbridge.read_registration(made[0], "generated")
     assert hs_registration.id == "my" and hs_registration.url == "http://127.0.0.1:1234" and made[0]["as_token"] != made[1]["as_token"]
     assert hs_registration.namespaces["users"][0].pattern.match("@my+bob:localhost") and not hs_registration.namespaces["users"][0].pattern.match("@myyy:localhost")
     assert hs_registration.namespaces["aliases"][0].exclusive and made[0]["as_token"] != made[0]["hs_token"]
