@@ -1,4 +1,4 @@
-"""asbridge: a Matrix homeserver with the whole Application Service API, and an IRC bridge, in one file.
+"""asbridge: a Matrix homeserver with its Application Service API, and an IRC bridge, in one file.
 
 Quick start
 ===========
@@ -7097,7 +7097,7 @@ HELP_END = """examples:
 def parse_args(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="asbridge.py", epilog=HELP_END, formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="A Matrix homeserver with the whole Application Service API, and an IRC bridge.")
+        description="A Matrix homeserver with its Application Service API, and an IRC bridge.")
     parser.add_argument("--config", metavar="FILE", help="a configuration, or one registration (JSON or YAML)")
     parser.add_argument("--role", choices=("both", "homeserver", "appservice"), default="both",
                         help="run only one half")
@@ -7137,7 +7137,8 @@ def generate_registration(id: str, url: str, prefix: str | None = None) -> JsonO
 
 
 def print_routes() -> None:
-    rows = [(route.method, route.path, route.auth, route.spec) for route in ROUTES]
+    rows = [("method", "path", "who may call", "section of the specification"),
+            *((route.method, route.path, route.auth, route.spec) for route in ROUTES)]
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
     for row in rows:
         print("  ".join(text.ljust(width) for text, width in zip(row, [*widths, 0], strict=True)).rstrip())
@@ -7308,4 +7309,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except BrokenPipeError:                                  # "routes | head", say
+        os._exit(1)

@@ -6012,6 +6012,36 @@ def test_a_registration_file_is_loaded_or_everything_wrong_with_it_is_said(tmp_p
     assert len(caught.value.findings) == 2
 
 
+def python_of_the_readme(start):
+    """The README's Python block that has this line in it."""
+    with open(os.path.join(HERE, "README.md"), encoding="utf-8") as file:
+        blocks = re.findall(r"```python\n(.*?)```", file.read(), re.S)
+    return next(block for block in blocks if start in block)
+
+
+def test_the_test_in_the_readme_passes():
+    code = python_of_the_readme("def test_my_bridge").replace("http://127.0.0.1:29300", f"http://127.0.0.1:{closed_port()}")
+    names = {}
+    exec(compile(code, "README.md", "exec"), names)
+    names["test_my_bridge"]()
+
+
+def test_the_bot_in_the_readme_answers(tmp_path, monkeypatch):
+    made = asbridge.generate_registration("echo", f"http://127.0.0.1:{closed_port()}")
+    (tmp_path / "registration.json").write_text(json.dumps(made))
+    monkeypatch.chdir(tmp_path)
+    with asbridge.Homeserver(registrations=["registration.json"]) as hs:
+        code = python_of_the_readme("class Echo").replace("http://127.0.0.1:8008", hs.url).replace(".start()\ninput", "\ninput")
+        names = {"input": lambda text: None}
+        exec(compile(code.replace("Echo(asbridge.load", "bot = Echo(asbridge.load"), "README.md", "exec"), names)
+        names["bot"].start()
+        alice = hs.client("alice")
+        room = alice.create_room(invite=["@echo_bot:localhost"])
+        alice.say(room, "is there an echo?")
+        alice.wait_for(lambda event: event["sender"] == "@echo_bot:localhost" and event["content"].get("body") == "is there an echo?")
+        names["bot"].stop()
+
+
 def test_an_embedded_homeserver_checks_its_keys_like_a_configuration():
     with pytest.raises(asbridge.ConfigError, match="'server_name'"):
         asbridge.Homeserver(server_nam="x")
@@ -6036,7 +6066,7 @@ def test_generate_prints_a_registration_with_fresh_tokens(capsys):
 def test_routes_prints_the_table(capsys):
     assert asbridge.main(["routes"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == len(asbridge.ROUTES) and any(re.match(r"GET +/_matrix/client/v3/sync +user +Syncing", line) for line in lines)
+    assert len(lines) == 1 + len(asbridge.ROUTES) and any(re.match(r"GET +/_matrix/client/v3/sync +user +Syncing", line) for line in lines)
 
 
 def test_version_is_printed(capsys):
