@@ -6037,6 +6037,7 @@ def test_the_bot_in_the_readme_answers(tmp_path, monkeypatch):
         names["bot"].start()
         alice = hs.client("alice")
         room = alice.create_room(invite=["@echo_bot:localhost"])
+        alice.wait_for(lambda event: event["sender"] == "@echo_bot:localhost" and event["content"].get("membership") == "join")
         alice.say(room, "is there an echo?")
         alice.wait_for(lambda event: event["sender"] == "@echo_bot:localhost" and event["content"].get("body") == "is there an echo?")
         names["bot"].stop()
