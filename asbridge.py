@@ -177,7 +177,7 @@ def check_id(sigil: str, text: object, server_name: str | None = None) -> str:
     form = f"{sigil}localpart:server"
     if not isinstance(text, str) or text[:1] != sigil or len(text.encode("utf-8", "replace")) > MAX_ID_BYTES:
         raise MatrixError("M_INVALID_PARAM", f"{shorten(text)} is not of the form {form}, {MAX_ID_BYTES} "
-                          f"bytes at most")
+                          "bytes at most")
     if ("\0" in text) or (sigil in "@#" and not (localpart_of(text)
                                                  and SERVER_NAME.fullmatch(server_of(text)))):
         raise MatrixError("M_INVALID_PARAM", f"{shorten(text)} is not of the form {form}")
@@ -274,9 +274,7 @@ def parse_object(data: bytes) -> JsonObject:
 
 
 def check_canonical(value: Any) -> None:
-    """Events hold canonical JSON: integers of 53 bits, no fractions (Appendices, Canonical JSON); else
-    M_BAD_JSON.
-    """
+    """Events hold canonical JSON: integers of 53 bits, no fractions (Appendices, Canonical JSON); else M_BAD_JSON."""
     if isinstance(value, dict):
         for item in value.values():
             check_canonical(item)
@@ -285,7 +283,7 @@ def check_canonical(value: Any) -> None:
             check_canonical(item)
     elif isinstance(value, float) or (isinstance(value, int) and abs(value) > MAX_INT):
         raise MatrixError("M_BAD_JSON", f"{value!r} can't stand in an event: numbers are integers from "
-                          f"-(2^53)+1 to (2^53)-1")
+                          "-(2^53)+1 to (2^53)-1")
 
 
 TYPE_NAMES = {str: "a string", int: "an integer", bool: "true or false", dict: "an object", list: "a list",
@@ -420,7 +418,7 @@ class Request:
             self.method, target, self.version = lines[0].split(" ")
         except ValueError:
             raise bad_request(f"the request line {shorten(lines[0])!r} is not 'METHOD target "
-                              f"HTTP/1.1'") from None
+                              "HTTP/1.1'") from None
         if (self.version not in ("HTTP/1.1", "HTTP/1.0") or not TOKEN.fullmatch(self.method)
                 or CONTROLS.search(target)):
             raise bad_request(f"{shorten(lines[0])!r} is not an HTTP/1.1 request")
@@ -494,9 +492,7 @@ def too_large(limit: int) -> MatrixError:
 
 
 def parse_headers(lines: list[str]) -> dict[str, str]:
-    """Names in lower case; what comes twice is joined by ', '. Folding, bare LF, space before the colon:
-    refused.
-    """
+    """Names in lower case; what comes twice is joined by ', '. Folding, bare LF, space before the colon: refused."""
     if len(lines) > MAX_HEADERS:
         raise bad_request(f"more than {MAX_HEADERS} headers", 431)
     headers: dict[str, str] = {}
@@ -510,8 +506,7 @@ def parse_headers(lines: list[str]) -> dict[str, str]:
 
 
 class Connection(http.server.BaseHTTPRequestHandler):
-    """One client's connection, on a thread of its own: requests in, answers out, until either side has enough.
-    """
+    """One client's connection, on a thread of its own: requests in, answers out, until either side has enough."""
 
     server: HttpServer
 
@@ -739,9 +734,7 @@ class HttpClient:
     def request(self, method: str, path: str, body: bytes | None = None,
                 headers: Mapping[str, str] | None = None,
                 seconds: float = 60.0, limit: int = 65_536) -> tuple[int, bytes]:
-        """Status and body of the answer, all of it within `seconds`; at most `limit` bytes of body, else
-        ValueError.
-        """
+        """Status and body of the answer, all of it within `seconds`; at most `limit` bytes of body, else ValueError."""
         kept = self._connection is not None and not self._went_away()
         deadline = time.monotonic() + seconds
         try:
@@ -982,7 +975,7 @@ class Yaml:
                 raise self._error("is not a double-quoted text in one line") from None
         if text[0] in "&*!|>%@`":
             raise self._error(f"starts with {text[0]!r}, which this reader does not take; quote it or write "
-                              f"it plainly")
+                              "it plainly")
         return self._plain(text)
 
     def _plain(self, text: str) -> Any:
@@ -1075,8 +1068,7 @@ class Namespace:
 
 @dataclass(frozen=True)
 class Claim:
-    """Why an application service has to do with an ID. `namespace` is None for its own sender_localpart user.
-    """
+    """Why an application service has to do with an ID. `namespace` is None for its own sender_localpart user."""
     registration: Registration
     id: str
     namespace: Namespace | None
@@ -1337,9 +1329,7 @@ class Registrations:
         return self._hs_tokens.get(token_digest)
 
     def _claims(self, kind: str, id: str) -> tuple[Claim, ...]:
-        """Every application service that has to do with this ID, each with its first reason. Only local users
-        count.
-        """
+        """Every application service that has to do with this ID, each with its first reason. Only local users count."""
         if kind == "users" and server_of(id) != self.server_name:
             return ()
         found = []
@@ -1376,7 +1366,7 @@ class Registrations:
         if not self.claim_of(registration, kind, id):
             raise MatrixError(errcode, f"{shorten(id)} is outside the namespaces of the application service "
                               f"{registration.id!r}: its regexes for {kind} are {registration.regexes(kind)}, matched "
-                              f"from the start of the whole ID" + f" of users of {self.server_name}" * (kind == "users"))
+                              "from the start of the whole ID" + f" of users of {self.server_name}" * (kind == "users"))
 
     def map_uri(self, kind: str, uri: str) -> str | None:
         """The user ID or alias that a URI stands for (2016 text, URI mapping), or None."""
@@ -2001,13 +1991,13 @@ class Reader:
 
     def user(self, user_id: str) -> Any:
         """(password, appservice, displayname, avatar_url, deactivated) or None."""
-        return self.one("SELECT password, appservice, displayname, avatar_url, deactivated FROM users WHERE "
-                        "user_id = ?", user_id)
+        return self.one("SELECT password, appservice, displayname, avatar_url, deactivated FROM users "
+                        "WHERE user_id = ?", user_id)
 
     def devices(self, user_id: str) -> list[Any]:
         """(device_id, display_name, last_seen_ts, last_seen_ip) of each."""
-        return self.all("SELECT device_id, display_name, last_seen_ts, last_seen_ip FROM devices WHERE "
-                        "user_id = ?", user_id)
+        return self.all("SELECT device_id, display_name, last_seen_ts, last_seen_ip FROM devices "
+                        "WHERE user_id = ?", user_id)
 
     def device(self, user_id: str, device_id: str) -> Any:
         return self.one("SELECT device_id, display_name, last_seen_ts, last_seen_ip FROM devices "
@@ -2020,8 +2010,8 @@ class Reader:
 
     def account_data_since(self, user_id: str, since: int) -> list[Any]:
         """(room_id, type, json) of what changed."""
-        return self.all("SELECT room_id, type, json FROM account_data WHERE user_id = ? AND tick > ? ORDER BY "
-                        "tick", user_id, since)
+        return self.all("SELECT room_id, type, json FROM account_data "
+                        "WHERE user_id = ? AND tick > ? ORDER BY tick", user_id, since)
 
     def filter(self, user_id: str, filter_id: int) -> Any:
         return self.one("SELECT json FROM filters WHERE user_id = ? AND filter_id = ?", user_id, filter_id)
@@ -2037,8 +2027,8 @@ class Reader:
         return RoomRow(*row) if row else None
 
     def published_rooms(self) -> list[RoomRow]:
-        return [RoomRow(*row) for row in self.all("SELECT n, room_id, version, published FROM rooms WHERE "
-                                                  "published ORDER BY n")]
+        return [RoomRow(*row) for row in self.all("SELECT n, room_id, version, published FROM rooms "
+                                                  "WHERE published ORDER BY n")]
 
     def alias(self, alias: str) -> Any:
         """(room_id, creator) or None."""
@@ -2049,8 +2039,8 @@ class Reader:
 
     def memberships_of(self, user_id: str) -> list[Any]:
         """(room, room_id, membership, tick, forgotten) of every room that the user has to do with."""
-        return self.all("SELECT room, room_id, membership, tick, forgotten FROM memberships JOIN rooms ON n = "
-                        "room WHERE user_id = ?", user_id)
+        return self.all("SELECT room, room_id, membership, tick, forgotten "
+                        "FROM memberships JOIN rooms ON n = room WHERE user_id = ?", user_id)
 
     def membership(self, user_id: str, room: int) -> Any:
         """(membership, tick, forgotten) or None."""
@@ -2066,10 +2056,9 @@ class Reader:
                             membership)[0])
 
     def members_changed(self, room: int, since: int) -> bool:
-        """Whether a membership changed after this tick. Looks at what is new, however many members there are.
-        """
-        return self.one("SELECT 1 FROM events INDEXED BY timeline WHERE room = ? AND tick > ? AND type = "
-                        "'m.room.member' LIMIT 1",
+        """Whether a membership changed after this tick. Looks at what is new, however many members there are."""
+        return self.one("SELECT 1 FROM events INDEXED BY timeline "
+                        "WHERE room = ? AND tick > ? AND type = 'm.room.member' LIMIT 1",
                         room, since) is not None
 
     # -- events
@@ -2084,21 +2073,21 @@ class Reader:
                filter: Filter = Filter()) -> list[Event]:
         """Events with after < tick <= upto, the newest or oldest `limit` of them, in that order."""
         clause, values = filter.sql()
-        rows = self.all(f"SELECT {EVENT_COLUMNS} FROM {EVENT_TABLES} WHERE e.room = ? AND e.tick > ? AND "
-                        f"e.tick <= ?{clause} "
+        rows = self.all(f"SELECT {EVENT_COLUMNS} FROM {EVENT_TABLES} "
+                        f"WHERE e.room = ? AND e.tick > ? AND e.tick <= ?{clause} "
                         f"ORDER BY e.tick {'DESC' if newest else 'ASC'} LIMIT ?", room, after, upto, *values, limit)
         return [Event(*row) for row in rows]
 
     def state_event(self, room: int, type: str, state_key: str) -> Event | None:
-        row = self.one(f"SELECT {EVENT_COLUMNS} FROM state s JOIN {EVENT_TABLES} WHERE s.room = ? AND s.type "
-                       f"= ? AND s.state_key = ? "
+        row = self.one(f"SELECT {EVENT_COLUMNS} FROM state s JOIN {EVENT_TABLES} "
+                       "WHERE s.room = ? AND s.type = ? AND s.state_key = ? "
                        "AND e.tick = s.tick", room, type, state_key)
         return Event(*row) if row else None
 
     def state_at(self, room: int, upto: int = FOREVER, after: int = 0, type: str = "*") -> list[Event]:
         """The state as it was at `upto`, of that only what changed since `after`, old to new."""
-        last = ("SELECT max(tick) FROM events WHERE room = ? AND state_key IS NOT NULL AND tick > ? AND tick "
-                "<= ? "
+        last = ("SELECT max(tick) FROM events "
+                "WHERE room = ? AND state_key IS NOT NULL AND tick > ? AND tick <= ? "
                 "AND (? = '*' OR type = ?) GROUP BY type, state_key")
         rows = self.all(f"SELECT {EVENT_COLUMNS} FROM {EVENT_TABLES} WHERE e.tick IN ({last}) ORDER BY e.tick",
                         room, after, upto, type, type)
@@ -2107,26 +2096,26 @@ class Reader:
     def contents(self, room: int, types: Sequence[str]) -> dict[str, JsonObject]:
         """Content of the present state with an empty state key, by type."""
         marks = ",".join("?" * len(types))
-        rows = self.all(f"SELECT e.type, json_extract(e.json, '$.content') FROM state s JOIN events e ON "
-                        f"e.tick = s.tick "
+        rows = self.all("SELECT e.type, json_extract(e.json, '$.content') "
+                        "FROM state s JOIN events e ON e.tick = s.tick "
                         f"WHERE s.room = ? AND s.state_key = '' AND s.type IN ({marks})", room, *types)
         return {type: json.loads(content) for type, content in rows}
 
     def changes(self, room: int, type: str, state_key: str, key: str) -> list[tuple[int, str]]:
         """(tick, content[key]) of each event that set this state, old to new."""
         return [(tick, str(value)) for tick, value in self.all(
-            "SELECT tick, json_extract(json, '$.content.' || ?) FROM events "
-            "WHERE room = ? AND type = ? AND state_key = ? AND state_key IS NOT NULL ORDER BY tick", key, room, type, state_key)]
+            "SELECT tick, json_extract(json, '$.content.' || ?) FROM events WHERE room = ? "
+            "AND type = ? AND state_key = ? AND state_key IS NOT NULL ORDER BY tick", key, room, type, state_key)]
 
     def receipts_since(self, room: int, since: int) -> list[Any]:
         """(type, user_id, thread_id, event_id, ts) of each that is new."""
-        return self.all("SELECT type, user_id, thread_id, event_id, ts FROM receipts WHERE room = ? AND tick "
-                        "> ? ORDER BY tick", room, since)
+        return self.all("SELECT type, user_id, thread_id, event_id, ts FROM receipts "
+                        "WHERE room = ? AND tick > ? ORDER BY tick", room, since)
 
     def client_txn(self, sender: str, device_id: str, path: str, txn_id: str) -> str | None:
         """The event ID that this client transaction was answered with."""
-        row = self.one("SELECT event_id FROM client_txns WHERE sender = ? AND device_id = ? AND path = ? AND "
-                       "txn_id = ?",
+        row = self.one("SELECT event_id FROM client_txns "
+                       "WHERE sender = ? AND device_id = ? AND path = ? AND txn_id = ?",
                        sender, device_id, path, txn_id)
         return row[0] if row else None
 
@@ -2139,21 +2128,21 @@ class Reader:
     def _outbox(self, id: str) -> Outbox:
         frozen_to = self.one("SELECT coalesce(max(last_tick), 0) FROM transactions WHERE appservice = ?", id)[0]
         waiting_to = self.one("SELECT coalesce(max(tick), 0) FROM outbox WHERE appservice = ?", id)[0]
-        row = self.one("SELECT appservice, txn_id, events, body FROM transactions WHERE appservice = ? AND "
-                       "acknowledged_ts IS NULL", id)
+        row = self.one("SELECT appservice, txn_id, events, body FROM transactions "
+                       "WHERE appservice = ? AND acknowledged_ts IS NULL", id)
         return Outbox(Transaction(*row) if row else None, frozen_to, max(frozen_to, waiting_to))
 
     def count_waiting(self, id: str) -> int:
         """Events for this application service that it has not acknowledged."""
-        frozen = self.one("SELECT coalesce(sum(events), 0) FROM transactions WHERE appservice = ? AND "
-                          "acknowledged_ts IS NULL", id)[0]
+        frozen = self.one("SELECT coalesce(sum(events), 0) FROM transactions "
+                          "WHERE appservice = ? AND acknowledged_ts IS NULL", id)[0]
         return int(frozen + self.one("SELECT count(*) FROM outbox WHERE appservice = ? AND tick > "
                                      "(SELECT coalesce(max(last_tick), 0) FROM transactions WHERE appservice = ?)", id, id)[0])
 
     def transactions(self, id: str) -> list[Any]:
         """(txn_id, body, acknowledged_ts) of those that are kept, old to new."""
-        return self.all("SELECT txn_id, body, acknowledged_ts FROM transactions WHERE appservice = ? ORDER BY "
-                        "txn_id", id)
+        return self.all("SELECT txn_id, body, acknowledged_ts FROM transactions "
+                        "WHERE appservice = ? ORDER BY txn_id", id)
 
     def reason(self, id: str, tick: int) -> str | None:
         row = self.one("SELECT reason FROM outbox WHERE appservice = ? AND tick = ?", id, tick)
@@ -2191,8 +2180,7 @@ class Tx(Reader):
     def new_job(self) -> None:
         self._touched: set[str] = set()                      # rooms whose cached state this job changed
         self._mark = len(self.after)
-        # application service → last tick of its outbox, by this job
-        self._job_rows: dict[str, int] = {}
+        self._job_rows: dict[str, int] = {}  # application service → last tick of its outbox, by this job
         self._job_acknowledged: set[str] = set()             # application services that acknowledged, by this job
 
     def job_done(self) -> None:
@@ -2229,8 +2217,8 @@ class Tx(Reader):
             raise MatrixError("M_UNKNOWN_TOKEN", "this session has been logged out", soft_logout=False)
 
     def add_user(self, user_id: str, password: str | None, appservice: str | None, now: int) -> None:
-        self.run("INSERT INTO users (user_id, password, appservice, displayname, created_ts) VALUES (?, ?, ?, "
-                 "?, ?)",
+        self.run("INSERT INTO users (user_id, password, appservice, displayname, created_ts) "
+                 "VALUES (?, ?, ?, ?, ?)",
                  user_id, password, appservice, localpart_of(user_id), now)
         self.after.append(lambda: self.store.users.add(user_id))
 
@@ -2424,8 +2412,8 @@ class Tx(Reader):
         self.ready.clear()
 
     def _freeze(self, id: str, box: Outbox) -> None:
-        rows = self.all(f"SELECT {EVENT_COLUMNS} FROM outbox o JOIN {EVENT_TABLES} WHERE o.appservice = ? AND "
-                        f"o.tick > ? AND e.tick = o.tick "
+        rows = self.all(f"SELECT {EVENT_COLUMNS} FROM outbox o JOIN {EVENT_TABLES} "
+                        "WHERE o.appservice = ? AND o.tick > ? AND e.tick = o.tick "
                         "ORDER BY o.tick LIMIT ?", id, box.frozen_to, MAX_TRANSACTION_EVENTS)
         now = self.store.clock.now()
         body = '{"events":[' + ",".join([Event(*row).for_appservice(now) for row in rows]) + "]}"
@@ -2452,8 +2440,8 @@ class Tx(Reader):
             self._prune(id)
 
     def _prune(self, id: str) -> None:
-        row = self.one("SELECT txn_id, last_tick FROM transactions WHERE appservice = ? ORDER BY txn_id DESC "
-                       "LIMIT 1 OFFSET ?", id, KEPT_TRANSACTIONS)
+        row = self.one("SELECT txn_id, last_tick FROM transactions "
+                       "WHERE appservice = ? ORDER BY txn_id DESC LIMIT 1 OFFSET ?", id, KEPT_TRANSACTIONS)
         if row:
             self.run("DELETE FROM transactions WHERE appservice = ? AND txn_id <= ?", id, row[0])
             self.run("DELETE FROM outbox WHERE appservice = ? AND tick <= ?", id, row[1])
@@ -2920,8 +2908,7 @@ class Accounts:
     # -- profiles
 
     def profile(self, user_id: str, by: Registration | None) -> JsonObject:
-        """displayname and avatar_url, as far as they are set. An unknown ghost's application service is asked.
-        """
+        """displayname and avatar_url, as far as they are set. An unknown ghost's application service is asked."""
         for again in (False, True):
             with self.store.read() as reader:
                 row = reader.user(user_id)
@@ -3099,9 +3086,7 @@ class Rooms:
         return {key: value for key, value in content.items() if value is not None}
 
     def join(self, who: Who, room_id_or_alias: str, extra: JsonObject | None = None) -> str:
-        """Joins a room; the room ID. An unknown alias's application service is asked. `extra` goes into the
-        event.
-        """
+        """Joins a room; the room ID. An unknown alias's application service is asked. `extra` goes into the event."""
         room_id = self._id_of(room_id_or_alias, who)
 
         def job(tx: Tx) -> str:
@@ -3391,8 +3376,7 @@ class Rooms:
         tx.add_alias(alias, room, who.user_id)
 
     def delete_alias(self, who: Who, alias: str) -> None:
-        """By who made it, by who may change the canonical alias, or by the application service that claims it.
-        """
+        """By who made it, by who may change the canonical alias, or by the application service that claims it."""
         check_id("#", alias)
 
         def job(tx: Tx) -> None:
@@ -3667,7 +3651,7 @@ class Media:
         if not row:
             raise MatrixError("M_NOT_FOUND",
                               f"there is no media mxc://{shorten(server_name)}/{shorten(media_id)} on this "
-                              f"server")
+                              "server")
         return row[0], row[1], row[2]
 
 
@@ -3972,7 +3956,7 @@ def advice(registration: Registration, failure: Answer | BaseException) -> str:
     if isinstance(failure, Answer):
         if failure.status in (401, 403):
             return (f"{failure.status}: it rejects the hs_token; is the application service running with the "
-                    f"registration "
+                    "registration "
                     "that the homeserver has?")
         return f"it answered {failure.status} {shorten(failure.body.decode('utf-8', 'replace'), 200)}"
     if isinstance(failure, ConnectionRefusedError):
@@ -4045,16 +4029,14 @@ class Worker:
         """Any 200 is an acknowledgement, whatever its body."""
         if isinstance(outcome, Answer) and outcome.status == 200:
             try:
-                # the next one comes with the COMMIT of this acknowledgement
-                self.transaction = None
+                self.transaction = None  # the next one comes with the COMMIT of this acknowledgement
                 self.world.store.write(lambda tx: tx.acknowledge(transaction.appservice, transaction.txn_id))
                 if self.failures:
                     log.info("application service %s is back; transaction %d went through",
                              transaction.appservice, transaction.txn_id)
                 self.failures, self.next_attempt = 0, 0.0
                 return
-            # not stored: it will be sent again, with the same ID
-            except MatrixError:
+            except MatrixError:                              # not stored: it will be sent again, with the same ID
                 self.transaction = transaction
         self._back_off(transaction, outcome)
 
@@ -4139,7 +4121,7 @@ class Delivery:
         """Calls the application service as it asked; milliseconds (Pinging). A success ends its backoff."""
         if registration.url is None:
             raise MatrixError("M_URL_NOT_SET", f"the registration of {registration.id!r} has url: null, so "
-                              f"there is nobody to ping")
+                              "there is nobody to ping")
         body = to_json({} if transaction_id is None else {"transaction_id": transaction_id}).encode()
         began, line = time.monotonic(), Line(registration)
         try:
@@ -4322,9 +4304,7 @@ class Limiter:
         self._guard = threading.Lock()                       # guards _spent
 
     def count(self, who: Who) -> None:
-        """M_LIMIT_EXCEEDED past the limit. An AS's own user is exempt, and its ghosts if `rate_limited` is
-        false.
-        """
+        """M_LIMIT_EXCEEDED past the limit. An AS's own user is exempt, and its ghosts if `rate_limited` is false."""
         limit = self.world.settings.rate_limit
         if not limit or who is NOBODY or (who.appservice and (
                 not who.appservice.rate_limited or who.user_id == who.appservice.sender(self.world.name))):
@@ -4423,7 +4403,7 @@ class Api:
         token = token_of(request)
         if token is None:
             raise MatrixError("M_MISSING_TOKEN", f"{LOGIN_APPSERVICE} needs the as_token: 'Authorization: "
-                              f"Bearer AS_TOKEN'")
+                              "Bearer AS_TOKEN'")
         registration = self.world.registrations.of_as_token(digest(token))
         if not registration:
             raise self.unknown_token(digest(token))
@@ -4449,8 +4429,7 @@ class Router:
     VERSION = re.compile(r"r0|v[0-9]+|unstable")
 
     def __init__(self, routes: Sequence[Route]) -> None:
-        # segment, or '{}' for a variable → the like; '' → {method: route}
-        self._root: dict[str, Any] = {}
+        self._root: dict[str, Any] = {}  # segment, or '{}' for a variable → the like; '' → {method: route}
         for route in routes:
             node = self._root
             for segment in self._segments(route.path):
@@ -4475,11 +4454,11 @@ class Router:
                 values.append(segment)
             else:
                 raise MatrixError("M_UNRECOGNIZED", f"there is no endpoint {shorten(path)}; 'asbridge.py "
-                                  f"routes' lists them")
+                                  "routes' lists them")
         routes = node.get(None)                              # type: ignore[call-overload]
         if not routes:
             raise MatrixError("M_UNRECOGNIZED", f"there is no endpoint {shorten(path)}; 'asbridge.py routes' "
-                              f"lists them")
+                              "lists them")
         if method not in routes:
             raise MatrixError("M_UNRECOGNIZED", f"{shorten(path)} takes {', '.join(sorted(routes))}, not "
                               f"{shorten(method)}", 405)
@@ -4496,7 +4475,7 @@ def decode_segment(segment: str) -> str:
         return urllib.parse.unquote_to_bytes(segment.encode("latin-1")).decode("utf-8")
     except ValueError:
         raise MatrixError("M_INVALID_PARAM", f"{shorten(segment)} in the path is not percent-encoded "
-                          f"UTF-8") from None
+                          "UTF-8") from None
 
 
 # -- Handlers: accounts.
@@ -4688,9 +4667,7 @@ def get_filter(call: Call) -> Any:
 
 
 def keys_query(call: Call) -> Any:
-    """Device keys. Nobody can upload any here yet; an unknown ghost's application service is asked to create
-    it.
-    """
+    """Device keys. Nobody can upload any here yet; an unknown ghost's application service is asked to create it."""
     wanted = field(call.body, "device_keys", dict)
     for user_id in wanted:
         if check_id("@", user_id) and server_of(user_id) == call.api.world.name:
@@ -5292,8 +5269,7 @@ class Intent(Client):
         return super().call(method, path, body, seconds, **query)
 
     def _mend(self, method: str, path: str) -> bool:
-        """After a refusal: registers and joins, whatever is remembered; whether another attempt has a chance.
-        """
+        """After a refusal: registers and joins, whatever is remembered; whether another attempt has a chance."""
         self.registered = False
         new, room = self.ensure_registered(), self.ROOM_PATH.match(path)
         if not room or method == "POST":                     # what is done by POST changes memberships
@@ -5715,9 +5691,7 @@ def is_channel(name: str) -> bool:
 
 @dataclass(eq=False)
 class Person:
-    """Somebody with a nick: on Matrix, or (IrcClient) connected here. Guarded, like Channel, by the bridge's
-    lock.
-    """
+    """Somebody with a nick: on Matrix, or (IrcClient) connected here. Guarded, like Channel, by the bridge's lock."""
     nick: str
     user: str
     host: str
@@ -5765,9 +5739,7 @@ class Channel:
 
 
 class IrcClient(Person):
-    """One IRC connection: one thread reads commands, another writes what is queued; nobody waits for this
-    client.
-    """
+    """One IRC connection: one thread reads commands, another writes what is queued; nobody waits for this client."""
 
     def __init__(self, bridge: IrcBridge, sock: socket.socket, host: str) -> None:
         super().__init__("", "", host, "")
@@ -5776,8 +5748,7 @@ class IrcClient(Person):
         self.fate = ""                                       # why the connection ends
         self.queue: queue.Queue[bytes | None] = queue.Queue(SEND_QUEUE)
         self.pause = bell()                                  # what a client that writes too fast waits on
-        # each line read moves it on, and it may not pass the clock
-        self.paid_until = 0.0
+        self.paid_until = 0.0                                # each line read moves it on, and it may not pass the clock
 
     # -- The connection.
 
@@ -5842,8 +5813,7 @@ class IrcClient(Person):
         """Queues one line for the client; never waits."""
         data = line.translate(ONE_LINE).encode("utf-8", "replace")[:LINE_BYTES]
         try:
-            # no half character at the end
-            self.queue.put_nowait(data.decode("utf-8", "ignore").encode() + b"\r\n")
+            self.queue.put_nowait(data.decode("utf-8", "ignore").encode() + b"\r\n")  # no half character at the end
         except queue.Full:
             self.fate = self.fate or "Too slow to read"
             hang_up(self.sock)
@@ -6205,19 +6175,16 @@ class IrcBridge(AppService):
         # Guards all that follows, and every Person and Channel. Held for one IRC line or one event, in which nothing
         # waits: what goes to IRC is queued, what goes to Matrix is spooled.
         self.lock = threading.Lock()
-        # by folded nick: connected IRC clients, people on Matrix
-        self.people: dict[str, Person] = {}
+        self.people: dict[str, Person] = {}                  # by folded nick: connected IRC clients, people on Matrix
         self.matrix: dict[str, Person] = {}                  # by user ID: people on Matrix
         self.channels: dict[str, Channel] = {}               # by folded name
         self.rooms: dict[str, Channel] = {}                  # by room ID
-        # by room ID: ghost and person, the latest room last
-        self.direct: dict[str, tuple[str, str]] = {}
+        self.direct: dict[str, tuple[str, str]] = {}         # by room ID: ghost and person, the latest room last
         self.said: dict[str, tuple[str, str]] = {}           # by event ID: who said it, and when
         self.clients: set[IrcClient] = set()
         # Only the sender's, or set once:
         self.dressed: dict[str, str] = {}                    # by ghost: the display name that it has
-        # something was spooled; the homeserver was heard of
-        self.work, self.heard = bell(), bell()
+        self.work, self.heard = bell(), bell()               # something was spooled; the homeserver was heard of
         self.bells.append(self.heard)
         self._listener: socket.socket | None = None
         self._sender = threading.Thread(target=self._send, name="irc to matrix", daemon=True)
@@ -6235,9 +6202,7 @@ class IrcBridge(AppService):
     # -- Start and stop.
 
     def start(self) -> None:
-        """Listens for IRC, too. Ghosts that a former process has left in channels leave, as nobody is
-        connected.
-        """
+        """Listens for IRC, too. Ghosts that a former process has left in channels leave, as nobody is connected."""
         family = socket.AF_INET6 if ":" in self.address[0] else socket.AF_INET
         with naming(self.address):
             self._listener = socket.create_server(self.address, family=family, backlog=128)
@@ -6282,8 +6247,7 @@ class IrcBridge(AppService):
                     return
                 time.sleep(0.1)                              # out of file descriptors, say
                 continue
-            # no parameter may start with ':'
-            host = "0" + address[0] if address[0][:1] == ":" else address[0]
+            host = "0" + address[0] if address[0][:1] == ":" else address[0]  # no parameter may start with ':'
             client = IrcClient(self, sock, host)
             with self.lock:
                 full = len(self.clients) >= MAX_CLIENTS
@@ -6347,8 +6311,7 @@ class IrcBridge(AppService):
     # -- From IRC to Matrix: what a client does ends here, as a job for the sender.
 
     def spool(self, *jobs: JsonObject, txn: str = "") -> None:
-        """Puts jobs on disk. `txn`: the transaction ID if it can be derived from what the job is an answer to.
-        """
+        """Puts jobs on disk. `txn`: the transaction ID if it can be derived from what the job is an answer to."""
         for number, job in enumerate(jobs):
             self.sql("INSERT OR IGNORE INTO irc_spool(txn, job) VALUES (?, ?)",
                      f"{txn}{number or ''}" if txn else secrets.token_hex(8), to_json(job))
@@ -6404,8 +6367,7 @@ class IrcBridge(AppService):
                     if not self._send_one(txn, parse_object(job.encode())):
                         break
                     self.sql("DELETE FROM irc_spool WHERE n = ?", n)
-            # a full disk, say; or stop() has closed the database
-            except sqlite3.Error:
+            except sqlite3.Error:                            # a full disk, say; or stop() has closed the database
                 if not self.stopping:
                     log.exception("%s: the spool can't be used", self.registration.id)
                     self.clock.wait(self.heard, self.clock.monotonic() + RETRY_LAST)
@@ -6860,9 +6822,7 @@ class Homeserver:
         return f"http://{f'[{host}]' if ':' in host and host[0] != '[' else host}:{self.port}"
 
     def start(self) -> Homeserver:
-        """Returns when everything listens. OSError if a port is taken, DatabaseError if the database can't be
-        used.
-        """
+        """Returns when everything listens. OSError if a port is taken, DatabaseError if the database can't be used."""
         config = self.config
         self._server = HttpServer((config.bind, config.port), lambda request: self.api(request))
         try:
@@ -6891,8 +6851,7 @@ class Homeserver:
         return self
 
     def _sample(self, registration: Registration) -> Registration:
-        """Makes the sample application service of a registration listen; the registration with its real port.
-        """
+        """Makes the sample application service of a registration listen; the registration with its real port."""
         sample = IrcBridge(registration, self.url, beside(self.config.database, registration.id), self.clock)
         self.samples.append(sample)
         sample.listen()
@@ -7105,7 +7064,7 @@ def parse_args(arguments: Sequence[str]) -> argparse.Namespace:
                         help="for --role appservice")
     for flag, kind in (("server-name", str), ("bind", str), ("port", int), ("database", str)):
         parser.add_argument(f"--{flag}", type=kind, help=f"{CONFIG_KEYS[flag.replace('-', '_')][1]} "
-                            f"(overrides the file)")
+                            "(overrides the file)")
     parser.add_argument("--port-file", metavar="FILE", help="write the real port there, once everything "
                         "listens")
     parser.add_argument("--trace", action="store_true", help="show the traffic between homeserver and "
