@@ -725,8 +725,8 @@ class HttpClient:
     Raises OSError (TimeoutError among them) or http.client.HTTPException. Follows no redirect and uses no proxy.
     """
 
-    def __init__(self, url: str) -> None:
-        parts = urllib.parse.urlsplit(url)
+    def __init__(self, url: str, cut: bool = False) -> None:
+        parts, self.cut = urllib.parse.urlsplit(url), cut    # cut: a longer answer is shortened, no error
         self.base, self._https = parts.path.rstrip("/"), parts.scheme == "https"
         self.host, self.port = parts.hostname or "", parts.port or (443 if self._https else 80)
         self._connection: http.client.HTTPConnection | None = None
@@ -756,6 +756,9 @@ class HttpClient:
             connection.request(method, self.base + path, body, dict(headers))
             response = connection.getresponse()
             data = response.read(limit + 1)
+            if len(data) > limit and self.cut:
+                self.close()
+                return response.status, data[:limit]
             if len(data) > limit:
                 raise ValueError(f"the answer has more than {limit} bytes")
             if response.length:
@@ -1172,8 +1175,9 @@ class RegistrationReader:
         self._check_words()
         namespaces = {kind: self._namespaces(kind) for kind in KINDS}
         uris, sample = self._uris(), self.data.get("asbridge.sample")
-        if isinstance(sample, dict) and not is_a(sample.get("irc_port", 6667), int):
-            self.wrong("asbridge.sample.irc_port", f"is {quoted(sample['irc_port'])}", "write a port number")
+        port = sample.get("irc_port", 6667) if isinstance(sample, dict) else 0
+        if not is_a(port, int) or not 0 <= port <= 65535:
+            self.wrong("asbridge.sample.irc_port", f"is {quoted(port)}", "write a port from 0 to 65535")
         if self.findings:
             return None
         get = self.data.get
@@ -1197,6 +1201,8 @@ class RegistrationReader:
         for key in ("id", "as_token", "hs_token"):
             if self.data.get(key) == "":
                 self.wrong(key, "is empty", f"write {REGISTRATION_KEYS[key][2]}")
+            elif key != "id" and isinstance(self.data.get(key), str) and not re.fullmatch(r"[ -~]+", self.data[key]):
+                self.wrong(key, "has characters that no header can carry", "write a long random text of printable ASCII")
         if self.data.get("as_token") and self.data.get("as_token") == self.data.get("hs_token"):
             self.wrong("hs_token", "is the same as as_token", "write another long random text")
         protocols = self.data.get("protocols")
@@ -2932,7 +2938,8 @@ class Accounts:
                 if membership == "join" and room:
                     content = {k: v for k, v in {**room.content("m.room.member", user_id), key: value}.items()
                                if v is not None}
-                    tx.append(room, Draft("m.room.member", user_id, content, user_id), self.world.clock.now())
+                    if content != room.content("m.room.member", user_id):
+                        tx.append(room, Draft("m.room.member", user_id, content, user_id), self.world.clock.now())
         self.store.write(job)
 
     # -- account data and filters
@@ -3207,7 +3214,12 @@ class Rooms:
             elif type == "m.room.member":                    # who vouches for a join is for the homeserver to say
                 chosen = {key: value for key, value in content.items() if key != "join_authorised_via_users_server"}
                 chosen |= self._voucher(tx, room, state_key) if content.get("membership") == "join" else {}
-            return self._append(tx, room, Draft(type, who.user_id, chosen, state_key), ts)
+            draft, now = Draft(type, who.user_id, chosen, state_key), room.events.get((type, state_key))
+            if now and (now.sender, now.content) == (who.user_id, chosen):
+                authorise(room, draft)                       # nothing would change: the event that says so already
+                event = tx.state_event(room.n, type, state_key)
+                return event.event_id if event else ""
+            return self._append(tx, room, draft, ts)
         return self.store.write(job)
 
     @staticmethod
@@ -3609,7 +3621,10 @@ class Typing:
             with self._guard:
                 ends = [until for _, users in self._rooms.values() for until in users.values()]
             if ends and min(ends) <= clock.monotonic():
-                self.world.store.write(self._drop_expired)
+                try:
+                    self.world.store.write(self._drop_expired)
+                except MatrixError:                          # a full disk, say
+                    clock.wait(self._bell, clock.monotonic() + 1.0)
             else:
                 clock.wait(self._bell, min(ends, default=math.inf))
 
@@ -3737,7 +3752,7 @@ class Window:
         with self.store.read() as self.reader:
             self.now = self.reader.position()
             self.store.wait_published(self.now)
-            self.data = self._account_data()
+            self.data = self._account_data(self.since)
             answer: JsonObject = {"next_batch": str(self.now)}
             account = [event for event in self.data.pop("", [])
                        if self._wanted(self.filter.account_data, event)]
@@ -3757,10 +3772,10 @@ class Window:
     def _wanted(filter: Filter, event: JsonObject) -> bool:
         return filter.passes(Event(0, event["type"], None, "", 0, "", None, None, None, None))
 
-    def _account_data(self) -> dict[str, list[JsonObject]]:
+    def _account_data(self, since: int) -> dict[str, list[JsonObject]]:
         """By room ID; '' has the account's."""
         found: dict[str, list[JsonObject]] = {}
-        for room_id, type, content in self.reader.account_data_since(self.who.user_id, self.since):
+        for room_id, type, content in self.reader.account_data_since(self.who.user_id, since):
             found.setdefault(room_id, []).append({"type": type, "content": Raw(content)})
         return found
 
@@ -3787,7 +3802,8 @@ class Window:
         if changed := self._summary(room, fresh):
             entry["summary"] = changed
         ephemeral = self._ephemeral(room, 0 if fresh else self.since)
-        data = [event for event in self.data.get(room_id, []) if self._wanted(self.filter.room_data, event)]
+        known = self._account_data(0) if fresh else self.data    # what was set before the user came in, too
+        data = [event for event in known.get(room_id, []) if self._wanted(self.filter.room_data, event)]
         for key, events in (("ephemeral", ephemeral), ("account_data", data)):
             if events:
                 entry[key] = {"events": events}
@@ -3906,7 +3922,7 @@ class Line:
 
     def __init__(self, registration: Registration) -> None:
         self.registration = registration
-        self._client = HttpClient(registration.url or "")
+        self._client = HttpClient(registration.url or "", cut=True)
 
     def exchange(self, method: str, path: str, body: bytes | None, seconds: float) -> Answer:
         """Calls the path of today's specification and, if the AS does not know it, at once the older one.
@@ -3958,7 +3974,10 @@ def advice(registration: Registration, failure: Answer | BaseException) -> str:
             return (f"{failure.status}: it rejects the hs_token; is the application service running with the "
                     "registration "
                     "that the homeserver has?")
-        return f"it answered {failure.status} {shorten(failure.body.decode('utf-8', 'replace'), 200)}"
+        text = failure.body.decode("utf-8", "replace")
+        for token in (registration.hs_token, urllib.parse.quote(registration.hs_token, safe="")):
+            text = text.replace(token, "(hs_token)")         # some answer with the URL that they were asked
+        return f"it answered {failure.status} {shorten(text, 200)}"
     if isinstance(failure, ConnectionRefusedError):
         return (f"nothing listens at {registration.url}; is the application service running? "
                 "(inside a container, localhost is the container)")
@@ -4005,7 +4024,7 @@ class Worker:
         if self._thread:
             self._thread.join(max(0.0, deadline - time.monotonic()))
             self.line.abort()
-            self._thread.join(1)
+            self._thread.join(max(0.0, deadline + 0.2 - time.monotonic()))
 
     def _run(self) -> None:
         while not self._stopped:
@@ -4078,7 +4097,8 @@ class Delivery:
     def __init__(self, world: World) -> None:
         self.world = world
         self._workers: dict[str, Worker] = {}                # made when first needed
-        self._queries: dict[tuple[str, str, str, bool], Query] = {}  # in flight: application service, kind, ID
+        # In flight: who is asked, kind, ID, patient, which application service asks (or '').
+        self._queries: dict[tuple[str, str, str, bool, str], Query] = {}
         self._guard = threading.Lock()                       # guards _workers and _queries
         self._stopped = False
 
@@ -4152,25 +4172,31 @@ class Delivery:
         with self.world.store.read() as reader:
             if reader.user(id) if kind == "users" else reader.alias(id):
                 return False
+        unanswered: MatrixError | None = None
         for claim in self.world.registrations.claims(kind, id):
             if claim.namespace and claim.registration is not by and claim.registration.url is not None:
-                if self._ask_one(claim.registration, kind, id, by, patient):
-                    return True
+                try:
+                    if self._ask_one(claim.registration, kind, id, by, patient):
+                        return True
+                except MatrixError as error:                 # another may know
+                    unanswered = error
+        if unanswered:
+            raise unanswered
         return False
 
     def _ask_one(self, registration: Registration, kind: str, id: str, by: Registration | None,
                  patient: bool) -> bool:
-        """Equal questions of people are asked once. One that an AS's request leads to is never shared: the
-        first may wait for that AS.
+        """Equal questions of people are asked once. One that an AS's request leads to is never shared, for the first
+        may wait for that AS; and asked in a circle, it is answered with no.
         """
-        if by:
-            return self._question(registration, kind, id, patient)
-        key = (registration.id, kind, id, patient)
+        key = (registration.id, kind, id, patient, by.id if by else "")
         with self._guard:
             query = self._queries.get(key)
             mine = query is None
             if query is None:
                 query = self._queries[key] = Query()
+        if by and not mine:
+            return False                                     # what it waits for may wait for it
         if mine:
             try:
                 query.created = self._question(registration, kind, id, patient)
@@ -4237,6 +4263,12 @@ class Call:
     def __init__(self, api: Api, request: Request, params: Mapping[str, str]) -> None:
         self.api, self.request, self.params = api, request, params
         self.who = NOBODY
+
+    @property
+    def asker(self) -> Registration | None:
+        """The application service that is asking: with its as_token, or with a session of one of its ghosts."""
+        owner = self.api.world.registrations.owner("users", self.who.user_id) if self.who.user_id else None
+        return self.who.appservice or (owner.registration if owner else None)
 
     def __getitem__(self, name: str) -> str:
         """A variable of the path."""
@@ -4602,7 +4634,7 @@ def confirm_password(call: Call, body: JsonObject) -> None:
 
 
 def get_profile(call: Call) -> Any:
-    return call.api.accounts.profile(call["userId"], call.who.appservice)
+    return call.api.accounts.profile(call["userId"], call.asker)
 
 
 def get_profile_key(call: Call) -> Any:
@@ -4671,7 +4703,7 @@ def keys_query(call: Call) -> Any:
     wanted = field(call.body, "device_keys", dict)
     for user_id in wanted:
         if check_id("@", user_id) and server_of(user_id) == call.api.world.name:
-            call.api.world.ask("users", user_id, call.who.appservice, True)
+            call.api.world.ask("users", user_id, call.asker, True)
     return {"device_keys": {}, "failures": {}}
 
 
@@ -4795,7 +4827,7 @@ def room_aliases(call: Call) -> Any:
 
 
 def get_alias(call: Call) -> Any:
-    return {"room_id": call.api.rooms.resolve(call["roomAlias"], call.who.appservice),
+    return {"room_id": call.api.rooms.resolve(call["roomAlias"], call.asker),
             "servers": [call.api.world.name]}
 
 
@@ -5438,7 +5470,7 @@ class AppService:
         server, self._server = self._server, None
         if server:
             server.stop()
-        waited = self._delivery.acquire(timeout=5)
+        waited = self._delivery.acquire(timeout=1)
         with self._db_guard:
             self._db.close()
         if waited:
@@ -6229,7 +6261,7 @@ class IrcBridge(AppService):
         release(self.work)
         self.ring()
         if self._sender.is_alive():
-            self._sender.join(5)
+            self._sender.join(1)
         super().stop()
 
     @property
@@ -6605,6 +6637,11 @@ class IrcBridge(AppService):
 
     # -- From Matrix to IRC.
 
+    def _put_transaction(self, txn_id: str, request: Request) -> None:
+        """Not before the server name is known: without it no event can be understood, and what fails is skipped."""
+        assert self.server_name                              # asked of the homeserver; an error is answered with 500
+        super()._put_transaction(txn_id, request)
+
     def on_event(self, event: JsonObject) -> None:
         method = self.EVENTS.get(event.get("type", ""))
         if method and isinstance(event.get("content"), dict):
@@ -6839,8 +6876,8 @@ class Homeserver:
         self.world.add_senders()
         self.delivery = Delivery(self.world)
         self.api = Api(self.world, self.delivery)
+        self.delivery.start()                                # before the first request can freeze a transaction
         self._server.start()
-        self.delivery.start()
         self._started = True
         try:
             for sample in self.samples:
@@ -6880,7 +6917,8 @@ class Homeserver:
 
     def client(self, name: str, password: str | None = None) -> Client:
         """A new person, logged in; without a password nobody can log in as them again."""
-        answer = self.api.accounts.register(name, password)
+        accounts = self.api.accounts                         # whatever open_registration says
+        answer = accounts._add(accounts.check_available(name, None), hash_password(password) if password else None, None)
         return Client(self.url, answer["access_token"])
 
     def appservice(self, id: str) -> Client:
@@ -7134,6 +7172,8 @@ def config_of(args: argparse.Namespace) -> Config:
                                              for registration in config.registrations):
         reader.wrong("--role appservice", "has nothing to run", "a registration needs the key "
                      "\"asbridge.sample\": {\"irc_port\": 6667}")
+    if not is_base_url(args.homeserver):
+        reader.wrong("--homeserver", f"is {quoted(args.homeserver)}", "write 'http://host:port'")
     if reader.findings:
         raise ConfigError(reader.findings)
     return config
@@ -7188,7 +7228,7 @@ def run(config: Config, args: argparse.Namespace) -> int:
                                                     for entry in dataclasses.fields(config)})
     try:
         hs.start()
-    except (OSError, DatabaseError) as error:
+    except (OSError, DatabaseError, sqlite3.Error) as error:
         print(why_not_started(error, config), file=sys.stderr)
         return 1
     try:
@@ -7216,12 +7256,13 @@ def until_rung(stop: Any) -> None:
 
 def run_samples(config: Config, homeserver: str, stop: Any) -> int:
     """Only the sample application services, for another homeserver."""
-    samples = [IrcBridge(one, homeserver, beside(config.database, one.id)) for one in config.registrations
-               if one.sample is not None]
+    samples: list[IrcBridge] = []
     try:
-        for sample in samples:
-            sample.start()
-    except OSError as error:
+        for one in config.registrations:
+            if one.sample is not None:
+                samples.append(IrcBridge(one, homeserver, beside(config.database, one.id)))
+                samples[-1].start()
+    except (OSError, sqlite3.Error) as error:
         print(why_not_started(error, config), file=sys.stderr)
         return 1
     try:
