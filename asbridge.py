@@ -662,14 +662,16 @@ class HttpServer(http.server.ThreadingHTTPServer):
         return self.server_address[1]
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        if len(self.connections) >= self.max_connections:
-            self.close_longest_idle()
-        _thread.start_new_thread(self.process_request_thread, (request, client_address))
+        if len(self.connections) >= self.max_connections and not self.close_longest_idle():
+            self.shutdown_request(request)                   # all are busy
+        else:
+            _thread.start_new_thread(self.process_request_thread, (request, client_address))
 
-    def close_longest_idle(self) -> None:
+    def close_longest_idle(self) -> bool:
         idle = [(c.idle_since, id(c), c) for c in list(self.connections) if c.idle_since is not None]
         if idle:
             hang_up(min(idle)[2].request)
+        return bool(idle)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         log.exception("a connection failed")
@@ -2490,10 +2492,10 @@ class Waiters:
 class _Job:
     """One change, waiting for its COMMIT."""
 
-    __slots__ = ("fn", "done", "result", "error")
+    __slots__ = ("fn", "token", "done", "result", "error")
 
-    def __init__(self, fn: Callable[[Tx], Any]) -> None:
-        self.fn, self.done = fn, bell()
+    def __init__(self, fn: Callable[[Tx], Any], token: bytes | None = None) -> None:
+        self.fn, self.token, self.done = fn, token, bell()
         self.result: Any = None
         self.error: BaseException | None = None
 
@@ -2532,6 +2534,11 @@ class Store:
         self._thread = threading.Thread(target=self._run, name="writer", daemon=True)
         self._thread.start()
 
+    def began(self) -> int:
+        """A tick for the start of this process, after which every room counts as moved once."""
+        self.started_at = self.write(lambda tx: tx.tick())
+        return self.started_at
+
     def wait_published(self, tick: int) -> None:
         """Until what was committed up to this tick is published as well: some microseconds."""
         while self.position < tick:
@@ -2557,12 +2564,13 @@ class Store:
         finally:
             self._readers.put(db)
 
-    def write(self, fn: Callable[[Tx], T]) -> T:
+    def write(self, fn: Callable[[Tx], T], token: bytes | None = None) -> T:
         """Runs fn on the writer thread and returns its result when it is durable, or raises what it raised.
 
-        fn must have no effect outside of `tx`, for it may be run twice, and do no I/O.
+        fn must have no effect outside of `tx`, for it may be run twice, and do no I/O. `token`: the digest of a
+        session's token, which must still be good then.
         """
-        job = _Job(fn)
+        job = _Job(fn, token)
         with self._gate:
             if self._closed:
                 raise MatrixError("M_UNKNOWN", "the homeserver has stopped", 503)
@@ -2631,6 +2639,7 @@ class Store:
         tx.new_job()
         tx.db.execute("SAVEPOINT job")
         try:
+            tx.check_session(job.token)
             job.result, job.error = job.fn(tx), None
             tx.job_done()
         except MatrixError as error:                         # a refusal: this job alone is undone
@@ -2862,7 +2871,7 @@ class Accounts:
         with self.store.read() as reader:
             row = reader.user(user_id)
         stored = row[0] if row and not row[4] else None
-        if not password_fits(password, stored or hash_password("", b"nobody") + "!") or not stored:
+        if not password_fits(password, stored or "scrypt$00$") or not stored:    # as long for an unknown name
             raise forbidden("wrong user name or password")
 
     def login_ghost(self, registration: Registration, user: str, **device: Any) -> JsonObject:
@@ -2909,7 +2918,7 @@ class Accounts:
         def job(tx: Tx) -> None:
             for device_id in device_ids:
                 tx.delete_device(who.user_id, device_id)
-        self.store.write(job)
+        self.store.write(job, who.token)
 
     # -- profiles
 
@@ -2952,7 +2961,7 @@ class Accounts:
         return found
 
     def set_account_data(self, who: Who, room_id: str, type: str, content: JsonObject) -> None:
-        self.store.write(lambda tx: tx.set_account_data(who.user_id, room_id, type, to_json(content)))
+        self.store.write(lambda tx: tx.set_account_data(who.user_id, room_id, type, to_json(content)), who.token)
 
     def tags(self, who: Who, room_id: str) -> JsonObject:
         with self.store.read() as reader:
@@ -2973,10 +2982,10 @@ class Accounts:
             if content is not None:
                 tags["tags"][tag] = content
             tx.set_account_data(who.user_id, room_id, "m.tag", to_json(tags))
-        self.store.write(job)
+        self.store.write(job, who.token)
 
     def add_filter(self, who: Who, content: JsonObject) -> str:
-        return str(self.store.write(lambda tx: tx.add_filter(who.user_id, to_json(content))))
+        return str(self.store.write(lambda tx: tx.add_filter(who.user_id, to_json(content)), who.token))
 
     def filter(self, who: Who, filter_id: str) -> JsonObject:
         with self.store.read() as reader:
@@ -3075,6 +3084,8 @@ class Rooms:
         try:
             if draft.type == "m.room.power_levels":
                 check_power_levels_shape(draft.content)
+            elif draft.type == "m.room.canonical_alias":
+                self._check_canonical_alias(tx, room, draft.content)
             self._append(tx, room, draft)
         except MatrixError as error:
             if error.errcode == "M_FORBIDDEN":
@@ -3205,6 +3216,8 @@ class Rooms:
     def set_state(self, who: Who, room_id: str, type: str, state_key: str, content: JsonObject,
                   ts: int | None = None) -> str:
         check_canonical(content)
+        if type == "m.room.member" and content.get("membership") == "invite":
+            self.world.ask("users", state_key, who.appservice, False)
 
         def job(tx: Tx) -> str:
             room = self._room(tx, who, room_id)
@@ -3575,6 +3588,7 @@ class Typing:
         # room → tick of the last change, user → until when
         self._rooms: dict[int, tuple[int, dict[str, float]]] = {}
         self._guard = threading.Lock()                       # guards _rooms and _thread
+        self._began = world.store.began()                    # whoever typed before this tick has stopped
         self._thread: threading.Thread | None = None
         self._bell = bell()
         self._stopped = False
@@ -3612,7 +3626,7 @@ class Typing:
     def since(self, room: int, since: int, now: int) -> JsonObject | None:
         """The m.typing event of a room, if it changed after `since` and not after `now`."""
         with self._guard:
-            tick, users = self._rooms.get(room, (0, {}))
+            tick, users = self._rooms.get(room, (self._began, {}))
             return {"type": "m.typing", "content": {"user_ids": sorted(users)}} if since < tick <= now else None
 
     def _expire(self) -> None:
@@ -3656,7 +3670,7 @@ class Media:
     def upload(self, who: Who, content: bytes, content_type: str, filename: str | None) -> str:
         """The mxc: URI of the new content."""
         media_id, now = random_id(24), self.world.clock.now()
-        self.store.write(lambda tx: tx.add_media(media_id, content_type, filename, who.user_id, now, content))
+        self.store.write(lambda tx: tx.add_media(media_id, content_type, filename, who.user_id, now, content), who.token)
         return f"mxc://{self.world.name}/{media_id}"
 
     def download(self, server_name: str, media_id: str) -> tuple[str, str | None, bytes]:
@@ -4048,7 +4062,8 @@ class Worker:
         """Any 200 is an acknowledgement, whatever its body."""
         if isinstance(outcome, Answer) and outcome.status == 200:
             try:
-                self.transaction = None  # the next one comes with the COMMIT of this acknowledgement
+                if self.transaction is transaction:          # the next one comes with the COMMIT of this acknowledgement
+                    self.transaction = None
                 self.world.store.write(lambda tx: tx.acknowledge(transaction.appservice, transaction.txn_id))
                 if self.failures:
                     log.info("application service %s is back; transaction %d went through",
@@ -4130,10 +4145,6 @@ class Delivery:
             return None
         with self._guard:
             return self._workers.setdefault(id, Worker(self.world, registration))
-
-    def failing(self, id: str) -> bool:
-        worker = self._workers.get(id)
-        return bool(worker and worker.failures)
 
     # -- pinging
 
@@ -5058,6 +5069,9 @@ KEPT_EVENTS, KEPT_TXNS = 20_000, 1_000   # how far back the application service 
 HELLO_FIRST, HELLO_LAST = 0.25, 15.0             # seconds between attempts to find the homeserver
 
 
+COMES_BACK = (429, 502, 503, 504)                # with these a homeserver says that it will answer later
+
+
 class Unreachable(OSError):
     """The homeserver can't be asked; later it may be."""
 
@@ -5569,9 +5583,9 @@ class AppService:
         try:
             self._notice_membership(event)
             self.on_event(event)
-        except Unreachable as error:                         # it will be pushed again, and the homeserver be back
-            raise MatrixError("M_UNKNOWN", f"event {event_id} could not be handled: {error}", 503) from None
-        except Exception:
+        except Exception as error:
+            if isinstance(error, Unreachable) or (isinstance(error, MatrixError) and error.status in COMES_BACK):
+                raise MatrixError("M_UNKNOWN", f"event {event_id} can't be handled now: {error}", 503) from None
             log.exception("%s: event %s failed and is skipped", self.registration.id, event_id)
         if isinstance(event_id, str):
             self._remember("events_handled", event_id, KEPT_EVENTS)
@@ -6637,11 +6651,6 @@ class IrcBridge(AppService):
 
     # -- From Matrix to IRC.
 
-    def _put_transaction(self, txn_id: str, request: Request) -> None:
-        """Not before the server name is known: without it no event can be understood, and what fails is skipped."""
-        assert self.server_name                              # asked of the homeserver; an error is answered with 500
-        super()._put_transaction(txn_id, request)
-
     def on_event(self, event: JsonObject) -> None:
         method = self.EVENTS.get(event.get("type", ""))
         if method and isinstance(event.get("content"), dict):
@@ -6847,7 +6856,7 @@ class Homeserver:
         log.addHandler(logging.NullHandler())                # silent, unless whoever embeds it wants to hear
         self.samples: list[AppService] = []
         self._run_samples = samples
-        self._started = self._stopped = False
+        self._started = False
 
     @property
     def port(self) -> int:
@@ -6896,11 +6905,11 @@ class Homeserver:
 
     def stop(self) -> None:
         """Ends what was started; again is no error. What was answered is kept."""
-        if self._stopped or not self._started:
+        if not self._started:
             return
-        self._stopped = self.api.stopping = True
-        for sample in self.samples:
-            sample.stop()
+        self._started, self.api.stopping = False, True
+        while self.samples:
+            self.samples.pop().stop()
         self.delivery.stop()
         self.world.store.waiters.wake()
         self._server.stop()
@@ -6966,7 +6975,7 @@ class Homeserver:
 def beside(database: str, id: str) -> str:
     """The database of an application service, next to the homeserver's."""
     root, extension = os.path.splitext(database)
-    return database if database == ":memory:" else f"{root}-{re.sub(r'[^A-Za-z0-9_.-]', '_', id)}{extension}"
+    return database if database == ":memory:" else f"{root}-{urllib.parse.quote(id, safe='')}{extension}"
 
 
 # -- The configuration.

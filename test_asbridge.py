@@ -3983,6 +3983,55 @@ def test_media_that_is_not_there_not_allowed_or_too_large_is_refused(start):
         assert ask(hs, "GET", url, alice.token) == (200, {"m.upload.size": 10})
 
 
+def test_state_that_says_nothing_new_is_the_event_that_said_it_first(start):
+    hs = start()
+    alice = hs.client("alice")
+    room = alice.create_room()
+    first = alice.set_state(room, "m.room.topic", {"topic": "tea"})
+    assert alice.set_state(room, "m.room.topic", {"topic": "tea"}) == first
+    assert alice.set_state(room, "m.room.topic", {"topic": "cake"}) != first
+    alice.set_displayname("Alice")
+    before = len(alice.messages(room)["chunk"])
+    alice.set_displayname("Alice")
+    assert len(alice.messages(room)["chunk"]) == before
+
+
+def test_account_data_of_a_room_that_was_set_before_joining_comes_with_the_join(start):
+    hs = start()
+    alice, bob = hs.client("alice"), hs.client("bob")
+    room = alice.create_room(invite=[bob.user_id])
+    bob.set_account_data("x", {"a": 1}, room)
+    since = bob.sync()["next_batch"]
+    bob.join(room)
+    assert {"type": "x", "content": {"a": 1}} in bob.sync(since)["rooms"]["join"][room]["account_data"]["events"]
+
+
+def test_a_change_of_a_session_that_has_ended_is_refused_though_it_was_asked_before(start):
+    hs = start()
+    alice = hs.client("alice")
+    who = hs.api.identify(asbridge.Request(f"GET / HTTP/1.1\r\nAuthorization: Bearer {alice.token}"), "user")
+    hs.api.accounts.logout(who)
+    for change in (lambda: hs.api.accounts.set_account_data(who, "", "x", {}), lambda: hs.api.accounts.add_filter(who, {}),
+                   lambda: hs.api.accounts.set_tag(who, "!r:localhost", "u.x", {}), lambda: hs.api.rooms.create(who, {}),
+                   lambda: hs.api.media.upload(who, b"x", "text/plain", None)):
+        with refused("M_UNKNOWN_TOKEN", 401):
+            change()
+
+
+def test_who_typed_when_the_homeserver_stopped_types_no_more(tmp_path):
+    keys = {"database": str(tmp_path / "hs.db")}
+    with asbridge.Homeserver(**keys) as hs:
+        alice, bob = hs.client("alice"), hs.client("bob")
+        room = alice.create_room(invite=[bob.user_id])
+        bob.join(room)
+        bob.typing(room)
+        since = alice.sync()["next_batch"]
+    with asbridge.Homeserver(**keys) as hs:
+        alice.close()
+        events = asbridge.Client(hs.url, alice.token).sync(since)["rooms"]["join"][room]["ephemeral"]["events"]
+        assert events == [{"type": "m.typing", "content": {"user_ids": []}}]
+
+
 # ============================================================================
 # 7. Delivery
 # ============================================================================
@@ -4424,6 +4473,58 @@ def test_a_question_holds_up_nothing_else(start, recorder):
         go.set()
         with refused("M_NOT_FOUND", 404):
             future.result(5)
+
+
+def test_two_services_that_ask_about_each_other_do_not_ask_for_ever(start, recorder):
+    one, two = recorder(), recorder()
+    hs = start(registration("one", one.url, users=["@one_.*"]), registration("two", two.url, users=["@two_.*"]))
+    for mine, id, other in ((one, "one", "@two_x:localhost"), (two, "two", "@one_x:localhost")):
+        def answer(request, body, id=id, other=other):
+            with contextlib.suppress(MatrixError):
+                hs.appservice(id).profile(other)
+            return 404, {"errcode": "M_NOT_FOUND"}
+        mine.answer = answer
+    with refused("M_NOT_FOUND", 404):
+        hs.client("alice").profile("@one_x:localhost")
+    assert len(one.requests) + len(two.requests) < 10
+
+
+def test_what_a_service_answers_does_not_carry_its_token_to_a_client(start, recorder):
+    r = recorder()
+    hs = start(registration(url=r.url), query_timeout_ms=200)
+    r.answer = lambda request, body: (500, f"error at {request.path}?access_token=hs-irc".encode())
+    with pytest.raises(MatrixError) as caught:
+        hs.client("alice").profile("@_irc_x:localhost")
+    assert caught.value.status == 408 and "hs-irc" not in caught.value.error
+
+
+def test_a_long_answer_is_an_acknowledgement_too(start, recorder):
+    r = recorder()
+    r.answer = lambda request, body: (200, b"x" * 200_000)
+    hs = start(registration(url=r.url, rooms=["!.*"]))
+    hs.client("alice").create_room()
+    hs.settle()
+    assert len(r.transactions) == len(dict(r.transactions))
+
+
+def test_if_the_first_of_two_services_is_down_the_second_is_asked(start, recorder):
+    r = recorder()
+    r.answer = lambda request, body: (404, {"errcode": "M_NOT_FOUND"})
+    down = registration("down", nowhere(), users=["@_irc_.*"], exclusive=False)
+    hs = start(down, registration("up", r.url, users=["@_irc_.*"], exclusive=False), query_timeout_ms=100)
+    with pytest.raises(MatrixError):
+        hs.client("alice").profile("@_irc_x:localhost")
+    assert len(r.requests) == 1
+
+
+def test_a_session_of_a_ghost_never_makes_its_own_service_be_asked(start, recorder):
+    r = recorder()
+    hs = start(registration(url=r.url))
+    acting(hs, "irc", "@_irc_bob:localhost")
+    token = hs.api.accounts.login_ghost(hs.world.registrations.by_id["irc"], "_irc_bob")["access_token"]
+    with refused("M_NOT_FOUND", 404):
+        asbridge.Client(hs.url, token).profile("@_irc_other:localhost")
+    assert r.requests == []
 
 
 # ============================================================================
@@ -6043,6 +6144,21 @@ def test_the_bot_in_the_readme_answers(tmp_path, monkeypatch):
         names["bot"].stop()
 
 
+def test_a_homeserver_that_was_stopped_starts_again(tmp_path):
+    hs = asbridge.Homeserver(database=str(tmp_path / "hs.db"))
+    for _ in range(2):
+        hs.start()
+        assert ask(hs, "GET", "/_matrix/client/versions")[0] == 200
+        hs.stop()
+    hs.stop()
+
+
+@pytest.mark.parametrize("changes", [{"hs_token": "schl\u00fcssel\u20ac"}, {"as_token": "a\nb"}, {"asbridge.sample": {"irc_port": 70000}}])
+def test_a_registration_that_could_not_work_is_refused_at_the_start(changes):
+    with pytest.raises(asbridge.ConfigError):
+        asbridge.read_registration({**registration(), **changes}, "here")
+
+
 def test_an_embedded_homeserver_checks_its_keys_like_a_configuration():
     with pytest.raises(asbridge.ConfigError, match="'server_name'"):
         asbridge.Homeserver(server_nam="x")
@@ -6148,7 +6264,7 @@ import asbridge
 with asbridge.Homeserver(registrations=[{registration!r}]) as hs:
     alice = hs.client("alice")
     alice.say(alice.create_room(), "x")
-    while not hs.delivery.failing("irc"): pass
+    while not hs.delivery.worker("irc").failures: pass
     assert [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)] == before
 """
 
