@@ -5053,6 +5053,14 @@ class Unreachable(OSError):
     """The homeserver can't be asked; later it may be."""
 
 
+@contextlib.contextmanager
+def expecting(errcode: str) -> Iterator[None]:
+    """A refusal with this errcode only ends the block."""
+    try:
+        yield
+    except MatrixError as error:
+        if error.errcode != errcode:
+            raise
 
 
 def client_path(*segments: str) -> str:
@@ -5060,10 +5068,14 @@ def client_path(*segments: str) -> str:
     return "/_matrix/client/v3/" + "/".join([urllib.parse.quote(segment, safe="") for segment in segments])
 
 
+def given(**values: Any) -> JsonObject:
+    """Those that are not None."""
+    return {key: value for key, value in values.items() if value is not None}
+
+
 def query_string(query: Mapping[str, Any]) -> str:
-    given = {key: str(value).lower() if isinstance(value, bool) else value
-             for key, value in query.items() if value is not None}
-    return "?" + urllib.parse.urlencode(given) if given else ""
+    words = {key: str(value).lower() if isinstance(value, bool) else value for key, value in query.items()}
+    return "?" + urllib.parse.urlencode(words) if words else ""
 
 
 class Client:
@@ -5085,7 +5097,7 @@ class Client:
         headers = {"Authorization": f"Bearer {self.token}"} if self.token else {}
         if body is not None:
             headers["Content-Type"] = "application/json"
-        target = path + query_string({**query, "user_id": self.acts_as} if self.acts_as else query)
+        target = path + query_string(given(**query, user_id=self.acts_as))
         data = None if body is None else to_json(body).encode("utf-8", "replace")
         connection = self._connection()
         try:
@@ -5162,23 +5174,15 @@ class Client:
         return str(self.ask("POST", "join", room, body={})["room_id"])
 
     def leave(self, room_id: str, reason: str | None = None) -> None:
-        self.ask("POST", "rooms", room_id, "leave", body={"reason": reason} if reason else {})
+        self.ask("POST", "rooms", room_id, "leave", body=given(reason=reason))
 
-    def invite(self, room_id: str, user_id: str, reason: str | None = None) -> None:
-        self._put_in_place("invite", room_id, user_id, reason)
+    def _change_membership(self, verb: str, room_id: str, user_id: str, reason: str | None = None) -> None:
+        self.ask("POST", "rooms", room_id, verb, body=given(user_id=user_id, reason=reason))
 
-    def kick(self, room_id: str, user_id: str, reason: str | None = None) -> None:
-        self._put_in_place("kick", room_id, user_id, reason)
-
-    def ban(self, room_id: str, user_id: str, reason: str | None = None) -> None:
-        self._put_in_place("ban", room_id, user_id, reason)
-
-    def unban(self, room_id: str, user_id: str, reason: str | None = None) -> None:
-        self._put_in_place("unban", room_id, user_id, reason)
-
-    def _put_in_place(self, verb: str, room_id: str, user_id: str, reason: str | None) -> None:
-        body = {"user_id": user_id, "reason": reason} if reason else {"user_id": user_id}
-        self.ask("POST", "rooms", room_id, verb, body=body)
+    invite = functools.partialmethod(_change_membership, "invite")
+    kick = functools.partialmethod(_change_membership, "kick")
+    ban = functools.partialmethod(_change_membership, "ban")
+    unban = functools.partialmethod(_change_membership, "unban")
 
     def joined_rooms(self) -> list[str]:
         return list(self.ask("GET", "joined_rooms")["joined_rooms"])
@@ -5205,15 +5209,15 @@ class Client:
     def send(self, room_id: str, type: str, content: JsonObject, txn_id: str | None = None,
              ts: int | None = None) -> str:
         """The event's ID. The same `txn_id` again sends nothing again; `ts` is for application services."""
-        txn_id = txn_id or secrets.token_hex(8)
-        return str(self.ask("PUT", "rooms", room_id, "send", type, txn_id, body=content, ts=ts)["event_id"])
+        where = "rooms", room_id, "send", type, txn_id or secrets.token_hex(8)
+        return str(self.ask("PUT", *where, body=content, ts=ts)["event_id"])
 
     def say(self, room_id: str, text: str, txn_id: str | None = None) -> str:
         return self.send(room_id, "m.room.message", {"msgtype": "m.text", "body": text}, txn_id)
 
     def redact(self, room_id: str, event_id: str, reason: str | None = None, txn_id: str | None = None) -> str:
-        txn_id, body = txn_id or secrets.token_hex(8), {"reason": reason} if reason else {}
-        return str(self.ask("PUT", "rooms", room_id, "redact", event_id, txn_id, body=body)["event_id"])
+        where = "rooms", room_id, "redact", event_id, txn_id or secrets.token_hex(8)
+        return str(self.ask("PUT", *where, body=given(reason=reason))["event_id"])
 
     def set_state(self, room_id: str, type: str, content: JsonObject, state_key: str = "",
                   ts: int | None = None) -> str:
@@ -5234,14 +5238,13 @@ class Client:
         return self.ask("GET", "rooms", room_id, "messages", dir=dir, limit=limit, **query)
 
     def typing(self, room_id: str, typing: bool = True, timeout: int = 30_000) -> None:
-        body = {"typing": typing, **({"timeout": timeout} if typing else {})}
+        body = given(typing=typing, timeout=timeout if typing else None)
         self.ask("PUT", "rooms", room_id, "typing", self.user_id, body=body)
 
     def receipt(self, room_id: str, event_id: str, type: str = "m.read") -> None:
         self.ask("POST", "rooms", room_id, "receipt", type, event_id, body={})
 
-    def sync(self, since: str | None = None, timeout: int = 0,
-             filter: JsonObject | str | None = None) -> JsonObject:
+    def sync(self, since: str | None = None, timeout: int = 0, filter: JsonObject | str | None = None) -> Any:
         """`timeout` in milliseconds: how long the homeserver may wait for something new."""
         narrow = to_json(filter) if isinstance(filter, dict) else filter
         return self.ask("GET", "sync", seconds=60 + timeout / 1000, since=since, timeout=timeout, filter=narrow)
@@ -5255,8 +5258,7 @@ class Client:
                     return event
             at, left = len(self.seen), deadline - time.monotonic()
             if left <= 0:
-                raise TimeoutError(f"no such event in {seconds} s; the last were "
-                                   f"{shorten(self.seen[-3:], 2000)}")
+                raise TimeoutError(f"no such event in {seconds} s; the last: {shorten(self.seen[-3:], 2000)}")
             self._look(int(min(left, 5.0) * 1000))
 
     def _look(self, timeout: int) -> None:
@@ -5292,8 +5294,7 @@ class Intent(Client):
         return super().call(method, path, body, seconds, **query)
 
     def _mend(self, method: str, path: str) -> bool:
-        """After a refusal: registers and joins, whatever is remembered; whether another attempt has a chance.
-        """
+        """After a refusal: registers and joins, whatever is remembered. Has another attempt a chance?"""
         self.registered = False
         new, room = self.ensure_registered(), self.ROOM_PATH.match(path)
         if not room or method == "POST":                     # what is done by POST changes memberships
@@ -5308,16 +5309,13 @@ class Intent(Client):
         if self.registered:
             return False
         localpart = localpart_of(self.acts_as) if self.acts_as else self.service.registration.sender_localpart
-        try:
+        new = False
+        with expecting("M_USER_IN_USE"):
             self.service.client.ask("POST", "register", body={
                 "type": "m.login.application_service", "username": localpart, "inhibit_login": True})
-        except MatrixError as error:
-            if error.errcode != "M_USER_IN_USE":
-                raise
-            self.registered = True
-            return False
+            new = True
         self.registered = True
-        return True
+        return new
 
     def ensure_joined(self, room_id: str) -> None:
         """Joins, if need be on the invitation of the application service's own user."""
@@ -5331,7 +5329,8 @@ class Intent(Client):
             try:
                 self.service.bot.invite(room_id, self.user_id)
             except MatrixError as other:
-                raise MatrixError(error.errcode, f"{error.error}; to be invited did not work either: {other.error}") from None
+                told = f"{error.error}; to be invited did not work either: {other.error}"
+                raise MatrixError(error.errcode, told) from None
             self.join(room_id)
 
     def join(self, room: str) -> str:
@@ -5377,7 +5376,8 @@ class AppService:
     def __init__(self, registration: Registration, homeserver_url: str, database: str = ":memory:",
                  clock: Clock | None = None) -> None:
         self.registration, self.homeserver_url = registration, homeserver_url
-        self.clock = clock or Clock()
+        self.id, self.clock = registration.id, clock or Clock()
+        self._where = urllib.parse.urlsplit(registration.url or "")
         self.client = Client(homeserver_url, registration.as_token)  # acts as nobody; owns the connections
         self.intents: dict[str | None, Intent] = {}
         self.bot = self.intent()
@@ -5385,8 +5385,7 @@ class AppService:
         self.bells: list[Any] = []                           # rung when the homeserver calls, and to stop
         self._server: HttpServer | None = None
         self._server_name = ""
-        # One transaction at a time: that is what this lock is for, so on_event does run while it is held.
-        self._delivery = threading.Lock()
+        self._delivery = threading.Lock()                    # guards nothing: held so that transactions take turns
         self._db_guard = threading.Lock()                    # guards _db: one statement at a time
         self._db = (sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
                     if database == ":memory:" else open_sqlite(database))
@@ -5430,9 +5429,8 @@ class AppService:
     @property
     def url(self) -> str:
         """Where we listen; the registration's, but with the real port."""
-        parts = urllib.parse.urlsplit(self.registration.url or "")
-        host = f"[{parts.hostname}]" if ":" in (parts.hostname or "") else parts.hostname
-        return f"{parts.scheme}://{host}:{self.port}{parts.path.rstrip('/')}"
+        host = f"[{self._where.hostname}]" if ":" in (self._where.hostname or "") else self._where.hostname
+        return f"{self._where.scheme}://{host}:{self.port}{self._where.path.rstrip('/')}"
 
     def sql(self, statement: str, *values: Any) -> list[Any]:
         """Runs one statement, durably; its rows."""
@@ -5444,16 +5442,17 @@ class AppService:
     def listen(self) -> None:
         """Takes the port of the registration's url, if it has one. start() does it if nobody has."""
         if self.registration.url is not None and self._server is None:
-            parts = urllib.parse.urlsplit(self.registration.url)
-            port = parts.port if parts.port is not None else 443 if parts.scheme == "https" else 80
-            self._server = HttpServer((parts.hostname or "127.0.0.1", port), self.answer)
+            port = self._where.port
+            if port is None:
+                port = 443 if self._where.scheme == "https" else 80
+            self._server = HttpServer((self._where.hostname or "127.0.0.1", port), self.answer)
 
     def start(self) -> None:
         """Listens, and looks for the homeserver."""
         self.listen()
         if self._server:
             self._server.start()
-        threading.Thread(target=self._hello, name=f"{self.registration.id} hello", daemon=True).start()
+        threading.Thread(target=self._hello, name=f"{self.id} hello", daemon=True).start()
 
     def stop(self) -> None:
         """Ends after the event in hand; the rest of its transaction will come again."""
@@ -5480,26 +5479,26 @@ class AppService:
         self.bells.append(ready)
         while not self.stopping:
             try:
-                log.info("%s: the homeserver %s is at %s", self.registration.id, self.server_name, url)
+                log.info("%s: the homeserver %s is at %s", self.id, self.server_name, url)
                 return self._ask_for_ping()
             except (Unreachable, MatrixError) as error:
-                log.warning("%s: the homeserver at %s %s: %s", self.registration.id, url,
-                            "refuses us" if isinstance(error, MatrixError) else "does not answer", self._hint(error))
+                does = "refuses us" if isinstance(error, MatrixError) else "does not answer"
+                log.warning("%s: the homeserver at %s %s: %s", self.id, url, does, self._hint(error))
                 self.clock.wait(ready, self.clock.monotonic() + seconds)
                 seconds = min(2 * seconds, HELLO_LAST)
 
     def _ask_for_ping(self) -> None:
-        path = f"/_matrix/client/v1/appservice/{urllib.parse.quote(self.registration.id, safe='')}/ping"
+        path = f"/_matrix/client/v1/appservice/{urllib.parse.quote(self.id, safe='')}/ping"
         try:
             answer = self.client.call("POST", path, {"transaction_id": secrets.token_hex(8)})
-            log.info("%s: the homeserver reaches us, in %s ms", self.registration.id, answer.get("duration_ms"))
+            log.info("%s: the homeserver reaches us, in %s ms", self.id, answer.get("duration_ms"))
         except (Unreachable, MatrixError) as error:
             if not self.stopping:
-                log.warning("%s: the homeserver does not reach us: %s", self.registration.id, self._hint(error))
+                log.warning("%s: the homeserver does not reach us: %s", self.id, self._hint(error))
 
     def _hint(self, error: Exception) -> str:
         hint = PING_HINTS.get(error.errcode, "") if isinstance(error, MatrixError) else ""
-        return f"{error}; {hint.format(url=self.url, id=self.registration.id)}" if hint else str(error)
+        return f"{error}; {hint.format(url=self.url, id=self.id)}" if hint else str(error)
 
     # -- What the homeserver sends.
 
@@ -5510,7 +5509,7 @@ class AppService:
             return json_response(error.status, error.body())
         except Exception:
             if not self.stopping:
-                log.exception("%s: %s %s failed", self.registration.id, request.method, request.path)
+                log.exception("%s: %s %s failed", self.id, request.method, request.path)
             return json_response(500, {"errcode": "M_UNKNOWN", "error": "it failed inside; the log says why"})
 
     def _answer(self, request: Request) -> JsonObject:
@@ -5521,7 +5520,7 @@ class AppService:
         return {}
 
     def _route(self, request: Request) -> tuple[str, list[str]]:
-        prefix = urllib.parse.urlsplit(self.registration.url or "").path.rstrip("/")
+        prefix = self._where.path.rstrip("/")
         path = request.path.removeprefix(prefix) if request.path.startswith(prefix + "/") else ""
         for method, regex, handler in self.ROUTES:           # each path has one method
             if match := re.fullmatch(regex, path):
@@ -5532,14 +5531,12 @@ class AppService:
 
     def _check_token(self, request: Request) -> None:
         scheme, _, header = request.headers.get("authorization", "").partition(" ")
-        tokens = [token for token in (header.strip() if scheme.lower() == "bearer" else "",
-                                      request.query.get("access_token", "")) if token]
+        bearer = header.strip() if scheme.lower() == "bearer" else ""
+        tokens = {bearer, request.query.get("access_token", "")} - {""}
         if not tokens:
-            raise MatrixError("M_MISSING_TOKEN", "no hs_token: Authorization: Bearer, or access_token in the "
-                              "query")
-        for token in tokens:
-            if not hmac.compare_digest(token.encode(), self.registration.hs_token.encode()):
-                raise MatrixError("M_FORBIDDEN", "this is not the hs_token of this application service")
+            raise MatrixError("M_MISSING_TOKEN", "no hs_token, as Authorization: Bearer or access_token=")
+        if not all(hmac.compare_digest(token.encode(), self.registration.hs_token.encode()) for token in tokens):
+            raise MatrixError("M_FORBIDDEN", "this is not the hs_token of this application service")
 
     def _put_transaction(self, txn_id: str, request: Request) -> None:
         events = parse_object(request.body(MAX_TRANSACTION_BYTES)).get("events")
@@ -5564,15 +5561,14 @@ class AppService:
         except Unreachable as error:                         # it will be pushed again, and the homeserver be back
             raise MatrixError("M_UNKNOWN", f"event {event_id} could not be handled: {error}", 503) from None
         except Exception:
-            log.exception("%s: event %s failed and is skipped", self.registration.id, event_id)
+            log.exception("%s: event %s failed and is skipped", self.id, event_id)
         if isinstance(event_id, str):
             self._remember("events_handled", event_id, KEPT_EVENTS)
 
     def _notice_membership(self, event: JsonObject) -> None:
         """What somebody else did to one of our users."""
         if event.get("type") == "m.room.member" and event.get("content", {}).get("membership") != "join":
-            intent = self.intents.get(event.get("state_key"))
-            if intent:
+            if intent := self.intents.get(event.get("state_key")):
                 intent.rooms.discard(event.get("room_id", ""))
 
     def _remember(self, table: str, id: str, keep: int) -> None:
