@@ -5097,7 +5097,7 @@ class Client:
         headers = {"Authorization": f"Bearer {self.token}"} if self.token else {}
         if body is not None:
             headers["Content-Type"] = "application/json"
-        target = path + query_string(given(**query, user_id=self.acts_as))
+        target = path + query_string(given(**{"user_id": self.acts_as, **query}))
         data = None if body is None else to_json(body).encode("utf-8", "replace")
         connection = self._connection()
         try:
@@ -5244,7 +5244,8 @@ class Client:
     def receipt(self, room_id: str, event_id: str, type: str = "m.read") -> None:
         self.ask("POST", "rooms", room_id, "receipt", type, event_id, body={})
 
-    def sync(self, since: str | None = None, timeout: int = 0, filter: JsonObject | str | None = None) -> Any:
+    def sync(self, since: str | None = None, timeout: int = 0,
+             filter: JsonObject | str | None = None) -> JsonObject:
         """`timeout` in milliseconds: how long the homeserver may wait for something new."""
         narrow = to_json(filter) if isinstance(filter, dict) else filter
         return self.ask("GET", "sync", seconds=60 + timeout / 1000, since=since, timeout=timeout, filter=narrow)
@@ -5606,16 +5607,14 @@ SEND_QUEUE = 4_096                 # lines that wait for one client; past it the
 IDLE_PING_SECONDS = 90.0           # silence until a PING, and from there to the end
 BURST, LINES_PER_SECOND = 200, 50  # a client that writes faster is read more slowly
 RETRY_FIRST, RETRY_LAST = 0.25, 30.0
-# how often a line may be answered by 500, or hit a bug, before it is given up
-MAX_FAILURES = 10
+MAX_FAILURES = 10                  # answers 500, or bugs, until a job is given up
 KEPT_SAID = 2_000                  # messages that a reply or a redaction can be about
 
 NICK = re.compile(rf"(?![0-9-])[A-Za-z0-9\[\]\\`_^{{|}}-]{{1,{NICK_LENGTH}}}")
 CHANNEL = re.compile(r"#[^\x00-\x20,:\x7f]+")
 FOLD = str.maketrans(string.ascii_uppercase + "[]\\~", string.ascii_lowercase + "{}|^")   # RFC 1459, 2.2
 FORMATTING = re.compile(r"\x03(?:\d{1,2}(?:,\d{1,2})?)?|\x04(?:[0-9A-Fa-f]{6})?|[\x00-\x08\x0b-\x1f\x7f]")
-# in Matrix text, nothing that IRC may take for its own
-CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f]")
+CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f]")   # in Matrix text, nothing that IRC may take for its own
 ONE_LINE = {0: " ", 10: " ", 13: " "}
 
 MOTD = ("This server is a bridge: its channels are Matrix rooms.",
@@ -5634,6 +5633,10 @@ NUMERICS = {
     366: "End of NAMES list",                  432: "Erroneous nickname",            502: "Only your own mode, please",
     368: "End of channel ban list",            376: "End of MOTD",
 }
+#: How many parameters a command must have, where that is checked before; those allowed before registration.
+LEAST = {"CAP": 1, "INVITE": 2, "ISON": 1, "JOIN": 1, "KICK": 2, "MODE": 1, "PART": 1, "PASS": 1, "PING": 1,
+         "TOPIC": 1, "USER": 4, "USERHOST": 1, "WHOIS": 1}
+EARLY = ("CAP", "NICK", "PASS", "PING", "PONG", "QUIT", "USER")
 FEATURES = ("CASEMAPPING=rfc1459", "CHANTYPES=#", "PREFIX=", "CHANMODES=b,,,n", f"NICKLEN={NICK_LENGTH}",
             f"CHANNELLEN={CHANNEL_BYTES}", f"TOPICLEN={TOPIC_BYTES}", f"CHANLIMIT=#:{MAX_CHANNELS}",
             f"MAXTARGETS={MAX_TARGETS}", "NETWORK=asbridge")
@@ -5705,15 +5708,18 @@ def as_user(text: str) -> str:
     return re.sub(r"[^A-Za-z0-9._-]", "_", text)[:10] or "_"
 
 
+def one_line(text: object) -> str:
+    """A field of a Matrix event, such as a topic, as IRC can show it."""
+    return CONTROL.sub("", str(text or "")).replace("\n", " ")
+
+
 def is_channel(name: str) -> bool:
     return bool(CHANNEL.fullmatch(name)) and len(name.encode("utf-8", "replace")) <= CHANNEL_BYTES
 
 
 @dataclass(eq=False)
 class Person:
-    """Somebody with a nick: on Matrix, or (IrcClient) connected here. Guarded, like Channel, by the bridge's
-    lock.
-    """
+    """Somebody with a nick: on Matrix, or (IrcClient) connected here. The bridge's lock guards it, and Channel."""
     nick: str
     user: str
     host: str
@@ -5729,6 +5735,15 @@ class Person:
     def tell(self, line: str) -> None:
         """People on Matrix hear it from the homeserver."""
 
+    def hear(self, source: str, command: str, text: str, action: bool = False) -> None:
+        for line in irc_lines(source, command, self.nick, text, action):
+            self.tell(line)
+
+    def tell_neighbours(self, line: str) -> None:
+        """Tells everybody else who is on a channel with this person, once."""
+        for person in set[Person]().union(*(channel.people for channel in self.channels)) - {self}:
+            person.tell(line)
+
 
 @dataclass(eq=False)
 class Channel:
@@ -5741,29 +5756,35 @@ class Channel:
     people: set[Person] = dataclasses.field(default_factory=set)
     changes: int = 0                                         # counts joins and parts, for refresh()
 
-    def announce(self, line: str, but: Person | None = None) -> None:
-        for person in self.people:
-            if person is not but:
-                person.tell(line)
+    def tell(self, line: str, but: Person | None = None) -> None:
+        for person in self.people - {but}:
+            person.tell(line)
+
+    def hear(self, source: str, command: str, text: str, action: bool = False, but: Person | None = None) -> None:
+        for line in irc_lines(source, command, self.name, text, action):
+            self.tell(line, but)
 
     def enter(self, person: Person) -> None:
         self.people.add(person)
         person.channels.add(self)
         self.changes += 1
-        self.announce(f":{person.prefix} JOIN {self.name}")
+        self.tell(f":{person.prefix} JOIN {self.name}")
 
     def exit(self, person: Person, line: str = "") -> None:
         if line:
-            self.announce(line)
+            self.tell(line)
         self.people.discard(person)
         person.channels.discard(self)
         self.changes += 1
 
+    def change_topic(self, source: str, topic: str, at: int) -> None:
+        """`at` in milliseconds."""
+        self.topic, self.topic_by, self.topic_at = topic, source, at // 1000
+        self.tell(f":{source} TOPIC {self.name} :{topic}")
+
 
 class IrcClient(Person):
-    """One IRC connection: one thread reads commands, another writes what is queued; nobody waits for this
-    client.
-    """
+    """One IRC connection: one thread reads commands, another writes what is queued. Nobody waits for it."""
 
     def __init__(self, bridge: IrcBridge, sock: socket.socket, host: str) -> None:
         super().__init__("", "", host, "")
@@ -5772,8 +5793,7 @@ class IrcClient(Person):
         self.fate = ""                                       # why the connection ends
         self.queue: queue.Queue[bytes | None] = queue.Queue(SEND_QUEUE)
         self.pause = bell()                                  # what a client that writes too fast waits on
-        # each line read moves it on, and it may not pass the clock
-        self.paid_until = 0.0
+        self.paid_until = 0.0                                # moved on by each line; may not pass the clock
 
     # -- The connection.
 
@@ -5837,9 +5857,9 @@ class IrcClient(Person):
     def tell(self, line: str) -> None:
         """Queues one line for the client; never waits."""
         data = line.translate(ONE_LINE).encode("utf-8", "replace")[:LINE_BYTES]
+        whole = data.decode("utf-8", "ignore").encode()      # no half character at the end
         try:
-            # no half character at the end
-            self.queue.put_nowait(data.decode("utf-8", "ignore").encode() + b"\r\n")
+            self.queue.put_nowait(whole + b"\r\n")
         except queue.Full:
             self.fate = self.fate or "Too slow to read"
             hang_up(self.sock)
@@ -5866,19 +5886,23 @@ class IrcClient(Person):
         command, params = parse_line(line.rstrip("\r"))
         if not command:
             return
-        method, least, early = COMMANDS.get(command, (None, 0, False))
-        if not self.registered and not early:
+        method = getattr(self, f"do_{command.lower()}", None)
+        if not self.registered and command not in EARLY:
             self.reply(451)
         elif method is None:
             self.reply(421, command)
-        elif len(params) < least:
+        elif len(params) < LEAST.get(command, 0):
             self.reply(461, command)
         else:
-            method(self, *params[:15])
+            method(*params[:15])
 
-    # -- Registering.
+    def spool(self, do: str, channel: Channel, **job: Any) -> None:
+        """What this client did on a channel is to be done on Matrix."""
+        self.bridge.spool(do, nick=self.nick, to=channel.name, **job)
 
-    def cap(self, verb: str, *wanted: str) -> None:
+    # -- Registering. A method do_x is the command X.
+
+    def do_cap(self, verb: str, *wanted: str) -> None:
         """We have no capabilities, but clients ask first and wait for the answer."""
         verb = verb.upper()
         self.negotiating = verb in ("LS", "REQ") or (self.negotiating and verb != "END")
@@ -5888,19 +5912,18 @@ class IrcClient(Person):
             self.tell(f":{IRC_NAME} CAP {self.nick or '*'} NAK :{' '.join(wanted)}")
         self.welcome()
 
-    def pass_(self, *_: str) -> None:
+    def do_pass(self, *_: str) -> None:
         if self.registered:
             self.reply(462)
 
-    def user_(self, user: str, mode: str, unused: str, realname: str, *_: str) -> None:
+    def do_user(self, user: str, mode: str, unused: str, realname: str, *_: str) -> None:
         if self.registered:
             self.reply(462)
         else:
-            self.user = as_user(user)
-            self.realname = realname
+            self.user, self.realname = as_user(user), realname
             self.welcome()
 
-    def nick_(self, nick: str = "", *_: str) -> None:
+    def do_nick(self, nick: str = "", *_: str) -> None:
         holder = self.bridge.people.get(fold(nick))
         if not nick:
             self.reply(431)
@@ -5927,28 +5950,28 @@ class IrcClient(Person):
         self.reply(3, "It began when Matrix did")
         self.reply(4, IRC_NAME, f"asbridge-{__version__}", "i", "n")
         self.reply(5, *FEATURES)
-        self.lusers()
-        self.motd()
+        self.do_lusers()
+        self.do_motd()
 
-    def motd(self, *_: str) -> None:
+    def do_motd(self, *_: str) -> None:
         self.reply(375, f"- {IRC_NAME} message of the day")
         for line in MOTD:
             self.reply(372, "- " + line.format(prefix=self.bridge.prefix, server=self.bridge.known_name()))
         self.reply(376)
 
-    def lusers(self, *_: str) -> None:
+    def do_lusers(self, *_: str) -> None:
         on_irc = sum(isinstance(person, IrcClient) for person in self.bridge.people.values())
         self.reply(251, f"There are {on_irc} people on IRC and {len(self.bridge.people) - on_irc} on Matrix")
         self.reply(254, str(len(self.bridge.channels)), "channels formed")
         self.reply(255, f"I have {on_irc} clients and 0 servers")
 
-    def ping(self, token: str, *_: str) -> None:
+    def do_ping(self, token: str, *_: str) -> None:
         self.tell(f":{IRC_NAME} PONG {IRC_NAME} :{token}")
 
-    def ignore(self, *_: str) -> None:
+    def do_pong(self, *_: str) -> None:
         pass
 
-    def quit(self, reason: str = "", *_: str) -> None:
+    def do_quit(self, reason: str = "", *_: str) -> None:
         self.close(f"Quit: {reason}" if reason else "Quit")
 
     # -- Channels.
@@ -5964,10 +5987,10 @@ class IrcClient(Person):
             return channel
         return None
 
-    def join(self, names: str, *_: str) -> None:
+    def do_join(self, names: str, *_: str) -> None:
         if names == "0":
             names = ""
-            self.part(",".join([channel.name for channel in self.channels]), "Left all channels")
+            self.do_part(",".join([channel.name for channel in self.channels]), "Left all channels")
         for name in filter(None, names.split(",")):
             if not is_channel(name):
                 self.reply(403, name)
@@ -5975,26 +5998,25 @@ class IrcClient(Person):
                 self.reply(405, name)
             elif self not in (channel := self.bridge.channel(name)).people:
                 channel.enter(self)
-                self.bridge.spool({"do": "join", "nick": self.nick, "to": channel.name})
+                self.spool("join", channel)
                 if channel.topic:
                     self.tell_topic(channel)
-                self.names(channel.name)
+                self.do_names(channel.name)
 
-    def part(self, names: str, reason: str = "", *_: str) -> None:
+    def do_part(self, names: str, reason: str = "", *_: str) -> None:
         for name in filter(None, names.split(",")):
             if channel := self.own_channel(name):
                 channel.exit(self, f":{self.prefix} PART {channel.name} :{reason}")
-                self.bridge.spool({"do": "leave", "nick": self.nick, "to": channel.name, "reason": reason})
+                self.spool("leave", channel, reason=reason)
 
-    def topic(self, name: str, text: str | None = None, *_: str) -> None:
-        channel = self.own_channel(name)
-        if channel and text is None:
-            self.tell_topic(channel)
-        elif channel:
-            now = self.bridge.clock.now()
-            self.bridge.change_topic(channel, self.prefix, str(text), now)
-            self.bridge.spool({"do": "topic", "nick": self.nick, "to": channel.name,
-                               "topic": FORMATTING.sub("", str(text)), "ts": now})
+    def do_topic(self, name: str, text: str | None = None, *_: str) -> None:
+        if not (channel := self.own_channel(name)):
+            return
+        if text is None:
+            return self.tell_topic(channel)
+        now = self.bridge.clock.now()
+        channel.change_topic(self.prefix, text, now)
+        self.spool("topic", channel, topic=FORMATTING.sub("", text), ts=now)
 
     def tell_topic(self, channel: Channel) -> None:
         if not channel.topic:
@@ -6003,14 +6025,13 @@ class IrcClient(Person):
         if channel.topic_by:
             self.reply(333, channel.name, channel.topic_by, str(channel.topic_at))
 
-    def names(self, names: str = "*", *_: str) -> None:
+    def do_names(self, names: str = "*", *_: str) -> None:
         for name in filter(None, names.split(",")):
-            channel = self.bridge.channels.get(fold(name))
-            if channel:
+            if channel := self.bridge.channels.get(fold(name)):
                 self.reply_list(353, "=", channel.name, words=sorted(person.nick for person in channel.people))
             self.reply(366, channel.name if channel else name)
 
-    def list_(self, names: str = "", *_: str) -> None:
+    def do_list(self, names: str = "", *_: str) -> None:
         wanted = {fold(name) for name in names.split(",") if is_channel(name)}
         self.reply(321, "Channel", "Users  Name")
         for key, channel in sorted(self.bridge.channels.items()):
@@ -6018,7 +6039,7 @@ class IrcClient(Person):
                 self.reply(322, channel.name, str(len(channel.people)), channel.topic)
         self.reply(323)
 
-    def mode(self, target: str, changes: str = "", *_: str) -> None:
+    def do_mode(self, target: str, changes: str = "", *_: str) -> None:
         channel = self.bridge.channels.get(fold(target))
         if target.startswith("#"):
             if channel is None:
@@ -6037,7 +6058,7 @@ class IrcClient(Person):
         elif changes.strip("+-iwos"):
             self.reply(501)
 
-    def invite(self, nick: str, name: str, *_: str) -> None:
+    def do_invite(self, nick: str, name: str, *_: str) -> None:
         person = self.bridge.people.get(fold(nick))
         if person is None:
             return self.reply(401, nick)
@@ -6047,16 +6068,15 @@ class IrcClient(Person):
             self.reply(341, person.nick, channel.name)
             person.tell(f":{self.prefix} INVITE {person.nick} :{channel.name}")
             if person.user_id:
-                self.bridge.spool({"do": "invite", "nick": self.nick, "to": channel.name,
-                                   "user": person.user_id})
+                self.spool("invite", channel, user=person.user_id)
 
-    def kick(self, name: str, *_: str) -> None:
+    def do_kick(self, name: str, *_: str) -> None:
         if channel := self.own_channel(name):
             self.reply(482, channel.name)
 
     # -- Talking.
 
-    def privmsg(self, targets: str = "", text: str = "", *_: str) -> None:
+    def do_privmsg(self, targets: str = "", text: str = "", *_: str) -> None:
         if not targets:
             return self.reply(411)
         if not text:
@@ -6064,7 +6084,7 @@ class IrcClient(Person):
         for target in targets.split(",")[:MAX_TARGETS]:
             self.speak("PRIVMSG", target, text)
 
-    def notice(self, targets: str = "", text: str = "", *_: str) -> None:
+    def do_notice(self, targets: str = "", text: str = "", *_: str) -> None:
         """As PRIVMSG, but never answered (RFC 2812, 3.3.2)."""
         for target in targets.split(",")[:MAX_TARGETS] if text else ():
             self.speak("NOTICE", target, text)
@@ -6073,12 +6093,10 @@ class IrcClient(Person):
         channel, person = self.bridge.channels.get(fold(target)), self.bridge.people.get(fold(target))
         words, action = parse_action(text)
         if channel and self in channel.people:
-            for line in irc_lines(self.prefix, command, channel.name, words, action):
-                channel.announce(line, but=self)
+            channel.hear(self.prefix, command, words, action, but=self)
             self.bridge.from_irc(self.nick, command, channel.name, words, action)
         elif person:
-            for line in irc_lines(self.prefix, command, person.nick, words, action):
-                person.tell(line)
+            person.hear(self.prefix, command, words, action)
             if person.user_id:
                 self.bridge.from_irc(self.nick, command, person.user_id, words, action)
             elif person.away and command == "PRIVMSG":
@@ -6086,13 +6104,13 @@ class IrcClient(Person):
         elif command == "PRIVMSG":
             self.reply(404 if channel else 403 if target.startswith("#") else 401, target)
 
-    def away_(self, text: str = "", *_: str) -> None:
+    def do_away(self, text: str = "", *_: str) -> None:
         self.away = text
         self.reply(306 if text else 305)
 
     # -- Who is there.
 
-    def who(self, mask: str = "*", *_: str) -> None:
+    def do_who(self, mask: str = "*", *_: str) -> None:
         channel, person = self.bridge.channels.get(fold(mask)), self.bridge.people.get(fold(mask))
         people = channel.people if channel else [person] if person else []
         for each in sorted(people, key=lambda each: each.nick):
@@ -6100,7 +6118,7 @@ class IrcClient(Person):
                        "G" if each.away else "H", f"0 {each.realname}")
         self.reply(315, mask)
 
-    def whois(self, *params: str) -> None:
+    def do_whois(self, *params: str) -> None:
         for nick in params[-1].split(",")[:MAX_TARGETS]:
             person = self.bridge.people.get(fold(nick))
             if person:
@@ -6118,46 +6136,17 @@ class IrcClient(Person):
         if person.away:
             self.reply(301, person.nick, person.away)
 
-    def userhost(self, *nicks: str) -> None:
+    def do_userhost(self, *nicks: str) -> None:
         found = [person for nick in nicks[:5] if (person := self.bridge.people.get(fold(nick)))]
         self.reply(302, " ".join([f"{p.nick}={'-' if p.away else '+'}{p.user}@{p.host}" for p in found]))
 
-    def ison(self, *nicks: str) -> None:
+    def do_ison(self, *nicks: str) -> None:
         found = [self.bridge.people.get(fold(nick)) for nick in " ".join(nicks).split()]
         self.reply(303, " ".join([person.nick for person in found if person]))
 
-    def version(self, *_: str) -> None:
+    def do_version(self, *_: str) -> None:
         self.reply(351, f"asbridge-{__version__}", IRC_NAME, "an IRC door to Matrix")
 
-
-#: command: method, least number of parameters (checked before it is called), allowed before registration
-COMMANDS: dict[str, tuple[Callable[..., None], int, bool]] = {
-    "AWAY":     (IrcClient.away_,    0, False),
-    "CAP":      (IrcClient.cap,      1, True),
-    "INVITE":   (IrcClient.invite,   2, False),
-    "ISON":     (IrcClient.ison,     1, False),
-    "JOIN":     (IrcClient.join,     1, False),
-    "KICK":     (IrcClient.kick,     2, False),
-    "LIST":     (IrcClient.list_,    0, False),
-    "LUSERS":   (IrcClient.lusers,   0, False),
-    "MODE":     (IrcClient.mode,     1, False),
-    "MOTD":     (IrcClient.motd,     0, False),
-    "NAMES":    (IrcClient.names,    0, False),
-    "NICK":     (IrcClient.nick_,    0, True),
-    "NOTICE":   (IrcClient.notice,   0, False),
-    "PART":     (IrcClient.part,     1, False),
-    "PASS":     (IrcClient.pass_,    1, True),
-    "PING":     (IrcClient.ping,     1, True),
-    "PONG":     (IrcClient.ignore,   0, True),
-    "PRIVMSG":  (IrcClient.privmsg,  0, False),
-    "QUIT":     (IrcClient.quit,     0, True),
-    "TOPIC":    (IrcClient.topic,    1, False),
-    "USER":     (IrcClient.user_,    4, True),
-    "USERHOST": (IrcClient.userhost, 1, False),
-    "VERSION":  (IrcClient.version,  0, False),
-    "WHO":      (IrcClient.who,      0, False),
-    "WHOIS":    (IrcClient.whois,    1, False),
-}
 
 MEDIA = {"m.image": "an image", "m.video": "a video", "m.audio": "a recording", "m.file": "a file",
          "m.sticker": "a sticker"}
@@ -6201,19 +6190,16 @@ class IrcBridge(AppService):
         # Guards all that follows, and every Person and Channel. Held for one IRC line or one event, in which nothing
         # waits: what goes to IRC is queued, what goes to Matrix is spooled.
         self.lock = threading.Lock()
-        # by folded nick: connected IRC clients, people on Matrix
-        self.people: dict[str, Person] = {}
+        self.people: dict[str, Person] = {}                  # by folded nick: IRC clients, people on Matrix
         self.matrix: dict[str, Person] = {}                  # by user ID: people on Matrix
         self.channels: dict[str, Channel] = {}               # by folded name
         self.rooms: dict[str, Channel] = {}                  # by room ID
-        # by room ID: ghost and person, the latest room last
-        self.direct: dict[str, tuple[str, str]] = {}
+        self.direct: dict[str, tuple[str, str]] = {}         # by room ID: ghost and person, the latest room last
         self.said: dict[str, tuple[str, str]] = {}           # by event ID: who said it, and when
         self.clients: set[IrcClient] = set()
         # Only the sender's, or set once:
         self.dressed: dict[str, str] = {}                    # by ghost: the display name that it has
-        # something was spooled; the homeserver was heard of
-        self.work, self.heard = bell(), bell()
+        self.work, self.heard = bell(), bell()               # something was spooled; the homeserver is back
         self.bells.append(self.heard)
         self._listener: socket.socket | None = None
         self._sender = threading.Thread(target=self._send, name="irc to matrix", daemon=True)
@@ -6231,9 +6217,7 @@ class IrcBridge(AppService):
     # -- Start and stop.
 
     def start(self) -> None:
-        """Listens for IRC, too. Ghosts that a former process has left in channels leave, as nobody is
-        connected.
-        """
+        """Listens for IRC, too. Ghosts that a former process has left in channels leave: nobody is connected."""
         family = socket.AF_INET6 if ":" in self.address[0] else socket.AF_INET
         with naming(self.address):
             self._listener = socket.create_server(self.address, family=family, backlog=128)
@@ -6244,7 +6228,8 @@ class IrcBridge(AppService):
             self._listener.close()
             raise
         self.sql("DELETE FROM irc_spool WHERE txn LIKE 'sweep%'")
-        self.spool(*[{"do": "sweep", "to": channel.name} for channel in self.rooms.values()], txn="sweep")
+        for channel in self.rooms.values():
+            self.spool("sweep", to=channel.name, txn=f"sweep-{channel.name}")
         self._sender.start()
         threading.Thread(target=self._accept, args=(self._listener,), name="irc accept", daemon=True).start()
 
@@ -6278,8 +6263,7 @@ class IrcBridge(AppService):
                     return
                 time.sleep(0.1)                              # out of file descriptors, say
                 continue
-            # no parameter may start with ':'
-            host = "0" + address[0] if address[0][:1] == ":" else address[0]
+            host = re.sub("^:", "0:", address[0])            # no parameter may start with ':'
             client = IrcClient(self, sock, host)
             with self.lock:
                 full = len(self.clients) >= MAX_CLIENTS
@@ -6305,10 +6289,13 @@ class IrcBridge(AppService):
     def is_ours(self, user_id: str) -> bool:
         return self.is_ghost(user_id) or user_id == self.bot.user_id
 
+    def ghost_nick(self, user_id: str) -> str:
+        """The nick that a ghost's ID has, or ''."""
+        return from_localpart(localpart_of(user_id)[len(self.prefix):]) if self.is_ghost(user_id) else ""
+
     def client_of(self, ghost: str) -> IrcClient | None:
         """Who is connected and stands behind this ghost."""
-        nick = from_localpart(localpart_of(ghost)[len(self.prefix):]) if self.is_ghost(ghost) else ""
-        person = self.people.get(fold(nick))
+        person = self.people.get(fold(self.ghost_nick(ghost)))
         return person if isinstance(person, IrcClient) else None
 
     def person(self, user_id: str, realname: str = "") -> Person:
@@ -6330,10 +6317,8 @@ class IrcBridge(AppService):
         return person
 
     def nick_of(self, user_id: str) -> str:
-        if not self.is_ghost(user_id):
-            return self.person(user_id).nick
         client = self.client_of(user_id)
-        return client.nick if client else from_localpart(localpart_of(user_id)[len(self.prefix):])
+        return client.nick if client else self.ghost_nick(user_id) or self.person(user_id).nick
 
     def channel(self, name: str) -> Channel:
         if fold(name) not in self.channels:
@@ -6342,12 +6327,10 @@ class IrcBridge(AppService):
 
     # -- From IRC to Matrix: what a client does ends here, as a job for the sender.
 
-    def spool(self, *jobs: JsonObject, txn: str = "") -> None:
-        """Puts jobs on disk. `txn`: the transaction ID if it can be derived from what the job is an answer to.
-        """
-        for number, job in enumerate(jobs):
-            self.sql("INSERT OR IGNORE INTO irc_spool(txn, job) VALUES (?, ?)",
-                     f"{txn}{number or ''}" if txn else secrets.token_hex(8), to_json(job))
+    def spool(self, do: str, *, txn: str = "", **job: Any) -> None:
+        """Puts a job on disk. `txn`: its transaction ID, if that can be derived from what it is an answer to."""
+        self.sql("INSERT OR IGNORE INTO irc_spool(txn, job) VALUES (?, ?)",
+                 txn or secrets.token_hex(8), to_json({"do": do, **job}))
         release(self.work)
 
     def from_irc(self, nick: str, command: str, to: str, words: str, action: bool) -> None:
@@ -6355,38 +6338,29 @@ class IrcBridge(AppService):
         if words.startswith("\x01") or not body:
             return                                           # another CTCP: between IRC clients only
         msgtype = "m.emote" if action else "m.notice" if command == "NOTICE" else "m.text"
-        self.spool({"do": "say", "nick": nick, "to": to, "msgtype": msgtype, "body": body,
-                    "ts": self.clock.now()})
+        self.spool("say", nick=nick, to=to, msgtype=msgtype, body=body, ts=self.clock.now())
 
     def rename(self, client: IrcClient, nick: str) -> None:
         old, line = client.nick, f":{client.prefix} NICK :{nick}"
-        for person in {client}.union(*(channel.people for channel in client.channels)):
-            person.tell(line)
-        self.people.pop(fold(old), None)
+        client.tell(line)
+        client.tell_neighbours(line)
+        del self.people[fold(old)]
         self.people[fold(nick)], client.nick = client, nick
-        names = [channel.name for channel in client.channels]
-        self.spool(*[{"do": "join", "nick": nick, "to": name} for name in names])
-        if to_localpart(old) != to_localpart(nick):          # else only the display name changes
-            reason = f"is now known as {nick}"
-            self.spool(*[{"do": "leave", "nick": old, "to": name, "reason": reason} for name in names])
+        for channel in client.channels:
+            client.spool("join", channel)
+            if to_localpart(old) != to_localpart(nick):      # else only the display name changes
+                self.spool("leave", nick=old, to=channel.name, reason=f"is now known as {nick}")
 
     def quit(self, client: IrcClient, reason: str) -> None:
         self.clients.discard(client)
         if not client.registered:
             return
-        self.people.pop(fold(client.nick), None)
-        for person in set[Person]().union(*(channel.people for channel in client.channels)) - {client}:
-            person.tell(f":{client.prefix} QUIT :{reason}")
-        names = [channel.name for channel in client.channels]
+        del self.people[fold(client.nick)]
+        client.tell_neighbours(f":{client.prefix} QUIT :{reason}")
         for channel in list(client.channels):
             channel.exit(client)
-        if not self.stopping:                                # else the sweep at the next start does it
-            self.spool(*[{"do": "leave", "nick": client.nick, "to": name, "reason": reason} for name in names])
-
-    def change_topic(self, channel: Channel, source: str, topic: str, at: int) -> None:
-        """`at` in milliseconds."""
-        channel.topic, channel.topic_by, channel.topic_at = topic, source, at // 1000
-        channel.announce(f":{source} TOPIC {channel.name} :{topic}")
+            if not self.stopping:                            # else the sweep at the next start does it
+                client.spool("leave", channel, reason=reason)
 
     # -- The sender. The only thread that asks the homeserver for anything, but for the two queries below.
 
@@ -6397,21 +6371,20 @@ class IrcBridge(AppService):
                 if not rows:
                     self.clock.wait(self.work, math.inf)
                 for n, txn, job in rows:
-                    if not self._send_one(txn, parse_object(job.encode())):
+                    if not self._send_one({"txn": txn, **parse_object(job.encode())}):
                         break
                     self.sql("DELETE FROM irc_spool WHERE n = ?", n)
-            # a full disk, say; or stop() has closed the database
-            except sqlite3.Error:
+            except sqlite3.Error:                            # a full disk, say; or stop() has closed the database
                 if not self.stopping:
-                    log.exception("%s: the spool can't be used", self.registration.id)
+                    log.exception("%s: the spool can't be used", self.id)
                     self.clock.wait(self.heard, self.clock.monotonic() + RETRY_LAST)
 
-    def _send_one(self, txn: str, job: JsonObject) -> bool:
+    def _send_one(self, job: JsonObject) -> bool:
         """Until it is done or refused for good; False when the bridge stops before."""
         seconds, failures = RETRY_FIRST, 0
         while not self.stopping:
             try:
-                getattr(self, "_do_" + job["do"])(job, txn)
+                getattr(self, "_do_" + job["do"])(job)
                 return True
             except Unreachable as error:
                 problem: Exception = error
@@ -6423,11 +6396,10 @@ class IrcBridge(AppService):
                 seconds = max(seconds, error.extra.get("retry_after_ms", 0) / 1000)
             except Exception as error:
                 problem, failures = error, failures + 1
-                log.exception("%s: a job of the IRC bridge failed: %s", self.registration.id, job["do"])
+                log.exception("%s: a job of the IRC bridge failed: %s", self.id, job["do"])
                 if failures >= MAX_FAILURES:
                     return True
-            log.warning("%s: can't send; again in %.2f s: %s", self.registration.id, seconds,
-                        self._hint(problem))
+            log.warning("%s: can't send; again in %.2f s: %s", self.id, seconds, self._hint(problem))
             self.clock.wait(self.heard, self.clock.monotonic() + seconds)
             seconds = min(2 * seconds, RETRY_LAST)
         return False
@@ -6435,7 +6407,7 @@ class IrcBridge(AppService):
     def _refused(self, job: JsonObject, error: MatrixError) -> None:
         what = " ".join(str(job[key]) for key in ("do", "nick", "to") if key in job)
         log.log(logging.DEBUG if job["do"] == "leave" else logging.WARNING,
-                "%s: the homeserver refuses: %s: %s", self.registration.id, what, error)
+                "%s: the homeserver refuses: %s: %s", self.id, what, error)
         with self.lock:
             client = self.people.get(fold(job.get("nick", "")))
             channel = self.channels.get(fold(job.get("to", "")))
@@ -6453,7 +6425,7 @@ class IrcBridge(AppService):
             except MatrixError as error:
                 if error.status >= 500 or error.status == 429:
                     raise
-                log.warning("%s: no display name for %s: %s", self.registration.id, nick, error)
+                log.warning("%s: no display name for %s: %s", self.id, nick, error)
             self.dressed[intent.user_id] = nick
         return intent
 
@@ -6467,15 +6439,11 @@ class IrcBridge(AppService):
         with self.lock:
             channel = self.channel(name)
         if not channel.room_id:
-            alias = self.channel_alias(name)
-            # not first a look-up: the homeserver may ask us back
-            try:
-                room_id = self.bot.create_room(preset="public_chat", room_alias_name=localpart_of(alias),
-                                               name=name)
-            except MatrixError as error:
-                if error.errcode != "M_ROOM_IN_USE":
-                    raise
-                room_id = self.bot.resolve(alias)
+            alias, room_id = self.channel_alias(name), ""
+            with expecting("M_ROOM_IN_USE"):                 # no look-up first: the homeserver may ask us back
+                room_id = self.bot.create_room(preset="public_chat", name=name,
+                                               room_alias_name=localpart_of(alias))
+            room_id = room_id or self.bot.resolve(alias)
             self.sql("INSERT OR REPLACE INTO irc_channels VALUES (?, ?)", name, room_id)
             with self.lock:
                 channel.room_id, self.rooms[room_id] = room_id, channel
@@ -6493,16 +6461,13 @@ class IrcBridge(AppService):
                 if changes == channel.changes:               # else look again: somebody came or went meanwhile
                     self._set_people(channel, people)
                     if topic and topic != channel.topic:
-                        self.change_topic(channel, IRC_NAME, topic, self.clock.now())
+                        channel.change_topic(IRC_NAME, topic, self.clock.now())
                     return [user_id for user_id in members if self.is_ghost(user_id)]
 
     def _topic(self, channel: Channel) -> str:
-        try:
+        with expecting("M_NOT_FOUND"):
             return str(self.bot.state(channel.room_id, "m.room.topic").get("topic", ""))
-        except MatrixError as error:
-            if error.errcode != "M_NOT_FOUND":
-                raise
-            return ""
+        return ""
 
     def _set_people(self, channel: Channel, members: Mapping[str, JsonObject]) -> None:
         for person in [person for person in channel.people if person.user_id and person.user_id not in members]:
@@ -6545,7 +6510,7 @@ class IrcBridge(AppService):
 
     # The jobs: each may be done again after a crash.
 
-    def _do_join(self, job: JsonObject, txn: str) -> None:
+    def _do_join(self, job: JsonObject) -> None:
         ghost, room_id = self.ghost(job["nick"]), self.channel_room(job["to"])
         try:
             ghost.ensure_joined(room_id)
@@ -6556,47 +6521,42 @@ class IrcBridge(AppService):
 
     def _forget_lost_room(self, name: str) -> bool:
         """Whether a channel's alias is gone, as with a homeserver whose database is a new one."""
-        try:
+        with expecting("M_NOT_FOUND"):
             self.bot.resolve(self.channel_alias(name))
             return False
-        except MatrixError as error:
-            if error.errcode != "M_NOT_FOUND":
-                raise
         with self.lock:
             channel = self.channel(name)
             self.rooms.pop(channel.room_id, None)
             channel.room_id = ""
         return True
 
-    def _do_leave(self, job: JsonObject, txn: str) -> None:
+    def _do_leave(self, job: JsonObject) -> None:
         self.intent(self.ghost_id(job["nick"])).leave(self.channel_room(job["to"]), job["reason"])
 
-    def _do_say(self, job: JsonObject, txn: str) -> None:
+    def _do_say(self, job: JsonObject) -> None:
         nick = job["to"] if job["to"].startswith("#") else job["nick"] + ",isnick"
         uri = f"irc://{self.server_name.partition(':')[0]}/{urllib.parse.quote(nick, safe=',')}"
         content = {"msgtype": job["msgtype"], "body": job["body"], "external_url": uri}
         room_id = self.room_of(job)
         try:
-            self.ghost(job["nick"]).send(room_id, "m.room.message", content, txn, job.get("ts"))
+            self.ghost(job["nick"]).send(room_id, "m.room.message", content, job["txn"], job.get("ts"))
         except MatrixError as error:
             if error.status in (403, 404):
                 with self.lock:                              # the next word opens another
                     self._drop_direct(room_id)
             raise
 
-    def _do_topic(self, job: JsonObject, txn: str) -> None:
+    def _do_topic(self, job: JsonObject) -> None:
         room_id, content = self.channel_room(job["to"]), {"topic": job["topic"]}
-        try:
+        with expecting("M_FORBIDDEN"):
             self.ghost(job["nick"]).set_state(room_id, "m.room.topic", content, ts=job["ts"])
-        except MatrixError as error:
-            if error.errcode != "M_FORBIDDEN":
-                raise
-            self.bot.set_state(room_id, "m.room.topic", content, ts=job["ts"])
+            return
+        self.bot.set_state(room_id, "m.room.topic", content, ts=job["ts"])
 
-    def _do_invite(self, job: JsonObject, txn: str) -> None:
+    def _do_invite(self, job: JsonObject) -> None:
         self.ghost(job["nick"]).invite(self.channel_room(job["to"]), job["user"])
 
-    def _do_accept(self, job: JsonObject, txn: str) -> None:
+    def _do_accept(self, job: JsonObject) -> None:
         """A person invites a ghost: into a talk of two it goes, others it leaves again."""
         ghost = self.intent(job["ghost"])
         ghost.join(job["room"])
@@ -6605,10 +6565,10 @@ class IrcBridge(AppService):
         else:
             ghost.leave(job["room"], f"IRC sees only rooms of two and #{self.prefix}channel:{self.server_name}")
 
-    def _do_refuse(self, job: JsonObject, txn: str) -> None:
+    def _do_refuse(self, job: JsonObject) -> None:
         self.intent(job["ghost"]).leave(job["room"], job["reason"])
 
-    def _do_sweep(self, job: JsonObject, txn: str) -> None:
+    def _do_sweep(self, job: JsonObject) -> None:
         """Nobody was connected when this was spooled: the ghosts in the channel leave."""
         with self.lock:
             channel = self.channel(job["to"])
@@ -6627,9 +6587,8 @@ class IrcBridge(AppService):
         return client is not None
 
     def on_alias_query(self, alias: str) -> bool:
-        name = "#" + localpart_of(alias)[len(self.prefix):]
-        if not alias.startswith("#"
-                                + self.prefix) or server_of(alias) != self.server_name or not is_channel(name):
+        name, ours = "#" + localpart_of(alias)[len(self.prefix):], alias.startswith(f"#{self.prefix}")
+        if not (ours and server_of(alias) == self.server_name and is_channel(name)):
             return False
         room_id = self.channel_room(name)
         if name != fold(name):
@@ -6658,20 +6617,13 @@ class IrcBridge(AppService):
                 action: bool) -> None:
         """Tells a channel, or whoever a direct room is with."""
         source = self.person(event["sender"]).prefix
-        if channel:
-            for line in irc_lines(source, command, channel.name, text, action):
-                channel.announce(line)
-            return
         ghost, user_id = self.direct.get(event["room_id"], ("", ""))
-        client = self.client_of(ghost)
-        if client:
-            for line in irc_lines(source, command, client.nick, text, action):
-                client.tell(line)
+        if to := channel or self.client_of(ghost):
+            to.hear(source, command, text, action)
         elif ghost:
             nick = self.nick_of(ghost)
-            job = {"do": "say", "nick": nick, "to": user_id, "room": event["room_id"], "msgtype": "m.notice"}
-            self.spool({**job, "body": f"{nick} is not on IRC and can't read this."},
-                       txn=f"away-{event['event_id']}")
+            self.spool("say", nick=nick, to=user_id, room=event["room_id"], msgtype="m.notice",
+                       body=f"{nick} is not on IRC and can't read this.", txn=f"away-{event['event_id']}")
 
     def _keep_said(self, event: JsonObject, nick: str) -> None:
         at = time.gmtime(event.get("origin_server_ts", 0) / 1000)
@@ -6718,9 +6670,8 @@ class IrcBridge(AppService):
 
     def _on_topic(self, event: JsonObject, channel: Channel | None) -> None:
         if channel and not self.is_ours(event["sender"]):
-            topic = CONTROL.sub("", str(event["content"].get("topic", ""))).replace("\n", " ")
-            self.change_topic(channel, self.person(event["sender"]).prefix, topic,
-                              event.get("origin_server_ts", 0))
+            topic, at = one_line(event["content"].get("topic")), event.get("origin_server_ts", 0)
+            channel.change_topic(self.person(event["sender"]).prefix, topic, at)
 
     def _on_member(self, event: JsonObject, channel: Channel | None) -> None:
         target, membership = event["state_key"], event["content"].get("membership")
@@ -6734,12 +6685,12 @@ class IrcBridge(AppService):
 
     def _on_person_member(self, event: JsonObject, channel: Channel, user_id: str, membership: object) -> None:
         if membership == "join":
-            person = self.person(user_id, CONTROL.sub("", str(event["content"].get("displayname") or "")))
+            person = self.person(user_id, one_line(event["content"].get("displayname")))
             if person not in channel.people:
                 channel.enter(person)
         elif membership in ("leave", "ban") and (person := self.person(user_id)) in channel.people:
-            reason = CONTROL.sub("", str(event["content"].get("reason") or ""))
             if event["sender"] == user_id:
+                reason = one_line(event["content"].get("reason"))
                 channel.exit(person, f":{person.prefix} PART {channel.name} :{reason}")
             else:
                 self._kicked(event, channel, person)
@@ -6747,28 +6698,27 @@ class IrcBridge(AppService):
     def _kicked(self, event: JsonObject, channel: Channel, person: Person) -> None:
         sender = event["sender"]
         source = IRC_NAME if self.is_ours(sender) else self.person(sender).prefix
-        reason = CONTROL.sub("", str(event["content"].get("reason") or self.nick_of(sender)))
+        reason = one_line(event["content"].get("reason") or self.nick_of(sender))
         channel.exit(person, f":{source} KICK {channel.name} {person.nick} :{reason}")
 
     def _on_ghost_member(self, event: JsonObject, channel: Channel | None, ghost: str,
                          membership: object) -> None:
         """What people on Matrix do to a ghost, or to our own user."""
         client, txn = self.client_of(ghost), f"member-{event['event_id']}"
-        job = {"ghost": ghost, "room": event["room_id"], "user": event["sender"]}
+        job = {"ghost": ghost, "room": event["room_id"], "user": event["sender"], "txn": txn}
         if membership == "invite" and client and channel:
             client.tell(f":{self.person(event['sender']).prefix} INVITE {client.nick} :{channel.name}")
         elif membership == "invite" and client:
-            self.spool({"do": "accept", "direct": event["content"].get("is_direct") is True, **job}, txn=txn)
+            self.spool("accept", direct=event["content"].get("is_direct") is True, **job)
         elif membership == "invite":
             reason = (f"{self.nick_of(ghost)} is not on IRC" if self.is_ghost(ghost)
                       else f"join #{self.prefix}channel:{self.server_name}")
-            self.spool({"do": "refuse", "reason": reason, **job}, txn=txn)
+            self.spool("refuse", reason=reason, **job)
         elif membership in ("leave", "ban") and channel and client:
             if client in channel.people:
                 self._kicked(event, channel, client)
             # What was spooled before may bring the ghost back; this comes after it.
-            self.spool({"do": "leave", "nick": client.nick, "to": channel.name, "reason": "was kicked"},
-                       txn=txn)
+            client.spool("leave", channel, reason="was kicked", txn=txn)
         elif membership in ("leave", "ban"):
             self._forget_direct(event)
 
@@ -6776,7 +6726,7 @@ class IrcBridge(AppService):
         """One of the two has left: the ghost leaves, too, and the next word opens a new room."""
         ghost = self._drop_direct(event["room_id"])
         if ghost and event["state_key"] != ghost:
-            self.spool({"do": "refuse", "ghost": ghost, "room": event["room_id"], "reason": "alone here"},
+            self.spool("refuse", ghost=ghost, room=event["room_id"], reason="alone here",
                        txn=f"member-{event['event_id']}")
 
     def _drop_direct(self, room_id: str) -> str:
