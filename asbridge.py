@@ -5046,7 +5046,8 @@ ROUTES = [Route(method, PREFIXES.get(path[0], path[0]) + path[1:], auth, handler
 MAX_ANSWER_BYTES = 64 * 1024 * 1024
 MAX_TRANSACTION_BYTES = 64 * 1024 * 1024
 KEPT_EVENTS, KEPT_TXNS = 20_000, 1_000   # how far back the application service knows what it has done
-HELLO_FIRST, HELLO_LAST = 0.25, 15.0             # seconds between attempts to find the homeserver
+PORTS = {"http": 80, "https": 443}
+HELLO_FIRST, HELLO_LAST = 0.25, 15.0     # seconds between attempts to find the homeserver
 
 
 class Unreachable(OSError):
@@ -5364,10 +5365,9 @@ class AppService:
 
     #: method, path (the prefix is missing in the 2016 text), handler
     ROUTES = (
-        ("PUT",  r"(?:/_matrix/app/v1)?/transactions/([^/]+)", "_put_transaction"),
-        ("GET",  r"(?:/_matrix/app/v1)?/users/([^/]+)",        "_get_user"),
-        ("GET",  r"(?:/_matrix/app/v1)?/rooms/([^/]+)",        "_get_alias"),
-        ("POST", r"/_matrix/app/v1/ping",                      "_post_ping"),
+        ("PUT",  r"(?:/_matrix/app/v1)?/transactions/([^/]+)",  "_put_transaction"),
+        ("GET",  r"(?:/_matrix/app/v1)?/(users|rooms)/([^/]+)", "_get_existence"),
+        ("POST", r"/_matrix/app/v1/ping",                       "_post_ping"),
     )
     SCHEMA = """
         CREATE TABLE IF NOT EXISTS transactions_done(n INTEGER PRIMARY KEY, id TEXT NOT NULL UNIQUE);
@@ -5443,9 +5443,7 @@ class AppService:
     def listen(self) -> None:
         """Takes the port of the registration's url, if it has one. start() does it if nobody has."""
         if self.registration.url is not None and self._server is None:
-            port = self._where.port
-            if port is None:
-                port = 443 if self._where.scheme == "https" else 80
+            port = self._where.port if self._where.port is not None else PORTS[self._where.scheme]
             self._server = HttpServer((self._where.hostname or "127.0.0.1", port), self.answer)
 
     def start(self) -> None:
@@ -5505,20 +5503,17 @@ class AppService:
 
     def answer(self, request: Request) -> Response:
         try:
-            return json_response(200, self._answer(request))
+            handler, ids = self._route(request)
+            self._check_token(request)
+            self.ring()
+            getattr(self, handler)(*ids, request)
+            return json_response(200, {})
         except MatrixError as error:
             return json_response(error.status, error.body())
         except Exception:
             if not self.stopping:
                 log.exception("%s: %s %s failed", self.id, request.method, request.path)
             return json_response(500, {"errcode": "M_UNKNOWN", "error": "it failed inside; the log says why"})
-
-    def _answer(self, request: Request) -> JsonObject:
-        handler, ids = self._route(request)
-        self._check_token(request)
-        self.ring()
-        getattr(self, handler)(*ids, request)
-        return {}
 
     def _route(self, request: Request) -> tuple[str, list[str]]:
         prefix = self._where.path.rstrip("/")
@@ -5577,13 +5572,9 @@ class AppService:
         if not secrets.randbelow(100):                       # now and then is enough
             self.sql(f"DELETE FROM {table} WHERE n <= (SELECT max(n) FROM {table}) - ?", keep)
 
-    def _get_user(self, user_id: str, request: Request) -> None:
-        if not self.on_user_query(user_id):
-            raise MatrixError("M_NOT_FOUND", f"{shorten(user_id)} does not exist here")
-
-    def _get_alias(self, alias: str, request: Request) -> None:
-        if not self.on_alias_query(alias):
-            raise MatrixError("M_NOT_FOUND", f"{shorten(alias)} does not exist here")
+    def _get_existence(self, kind: str, id: str, request: Request) -> None:
+        if not (self.on_user_query(id) if kind == "users" else self.on_alias_query(id)):
+            raise MatrixError("M_NOT_FOUND", f"{shorten(id)} does not exist here")
 
     def _post_ping(self, request: Request) -> None:
         parse_object(request.body(65_536))
@@ -5846,11 +5837,9 @@ class IrcClient(Person):
             self.bridge.clock.wait(self.pause, self.paid_until)
 
     def write(self) -> None:
-        try:
+        with contextlib.suppress(OSError):                   # the reader notices, too
             while (line := self.queue.get()) is not None:
                 self.sock.sendall(line)
-        except OSError:
-            pass                                             # the reader notices, too
         hang_up(self.sock)
         self.sock.close()
 
@@ -6120,8 +6109,7 @@ class IrcClient(Person):
 
     def do_whois(self, *params: str) -> None:
         for nick in params[-1].split(",")[:MAX_TARGETS]:
-            person = self.bridge.people.get(fold(nick))
-            if person:
+            if person := self.bridge.people.get(fold(nick)):
                 self.describe(person)
             else:
                 self.reply(401, nick)
@@ -6357,10 +6345,11 @@ class IrcBridge(AppService):
             return
         del self.people[fold(client.nick)]
         client.tell_neighbours(f":{client.prefix} QUIT :{reason}")
-        for channel in list(client.channels):
+        channels = list(client.channels)
+        for channel in channels:
             channel.exit(client)
-            if not self.stopping:                            # else the sweep at the next start does it
-                client.spool("leave", channel, reason=reason)
+        for channel in channels if not self.stopping else ():    # else the sweep at the next start does it
+            client.spool("leave", channel, reason=reason)
 
     # -- The sender. The only thread that asks the homeserver for anything, but for the two queries below.
 
@@ -6502,8 +6491,7 @@ class IrcBridge(AppService):
                 if member["content"]["membership"] in ("join", "invite")}
 
     def _keep_direct(self, room_id: str, ghost: str, user_id: str) -> None:
-        self.sql("INSERT OR REPLACE INTO irc_direct(room_id, ghost, user_id) VALUES (?, ?, ?)", room_id, ghost,
-                 user_id)
+        self.sql("INSERT OR REPLACE INTO irc_direct VALUES (NULL, ?, ?, ?)", room_id, ghost, user_id)
         with self.lock:
             self.direct.pop(room_id, None)
             self.direct[room_id] = (ghost, user_id)
@@ -6531,7 +6519,9 @@ class IrcBridge(AppService):
         return True
 
     def _do_leave(self, job: JsonObject) -> None:
-        self.intent(self.ghost_id(job["nick"])).leave(self.channel_room(job["to"]), job["reason"])
+        """A nick leaves a channel, or a ghost any room."""
+        ghost = self.intent(job.get("ghost") or self.ghost_id(job["nick"]))
+        ghost.leave(job.get("room") or self.channel_room(job["to"]), job["reason"])
 
     def _do_say(self, job: JsonObject) -> None:
         nick = job["to"] if job["to"].startswith("#") else job["nick"] + ",isnick"
@@ -6564,9 +6554,6 @@ class IrcBridge(AppService):
             self._keep_direct(job["room"], ghost.user_id, job["user"])
         else:
             ghost.leave(job["room"], f"IRC sees only rooms of two and #{self.prefix}channel:{self.server_name}")
-
-    def _do_refuse(self, job: JsonObject) -> None:
-        self.intent(job["ghost"]).leave(job["room"], job["reason"])
 
     def _do_sweep(self, job: JsonObject) -> None:
         """Nobody was connected when this was spooled: the ghosts in the channel leave."""
@@ -6606,15 +6593,13 @@ class IrcBridge(AppService):
                 getattr(self, method)(event, self.rooms.get(event["room_id"]))
 
     def _on_message(self, event: JsonObject, channel: Channel | None) -> None:
-        sender, pair = event["sender"], self.direct.get(event["room_id"])
-        if channel or pair:
+        if channel or event["room_id"] in self.direct:
             command, text, action = self.readable(event)
-            self._keep_said(event, self.nick_of(sender))
-            if not self.is_ours(sender):
-                self._to_irc(event, channel, command, text, action)
+            self._keep_said(event, self.nick_of(event["sender"]))
+            if not self.is_ours(event["sender"]):
+                self._relay(event, channel, command, text, action)
 
-    def _to_irc(self, event: JsonObject, channel: Channel | None, command: str, text: str,
-                action: bool) -> None:
+    def _relay(self, event: JsonObject, channel: Channel | None, command: str, text: str, action: bool) -> None:
         """Tells a channel, or whoever a direct room is with."""
         source = self.person(event["sender"]).prefix
         ghost, user_id = self.direct.get(event["room_id"], ("", ""))
@@ -6666,7 +6651,7 @@ class IrcBridge(AppService):
         if not self.is_ours(event["sender"]):
             nick, at = self.said.get(event.get("redacts") or event["content"].get("redacts", ""), ("", ""))
             what = f"{nick}'s message of {at}" if nick else "a message"
-            self._to_irc(event, channel, "PRIVMSG", f"deletes {what}", True)
+            self._relay(event, channel, "PRIVMSG", f"deletes {what}", True)
 
     def _on_topic(self, event: JsonObject, channel: Channel | None) -> None:
         if channel and not self.is_ours(event["sender"]):
@@ -6675,15 +6660,16 @@ class IrcBridge(AppService):
 
     def _on_member(self, event: JsonObject, channel: Channel | None) -> None:
         target, membership = event["state_key"], event["content"].get("membership")
-        if self.is_ours(target):
-            if not self.is_ours(event["sender"]):
-                self._on_ghost_member(event, channel, target, membership)
-        elif channel:
-            self._on_person_member(event, channel, target, membership)
-        elif membership in ("leave", "ban"):
+        if self.is_ours(target) and self.is_ours(event["sender"]):
+            return                                           # our own doing
+        if membership in ("leave", "ban") and not channel:
             self._forget_direct(event)
+        elif self.is_ours(target):
+            self._on_ghost(event, channel, target, membership)
+        elif channel:
+            self._on_person(event, channel, target, membership)
 
-    def _on_person_member(self, event: JsonObject, channel: Channel, user_id: str, membership: object) -> None:
+    def _on_person(self, event: JsonObject, channel: Channel, user_id: str, membership: object) -> None:
         if membership == "join":
             person = self.person(user_id, one_line(event["content"].get("displayname")))
             if person not in channel.people:
@@ -6701,8 +6687,7 @@ class IrcBridge(AppService):
         reason = one_line(event["content"].get("reason") or self.nick_of(sender))
         channel.exit(person, f":{source} KICK {channel.name} {person.nick} :{reason}")
 
-    def _on_ghost_member(self, event: JsonObject, channel: Channel | None, ghost: str,
-                         membership: object) -> None:
+    def _on_ghost(self, event: JsonObject, channel: Channel | None, ghost: str, membership: object) -> None:
         """What people on Matrix do to a ghost, or to our own user."""
         client, txn = self.client_of(ghost), f"member-{event['event_id']}"
         job = {"ghost": ghost, "room": event["room_id"], "user": event["sender"], "txn": txn}
@@ -6713,21 +6698,19 @@ class IrcBridge(AppService):
         elif membership == "invite":
             reason = (f"{self.nick_of(ghost)} is not on IRC" if self.is_ghost(ghost)
                       else f"join #{self.prefix}channel:{self.server_name}")
-            self.spool("refuse", reason=reason, **job)
+            self.spool("leave", reason=reason, **job)
         elif membership in ("leave", "ban") and channel and client:
             if client in channel.people:
                 self._kicked(event, channel, client)
             # What was spooled before may bring the ghost back; this comes after it.
             client.spool("leave", channel, reason="was kicked", txn=txn)
-        elif membership in ("leave", "ban"):
-            self._forget_direct(event)
 
     def _forget_direct(self, event: JsonObject) -> None:
         """One of the two has left: the ghost leaves, too, and the next word opens a new room."""
         ghost = self._drop_direct(event["room_id"])
         if ghost and event["state_key"] != ghost:
-            self.spool("refuse", ghost=ghost, room=event["room_id"], reason="alone here",
-                       txn=f"member-{event['event_id']}")
+            txn = f"member-{event['event_id']}"
+            self.spool("leave", ghost=ghost, room=event["room_id"], reason="alone here", txn=txn)
 
     def _drop_direct(self, room_id: str) -> str:
         """The ghost whose direct room this was, or ''."""
