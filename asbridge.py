@@ -5360,7 +5360,7 @@ PING_HINTS = {
 class AppService:
     """An application service: takes what the homeserver pushes and asks, and acts through intents.
 
-    Override on_event, on_user_query, on_alias_query. `database` is a file, or ":memory:", which a restart forgets.
+    Override on_event, on_user_query, on_alias_query. `database`: a file, or ":memory:", which a restart forgets.
     """
 
     #: method, path (the prefix is missing in the 2016 text), handler
@@ -5386,7 +5386,7 @@ class AppService:
         self.bells: list[Any] = []                           # rung when the homeserver calls, and to stop
         self._server: HttpServer | None = None
         self._server_name = ""
-        self._delivery = threading.Lock()                    # guards nothing: held so that transactions take turns
+        self._delivery = threading.Lock()                    # guards the order: one transaction at a time
         self._db_guard = threading.Lock()                    # guards _db: one statement at a time
         self._db = (sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
                     if database == ":memory:" else open_sqlite(database))
@@ -5531,7 +5531,8 @@ class AppService:
         tokens = {bearer, request.query.get("access_token", "")} - {""}
         if not tokens:
             raise MatrixError("M_MISSING_TOKEN", "no hs_token, as Authorization: Bearer or access_token=")
-        if not all(hmac.compare_digest(token.encode(), self.registration.hs_token.encode()) for token in tokens):
+        right = self.registration.hs_token.encode()
+        if not all(hmac.compare_digest(token.encode(), right) for token in tokens):
             raise MatrixError("M_FORBIDDEN", "this is not the hs_token of this application service")
 
     def _put_transaction(self, txn_id: str, request: Request) -> None:
@@ -5554,7 +5555,7 @@ class AppService:
         try:
             self._notice_membership(event)
             self.on_event(event)
-        except Unreachable as error:                         # it will be pushed again, and the homeserver be back
+        except Unreachable as error:                         # it will be pushed again
             raise MatrixError("M_UNKNOWN", f"event {event_id} could not be handled: {error}", 503) from None
         except Exception:
             log.exception("%s: event %s failed and is skipped", self.id, event_id)
@@ -5710,7 +5711,7 @@ def is_channel(name: str) -> bool:
 
 @dataclass(eq=False)
 class Person:
-    """Somebody with a nick: on Matrix, or (IrcClient) connected here. The bridge's lock guards it, and Channel."""
+    """Somebody with a nick: on Matrix, or (IrcClient) connected here. Guarded, like Channel, by IrcBridge.lock."""
     nick: str
     user: str
     host: str
@@ -5726,7 +5727,7 @@ class Person:
     def tell(self, line: str) -> None:
         """People on Matrix hear it from the homeserver."""
 
-    def hear(self, source: str, command: str, text: str, action: bool = False) -> None:
+    def hear(self, source: str, command: str, text: str, action: bool) -> None:
         for line in irc_lines(source, command, self.nick, text, action):
             self.tell(line)
 
@@ -5751,7 +5752,7 @@ class Channel:
         for person in self.people - {but}:
             person.tell(line)
 
-    def hear(self, source: str, command: str, text: str, action: bool = False, but: Person | None = None) -> None:
+    def hear(self, source: str, command: str, text: str, action: bool, but: Person | None = None) -> None:
         for line in irc_lines(source, command, self.name, text, action):
             self.tell(line, but)
 
@@ -5857,8 +5858,10 @@ class IrcClient(Person):
         if not self.fate:
             self.fate = fate
             self.tell(f"ERROR :Closing link: {fate}")
-        with contextlib.suppress(queue.Full):
+        try:
             self.queue.put_nowait(None)
+        except queue.Full:
+            hang_up(self.sock)
 
     def reply(self, number: int, *params: str) -> None:
         """A numeric; what NUMERICS has for it comes last."""
@@ -6149,7 +6152,7 @@ def strip_quote(body: str) -> tuple[str, str]:
 class IrcBridge(AppService):
     """IRC people as ghosts @{prefix}{nick}:server, channels as rooms #{prefix}{channel}:server.
 
-    What IRC hands over is on disk, with its transaction ID, before it is sent to Matrix, in order, by one thread.
+    What IRC hands over is on disk, with its transaction ID, before one thread sends it to Matrix, in order.
     What an IRC client had not yet read is lost with its socket: IRC has no acknowledgement.
     """
 
@@ -6161,12 +6164,9 @@ class IrcBridge(AppService):
     """
     #: event type: method
     EVENTS = {
-        "m.room.encrypted": "_on_message",
-        "m.room.member":    "_on_member",
-        "m.room.message":   "_on_message",
-        "m.room.redaction": "_on_redaction",
-        "m.room.topic":     "_on_topic",
-        "m.sticker":        "_on_message",
+        "m.room.message": "_on_message", "m.room.encrypted": "_on_message", "m.sticker": "_on_message",
+        "m.room.member":  "_on_member",  "m.room.redaction": "_on_redaction",
+        "m.room.topic":   "_on_topic",
     }
 
     def __init__(self, registration: Registration, homeserver_url: str, database: str = ":memory:",
@@ -6175,14 +6175,14 @@ class IrcBridge(AppService):
         options = registration.sample or {}
         self.prefix = str(options.get("prefix", "_irc_"))
         self.address = (str(options.get("irc_bind", "127.0.0.1")), int(options.get("irc_port", 6667)))
-        # Guards all that follows, and every Person and Channel. Held for one IRC line or one event, in which nothing
-        # waits: what goes to IRC is queued, what goes to Matrix is spooled.
+        # Guards all that follows, and every Person and Channel. Held for one IRC line or one event, in which
+        # nothing waits: what goes to IRC is queued, what goes to Matrix is spooled.
         self.lock = threading.Lock()
         self.people: dict[str, Person] = {}                  # by folded nick: IRC clients, people on Matrix
         self.matrix: dict[str, Person] = {}                  # by user ID: people on Matrix
         self.channels: dict[str, Channel] = {}               # by folded name
         self.rooms: dict[str, Channel] = {}                  # by room ID
-        self.direct: dict[str, tuple[str, str]] = {}         # by room ID: ghost and person, the latest room last
+        self.direct: dict[str, tuple[str, str]] = {}         # by room ID: ghost and person, the latest last
         self.said: dict[str, tuple[str, str]] = {}           # by event ID: who said it, and when
         self.clients: set[IrcClient] = set()
         # Only the sender's, or set once:
@@ -6205,7 +6205,7 @@ class IrcBridge(AppService):
     # -- Start and stop.
 
     def start(self) -> None:
-        """Listens for IRC, too. Ghosts that a former process has left in channels leave: nobody is connected."""
+        """Listens for IRC, too. Ghosts that a former process left in channels leave: nobody is connected."""
         family = socket.AF_INET6 if ":" in self.address[0] else socket.AF_INET
         with naming(self.address):
             self._listener = socket.create_server(self.address, family=family, backlog=128)
@@ -6216,7 +6216,7 @@ class IrcBridge(AppService):
             self._listener.close()
             raise
         self.sql("DELETE FROM irc_spool WHERE txn LIKE 'sweep%'")
-        for channel in self.rooms.values():
+        for channel in list(self.rooms.values()):
             self.spool("sweep", to=channel.name, txn=f"sweep-{channel.name}")
         self._sender.start()
         threading.Thread(target=self._accept, args=(self._listener,), name="irc accept", daemon=True).start()
@@ -6244,12 +6244,9 @@ class IrcBridge(AppService):
         while not self.stopping:
             try:
                 sock, address = listener.accept()
-            except TimeoutError:
-                continue
-            except OSError:
-                if self.stopping:
-                    return
-                time.sleep(0.1)                              # out of file descriptors, say
+            except OSError as error:
+                if not isinstance(error, TimeoutError):
+                    time.sleep(0.1)                          # out of file descriptors, say
                 continue
             host = re.sub("^:", "0:", address[0])            # no parameter may start with ':'
             client = IrcClient(self, sock, host)
@@ -6316,7 +6313,7 @@ class IrcBridge(AppService):
     # -- From IRC to Matrix: what a client does ends here, as a job for the sender.
 
     def spool(self, do: str, *, txn: str = "", **job: Any) -> None:
-        """Puts a job on disk. `txn`: its transaction ID, if that can be derived from what it is an answer to."""
+        """Puts a job on disk. `txn`: its transaction ID, if that can be derived from what the job answers."""
         self.sql("INSERT OR IGNORE INTO irc_spool(txn, job) VALUES (?, ?)",
                  txn or secrets.token_hex(8), to_json({"do": do, **job}))
         release(self.work)
@@ -6363,7 +6360,7 @@ class IrcBridge(AppService):
                     if not self._send_one({"txn": txn, **parse_object(job.encode())}):
                         break
                     self.sql("DELETE FROM irc_spool WHERE n = ?", n)
-            except sqlite3.Error:                            # a full disk, say; or stop() has closed the database
+            except sqlite3.Error:                            # a full disk, say; or stop() closed the database
                 if not self.stopping:
                     log.exception("%s: the spool can't be used", self.id)
                     self.clock.wait(self.heard, self.clock.monotonic() + RETRY_LAST)
@@ -6419,9 +6416,11 @@ class IrcBridge(AppService):
         return intent
 
     def room_of(self, job: JsonObject) -> str:
+        if "room" in job:
+            return str(job["room"])
         if job["to"].startswith("#"):
             return self.channel_room(job["to"])
-        return str(job.get("room") or self.direct_room(self.ghost(job["nick"]), job["to"]))
+        return self.direct_room(self.ghost(job["nick"]), job["to"])
 
     def channel_room(self, name: str) -> str:
         """The room of a channel, which is created, or found, if need be."""
@@ -6521,7 +6520,7 @@ class IrcBridge(AppService):
     def _do_leave(self, job: JsonObject) -> None:
         """A nick leaves a channel, or a ghost any room."""
         ghost = self.intent(job.get("ghost") or self.ghost_id(job["nick"]))
-        ghost.leave(job.get("room") or self.channel_room(job["to"]), job["reason"])
+        ghost.leave(self.room_of(job), job["reason"])
 
     def _do_say(self, job: JsonObject) -> None:
         nick = job["to"] if job["to"].startswith("#") else job["nick"] + ",isnick"
@@ -6587,8 +6586,8 @@ class IrcBridge(AppService):
 
     def on_event(self, event: JsonObject) -> None:
         method = self.EVENTS.get(event.get("type", ""))
-        if method and isinstance(event.get("content"), dict):
-            assert self.server_name                          # asked of the homeserver before the lock is taken
+        known = self.server_name                             # asked of the homeserver before the lock is taken
+        if known and method and isinstance(event.get("content"), dict):
             with self.lock:
                 getattr(self, method)(event, self.rooms.get(event["room_id"]))
 
@@ -6601,10 +6600,9 @@ class IrcBridge(AppService):
 
     def _relay(self, event: JsonObject, channel: Channel | None, command: str, text: str, action: bool) -> None:
         """Tells a channel, or whoever a direct room is with."""
-        source = self.person(event["sender"]).prefix
         ghost, user_id = self.direct.get(event["room_id"], ("", ""))
         if to := channel or self.client_of(ghost):
-            to.hear(source, command, text, action)
+            to.hear(self.person(event["sender"]).prefix, command, text, action)
         elif ghost:
             nick = self.nick_of(ghost)
             self.spool("say", nick=nick, to=user_id, room=event["room_id"], msgtype="m.notice",
@@ -6618,13 +6616,11 @@ class IrcBridge(AppService):
 
     def readable(self, event: JsonObject) -> tuple[str, str, bool]:
         """A message as IRC can show it: PRIVMSG or NOTICE, the text, and whether it is an action."""
-        content = event["content"]
+        content, mark = event["content"], ""
         relation = content.get("m.relates_to")
         relation = relation if isinstance(relation, dict) else {}
         if relation.get("rel_type") == "m.replace" and isinstance(content.get("m.new_content"), dict):
             content, mark = content["m.new_content"], "* "
-        else:
-            mark = ""
         kind = content.get("msgtype") if event["type"] == "m.room.message" else event["type"]
         text = CONTROL.sub("", str(content.get("body", "")).replace("\r\n", "\n").replace("\t", " "))
         if kind == "m.room.encrypted":
