@@ -5115,17 +5115,15 @@ class Client:
         except IndexError:
             return HttpClient(self.url)
 
-    @staticmethod
-    def _result(status: int, answer: bytes) -> Any:
-        try:
-            value = parse_json(answer)
-        except MatrixError:
-            if status < 300:
-                raise http.client.HTTPException("the homeserver's answer is not JSON") from None
-            value = None
+    def _result(self, status: int, answer: bytes) -> Any:
         if status < 300:
-            return value
-        told = value if isinstance(value, dict) else {}
+            try:
+                return parse_json(answer)
+            except MatrixError:
+                raise Unreachable(f"{self.url} can't be asked: its answer is not JSON") from None
+        told: JsonObject = {}
+        with contextlib.suppress(MatrixError):
+            told = parse_object(answer)
         errcode, error = told.pop("errcode", "M_UNKNOWN"), told.pop("error", answer[:200])
         raise MatrixError(str(errcode), str(error), status, **told)
 
@@ -6379,7 +6377,7 @@ class IrcBridge(AppService):
                 if (error.status < 500 and error.status not in (401, 408, 429)) or failures >= MAX_FAILURES:
                     self._refused(job, error)
                     return True
-                seconds = max(seconds, error.extra.get("retry_after_ms", 0) / 1000)
+                seconds = max(seconds, (error.extra.get("retry_after_ms") or 0) / 1000)
             except Exception as error:
                 problem, failures = error, failures + 1
                 log.exception("%s: a job of the IRC bridge failed: %s", self.id, job["do"])
@@ -6486,8 +6484,8 @@ class IrcBridge(AppService):
     @staticmethod
     def _present(ghost: Intent, room_id: str) -> set[str]:
         """Who is in a room or invited."""
-        return {member["state_key"] for member in ghost.members(room_id)
-                if member["content"]["membership"] in ("join", "invite")}
+        present = ("join", "invite")
+        return {each["state_key"] for each in ghost.members(room_id) if each["content"]["membership"] in present}
 
     def _keep_direct(self, room_id: str, ghost: str, user_id: str) -> None:
         self.sql("INSERT OR REPLACE INTO irc_direct VALUES (NULL, ?, ?, ?)", room_id, ghost, user_id)
@@ -6670,18 +6668,18 @@ class IrcBridge(AppService):
             person = self.person(user_id, one_line(event["content"].get("displayname")))
             if person not in channel.people:
                 channel.enter(person)
-        elif membership in ("leave", "ban") and (person := self.person(user_id)) in channel.people:
-            if event["sender"] == user_id:
-                reason = one_line(event["content"].get("reason"))
-                channel.exit(person, f":{person.prefix} PART {channel.name} :{reason}")
-            else:
-                self._kicked(event, channel, person)
+        elif membership in ("leave", "ban"):
+            self._gone(event, channel, self.person(user_id))
 
-    def _kicked(self, event: JsonObject, channel: Channel, person: Person) -> None:
-        sender = event["sender"]
+    def _gone(self, event: JsonObject, channel: Channel, person: Person) -> None:
+        """Somebody has left a channel, or was put out of it."""
+        sender, reason = event["sender"], one_line(event["content"].get("reason"))
+        if person not in channel.people:
+            return
+        if sender == person.user_id:
+            return channel.exit(person, f":{person.prefix} PART {channel.name} :{reason}")
         source = IRC_NAME if self.is_ours(sender) else self.person(sender).prefix
-        reason = one_line(event["content"].get("reason") or self.nick_of(sender))
-        channel.exit(person, f":{source} KICK {channel.name} {person.nick} :{reason}")
+        channel.exit(person, f":{source} KICK {channel.name} {person.nick} :{reason or self.nick_of(sender)}")
 
     def _on_ghost(self, event: JsonObject, channel: Channel | None, ghost: str, membership: object) -> None:
         """What people on Matrix do to a ghost, or to our own user."""
@@ -6696,8 +6694,7 @@ class IrcBridge(AppService):
                       else f"join #{self.prefix}channel:{self.server_name}")
             self.spool("leave", reason=reason, **job)
         elif membership in ("leave", "ban") and channel and client:
-            if client in channel.people:
-                self._kicked(event, channel, client)
+            self._gone(event, channel, client)
             # What was spooled before may bring the ghost back; this comes after it.
             client.spool("leave", channel, reason="was kicked", txn=txn)
 
