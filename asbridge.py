@@ -5043,11 +5043,10 @@ ROUTES = [Route(method, PREFIXES.get(path[0], path[0]) + path[1:], auth, handler
 # event is handled once. Spec: Application Service API. Knows of sections 1 to 3
 # only: cut out with them, it works with any homeserver.
 
-MAX_ANSWER_BYTES = 64 * 1024 * 1024
-MAX_TRANSACTION_BYTES = 64 * 1024 * 1024
+MAX_JSON_BYTES = 64 * 1024 * 1024        # of an answer or a transaction
 KEPT_EVENTS, KEPT_TXNS = 20_000, 1_000   # how far back the application service knows what it has done
 PORTS = {"http": 80, "https": 443}
-HELLO_FIRST, HELLO_LAST = 0.25, 15.0     # seconds between attempts to find the homeserver
+RETRY_FIRST, RETRY_LAST = 0.25, 15.0     # seconds between attempts to reach the homeserver
 
 
 class Unreachable(OSError):
@@ -5102,7 +5101,7 @@ class Client:
         data = None if body is None else to_json(body).encode("utf-8", "replace")
         connection = self._connection()
         try:
-            status, answer = connection.request(method, target, data, headers, seconds, MAX_ANSWER_BYTES)
+            status, answer = connection.request(method, target, data, headers, seconds, MAX_JSON_BYTES)
         except (OSError, http.client.HTTPException, ValueError) as error:
             connection.close()
             raise Unreachable(f"{self.url} can't be asked: {error or type(error).__name__}") from error
@@ -5472,7 +5471,7 @@ class AppService:
 
     def _hello(self) -> None:
         """As soon as there is a homeserver: registers our own user, learns the server name, asks for a ping."""
-        ready, seconds, url = bell(), HELLO_FIRST, self.homeserver_url
+        ready, seconds, url = bell(), RETRY_FIRST, self.homeserver_url
         self.bells.append(ready)
         while not self.stopping:
             try:
@@ -5482,7 +5481,7 @@ class AppService:
                 does = "refuses us" if isinstance(error, MatrixError) else "does not answer"
                 log.warning("%s: the homeserver at %s %s: %s", self.id, url, does, self._hint(error))
                 self.clock.wait(ready, self.clock.monotonic() + seconds)
-                seconds = min(2 * seconds, HELLO_LAST)
+                seconds = min(2 * seconds, RETRY_LAST)
 
     def _ask_for_ping(self) -> None:
         path = f"/_matrix/client/v1/appservice/{urllib.parse.quote(self.id, safe='')}/ping"
@@ -5534,7 +5533,7 @@ class AppService:
             raise MatrixError("M_FORBIDDEN", "this is not the hs_token of this application service")
 
     def _put_transaction(self, txn_id: str, request: Request) -> None:
-        events = parse_object(request.body(MAX_TRANSACTION_BYTES)).get("events")
+        events = parse_object(request.body(MAX_JSON_BYTES)).get("events")
         if not isinstance(events, list):
             raise MatrixError("M_BAD_JSON", "the body must have 'events': a list")
         with self._delivery:
@@ -5596,7 +5595,6 @@ MAX_LINES = 200                    # that one Matrix message may become
 SEND_QUEUE = 4_096                 # lines that wait for one client; past it the client is dropped
 IDLE_PING_SECONDS = 90.0           # silence until a PING, and from there to the end
 BURST, LINES_PER_SECOND = 200, 50  # a client that writes faster is read more slowly
-RETRY_FIRST, RETRY_LAST = 0.25, 30.0
 MAX_FAILURES = 10                  # answers 500, or bugs, until a job is given up
 KEPT_SAID = 2_000                  # messages that a reply or a redaction can be about
 
@@ -5755,12 +5753,16 @@ class Channel:
             self.tell(line, but)
 
     def enter(self, person: Person) -> None:
+        if person in self.people:
+            return
         self.people.add(person)
         person.channels.add(self)
         self.changes += 1
         self.tell(f":{person.prefix} JOIN {self.name}")
 
     def exit(self, person: Person, line: str = "") -> None:
+        if person not in self.people:
+            return
         if line:
             self.tell(line)
         self.people.discard(person)
@@ -6459,9 +6461,7 @@ class IrcBridge(AppService):
         for person in [person for person in channel.people if person.user_id and person.user_id not in members]:
             channel.exit(person, f":{person.prefix} PART {channel.name}")
         for user_id, member in members.items():
-            person = self.person(user_id, str(member.get("display_name") or ""))
-            if person not in channel.people:
-                channel.enter(person)
+            channel.enter(self.person(user_id, one_line(member.get("display_name"))))
 
     def direct_room(self, ghost: Intent, user_id: str) -> str:
         """The latest room of these two, or a new one to which the person is invited."""
@@ -6665,17 +6665,13 @@ class IrcBridge(AppService):
 
     def _on_person(self, event: JsonObject, channel: Channel, user_id: str, membership: object) -> None:
         if membership == "join":
-            person = self.person(user_id, one_line(event["content"].get("displayname")))
-            if person not in channel.people:
-                channel.enter(person)
+            channel.enter(self.person(user_id, one_line(event["content"].get("displayname"))))
         elif membership in ("leave", "ban"):
             self._gone(event, channel, self.person(user_id))
 
     def _gone(self, event: JsonObject, channel: Channel, person: Person) -> None:
         """Somebody has left a channel, or was put out of it."""
         sender, reason = event["sender"], one_line(event["content"].get("reason"))
-        if person not in channel.people:
-            return
         if sender == person.user_id:
             return channel.exit(person, f":{person.prefix} PART {channel.name} :{reason}")
         source = IRC_NAME if self.is_ours(sender) else self.person(sender).prefix
