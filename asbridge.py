@@ -5910,10 +5910,9 @@ class IrcClient(Person):
 
     def do_user(self, user: str, mode: str, unused: str, realname: str, *_: str) -> None:
         if self.registered:
-            self.reply(462)
-        else:
-            self.user, self.realname = as_user(user), realname
-            self.welcome()
+            return self.reply(462)
+        self.user, self.realname = as_user(user), realname
+        self.welcome()
 
     def do_nick(self, nick: str = "", *_: str) -> None:
         holder = self.bridge.people.get(fold(nick))
@@ -5971,18 +5970,14 @@ class IrcClient(Person):
     def own_channel(self, name: str) -> Channel | None:
         """The channel, if this client is on it; otherwise it is told that not."""
         channel = self.bridge.channels.get(fold(name))
-        if channel is None:
-            self.reply(403, name)
-        elif self not in channel.people:
-            self.reply(442, name)
-        else:
+        if channel and self in channel.people:
             return channel
+        self.reply(442 if channel else 403, name)
         return None
 
     def do_join(self, names: str, *_: str) -> None:
         if names == "0":
-            names = ""
-            self.do_part(",".join([channel.name for channel in self.channels]), "Left all channels")
+            return self.do_part(",".join([channel.name for channel in self.channels]), "Left all channels")
         for name in filter(None, names.split(",")):
             if not is_channel(name):
                 self.reply(403, name)
