@@ -5063,10 +5063,10 @@ ROUTES = [Route(method, PREFIXES.get(path[0], path[0]) + path[1:], auth, handler
 # event is handled once. Spec: Application Service API. Knows of sections 1 to 3
 # only: cut out with them, it works with any homeserver.
 
-MAX_ANSWER_BYTES = 64 * 1024 * 1024
-MAX_TRANSACTION_BYTES = 64 * 1024 * 1024
+MAX_JSON_BYTES = 64 * 1024 * 1024        # of an answer or a transaction
 KEPT_EVENTS, KEPT_TXNS = 20_000, 1_000   # how far back the application service knows what it has done
-HELLO_FIRST, HELLO_LAST = 0.25, 15.0             # seconds between attempts to find the homeserver
+PORTS = {"http": 80, "https": 443}
+RETRY_FIRST, RETRY_LAST = 0.25, 15.0     # seconds between attempts to reach the homeserver
 
 
 COMES_BACK = (429, 502, 503, 504)                # with these a homeserver says that it will answer later
@@ -5076,6 +5076,14 @@ class Unreachable(OSError):
     """The homeserver can't be asked; later it may be."""
 
 
+@contextlib.contextmanager
+def expecting(errcode: str) -> Iterator[None]:
+    """A refusal with this errcode only ends the block."""
+    try:
+        yield
+    except MatrixError as error:
+        if error.errcode != errcode:
+            raise
 
 
 def client_path(*segments: str) -> str:
@@ -5083,10 +5091,14 @@ def client_path(*segments: str) -> str:
     return "/_matrix/client/v3/" + "/".join([urllib.parse.quote(segment, safe="") for segment in segments])
 
 
+def given(**values: Any) -> JsonObject:
+    """Those that are not None."""
+    return {key: value for key, value in values.items() if value is not None}
+
+
 def query_string(query: Mapping[str, Any]) -> str:
-    given = {key: str(value).lower() if isinstance(value, bool) else value
-             for key, value in query.items() if value is not None}
-    return "?" + urllib.parse.urlencode(given) if given else ""
+    words = {key: str(value).lower() if isinstance(value, bool) else value for key, value in query.items()}
+    return "?" + urllib.parse.urlencode(words) if words else ""
 
 
 class Client:
@@ -5108,11 +5120,11 @@ class Client:
         headers = {"Authorization": f"Bearer {self.token}"} if self.token else {}
         if body is not None:
             headers["Content-Type"] = "application/json"
-        target = path + query_string({**query, "user_id": self.acts_as} if self.acts_as else query)
+        target = path + query_string(given(**{"user_id": self.acts_as, **query}))
         data = None if body is None else to_json(body).encode("utf-8", "replace")
         connection = self._connection()
         try:
-            status, answer = connection.request(method, target, data, headers, seconds, MAX_ANSWER_BYTES)
+            status, answer = connection.request(method, target, data, headers, seconds, MAX_JSON_BYTES)
         except (OSError, http.client.HTTPException, ValueError) as error:
             connection.close()
             raise Unreachable(f"{self.url} can't be asked: {error or type(error).__name__}") from error
@@ -5125,17 +5137,15 @@ class Client:
         except IndexError:
             return HttpClient(self.url)
 
-    @staticmethod
-    def _result(status: int, answer: bytes) -> Any:
-        try:
-            value = parse_json(answer)
-        except MatrixError:
-            if status < 300:
-                raise http.client.HTTPException("the homeserver's answer is not JSON") from None
-            value = None
+    def _result(self, status: int, answer: bytes) -> Any:
         if status < 300:
-            return value
-        told = value if isinstance(value, dict) else {}
+            try:
+                return parse_json(answer)
+            except MatrixError:
+                raise Unreachable(f"{self.url} can't be asked: its answer is not JSON") from None
+        told: JsonObject = {}
+        with contextlib.suppress(MatrixError):
+            told = parse_object(answer)
         errcode, error = told.pop("errcode", "M_UNKNOWN"), told.pop("error", answer[:200])
         raise MatrixError(str(errcode), str(error), status, **told)
 
@@ -5185,23 +5195,15 @@ class Client:
         return str(self.ask("POST", "join", room, body={})["room_id"])
 
     def leave(self, room_id: str, reason: str | None = None) -> None:
-        self.ask("POST", "rooms", room_id, "leave", body={"reason": reason} if reason else {})
+        self.ask("POST", "rooms", room_id, "leave", body=given(reason=reason))
 
-    def invite(self, room_id: str, user_id: str, reason: str | None = None) -> None:
-        self._put_in_place("invite", room_id, user_id, reason)
+    def _change_membership(self, verb: str, room_id: str, user_id: str, reason: str | None = None) -> None:
+        self.ask("POST", "rooms", room_id, verb, body=given(user_id=user_id, reason=reason))
 
-    def kick(self, room_id: str, user_id: str, reason: str | None = None) -> None:
-        self._put_in_place("kick", room_id, user_id, reason)
-
-    def ban(self, room_id: str, user_id: str, reason: str | None = None) -> None:
-        self._put_in_place("ban", room_id, user_id, reason)
-
-    def unban(self, room_id: str, user_id: str, reason: str | None = None) -> None:
-        self._put_in_place("unban", room_id, user_id, reason)
-
-    def _put_in_place(self, verb: str, room_id: str, user_id: str, reason: str | None) -> None:
-        body = {"user_id": user_id, "reason": reason} if reason else {"user_id": user_id}
-        self.ask("POST", "rooms", room_id, verb, body=body)
+    invite = functools.partialmethod(_change_membership, "invite")
+    kick = functools.partialmethod(_change_membership, "kick")
+    ban = functools.partialmethod(_change_membership, "ban")
+    unban = functools.partialmethod(_change_membership, "unban")
 
     def joined_rooms(self) -> list[str]:
         return list(self.ask("GET", "joined_rooms")["joined_rooms"])
@@ -5228,15 +5230,15 @@ class Client:
     def send(self, room_id: str, type: str, content: JsonObject, txn_id: str | None = None,
              ts: int | None = None) -> str:
         """The event's ID. The same `txn_id` again sends nothing again; `ts` is for application services."""
-        txn_id = txn_id or secrets.token_hex(8)
-        return str(self.ask("PUT", "rooms", room_id, "send", type, txn_id, body=content, ts=ts)["event_id"])
+        where = "rooms", room_id, "send", type, txn_id or secrets.token_hex(8)
+        return str(self.ask("PUT", *where, body=content, ts=ts)["event_id"])
 
     def say(self, room_id: str, text: str, txn_id: str | None = None) -> str:
         return self.send(room_id, "m.room.message", {"msgtype": "m.text", "body": text}, txn_id)
 
     def redact(self, room_id: str, event_id: str, reason: str | None = None, txn_id: str | None = None) -> str:
-        txn_id, body = txn_id or secrets.token_hex(8), {"reason": reason} if reason else {}
-        return str(self.ask("PUT", "rooms", room_id, "redact", event_id, txn_id, body=body)["event_id"])
+        where = "rooms", room_id, "redact", event_id, txn_id or secrets.token_hex(8)
+        return str(self.ask("PUT", *where, body=given(reason=reason))["event_id"])
 
     def set_state(self, room_id: str, type: str, content: JsonObject, state_key: str = "",
                   ts: int | None = None) -> str:
@@ -5257,7 +5259,7 @@ class Client:
         return self.ask("GET", "rooms", room_id, "messages", dir=dir, limit=limit, **query)
 
     def typing(self, room_id: str, typing: bool = True, timeout: int = 30_000) -> None:
-        body = {"typing": typing, **({"timeout": timeout} if typing else {})}
+        body = given(typing=typing, timeout=timeout if typing else None)
         self.ask("PUT", "rooms", room_id, "typing", self.user_id, body=body)
 
     def receipt(self, room_id: str, event_id: str, type: str = "m.read") -> None:
@@ -5278,8 +5280,7 @@ class Client:
                     return event
             at, left = len(self.seen), deadline - time.monotonic()
             if left <= 0:
-                raise TimeoutError(f"no such event in {seconds} s; the last were "
-                                   f"{shorten(self.seen[-3:], 2000)}")
+                raise TimeoutError(f"no such event in {seconds} s; the last: {shorten(self.seen[-3:], 2000)}")
             self._look(int(min(left, 5.0) * 1000))
 
     def _look(self, timeout: int) -> None:
@@ -5315,7 +5316,7 @@ class Intent(Client):
         return super().call(method, path, body, seconds, **query)
 
     def _mend(self, method: str, path: str) -> bool:
-        """After a refusal: registers and joins, whatever is remembered; whether another attempt has a chance."""
+        """After a refusal: registers and joins, whatever is remembered. Has another attempt a chance?"""
         self.registered = False
         new, room = self.ensure_registered(), self.ROOM_PATH.match(path)
         if not room or method == "POST":                     # what is done by POST changes memberships
@@ -5330,16 +5331,13 @@ class Intent(Client):
         if self.registered:
             return False
         localpart = localpart_of(self.acts_as) if self.acts_as else self.service.registration.sender_localpart
-        try:
+        new = False
+        with expecting("M_USER_IN_USE"):
             self.service.client.ask("POST", "register", body={
                 "type": "m.login.application_service", "username": localpart, "inhibit_login": True})
-        except MatrixError as error:
-            if error.errcode != "M_USER_IN_USE":
-                raise
-            self.registered = True
-            return False
+            new = True
         self.registered = True
-        return True
+        return new
 
     def ensure_joined(self, room_id: str) -> None:
         """Joins, if need be on the invitation of the application service's own user."""
@@ -5353,7 +5351,8 @@ class Intent(Client):
             try:
                 self.service.bot.invite(room_id, self.user_id)
             except MatrixError as other:
-                raise MatrixError(error.errcode, f"{error.error}; to be invited did not work either: {other.error}") from None
+                told = f"{error.error}; to be invited did not work either: {other.error}"
+                raise MatrixError(error.errcode, told) from None
             self.join(room_id)
 
     def join(self, room: str) -> str:
@@ -5381,15 +5380,14 @@ PING_HINTS = {
 class AppService:
     """An application service: takes what the homeserver pushes and asks, and acts through intents.
 
-    Override on_event, on_user_query, on_alias_query. `database` is a file, or ":memory:", which a restart forgets.
+    Override on_event, on_user_query, on_alias_query. `database`: a file, or ":memory:", which a restart forgets.
     """
 
     #: method, path (the prefix is missing in the 2016 text), handler
     ROUTES = (
-        ("PUT",  r"(?:/_matrix/app/v1)?/transactions/([^/]+)", "_put_transaction"),
-        ("GET",  r"(?:/_matrix/app/v1)?/users/([^/]+)",        "_get_user"),
-        ("GET",  r"(?:/_matrix/app/v1)?/rooms/([^/]+)",        "_get_alias"),
-        ("POST", r"/_matrix/app/v1/ping",                      "_post_ping"),
+        ("PUT",  r"(?:/_matrix/app/v1)?/transactions/([^/]+)",  "_put_transaction"),
+        ("GET",  r"(?:/_matrix/app/v1)?/(users|rooms)/([^/]+)", "_get_existence"),
+        ("POST", r"/_matrix/app/v1/ping",                       "_post_ping"),
     )
     SCHEMA = """
         CREATE TABLE IF NOT EXISTS transactions_done(n INTEGER PRIMARY KEY, id TEXT NOT NULL UNIQUE);
@@ -5399,7 +5397,8 @@ class AppService:
     def __init__(self, registration: Registration, homeserver_url: str, database: str = ":memory:",
                  clock: Clock | None = None) -> None:
         self.registration, self.homeserver_url = registration, homeserver_url
-        self.clock = clock or Clock()
+        self.id, self.clock = registration.id, clock or Clock()
+        self._where = urllib.parse.urlsplit(registration.url or "")
         self.client = Client(homeserver_url, registration.as_token)  # acts as nobody; owns the connections
         self.intents: dict[str | None, Intent] = {}
         self.bot = self.intent()
@@ -5407,8 +5406,7 @@ class AppService:
         self.bells: list[Any] = []                           # rung when the homeserver calls, and to stop
         self._server: HttpServer | None = None
         self._server_name = ""
-        # One transaction at a time: that is what this lock is for, so on_event does run while it is held.
-        self._delivery = threading.Lock()
+        self._delivery = threading.Lock()                    # guards the order: one transaction at a time
         self._db_guard = threading.Lock()                    # guards _db: one statement at a time
         self._db = (sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
                     if database == ":memory:" else open_sqlite(database))
@@ -5452,9 +5450,8 @@ class AppService:
     @property
     def url(self) -> str:
         """Where we listen; the registration's, but with the real port."""
-        parts = urllib.parse.urlsplit(self.registration.url or "")
-        host = f"[{parts.hostname}]" if ":" in (parts.hostname or "") else parts.hostname
-        return f"{parts.scheme}://{host}:{self.port}{parts.path.rstrip('/')}"
+        host = f"[{self._where.hostname}]" if ":" in (self._where.hostname or "") else self._where.hostname
+        return f"{self._where.scheme}://{host}:{self.port}{self._where.path.rstrip('/')}"
 
     def sql(self, statement: str, *values: Any) -> list[Any]:
         """Runs one statement, durably; its rows."""
@@ -5466,16 +5463,15 @@ class AppService:
     def listen(self) -> None:
         """Takes the port of the registration's url, if it has one. start() does it if nobody has."""
         if self.registration.url is not None and self._server is None:
-            parts = urllib.parse.urlsplit(self.registration.url)
-            port = parts.port if parts.port is not None else 443 if parts.scheme == "https" else 80
-            self._server = HttpServer((parts.hostname or "127.0.0.1", port), self.answer)
+            port = self._where.port if self._where.port is not None else PORTS[self._where.scheme]
+            self._server = HttpServer((self._where.hostname or "127.0.0.1", port), self.answer)
 
     def start(self) -> None:
         """Listens, and looks for the homeserver."""
         self.listen()
         if self._server:
             self._server.start()
-        threading.Thread(target=self._hello, name=f"{self.registration.id} hello", daemon=True).start()
+        threading.Thread(target=self._hello, name=f"{self.id} hello", daemon=True).start()
 
     def stop(self) -> None:
         """Ends after the event in hand; the rest of its transaction will come again."""
@@ -5498,52 +5494,49 @@ class AppService:
 
     def _hello(self) -> None:
         """As soon as there is a homeserver: registers our own user, learns the server name, asks for a ping."""
-        ready, seconds, url = bell(), HELLO_FIRST, self.homeserver_url
+        ready, seconds, url = bell(), RETRY_FIRST, self.homeserver_url
         self.bells.append(ready)
         while not self.stopping:
             try:
-                log.info("%s: the homeserver %s is at %s", self.registration.id, self.server_name, url)
+                log.info("%s: the homeserver %s is at %s", self.id, self.server_name, url)
                 return self._ask_for_ping()
             except (Unreachable, MatrixError) as error:
-                log.warning("%s: the homeserver at %s %s: %s", self.registration.id, url,
-                            "refuses us" if isinstance(error, MatrixError) else "does not answer", self._hint(error))
+                does = "refuses us" if isinstance(error, MatrixError) else "does not answer"
+                log.warning("%s: the homeserver at %s %s: %s", self.id, url, does, self._hint(error))
                 self.clock.wait(ready, self.clock.monotonic() + seconds)
-                seconds = min(2 * seconds, HELLO_LAST)
+                seconds = min(2 * seconds, RETRY_LAST)
 
     def _ask_for_ping(self) -> None:
-        path = f"/_matrix/client/v1/appservice/{urllib.parse.quote(self.registration.id, safe='')}/ping"
+        path = f"/_matrix/client/v1/appservice/{urllib.parse.quote(self.id, safe='')}/ping"
         try:
             answer = self.client.call("POST", path, {"transaction_id": secrets.token_hex(8)})
-            log.info("%s: the homeserver reaches us, in %s ms", self.registration.id, answer.get("duration_ms"))
+            log.info("%s: the homeserver reaches us, in %s ms", self.id, answer.get("duration_ms"))
         except (Unreachable, MatrixError) as error:
             if not self.stopping:
-                log.warning("%s: the homeserver does not reach us: %s", self.registration.id, self._hint(error))
+                log.warning("%s: the homeserver does not reach us: %s", self.id, self._hint(error))
 
     def _hint(self, error: Exception) -> str:
         hint = PING_HINTS.get(error.errcode, "") if isinstance(error, MatrixError) else ""
-        return f"{error}; {hint.format(url=self.url, id=self.registration.id)}" if hint else str(error)
+        return f"{error}; {hint.format(url=self.url, id=self.id)}" if hint else str(error)
 
     # -- What the homeserver sends.
 
     def answer(self, request: Request) -> Response:
         try:
-            return json_response(200, self._answer(request))
+            handler, ids = self._route(request)
+            self._check_token(request)
+            self.ring()
+            getattr(self, handler)(*ids, request)
+            return json_response(200, {})
         except MatrixError as error:
             return json_response(error.status, error.body())
         except Exception:
             if not self.stopping:
-                log.exception("%s: %s %s failed", self.registration.id, request.method, request.path)
+                log.exception("%s: %s %s failed", self.id, request.method, request.path)
             return json_response(500, {"errcode": "M_UNKNOWN", "error": "it failed inside; the log says why"})
 
-    def _answer(self, request: Request) -> JsonObject:
-        handler, ids = self._route(request)
-        self._check_token(request)
-        self.ring()
-        getattr(self, handler)(*ids, request)
-        return {}
-
     def _route(self, request: Request) -> tuple[str, list[str]]:
-        prefix = urllib.parse.urlsplit(self.registration.url or "").path.rstrip("/")
+        prefix = self._where.path.rstrip("/")
         path = request.path.removeprefix(prefix) if request.path.startswith(prefix + "/") else ""
         for method, regex, handler in self.ROUTES:           # each path has one method
             if match := re.fullmatch(regex, path):
@@ -5554,17 +5547,16 @@ class AppService:
 
     def _check_token(self, request: Request) -> None:
         scheme, _, header = request.headers.get("authorization", "").partition(" ")
-        tokens = [token for token in (header.strip() if scheme.lower() == "bearer" else "",
-                                      request.query.get("access_token", "")) if token]
+        bearer = header.strip() if scheme.lower() == "bearer" else ""
+        tokens = {bearer, request.query.get("access_token", "")} - {""}
         if not tokens:
-            raise MatrixError("M_MISSING_TOKEN", "no hs_token: Authorization: Bearer, or access_token in the "
-                              "query")
-        for token in tokens:
-            if not hmac.compare_digest(token.encode(), self.registration.hs_token.encode()):
-                raise MatrixError("M_FORBIDDEN", "this is not the hs_token of this application service")
+            raise MatrixError("M_MISSING_TOKEN", "no hs_token, as Authorization: Bearer or access_token=")
+        right = self.registration.hs_token.encode()
+        if not all(hmac.compare_digest(token.encode(), right) for token in tokens):
+            raise MatrixError("M_FORBIDDEN", "this is not the hs_token of this application service")
 
     def _put_transaction(self, txn_id: str, request: Request) -> None:
-        events = parse_object(request.body(MAX_TRANSACTION_BYTES)).get("events")
+        events = parse_object(request.body(MAX_JSON_BYTES)).get("events")
         if not isinstance(events, list):
             raise MatrixError("M_BAD_JSON", "the body must have 'events': a list")
         with self._delivery:
@@ -5586,15 +5578,14 @@ class AppService:
         except Exception as error:
             if isinstance(error, Unreachable) or (isinstance(error, MatrixError) and error.status in COMES_BACK):
                 raise MatrixError("M_UNKNOWN", f"event {event_id} can't be handled now: {error}", 503) from None
-            log.exception("%s: event %s failed and is skipped", self.registration.id, event_id)
+            log.exception("%s: event %s failed and is skipped", self.id, event_id)
         if isinstance(event_id, str):
             self._remember("events_handled", event_id, KEPT_EVENTS)
 
     def _notice_membership(self, event: JsonObject) -> None:
         """What somebody else did to one of our users."""
         if event.get("type") == "m.room.member" and event.get("content", {}).get("membership") != "join":
-            intent = self.intents.get(event.get("state_key"))
-            if intent:
+            if intent := self.intents.get(event.get("state_key")):
                 intent.rooms.discard(event.get("room_id", ""))
 
     def _remember(self, table: str, id: str, keep: int) -> None:
@@ -5602,13 +5593,9 @@ class AppService:
         if not secrets.randbelow(100):                       # now and then is enough
             self.sql(f"DELETE FROM {table} WHERE n <= (SELECT max(n) FROM {table}) - ?", keep)
 
-    def _get_user(self, user_id: str, request: Request) -> None:
-        if not self.on_user_query(user_id):
-            raise MatrixError("M_NOT_FOUND", f"{shorten(user_id)} does not exist here")
-
-    def _get_alias(self, alias: str, request: Request) -> None:
-        if not self.on_alias_query(alias):
-            raise MatrixError("M_NOT_FOUND", f"{shorten(alias)} does not exist here")
+    def _get_existence(self, kind: str, id: str, request: Request) -> None:
+        if not (self.on_user_query(id) if kind == "users" else self.on_alias_query(id)):
+            raise MatrixError("M_NOT_FOUND", f"{shorten(id)} does not exist here")
 
     def _post_ping(self, request: Request) -> None:
         parse_object(request.body(65_536))
@@ -5631,17 +5618,14 @@ MAX_LINES = 200                    # that one Matrix message may become
 SEND_QUEUE = 4_096                 # lines that wait for one client; past it the client is dropped
 IDLE_PING_SECONDS = 90.0           # silence until a PING, and from there to the end
 BURST, LINES_PER_SECOND = 200, 50  # a client that writes faster is read more slowly
-RETRY_FIRST, RETRY_LAST = 0.25, 30.0
-# how often a line may be answered by 500, or hit a bug, before it is given up
-MAX_FAILURES = 10
+MAX_FAILURES = 10                  # answers 500, or bugs, until a job is given up
 KEPT_SAID = 2_000                  # messages that a reply or a redaction can be about
 
 NICK = re.compile(rf"(?![0-9-])[A-Za-z0-9\[\]\\`_^{{|}}-]{{1,{NICK_LENGTH}}}")
 CHANNEL = re.compile(r"#[^\x00-\x20,:\x7f]+")
 FOLD = str.maketrans(string.ascii_uppercase + "[]\\~", string.ascii_lowercase + "{}|^")   # RFC 1459, 2.2
 FORMATTING = re.compile(r"\x03(?:\d{1,2}(?:,\d{1,2})?)?|\x04(?:[0-9A-Fa-f]{6})?|[\x00-\x08\x0b-\x1f\x7f]")
-# in Matrix text, nothing that IRC may take for its own
-CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f]")
+CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f]")   # in Matrix text, nothing that IRC may take for its own
 ONE_LINE = {0: " ", 10: " ", 13: " "}
 
 MOTD = ("This server is a bridge: its channels are Matrix rooms.",
@@ -5660,6 +5644,42 @@ NUMERICS = {
     366: "End of NAMES list",                  432: "Erroneous nickname",            502: "Only your own mode, please",
     368: "End of channel ban list",            376: "End of MOTD",
 }
+
+
+class Command(NamedTuple):
+    """An IRC command, done by the method of IrcClient that is called do_ and its name."""
+    least: int                   # parameters
+    early: bool                  # may come before registering
+
+
+COMMANDS = {
+    "CAP":       Command(1, True),   # capabilities: we have none
+    "PASS":      Command(1, True),   # a password that nobody checks
+    "USER":      Command(4, True),   # user and real name
+    "NICK":      Command(0, True),   # choose or change the nick
+    "MOTD":      Command(0, False),  # message of the day
+    "LUSERS":    Command(0, False),  # how many are here
+    "PING":      Command(1, True),   # are you there?
+    "PONG":      Command(0, True),   # I am
+    "QUIT":      Command(0, True),   # leave IRC
+    "JOIN":      Command(1, False),  # enter channels; 0: leave all
+    "PART":      Command(1, False),  # leave channels
+    "TOPIC":     Command(1, False),  # read or set the topic
+    "NAMES":     Command(0, False),  # who is in a channel
+    "LIST":      Command(0, False),  # which channels there are
+    "MODE":      Command(1, False),  # ask for modes; there are hardly any
+    "INVITE":    Command(2, False),  # ask somebody into a channel
+    "KICK":      Command(2, False),  # refused: rights are managed on Matrix
+    "PRIVMSG":   Command(0, False),  # say something
+    "NOTICE":    Command(0, False),  # the same, to which no program answers
+    "AWAY":      Command(0, False),  # say that one is away
+    "WHO":       Command(0, False),  # who is in a channel, or who somebody is
+    "WHOIS":     Command(1, False),  # the same, in more words
+    "USERHOST":  Command(1, False),  # nicks with their hosts
+    "ISON":      Command(1, False),  # which of these nicks are here
+    "VERSION":   Command(0, False),  # what this is
+}
+
 FEATURES = ("CASEMAPPING=rfc1459", "CHANTYPES=#", "PREFIX=", "CHANMODES=b,,,n", f"NICKLEN={NICK_LENGTH}",
             f"CHANNELLEN={CHANNEL_BYTES}", f"TOPICLEN={TOPIC_BYTES}", f"CHANLIMIT=#:{MAX_CHANNELS}",
             f"MAXTARGETS={MAX_TARGETS}", "NETWORK=asbridge")
@@ -5731,13 +5751,18 @@ def as_user(text: str) -> str:
     return re.sub(r"[^A-Za-z0-9._-]", "_", text)[:10] or "_"
 
 
+def one_line(text: object) -> str:
+    """A field of a Matrix event, such as a topic, as IRC can show it."""
+    return CONTROL.sub("", str(text or "")).replace("\n", " ")
+
+
 def is_channel(name: str) -> bool:
     return bool(CHANNEL.fullmatch(name)) and len(name.encode("utf-8", "replace")) <= CHANNEL_BYTES
 
 
 @dataclass(eq=False)
 class Person:
-    """Somebody with a nick: on Matrix, or (IrcClient) connected here. Guarded, like Channel, by the bridge's lock."""
+    """Somebody with a nick: on Matrix, or (IrcClient) connected here. Guarded, like Channel, by IrcBridge.lock."""
     nick: str
     user: str
     host: str
@@ -5753,6 +5778,15 @@ class Person:
     def tell(self, line: str) -> None:
         """People on Matrix hear it from the homeserver."""
 
+    def hear(self, source: str, command: str, text: str, action: bool) -> None:
+        for line in irc_lines(source, command, self.nick, text, action):
+            self.tell(line)
+
+    def tell_neighbours(self, line: str) -> None:
+        """Tells everybody else who is on a channel with this person, once."""
+        for person in set[Person]().union(*(channel.people for channel in self.channels)) - {self}:
+            person.tell(line)
+
 
 @dataclass(eq=False)
 class Channel:
@@ -5765,27 +5799,39 @@ class Channel:
     people: set[Person] = dataclasses.field(default_factory=set)
     changes: int = 0                                         # counts joins and parts, for refresh()
 
-    def announce(self, line: str, but: Person | None = None) -> None:
-        for person in self.people:
-            if person is not but:
-                person.tell(line)
+    def tell(self, line: str, but: Person | None = None) -> None:
+        for person in self.people - {but}:
+            person.tell(line)
+
+    def hear(self, source: str, command: str, text: str, action: bool, but: Person | None = None) -> None:
+        for line in irc_lines(source, command, self.name, text, action):
+            self.tell(line, but)
 
     def enter(self, person: Person) -> None:
+        if person in self.people:
+            return
         self.people.add(person)
         person.channels.add(self)
         self.changes += 1
-        self.announce(f":{person.prefix} JOIN {self.name}")
+        self.tell(f":{person.prefix} JOIN {self.name}")
 
     def exit(self, person: Person, line: str = "") -> None:
+        if person not in self.people:
+            return
         if line:
-            self.announce(line)
+            self.tell(line)
         self.people.discard(person)
         person.channels.discard(self)
         self.changes += 1
 
+    def change_topic(self, source: str, topic: str, at: int) -> None:
+        """`at` in milliseconds."""
+        self.topic, self.topic_by, self.topic_at = topic, source, at // 1000
+        self.tell(f":{source} TOPIC {self.name} :{topic}")
+
 
 class IrcClient(Person):
-    """One IRC connection: one thread reads commands, another writes what is queued; nobody waits for this client."""
+    """One IRC connection: one thread reads commands, another writes what is queued. Nobody waits for it."""
 
     def __init__(self, bridge: IrcBridge, sock: socket.socket, host: str) -> None:
         super().__init__("", "", host, "")
@@ -5794,7 +5840,7 @@ class IrcClient(Person):
         self.fate = ""                                       # why the connection ends
         self.queue: queue.Queue[bytes | None] = queue.Queue(SEND_QUEUE)
         self.pause = bell()                                  # what a client that writes too fast waits on
-        self.paid_until = 0.0                                # each line read moves it on, and it may not pass the clock
+        self.paid_until = 0.0                                # moved on by each line; may not pass the clock
 
     # -- The connection.
 
@@ -5847,19 +5893,18 @@ class IrcClient(Person):
             self.bridge.clock.wait(self.pause, self.paid_until)
 
     def write(self) -> None:
-        try:
+        with contextlib.suppress(OSError):                   # the reader notices, too
             while (line := self.queue.get()) is not None:
                 self.sock.sendall(line)
-        except OSError:
-            pass                                             # the reader notices, too
         hang_up(self.sock)
         self.sock.close()
 
     def tell(self, line: str) -> None:
         """Queues one line for the client; never waits."""
         data = line.translate(ONE_LINE).encode("utf-8", "replace")[:LINE_BYTES]
+        whole = data.decode("utf-8", "ignore").encode()      # no half character at the end
         try:
-            self.queue.put_nowait(data.decode("utf-8", "ignore").encode() + b"\r\n")  # no half character at the end
+            self.queue.put_nowait(whole + b"\r\n")
         except queue.Full:
             self.fate = self.fate or "Too slow to read"
             hang_up(self.sock)
@@ -5868,8 +5913,10 @@ class IrcClient(Person):
         if not self.fate:
             self.fate = fate
             self.tell(f"ERROR :Closing link: {fate}")
-        with contextlib.suppress(queue.Full):
+        try:
             self.queue.put_nowait(None)
+        except queue.Full:
+            hang_up(self.sock)
 
     def reply(self, number: int, *params: str) -> None:
         """A numeric; what NUMERICS has for it comes last."""
@@ -5883,22 +5930,26 @@ class IrcClient(Person):
             self.reply(number, *params, piece)
 
     def obey(self, line: str) -> None:
-        command, params = parse_line(line.rstrip("\r"))
-        if not command:
+        name, params = parse_line(line.rstrip("\r"))
+        command = COMMANDS.get(name)
+        if not name:
             return
-        method, least, early = COMMANDS.get(command, (None, 0, False))
-        if not self.registered and not early:
+        if not self.registered and not (command and command.early):
             self.reply(451)
-        elif method is None:
-            self.reply(421, command)
-        elif len(params) < least:
-            self.reply(461, command)
+        elif command is None:
+            self.reply(421, name)
+        elif len(params) < command.least:
+            self.reply(461, name)
         else:
-            method(self, *params[:15])
+            getattr(self, f"do_{name.lower()}")(*params[:15])
 
-    # -- Registering.
+    def spool(self, do: str, channel: Channel, **job: Any) -> None:
+        """What this client did on a channel is to be done on Matrix."""
+        self.bridge.spool(do, nick=self.nick, to=channel.name, **job)
 
-    def cap(self, verb: str, *wanted: str) -> None:
+    # -- Registering. A method do_x is the command X.
+
+    def do_cap(self, verb: str, *wanted: str) -> None:
         """We have no capabilities, but clients ask first and wait for the answer."""
         verb = verb.upper()
         self.negotiating = verb in ("LS", "REQ") or (self.negotiating and verb != "END")
@@ -5908,19 +5959,17 @@ class IrcClient(Person):
             self.tell(f":{IRC_NAME} CAP {self.nick or '*'} NAK :{' '.join(wanted)}")
         self.welcome()
 
-    def pass_(self, *_: str) -> None:
+    def do_pass(self, *_: str) -> None:
         if self.registered:
             self.reply(462)
 
-    def user_(self, user: str, mode: str, unused: str, realname: str, *_: str) -> None:
+    def do_user(self, user: str, mode: str, unused: str, realname: str, *_: str) -> None:
         if self.registered:
-            self.reply(462)
-        else:
-            self.user = as_user(user)
-            self.realname = realname
-            self.welcome()
+            return self.reply(462)
+        self.user, self.realname = as_user(user), realname
+        self.welcome()
 
-    def nick_(self, nick: str = "", *_: str) -> None:
+    def do_nick(self, nick: str = "", *_: str) -> None:
         holder = self.bridge.people.get(fold(nick))
         if not nick:
             self.reply(431)
@@ -5947,28 +5996,28 @@ class IrcClient(Person):
         self.reply(3, "It began when Matrix did")
         self.reply(4, IRC_NAME, f"asbridge-{__version__}", "i", "n")
         self.reply(5, *FEATURES)
-        self.lusers()
-        self.motd()
+        self.do_lusers()
+        self.do_motd()
 
-    def motd(self, *_: str) -> None:
+    def do_motd(self, *_: str) -> None:
         self.reply(375, f"- {IRC_NAME} message of the day")
         for line in MOTD:
             self.reply(372, "- " + line.format(prefix=self.bridge.prefix, server=self.bridge.known_name()))
         self.reply(376)
 
-    def lusers(self, *_: str) -> None:
+    def do_lusers(self, *_: str) -> None:
         on_irc = sum(isinstance(person, IrcClient) for person in self.bridge.people.values())
         self.reply(251, f"There are {on_irc} people on IRC and {len(self.bridge.people) - on_irc} on Matrix")
         self.reply(254, str(len(self.bridge.channels)), "channels formed")
         self.reply(255, f"I have {on_irc} clients and 0 servers")
 
-    def ping(self, token: str, *_: str) -> None:
+    def do_ping(self, token: str, *_: str) -> None:
         self.tell(f":{IRC_NAME} PONG {IRC_NAME} :{token}")
 
-    def ignore(self, *_: str) -> None:
+    def do_pong(self, *_: str) -> None:
         pass
 
-    def quit(self, reason: str = "", *_: str) -> None:
+    def do_quit(self, reason: str = "", *_: str) -> None:
         self.close(f"Quit: {reason}" if reason else "Quit")
 
     # -- Channels.
@@ -5976,18 +6025,14 @@ class IrcClient(Person):
     def own_channel(self, name: str) -> Channel | None:
         """The channel, if this client is on it; otherwise it is told that not."""
         channel = self.bridge.channels.get(fold(name))
-        if channel is None:
-            self.reply(403, name)
-        elif self not in channel.people:
-            self.reply(442, name)
-        else:
+        if channel and self in channel.people:
             return channel
+        self.reply(442 if channel else 403, name)
         return None
 
-    def join(self, names: str, *_: str) -> None:
+    def do_join(self, names: str, *_: str) -> None:
         if names == "0":
-            names = ""
-            self.part(",".join([channel.name for channel in self.channels]), "Left all channels")
+            return self.do_part(",".join([channel.name for channel in self.channels]), "Left all channels")
         for name in filter(None, names.split(",")):
             if not is_channel(name):
                 self.reply(403, name)
@@ -5995,26 +6040,25 @@ class IrcClient(Person):
                 self.reply(405, name)
             elif self not in (channel := self.bridge.channel(name)).people:
                 channel.enter(self)
-                self.bridge.spool({"do": "join", "nick": self.nick, "to": channel.name})
+                self.spool("join", channel)
                 if channel.topic:
                     self.tell_topic(channel)
-                self.names(channel.name)
+                self.do_names(channel.name)
 
-    def part(self, names: str, reason: str = "", *_: str) -> None:
+    def do_part(self, names: str, reason: str = "", *_: str) -> None:
         for name in filter(None, names.split(",")):
             if channel := self.own_channel(name):
                 channel.exit(self, f":{self.prefix} PART {channel.name} :{reason}")
-                self.bridge.spool({"do": "leave", "nick": self.nick, "to": channel.name, "reason": reason})
+                self.spool("leave", channel, reason=reason)
 
-    def topic(self, name: str, text: str | None = None, *_: str) -> None:
-        channel = self.own_channel(name)
-        if channel and text is None:
-            self.tell_topic(channel)
-        elif channel:
-            now = self.bridge.clock.now()
-            self.bridge.change_topic(channel, self.prefix, str(text), now)
-            self.bridge.spool({"do": "topic", "nick": self.nick, "to": channel.name,
-                               "topic": FORMATTING.sub("", str(text)), "ts": now})
+    def do_topic(self, name: str, text: str | None = None, *_: str) -> None:
+        if not (channel := self.own_channel(name)):
+            return
+        if text is None:
+            return self.tell_topic(channel)
+        now = self.bridge.clock.now()
+        channel.change_topic(self.prefix, text, now)
+        self.spool("topic", channel, topic=FORMATTING.sub("", text), ts=now)
 
     def tell_topic(self, channel: Channel) -> None:
         if not channel.topic:
@@ -6023,14 +6067,13 @@ class IrcClient(Person):
         if channel.topic_by:
             self.reply(333, channel.name, channel.topic_by, str(channel.topic_at))
 
-    def names(self, names: str = "*", *_: str) -> None:
+    def do_names(self, names: str = "*", *_: str) -> None:
         for name in filter(None, names.split(",")):
-            channel = self.bridge.channels.get(fold(name))
-            if channel:
+            if channel := self.bridge.channels.get(fold(name)):
                 self.reply_list(353, "=", channel.name, words=sorted(person.nick for person in channel.people))
             self.reply(366, channel.name if channel else name)
 
-    def list_(self, names: str = "", *_: str) -> None:
+    def do_list(self, names: str = "", *_: str) -> None:
         wanted = {fold(name) for name in names.split(",") if is_channel(name)}
         self.reply(321, "Channel", "Users  Name")
         for key, channel in sorted(self.bridge.channels.items()):
@@ -6038,7 +6081,7 @@ class IrcClient(Person):
                 self.reply(322, channel.name, str(len(channel.people)), channel.topic)
         self.reply(323)
 
-    def mode(self, target: str, changes: str = "", *_: str) -> None:
+    def do_mode(self, target: str, changes: str = "", *_: str) -> None:
         channel = self.bridge.channels.get(fold(target))
         if target.startswith("#"):
             if channel is None:
@@ -6057,7 +6100,7 @@ class IrcClient(Person):
         elif changes.strip("+-iwos"):
             self.reply(501)
 
-    def invite(self, nick: str, name: str, *_: str) -> None:
+    def do_invite(self, nick: str, name: str, *_: str) -> None:
         person = self.bridge.people.get(fold(nick))
         if person is None:
             return self.reply(401, nick)
@@ -6067,16 +6110,15 @@ class IrcClient(Person):
             self.reply(341, person.nick, channel.name)
             person.tell(f":{self.prefix} INVITE {person.nick} :{channel.name}")
             if person.user_id:
-                self.bridge.spool({"do": "invite", "nick": self.nick, "to": channel.name,
-                                   "user": person.user_id})
+                self.spool("invite", channel, user=person.user_id)
 
-    def kick(self, name: str, *_: str) -> None:
+    def do_kick(self, name: str, *_: str) -> None:
         if channel := self.own_channel(name):
             self.reply(482, channel.name)
 
     # -- Talking.
 
-    def privmsg(self, targets: str = "", text: str = "", *_: str) -> None:
+    def do_privmsg(self, targets: str = "", text: str = "", *_: str) -> None:
         if not targets:
             return self.reply(411)
         if not text:
@@ -6084,7 +6126,7 @@ class IrcClient(Person):
         for target in targets.split(",")[:MAX_TARGETS]:
             self.speak("PRIVMSG", target, text)
 
-    def notice(self, targets: str = "", text: str = "", *_: str) -> None:
+    def do_notice(self, targets: str = "", text: str = "", *_: str) -> None:
         """As PRIVMSG, but never answered (RFC 2812, 3.3.2)."""
         for target in targets.split(",")[:MAX_TARGETS] if text else ():
             self.speak("NOTICE", target, text)
@@ -6093,12 +6135,10 @@ class IrcClient(Person):
         channel, person = self.bridge.channels.get(fold(target)), self.bridge.people.get(fold(target))
         words, action = parse_action(text)
         if channel and self in channel.people:
-            for line in irc_lines(self.prefix, command, channel.name, words, action):
-                channel.announce(line, but=self)
+            channel.hear(self.prefix, command, words, action, but=self)
             self.bridge.from_irc(self.nick, command, channel.name, words, action)
         elif person:
-            for line in irc_lines(self.prefix, command, person.nick, words, action):
-                person.tell(line)
+            person.hear(self.prefix, command, words, action)
             if person.user_id:
                 self.bridge.from_irc(self.nick, command, person.user_id, words, action)
             elif person.away and command == "PRIVMSG":
@@ -6106,13 +6146,13 @@ class IrcClient(Person):
         elif command == "PRIVMSG":
             self.reply(404 if channel else 403 if target.startswith("#") else 401, target)
 
-    def away_(self, text: str = "", *_: str) -> None:
+    def do_away(self, text: str = "", *_: str) -> None:
         self.away = text
         self.reply(306 if text else 305)
 
     # -- Who is there.
 
-    def who(self, mask: str = "*", *_: str) -> None:
+    def do_who(self, mask: str = "*", *_: str) -> None:
         channel, person = self.bridge.channels.get(fold(mask)), self.bridge.people.get(fold(mask))
         people = channel.people if channel else [person] if person else []
         for each in sorted(people, key=lambda each: each.nick):
@@ -6120,10 +6160,9 @@ class IrcClient(Person):
                        "G" if each.away else "H", f"0 {each.realname}")
         self.reply(315, mask)
 
-    def whois(self, *params: str) -> None:
+    def do_whois(self, *params: str) -> None:
         for nick in params[-1].split(",")[:MAX_TARGETS]:
-            person = self.bridge.people.get(fold(nick))
-            if person:
+            if person := self.bridge.people.get(fold(nick)):
                 self.describe(person)
             else:
                 self.reply(401, nick)
@@ -6138,46 +6177,17 @@ class IrcClient(Person):
         if person.away:
             self.reply(301, person.nick, person.away)
 
-    def userhost(self, *nicks: str) -> None:
+    def do_userhost(self, *nicks: str) -> None:
         found = [person for nick in nicks[:5] if (person := self.bridge.people.get(fold(nick)))]
         self.reply(302, " ".join([f"{p.nick}={'-' if p.away else '+'}{p.user}@{p.host}" for p in found]))
 
-    def ison(self, *nicks: str) -> None:
+    def do_ison(self, *nicks: str) -> None:
         found = [self.bridge.people.get(fold(nick)) for nick in " ".join(nicks).split()]
         self.reply(303, " ".join([person.nick for person in found if person]))
 
-    def version(self, *_: str) -> None:
+    def do_version(self, *_: str) -> None:
         self.reply(351, f"asbridge-{__version__}", IRC_NAME, "an IRC door to Matrix")
 
-
-#: command: method, least number of parameters (checked before it is called), allowed before registration
-COMMANDS: dict[str, tuple[Callable[..., None], int, bool]] = {
-    "AWAY":     (IrcClient.away_,    0, False),
-    "CAP":      (IrcClient.cap,      1, True),
-    "INVITE":   (IrcClient.invite,   2, False),
-    "ISON":     (IrcClient.ison,     1, False),
-    "JOIN":     (IrcClient.join,     1, False),
-    "KICK":     (IrcClient.kick,     2, False),
-    "LIST":     (IrcClient.list_,    0, False),
-    "LUSERS":   (IrcClient.lusers,   0, False),
-    "MODE":     (IrcClient.mode,     1, False),
-    "MOTD":     (IrcClient.motd,     0, False),
-    "NAMES":    (IrcClient.names,    0, False),
-    "NICK":     (IrcClient.nick_,    0, True),
-    "NOTICE":   (IrcClient.notice,   0, False),
-    "PART":     (IrcClient.part,     1, False),
-    "PASS":     (IrcClient.pass_,    1, True),
-    "PING":     (IrcClient.ping,     1, True),
-    "PONG":     (IrcClient.ignore,   0, True),
-    "PRIVMSG":  (IrcClient.privmsg,  0, False),
-    "QUIT":     (IrcClient.quit,     0, True),
-    "TOPIC":    (IrcClient.topic,    1, False),
-    "USER":     (IrcClient.user_,    4, True),
-    "USERHOST": (IrcClient.userhost, 1, False),
-    "VERSION":  (IrcClient.version,  0, False),
-    "WHO":      (IrcClient.who,      0, False),
-    "WHOIS":    (IrcClient.whois,    1, False),
-}
 
 MEDIA = {"m.image": "an image", "m.video": "a video", "m.audio": "a recording", "m.file": "a file",
          "m.sticker": "a sticker"}
@@ -6192,7 +6202,7 @@ def strip_quote(body: str) -> tuple[str, str]:
 class IrcBridge(AppService):
     """IRC people as ghosts @{prefix}{nick}:server, channels as rooms #{prefix}{channel}:server.
 
-    What IRC hands over is on disk, with its transaction ID, before it is sent to Matrix, in order, by one thread.
+    What IRC hands over is on disk, with its transaction ID, before one thread sends it to Matrix, in order.
     What an IRC client had not yet read is lost with its socket: IRC has no acknowledgement.
     """
 
@@ -6204,12 +6214,9 @@ class IrcBridge(AppService):
     """
     #: event type: method
     EVENTS = {
-        "m.room.encrypted": "_on_message",
-        "m.room.member":    "_on_member",
-        "m.room.message":   "_on_message",
-        "m.room.redaction": "_on_redaction",
-        "m.room.topic":     "_on_topic",
-        "m.sticker":        "_on_message",
+        "m.room.message": "_on_message", "m.room.encrypted": "_on_message", "m.sticker": "_on_message",
+        "m.room.member":  "_on_member",  "m.room.redaction": "_on_redaction",
+        "m.room.topic":   "_on_topic",
     }
 
     def __init__(self, registration: Registration, homeserver_url: str, database: str = ":memory:",
@@ -6218,19 +6225,19 @@ class IrcBridge(AppService):
         options = registration.sample or {}
         self.prefix = str(options.get("prefix", "_irc_"))
         self.address = (str(options.get("irc_bind", "127.0.0.1")), int(options.get("irc_port", 6667)))
-        # Guards all that follows, and every Person and Channel. Held for one IRC line or one event, in which nothing
-        # waits: what goes to IRC is queued, what goes to Matrix is spooled.
+        # Guards all that follows, and every Person and Channel. Held for one IRC line or one event, in which
+        # nothing waits: what goes to IRC is queued, what goes to Matrix is spooled.
         self.lock = threading.Lock()
-        self.people: dict[str, Person] = {}                  # by folded nick: connected IRC clients, people on Matrix
+        self.people: dict[str, Person] = {}                  # by folded nick: IRC clients, people on Matrix
         self.matrix: dict[str, Person] = {}                  # by user ID: people on Matrix
         self.channels: dict[str, Channel] = {}               # by folded name
         self.rooms: dict[str, Channel] = {}                  # by room ID
-        self.direct: dict[str, tuple[str, str]] = {}         # by room ID: ghost and person, the latest room last
+        self.direct: dict[str, tuple[str, str]] = {}         # by room ID: ghost and person, the latest last
         self.said: dict[str, tuple[str, str]] = {}           # by event ID: who said it, and when
         self.clients: set[IrcClient] = set()
         # Only the sender's, or set once:
         self.dressed: dict[str, str] = {}                    # by ghost: the display name that it has
-        self.work, self.heard = bell(), bell()               # something was spooled; the homeserver was heard of
+        self.work, self.heard = bell(), bell()               # something was spooled; the homeserver is back
         self.bells.append(self.heard)
         self._listener: socket.socket | None = None
         self._sender = threading.Thread(target=self._send, name="irc to matrix", daemon=True)
@@ -6248,7 +6255,7 @@ class IrcBridge(AppService):
     # -- Start and stop.
 
     def start(self) -> None:
-        """Listens for IRC, too. Ghosts that a former process has left in channels leave, as nobody is connected."""
+        """Listens for IRC, too. Ghosts that a former process left in channels leave: nobody is connected."""
         family = socket.AF_INET6 if ":" in self.address[0] else socket.AF_INET
         with naming(self.address):
             self._listener = socket.create_server(self.address, family=family, backlog=128)
@@ -6259,7 +6266,8 @@ class IrcBridge(AppService):
             self._listener.close()
             raise
         self.sql("DELETE FROM irc_spool WHERE txn LIKE 'sweep%'")
-        self.spool(*[{"do": "sweep", "to": channel.name} for channel in self.rooms.values()], txn="sweep")
+        for channel in list(self.rooms.values()):
+            self.spool("sweep", to=channel.name, txn=f"sweep-{channel.name}")
         self._sender.start()
         threading.Thread(target=self._accept, args=(self._listener,), name="irc accept", daemon=True).start()
 
@@ -6286,14 +6294,11 @@ class IrcBridge(AppService):
         while not self.stopping:
             try:
                 sock, address = listener.accept()
-            except TimeoutError:
+            except OSError as error:
+                if not isinstance(error, TimeoutError):
+                    time.sleep(0.1)                          # out of file descriptors, say
                 continue
-            except OSError:
-                if self.stopping:
-                    return
-                time.sleep(0.1)                              # out of file descriptors, say
-                continue
-            host = "0" + address[0] if address[0][:1] == ":" else address[0]  # no parameter may start with ':'
+            host = re.sub("^:", "0:", address[0])            # no parameter may start with ':'
             client = IrcClient(self, sock, host)
             with self.lock:
                 full = len(self.clients) >= MAX_CLIENTS
@@ -6319,10 +6324,13 @@ class IrcBridge(AppService):
     def is_ours(self, user_id: str) -> bool:
         return self.is_ghost(user_id) or user_id == self.bot.user_id
 
+    def ghost_nick(self, user_id: str) -> str:
+        """The nick that a ghost's ID has, or ''."""
+        return from_localpart(localpart_of(user_id)[len(self.prefix):]) if self.is_ghost(user_id) else ""
+
     def client_of(self, ghost: str) -> IrcClient | None:
         """Who is connected and stands behind this ghost."""
-        nick = from_localpart(localpart_of(ghost)[len(self.prefix):]) if self.is_ghost(ghost) else ""
-        person = self.people.get(fold(nick))
+        person = self.people.get(fold(self.ghost_nick(ghost)))
         return person if isinstance(person, IrcClient) else None
 
     def person(self, user_id: str, realname: str = "") -> Person:
@@ -6344,10 +6352,8 @@ class IrcBridge(AppService):
         return person
 
     def nick_of(self, user_id: str) -> str:
-        if not self.is_ghost(user_id):
-            return self.person(user_id).nick
         client = self.client_of(user_id)
-        return client.nick if client else from_localpart(localpart_of(user_id)[len(self.prefix):])
+        return client.nick if client else self.ghost_nick(user_id) or self.person(user_id).nick
 
     def channel(self, name: str) -> Channel:
         if fold(name) not in self.channels:
@@ -6356,11 +6362,10 @@ class IrcBridge(AppService):
 
     # -- From IRC to Matrix: what a client does ends here, as a job for the sender.
 
-    def spool(self, *jobs: JsonObject, txn: str = "") -> None:
-        """Puts jobs on disk. `txn`: the transaction ID if it can be derived from what the job is an answer to."""
-        for number, job in enumerate(jobs):
-            self.sql("INSERT OR IGNORE INTO irc_spool(txn, job) VALUES (?, ?)",
-                     f"{txn}{number or ''}" if txn else secrets.token_hex(8), to_json(job))
+    def spool(self, do: str, *, txn: str = "", **job: Any) -> None:
+        """Puts a job on disk. `txn`: its transaction ID, if that can be derived from what the job answers."""
+        self.sql("INSERT OR IGNORE INTO irc_spool(txn, job) VALUES (?, ?)",
+                 txn or secrets.token_hex(8), to_json({"do": do, **job}))
         release(self.work)
 
     def from_irc(self, nick: str, command: str, to: str, words: str, action: bool) -> None:
@@ -6368,38 +6373,30 @@ class IrcBridge(AppService):
         if words.startswith("\x01") or not body:
             return                                           # another CTCP: between IRC clients only
         msgtype = "m.emote" if action else "m.notice" if command == "NOTICE" else "m.text"
-        self.spool({"do": "say", "nick": nick, "to": to, "msgtype": msgtype, "body": body,
-                    "ts": self.clock.now()})
+        self.spool("say", nick=nick, to=to, msgtype=msgtype, body=body, ts=self.clock.now())
 
     def rename(self, client: IrcClient, nick: str) -> None:
         old, line = client.nick, f":{client.prefix} NICK :{nick}"
-        for person in {client}.union(*(channel.people for channel in client.channels)):
-            person.tell(line)
-        self.people.pop(fold(old), None)
+        client.tell(line)
+        client.tell_neighbours(line)
+        del self.people[fold(old)]
         self.people[fold(nick)], client.nick = client, nick
-        names = [channel.name for channel in client.channels]
-        self.spool(*[{"do": "join", "nick": nick, "to": name} for name in names])
-        if to_localpart(old) != to_localpart(nick):          # else only the display name changes
-            reason = f"is now known as {nick}"
-            self.spool(*[{"do": "leave", "nick": old, "to": name, "reason": reason} for name in names])
+        for channel in client.channels:
+            client.spool("join", channel)
+            if to_localpart(old) != to_localpart(nick):      # else only the display name changes
+                self.spool("leave", nick=old, to=channel.name, reason=f"is now known as {nick}")
 
     def quit(self, client: IrcClient, reason: str) -> None:
         self.clients.discard(client)
         if not client.registered:
             return
-        self.people.pop(fold(client.nick), None)
-        for person in set[Person]().union(*(channel.people for channel in client.channels)) - {client}:
-            person.tell(f":{client.prefix} QUIT :{reason}")
-        names = [channel.name for channel in client.channels]
-        for channel in list(client.channels):
+        del self.people[fold(client.nick)]
+        client.tell_neighbours(f":{client.prefix} QUIT :{reason}")
+        channels = list(client.channels)
+        for channel in channels:
             channel.exit(client)
-        if not self.stopping:                                # else the sweep at the next start does it
-            self.spool(*[{"do": "leave", "nick": client.nick, "to": name, "reason": reason} for name in names])
-
-    def change_topic(self, channel: Channel, source: str, topic: str, at: int) -> None:
-        """`at` in milliseconds."""
-        channel.topic, channel.topic_by, channel.topic_at = topic, source, at // 1000
-        channel.announce(f":{source} TOPIC {channel.name} :{topic}")
+        for channel in channels if not self.stopping else ():    # else the sweep at the next start does it
+            client.spool("leave", channel, reason=reason)
 
     # -- The sender. The only thread that asks the homeserver for anything, but for the two queries below.
 
@@ -6410,20 +6407,20 @@ class IrcBridge(AppService):
                 if not rows:
                     self.clock.wait(self.work, math.inf)
                 for n, txn, job in rows:
-                    if not self._send_one(txn, parse_object(job.encode())):
+                    if not self._send_one({"txn": txn, **parse_object(job.encode())}):
                         break
                     self.sql("DELETE FROM irc_spool WHERE n = ?", n)
-            except sqlite3.Error:                            # a full disk, say; or stop() has closed the database
+            except sqlite3.Error:                            # a full disk, say; or stop() closed the database
                 if not self.stopping:
-                    log.exception("%s: the spool can't be used", self.registration.id)
+                    log.exception("%s: the spool can't be used", self.id)
                     self.clock.wait(self.heard, self.clock.monotonic() + RETRY_LAST)
 
-    def _send_one(self, txn: str, job: JsonObject) -> bool:
+    def _send_one(self, job: JsonObject) -> bool:
         """Until it is done or refused for good; False when the bridge stops before."""
         seconds, failures = RETRY_FIRST, 0
         while not self.stopping:
             try:
-                getattr(self, "_do_" + job["do"])(job, txn)
+                getattr(self, "_do_" + job["do"])(job)
                 return True
             except Unreachable as error:
                 problem: Exception = error
@@ -6432,14 +6429,13 @@ class IrcBridge(AppService):
                 if (error.status < 500 and error.status not in (401, 408, 429)) or failures >= MAX_FAILURES:
                     self._refused(job, error)
                     return True
-                seconds = max(seconds, error.extra.get("retry_after_ms", 0) / 1000)
+                seconds = max(seconds, (error.extra.get("retry_after_ms") or 0) / 1000)
             except Exception as error:
                 problem, failures = error, failures + 1
-                log.exception("%s: a job of the IRC bridge failed: %s", self.registration.id, job["do"])
+                log.exception("%s: a job of the IRC bridge failed: %s", self.id, job["do"])
                 if failures >= MAX_FAILURES:
                     return True
-            log.warning("%s: can't send; again in %.2f s: %s", self.registration.id, seconds,
-                        self._hint(problem))
+            log.warning("%s: can't send; again in %.2f s: %s", self.id, seconds, self._hint(problem))
             self.clock.wait(self.heard, self.clock.monotonic() + seconds)
             seconds = min(2 * seconds, RETRY_LAST)
         return False
@@ -6447,7 +6443,7 @@ class IrcBridge(AppService):
     def _refused(self, job: JsonObject, error: MatrixError) -> None:
         what = " ".join(str(job[key]) for key in ("do", "nick", "to") if key in job)
         log.log(logging.DEBUG if job["do"] == "leave" else logging.WARNING,
-                "%s: the homeserver refuses: %s: %s", self.registration.id, what, error)
+                "%s: the homeserver refuses: %s: %s", self.id, what, error)
         with self.lock:
             client = self.people.get(fold(job.get("nick", "")))
             channel = self.channels.get(fold(job.get("to", "")))
@@ -6465,29 +6461,27 @@ class IrcBridge(AppService):
             except MatrixError as error:
                 if error.status >= 500 or error.status == 429:
                     raise
-                log.warning("%s: no display name for %s: %s", self.registration.id, nick, error)
+                log.warning("%s: no display name for %s: %s", self.id, nick, error)
             self.dressed[intent.user_id] = nick
         return intent
 
     def room_of(self, job: JsonObject) -> str:
+        if "room" in job:
+            return str(job["room"])
         if job["to"].startswith("#"):
             return self.channel_room(job["to"])
-        return str(job.get("room") or self.direct_room(self.ghost(job["nick"]), job["to"]))
+        return self.direct_room(self.ghost(job["nick"]), job["to"])
 
     def channel_room(self, name: str) -> str:
         """The room of a channel, which is created, or found, if need be."""
         with self.lock:
             channel = self.channel(name)
         if not channel.room_id:
-            alias = self.channel_alias(name)
-            # not first a look-up: the homeserver may ask us back
-            try:
-                room_id = self.bot.create_room(preset="public_chat", room_alias_name=localpart_of(alias),
-                                               name=name)
-            except MatrixError as error:
-                if error.errcode != "M_ROOM_IN_USE":
-                    raise
-                room_id = self.bot.resolve(alias)
+            alias, room_id = self.channel_alias(name), ""
+            with expecting("M_ROOM_IN_USE"):                 # no look-up first: the homeserver may ask us back
+                room_id = self.bot.create_room(preset="public_chat", name=name,
+                                               room_alias_name=localpart_of(alias))
+            room_id = room_id or self.bot.resolve(alias)
             self.sql("INSERT OR REPLACE INTO irc_channels VALUES (?, ?)", name, room_id)
             with self.lock:
                 channel.room_id, self.rooms[room_id] = room_id, channel
@@ -6505,24 +6499,19 @@ class IrcBridge(AppService):
                 if changes == channel.changes:               # else look again: somebody came or went meanwhile
                     self._set_people(channel, people)
                     if topic and topic != channel.topic:
-                        self.change_topic(channel, IRC_NAME, topic, self.clock.now())
+                        channel.change_topic(IRC_NAME, topic, self.clock.now())
                     return [user_id for user_id in members if self.is_ghost(user_id)]
 
     def _topic(self, channel: Channel) -> str:
-        try:
+        with expecting("M_NOT_FOUND"):
             return str(self.bot.state(channel.room_id, "m.room.topic").get("topic", ""))
-        except MatrixError as error:
-            if error.errcode != "M_NOT_FOUND":
-                raise
-            return ""
+        return ""
 
     def _set_people(self, channel: Channel, members: Mapping[str, JsonObject]) -> None:
         for person in [person for person in channel.people if person.user_id and person.user_id not in members]:
             channel.exit(person, f":{person.prefix} PART {channel.name}")
         for user_id, member in members.items():
-            person = self.person(user_id, str(member.get("display_name") or ""))
-            if person not in channel.people:
-                channel.enter(person)
+            channel.enter(self.person(user_id, one_line(member.get("display_name"))))
 
     def direct_room(self, ghost: Intent, user_id: str) -> str:
         """The latest room of these two, or a new one to which the person is invited."""
@@ -6545,19 +6534,18 @@ class IrcBridge(AppService):
     @staticmethod
     def _present(ghost: Intent, room_id: str) -> set[str]:
         """Who is in a room or invited."""
-        return {member["state_key"] for member in ghost.members(room_id)
-                if member["content"]["membership"] in ("join", "invite")}
+        present = ("join", "invite")
+        return {each["state_key"] for each in ghost.members(room_id) if each["content"]["membership"] in present}
 
     def _keep_direct(self, room_id: str, ghost: str, user_id: str) -> None:
-        self.sql("INSERT OR REPLACE INTO irc_direct(room_id, ghost, user_id) VALUES (?, ?, ?)", room_id, ghost,
-                 user_id)
+        self.sql("INSERT OR REPLACE INTO irc_direct VALUES (NULL, ?, ?, ?)", room_id, ghost, user_id)
         with self.lock:
             self.direct.pop(room_id, None)
             self.direct[room_id] = (ghost, user_id)
 
     # The jobs: each may be done again after a crash.
 
-    def _do_join(self, job: JsonObject, txn: str) -> None:
+    def _do_join(self, job: JsonObject) -> None:
         ghost, room_id = self.ghost(job["nick"]), self.channel_room(job["to"])
         try:
             ghost.ensure_joined(room_id)
@@ -6568,47 +6556,44 @@ class IrcBridge(AppService):
 
     def _forget_lost_room(self, name: str) -> bool:
         """Whether a channel's alias is gone, as with a homeserver whose database is a new one."""
-        try:
+        with expecting("M_NOT_FOUND"):
             self.bot.resolve(self.channel_alias(name))
             return False
-        except MatrixError as error:
-            if error.errcode != "M_NOT_FOUND":
-                raise
         with self.lock:
             channel = self.channel(name)
             self.rooms.pop(channel.room_id, None)
             channel.room_id = ""
         return True
 
-    def _do_leave(self, job: JsonObject, txn: str) -> None:
-        self.intent(self.ghost_id(job["nick"])).leave(self.channel_room(job["to"]), job["reason"])
+    def _do_leave(self, job: JsonObject) -> None:
+        """A nick leaves a channel, or a ghost any room."""
+        ghost = self.intent(job.get("ghost") or self.ghost_id(job["nick"]))
+        ghost.leave(self.room_of(job), job["reason"])
 
-    def _do_say(self, job: JsonObject, txn: str) -> None:
+    def _do_say(self, job: JsonObject) -> None:
         nick = job["to"] if job["to"].startswith("#") else job["nick"] + ",isnick"
         uri = f"irc://{self.server_name.partition(':')[0]}/{urllib.parse.quote(nick, safe=',')}"
         content = {"msgtype": job["msgtype"], "body": job["body"], "external_url": uri}
         room_id = self.room_of(job)
         try:
-            self.ghost(job["nick"]).send(room_id, "m.room.message", content, txn, job.get("ts"))
+            self.ghost(job["nick"]).send(room_id, "m.room.message", content, job["txn"], job.get("ts"))
         except MatrixError as error:
             if error.status in (403, 404):
                 with self.lock:                              # the next word opens another
                     self._drop_direct(room_id)
             raise
 
-    def _do_topic(self, job: JsonObject, txn: str) -> None:
+    def _do_topic(self, job: JsonObject) -> None:
         room_id, content = self.channel_room(job["to"]), {"topic": job["topic"]}
-        try:
+        with expecting("M_FORBIDDEN"):
             self.ghost(job["nick"]).set_state(room_id, "m.room.topic", content, ts=job["ts"])
-        except MatrixError as error:
-            if error.errcode != "M_FORBIDDEN":
-                raise
-            self.bot.set_state(room_id, "m.room.topic", content, ts=job["ts"])
+            return
+        self.bot.set_state(room_id, "m.room.topic", content, ts=job["ts"])
 
-    def _do_invite(self, job: JsonObject, txn: str) -> None:
+    def _do_invite(self, job: JsonObject) -> None:
         self.ghost(job["nick"]).invite(self.channel_room(job["to"]), job["user"])
 
-    def _do_accept(self, job: JsonObject, txn: str) -> None:
+    def _do_accept(self, job: JsonObject) -> None:
         """A person invites a ghost: into a talk of two it goes, others it leaves again."""
         ghost = self.intent(job["ghost"])
         ghost.join(job["room"])
@@ -6617,10 +6602,7 @@ class IrcBridge(AppService):
         else:
             ghost.leave(job["room"], f"IRC sees only rooms of two and #{self.prefix}channel:{self.server_name}")
 
-    def _do_refuse(self, job: JsonObject, txn: str) -> None:
-        self.intent(job["ghost"]).leave(job["room"], job["reason"])
-
-    def _do_sweep(self, job: JsonObject, txn: str) -> None:
+    def _do_sweep(self, job: JsonObject) -> None:
         """Nobody was connected when this was spooled: the ghosts in the channel leave."""
         with self.lock:
             channel = self.channel(job["to"])
@@ -6639,9 +6621,8 @@ class IrcBridge(AppService):
         return client is not None
 
     def on_alias_query(self, alias: str) -> bool:
-        name = "#" + localpart_of(alias)[len(self.prefix):]
-        if not alias.startswith("#"
-                                + self.prefix) or server_of(alias) != self.server_name or not is_channel(name):
+        name, ours = "#" + localpart_of(alias)[len(self.prefix):], alias.startswith(f"#{self.prefix}")
+        if not (ours and server_of(alias) == self.server_name and is_channel(name)):
             return False
         room_id = self.channel_room(name)
         if name != fold(name):
@@ -6653,37 +6634,27 @@ class IrcBridge(AppService):
 
     def on_event(self, event: JsonObject) -> None:
         method = self.EVENTS.get(event.get("type", ""))
-        if method and isinstance(event.get("content"), dict):
-            assert self.server_name                          # asked of the homeserver before the lock is taken
+        known = self.server_name                             # asked of the homeserver before the lock is taken
+        if known and method and isinstance(event.get("content"), dict):
             with self.lock:
                 getattr(self, method)(event, self.rooms.get(event["room_id"]))
 
     def _on_message(self, event: JsonObject, channel: Channel | None) -> None:
-        sender, pair = event["sender"], self.direct.get(event["room_id"])
-        if channel or pair:
+        if channel or event["room_id"] in self.direct:
             command, text, action = self.readable(event)
-            self._keep_said(event, self.nick_of(sender))
-            if not self.is_ours(sender):
-                self._to_irc(event, channel, command, text, action)
+            self._keep_said(event, self.nick_of(event["sender"]))
+            if not self.is_ours(event["sender"]):
+                self._relay(event, channel, command, text, action)
 
-    def _to_irc(self, event: JsonObject, channel: Channel | None, command: str, text: str,
-                action: bool) -> None:
+    def _relay(self, event: JsonObject, channel: Channel | None, command: str, text: str, action: bool) -> None:
         """Tells a channel, or whoever a direct room is with."""
-        source = self.person(event["sender"]).prefix
-        if channel:
-            for line in irc_lines(source, command, channel.name, text, action):
-                channel.announce(line)
-            return
         ghost, user_id = self.direct.get(event["room_id"], ("", ""))
-        client = self.client_of(ghost)
-        if client:
-            for line in irc_lines(source, command, client.nick, text, action):
-                client.tell(line)
+        if to := channel or self.client_of(ghost):
+            to.hear(self.person(event["sender"]).prefix, command, text, action)
         elif ghost:
             nick = self.nick_of(ghost)
-            job = {"do": "say", "nick": nick, "to": user_id, "room": event["room_id"], "msgtype": "m.notice"}
-            self.spool({**job, "body": f"{nick} is not on IRC and can't read this."},
-                       txn=f"away-{event['event_id']}")
+            self.spool("say", nick=nick, to=user_id, room=event["room_id"], msgtype="m.notice",
+                       body=f"{nick} is not on IRC and can't read this.", txn=f"away-{event['event_id']}")
 
     def _keep_said(self, event: JsonObject, nick: str) -> None:
         at = time.gmtime(event.get("origin_server_ts", 0) / 1000)
@@ -6693,13 +6664,11 @@ class IrcBridge(AppService):
 
     def readable(self, event: JsonObject) -> tuple[str, str, bool]:
         """A message as IRC can show it: PRIVMSG or NOTICE, the text, and whether it is an action."""
-        content = event["content"]
+        content, mark = event["content"], ""
         relation = content.get("m.relates_to")
         relation = relation if isinstance(relation, dict) else {}
         if relation.get("rel_type") == "m.replace" and isinstance(content.get("m.new_content"), dict):
             content, mark = content["m.new_content"], "* "
-        else:
-            mark = ""
         kind = content.get("msgtype") if event["type"] == "m.room.message" else event["type"]
         text = CONTROL.sub("", str(content.get("body", "")).replace("\r\n", "\n").replace("\t", " "))
         if kind == "m.room.encrypted":
@@ -6726,70 +6695,61 @@ class IrcBridge(AppService):
         if not self.is_ours(event["sender"]):
             nick, at = self.said.get(event.get("redacts") or event["content"].get("redacts", ""), ("", ""))
             what = f"{nick}'s message of {at}" if nick else "a message"
-            self._to_irc(event, channel, "PRIVMSG", f"deletes {what}", True)
+            self._relay(event, channel, "PRIVMSG", f"deletes {what}", True)
 
     def _on_topic(self, event: JsonObject, channel: Channel | None) -> None:
         if channel and not self.is_ours(event["sender"]):
-            topic = CONTROL.sub("", str(event["content"].get("topic", ""))).replace("\n", " ")
-            self.change_topic(channel, self.person(event["sender"]).prefix, topic,
-                              event.get("origin_server_ts", 0))
+            topic, at = one_line(event["content"].get("topic")), event.get("origin_server_ts", 0)
+            channel.change_topic(self.person(event["sender"]).prefix, topic, at)
 
     def _on_member(self, event: JsonObject, channel: Channel | None) -> None:
         target, membership = event["state_key"], event["content"].get("membership")
-        if self.is_ours(target):
-            if not self.is_ours(event["sender"]):
-                self._on_ghost_member(event, channel, target, membership)
-        elif channel:
-            self._on_person_member(event, channel, target, membership)
-        elif membership in ("leave", "ban"):
+        if self.is_ours(target) and self.is_ours(event["sender"]):
+            return                                           # our own doing
+        if membership in ("leave", "ban") and not channel:
             self._forget_direct(event)
+        elif self.is_ours(target):
+            self._on_ghost(event, channel, target, membership)
+        elif channel:
+            self._on_person(event, channel, target, membership)
 
-    def _on_person_member(self, event: JsonObject, channel: Channel, user_id: str, membership: object) -> None:
+    def _on_person(self, event: JsonObject, channel: Channel, user_id: str, membership: object) -> None:
         if membership == "join":
-            person = self.person(user_id, CONTROL.sub("", str(event["content"].get("displayname") or "")))
-            if person not in channel.people:
-                channel.enter(person)
-        elif membership in ("leave", "ban") and (person := self.person(user_id)) in channel.people:
-            reason = CONTROL.sub("", str(event["content"].get("reason") or ""))
-            if event["sender"] == user_id:
-                channel.exit(person, f":{person.prefix} PART {channel.name} :{reason}")
-            else:
-                self._kicked(event, channel, person)
+            channel.enter(self.person(user_id, one_line(event["content"].get("displayname"))))
+        elif membership in ("leave", "ban"):
+            self._gone(event, channel, self.person(user_id))
 
-    def _kicked(self, event: JsonObject, channel: Channel, person: Person) -> None:
-        sender = event["sender"]
+    def _gone(self, event: JsonObject, channel: Channel, person: Person) -> None:
+        """Somebody has left a channel, or was put out of it."""
+        sender, reason = event["sender"], one_line(event["content"].get("reason"))
+        if sender == person.user_id:
+            return channel.exit(person, f":{person.prefix} PART {channel.name} :{reason}")
         source = IRC_NAME if self.is_ours(sender) else self.person(sender).prefix
-        reason = CONTROL.sub("", str(event["content"].get("reason") or self.nick_of(sender)))
-        channel.exit(person, f":{source} KICK {channel.name} {person.nick} :{reason}")
+        channel.exit(person, f":{source} KICK {channel.name} {person.nick} :{reason or self.nick_of(sender)}")
 
-    def _on_ghost_member(self, event: JsonObject, channel: Channel | None, ghost: str,
-                         membership: object) -> None:
+    def _on_ghost(self, event: JsonObject, channel: Channel | None, ghost: str, membership: object) -> None:
         """What people on Matrix do to a ghost, or to our own user."""
         client, txn = self.client_of(ghost), f"member-{event['event_id']}"
-        job = {"ghost": ghost, "room": event["room_id"], "user": event["sender"]}
+        job = {"ghost": ghost, "room": event["room_id"], "user": event["sender"], "txn": txn}
         if membership == "invite" and client and channel:
             client.tell(f":{self.person(event['sender']).prefix} INVITE {client.nick} :{channel.name}")
         elif membership == "invite" and client:
-            self.spool({"do": "accept", "direct": event["content"].get("is_direct") is True, **job}, txn=txn)
+            self.spool("accept", direct=event["content"].get("is_direct") is True, **job)
         elif membership == "invite":
             reason = (f"{self.nick_of(ghost)} is not on IRC" if self.is_ghost(ghost)
                       else f"join #{self.prefix}channel:{self.server_name}")
-            self.spool({"do": "refuse", "reason": reason, **job}, txn=txn)
+            self.spool("leave", reason=reason, **job)
         elif membership in ("leave", "ban") and channel and client:
-            if client in channel.people:
-                self._kicked(event, channel, client)
+            self._gone(event, channel, client)
             # What was spooled before may bring the ghost back; this comes after it.
-            self.spool({"do": "leave", "nick": client.nick, "to": channel.name, "reason": "was kicked"},
-                       txn=txn)
-        elif membership in ("leave", "ban"):
-            self._forget_direct(event)
+            client.spool("leave", channel, reason="was kicked", txn=txn)
 
     def _forget_direct(self, event: JsonObject) -> None:
         """One of the two has left: the ghost leaves, too, and the next word opens a new room."""
         ghost = self._drop_direct(event["room_id"])
         if ghost and event["state_key"] != ghost:
-            self.spool({"do": "refuse", "ghost": ghost, "room": event["room_id"], "reason": "alone here"},
-                       txn=f"member-{event['event_id']}")
+            txn = f"member-{event['event_id']}"
+            self.spool("leave", ghost=ghost, room=event["room_id"], reason="alone here", txn=txn)
 
     def _drop_direct(self, room_id: str) -> str:
         """The ghost whose direct room this was, or ''."""
