@@ -1302,16 +1302,20 @@ def read_registration(data: Any, where: str) -> Registration:
     return registration
 
 
-def load_registration(path: str) -> Registration:
-    """The registration in a file, JSON or YAML; ConfigError like read_registration."""
+def load_file(path: str) -> Any:
+    """The plain value of a JSON or YAML file; ConfigError."""
     try:
         with open(path, encoding="utf-8") as file:
-            data = parse_registration(file.read())
+            return parse_registration(file.read())
     except OSError as error:
         raise ConfigError([Finding(path, f"can't be read: {error.strerror}", "name a file that can be read")]) from None
     except ValueError as error:
         raise ConfigError([Finding(path, f"is neither JSON nor plain YAML: {error}", "see the README, Registration")]) from None
-    return read_registration(data, path)
+
+
+def load_registration(path: str) -> Registration:
+    """The registration in a file, JSON or YAML; ConfigError with everything that is wrong with it."""
+    return read_registration(load_file(path), path)
 
 
 class Registrations:
@@ -7037,14 +7041,7 @@ class ConfigReader:
 
 def read_config(path: str) -> Config:
     """A configuration file, or a registration alone; ConfigError says everything that is wrong with it."""
-    try:
-        with open(path, encoding="utf-8") as file:
-            data = parse_registration(file.read())
-    except OSError as error:
-        raise ConfigError([Finding(path, f"can't be read: {error.strerror}", "name a file that can be read")]) from None
-    except ValueError as error:
-        raise ConfigError([Finding(path, f"is neither JSON nor plain YAML: {error}",
-                                   "see the README, Configuration")]) from None
+    data = load_file(path)
     if isinstance(data, dict) and "as_token" in data:
         data = {"registrations": [os.path.basename(path)]}
     return ConfigReader(data, path, os.path.dirname(path)).read()
