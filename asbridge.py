@@ -1543,9 +1543,9 @@ class Event(NamedTuple):
             parts.append(f'"redacted_because":{self.redacted_because}')
         return parts
 
-    def for_client(self, now: int, sender: str | None = None, device_id: str | None = None) -> Raw:
-        """As clients get it; the device that sent it finds its transaction ID again."""
-        parts = self.unsigned(now)
+    def for_client(self, now: int, sender: str | None = None, device_id: str | None = None, *more: str) -> Raw:
+        """As clients get it; the device that sent it finds its transaction ID again. `more`: further parts of unsigned."""
+        parts = [*self.unsigned(now), *more]
         if self.txn_id is not None and (self.sender, self.device_id) == (sender, device_id):
             parts.append(f'"transaction_id":{json.dumps(self.txn_id)}')
         return Raw(self.json[:-1] + ',"unsigned":{' + ",".join(parts) + "}}")
@@ -1866,8 +1866,11 @@ CREATE TABLE events       (tick INTEGER PRIMARY KEY, room INTEGER NOT NULL, type
                            json TEXT NOT NULL,                             -- as it is sent, but for unsigned
                            replaces INTEGER,                               -- tick of the state event before it
                            redacted_by INTEGER,                            -- tick of the redaction
+                           relates_to INTEGER, rel_type TEXT,              -- tick of the event that m.relates_to names
                            device_id TEXT, txn_id TEXT);                   -- the client's, for unsigned.transaction_id
 CREATE INDEX timeline     ON events (room, tick);
+CREATE INDEX relations    ON events (relates_to, tick) WHERE relates_to IS NOT NULL;
+CREATE INDEX threads      ON events (room, relates_to, tick) WHERE rel_type = 'm.thread';
 CREATE INDEX state_events ON events (room, type, state_key, tick) WHERE state_key IS NOT NULL;
 CREATE TABLE state        (room INTEGER, type TEXT, state_key TEXT, tick INTEGER NOT NULL,
                            PRIMARY KEY (room, type, state_key)) WITHOUT ROWID;
@@ -2104,6 +2107,27 @@ class Reader:
         rows = self.all(f"SELECT {EVENT_COLUMNS} FROM {EVENT_TABLES} WHERE e.tick IN ({last}) ORDER BY e.tick",
                         room, after, upto, type, type)
         return [Event(*row) for row in rows]
+
+    def related(self, parent: int, depth: int, rel_type: str | None, type: str | None, after: int, upto: int, limit: int,
+                newest: bool) -> list[Event]:
+        """Events that relate to the one at the tick `parent`, or to those that do, up to this depth."""
+        chosen = ("WITH RECURSIVE found (tick, depth) AS (SELECT tick, 1 FROM events WHERE relates_to = ? "
+                  "UNION SELECT e.tick, depth + 1 FROM found f JOIN events e ON e.relates_to = f.tick WHERE depth < ?) "
+                  "SELECT tick FROM found")
+        rows = self.all(f"SELECT {EVENT_COLUMNS} FROM {EVENT_TABLES} WHERE e.tick IN ({chosen}) AND e.tick > ? AND e.tick <= ? "
+                        "AND (? IS NULL OR e.rel_type = ?) AND (? IS NULL OR e.type = ?) "
+                        f"ORDER BY e.tick {'DESC' if newest else 'ASC'} LIMIT ?",
+                        parent, depth, after, upto, rel_type, rel_type, type, type, limit)
+        return [Event(*row) for row in rows]
+
+    def threads(self, room: int, user_id: str, upto: int) -> list[Any]:
+        """(tick of the root, of the last reply, number of replies, how many by the user), the latest first."""
+        return self.all("SELECT relates_to, max(tick) AS last, count(*), sum(sender = ?) FROM events "
+                        "WHERE room = ? AND rel_type = 'm.thread' GROUP BY relates_to HAVING last <= ? ORDER BY last DESC",
+                        user_id, room, upto)
+
+    def event_at(self, tick: int) -> Event:
+        return Event(*self.one(f"SELECT {EVENT_COLUMNS} FROM {EVENT_TABLES} WHERE e.tick = ?", tick))
 
     def contents(self, room: int, types: Sequence[str]) -> dict[str, JsonObject]:
         """Content of the present state with an empty state key, by type."""
@@ -2375,9 +2399,10 @@ class Tx(Reader):
         target = draft.state_key if draft.type == "m.room.member" else None
         reasons = audience.interested(draft.sender, target)
         before = room.events.get((draft.type, draft.state_key)) if draft.state_key is not None else None
-        self.run("INSERT INTO events VALUES (?, ?, ?, ?, ?, ?, ?, ?, NULL, ?, ?)", tick, room.n, draft.type,
-                 draft.state_key, draft.sender, ts,
-                 text, before.tick if before else None, device_id, txn_id)
+        relates_to, rel_type = self._relation(room, draft.content.get("m.relates_to"))
+        self.run("INSERT INTO events VALUES (?, ?, ?, ?, ?, ?, ?, ?, NULL, ?, ?, ?, ?)", tick, room.n, draft.type,
+                 draft.state_key, draft.sender, ts, text, before.tick if before else None, relates_to, rel_type,
+                 device_id, txn_id)
         self.wake_room(room)
         if draft.state_key is not None:
             self._set_state(room, tick, draft, audience)
@@ -2386,6 +2411,13 @@ class Tx(Reader):
                 self.run("INSERT INTO outbox VALUES (?, ?, ?)", id, tick, reason)
                 self._job_rows[id] = tick
         self.moved[room.n] = tick
+
+    def _relation(self, room: Room, relation: Any) -> tuple[int | None, str | None]:
+        """Tick and type of what an event says that it relates to, if that is an event of the same room."""
+        if not isinstance(relation, dict) or not all(isinstance(relation.get(key), str) for key in ("event_id", "rel_type")):
+            return None, None
+        parent = self.event(room.n, relation["event_id"])
+        return (parent.tick, relation["rel_type"]) if parent else (None, None)
 
     def _set_state(self, room: Room, tick: int, draft: Draft, audience: Audience) -> None:
         key = draft.state_key or ""
@@ -2405,7 +2437,8 @@ class Tx(Reader):
 
     def redact(self, room: Room, event: Event, redaction_tick: int) -> None:
         text = redacted_json(room.version, event.json)
-        self.run("UPDATE events SET json = ?, redacted_by = ? WHERE tick = ?", text, redaction_tick, event.tick)
+        self.run("UPDATE events SET json = ?, redacted_by = ?, relates_to = NULL, rel_type = NULL WHERE tick = ?",
+                 text, redaction_tick, event.tick)
         key = (event.type, event.state_key or "")
         if event.state_key is not None and key in room.events and room.events[key].tick == event.tick:
             self._touched.add(room.room_id)
@@ -2729,6 +2762,7 @@ def create_schema(db: sqlite3.Connection, path: str, server_name: str) -> None:
 # the function that it is given.
 
 MAX_SYNC_SECONDS = 600.0
+MAX_RELATION_DEPTH = 3           # for /relations with recurse
 MAX_PAGE = 1000                  # events in one answer
 TIMELINE = 10                    # events in a /sync timeline, unless a filter says otherwise
 PASSWORDS = threading.Semaphore(2)   # scrypt takes 16 MiB and 50 ms: two at a time
@@ -3012,12 +3046,21 @@ class View(NamedTuple):
     def events(self, reader: Reader, after: int, upto: int, limit: int, newest: bool,
                filter: Filter = Filter()) -> list[Event]:
         """Visible events with after < tick <= upto."""
+        return self.collect(lambda *window: reader.events(self.row.n, window[0], window[1], window[2], window[3], filter),
+                            after, upto, limit, newest)
+
+    def collect(self, read: Callable[[int, int, int, bool], list[Event]], after: int, upto: int, limit: int,
+                newest: bool) -> list[Event]:
+        """What `read` finds in the visible parts of after < tick <= upto."""
         found: list[Event] = []
         for first, last in reversed(self.ranges) if newest else self.ranges:
             start, end = max(after, first - 1), min(upto, last)
             if start < end and len(found) < limit:
-                found += reader.events(self.row.n, start, end, limit - len(found), newest, filter)
+                found += read(start, end, limit - len(found), newest)
         return found
+
+    def sees(self, tick: int) -> bool:
+        return any(first <= tick <= last for first, last in self.ranges)
 
 
 def view_of(reader: Reader, user_id: str, room_id: str) -> View:
@@ -3294,7 +3337,7 @@ class Rooms:
     @staticmethod
     def _visible(reader: Reader, view: View, event_id: str) -> Event:
         event = reader.event(view.row.n, event_id)
-        if not event or not any(first <= event.tick <= last for first, last in view.ranges):
+        if not event or not view.sees(event.tick):
             raise MatrixError("M_NOT_FOUND", f"there is no event {shorten(event_id)} here that may be seen")
         return event
 
@@ -3372,6 +3415,37 @@ class Rooms:
         return {"event": self.render(who, [event])[0], "events_before": self.render(who, before),
                 "events_after": self.render(who, after),
                 "state": self.render(who, state), "start": str(first - 1), "end": str(last)}
+
+    # -- relations and threads (for clients only: section "Forming relationships between events")
+
+    def relations(self, who: Who, room_id: str, event_id: str, rel_type: str | None, type: str | None, start: int | None,
+                  stop: int | None, backwards: bool, limit: int, recurse: bool) -> JsonObject:
+        """A page of the events that relate to one."""
+        depth = MAX_RELATION_DEPTH if recurse else 1
+        with self.viewing(who, room_id) as (reader, view):
+            parent = self._visible(reader, view, event_id).tick
+            start = (reader.position() if backwards else 0) if start is None else start
+            after, upto = (stop or 0, start) if backwards else (start, FOREVER if stop is None else stop)
+            events = view.collect(lambda *window: reader.related(parent, depth, rel_type, type, *window),
+                                  after, upto, limit, backwards)
+        page: JsonObject = {"chunk": self.render(who, events), **({"recursion_depth": depth} if recurse else {})}
+        if len(events) == limit and events:
+            page["next_batch"] = str(events[-1].tick - 1 if backwards else events[-1].tick)
+        return page
+
+    def threads(self, who: Who, room_id: str, participated: bool, start: int | None, limit: int) -> JsonObject:
+        """The roots of a room's threads, the one with the latest reply first, each with its summary."""
+        with self.viewing(who, room_id) as (reader, view):
+            rows = [row for row in reader.threads(view.row.n, who.user_id, FOREVER if start is None else start)
+                    if view.sees(row[0]) and view.sees(row[1]) and (row[3] or not participated)]
+            page = [(reader.event_at(root), reader.event_at(last), count, own) for root, last, count, own in rows[:limit]]
+        chunk = []
+        for root, last, count, own in page:
+            summary = {"latest_event": self.render(who, [last])[0], "count": count,
+                       "current_user_participated": bool(own) or root.sender == who.user_id}
+            chunk.append(root.for_client(self.world.clock.now(), who.user_id, who.device_id,
+                                         f'"m.relations":{to_json({"m.thread": summary})}'))
+        return {"chunk": chunk, **({"next_batch": str(page[-1][1].tick - 1)} if len(rows) > limit else {})}
 
     # -- aliases and the directory
 
@@ -4837,6 +4911,20 @@ def get_context(call: Call) -> Any:
                                   min(call.integer("limit", 10), MAX_PAGE), query_filter(call)[0])
 
 
+def get_relations(call: Call) -> Any:
+    recurse = call.choice("recurse", ("true", "false"), "false") == "true"
+    return call.api.rooms.relations(
+        call.who, call["roomId"], call["eventId"], call.params.get("relType"), call.params.get("eventType"),
+        call.integer("from", None), call.integer("to", None), call.choice("dir", ("b", "f"), "b") == "b",
+        min(call.integer("limit", 50, 1), MAX_PAGE), recurse)
+
+
+def get_threads(call: Call) -> Any:
+    participated = call.choice("include", ("all", "participated"), "all") == "participated"
+    return call.api.rooms.threads(call.who, call["roomId"], participated, call.integer("from", None),
+                                  min(call.integer("limit", 50, 1), MAX_PAGE))
+
+
 def room_aliases(call: Call) -> Any:
     return {"aliases": call.api.rooms.aliases(call.who, call["roomId"])}
 
@@ -4973,7 +5061,8 @@ def map_uri(call: Call) -> Any:
 # -- The table. The first letter of a path stands for a prefix.
 
 PREFIXES = {"C": "/_matrix/client/v3", "R": "/_matrix/client/v3/rooms/{roomId}", "U": "/_matrix/client/v3/user/{userId}",
-            "V": "/_matrix/client/v1", "D": "/_matrix/client/v1/media", "M": "/_matrix/media/v3", "A": "/_matrix/app/v1"}
+            "V": "/_matrix/client/v1", "N": "/_matrix/client/v1/rooms/{roomId}/relations",
+            "D": "/_matrix/client/v1/media", "M": "/_matrix/media/v3", "A": "/_matrix/app/v1"}
 ROUTES = [Route(method, PREFIXES.get(path[0], path[0]) + path[1:], auth, handler, spec)
           for method, path, auth, handler, spec in (
     # method   path                                            who           handler              section of the spec
@@ -5031,6 +5120,10 @@ ROUTES = [Route(method, PREFIXES.get(path[0], path[0]) + path[1:], auth, handler
     ("GET",    "R/joined_members",                             "user",       get_joined_members,  "Getting events"),
     ("GET",    "R/messages",                                   "user",       get_messages,        "Getting events"),
     ("GET",    "R/context/{eventId}",                          "user",       get_context,         "Event Context"),
+    ("GET",    "N/{eventId}",                                  "user",       get_relations,       "Relationships"),
+    ("GET",    "N/{eventId}/{relType}",                        "user",       get_relations,       "Relationships"),
+    ("GET",    "N/{eventId}/{relType}/{eventType}",            "user",       get_relations,       "Relationships"),
+    ("GET",    "V/rooms/{roomId}/threads",                     "user",       get_threads,         "Threading"),
     ("PUT",    "R/typing/{userId}",                            "user",       put_typing,          "Typing Notifications"),
     ("POST",   "R/receipt/{receiptType}/{eventId}",            "user",       post_receipt,        "Receipts"),
     ("POST",   "R/read_markers",                               "user",       post_read_markers,   "Fully read markers"),

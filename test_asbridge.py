@@ -4032,6 +4032,90 @@ def test_who_typed_when_the_homeserver_stopped_types_no_more(tmp_path):
         assert events == [{"type": "m.typing", "content": {"user_ids": []}}]
 
 
+def reply(client, room, parent, rel_type="m.thread", body="reply", type="m.room.message", **more):
+    relation = {"rel_type": rel_type, "event_id": parent, **more}
+    return client.send(room, type, {"msgtype": "m.text", "body": body, "m.relates_to": relation})
+
+
+def relations(client, room, event_id, *more, **query):
+    answer = client.call("GET", "/_matrix/client/v1/rooms/" + "/".join(urllib.parse.quote(x, safe="") for x in (room, "relations", event_id, *more)),
+                         **query)
+    return [event["event_id"] for event in answer["chunk"]], answer
+
+
+def test_the_events_that_relate_to_one_are_listed_the_latest_first(three):
+    hs, alice, bob, _, room = three
+    bob.join(room)
+    root = alice.say(room, "root")
+    first, second = reply(bob, room, root), reply(alice, room, root, "m.annotation", type="m.reaction", key="x")
+    alice.say(room, "unrelated")
+    assert relations(bob, room, root)[0] == [second, first]
+    assert relations(bob, room, root, dir="f")[0] == [first, second]
+    assert relations(bob, room, root, "m.thread")[0] == [first]
+    assert relations(bob, room, root, "m.annotation", "m.reaction")[0] == [second]
+    assert relations(bob, room, root, "m.annotation", "m.room.message")[0] == []
+
+
+def test_relations_come_in_pages(three):
+    hs, alice, _, _, room = three
+    root = alice.say(room, "root")
+    sent = [reply(alice, room, root, body=str(n)) for n in range(5)]
+    got, answer = relations(alice, room, root, limit=2)
+    while "next_batch" in answer:
+        more, answer = relations(alice, room, root, limit=2, **{"from": answer["next_batch"]})
+        got += more
+    assert got == sent[::-1]
+
+
+def test_relations_of_relations_are_found_if_they_are_asked_for(three):
+    hs, alice, _, _, room = three
+    root = alice.say(room, "root")
+    child = reply(alice, room, root)
+    grandchild = reply(alice, room, child, "m.annotation", type="m.reaction", key="x")
+    assert relations(alice, room, root)[0] == [child]
+    found, answer = relations(alice, room, root, recurse="true")
+    assert found == [grandchild, child] and answer["recursion_depth"] >= 2
+
+
+def test_a_redacted_event_relates_to_nothing(three):
+    hs, alice, _, _, room = three
+    root = alice.say(room, "root")
+    child = reply(alice, room, root)
+    alice.redact(room, child)
+    assert relations(alice, room, root)[0] == []
+
+
+def test_relations_are_for_those_who_may_see_them(three):
+    hs, alice, bob, _, room = three
+    root = alice.say(room, "root")
+    reply(alice, room, root)
+    with pytest.raises(MatrixError) as caught:
+        relations(bob, room, root)
+    assert caught.value.status in (403, 404)
+    other = alice.create_room()
+    elsewhere = reply(alice, other, root)
+    assert elsewhere not in relations(alice, room, root)[0]
+
+
+def test_a_room_has_threads_the_one_with_the_latest_reply_first_each_with_its_summary(three):
+    hs, alice, bob, carol, room = three
+    bob.join(room)
+    one, two = alice.say(room, "one"), alice.say(room, "two")
+    reply(bob, room, two)
+    reply(bob, room, one)
+    last = reply(bob, room, one, body="last")
+    threads = alice.call("GET", f"/_matrix/client/v1/rooms/{urllib.parse.quote(room)}/threads")
+    assert [event["event_id"] for event in threads["chunk"]] == [one, two]
+    summary = threads["chunk"][0]["unsigned"]["m.relations"]["m.thread"]
+    assert summary["count"] == 2 and summary["latest_event"]["event_id"] == last and summary["current_user_participated"]
+    carol.join(room)
+    mine = carol.call("GET", f"/_matrix/client/v1/rooms/{urllib.parse.quote(room)}/threads", include="participated")
+    assert mine["chunk"] == []
+    first = alice.call("GET", f"/_matrix/client/v1/rooms/{urllib.parse.quote(room)}/threads", limit=1)
+    rest = alice.call("GET", f"/_matrix/client/v1/rooms/{urllib.parse.quote(room)}/threads", limit=1, **{"from": first["next_batch"]})
+    assert [event["event_id"] for event in first["chunk"] + rest["chunk"]] == [one, two] and "next_batch" not in rest
+
+
 # ============================================================================
 # 7. Delivery
 # ============================================================================
