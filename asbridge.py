@@ -113,6 +113,7 @@ ERRORS = {
     "M_BAD_JSON":              400,  # JSON, but not of the shape that the endpoint takes
     "M_BAD_STATE":             403,  # not possible in the present state, such as joining while banned
     "M_BAD_STATUS":            502,  # the application service answered a ping with an error
+    "M_CANNOT_OVERWRITE_MEDIA": 409, # an asynchronous upload that has been done already
     "M_CONNECTION_FAILED":     502,  # the application service could not be reached for a ping
     "M_CONNECTION_TIMEOUT":    504,  # the application service took too long for a ping
     "M_EXCLUSIVE":             400,  # inside another's exclusive namespace, or outside one's own
@@ -125,6 +126,7 @@ ERRORS = {
     "M_MISSING_TOKEN":         401,
     "M_NOT_FOUND":             404,
     "M_NOT_JSON":              400,
+    "M_NOT_YET_UPLOADED":      504,  # the content of this mxc: URI is still to come
     "M_ROOM_IN_USE":           400,  # the alias asked for in createRoom is taken
     "M_TOO_LARGE":             413,
     "M_UNKNOWN":               500,
@@ -1887,7 +1889,7 @@ CREATE TABLE receipts     (room INTEGER, type TEXT, user_id TEXT, thread_id TEXT
                            ts INTEGER NOT NULL, PRIMARY KEY (room, type, user_id, thread_id)) WITHOUT ROWID;
 CREATE TABLE filters      (filter_id INTEGER PRIMARY KEY, user_id TEXT NOT NULL, json TEXT NOT NULL, UNIQUE (user_id, json));
 CREATE TABLE media        (media_id TEXT PRIMARY KEY, content_type TEXT NOT NULL, filename TEXT, user_id TEXT NOT NULL,
-                           created_ts INTEGER NOT NULL, content BLOB NOT NULL);
+                           created_ts INTEGER NOT NULL, content BLOB);     -- NULL: only the URI was made yet
 CREATE TABLE outbox       (appservice TEXT, tick INTEGER, reason TEXT NOT NULL, -- why this application service gets this event
                            PRIMARY KEY (appservice, tick)) WITHOUT ROWID;
 CREATE TABLE transactions (appservice TEXT, txn_id INTEGER, last_tick INTEGER NOT NULL, events INTEGER NOT NULL,
@@ -2032,8 +2034,8 @@ class Reader:
         return self.one("SELECT json FROM filters WHERE user_id = ? AND filter_id = ?", user_id, filter_id)
 
     def media(self, media_id: str) -> Any:
-        """(content_type, filename, content) or None."""
-        return self.one("SELECT content_type, filename, content FROM media WHERE media_id = ?", media_id)
+        """(content_type, filename, content, user_id, created_ts) or None."""
+        return self.one("SELECT content_type, filename, content, user_id, created_ts FROM media WHERE media_id = ?", media_id)
 
     # -- rooms
 
@@ -2299,10 +2301,11 @@ class Tx(Reader):
         return int(self.one("SELECT filter_id FROM filters WHERE user_id = ? AND json = ?", user_id,
                             content)[0])
 
-    def add_media(self, media_id: str, content_type: str, filename: str | None, user_id: str, now: int,
-                  content: bytes) -> None:
-        self.run("INSERT INTO media VALUES (?, ?, ?, ?, ?, ?)", media_id, content_type, filename, user_id, now,
+    def put_media(self, media_id: str, content_type: str, filename: str | None, user_id: str, now: int,
+                  content: bytes | None) -> None:
+        self.run("INSERT OR REPLACE INTO media VALUES (?, ?, ?, ?, ?, ?)", media_id, content_type, filename, user_id, now,
                  content)
+        self.wake(media_id)                                  # who waits for a content waits under its ID
 
     # -- rooms
 
@@ -2762,6 +2765,7 @@ def create_schema(db: sqlite3.Connection, path: str, server_name: str) -> None:
 # the function that it is given.
 
 MAX_SYNC_SECONDS = 600.0
+UNUSED_MEDIA_MS = 24 * 3_600_000 # how long a URI waits for its content
 MAX_RELATION_DEPTH = 3           # for /relations with recurse
 MAX_PAGE = 1000                  # events in one answer
 TIMELINE = 10                    # events in a /sync timeline, unless a filter says otherwise
@@ -2800,6 +2804,7 @@ class World:
     def __init__(self, settings: Settings, clock: Clock, registrations: Registrations, database: str) -> None:
         self.settings, self.clock, self.name = settings, clock, settings.server_name
         self.store = Store(database, settings.server_name, registrations, clock)
+        self.stopping = False                                # who waits is to answer
         # Asks for "users" or "aliases" that don't exist yet; True if an application service says that it has created
         # it. `by` is the one that is asking itself. Patient: tries again, and raises 408 in the end. Set by section 12.
         self.ask: Callable[[str, str, Registration | None, bool], bool] = lambda kind, id, by, patient: False
@@ -3747,19 +3752,51 @@ class Media:
 
     def upload(self, who: Who, content: bytes, content_type: str, filename: str | None) -> str:
         """The mxc: URI of the new content."""
-        media_id, now = random_id(24), self.world.clock.now()
-        self.store.write(lambda tx: tx.add_media(media_id, content_type, filename, who.user_id, now, content), who.token)
+        return self._put(who, random_id(24), content, content_type, filename)
+
+    def _put(self, who: Who, media_id: str, content: bytes | None, content_type: str, filename: str | None) -> str:
+        now = self.world.clock.now()
+        self.store.write(lambda tx: tx.put_media(media_id, content_type, filename, who.user_id, now, content), who.token)
         return f"mxc://{self.world.name}/{media_id}"
 
-    def download(self, server_name: str, media_id: str) -> tuple[str, str | None, bytes]:
-        """Type, file name and content."""
-        with self.store.read() as reader:
-            row = reader.media(media_id) if server_name == self.world.name else None
-        if not row:
-            raise MatrixError("M_NOT_FOUND",
-                              f"there is no media mxc://{shorten(server_name)}/{shorten(media_id)} on this "
-                              "server")
-        return row[0], row[1], row[2]
+    def create(self, who: Who) -> JsonObject:
+        """A URI whose content comes later (asynchronous upload), by the same user and within a day."""
+        return {"content_uri": self._put(who, random_id(24), None, "", None),
+                "unused_expires_at": self.world.clock.now() + UNUSED_MEDIA_MS}
+
+    def fill(self, who: Who, server_name: str, media_id: str, content: bytes, content_type: str, filename: str | None) -> None:
+        def job(tx: Tx) -> None:
+            row = tx.media(media_id) if server_name == self.world.name else None
+            if not row or (row[2] is None and row[4] + UNUSED_MEDIA_MS < self.world.clock.now()):
+                raise self._not_found(server_name, media_id)
+            if row[3] != who.user_id:
+                raise forbidden(f"the URI was made by somebody else than {who.user_id}")
+            if row[2] is not None:
+                raise MatrixError("M_CANNOT_OVERWRITE_MEDIA", "this has its content already; make another URI")
+            tx.put_media(media_id, content_type, filename, who.user_id, row[4], content)
+        self.store.write(job, who.token)
+
+    def download(self, server_name: str, media_id: str, timeout: float = 0.0) -> tuple[str, str | None, bytes]:
+        """Type, file name and content, for which it waits up to `timeout` seconds if only its URI was made yet."""
+        clock, waiting = self.world.clock, self.store.waiters.enter(media_id)
+        deadline = clock.monotonic() + timeout
+        try:
+            while True:
+                with self.store.read() as reader:
+                    row = reader.media(media_id) if server_name == self.world.name else None
+                if not row:
+                    raise self._not_found(server_name, media_id)
+                if row[2] is not None:
+                    return row[0], row[1], row[2]
+                if clock.monotonic() >= deadline or self.world.stopping:
+                    raise MatrixError("M_NOT_YET_UPLOADED", "the content of this URI has not been uploaded yet; try again later")
+                clock.wait(waiting, deadline)
+        finally:
+            self.store.waiters.leave(media_id, waiting)
+
+    @staticmethod
+    def _not_found(server_name: str, media_id: str) -> MatrixError:
+        return MatrixError("M_NOT_FOUND", f"there is no media mxc://{shorten(server_name)}/{shorten(media_id)} on this server")
 
 
 # -- Sync.
@@ -3812,8 +3849,7 @@ class Sync:
         self.world, self.store, self.typing = world, world.store, typing
 
     def sync(self, who: Who, since: int | None, filter: SyncFilter, timeout: float = 0.0,
-             full_state: bool = False,
-             stopped: Callable[[], bool] = lambda: False) -> JsonObject:
+             full_state: bool = False) -> JsonObject:
         """Waits up to `timeout` seconds until there is something new after the tick `since`."""
         clock = self.world.clock
         if since is not None and since > self.store.position:
@@ -3823,7 +3859,7 @@ class Sync:
         try:
             while True:
                 answer = Window(self, who, since, filter, full_state).read()
-                if len(answer) > 1 or since is None or full_state or clock.monotonic() >= deadline or stopped():
+                if len(answer) > 1 or since is None or full_state or clock.monotonic() >= deadline or self.world.stopping:
                     return answer
                 clock.wait(waiting, deadline)
         finally:
@@ -4452,7 +4488,6 @@ class Api:
         self.typing = Typing(world)
         self.sync = Sync(world, self.typing)
         self.router, self.limiter = Router(ROUTES), Limiter(world)
-        self.stopping = False
 
     def __call__(self, request: Request) -> Response:
         """Answers; raises nothing."""
@@ -4996,8 +5031,7 @@ def get_sync(call: Call) -> Any:
     source = parse_object(chosen.encode()) if chosen[:1] == "{" else call.api.accounts.filter(call.who, chosen)
     timeout = call.integer("timeout", 0) / 1000
     full_state = call.choice("full_state", ("true", "false"), "false") == "true"
-    return call.api.sync.sync(call.who, call.integer("since", None), SyncFilter(source), timeout, full_state,
-                              lambda: call.api.stopping)
+    return call.api.sync.sync(call.who, call.integer("since", None), SyncFilter(source), timeout, full_state)
 
 
 # -- Handlers: media.
@@ -5012,13 +5046,22 @@ INLINE_TYPES = (
 
 
 def upload(call: Call) -> Any:
+    """At once, or for a URI that was made before."""
     content = call.bytes(call.api.world.settings.max_upload_bytes)
     content_type = call.request.headers.get("content-type", "application/octet-stream")
+    if "mediaId" in call.params:
+        call.api.media.fill(call.who, call["serverName"], call["mediaId"], content, content_type, call.query("filename"))
+        return {}
     return {"content_uri": call.api.media.upload(call.who, content, content_type, call.query("filename"))}
 
 
+def create_media(call: Call) -> Any:
+    return call.api.media.create(call.who)
+
+
 def download(call: Call) -> Any:
-    content_type, filename, content = call.api.media.download(call["serverName"], call["mediaId"])
+    timeout = call.integer("timeout_ms", 20_000, 0, 120_000) / 1000
+    content_type, filename, content = call.api.media.download(call["serverName"], call["mediaId"], timeout)
     filename = call.params.get("fileName") or filename
     disposition = "inline" if content_type.partition(";")[0].strip().lower() in INLINE_TYPES else "attachment"
     if filename:
@@ -5138,6 +5181,8 @@ ROUTES = [Route(method, PREFIXES.get(path[0], path[0]) + path[1:], auth, handler
     ("POST",   "C/publicRooms",                                "user",       search_public_rooms, "Listing rooms"),
     # Media
     ("POST",   "M/upload",                                     "user",       upload,              "Content repository"),
+    ("POST",   "M/create",                                     "user",       create_media,        "Content repository"),
+    ("PUT",    "M/upload/{serverName}/{mediaId}",              "user",       upload,              "Content repository"),
     ("GET",    "M/download/{serverName}/{mediaId}",            "nobody",     download,            "Content repository"),
     ("GET",    "M/download/{serverName}/{mediaId}/{fileName}", "nobody",     download,            "Content repository"),
     ("GET",    "M/config",                                     "user",       media_config,        "Content repository"),
@@ -6964,7 +7009,7 @@ class Homeserver:
         """Ends what was started; again is no error. What was answered is kept."""
         if not self._started:
             return
-        self._started, self.api.stopping = False, True
+        self._started, self.world.stopping = False, True
         while self.samples:
             self.samples.pop().stop()
         self.delivery.stop()

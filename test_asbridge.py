@@ -4116,6 +4116,34 @@ def test_a_room_has_threads_the_one_with_the_latest_reply_first_each_with_its_su
     assert [event["event_id"] for event in first["chunk"] + rest["chunk"]] == [one, two] and "next_batch" not in rest
 
 
+def created(client):
+    uri = client.call("POST", "/_matrix/media/v1/create", {})["content_uri"]
+    return uri.removeprefix("mxc://")
+
+
+def test_a_media_uri_can_be_made_before_its_content(three):
+    hs, alice, bob, _, _ = three
+    media = created(alice)
+    with refused("M_NOT_YET_UPLOADED", 504):
+        bob.call("GET", f"/_matrix/client/v1/media/download/{media}", timeout_ms=0)
+    with background(ask, hs, "GET", f"/_matrix/client/v1/media/download/{media}", bob.token) as waiting:
+        assert ask(hs, "PUT", f"/_matrix/media/v3/upload/{media}", alice.token, b'"late"', {"Content-Type": "application/json"})[0] == 200
+        assert waiting.result(5) == (200, "late")
+
+
+def test_the_content_of_a_media_uri_comes_once_and_from_who_made_it(three):
+    hs, alice, bob, _, _ = three
+    media = created(alice)
+    assert ask(hs, "PUT", f"/_matrix/media/v3/upload/{media}", bob.token, b"x")[1]["errcode"] == "M_FORBIDDEN"
+    assert ask(hs, "PUT", f"/_matrix/media/v3/upload/{media}", alice.token, b"x")[0] == 200
+    status, answer = ask(hs, "PUT", f"/_matrix/media/v3/upload/{media}", alice.token, b"y")
+    assert (status, answer["errcode"]) == (409, "M_CANNOT_OVERWRITE_MEDIA")
+    assert ask(hs, "PUT", "/_matrix/media/v3/upload/localhost/nothing", alice.token, b"x")[0] == 404
+    late = created(alice)
+    hs.advance(25 * 3600)
+    assert ask(hs, "PUT", f"/_matrix/media/v3/upload/{late}", alice.token, b"x")[0] == 404
+
+
 # ============================================================================
 # 7. Delivery
 # ============================================================================
