@@ -1124,6 +1124,12 @@ class Registration:
     sample: Mapping[str, Any] | None = None                  # asbridge.sample: run the IRC bridge for it
     unknown: Sequence[str] = ()                              # keys that nobody here reads
 
+    @property
+    def ephemeral_keys(self) -> list[str]:
+        """Under what names it wants ephemeral data in a transaction; none, if it wants none."""
+        return (["ephemeral"] if self.receive_ephemeral else []) + (
+            ["de.sorunome.msc2409.ephemeral"] if self.push_ephemeral else [])
+
     def sender(self, server_name: str) -> str:
         """The user ID of the application service's own user."""
         return f"@{self.sender_localpart}:{server_name}"
@@ -1897,6 +1903,8 @@ CREATE TABLE transactions (appservice TEXT, txn_id INTEGER, last_tick INTEGER NO
                            acknowledged_ts INTEGER, PRIMARY KEY (appservice, txn_id));
 """
 
+MAX_EPHEMERAL = 1000             # pieces that wait for one application service
+STALE_TYPING_MS = 30_000
 MAX_BATCH = 256                  # jobs in one COMMIT
 MAX_TRANSACTION_EVENTS = 100
 KEPT_TRANSACTIONS = 1000         # acknowledged ones, for each application service, to look at
@@ -1945,6 +1953,9 @@ class Transaction(NamedTuple):
     txn_id: int
     events: int
     body: bytes
+
+
+NOTHING_WAITS = Outbox(None, 0, 0)
 
 
 class RoomRow(NamedTuple):
@@ -2172,7 +2183,7 @@ class Reader:
 
     def count_waiting(self, id: str) -> int:
         """Events for this application service that it has not acknowledged."""
-        frozen = self.one("SELECT coalesce(sum(events), 0) FROM transactions "
+        frozen = self.one("SELECT coalesce(sum(max(events, 1)), 0) FROM transactions "
                           "WHERE appservice = ? AND acknowledged_ts IS NULL", id)[0]
         return int(frozen + self.one("SELECT count(*) FROM outbox WHERE appservice = ? AND tick > "
                                      "(SELECT coalesce(max(last_tick), 0) FROM transactions WHERE appservice = ?)", id, id)[0])
@@ -2198,6 +2209,8 @@ class Tx(Reader):
         self.rooms: collections.OrderedDict[str, Room] = collections.OrderedDict()
         self.boxes: dict[str, Outbox] = {}                   # the same for the outboxes
         self.ready: set[str] = set()                         # of these, the ones that freeze() is to look at
+        # Ephemeral data that waits, by application service: what it replaces → since when, data. In memory only.
+        self.ephemeral: dict[str, dict[Any, tuple[int, JsonObject]]] = {}
         self.forget()
 
     def forget(self) -> None:
@@ -2220,13 +2233,21 @@ class Tx(Reader):
         self._mark = len(self.after)
         self._job_rows: dict[str, int] = {}  # application service → last tick of its outbox, by this job
         self._job_acknowledged: set[str] = set()             # application services that acknowledged, by this job
+        self._job_ephemeral: list[tuple[str, Any, JsonObject]] = []  # application service, what it replaces, data
 
     def job_done(self) -> None:
         for id in self._job_acknowledged:
             self.boxes[id] = self.boxes[id]._replace(open=None)
             self.ready.add(id)
         for id, tick in self._job_rows.items():
-            self.boxes[id] = self.boxes.get(id, Outbox(None, 0, 0))._replace(waiting_to=tick)
+            self.boxes[id] = self.boxes.get(id, NOTHING_WAITS)._replace(waiting_to=tick)
+            self.ready.add(id)
+        for id, key, data in self._job_ephemeral:
+            waiting = self.ephemeral.setdefault(id, {})
+            waiting.pop(key, None)                           # the latest for each kind, room and user
+            waiting[key] = (self.store.clock.now(), data)
+            if len(waiting) > MAX_EPHEMERAL:
+                del waiting[next(iter(waiting))]
             self.ready.add(id)
 
     def job_failed(self) -> None:
@@ -2363,6 +2384,9 @@ class Tx(Reader):
         self.run("INSERT OR REPLACE INTO receipts VALUES (?, ?, ?, ?, ?, ?, ?)", room.n, type, user_id,
                  thread_id, tick, event_id, now)
         self.moved[room.n] = tick
+        receipt = {"ts": now, **({"thread_id": thread_id} if thread_id else {})}
+        self.push_ephemeral(room, user_id, "m.receipt", {"content": {event_id: {type: {user_id: receipt}}}},
+                            private=type == "m.read.private")
 
     # -- events
 
@@ -2449,24 +2473,45 @@ class Tx(Reader):
 
     # -- the outbox
 
-    def freeze(self) -> None:
-        """Makes a transaction of what waits, for every application service that has none open. At the end of a
-        batch.
+    def push_ephemeral(self, room: Room, user_id: str, kind: str, data: JsonObject, private: bool = False) -> None:
+        """Ephemeral data for the application services that hear the room, and want such (Pushing ephemeral data).
+
+        Private: only for those that have to do with the user.
         """
+        claims = self.store.registrations.claims("users", user_id)
+        ids = [claim.registration.id for claim in claims] if private else self.audience(room).interested(user_id, None)
+        for id in ids:
+            registration = self.store.registrations.by_id[id]
+            if registration.url is not None and registration.ephemeral_keys:
+                key = (kind, private, room.room_id, None if kind == "m.typing" else user_id)
+                self._job_ephemeral.append((id, key, {"type": kind, "room_id": room.room_id, **data}))
+
+    def freeze(self) -> None:
+        """Makes a transaction of what waits, for every AS that has none open. At the end of a batch."""
         for id in self.ready:
-            box = self.boxes[id]
-            if box.open is None and box.waiting_to > box.frozen_to:
+            box = self.boxes.get(id, NOTHING_WAITS)
+            if box.open is None and (box.waiting_to > box.frozen_to or self.ephemeral.get(id)):
                 self._freeze(id, box)
         self.ready.clear()
+
+    def _frozen_ephemeral(self, id: str, now: int) -> str:
+        """The part of a transaction for what waits; typing that has become stale is dropped."""
+        waiting = self.ephemeral.pop(id, {})
+        data = [data for at, data in waiting.values() if data["type"] != "m.typing" or now - at < STALE_TYPING_MS]
+        text = to_json(data)
+        return "".join([f',"{key}":{text}' for key in self.store.registrations.by_id[id].ephemeral_keys]) if data else ""
 
     def _freeze(self, id: str, box: Outbox) -> None:
         rows = self.all(f"SELECT {EVENT_COLUMNS} FROM outbox o JOIN {EVENT_TABLES} "
                         "WHERE o.appservice = ? AND o.tick > ? AND e.tick = o.tick "
                         "ORDER BY o.tick LIMIT ?", id, box.frozen_to, MAX_TRANSACTION_EVENTS)
         now = self.store.clock.now()
-        body = '{"events":[' + ",".join([Event(*row).for_appservice(now) for row in rows]) + "]}"
+        ephemeral = self._frozen_ephemeral(id, now)
+        if not rows and not ephemeral:
+            return
+        body = '{"events":[' + ",".join([Event(*row).for_appservice(now) for row in rows]) + f"]{ephemeral}}}"
         transaction = Transaction(id, self._next_txn_id(id), len(rows), body.encode("utf-8", "replace"))
-        last = int(rows[-1][0])
+        last = int(rows[-1][0]) if rows else box.frozen_to
         self.run("INSERT INTO transactions VALUES (?, ?, ?, ?, ?, NULL)", id, transaction.txn_id, last,
                  len(rows), transaction.body)
         self.boxes[id] = box._replace(open=transaction, frozen_to=last)
@@ -3697,6 +3742,11 @@ class Typing:
         tx.moved[room.n] = tick
         tx.wake_room(room)
         tx.after.append(lambda: self._publish(room.n, tick, users))
+        with self._guard:
+            now = {**self._rooms.get(room.n, (0, {}))[1], **users}
+        typing = sorted(user_id for user_id, until in now.items() if until is not None)
+        for user_id in users:
+            tx.push_ephemeral(room, user_id, "m.typing", {"content": {"user_ids": typing}})
 
     def _publish(self, room: int, tick: int, users: Mapping[str, float | None]) -> None:
         with self._guard:

@@ -4639,6 +4639,82 @@ def test_a_session_of_a_ghost_never_makes_its_own_service_be_asked(start, record
     assert r.requests == []
 
 
+def ephemeral_of(recorder, key="ephemeral"):
+    return [data for body in dict(recorder.transactions).values() for data in json.loads(body).get(key, [])]
+
+
+@pytest.mark.parametrize("flags, keys", [
+    ({"receive_ephemeral": True}, ["ephemeral"]), ({"de.sorunome.msc2409.push_ephemeral": True}, ["de.sorunome.msc2409.ephemeral"]),
+    ({"receive_ephemeral": True, "de.sorunome.msc2409.push_ephemeral": True}, ["ephemeral", "de.sorunome.msc2409.ephemeral"]), ({}, [])])
+def test_typing_and_receipts_are_pushed_to_a_service_that_wants_them_under_the_names_that_it_reads(start, recorder, flags, keys):
+    r = recorder()
+    hs = start(registration(url=r.url, rooms=["!.*"], **flags))
+    alice = hs.client("alice")
+    room = alice.create_room()
+    event_id = alice.say(room, "x")
+    alice.typing(room)
+    alice.receipt(room, event_id)
+    hs.settle()
+    for key in ("ephemeral", "de.sorunome.msc2409.ephemeral"):
+        found = ephemeral_of(r, key)
+        assert {data["type"] for data in found} == ({"m.typing", "m.receipt"} if key in keys else set())
+        assert all(data["room_id"] == room for data in found)
+    if keys:
+        typing, receipt = (next(data for data in ephemeral_of(r, keys[0]) if data["type"] == kind) for kind in ("m.typing", "m.receipt"))
+        assert typing["content"]["user_ids"] == [alice.user_id] and alice.user_id in receipt["content"][event_id]["m.read"]
+
+
+def test_a_private_receipt_is_for_the_service_of_its_user_only(start, recorder):
+    mine, other = recorder(), recorder()
+    hs = start(registration("irc", mine.url, receive_ephemeral=True), registration("other", other.url, rooms=["!.*"], users=[], aliases=[], receive_ephemeral=True))
+    bob = acting(hs, "irc", "@_irc_bob:localhost")
+    room = bob.create_room()
+    event_id = bob.say(room, "x")
+    bob.receipt(room, event_id, "m.read.private")
+    bob.receipt(room, event_id)
+    hs.settle()
+    kinds = lambda r: [next(iter(data["content"][event_id])) for data in ephemeral_of(r)]  # noqa: E731
+    assert kinds(other) == ["m.read"] and sorted(kinds(mine)) == ["m.read", "m.read.private"]
+
+
+def test_ephemeral_data_that_waits_is_the_latest_of_each_kind_and_stale_typing_is_dropped(start, recorder):
+    r = recorder()
+    r.answer = lambda request, body: (500, {"errcode": "M_UNKNOWN"})
+    hs = start(registration(url=r.url, rooms=["!.*"], receive_ephemeral=True))
+    alice = hs.client("alice")
+    room = alice.create_room()
+    sent = [alice.say(room, str(n)) for n in range(3)]
+    eventually(lambda: r.transactions)
+    for event_id in sent:
+        alice.receipt(room, event_id)
+    alice.typing(room, timeout=100_000)
+    hs.advance(60)
+    r.answer = lambda request, body: (200, {})
+    hs.advance(120)
+    hs.settle()
+    receipts = [data for data in ephemeral_of(r) if data["type"] == "m.receipt"]
+    assert [list(data["content"]) for data in receipts] == [[sent[-1]]]
+    assert all(data["content"]["user_ids"] == [] for data in ephemeral_of(r) if data["type"] == "m.typing")
+
+
+def test_a_transaction_with_ephemeral_data_does_not_change_either(start, recorder):
+    r = recorder()
+    hs = start(registration(url=r.url, rooms=["!.*"], receive_ephemeral=True))
+    alice = hs.client("alice")
+    room = alice.create_room()
+    hs.settle()
+    r.requests.clear()
+    r.answer = lambda request, body: (500, {"errcode": "M_UNKNOWN"})
+    alice.typing(room)
+    eventually(lambda: r.transactions)
+    alice.typing(room, False)
+    r.answer = lambda request, body: (200, {})
+    hs.advance(1)
+    hs.settle()
+    first = [body for txn_id, body in r.transactions if txn_id == r.transactions[0][0]]
+    assert len(first) >= 2 and len(set(first)) == 1 and json.loads(first[0])["events"] == []
+
+
 # ============================================================================
 # 8. Routes
 # ============================================================================
