@@ -1124,6 +1124,10 @@ class Registration:
     sample: Mapping[str, Any] | None = None                  # asbridge.sample: run the IRC bridge for it
     unknown: Sequence[str] = ()                              # keys that nobody here reads
 
+    def is_like(self, other: Registration) -> bool:
+        """Whether the files say the same."""
+        return all(getattr(self, one.name) == getattr(other, one.name) for one in dataclasses.fields(self))
+
     @property
     def ephemeral_keys(self) -> list[str]:
         """Under what names it wants ephemeral data in a transaction; none, if it wants none."""
@@ -2499,7 +2503,9 @@ class Tx(Reader):
         waiting = self.ephemeral.pop(id, {})
         data = [data for at, data in waiting.values() if data["type"] != "m.typing" or now - at < STALE_TYPING_MS]
         text = to_json(data)
-        return "".join([f',"{key}":{text}' for key in self.store.registrations.by_id[id].ephemeral_keys]) if data else ""
+        registration = self.store.registrations.by_id.get(id)
+        keys = registration.ephemeral_keys if registration and data else ()
+        return "".join([f',"{key}":{text}' for key in keys])
 
     def _freeze(self, id: str, box: Outbox) -> None:
         rows = self.all(f"SELECT {EVENT_COLUMNS} FROM outbox o JOIN {EVENT_TABLES} "
@@ -2857,6 +2863,11 @@ class World:
     @property
     def registrations(self) -> Registrations:
         return self.store.registrations
+
+    def use(self, registrations: Registrations) -> None:
+        """From here on these. Queues are kept; the tokens of what is gone are no tokens any more."""
+        self.store.write(lambda tx: tx.after.append(lambda: setattr(self.store, "registrations", registrations)))
+        self.add_senders()
 
     def add_senders(self) -> None:
         """Every application service's own user exists from the start."""
@@ -4285,11 +4296,17 @@ class Delivery:
         """Takes up what was open when the homeserver stopped."""
         self.world.store.on_frozen = self._offer
         self.world.ask = self.ask
+        self._take_up()
+
+    def _take_up(self) -> None:
+        """Offers what is open to workers that have nothing, and has frozen what waits."""
         with self.world.store.read() as reader:
             waiting = [box.open for box in reader.outboxes().values() if box.open]
         for transaction in waiting:
-            self._offer(transaction)
-        self.world.store.write(lambda tx: tx.ready.update(tx.boxes))   # freezes what waits
+            worker = self.worker(transaction.appservice)
+            if worker and worker.transaction is None:
+                self._offer(transaction)
+        self.world.store.write(lambda tx: tx.ready.update(tx.boxes))
 
     def stop(self, seconds: float = 2.0) -> None:
         """Attempts that are under way may take this long to end."""
@@ -4308,7 +4325,21 @@ class Delivery:
         if not registration or registration.url is None:
             return None
         with self._guard:
-            return self._workers.setdefault(id, Worker(self.world, registration))
+            worker = self._workers.get(id)
+            if worker is None:
+                worker = self._workers[id] = Worker(self.world, registration)
+            return worker
+
+    def reload(self) -> None:
+        """After a change of the registrations: what is gone or different gets no more from its old worker."""
+        with self._guard:
+            changed = [worker for id, worker in self._workers.items()
+                       if self.world.registrations.by_id.get(id) is not worker.registration]
+            for worker in changed:
+                del self._workers[worker.registration.id]
+        for worker in changed:
+            worker.stop(time.monotonic())
+        self._take_up()
 
     # -- pinging
 
@@ -7006,6 +7037,8 @@ class Homeserver:
         self.config = ConfigReader(sources, "Homeserver", os.curdir).read()
         self.clock = clock or Clock()
         log.addHandler(logging.NullHandler())                # silent, unless whoever embeds it wants to hear
+        # Reads the registrations again, for reload(); ConfigError.
+        self.reread: Callable[[], Sequence[Registration]] = lambda: ConfigReader(sources, "Homeserver", os.curdir).read().registrations
         self.samples: list[AppService] = []
         self._run_samples = samples
         self._started = False
@@ -7054,6 +7087,23 @@ class Homeserver:
         self.samples.append(sample)
         sample.listen()
         return dataclasses.replace(registration, url=sample.url) if registration.url else registration
+
+    def reload(self) -> list[str]:
+        """Reads the registrations again and says what changed. ConfigError, and nothing changes, if one is wrong.
+
+        A sample application service that is running goes on as it is.
+        """
+        fresh = {registration.id: registration for registration in self.reread()}
+        before = {registration.id: registration for registration in self.config.registrations}
+        same = {id for id in fresh if id in before and fresh[id].is_like(before[id])}
+        changes = [f"added {id!r}" for id in fresh if id not in before] + [f"removed {id!r}" for id in before if id not in fresh]
+        changes += [f"changed {id!r}" for id in fresh if id in before and id not in same]
+        running = self.world.registrations.by_id
+        self.config.registrations = list(fresh.values())
+        self.world.use(Registrations(self.config.server_name, [running[id] if id in same else fresh[id] for id in fresh]))
+        self.delivery.reload()
+        log.info("registrations read again: %s", ", ".join(changes) or "nothing changed")
+        return changes
 
     def stop(self) -> None:
         """Ends what was started; again is no error. What was answered is kept."""
@@ -7380,12 +7430,15 @@ def run(config: Config, args: argparse.Namespace) -> int:
         return run_samples(config, args.homeserver, stop)
     hs = Homeserver(samples=args.role == "both", **{entry.name: getattr(config, entry.name)
                                                     for entry in dataclasses.fields(config)})
+    hs.reread = lambda: config_of(args).registrations
     try:
         hs.start()
     except (OSError, DatabaseError, sqlite3.Error) as error:
         print(why_not_started(error, config), file=sys.stderr)
         return 1
     try:
+        if hasattr(signal, "SIGHUP"):
+            signal.signal(signal.SIGHUP, lambda number, frame: threading.Thread(target=reload, args=(hs,)).start())
         threading.Thread(target=describe, args=(hs,), name="describe", daemon=True).start()
         for line in suggestions(hs) if not args.quiet else ():
             log.info("try: %s", line) if args.log_format == "json" else sys.stderr.write(f"  try: {line}\n")
@@ -7399,6 +7452,13 @@ def run(config: Config, args: argparse.Namespace) -> int:
     finally:
         hs.stop()
     return 0
+
+
+def reload(hs: Homeserver) -> None:
+    try:
+        hs.reload()
+    except ConfigError as error:
+        log.error("the registrations are not read again, for something is wrong with them:\n%s", error)
 
 
 def until_rung(stop: Any) -> None:

@@ -6332,6 +6332,64 @@ def test_the_bot_in_the_readme_answers(tmp_path, monkeypatch):
         names["bot"].stop()
 
 
+def test_registrations_are_read_again_while_it_runs(start, recorder, tmp_path):
+    one, two, path = recorder(), recorder(), tmp_path / "r.json"
+    path.write_text(json.dumps(registration("one", one.url, rooms=["!.*"])))
+    hs = start(str(path))
+    alice = hs.client("alice")
+    room = alice.create_room()
+    hs.settle()
+    assert hs.reload() == []
+    path.write_text(json.dumps(registration("two", two.url, rooms=["!.*"])))
+    assert sorted(hs.reload()) == ["added 'two'", "removed 'one'"]
+    before = len(one.events)
+    alice.say(room, "for two")
+    hs.settle()
+    assert two.texts() == ["for two"] and len(one.events) == before
+    with refused("M_UNKNOWN_TOKEN", 401):
+        asbridge.Client(hs.url, "as-one").whoami()
+    assert asbridge.Client(hs.url, "as-two").whoami()["user_id"] == "@_two_bot:localhost"
+
+
+def test_a_registration_that_is_wrong_changes_nothing_when_it_is_read_again(start, recorder, tmp_path):
+    r, path = recorder(), tmp_path / "r.json"
+    path.write_text(json.dumps(registration(url=r.url)))
+    hs = start(str(path))
+    path.write_text("{}")
+    with pytest.raises(asbridge.ConfigError):
+        hs.reload()
+    assert asbridge.Client(hs.url, "as-irc").whoami()["user_id"] == "@_irc_bot:localhost"
+
+
+def test_what_waits_for_a_service_goes_to_its_new_address_after_reading_again(start, recorder, tmp_path):
+    r, path = recorder(), tmp_path / "r.json"
+    path.write_text(json.dumps(registration(url=nowhere(), rooms=["!.*"])))
+    hs = start(str(path))
+    alice = hs.client("alice")
+    alice.say(alice.create_room(), "kept")
+    path.write_text(json.dumps(registration(url=r.url, rooms=["!.*"])))
+    assert hs.reload() == ["changed 'irc'"]
+    hs.settle()
+    assert r.texts() == ["kept"]
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="no such signal here")
+def test_sighup_reads_the_registrations_again(tmp_path):
+    (tmp_path / "r.json").write_text(json.dumps(registration()))
+    (tmp_path / "x.json").write_text(json.dumps({"port": 0, "registrations": ["r.json"]}))
+    with subprocess.Popen([sys.executable, os.path.join(HERE, "asbridge.py"), "--config", "x.json"], cwd=tmp_path,
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            process.stdout.readline()
+            (tmp_path / "r.json").write_text(json.dumps(registration("other")))
+            process.send_signal(signal.SIGHUP)
+            line = next(line for line in process.stderr if "read again" in line)
+            assert "added 'other'" in line and "removed 'irc'" in line
+        finally:
+            process.terminate()
+        assert process.wait(10) == 0
+
+
 def test_a_homeserver_that_was_stopped_starts_again(tmp_path):
     hs = asbridge.Homeserver(database=str(tmp_path / "hs.db"))
     for _ in range(2):
