@@ -2026,6 +2026,16 @@ class Reader:
         return self.one("SELECT password, appservice, displayname, avatar_url, deactivated FROM users "
                         "WHERE user_id = ?", user_id)
 
+    def users_like(self, user_id: str, term: str, limit: int) -> list[Any]:
+        """(user_id, displayname, avatar_url) of those who are in a room with the user, or in a public one."""
+        return self.all(
+            "SELECT user_id, displayname, avatar_url FROM users u WHERE NOT deactivated "
+            "AND (instr(lower(user_id), lower(?)) OR instr(lower(coalesce(displayname, '')), lower(?))) "
+            "AND EXISTS (SELECT 1 FROM memberships m JOIN rooms ON n = room WHERE m.user_id = u.user_id "
+            "AND membership = 'join' AND (published OR room IN "
+            "(SELECT room FROM memberships WHERE user_id = ? AND membership = 'join'))) ORDER BY user_id LIMIT ?",
+            term, term, user_id, limit)
+
     def devices(self, user_id: str) -> list[Any]:
         """(device_id, display_name, last_seen_ts, last_seen_ip) of each."""
         return self.all("SELECT device_id, display_name, last_seen_ts, last_seen_ip FROM devices "
@@ -2817,6 +2827,7 @@ def create_schema(db: sqlite3.Connection, path: str, server_name: str) -> None:
 
 MAX_SYNC_SECONDS = 600.0
 UNUSED_MEDIA_MS = 24 * 3_600_000 # how long a URI waits for its content
+MAX_SPACE_DEPTH = 10             # levels of rooms below a space in one answer
 MAX_RELATION_DEPTH = 3           # for /relations with recurse
 MAX_PAGE = 1000                  # events in one answer
 TIMELINE = 10                    # events in a /sync timeline, unless a filter says otherwise
@@ -3049,6 +3060,14 @@ class Accounts:
                     if content != room.content("m.room.member", user_id):
                         tx.append(room, Draft("m.room.member", user_id, content, user_id), self.world.clock.now())
         self.store.write(job)
+
+    def search(self, who: Who, term: str, limit: int) -> JsonObject:
+        """The user directory: people whose ID or name has the term in it and who are met in a common or a public room."""
+        with self.store.read() as reader:
+            rows = reader.users_like(who.user_id, term, limit + 1)
+        results = [{"user_id": user_id, **({"display_name": name} if name else {}), **({"avatar_url": url} if url else {})}
+                   for user_id, name, url in rows[:limit]]
+        return {"results": results, "limited": len(rows) > limit}
 
     # -- account data and filters
 
@@ -3591,6 +3610,39 @@ class Rooms:
         if offset:
             answer["prev_batch"] = str(max(0, offset - limit))
         return answer
+
+    def hierarchy(self, who: Who, room_id: str, suggested_only: bool, max_depth: int, offset: int, limit: int) -> JsonObject:
+        """A space and the rooms below it, as far as the user may see them, level by level (Spaces)."""
+        with self.store.read() as reader:
+            found: list[JsonObject] = []
+            level, seen = [room_id], {room_id}
+            for depth in range(max_depth + 1):
+                entries = [entry for id in level if (entry := self._space_entry(reader, who, id, suggested_only))]
+                if depth == 0 and not entries:
+                    raise forbidden(f"{who.user_id} can't see the room {shorten(room_id)}")
+                found += entries
+                below = [event["state_key"] for entry in entries for event in entry["children_state"]]
+                level = [id for id in dict.fromkeys(below) if id not in seen]
+                seen.update(level)
+        more = {"next_batch": str(offset + limit)} if offset + limit < len(found) else {}
+        return {"rooms": found[offset:offset + limit], **more}
+
+    @staticmethod
+    def _space_entry(reader: Reader, who: Who, room_id: str, suggested_only: bool) -> JsonObject | None:
+        """A room and its m.space.child events, in the order of the space; None if it may not be seen."""
+        row = reader.room_row(room_id)
+        if not row:
+            return None
+        entry, own = public_entry(reader, row), reader.membership(who.user_id, row.n)
+        open_to_all = entry["join_rule"] in ("public", "knock", "knock_restricted") or entry["world_readable"]
+        if not (open_to_all or (own and own[0] in ("join", "invite"))):
+            return None
+        children = [event for event in reader.state_at(row.n, type="m.space.child") if isinstance(event.content.get("via"), list)
+                    and (event.content.get("suggested") is True or not suggested_only)]
+        children.sort(key=lambda event: (str(event.content.get("order", "\x7f")), event.ts, event.state_key or ""))
+        entry["children_state"] = [{"type": event.type, "state_key": event.state_key, "content": event.content,
+                                    "sender": event.sender, "origin_server_ts": event.ts} for event in children]
+        return entry
 
     # -- what passes: typing, receipts, read markers
 
@@ -5072,6 +5124,18 @@ def put_visibility(call: Call) -> Any:
     return {}
 
 
+def get_hierarchy(call: Call) -> Any:
+    suggested_only = call.choice("suggested_only", ("true", "false"), "false") == "true"
+    max_depth = min(call.integer("max_depth", MAX_SPACE_DEPTH), MAX_SPACE_DEPTH)
+    return call.api.rooms.hierarchy(call.who, call["roomId"], suggested_only, max_depth, call.integer("from", 0),
+                                    min(call.integer("limit", 50, 1), MAX_PAGE))
+
+
+def search_users(call: Call) -> Any:
+    body = call.body
+    return call.api.accounts.search(call.who, field(body, "search_term", str), min(max(field(body, "limit", int, 10), 1), 50))
+
+
 def get_public_rooms(call: Call) -> Any:
     return call.api.rooms.public("", call.integer("since", 0), min(call.integer("limit", 100), MAX_PAGE))
 
@@ -5260,6 +5324,8 @@ ROUTES = [Route(method, PREFIXES.get(path[0], path[0]) + path[1:], auth, handler
     ("PUT",    "C/directory/list/room/{roomId}",               "user",       put_visibility,      "Listing rooms"),
     ("GET",    "C/publicRooms",                                "maybe",      get_public_rooms,    "Listing rooms"),
     ("POST",   "C/publicRooms",                                "user",       search_public_rooms, "Listing rooms"),
+    ("GET",    "V/rooms/{roomId}/hierarchy",                   "user",       get_hierarchy,       "Spaces"),
+    ("POST",   "C/user_directory/search",                      "user",       search_users,        "User Directory"),
     # Media
     ("POST",   "M/upload",                                     "user",       upload,              "Content repository"),
     ("POST",   "M/create",                                     "user",       create_media,        "Content repository"),

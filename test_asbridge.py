@@ -4144,6 +4144,53 @@ def test_the_content_of_a_media_uri_comes_once_and_from_who_made_it(three):
     assert ask(hs, "PUT", f"/_matrix/media/v3/upload/{late}", alice.token, b"x")[0] == 404
 
 
+def hierarchy(client, room, **query):
+    answer = client.call("GET", f"/_matrix/client/v1/rooms/{urllib.parse.quote(room)}/hierarchy", **query)
+    return [entry["room_id"] for entry in answer["rooms"]], answer
+
+
+def test_a_space_lists_the_rooms_below_it_that_one_may_see(three):
+    hs, alice, bob, _, room = three
+    hidden = alice.create_room()
+    below = alice.create_room(preset="public_chat", creation_content={"type": "m.space"})
+    space = alice.create_room(preset="public_chat", creation_content={"type": "m.space"})
+    for parent, child, order in ((space, below, "b"), (space, room, "a"), (space, hidden, "c"), (below, room, "a")):
+        alice.set_state(parent, "m.space.child", {"via": ["localhost"], "order": order}, child)
+    assert hierarchy(bob, space)[0] == [space, room, below]
+    assert hierarchy(alice, space)[0] == [space, room, below, hidden]
+    assert hierarchy(bob, space, max_depth=0)[0] == [space]
+    first = hierarchy(bob, space, limit=2)[1]["rooms"][0]
+    assert first["room_type"] == "m.space" and [event["state_key"] for event in first["children_state"]] == [room, below, hidden]
+
+
+def test_a_hierarchy_comes_in_pages_and_may_have_what_is_suggested_only(three):
+    hs, alice, bob, _, room = three
+    space = alice.create_room(preset="public_chat")
+    other = alice.create_room(preset="public_chat")
+    alice.set_state(space, "m.space.child", {"via": ["localhost"]}, room)
+    alice.set_state(space, "m.space.child", {"via": ["localhost"], "suggested": True}, other)
+    assert hierarchy(bob, space, suggested_only="true")[0] == [space, other]
+    first, answer = hierarchy(bob, space, limit=2)
+    assert len(first) == 2 and first + hierarchy(bob, space, limit=2, **{"from": answer["next_batch"]})[0] == hierarchy(bob, space)[0]
+    alice.set_state(space, "m.space.child", {}, room)
+    assert room not in hierarchy(bob, space)[0]
+    with refused("M_FORBIDDEN", 403):
+        hierarchy(bob, alice.create_room())
+
+
+def test_the_user_directory_has_those_whom_one_meets(three):
+    hs, alice, bob, carol, room = three
+    search = lambda client, term, **more: client.call("POST", path("user_directory", "search"), {"search_term": term, **more})  # noqa: E731
+    assert search(bob, "alice")["results"] == []
+    bob.join(room)
+    alice.set_displayname("Alice Liddell")
+    assert search(bob, "LIDD") == {"results": [{"user_id": alice.user_id, "display_name": "Alice Liddell"}], "limited": False}
+    assert search(bob, "carol")["results"] == []
+    carol.create_room(visibility="public")
+    assert [one["user_id"] for one in search(bob, "carol")["results"]] == [carol.user_id]
+    assert search(bob, "localhost", limit=1)["limited"]
+
+
 # ============================================================================
 # 7. Delivery
 # ============================================================================
