@@ -2827,6 +2827,7 @@ def create_schema(db: sqlite3.Connection, path: str, server_name: str) -> None:
 
 MAX_SYNC_SECONDS = 600.0
 UNUSED_MEDIA_MS = 24 * 3_600_000 # how long a URI waits for its content
+OPENID_SECONDS = 3600            # how long an OpenID token is good
 MAX_SPACE_DEPTH = 10             # levels of rooms below a space in one answer
 MAX_RELATION_DEPTH = 3           # for /relations with recurse
 MAX_PAGE = 1000                  # events in one answer
@@ -2915,6 +2916,8 @@ class Accounts:
 
     def __init__(self, world: World) -> None:
         self.world, self.store = world, world.store
+        self._openid: dict[bytes, tuple[str, float]] = {}    # digest of a token → user, until when
+        self._guard = threading.Lock()                       # guards changes of _openid
 
     # -- registering and logging in
 
@@ -3029,6 +3032,22 @@ class Accounts:
             for device_id in device_ids:
                 tx.delete_device(who.user_id, device_id)
         self.store.write(job, who.token)
+
+    # -- who somebody is, told to others (OpenID)
+
+    def openid_token(self, who: Who) -> JsonObject:
+        """A token with which the user can prove to a third party who they are; for an hour, and in memory only."""
+        token, now = secrets.token_urlsafe(24), self.world.clock.monotonic()
+        with self._guard:
+            self._openid = {key: value for key, value in self._openid.items() if value[1] > now}
+            self._openid[digest(token)] = (who.user_id, now + OPENID_SECONDS)
+        return {"access_token": token, "token_type": "Bearer", "matrix_server_name": self.world.name, "expires_in": OPENID_SECONDS}
+
+    def openid_user(self, token: str) -> str:
+        user_id, until = self._openid.get(digest(token), ("", 0.0))
+        if until < self.world.clock.monotonic():
+            raise MatrixError("M_UNKNOWN_TOKEN", "this OpenID token was not given here, or its hour is over")
+        return user_id
 
     # -- profiles
 
@@ -4955,6 +4974,18 @@ def get_filter(call: Call) -> Any:
     return call.api.accounts.filter(call.who, call["filterId"])
 
 
+def post_openid_token(call: Call) -> Any:
+    call.own(call["userId"])
+    return call.api.accounts.openid_token(call.who)
+
+
+def openid_userinfo(call: Call) -> Any:
+    token = call.query("access_token")
+    if not token:
+        raise MatrixError("M_MISSING_TOKEN", "the query must have access_token, an OpenID token")
+    return {"sub": call.api.accounts.openid_user(token)}
+
+
 def keys_query(call: Call) -> Any:
     """Device keys. Nobody can upload any here yet; an unknown ghost's application service is asked to create it."""
     wanted = field(call.body, "device_keys", dict)
@@ -5280,6 +5311,8 @@ ROUTES = [Route(method, PREFIXES.get(path[0], path[0]) + path[1:], auth, handler
     ("GET",    "U/rooms/{roomId}/tags",                        "user",       get_tags,            "Room Tagging"),
     ("PUT",    "U/rooms/{roomId}/tags/{tag}",                  "user",       put_tag,             "Room Tagging"),
     ("DELETE", "U/rooms/{roomId}/tags/{tag}",                  "user",       delete_tag,          "Room Tagging"),
+    ("POST",   "U/openid/request_token",                       "user",       post_openid_token,   "OpenID"),
+    ("GET",    "/_matrix/federation/v1/openid/userinfo",       "nobody",     openid_userinfo,     "Server-Server API, OpenID"),
     ("POST",   "U/filter",                                     "user",       post_filter,         "Filtering"),
     ("GET",    "U/filter/{filterId}",                          "user",       get_filter,          "Filtering"),
     ("POST",   "C/keys/query",                                 "user",       keys_query,          "End-to-end encryption; AS: Query"),

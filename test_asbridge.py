@@ -4191,6 +4191,20 @@ def test_the_user_directory_has_those_whom_one_meets(three):
     assert search(bob, "localhost", limit=1)["limited"]
 
 
+def test_an_openid_token_tells_a_third_party_who_somebody_is_for_an_hour(three):
+    hs, alice, bob, _, _ = three
+    made = alice.call("POST", path("user", alice.user_id, "openid", "request_token"), {})
+    assert made["token_type"] == "Bearer" and made["matrix_server_name"] == "localhost" and made["expires_in"] == 3600
+    where = "/_matrix/federation/v1/openid/userinfo?access_token="
+    assert ask(hs, "GET", where + made["access_token"]) == (200, {"sub": alice.user_id})
+    assert ask(hs, "GET", where + alice.token)[1]["errcode"] == "M_UNKNOWN_TOKEN"
+    assert ask(hs, "GET", path("account", "whoami"), made["access_token"])[0] == 401
+    with refused("M_FORBIDDEN", 403):
+        bob.call("POST", path("user", alice.user_id, "openid", "request_token"), {})
+    hs.advance(3601)
+    assert ask(hs, "GET", where + made["access_token"])[0] == 401
+
+
 # ============================================================================
 # 7. Delivery
 # ============================================================================
