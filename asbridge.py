@@ -5882,13 +5882,15 @@ class AppService:
         if not isinstance(events, list):
             raise MatrixError("M_BAD_JSON", "the body must have 'events': a list")
         with self._delivery:
-            if not self.sql("SELECT 1 FROM transactions_done WHERE id = ?", txn_id):
-                for event in events:
-                    if self.stopping:
-                        raise MatrixError("M_UNKNOWN", "the application service stops", 503)
-                    if isinstance(event, dict):
-                        self._handle(event)
-                self._remember("transactions_done", txn_id, KEPT_TXNS)
+            # An ID may come back with other events: from a homeserver that was set up anew and counts from 1. What
+            # was handled is known by event; only what has no ID is taken for done with its transaction.
+            done = bool(self.sql("SELECT 1 FROM transactions_done WHERE id = ?", txn_id))
+            for event in events:
+                if self.stopping:
+                    raise MatrixError("M_UNKNOWN", "the application service stops", 503)
+                if isinstance(event, dict) and not (done and not isinstance(event.get("event_id"), str)):
+                    self._handle(event)
+            self._remember("transactions_done", txn_id, KEPT_TXNS)
 
     def _handle(self, event: JsonObject) -> None:
         event_id = event.get("event_id")
@@ -6900,10 +6902,11 @@ class IrcBridge(AppService):
         try:
             self.ghost(job["nick"]).send(room_id, "m.room.message", content, job["txn"], job.get("ts"))
         except MatrixError as error:
-            if error.status in (403, 404):
-                with self.lock:                              # the next word opens another
-                    self._drop_direct(room_id)
-            raise
+            with self.lock:                                  # a talk that is over: this word opens another
+                over = error.status in (403, 404) and self._drop_direct(room_id)
+            if not over:
+                raise
+            self.ghost(job["nick"]).send(self.room_of(job), "m.room.message", content, job["txn"], job.get("ts"))
 
     def _do_topic(self, job: JsonObject) -> None:
         room_id, content = self.channel_room(job["to"]), {"topic": job["topic"]}

@@ -5419,6 +5419,12 @@ def test_unknown_keys_and_event_types_are_tolerated(service):
     assert service.events == ["$1"]
 
 
+def test_a_transaction_id_that_is_used_again_for_other_events_does_not_swallow_them(service):
+    for events in (some_events("$one"), some_events("$two"), some_events("$one", "$two")):
+        assert as_request(service, "PUT", PUSH + "1", events)[0] == 200
+    assert service.events == ["$one", "$two"]
+
+
 def test_an_event_that_needs_a_homeserver_that_is_away_is_pushed_again(tmp_path):
     class Answering(asbridge.AppService):
         def on_event(self, event):
