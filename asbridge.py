@@ -3069,7 +3069,6 @@ class Accounts:
             raise forbidden(f"{who.user_id} can't change the profile of {shorten(user_id)}")
 
         def job(tx: Tx) -> None:
-            tx.check_session(who.token)
             tx.set_profile(user_id, key, value)
             for _, room_id, membership, _, _ in tx.memberships_of(user_id):
                 room = tx.room(room_id)
@@ -3078,7 +3077,7 @@ class Accounts:
                                if v is not None}
                     if content != room.content("m.room.member", user_id):
                         tx.append(room, Draft("m.room.member", user_id, content, user_id), self.world.clock.now())
-        self.store.write(job)
+        self.store.write(job, who.token)
 
     def search(self, who: Who, term: str, limit: int) -> JsonObject:
         """The user directory: people whose ID or name has the term in it and who are met in a common or a public room."""
@@ -3158,6 +3157,14 @@ class View(NamedTuple):
                 found += read(start, end, limit - len(found), newest)
         return found
 
+    def page(self, read: Callable[[int, int, int, bool], list[Event]], start: int, stop: int | None, backwards: bool,
+             limit: int) -> tuple[list[Event], str | None]:
+        """A page from the tick `start` on, and the token of the next one; none: there is no more."""
+        after, upto = (stop or 0, start) if backwards else (start, FOREVER if stop is None else stop)
+        events = self.collect(read, after, upto, limit, backwards)
+        full = len(events) == limit and bool(events)
+        return events, str(events[-1].tick - backwards) if full else None
+
     def sees(self, tick: int) -> bool:
         return any(first <= tick <= last for first, last in self.ranges)
 
@@ -3187,8 +3194,7 @@ class Rooms:
         self.world, self.store = world, world.store
 
     def _room(self, tx: Tx, who: Who, room_id: str) -> Room:
-        """The room, for a job of `who`, whose session must still be good."""
-        tx.check_session(who.token)
+        """The room, for a job of `who`."""
         room = tx.room(room_id)
         if not room:
             raise forbidden(f"{who.user_id} is not in the room {shorten(room_id)}")
@@ -3211,7 +3217,6 @@ class Rooms:
             self.world.ask("users", user_id, who.appservice, False)
 
         def job(tx: Tx) -> str:
-            tx.check_session(who.token)
             room = tx.add_room(f"!{random_id()}:{self.world.name}", plan.version)
             if plan.published:
                 tx.publish_room(room, True)
@@ -3224,7 +3229,7 @@ class Rooms:
                 content = self._member_content(tx, user_id, "invite", direct)
                 self._append_first(tx, room, Draft("m.room.member", who.user_id, content, user_id))
             return room.room_id
-        return self.store.write(job)
+        return self.store.write(job, who.token)
 
     def _append_first(self, tx: Tx, room: Room, draft: Draft) -> None:
         try:
@@ -3254,7 +3259,6 @@ class Rooms:
         room_id = self._id_of(room_id_or_alias, who)
 
         def job(tx: Tx) -> str:
-            tx.check_session(who.token)
             room = tx.room(room_id)
             if not room:
                 raise MatrixError("M_NOT_FOUND", f"there is no room {shorten(room_id)}")
@@ -3263,7 +3267,7 @@ class Rooms:
                                                {**(extra or {}), **self._voucher(tx, room, who.user_id)})
                 self._append(tx, room, Draft("m.room.member", who.user_id, content, who.user_id))
             return room_id
-        return self.store.write(job)
+        return self.store.write(job, who.token)
 
     def _id_of(self, room_id_or_alias: str, who: Who) -> str:
         return self.resolve(room_id_or_alias, who.appservice) if room_id_or_alias[:1] == "#" else room_id_or_alias
@@ -3293,32 +3297,27 @@ class Rooms:
         self.set_membership(who, room_id, user_id, "invite", extra)
 
     def set_membership(self, who: Who, room_id: str, user_id: str, membership: str,
-                       extra: JsonObject | None = None) -> None:
-        """invite, leave (oneself or another), ban, knock."""
+                       extra: JsonObject | None = None, check: Callable[[str], object] = lambda current: None) -> None:
+        """invite, leave (oneself or another), ban, knock. `check` may refuse by the membership that there is now."""
         def job(tx: Tx) -> None:
             room = self._room(tx, who, room_id)
+            check(room.membership(user_id))
             content = self._member_content(tx, user_id, membership, extra)
             self._append(tx, room, Draft("m.room.member", who.user_id, content, user_id))
-        self.store.write(job)
+        self.store.write(job, who.token)
 
     def kick(self, who: Who, room_id: str, user_id: str, extra: JsonObject | None = None) -> None:
         """Puts somebody out, or takes an invitation back."""
-        def job(tx: Tx) -> None:
-            room = self._room(tx, who, room_id)
-            if room.membership(user_id) not in ("join", "invite", "knock"):
+        def check(current: str) -> None:
+            if current not in ("join", "invite", "knock"):
                 raise forbidden(f"{shorten(user_id)} is not in the room")
-            content = self._member_content(tx, user_id, "leave", extra)
-            self._append(tx, room, Draft("m.room.member", who.user_id, content, user_id))
-        self.store.write(job)
+        self.set_membership(who, room_id, user_id, "leave", extra, check)
 
     def unban(self, who: Who, room_id: str, user_id: str, extra: JsonObject | None = None) -> None:
-        def job(tx: Tx) -> None:
-            room = self._room(tx, who, room_id)
-            if room.membership(user_id) != "ban":
+        def check(current: str) -> None:
+            if current != "ban":
                 raise MatrixError("M_BAD_STATE", f"{shorten(user_id)} is not banned")
-            self._append(tx, room, Draft("m.room.member", who.user_id,
-                                         {"membership": "leave", **(extra or {})}, user_id))
-        self.store.write(job)
+        self.set_membership(who, room_id, user_id, "leave", extra, check)
 
     def forget(self, who: Who, room_id: str) -> None:
         def job(tx: Tx) -> None:
@@ -3326,7 +3325,7 @@ class Rooms:
             if room.membership(who.user_id) not in ("leave", "ban"):
                 raise MatrixError("M_UNKNOWN", f"{who.user_id} is still in the room; leave it first", 400)
             tx.forget_room(who.user_id, room.n)
-        self.store.write(job)
+        self.store.write(job, who.token)
 
     def joined(self, who: Who) -> list[str]:
         with self.store.read() as reader:
@@ -3357,7 +3356,7 @@ class Rooms:
                 event_id = fn(tx, room)
                 tx.remember_client_txn(*scope, event_id)
             return event_id
-        return self.store.write(job)
+        return self.store.write(job, who.token)
 
     def set_state(self, who: Who, room_id: str, type: str, state_key: str, content: JsonObject,
                   ts: int | None = None) -> str:
@@ -3379,7 +3378,7 @@ class Rooms:
                 event = tx.state_event(room.n, type, state_key)
                 return event.event_id if event else ""
             return self._append(tx, room, draft, ts)
-        return self.store.write(job)
+        return self.store.write(job, who.token)
 
     @staticmethod
     def _check_canonical_alias(tx: Tx, room: Room, content: JsonObject) -> None:
@@ -3495,12 +3494,9 @@ class Rooms:
         """A page of history: from the tick `start` (the end, if None) backwards, or forwards."""
         with self.viewing(who, room_id) as (reader, view):
             start = (reader.position() if backwards else 0) if start is None else start
-            after, upto = (stop or 0, start) if backwards else (start, FOREVER if stop is None else stop)
-            events = view.events(reader, after, upto, min(limit, MAX_PAGE), backwards, filter)
-        page: JsonObject = {"start": str(start), "chunk": self.render(who, events)}
-        if len(events) == min(limit, MAX_PAGE) and events:
-            page["end"] = str(events[-1].tick - 1 if backwards else events[-1].tick)
-        return page
+            events, end = view.page(lambda *window: reader.events(view.row.n, window[0], window[1], window[2], window[3], filter),
+                                    start, stop, backwards, min(limit, MAX_PAGE))
+        return {"start": str(start), "chunk": self.render(who, events), **({"end": end} if end else {})}
 
     def context(self, who: Who, room_id: str, event_id: str, limit: int, filter: Filter) -> JsonObject:
         """An event with what stood before and after it; `limit` events of these at most."""
@@ -3524,13 +3520,10 @@ class Rooms:
         with self.viewing(who, room_id) as (reader, view):
             parent = self._visible(reader, view, event_id).tick
             start = (reader.position() if backwards else 0) if start is None else start
-            after, upto = (stop or 0, start) if backwards else (start, FOREVER if stop is None else stop)
-            events = view.collect(lambda *window: reader.related(parent, depth, rel_type, type, *window),
-                                  after, upto, limit, backwards)
-        page: JsonObject = {"chunk": self.render(who, events), **({"recursion_depth": depth} if recurse else {})}
-        if len(events) == limit and events:
-            page["next_batch"] = str(events[-1].tick - 1 if backwards else events[-1].tick)
-        return page
+            events, end = view.page(lambda *window: reader.related(parent, depth, rel_type, type, *window),
+                                    start, stop, backwards, limit)
+        return {"chunk": self.render(who, events), **({"next_batch": end} if end else {}),
+                **({"recursion_depth": depth} if recurse else {})}
 
     def threads(self, who: Who, room_id: str, participated: bool, start: int | None, limit: int) -> JsonObject:
         """The roots of a room's threads, the one with the latest reply first, each with its summary."""
@@ -3568,7 +3561,7 @@ class Rooms:
             if not who.appservice and who.user_id not in room.joined:
                 raise forbidden(f"{who.user_id} is not in the room")
             self._add_alias(tx, who, alias, room, "M_UNKNOWN")
-        self.store.write(job)
+        self.store.write(job, who.token)
 
     def _add_alias(self, tx: Tx, who: Who, alias: str, room: Room, taken: str) -> None:
         check_id("#", alias, self.world.name)
@@ -3592,7 +3585,7 @@ class Rooms:
             if not (may or who.appservice or row[1] == who.user_id):
                 raise forbidden(f"{alias} may be deleted by {row[1]} or with power {needed} in the room")
             tx.delete_alias(alias, room)
-        self.store.write(job)
+        self.store.write(job, who.token)
 
     def aliases(self, who: Who, room_id: str) -> list[str]:
         with self.viewing(who, room_id) as (reader, view):
@@ -3613,7 +3606,7 @@ class Rooms:
                 raise forbidden(f"to list the room in the directory, {who.user_id} must be in it with power "
                                 f"{needed}")
             tx.publish_room(room, published)
-        self.store.write(job)
+        self.store.write(job, who.token)
 
     def public(self, search: str, offset: int, limit: int) -> JsonObject:
         """The public directory: published rooms that one may join or knock at, the largest first."""
@@ -3680,7 +3673,7 @@ class Rooms:
                 else:
                     raise MatrixError("M_INVALID_PARAM", f"a receipt is m.read, m.read.private or "
                                       f"m.fully_read, not {shorten(type)}")
-        self.store.write(job)
+        self.store.write(job, who.token)
 
 
 PRESETS = {  # preset: join_rule, history_visibility, guest_access
@@ -3807,12 +3800,11 @@ class Typing:
     def set(self, who: Who, room_id: str, until: float | None) -> None:
         """`until`: the clock's monotonic time; None: stopped typing."""
         def job(tx: Tx) -> None:
-            tx.check_session(who.token)
             room = tx.room(room_id)
             if not room or who.user_id not in room.joined:
                 raise forbidden(f"{who.user_id} is not in the room {shorten(room_id)}")
             self._change(tx, room, {who.user_id: until})
-        self.world.store.write(job)
+        self.world.store.write(job, who.token)
         with self._guard:
             if self._thread is None and not self._stopped:
                 self._thread = threading.Thread(target=self._expire, name="typing", daemon=True)
@@ -4231,8 +4223,7 @@ def advice(registration: Registration, failure: Answer | BaseException) -> str:
     """Why a call failed, and what to do about it."""
     if isinstance(failure, Answer):
         if failure.status in (401, 403):
-            return (f"{failure.status}: it rejects the hs_token; is the application service running with the "
-                    "registration "
+            return (f"{failure.status}: it rejects the hs_token; is the application service running with the registration "
                     "that the homeserver has?")
         text = failure.body.decode("utf-8", "replace")
         for token in (registration.hs_token, urllib.parse.quote(registration.hs_token, safe="")):
@@ -4272,6 +4263,11 @@ class Worker:
             self._thread.start()
         release(self._bell)
 
+    @property
+    def fresh(self) -> bool:
+        """Whether nothing has been offered yet."""
+        return self._thread is None
+
     def retry(self) -> None:
         """Ends the backoff."""
         self.next_attempt = 0.0
@@ -4298,9 +4294,8 @@ class Worker:
 
     def _push(self, transaction: Transaction) -> Answer | BaseException:
         try:
-            return self.line.exchange("PUT", f"/_matrix/app/v1/transactions/{transaction.txn_id}",
-                                      transaction.body,
-                                 self.world.settings.push_timeout_ms / 1000)
+            return self.line.exchange("PUT", f"/_matrix/app/v1/transactions/{transaction.txn_id}", transaction.body,
+                                      self.world.settings.push_timeout_ms / 1000)
         except CALL_FAILED as error:
             return error
 
@@ -4370,14 +4365,21 @@ class Delivery:
         self._take_up()
 
     def _take_up(self) -> None:
-        """Offers what is open to workers that have nothing, and has frozen what waits."""
-        with self.world.store.read() as reader:
-            waiting = [box.open for box in reader.outboxes().values() if box.open]
-        for transaction in waiting:
-            worker = self.worker(transaction.appservice)
-            if worker and worker.transaction is None:
-                self._offer(transaction)
-        self.world.store.write(lambda tx: tx.ready.update(tx.boxes))
+        """Offers what is open to workers that have had nothing yet, and has frozen what waits.
+
+        On the writer thread, as every offer: anybody else might offer what has been acknowledged meanwhile.
+        """
+        def job(tx: Tx) -> None:
+            tx.ready.update(tx.boxes)
+            for box in tx.boxes.values():
+                if box.open:
+                    tx.after.append(functools.partial(self._resume, box.open))
+        self.world.store.write(job)
+
+    def _resume(self, transaction: Transaction) -> None:
+        worker = self.worker(transaction.appservice)
+        if worker and worker.fresh:
+            self._offer(transaction)
 
     def stop(self, seconds: float = 2.0) -> None:
         """Attempts that are under way may take this long to end."""
