@@ -1858,7 +1858,7 @@ def visible_ranges(visibilities: Sequence[tuple[int, str]],
 # counter, the tick: a sync token is a tick, and "what is new" is what lies after
 # one. Does not know the rules: it stores what it is told.
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2               # what is new in a later one is added to an older database when it is opened
 SCHEMA = """
 CREATE TABLE meta         (key TEXT PRIMARY KEY, value) WITHOUT ROWID;     -- server_name; position: the last tick in this database
 CREATE TABLE users        (user_id TEXT PRIMARY KEY,
@@ -1900,6 +1900,29 @@ CREATE TABLE receipts     (room INTEGER, type TEXT, user_id TEXT, thread_id TEXT
 CREATE TABLE filters      (filter_id INTEGER PRIMARY KEY, user_id TEXT NOT NULL, json TEXT NOT NULL, UNIQUE (user_id, json));
 CREATE TABLE media        (media_id TEXT PRIMARY KEY, content_type TEXT NOT NULL, filename TEXT, user_id TEXT NOT NULL,
                            created_ts INTEGER NOT NULL, content BLOB);     -- NULL: only the URI was made yet
+CREATE TABLE device_keys  (user_id TEXT, device_id TEXT, json TEXT NOT NULL, PRIMARY KEY (user_id, device_id)) WITHOUT ROWID;
+CREATE TABLE one_time_keys(user_id TEXT, device_id TEXT, key_id TEXT,     -- 'algorithm:id'
+                           json TEXT NOT NULL, PRIMARY KEY (user_id, device_id, key_id)) WITHOUT ROWID;
+CREATE TABLE fallback_keys(user_id TEXT, device_id TEXT, algorithm TEXT, key_id TEXT NOT NULL, json TEXT NOT NULL,
+                           used INTEGER NOT NULL DEFAULT 0, PRIMARY KEY (user_id, device_id, algorithm)) WITHOUT ROWID;
+CREATE TABLE cross_signing(user_id TEXT, usage TEXT,                       -- master, self_signing or user_signing
+                           json TEXT NOT NULL, PRIMARY KEY (user_id, usage)) WITHOUT ROWID;
+CREATE TABLE signatures   (user_id TEXT, key TEXT,                         -- what is signed: a device, or a master key by its public part
+                           signer TEXT, key_id TEXT, signature TEXT NOT NULL, PRIMARY KEY (user_id, key, signer, key_id)) WITHOUT ROWID;
+CREATE TABLE key_changes  (user_id TEXT PRIMARY KEY, tick INTEGER NOT NULL) WITHOUT ROWID;  -- the last change of the user's device list
+CREATE INDEX key_news     ON key_changes (tick);
+CREATE TABLE to_device    (tick INTEGER PRIMARY KEY, user_id TEXT NOT NULL, device_id TEXT NOT NULL, json TEXT NOT NULL,
+                           appservice TEXT);                               -- who gets it in a transaction; NULL: the device's /sync
+CREATE INDEX inbox        ON to_device (user_id, device_id, tick);
+CREATE INDEX push_inbox   ON to_device (appservice, tick) WHERE appservice IS NOT NULL;
+CREATE TABLE backups      (version INTEGER PRIMARY KEY AUTOINCREMENT, user_id TEXT NOT NULL, algorithm TEXT NOT NULL,
+                           auth_data TEXT NOT NULL, etag INTEGER NOT NULL DEFAULT 0);
+CREATE INDEX own_backups  ON backups (user_id, version);
+CREATE TABLE backup_keys  (version INTEGER, room_id TEXT, session_id TEXT, json TEXT NOT NULL,
+                           PRIMARY KEY (version, room_id, session_id)) WITHOUT ROWID;
+CREATE TABLE network_rooms(appservice TEXT, network TEXT, room INTEGER,    -- the directory of a third-party network
+                           PRIMARY KEY (appservice, network, room)) WITHOUT ROWID;
+CREATE TABLE pushed       (appservice TEXT PRIMARY KEY, key_changes INTEGER NOT NULL) WITHOUT ROWID;  -- up to this tick, in transactions
 CREATE TABLE outbox       (appservice TEXT, tick INTEGER, reason TEXT NOT NULL, -- why this application service gets this event
                            PRIMARY KEY (appservice, tick)) WITHOUT ROWID;
 CREATE TABLE transactions (appservice TEXT, txn_id INTEGER, last_tick INTEGER NOT NULL, events INTEGER NOT NULL,
@@ -2802,14 +2825,16 @@ def open_database(path: str, server_name: str, durable: bool) -> sqlite3.Connect
 
 
 def create_schema(db: sqlite3.Connection, path: str, server_name: str) -> None:
-    """Makes the tables of a new database, all at once; refuses one that is not ours."""
+    """Makes the tables that a new or an older database lacks, all at once; refuses one that is not ours."""
     version = db.execute("PRAGMA user_version").fetchone()[0]
-    if version == 0 and not db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
-        db.executescript(f"BEGIN; {SCHEMA} INSERT INTO meta VALUES ('server_name', '{server_name}'), ('position', 0);"
-                         f"PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
-    elif version != SCHEMA_VERSION:
+    empty = not db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
+    if version > SCHEMA_VERSION or (version == 0 and not empty):
         raise DatabaseError(f"{path} is not a database of this asbridge (its user_version is {version}, "
                             f"not {SCHEMA_VERSION}); name another --database")
+    if version < SCHEMA_VERSION:
+        first = f"INSERT INTO meta VALUES ('server_name', '{server_name}'), ('position', 0);" if empty else ""
+        lacking = re.sub("^CREATE (TABLE|INDEX)", r"CREATE \1 IF NOT EXISTS", SCHEMA, flags=re.MULTILINE)
+        db.executescript(f"BEGIN; {lacking} {first} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
     made_for = db.execute("SELECT value FROM meta WHERE key = 'server_name'").fetchone()[0]
     if made_for != server_name:
         raise DatabaseError(f"{path} was made for the server name {made_for!r}, not {server_name!r}; "

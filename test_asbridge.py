@@ -1887,6 +1887,19 @@ def test_a_database_that_was_made_for_another_server_name_is_refused(open_store)
         open_store("a.db", server_name="other.org")
 
 
+def test_a_database_of_an_older_version_gets_the_tables_that_it_lacks_and_keeps_what_it_has(open_store, tmp_path):
+    store = open_store("a.db")
+    store.write(lambda tx: tx.add_session(ALICE, "DEV", None, b"digest", 5, None))
+    store.close()
+    with contextlib.closing(sqlite3.connect(tmp_path / "a.db")) as db:
+        db.executescript("DROP TABLE to_device; DROP TABLE signatures; PRAGMA user_version = 1")
+    again = open_store("a.db")
+    assert again.sessions == {b"digest": (ALICE, "DEV")}
+    with again.read() as reader:
+        assert reader.all("SELECT * FROM to_device") == reader.all("SELECT * FROM signatures") == []
+        assert reader.one("PRAGMA user_version")[0] == asbridge.SCHEMA_VERSION
+
+
 def test_a_newer_or_foreign_database_is_refused(open_store, tmp_path):
     open_store("a.db").close()
     with contextlib.closing(sqlite3.connect(tmp_path / "a.db")) as db:
