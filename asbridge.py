@@ -1907,9 +1907,9 @@ CREATE TABLE fallback_keys(user_id TEXT, device_id TEXT, algorithm TEXT, key_id 
                            used INTEGER NOT NULL DEFAULT 0, PRIMARY KEY (user_id, device_id, algorithm)) WITHOUT ROWID;
 CREATE TABLE cross_signing(user_id TEXT, usage TEXT,                       -- master, self_signing or user_signing
                            json TEXT NOT NULL, PRIMARY KEY (user_id, usage)) WITHOUT ROWID;
-CREATE TABLE signatures   (user_id TEXT, key TEXT,                         -- what is signed: a device, or a master key by its public part
+CREATE TABLE signatures   (user_id TEXT, key TEXT,                         -- what is signed: a device, or a key of cross-signing
                            signer TEXT, key_id TEXT, signature TEXT NOT NULL, PRIMARY KEY (user_id, key, signer, key_id)) WITHOUT ROWID;
-CREATE TABLE key_changes  (user_id TEXT PRIMARY KEY, tick INTEGER NOT NULL) WITHOUT ROWID;  -- the last change of the user's device list
+CREATE TABLE key_changes  (user_id TEXT PRIMARY KEY, tick INTEGER NOT NULL) WITHOUT ROWID; -- of the user's device list
 CREATE INDEX key_news     ON key_changes (tick);
 CREATE TABLE to_device    (tick INTEGER PRIMARY KEY, user_id TEXT NOT NULL, device_id TEXT NOT NULL, json TEXT NOT NULL,
                            appservice TEXT);                               -- who gets it in a transaction; NULL: the device's /sync
@@ -1922,7 +1922,7 @@ CREATE TABLE backup_keys  (version INTEGER, room_id TEXT, session_id TEXT, json 
                            PRIMARY KEY (version, room_id, session_id)) WITHOUT ROWID;
 CREATE TABLE network_rooms(appservice TEXT, network TEXT, room INTEGER,    -- the directory of a third-party network
                            PRIMARY KEY (appservice, network, room)) WITHOUT ROWID;
-CREATE TABLE pushed       (appservice TEXT PRIMARY KEY, key_changes INTEGER NOT NULL) WITHOUT ROWID;  -- up to this tick, in transactions
+CREATE TABLE pushed       (appservice TEXT PRIMARY KEY, key_changes INTEGER NOT NULL) WITHOUT ROWID; -- to this tick
 CREATE TABLE outbox       (appservice TEXT, tick INTEGER, reason TEXT NOT NULL, -- why this application service gets this event
                            PRIMARY KEY (appservice, tick)) WITHOUT ROWID;
 CREATE TABLE transactions (appservice TEXT, txn_id INTEGER, last_tick INTEGER NOT NULL, events INTEGER NOT NULL,
