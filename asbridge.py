@@ -120,6 +120,7 @@ ERRORS = {
     "M_FORBIDDEN":             403,
     "M_INVALID_PARAM":         400,
     "M_INVALID_ROOM_STATE":    400,  # createRoom was asked for a state that the room rules refuse
+    "M_INVALID_SIGNATURE":     400,  # a key that is not signed as it must be
     "M_INVALID_USERNAME":      400,
     "M_LIMIT_EXCEEDED":        429,
     "M_MISSING_PARAM":         400,
@@ -130,11 +131,13 @@ ERRORS = {
     "M_ROOM_IN_USE":           400,  # the alias asked for in createRoom is taken
     "M_TOO_LARGE":             413,
     "M_UNKNOWN":               500,
+    "M_UNKNOWN_DEVICE":        400,  # device_id names no device of the user
     "M_UNKNOWN_TOKEN":         401,
     "M_UNRECOGNIZED":          404,
     "M_UNSUPPORTED_ROOM_VERSION": 400,
     "M_URL_NOT_SET":           400,  # a ping for an application service whose url is null
     "M_USER_IN_USE":           400,
+    "M_WRONG_ROOM_KEYS_VERSION": 403, # a write to a key backup that is not the last
 }
 
 
@@ -1908,7 +1911,9 @@ CREATE TABLE fallback_keys(user_id TEXT, device_id TEXT, algorithm TEXT, key_id 
 CREATE TABLE cross_signing(user_id TEXT, usage TEXT,                       -- master, self_signing or user_signing
                            json TEXT NOT NULL, PRIMARY KEY (user_id, usage)) WITHOUT ROWID;
 CREATE TABLE signatures   (user_id TEXT, key TEXT,                         -- what is signed: a device, or a key of cross-signing
-                           signer TEXT, key_id TEXT, signature TEXT NOT NULL, PRIMARY KEY (user_id, key, signer, key_id)) WITHOUT ROWID;
+                           signer TEXT, key_id TEXT, signature TEXT NOT NULL, tick INTEGER NOT NULL,
+                           PRIMARY KEY (user_id, key, signer, key_id)) WITHOUT ROWID;
+CREATE INDEX own_signs    ON signatures (signer, tick);
 CREATE TABLE key_changes  (user_id TEXT PRIMARY KEY, tick INTEGER NOT NULL) WITHOUT ROWID; -- of the user's device list
 CREATE INDEX key_news     ON key_changes (tick);
 CREATE TABLE to_device    (tick INTEGER PRIMARY KEY, user_id TEXT NOT NULL, device_id TEXT NOT NULL, json TEXT NOT NULL,
@@ -1937,6 +1942,9 @@ MAX_TRANSACTION_EVENTS = 100
 KEPT_TRANSACTIONS = 1000         # acknowledged ones, for each application service, to look at
 MAX_CACHED_ROOMS = 2000          # rooms whose state the writer keeps in memory
 READERS = 8
+#: MSC3202: under which names an application service hears the counts of one-time keys, and of unused fallback keys.
+COUNT_KEYS = (("org.matrix.msc3202.device_one_time_keys_count", "org.matrix.msc3202.device_one_time_key_counts"),
+              ("org.matrix.msc3202.device_unused_fallback_key_types",))
 
 EVENT_COLUMNS = ("e.tick, e.type, e.state_key, e.sender, e.ts, e.json, r.json, json_extract(p.json, '$.content'), "
                  "e.device_id, e.txn_id")
@@ -2120,12 +2128,6 @@ class Reader:
         return int(self.one("SELECT count(*) FROM memberships WHERE room = ? AND membership = ?", room,
                             membership)[0])
 
-    def members_changed(self, room: int, since: int) -> bool:
-        """Whether a membership changed after this tick. Looks at what is new, however many members there are."""
-        return self.one("SELECT 1 FROM events INDEXED BY timeline "
-                        "WHERE room = ? AND tick > ? AND type = 'm.room.member' LIMIT 1",
-                        room, since) is not None
-
     # -- events
 
     def event(self, room: int, event_id: str) -> Event | None:
@@ -2205,7 +2207,83 @@ class Reader:
                        sender, device_id, path, txn_id)
         return row[0] if row else None
 
+    # -- keys and messages to devices (end-to-end encryption)
+
+    def keys_of(self, user_id: str) -> list[Any]:
+        """(device_id, display_name, json) of each device with keys."""
+        return self.all("SELECT device_id, display_name, json FROM device_keys JOIN devices USING (user_id, device_id) "
+                        "WHERE user_id = ?", user_id)
+
+    def device_keys(self, user_id: str, device_id: str) -> str | None:
+        row = self.one("SELECT json FROM device_keys WHERE user_id = ? AND device_id = ?", user_id, device_id)
+        return row[0] if row else None
+
+    def cross_signing(self, user_id: str) -> dict[str, JsonObject]:
+        """The user's cross-signing keys by usage: master, self_signing, user_signing."""
+        return {usage: json.loads(text) for usage, text in self.all("SELECT usage, json FROM cross_signing WHERE user_id = ?", user_id)}
+
+    def signatures(self, user_id: str, asker: str) -> list[Any]:
+        """(key, signer, key_id, signature) on the user's keys, as far as the asker may see them: the user's and its own."""
+        return self.all("SELECT key, signer, key_id, signature FROM signatures WHERE user_id = ? AND signer IN (?, ?)",
+                        user_id, user_id, asker)
+
+    def one_time_counts(self, user_id: str, device_id: str) -> dict[str, int]:
+        """One-time keys that are left, by algorithm; signed_curve25519 is always named."""
+        rows = self.all("SELECT substr(key_id, 1, instr(key_id, ':') - 1) AS algorithm, count(*) FROM one_time_keys "
+                        "WHERE user_id = ? AND device_id = ? GROUP BY algorithm", user_id, device_id)
+        return {"signed_curve25519": 0, **dict(rows)}
+
+    def one_time_key(self, user_id: str, device_id: str, key_id: str) -> str | None:
+        row = self.one("SELECT json FROM one_time_keys WHERE user_id = ? AND device_id = ? AND key_id = ?", user_id, device_id, key_id)
+        return row[0] if row else None
+
+    def unused_fallbacks(self, user_id: str, device_id: str) -> list[str]:
+        """Algorithms of the fallback keys that nobody has got yet."""
+        return [row[0] for row in self.all("SELECT algorithm FROM fallback_keys WHERE user_id = ? AND device_id = ? AND NOT used",
+                                           user_id, device_id)]
+
+    def devices_with_keys(self, user_id: str) -> list[str]:
+        return [row[0] for row in self.all("SELECT device_id FROM device_keys WHERE user_id = ?", user_id)]
+
+    def key_news(self, user_id: str, since: int, others: Iterable[str] = ()) -> dict[str, bool]:
+        """Users whose device lists changed after `since` or who are among the others and ever had keys, and whether
+        they are in a room with this user. Signatures of the user's own count as changes.
+        """
+        rows = self.all("SELECT user_id, user_id = ? OR EXISTS (SELECT 1 FROM memberships a JOIN memberships b USING (room) "
+                        "WHERE a.user_id = ? AND a.membership = 'join' AND b.user_id = k.user_id AND b.membership = 'join') "
+                        "FROM key_changes k WHERE tick > ? OR user_id IN (SELECT value FROM json_each(?)) "
+                        "OR user_id IN (SELECT user_id FROM signatures WHERE signer = ? AND tick > ?)",
+                        user_id, user_id, since, to_json(list(others)), user_id, since)
+        return {other: bool(shared) for other, shared in rows}
+
+    def changed_members(self, room: int, since: int) -> list[str]:
+        """Whose membership changed after this tick. Looks at what is new, however many members there are."""
+        rows = self.all("SELECT DISTINCT state_key FROM events INDEXED BY timeline WHERE room = ? AND tick > ? "
+                        "AND type = 'm.room.member' AND state_key IS NOT NULL", room, since)
+        return [row[0] for row in rows]
+
+    def to_device(self, user_id: str, device_id: str) -> list[Any]:
+        """(tick, json) of each message that is kept for the device's /sync."""
+        return self.all("SELECT tick, json FROM to_device WHERE user_id = ? AND device_id = ? AND appservice IS NULL ORDER BY tick",
+                        user_id, device_id)
+
+    def backup(self, user_id: str, version: int | None) -> Any:
+        """(version, algorithm, auth_data, etag, number of keys) of this version or the last; None: there is none."""
+        return self.one("SELECT version, algorithm, auth_data, etag, "
+                        "(SELECT count(*) FROM backup_keys k WHERE k.version = b.version) FROM backups b WHERE user_id = ? "
+                        "AND (? IS NULL OR version = ?) ORDER BY version DESC LIMIT 1", user_id, version, version)
+
+    def backup_keys(self, version: int, room_id: str | None = None, session_id: str | None = None) -> list[Any]:
+        """(room_id, session_id, json) of a backup, of one room, or of one session."""
+        return self.all("SELECT room_id, session_id, json FROM backup_keys WHERE version = ? AND (? IS NULL OR room_id = ?) "
+                        "AND (? IS NULL OR session_id = ?)", version, room_id, room_id, session_id, session_id)
+
     # -- what waits for application services
+
+    def ghosts_with_keys(self, id: str) -> list[str]:
+        """Users of an application service that have uploaded device keys."""
+        rows = self.all("SELECT DISTINCT user_id FROM device_keys JOIN users USING (user_id) WHERE appservice = ?", id)
+        return [row[0] for row in rows]
 
     def outboxes(self) -> dict[str, Outbox]:
         rows = self.all("SELECT appservice FROM outbox UNION SELECT appservice FROM transactions")
@@ -2248,13 +2326,18 @@ class Tx(Reader):
         self.ready: set[str] = set()                         # of these, the ones that freeze() is to look at
         # Ephemeral data that waits, by application service: what it replaces → since when, data. In memory only.
         self.ephemeral: dict[str, dict[Any, tuple[int, JsonObject]]] = {}
+        # Application services that may have messages to devices or news of keys waiting, and the users among their own
+        # whose key counts they should hear.
+        self.news: dict[str, set[str]] = {}
         self.forget()
 
     def forget(self) -> None:
         """Drops what is cached: after a rollback it may be wrong. Outside a batch only."""
         self.rooms.clear()
         self.boxes = self.outboxes()
-        self.ready = set(self.boxes)
+        self.news = {id: set(self.ghosts_with_keys(id) if self._hears_keys(id) else ())
+                     for id, registration in self.store.registrations.by_id.items() if registration.url is not None}
+        self.ready = {*self.boxes, *self.news}
         self.tick_now = self.position()
         self.new_batch()
 
@@ -2271,6 +2354,7 @@ class Tx(Reader):
         self._job_rows: dict[str, int] = {}  # application service → last tick of its outbox, by this job
         self._job_acknowledged: set[str] = set()             # application services that acknowledged, by this job
         self._job_ephemeral: list[tuple[str, Any, JsonObject]] = []  # application service, what it replaces, data
+        self._job_news: list[tuple[str, str | None]] = []    # application service, user whose key counts it should hear
 
     def job_done(self) -> None:
         for id in self._job_acknowledged:
@@ -2285,6 +2369,9 @@ class Tx(Reader):
             waiting[key] = (self.store.clock.now(), data)
             if len(waiting) > MAX_EPHEMERAL:
                 del waiting[next(iter(waiting))]
+            self.ready.add(id)
+        for id, user_id in self._job_news:
+            self.news.setdefault(id, set()).update([user_id] if user_id else ())
             self.ready.add(id)
 
     def job_failed(self) -> None:
@@ -2340,10 +2427,19 @@ class Tx(Reader):
             self.after.append(functools.partial(self.store.sessions.pop, token, None))
         self.run(f"DELETE FROM sessions WHERE {where}", *values)
 
+    def add_device(self, user_id: str, device_id: str, display_name: str | None, now: int) -> None:
+        self.run("INSERT INTO devices VALUES (?, ?, ?, ?, NULL)", user_id, device_id, display_name, now)
+
     def delete_device(self, user_id: str, device_id: str | None = None) -> None:
+        """A device, or all, with the sessions, the keys and what waits for it."""
         self.end_sessions(user_id, device_id)
-        self.run("DELETE FROM devices WHERE user_id = ? AND (? IS NULL OR device_id = ?)", user_id, device_id,
-                 device_id)
+        where, values = "user_id = ? AND (? IS NULL OR device_id = ?)", (user_id, device_id, device_id)
+        self.run(f"DELETE FROM signatures WHERE {where.replace('device_id', 'key')}", *values)
+        had_keys = self.run(f"DELETE FROM device_keys WHERE {where}", *values)
+        for table in ("devices", "one_time_keys", "fallback_keys", "to_device"):
+            self.run(f"DELETE FROM {table} WHERE {where}", *values)
+        if had_keys:
+            self.keys_changed(user_id)
 
     def rename_device(self, user_id: str, device_id: str, display_name: str | None) -> None:
         self.run("UPDATE devices SET display_name = ? WHERE user_id = ? AND device_id = ?", display_name,
@@ -2364,6 +2460,107 @@ class Tx(Reader):
         self.run("INSERT OR REPLACE INTO media VALUES (?, ?, ?, ?, ?, ?)", media_id, content_type, filename, user_id, now,
                  content)
         self.wake(media_id)                                  # who waits for a content waits under its ID
+
+    # -- keys and messages to devices (end-to-end encryption)
+
+    def put_device_keys(self, user_id: str, device_id: str, text: str) -> None:
+        self.run("INSERT OR REPLACE INTO device_keys VALUES (?, ?, ?)", user_id, device_id, text)
+        self.keys_changed(user_id)
+
+    def put_cross_signing(self, user_id: str, usage: str, text: str) -> None:
+        self.run("INSERT OR REPLACE INTO cross_signing VALUES (?, ?, ?)", user_id, usage, text)
+
+    def delete_cross_signing(self, user_id: str) -> None:
+        self.run("DELETE FROM cross_signing WHERE user_id = ?", user_id)
+
+    def put_signature(self, user_id: str, key: str, signer: str, key_id: str, signature: str) -> None:
+        self.run("INSERT OR REPLACE INTO signatures VALUES (?, ?, ?, ?, ?, ?)", user_id, key, signer, key_id, signature, self.tick())
+        self.wake(signer)
+
+    def keys_changed(self, user_id: str) -> None:
+        """The user's device list is new to all who share a room, and to the application services there."""
+        self.run("INSERT OR REPLACE INTO key_changes VALUES (?, ?)", user_id, self.tick())
+        self.wake(user_id)
+        for _, room_id, membership, _, _ in self.memberships_of(user_id):
+            room = self.room(room_id) if membership == "join" else None
+            if room:
+                self.wake_room(room)
+                self._job_news += [(id, None) for id in self.audience(room).interested(user_id, None) if self._hears_keys(id)]
+
+    def _hears_keys(self, id: str | None) -> bool:
+        registration = self.store.registrations.by_id.get(id or "")
+        return bool(registration and registration.msc3202 and registration.url is not None)
+
+    def put_one_time_key(self, user_id: str, device_id: str, key_id: str, text: str) -> None:
+        self.run("INSERT INTO one_time_keys VALUES (?, ?, ?, ?)", user_id, device_id, key_id, text)
+
+    def put_fallback_key(self, user_id: str, device_id: str, key_id: str, text: str) -> None:
+        """Replaces the device's fallback key of this algorithm; used or not, the same one stays as it is."""
+        algorithm = key_id.partition(":")[0]
+        self.run("INSERT INTO fallback_keys VALUES (?, ?, ?, ?, ?, 0) ON CONFLICT DO UPDATE SET key_id = excluded.key_id, "
+                 "json = excluded.json, used = 0 WHERE json <> excluded.json OR key_id <> excluded.key_id",
+                 user_id, device_id, algorithm, key_id, text)
+
+    def claim_key(self, user_id: str, device_id: str, algorithm: str) -> tuple[str, str] | None:
+        """Takes a one-time key away, or lends the fallback key: its ID and JSON."""
+        row = self.one("SELECT key_id, json FROM one_time_keys WHERE user_id = ? AND device_id = ? AND key_id GLOB ? || ':*' "
+                       "ORDER BY key_id LIMIT 1", user_id, device_id, algorithm)
+        if row:
+            self.run("DELETE FROM one_time_keys WHERE user_id = ? AND device_id = ? AND key_id = ?", user_id, device_id, row[0])
+        else:
+            of = (user_id, device_id, algorithm)
+            row = self.one("SELECT key_id, json FROM fallback_keys WHERE user_id = ? AND device_id = ? AND algorithm = ?", *of)
+            self.run("UPDATE fallback_keys SET used = 1 WHERE user_id = ? AND device_id = ? AND algorithm = ?", *of)
+        self._tell_counts(user_id)
+        return cast("tuple[str, str] | None", row)
+
+    def _tell_counts(self, user_id: str) -> None:
+        owner = self.user(user_id)
+        if owner and self._hears_keys(owner[1]):
+            self._job_news.append((owner[1], user_id))
+
+    def add_to_device(self, user_id: str, device_id: str, message: JsonObject) -> None:
+        """Leaves a message for a device; a ghost's goes into its application service's next transaction, if that
+        takes such.
+        """
+        id = self.user(user_id)[1]
+        registration = self.store.registrations.by_id.get(id)
+        pushed = bool(registration and registration.url is not None and registration.ephemeral_keys)
+        if pushed:
+            message = {**message, "to_user_id": user_id, "to_device_id": device_id}
+            self._job_news.append((id, None))
+            self._tell_counts(user_id)
+        self.run("INSERT INTO to_device VALUES (?, ?, ?, ?, ?)", self.tick(), user_id, device_id, to_json(message),
+                 id if pushed else None)
+        self.wake(user_id)
+
+    def drop_to_device(self, user_id: str, device_id: str, upto: int) -> None:
+        """The device has these."""
+        self.run("DELETE FROM to_device WHERE user_id = ? AND device_id = ? AND appservice IS NULL AND tick <= ?",
+                 user_id, device_id, upto)
+
+    def add_backup(self, user_id: str, algorithm: str, auth_data: str) -> int:
+        return int(self.db.execute("INSERT INTO backups (user_id, algorithm, auth_data) VALUES (?, ?, ?)",
+                                   (user_id, algorithm, auth_data)).lastrowid or 0)
+
+    def set_backup_auth(self, version: int, auth_data: str) -> None:
+        self.run("UPDATE backups SET auth_data = ? WHERE version = ?", auth_data, version)
+
+    def put_backup_key(self, version: int, room_id: str, session_id: str, text: str) -> None:
+        self.run("INSERT OR REPLACE INTO backup_keys VALUES (?, ?, ?, ?)", version, room_id, session_id, text)
+
+    def delete_backup_keys(self, version: int, room_id: str | None = None, session_id: str | None = None) -> int:
+        """How many there were."""
+        return self.run("DELETE FROM backup_keys WHERE version = ? AND (? IS NULL OR room_id = ?) AND (? IS NULL OR session_id = ?)",
+                 version, room_id, room_id, session_id, session_id)
+
+    def delete_backup(self, version: int) -> None:
+        self.delete_backup_keys(version)
+        self.run("DELETE FROM backups WHERE version = ?", version)
+
+    def backup_changed(self, version: int) -> None:
+        """Its keys are others now: so is its etag."""
+        self.run("UPDATE backups SET etag = etag + 1 WHERE version = ?", version)
 
     # -- rooms
 
@@ -2527,7 +2724,7 @@ class Tx(Reader):
         """Makes a transaction of what waits, for every AS that has none open. At the end of a batch."""
         for id in self.ready:
             box = self.boxes.get(id, NOTHING_WAITS)
-            if box.open is None and (box.waiting_to > box.frozen_to or self.ephemeral.get(id)):
+            if box.open is None and (box.waiting_to > box.frozen_to or self.ephemeral.get(id) or id in self.news):
                 self._freeze(id, box)
         self.ready.clear()
 
@@ -2540,15 +2737,52 @@ class Tx(Reader):
         keys = registration.ephemeral_keys if registration and data else ()
         return "".join([f',"{key}":{text}' for key in keys])
 
+    def _frozen_news(self, id: str) -> str:
+        """The part of a transaction for encrypting bridges (MSC2409, MSC3202): messages to devices, which leave the
+        inbox with it, whose device lists changed, and how many keys its users' devices have left.
+        """
+        users, registration = self.news.pop(id, set()), self.store.registrations.by_id.get(id)
+        parts: dict[str, Any] = {}
+        if registration and registration.ephemeral_keys:
+            parts["de.sorunome.msc2409.to_device"] = self._take_to_device(id)
+        if registration and registration.msc3202:
+            counts = {user_id: {device_id: (self.one_time_counts(user_id, device_id), self.unused_fallbacks(user_id, device_id))
+                                for device_id in self.devices_with_keys(user_id)} for user_id in sorted(users)}
+            parts["org.matrix.msc3202.device_lists"] = self._take_key_changes(id)
+            for at, names in enumerate(COUNT_KEYS):
+                for name in names:
+                    parts[name] = {user: {device: both[at] for device, both in devices.items()} for user, devices in counts.items()}
+        return "".join([f',"{key}":{to_json(value)}' for key, value in parts.items() if value])
+
+    def _take_to_device(self, id: str) -> list[Raw]:
+        rows = self.all("SELECT tick, json FROM to_device WHERE appservice = ? ORDER BY tick LIMIT ?", id, MAX_TRANSACTION_EVENTS)
+        if rows:
+            self.run("DELETE FROM to_device WHERE appservice = ? AND tick <= ?", id, rows[-1][0])
+            self.news.setdefault(id, set())                  # there may be more
+        return [Raw(text) for _, text in rows]
+
+    def _take_key_changes(self, id: str) -> JsonObject:
+        """device_lists: users in rooms that the application service hears, and its own."""
+        row = self.one("SELECT key_changes FROM pushed WHERE appservice = ?", id)
+        since = row[0] if row else self.position()           # the first time: of this batch
+        self.run("INSERT OR REPLACE INTO pushed VALUES (?, ?)", id, self.tick_now)
+        changed = [user_id for (user_id,) in self.all("SELECT user_id FROM key_changes WHERE tick > ? ORDER BY tick", since)
+                   if self._is_heard(id, user_id)]
+        return {"changed": changed, "left": []} if changed else {}
+
+    def _is_heard(self, id: str, user_id: str) -> bool:
+        rooms = (self.room(room_id) for _, room_id, membership, _, _ in self.memberships_of(user_id) if membership == "join")
+        return any(room and id in self.audience(room).interested(user_id, None) for room in rooms)
+
     def _freeze(self, id: str, box: Outbox) -> None:
         rows = self.all(f"SELECT {EVENT_COLUMNS} FROM outbox o JOIN {EVENT_TABLES} "
                         "WHERE o.appservice = ? AND o.tick > ? AND e.tick = o.tick "
                         "ORDER BY o.tick LIMIT ?", id, box.frozen_to, MAX_TRANSACTION_EVENTS)
         now = self.store.clock.now()
-        ephemeral = self._frozen_ephemeral(id, now)
-        if not rows and not ephemeral:
+        more = self._frozen_ephemeral(id, now) + self._frozen_news(id)
+        if not rows and not more:
             return
-        body = '{"events":[' + ",".join([Event(*row).for_appservice(now) for row in rows]) + f"]{ephemeral}}}"
+        body = '{"events":[' + ",".join([Event(*row).for_appservice(now) for row in rows]) + f"]{more}}}"
         transaction = Transaction(id, self._next_txn_id(id), len(rows), body.encode("utf-8", "replace"))
         last = int(rows[-1][0]) if rows else box.frozen_to
         self.run("INSERT INTO transactions VALUES (?, ?, ?, ?, ?, NULL)", id, transaction.txn_id, last,
@@ -3040,7 +3274,7 @@ class Accounts:
         with self.store.read() as reader:
             row = reader.device(who.user_id, device_id)
         if not row:
-            raise MatrixError("M_NOT_FOUND", f"{who.user_id} has no device {shorten(device_id)}")
+            raise self._no_device(who, device_id)
         return self._device(who, row)
 
     @staticmethod
@@ -3048,9 +3282,22 @@ class Accounts:
         return {"device_id": row[0], "display_name": row[1] or "", "last_seen_ts": row[2],
                 "last_seen_ip": row[3], "user_id": who.user_id}
 
-    def rename_device(self, who: Who, device_id: str, display_name: str | None) -> None:
-        self.device(who, device_id)
-        self.store.write(lambda tx: tx.rename_device(who.user_id, device_id, display_name))
+    def set_device(self, who: Who, device_id: str, display_name: str | None) -> bool:
+        """Names a device. An application service creates one so, if there is none (Device management); whether it did."""
+        def job(tx: Tx) -> bool:
+            known = tx.device(who.user_id, device_id)
+            if known:
+                tx.rename_device(who.user_id, device_id, display_name)
+            elif who.appservice:
+                tx.add_device(who.user_id, device_id, display_name, self.world.clock.now())
+            else:
+                raise self._no_device(who, device_id)
+            return not known
+        return self.store.write(job, who.token)
+
+    @staticmethod
+    def _no_device(who: Who, device_id: str) -> MatrixError:
+        return MatrixError("M_NOT_FOUND", f"{who.user_id} has no device {shorten(device_id)}")
 
     def delete_devices(self, who: Who, device_ids: Sequence[str]) -> None:
         def job(tx: Tx) -> None:
@@ -3948,6 +4195,276 @@ class Media:
         return MatrixError("M_NOT_FOUND", f"there is no media mxc://{shorten(server_name)}/{shorten(media_id)} on this server")
 
 
+# -- Keys: for end-to-end encryption, which the homeserver only serves and does not understand. To be skipped by a
+# reader who comes for the application service.
+
+USAGES = ("master", "self_signing", "user_signing")
+
+
+class Keys:
+    """Device keys, one-time keys and cross-signing keys, and messages from device to device."""
+
+    def __init__(self, world: World) -> None:
+        self.world, self.store = world, world.store
+
+    # -- of one device
+
+    def upload(self, who: Who, device_keys: JsonObject, one_time: JsonObject, fallback: JsonObject) -> dict[str, int]:
+        """Publishes keys of the asking device; the number of its one-time keys by algorithm."""
+        user_id, device_id = who.user_id, self._own_device(who)
+        self._check_upload(who, device_keys, {**one_time, **fallback})
+
+        def job(tx: Tx) -> dict[str, int]:
+            if not tx.device(user_id, device_id):
+                raise MatrixError("M_UNKNOWN_DEVICE", f"{user_id} has no device {shorten(device_id)} any more")
+            if device_keys and json.loads(tx.device_keys(user_id, device_id) or "0") != device_keys:
+                tx.put_device_keys(user_id, device_id, to_json(device_keys))
+            for key_id, key in one_time.items():
+                known = tx.one_time_key(user_id, device_id, key_id)
+                if known is None:
+                    tx.put_one_time_key(user_id, device_id, key_id, to_json(key))
+                elif json.loads(known) != key:
+                    raise MatrixError("M_INVALID_PARAM", f"One time key {shorten(key_id)} already exists, and is another")
+            for key_id, key in fallback.items():
+                tx.put_fallback_key(user_id, device_id, key_id, to_json(key))
+            return tx.one_time_counts(user_id, device_id)
+        return self.store.write(job, who.token)
+
+    @staticmethod
+    def _own_device(who: Who) -> str:
+        if not who.device_id:
+            raise MatrixError("M_MISSING_PARAM", "this is for a device: log in, or name one of the user's with device_id in the query")
+        return who.device_id
+
+    @staticmethod
+    def _check_upload(who: Who, device_keys: JsonObject, others: JsonObject) -> None:
+        if device_keys and (device_keys.get("user_id"), device_keys.get("device_id")) != (who.user_id, who.device_id):
+            raise MatrixError("M_INVALID_PARAM", f"device_keys must be those of {who.user_id} and of the device {who.device_id}")
+        for key_id, key in others.items():
+            if not re.fullmatch(r"[^:]+:.+", key_id) or not isinstance(key, (str, dict)):
+                raise MatrixError("M_INVALID_PARAM", f"{quoted({key_id: key})} is not of the form {{\"algorithm:id\": key}}")
+
+    # -- of everybody
+
+    def query(self, who: Who, wanted: Mapping[str, Sequence[str]]) -> JsonObject:
+        """The keys of these users' devices (all, if none is named) and their cross-signing keys."""
+        answer: JsonObject = {"device_keys": {}, "failures": {}, **{f"{usage}_keys": {} for usage in USAGES}}
+        with self.store.read() as reader:
+            for user_id, device_ids in wanted.items():
+                if server_of(user_id) != self.world.name:
+                    answer["failures"][server_of(user_id)] = {"errcode": "M_UNRECOGNIZED", "error": "this server does not federate"}
+                    continue
+                signed = self._signer(reader, user_id, who.user_id)
+                answer["device_keys"][user_id] = {
+                    device_id: {**signed(device_id, json.loads(text)), "unsigned": {"device_display_name": name} if name else {}}
+                    for device_id, name, text in reader.keys_of(user_id) if not device_ids or device_id in device_ids}
+                for usage, key in reader.cross_signing(user_id).items():
+                    if usage != "user_signing" or user_id == who.user_id:
+                        answer[f"{usage}_keys"][user_id] = signed(public_part(key), key)
+        return answer
+
+    @staticmethod
+    def _signer(reader: Reader, user_id: str, asker: str) -> Callable[[str, JsonObject], JsonObject]:
+        """A function that adds to one of the user's keys the signatures on it that the asker may see."""
+        rows = reader.signatures(user_id, asker)
+
+        def signed(name: str, key: JsonObject) -> JsonObject:
+            signatures = {signer: dict(by) for signer, by in field(key, "signatures", dict, {}).items() if isinstance(by, dict)}
+            for _, signer, key_id, signature in (row for row in rows if row[0] == name):
+                signatures.setdefault(signer, {})[key_id] = signature
+            return {**key, "signatures": signatures}
+        return signed
+
+    def claim(self, who: Who, wanted: Mapping[str, JsonObject]) -> JsonObject:
+        """One key of each device, {user: {device: algorithm}}; each one-time key goes out once, then the fallback key."""
+        def job(tx: Tx) -> JsonObject:
+            found: dict[str, dict[str, JsonObject]] = {}
+            for user_id, devices in wanted.items():
+                for device_id in devices:
+                    key = tx.claim_key(user_id, device_id, field(devices, device_id, str))
+                    if key:
+                        found.setdefault(user_id, {})[device_id] = {key[0]: Raw(key[1])}
+            return found
+        return {"one_time_keys": self.store.write(job, who.token), "failures": {}}
+
+    # -- cross-signing
+
+    def check_cross_signing(self, who: Who, keys: Mapping[str, JsonObject]) -> bool:
+        """Checks new cross-signing keys, by usage; whether they replace others, which needs to be confirmed."""
+        with self.store.read() as reader:
+            known = reader.cross_signing(who.user_id)
+        for usage, key in keys.items():
+            if key.get("user_id") != who.user_id or usage not in field(key, "usage", list) or not public_part(key):
+                raise MatrixError("M_INVALID_PARAM", f"the {usage} key must be of {who.user_id}, have {usage!r} in its usage, and "
+                                  "exactly one key {\"ed25519:KEY\": \"KEY\"}")
+        master = keys.get("master") or known.get("master")
+        if not master:
+            raise MatrixError("M_MISSING_PARAM", "there is no master key yet; upload it with or before the others")
+        for usage in keys.keys() - {"master"}:
+            signatures = field(field(keys[usage], "signatures", dict, {}), who.user_id, dict, {})
+            if f"ed25519:{public_part(master)}" not in signatures:
+                raise MatrixError("M_INVALID_SIGNATURE", f"the {usage} key must be signed by the master key")
+        return "master" in known and any(bare(known.get(usage, {})) != bare(key) for usage, key in keys.items())
+
+    def upload_cross_signing(self, who: Who, keys: Mapping[str, JsonObject]) -> None:
+        def job(tx: Tx) -> None:
+            known = tx.cross_signing(who.user_id)
+            if "master" in keys and bare(keys["master"]) != bare(known.get("master", {})):
+                tx.delete_cross_signing(who.user_id)         # what the old one has signed is worth nothing now
+            for usage, key in keys.items():
+                tx.put_cross_signing(who.user_id, usage, to_json(key))
+            tx.keys_changed(who.user_id)
+        self.store.write(job, who.token)
+
+    def upload_signatures(self, who: Who, signed: Mapping[str, JsonObject]) -> JsonObject:
+        """Adds the asking user's signatures, {user: {device or public key: signed object}}; the failures."""
+        def job(tx: Tx) -> JsonObject:
+            failures: JsonObject = {}
+            for user_id, keys in signed.items():
+                for name in keys:
+                    try:
+                        self._add_signatures(tx, who, user_id, name, field(keys, name, dict))
+                    except MatrixError as error:
+                        failures.setdefault(user_id, {})[name] = error.body()
+            if who.user_id in signed:
+                tx.keys_changed(who.user_id)
+            return failures
+        return {"failures": self.store.write(job, who.token)}
+
+    @staticmethod
+    def _add_signatures(tx: Tx, who: Who, user_id: str, name: str, key: JsonObject) -> None:
+        """Of a device or master key of one's own, or of another's master key."""
+        masters = [master for usage, master in tx.cross_signing(user_id).items() if usage == "master" and public_part(master) == name]
+        text = tx.device_keys(user_id, name) if user_id == who.user_id else None
+        known = masters[0] if masters else json.loads(text or "{}")
+        if not known:
+            raise MatrixError("M_NOT_FOUND", f"{shorten(user_id)} has no key {shorten(name)} that {who.user_id} may sign")
+        signatures = field(field(key, "signatures", dict, {}), who.user_id, dict, {})
+        if bare(known) != bare(key) or not signatures:
+            raise MatrixError("M_INVALID_SIGNATURE", f"what is signed must be the key {shorten(name)} as it was uploaded, "
+                              f"with a signature of {who.user_id}")
+        for key_id in signatures:
+            tx.put_signature(user_id, name, who.user_id, key_id, field(signatures, key_id, str))
+
+    # -- messages
+
+    def send_to_device(self, who: Who, type: str, txn_id: str, messages: Mapping[str, JsonObject]) -> None:
+        """Leaves messages for devices, {user: {device or '*': content}}; once for each client transaction ID. For a
+        device that does not exist: nothing.
+        """
+        for contents in messages.values():
+            for device_id in contents:
+                field(contents, device_id, dict)
+
+        def job(tx: Tx) -> None:
+            scope = (who.user_id, who.device_id or "", f"to_device/{type}", txn_id)
+            if tx.client_txn(*scope) is not None:
+                return
+            tx.remember_client_txn(*scope, "")
+            for user_id, contents in messages.items():
+                for device_id in [row[0] for row in tx.devices(user_id)]:
+                    content = contents.get(device_id, contents.get("*"))
+                    if content is not None:
+                        tx.add_to_device(user_id, device_id, {"type": type, "sender": who.user_id, "content": content})
+        self.store.write(job, who.token)
+
+
+def public_part(key: JsonObject) -> str:
+    """The public key of a cross-signing key, by which it is named; '' if it has not exactly one."""
+    keys = list(field(key, "keys", dict, {}).items())
+    return str(keys[0][1]) if len(keys) == 1 and keys[0][0] == f"ed25519:{keys[0][1]}" else ""
+
+
+def bare(key: JsonObject) -> JsonObject:
+    """What of a key is signed."""
+    return {name: value for name, value in key.items() if name not in ("signatures", "unsigned")}
+
+
+class Backups:
+    """Encrypted copies of room keys, for new devices of the same user (Server-side key backups)."""
+
+    def __init__(self, world: World) -> None:
+        self.store = world.store
+
+    def create(self, who: Who, algorithm: str, auth_data: JsonObject) -> str:
+        return str(self.store.write(lambda tx: tx.add_backup(who.user_id, algorithm, to_json(auth_data)), who.token))
+
+    @staticmethod
+    def _find(reader: Reader, who: Who, version: str | None) -> Any:
+        """The row of this version, or of the last; M_NOT_FOUND."""
+        wrong = version is not None and not re.fullmatch("[0-9]{1,15}", version)
+        row = None if wrong else reader.backup(who.user_id, None if version is None else int(version))
+        if not row:
+            which = f"key backup of version {shorten(version)}" if version else "key backup"
+            raise MatrixError("M_NOT_FOUND", f"{who.user_id} has no {which}")
+        return row
+
+    def get(self, who: Who, version: str | None) -> JsonObject:
+        with self.store.read() as reader:
+            row = self._find(reader, who, version)
+        return {"version": str(row[0]), "algorithm": row[1], "auth_data": Raw(row[2]), **self._size(row)}
+
+    @staticmethod
+    def _size(row: Any) -> JsonObject:
+        return {"etag": str(row[3]), "count": row[4]}
+
+    def update(self, who: Who, version: str, algorithm: str, auth_data: JsonObject) -> None:
+        def job(tx: Tx) -> None:
+            row = self._find(tx, who, version)
+            if row[1] != algorithm:
+                raise MatrixError("M_INVALID_PARAM", f"the algorithm of this backup is {row[1]} and can't be changed")
+            tx.set_backup_auth(row[0], to_json(auth_data))
+        self.store.write(job, who.token)
+
+    def delete(self, who: Who, version: str) -> None:
+        self.store.write(lambda tx: tx.delete_backup(self._find(tx, who, version)[0]), who.token)
+
+    def put_keys(self, who: Who, version: str, rooms: Mapping[str, Mapping[str, JsonObject]]) -> JsonObject:
+        """Adds keys, {room: {session: key}}, to the last backup. One that is there stays, unless the new one is better."""
+        for sessions in rooms.values():
+            for key in sessions.values():
+                self._quality(key)
+                field(key, "session_data", dict)
+
+        def job(tx: Tx) -> JsonObject:
+            last = self._find(tx, who, None)
+            if str(last[0]) != version:
+                raise MatrixError("M_WRONG_ROOM_KEYS_VERSION", f"the backup to write to is version {last[0]}, not "
+                                  f"{shorten(version)}", current_version=str(last[0]))
+            new = [(room_id, session_id, key) for room_id, sessions in rooms.items() for session_id, key in sessions.items()
+                   if self._is_better(key, tx.backup_keys(last[0], room_id, session_id))]
+            for room_id, session_id, key in new:
+                tx.put_backup_key(last[0], room_id, session_id, to_json(key))
+            if new:
+                tx.backup_changed(last[0])
+            return self._size(self._find(tx, who, version))
+        return self.store.write(job, who.token)
+
+    @staticmethod
+    def _quality(key: JsonObject) -> tuple[bool, int, int]:
+        """The less, the better."""
+        return not field(key, "is_verified", bool), field(key, "first_message_index", int), field(key, "forwarded_count", int)
+
+    def _is_better(self, key: JsonObject, known: list[Any]) -> bool:
+        return not known or self._quality(key) < self._quality(json.loads(known[0][2]))
+
+    def keys(self, who: Who, version: str, room_id: str | None, session_id: str | None) -> dict[str, JsonObject]:
+        """{room: {session: key}} of a backup, of one room, or of one session."""
+        found: dict[str, JsonObject] = {}
+        with self.store.read() as reader:
+            for room, session, text in reader.backup_keys(self._find(reader, who, version)[0], room_id, session_id):
+                found.setdefault(room, {})[session] = Raw(text)
+        return found
+
+    def delete_keys(self, who: Who, version: str, room_id: str | None, session_id: str | None) -> JsonObject:
+        def job(tx: Tx) -> JsonObject:
+            n = self._find(tx, who, version)[0]
+            if tx.delete_backup_keys(n, room_id, session_id):
+                tx.backup_changed(n)
+            return self._size(self._find(tx, who, version))
+        return self.store.write(job, who.token)
+
+
 # -- Sync.
 
 class SyncFilter:
@@ -4007,8 +4524,9 @@ class Sync:
         waiting = self.store.waiters.enter(who.user_id)
         try:
             while True:
-                answer = Window(self, who, since, filter, full_state).read()
-                if len(answer) > 1 or since is None or full_state or clock.monotonic() >= deadline or self.world.stopping:
+                window = Window(self, who, since, filter, full_state)
+                answer = window.read()
+                if window.news or since is None or full_state or clock.monotonic() >= deadline or self.world.stopping:
                     return answer
                 clock.wait(waiting, deadline)
         finally:
@@ -4023,9 +4541,11 @@ class Window:
         self.store, self.clock_now = sync.store, sync.world.clock.now()
         self.initial, self.since = since is None, since or 0
         self.now = 0
+        self.news = False                                    # whether there was any
+        self.met: set[str] = set()                           # whom the user may have met or lost sight of
 
     def read(self) -> JsonObject:
-        """The answer of /sync; only next_batch in it: nothing is new."""
+        """The answer of /sync."""
         with self.store.read() as self.reader:
             self.now = self.reader.position()
             self.store.wait_published(self.now)
@@ -4043,7 +4563,32 @@ class Window:
                         rooms.setdefault(section, {})[room_id] = entry
             if rooms:
                 answer["rooms"] = rooms
+            answer |= self._device_lists()
+            messages = self.reader.to_device(self.who.user_id, self.who.device_id or "")
+            if fresh := [Raw(text) for tick, text in messages if self.since < tick <= self.now]:
+                answer["to_device"] = {"events": fresh}
+            self.news = len(answer) > 1
+            answer |= self._key_counts()
+        if messages and messages[0][0] <= self.since:        # the device has got them
+            self.store.write(lambda tx: tx.drop_to_device(self.who.user_id, self.who.device_id or "", self.since))
         return answer
+
+    def _device_lists(self) -> JsonObject:
+        """Whose keys to ask for again, and who is met in no room any more."""
+        if self.initial:
+            return {}
+        self.met.discard(self.who.user_id)
+        users = self.reader.key_news(self.who.user_id, self.since, self.met)
+        changed = sorted(user_id for user_id, shared in users.items() if shared)
+        left = sorted(user_id for user_id in users.keys() & self.met if not users[user_id])
+        return {"device_lists": {"changed": changed, "left": left}} if changed or left else {}
+
+    def _key_counts(self) -> JsonObject:
+        if not self.who.device_id:
+            return {}
+        device = (self.who.user_id, self.who.device_id)
+        return {"device_one_time_keys_count": self.reader.one_time_counts(*device),
+                "device_unused_fallback_key_types": self.reader.unused_fallbacks(*device)}
 
     @staticmethod
     def _wanted(filter: Filter, event: JsonObject) -> bool:
@@ -4066,6 +4611,7 @@ class Window:
             if self.initial or tick > self.since:
                 return membership, {f"{membership}_state": {"events": self._stripped(room)}}
         elif not forgotten and (self.filter.include_leave if self.initial else tick > self.since):
+            self.met.update(() if self.initial else self.reader.members(room))
             return "leave", self._left(room_id)
         return "", {}
 
@@ -4145,9 +4691,11 @@ class Window:
 
     def _summary(self, room: int, fresh: bool) -> JsonObject:
         """Counts and heroes, when a membership has changed."""
-        if not (fresh or self.full_state or self.reader.members_changed(room, self.since)):
+        changed = [] if self.initial else self.reader.changed_members(room, self.since)
+        if not (fresh or self.full_state or changed):
             return {}
         joined, invited = self.reader.members(room), self.reader.members(room, "invite")
+        self.met.update(joined if fresh else changed)
         heroes = sorted(user_id for user_id in [*joined, *invited] if user_id != self.who.user_id)[:5]
         return {"m.heroes": heroes, "m.joined_member_count": len(joined),
                 "m.invited_member_count": len(invited)}
@@ -4664,7 +5212,7 @@ class Api:
     def __init__(self, world: World, delivery: Delivery) -> None:
         self.world, self.delivery = world, delivery
         self.accounts, self.rooms, self.media = Accounts(world), Rooms(world), Media(world)
-        self.typing = Typing(world)
+        self.typing, self.keys, self.backups = Typing(world), Keys(world), Backups(world)
         self.sync = Sync(world, self.typing)
         self.router, self.limiter = Router(ROUTES), Limiter(world)
 
@@ -4713,7 +5261,9 @@ class Api:
             return Who(session[0], session[1], hashed)
         if not registration:
             raise self.unknown_token(hashed)
-        return self.act_as(registration, request.query.get("user_id") if auth != "maybe" else None)
+        who = self.act_as(registration, request.query.get("user_id") if auth != "maybe" else None)
+        device_id = request.query.get("device_id") or request.query.get("org.matrix.msc3202.device_id")
+        return dataclasses.replace(who, device_id=self.check_device(who, device_id)) if device_id else who
 
     def unknown_token(self, hashed: bytes) -> MatrixError:
         swapped = self.world.registrations.of_hs_token(hashed)
@@ -4732,6 +5282,14 @@ class Api:
                             f"{registration.id!r} but not registered; "
                             f"register it first: POST /_matrix/client/v3/register with type {LOGIN_APPSERVICE}")
         return Who(user_id, None, None, registration)
+
+    def check_device(self, who: Who, device_id: str) -> str:
+        """The device that an application service acts as; M_UNKNOWN_DEVICE if the user has no such."""
+        with self.world.store.read() as reader:
+            if not reader.device(who.user_id, device_id):
+                raise MatrixError("M_UNKNOWN_DEVICE", f"{who.user_id} has no device {shorten(device_id)}; create it with "
+                                  "PUT /_matrix/client/v3/devices/{deviceId}")
+        return device_id
 
     def appservice(self, request: Request) -> Registration:
         """The application service whose as_token this is, whomever it may act as."""
@@ -4911,8 +5469,8 @@ def get_device(call: Call) -> Any:
 
 
 def put_device(call: Call) -> Any:
-    call.api.accounts.rename_device(call.who, call["deviceId"], field(call.body, "display_name", str, None))
-    return {}
+    created = call.api.accounts.set_device(call.who, call["deviceId"], field(call.body, "display_name", str, None))
+    return json_response(201 if created else 200, {}, CORS)
 
 
 def delete_device(call: Call) -> Any:
@@ -5013,13 +5571,109 @@ def openid_userinfo(call: Call) -> Any:
     return {"sub": call.api.accounts.openid_user(token)}
 
 
-def keys_query(call: Call) -> Any:
-    """Device keys. Nobody can upload any here yet; an unknown ghost's application service is asked to create it."""
-    wanted = field(call.body, "device_keys", dict)
+# -- Handlers: end-to-end encryption.
+
+def upload_keys(call: Call) -> Any:
+    body = call.body
+    fallback = field(body, "fallback_keys", dict, {}) or field(body, "org.matrix.msc2732.fallback_keys", dict, {})
+    return {"one_time_key_counts": call.api.keys.upload(call.who, field(body, "device_keys", dict, {}),
+                                                        field(body, "one_time_keys", dict, {}), fallback)}
+
+
+def by_user(call: Call, key: str, kind: type[T]) -> dict[str, T]:
+    """{user ID: what is wanted of it} in the body."""
+    wanted = field(call.body, key, dict)
+    return {check_id("@", user_id): field(wanted, user_id, kind) for user_id in wanted}
+
+
+def query_keys(call: Call) -> Any:
+    """An unknown ghost's application service is asked to create it."""
+    wanted = by_user(call, "device_keys", list)
     for user_id in wanted:
-        if check_id("@", user_id) and server_of(user_id) == call.api.world.name:
+        if server_of(user_id) == call.api.world.name:
             call.api.world.ask("users", user_id, call.asker, True)
-    return {"device_keys": {}, "failures": {}}
+    return call.api.keys.query(call.who, wanted)
+
+
+def claim_keys(call: Call) -> Any:
+    return call.api.keys.claim(call.who, by_user(call, "one_time_keys", dict))
+
+
+def upload_cross_signing(call: Call) -> Any:
+    body = call.body
+    keys = {usage: field(body, f"{usage}_key", dict) for usage in USAGES if f"{usage}_key" in body}
+    if call.api.keys.check_cross_signing(call.who, keys):
+        confirm_password(call, body)
+    call.api.keys.upload_cross_signing(call.who, keys)
+    return {}
+
+
+def upload_signatures(call: Call) -> Any:
+    body = call.body
+    return call.api.keys.upload_signatures(call.who, {check_id("@", user_id): field(body, user_id, dict) for user_id in body})
+
+
+def send_to_device(call: Call) -> Any:
+    call.api.keys.send_to_device(call.who, call["eventType"], call["txnId"], by_user(call, "messages", dict))
+    return {}
+
+
+def post_backup(call: Call) -> Any:
+    body = call.body
+    return {"version": call.api.backups.create(call.who, field(body, "algorithm", str), field(body, "auth_data", dict))}
+
+
+def get_backup(call: Call) -> Any:
+    return call.api.backups.get(call.who, call.params.get("version"))
+
+
+def put_backup(call: Call) -> Any:
+    body = call.body
+    call.api.backups.update(call.who, call["version"], field(body, "algorithm", str), field(body, "auth_data", dict))
+    return {}
+
+
+def delete_backup(call: Call) -> Any:
+    call.api.backups.delete(call.who, call["version"])
+    return {}
+
+
+def backup_version(call: Call) -> str:
+    version = call.query("version")
+    if not version:
+        raise MatrixError("M_MISSING_PARAM", "the query must have version, the backup's")
+    return version
+
+
+def put_backup_keys(call: Call) -> Any:
+    """Keys of a session, of a room, or of many rooms."""
+    version, body = backup_version(call), call.body
+    room_id, session_id = call.params.get("roomId"), call.params.get("sessionId")
+    if room_id is None:
+        rooms = field(body, "rooms", dict)
+    elif session_id is None:
+        rooms = {room_id: body}
+    else:
+        rooms = {room_id: {"sessions": {session_id: body}}}
+    keys = {room: field(field(rooms, room, dict), "sessions", dict) for room in rooms}
+    return call.api.backups.put_keys(call.who, version, {
+        room: {session: field(sessions, session, dict) for session in sessions} for room, sessions in keys.items()})
+
+
+def get_backup_keys(call: Call) -> Any:
+    room_id, session_id = call.params.get("roomId"), call.params.get("sessionId")
+    found = call.api.backups.keys(call.who, backup_version(call), room_id, session_id)
+    if room_id is None:
+        return {"rooms": {room: {"sessions": sessions} for room, sessions in found.items()}}
+    if session_id is None:
+        return {"sessions": found.get(room_id, {})}
+    if not found:
+        raise MatrixError("M_NOT_FOUND", f"the backup has no key for the session {shorten(session_id)}")
+    return found[room_id][session_id]
+
+
+def delete_backup_keys(call: Call) -> Any:
+    return call.api.backups.delete_keys(call.who, backup_version(call), call.params.get("roomId"), call.params.get("sessionId"))
 
 
 # -- Handlers: rooms.
@@ -5308,7 +5962,7 @@ def map_uri(call: Call) -> Any:
 
 PREFIXES = {"C": "/_matrix/client/v3", "R": "/_matrix/client/v3/rooms/{roomId}", "U": "/_matrix/client/v3/user/{userId}",
             "V": "/_matrix/client/v1", "N": "/_matrix/client/v1/rooms/{roomId}/relations",
-            "D": "/_matrix/client/v1/media", "M": "/_matrix/media/v3", "A": "/_matrix/app/v1"}
+            "K": "/_matrix/client/v3/room_keys", "D": "/_matrix/client/v1/media", "M": "/_matrix/media/v3", "A": "/_matrix/app/v1"}
 ROUTES = [Route(method, PREFIXES.get(path[0], path[0]) + path[1:], auth, handler, spec)
           for method, path, auth, handler, spec in (
     # method   path                                            who           handler              section of the spec
@@ -5342,7 +5996,21 @@ ROUTES = [Route(method, PREFIXES.get(path[0], path[0]) + path[1:], auth, handler
     ("GET",    "/_matrix/federation/v1/openid/userinfo",       "nobody",     openid_userinfo,     "Server-Server API, OpenID"),
     ("POST",   "U/filter",                                     "user",       post_filter,         "Filtering"),
     ("GET",    "U/filter/{filterId}",                          "user",       get_filter,          "Filtering"),
-    ("POST",   "C/keys/query",                                 "user",       keys_query,          "End-to-end encryption; AS: Query"),
+    # End-to-end encryption
+    ("POST",   "C/keys/upload",                                "user",       upload_keys,         "Uploading keys"),
+    ("POST",   "C/keys/query",                                 "user",       query_keys,          "Querying keys; AS: Querying"),
+    ("POST",   "C/keys/claim",                                 "user",       claim_keys,          "Claiming one-time keys"),
+    ("POST",   "C/keys/device_signing/upload",                 "user",       upload_cross_signing, "Cross-signing; AS: Cross-signing"),
+    ("POST",   "C/keys/signatures/upload",                     "user",       upload_signatures,   "Cross-signing"),
+    ("PUT",    "C/sendToDevice/{eventType}/{txnId}",           "user",       send_to_device,      "Send-to-Device messaging"),
+    ("POST",   "K/version",                                    "user",       post_backup,         "Server-side key backups"),
+    ("GET",    "K/version",                                    "user",       get_backup,          "Server-side key backups"),
+    ("GET",    "K/version/{version}",                          "user",       get_backup,          "Server-side key backups"),
+    ("PUT",    "K/version/{version}",                          "user",       put_backup,          "Server-side key backups"),
+    ("DELETE", "K/version/{version}",                          "user",       delete_backup,       "Server-side key backups"),
+    *((method, f"K/keys{where}",                               "user",       handler,             "Server-side key backups")
+      for method, handler in (("PUT", put_backup_keys), ("GET", get_backup_keys), ("DELETE", delete_backup_keys))
+      for where in ("", "/{roomId}", "/{roomId}/{sessionId}")),
     # Rooms
     ("GET",    "C/sync",                                       "user",       get_sync,            "Syncing"),
     ("POST",   "C/createRoom",                                 "user",       create_room,         "Creation"),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import functools
 import http.client
 import json
 import os
@@ -3771,13 +3772,14 @@ def test_the_next_sync_has_what_is_new_and_nothing_else(three):
     hs, alice, _, _, room = three
     alice.create_room()
     since = alice.sync()["next_batch"]
-    assert alice.sync(since) == {"next_batch": since}
+    keys = {"device_one_time_keys_count": {"signed_curve25519": 0}, "device_unused_fallback_key_types": []}      # in every answer
+    assert alice.sync(since) == {"next_batch": since, **keys}
     alice.say(room, "new")
     answer = alice.sync(since)
     assert list(answer["rooms"]["join"]) == [room] and "account_data" not in answer
     entry = joined(answer, room)
     assert bodies(entry["timeline"]["events"]) == ["new"] and entry["timeline"]["limited"] is False and entry["state"]["events"] == []
-    assert alice.sync(since)["next_batch"] == answer["next_batch"] and alice.sync(answer["next_batch"]) == {"next_batch": answer["next_batch"]}
+    assert alice.sync(since)["next_batch"] == answer["next_batch"] and alice.sync(answer["next_batch"]) == {"next_batch": answer["next_batch"], **keys}
 
 
 def test_a_limited_timeline_has_the_state_of_the_gap_and_a_prev_batch_that_leads_into_it(three):
@@ -3819,7 +3821,8 @@ def test_a_long_poll_ends_empty_after_its_time(three):
     with background(alice.sync, since, 30_000) as future:
         eventually(lambda: hs.world.store.waiters.among({alice.user_id}))
         hs.advance(31)
-        assert future.result(5) == {"next_batch": since}
+        found = future.result(5)
+    assert found["next_batch"] == since and not found.keys() & {"rooms", "account_data", "to_device"}
 
 
 def test_a_long_poll_does_not_wake_for_what_its_filter_leaves_out(three):
@@ -4216,6 +4219,379 @@ def test_an_openid_token_tells_a_third_party_who_somebody_is_for_an_hour(three):
         bob.call("POST", path("user", alice.user_id, "openid", "request_token"), {})
     hs.advance(3601)
     assert ask(hs, "GET", where + made["access_token"])[0] == 401
+
+
+# -- End-to-end encryption: keys.
+
+def device_of(client):
+    return client.whoami()["device_id"]
+
+
+def device_keys(client, **more):
+    """Device keys as a client uploads them."""
+    user_id, device_id = client.user_id, device_of(client)
+    return {"user_id": user_id, "device_id": device_id, "algorithms": ["m.megolm.v1.aes-sha2"], "keys": {f"ed25519:{device_id}": f"key of {device_id}"},
+            "signatures": {user_id: {f"ed25519:{device_id}": "by itself"}}, **more}
+
+
+def upload(client, one_time=(), fallback=None, **more):
+    """Uploads device keys, one-time keys with these IDs and a fallback key; the counts."""
+    body = {"device_keys": device_keys(client, **more), "one_time_keys": {f"signed_curve25519:{id}": {"key": f"{id} of {client.user_id}"} for id in one_time}}
+    if fallback:
+        body["fallback_keys"] = {f"signed_curve25519:{fallback}": {"key": fallback, "fallback": True}}
+    return client.ask("POST", "keys", "upload", body=body)["one_time_key_counts"]
+
+
+def query_keys(client, *users):
+    return client.ask("POST", "keys", "query", body={"device_keys": {user.user_id: [] for user in users}})
+
+
+def claim(client, of, algorithm="signed_curve25519"):
+    """The ID of the key that one gets for a device of somebody; None: there is none."""
+    device_id = device_of(of)
+    answer = client.ask("POST", "keys", "claim", body={"one_time_keys": {of.user_id: {device_id: algorithm}}})
+    keys = answer["one_time_keys"].get(of.user_id, {}).get(device_id)
+    return next(iter(keys)).partition(":")[2] if keys else None
+
+
+def again(hs, client, **more):
+    """Another session, and device, of the same person."""
+    session = hs.world.store.write(lambda tx: hs.api.accounts._new_session(tx, client.user_id, **more))
+    return asbridge.Client(hs.url, session["access_token"])
+
+
+def cross_signing_keys(user_id, name="a", signed_by=None):
+    """Master, self-signing and user-signing key, the latter two signed by the master key."""
+    def key(usage):
+        public = f"{usage}-{name}"
+        return {"user_id": user_id, "usage": [usage], "keys": {f"ed25519:{public}": public}}
+    signatures = {user_id: {f"ed25519:master-{signed_by or name}": "by the master key"}}
+    return {"master_key": key("master"), "self_signing_key": {**key("self_signing"), "signatures": signatures},
+            "user_signing_key": {**key("user_signing"), "signatures": signatures}}
+
+
+def test_device_keys_are_queried_as_they_were_uploaded_with_the_devices_name(three):
+    hs, alice, bob, _, room = three
+    assert upload(alice) == {"signed_curve25519": 0}
+    alice.ask("PUT", "devices", device_of(alice), body={"display_name": "Alice's phone"})
+    found = query_keys(bob, alice, bob)
+    assert found["device_keys"] == {alice.user_id: {device_of(alice): {**device_keys(alice), "unsigned": {"device_display_name": "Alice's phone"}}}, bob.user_id: {}}
+    assert found["failures"] == {} and found["master_keys"] == {}
+    one = bob.ask("POST", "keys", "query", body={"device_keys": {alice.user_id: ["OTHER"]}})
+    assert one["device_keys"] == {alice.user_id: {}}
+
+
+def test_keys_of_a_user_on_another_server_are_a_failure_of_that_server(three):
+    hs, alice, *_ = three
+    found = alice.ask("POST", "keys", "query", body={"device_keys": {"@x:other.org": []}})
+    assert list(found["failures"]) == ["other.org"] and found["device_keys"] == {}
+
+
+@pytest.mark.parametrize("body, errcode", [
+    ({"device_keys": {"user_id": "@bob:localhost", "device_id": "X"}}, "M_INVALID_PARAM"), ({"device_keys": []}, "M_BAD_JSON"), ({"one_time_keys": {"noalgorithm": {}}}, "M_INVALID_PARAM"),
+    ({"one_time_keys": {"signed_curve25519:A": 5}}, "M_INVALID_PARAM"), ({"fallback_keys": {"signed_curve25519:A": None}}, "M_INVALID_PARAM"), ({"one_time_keys": 1}, "M_BAD_JSON")])
+def test_keys_that_are_not_of_the_device_that_uploads_them_or_not_of_their_form_are_refused(three, body, errcode):
+    hs, alice, *_ = three
+    with refused(errcode, 400):
+        alice.ask("POST", "keys", "upload", body=body)
+
+
+def test_a_one_time_key_is_claimed_once_and_then_the_fallback_key_again_and_again(three):
+    hs, alice, bob, _, room = three
+    assert upload(alice, one_time="AB", fallback="F") == {"signed_curve25519": 2}
+    sync = alice.sync()
+    assert (sync["device_one_time_keys_count"], sync["device_unused_fallback_key_types"]) == ({"signed_curve25519": 2}, ["signed_curve25519"])
+    assert [claim(bob, alice) for _ in range(4)] == ["A", "B", "F", "F"]
+    sync = alice.sync()
+    assert (sync["device_one_time_keys_count"], sync["device_unused_fallback_key_types"]) == ({"signed_curve25519": 0}, [])
+    upload(alice, fallback="F")                              # the same again is still used, a new one is not
+    assert alice.sync()["device_unused_fallback_key_types"] == []
+    upload(alice, fallback="G")
+    assert alice.sync()["device_unused_fallback_key_types"] == ["signed_curve25519"] and claim(bob, alice) == "G"
+    assert claim(bob, alice, "other") is None and claim(alice, bob) is None
+
+
+def test_each_one_time_key_goes_to_one_of_many_who_claim_at_the_same_time(three):
+    hs, alice, bob, carol, _ = three
+    ids = [f"K{n:02}" for n in range(40)]
+    upload(alice, one_time=ids)
+    with ThreadPoolExecutor(8) as pool:
+        got = list(pool.map(lambda n: claim((bob, carol)[n % 2], alice), range(48)))
+    assert sorted(id for id in got if id) == ids and got.count(None) == 8
+
+
+def test_a_one_time_key_may_be_uploaded_again_but_not_with_another_content(three):
+    hs, alice, *_ = three
+    assert upload(alice, one_time="A") == upload(alice, one_time="A") == {"signed_curve25519": 1}
+    with refused("M_INVALID_PARAM", 400, "already exists"):
+        alice.ask("POST", "keys", "upload", body={"one_time_keys": {"signed_curve25519:A": "other"}})
+
+
+def test_a_device_that_is_gone_takes_its_keys_along(three):
+    hs, alice, bob, _, room = three
+    second = again(hs, alice)
+    upload(second, one_time="A", fallback="F")
+    device_id = device_of(second)
+    bob.ask("PUT", "sendToDevice", "m.x", "1", body={"messages": {alice.user_id: {device_id: {}}}})
+    second.ask("POST", "logout")
+    assert query_keys(bob, alice)["device_keys"] == {alice.user_id: {}}
+    with hs.world.store.read() as reader:
+        assert [reader.all(f"SELECT * FROM {table}") for table in ("device_keys", "one_time_keys", "fallback_keys", "to_device")] == [[]] * 4
+
+
+# -- End-to-end encryption: whose keys are new.
+
+def test_sync_names_who_shares_a_room_and_has_a_new_device(three):
+    hs, alice, bob, carol, room = three
+    bob.join(room)
+    carol_alone = carol.create_room()
+    since = alice.sync()["next_batch"]
+    upload(carol)                                            # in no room with alice
+    assert "device_lists" not in alice.sync(since)
+    with background(alice.sync, since, 10_000) as future:
+        eventually(lambda: hs.world.store.waiters.among({alice.user_id}))
+        upload(bob)
+        found = future.result(5)
+    assert found["device_lists"] == {"changed": [bob.user_id], "left": []}
+    assert "device_lists" not in alice.sync(found["next_batch"])
+    assert "device_lists" not in alice.sync() and carol_alone
+    since = alice.sync()["next_batch"]
+    upload(bob)                                              # nothing new in it
+    assert "device_lists" not in alice.sync(since)
+    bob.ask("POST", "logout")
+    assert alice.sync(since)["device_lists"]["changed"] == [bob.user_id]
+
+
+def test_sync_names_whom_one_meets_and_whom_one_meets_no_more(three):
+    hs, alice, bob, carol, room = three
+    for client in (alice, bob, carol):
+        upload(client)
+    tokens = {client: client.sync()["next_batch"] for client in (alice, bob)}
+    bob.join(room)
+    assert alice.sync(tokens[alice])["device_lists"] == {"changed": [bob.user_id], "left": []}
+    assert bob.sync(tokens[bob])["device_lists"] == {"changed": [alice.user_id], "left": []}
+    tokens = {client: client.sync()["next_batch"] for client in (alice, bob)}
+    bob.leave(room)
+    assert alice.sync(tokens[alice])["device_lists"] == {"changed": [], "left": [bob.user_id]}
+    assert bob.sync(tokens[bob])["device_lists"] == {"changed": [], "left": [alice.user_id]}
+
+
+def test_who_is_still_met_in_another_room_has_not_left(three):
+    hs, alice, bob, _, room = three
+    other = alice.create_room(preset="public_chat")
+    upload(bob)
+    for id in (room, other):
+        bob.join(id)
+    since = alice.sync()["next_batch"]
+    bob.leave(other)
+    assert alice.sync(since)["device_lists"]["left"] == []
+
+
+# -- End-to-end encryption: messages to devices.
+
+def test_a_message_to_a_device_comes_with_its_next_sync_and_is_gone_when_that_is_acknowledged(three):
+    hs, alice, bob, _, room = three
+    other = again(hs, alice)
+    since = alice.sync()["next_batch"]
+    bob.ask("PUT", "sendToDevice", "m.room_key", "1", body={"messages": {alice.user_id: {device_of(alice): {"n": 1}, "GONE": {}}, "@nobody:localhost": {"*": {}}}})
+    message = {"type": "m.room_key", "sender": bob.user_id, "content": {"n": 1}}
+    found = alice.sync(since)
+    assert found["to_device"] == {"events": [message]} == alice.sync(since)["to_device"] == alice.sync()["to_device"]
+    assert "to_device" not in other.sync() and "to_device" not in alice.sync(found["next_batch"])
+    assert "to_device" not in alice.sync(since)              # was acknowledged
+    assert "to_device" not in alice.sync()
+
+
+def test_a_message_to_all_devices_wakes_each_and_is_sent_once_for_its_transaction_id(three):
+    hs, alice, bob, _, room = three
+    other = again(hs, alice)
+    tokens = [client.sync()["next_batch"] for client in (alice, other)]
+    with background(other.sync, tokens[1], 10_000) as future:
+        eventually(lambda: hs.world.store.waiters.among({alice.user_id}))
+        for _ in range(2):
+            bob.ask("PUT", "sendToDevice", "m.x", "same", body={"messages": {alice.user_id: {"*": {"n": 1}}}})
+        assert len(future.result(5)["to_device"]["events"]) == 1
+    assert len(alice.sync(tokens[0])["to_device"]["events"]) == 1
+    bob.ask("PUT", "sendToDevice", "m.y", "same", body={"messages": {alice.user_id: {"*": {"n": 2}}}})
+    assert [message["type"] for message in alice.sync(tokens[0])["to_device"]["events"]] == ["m.x", "m.y"]
+
+
+def test_messages_to_devices_outlive_the_homeserver(start, tmp_path):
+    hs = start(database=str(tmp_path / "a.db"))
+    alice, bob = hs.client("alice"), hs.client("bob")
+    bob.ask("PUT", "sendToDevice", "m.x", "1", body={"messages": {alice.user_id: {"*": {}}}})
+    hs.stop()
+    assert len(asbridge.Client(start(database=str(tmp_path / "a.db")).url, alice.token).sync()["to_device"]["events"]) == 1
+
+
+@pytest.mark.parametrize("body", [{}, {"messages": []}, {"messages": {"alice": {}}}, {"messages": {"@a:localhost": []}}, {"messages": {"@a:localhost": {"D": "x"}}}])
+def test_messages_to_devices_that_are_not_objects_are_refused(three, body):
+    hs, alice, *_ = three
+    with pytest.raises(MatrixError) as caught:
+        alice.ask("PUT", "sendToDevice", "m.x", "1", body=body)
+    assert caught.value.status == 400
+
+
+# -- End-to-end encryption: cross-signing.
+
+def test_cross_signing_keys_are_seen_by_others_but_for_the_user_signing_key(three):
+    hs, alice, bob, _, room = three
+    bob.join(room)
+    since = bob.sync()["next_batch"]
+    keys = cross_signing_keys(alice.user_id)
+    alice.ask("POST", "keys", "device_signing", "upload", body=keys)
+    assert bob.sync(since)["device_lists"]["changed"] == [alice.user_id]
+    for client, usages in ((alice, ("master", "self_signing", "user_signing")), (bob, ("master", "self_signing"))):
+        found = query_keys(client, alice)
+        assert {usage: found[f"{usage}_keys"].get(alice.user_id) for usage in ("master", "self_signing", "user_signing")} == {
+            usage: {"signatures": {}, **keys[f"{usage}_key"]} if usage in usages else None for usage in ("master", "self_signing", "user_signing")}
+
+
+def test_cross_signing_keys_are_replaced_with_the_password_only_but_uploaded_again_without(start):
+    hs = start()
+    answer = hs.api.accounts.register("alice", "secret")
+    alice = asbridge.Client(hs.url, answer["access_token"])
+    keys = cross_signing_keys(alice.user_id)
+    for _ in range(2):
+        assert alice.ask("POST", "keys", "device_signing", "upload", body=keys) == {}
+    other = cross_signing_keys(alice.user_id, "b")
+    status, challenge = ask(hs, "POST", "/_matrix/client/v3/keys/device_signing/upload", alice.token, other)
+    assert status == 401 and challenge["flows"] == [{"stages": ["m.login.password"]}] and challenge["session"]
+    auth = {"type": "m.login.password", "identifier": {"type": "m.id.user", "user": "alice"}, "password": "secret"}
+    assert alice.ask("POST", "keys", "device_signing", "upload", body={**other, "auth": auth}) == {}
+    assert query_keys(alice, alice)["master_keys"][alice.user_id]["keys"] == other["master_key"]["keys"]
+
+
+def test_an_application_service_replaces_cross_signing_keys_of_its_users_without_confirmation(start):
+    hs = start(registration())
+    ghost = acting(hs, "irc", "@_irc_bob:localhost")
+    for name in "ab":
+        assert ghost.ask("POST", "keys", "device_signing", "upload", body=cross_signing_keys(ghost.user_id, name)) == {}
+    assert query_keys(ghost, ghost)["master_keys"][ghost.user_id]["keys"] == {"ed25519:master-b": "master-b"}
+
+
+@pytest.mark.parametrize("change, errcode", [
+    (lambda keys: keys["master_key"].update(user_id="@bob:localhost"), "M_INVALID_PARAM"), (lambda keys: keys["master_key"].update(usage=["other"]), "M_INVALID_PARAM"),
+    (lambda keys: keys["master_key"].update(keys={}), "M_INVALID_PARAM"), (lambda keys: keys["master_key"].update(keys={"ed25519:A": "A", "ed25519:B": "B"}), "M_INVALID_PARAM"),
+    (lambda keys: keys["master_key"].update(keys={"ed25519:A": "B"}), "M_INVALID_PARAM"), (lambda keys: keys["self_signing_key"].pop("signatures"), "M_INVALID_SIGNATURE"),
+    (lambda keys: keys["user_signing_key"].update(signatures={"@alice:localhost": {"ed25519:other": "x"}}), "M_INVALID_SIGNATURE"), (lambda keys: keys.pop("master_key"), "M_MISSING_PARAM"),
+    (lambda keys: keys.update(master_key=5), "M_BAD_JSON")])
+def test_cross_signing_keys_of_another_form_or_unsigned_are_refused(three, change, errcode):
+    hs, alice, *_ = three
+    keys = cross_signing_keys(alice.user_id)
+    change(keys)
+    with refused(errcode, 400):
+        alice.ask("POST", "keys", "device_signing", "upload", body=keys)
+
+
+def test_signatures_are_merged_into_what_is_queried_and_others_are_seen_only_by_who_made_them(three):
+    hs, alice, bob, carol, room = three
+    for client in (alice, bob, carol):
+        client.join(room)
+        upload(client)
+        client.ask("POST", "keys", "device_signing", "upload", body=cross_signing_keys(client.user_id))
+    tokens = {client: client.sync()["next_batch"] for client in (alice, carol)}
+    device, master = device_keys(alice), cross_signing_keys(bob.user_id)["master_key"]
+    signed = {alice.user_id: {device["device_id"]: {**device, "signatures": {alice.user_id: {"ed25519:self_signing-a": "S"}}}},
+              bob.user_id: {"master-a": {**master, "signatures": {alice.user_id: {"ed25519:user_signing-a": "U"}}}}}
+    assert alice.ask("POST", "keys", "signatures", "upload", body=signed) == {"failures": {}}
+    by_self = query_keys(bob, alice)["device_keys"][alice.user_id][device["device_id"]]["signatures"][alice.user_id]
+    assert by_self == {f"ed25519:{device['device_id']}": "by itself", "ed25519:self_signing-a": "S"}
+    assert query_keys(alice, bob)["master_keys"][bob.user_id]["signatures"] == {alice.user_id: {"ed25519:user_signing-a": "U"}}
+    assert query_keys(carol, bob)["master_keys"][bob.user_id]["signatures"] == {}
+    assert alice.sync(tokens[alice])["device_lists"]["changed"] == [alice.user_id, bob.user_id]
+    assert carol.sync(tokens[carol])["device_lists"]["changed"] == [alice.user_id]
+
+
+@pytest.mark.parametrize("user, name, change, errcode", [
+    ("@alice:localhost", "GONE", {}, "M_NOT_FOUND"), ("@bob:localhost", "self_signing-a", {}, "M_NOT_FOUND"), ("@alice:localhost", "master-a", {"usage": ["x"]}, "M_INVALID_SIGNATURE"),
+    ("@alice:localhost", "master-a", {"signatures": {}}, "M_INVALID_SIGNATURE"), ("@alice:localhost", "master-a", {"signatures": {"@alice:localhost": {"ed25519:D": 5}}}, "M_BAD_JSON")])
+def test_a_signature_on_what_was_not_uploaded_so_is_a_failure_of_that_key(three, user, name, change, errcode):
+    hs, alice, bob, *_ = three
+    for client in (alice, bob):
+        client.ask("POST", "keys", "device_signing", "upload", body=cross_signing_keys(client.user_id))
+    key = {**cross_signing_keys(user)["master_key"], "signatures": {alice.user_id: {"ed25519:D": "x"}}, **change}
+    failures = alice.ask("POST", "keys", "signatures", "upload", body={user: {name: key}})["failures"]
+    assert failures[user][name]["errcode"] == errcode
+
+
+def test_a_new_master_key_drops_what_the_old_one_had_signed(start):
+    hs = start(registration())
+    ghost = acting(hs, "irc", "@_irc_bob:localhost")
+    ghost.ask("POST", "keys", "device_signing", "upload", body=cross_signing_keys(ghost.user_id))
+    ghost.ask("POST", "keys", "device_signing", "upload", body={"master_key": cross_signing_keys(ghost.user_id, "b")["master_key"]})
+    assert query_keys(ghost, ghost)["self_signing_keys"] == {}
+    with refused("M_INVALID_SIGNATURE"):
+        ghost.ask("POST", "keys", "device_signing", "upload", body={"self_signing_key": cross_signing_keys(ghost.user_id)["self_signing_key"]})
+
+
+# -- End-to-end encryption: key backups.
+
+def backup_key(verified=False, index=0, forwarded=0, data="x"):
+    return {"is_verified": verified, "first_message_index": index, "forwarded_count": forwarded, "session_data": {"ciphertext": data}}
+
+
+def test_a_key_backup_is_made_found_changed_and_deleted(three):
+    hs, alice, bob, *_ = three
+    with refused("M_NOT_FOUND", 404):
+        alice.ask("GET", "room_keys", "version")
+    first, second = (alice.ask("POST", "room_keys", "version", body={"algorithm": "m.a", "auth_data": {"n": n}})["version"] for n in (1, 2))
+    assert alice.ask("GET", "room_keys", "version") == {"version": second, "algorithm": "m.a", "auth_data": {"n": 2}, "count": 0, "etag": "0"}
+    assert alice.ask("GET", "room_keys", "version", first)["auth_data"] == {"n": 1}
+    alice.ask("PUT", "room_keys", "version", second, body={"algorithm": "m.a", "auth_data": {"n": 3}, "version": second})
+    assert alice.ask("GET", "room_keys", "version", second)["auth_data"] == {"n": 3}
+    with refused("M_INVALID_PARAM", 400):
+        alice.ask("PUT", "room_keys", "version", second, body={"algorithm": "m.b", "auth_data": {}})
+    with refused("M_NOT_FOUND", 404):
+        bob.ask("GET", "room_keys", "version", second)
+    alice.ask("DELETE", "room_keys", "version", second)
+    assert alice.ask("GET", "room_keys", "version")["version"] == first
+    for wrong in (second, "x", "9" * 30):
+        with refused("M_NOT_FOUND", 404):
+            alice.ask("DELETE", "room_keys", "version", wrong)
+
+
+def test_backed_up_keys_are_put_and_read_and_deleted_one_by_one_by_room_or_together(three):
+    hs, alice, *_ = three
+    version = alice.ask("POST", "room_keys", "version", body={"algorithm": "m.a", "auth_data": {}})["version"]
+    put = functools.partial(alice.ask, "PUT", "room_keys", "keys", version=version)
+    assert put("!a:b", "s1", body=backup_key()) == {"count": 1, "etag": "1"}
+    assert put("!a:b", body={"sessions": {"s2": backup_key(), "s1": backup_key()}}) == {"count": 2, "etag": "2"}
+    assert put(body={"rooms": {"!c:d": {"sessions": {"s3": backup_key(data="y")}}}}) == {"count": 3, "etag": "3"}
+    get = functools.partial(alice.ask, "GET", "room_keys", "keys", version=version)
+    assert get("!c:d", "s3") == backup_key(data="y") and get("!a:b") == {"sessions": {"s1": backup_key(), "s2": backup_key()}}
+    assert get() == {"rooms": {"!a:b": get("!a:b"), "!c:d": {"sessions": {"s3": backup_key(data="y")}}}}
+    with refused("M_NOT_FOUND", 404):
+        get("!c:d", "s1")
+    assert get("!e:f") == {"sessions": {}}
+    delete = functools.partial(alice.ask, "DELETE", "room_keys", "keys", version=version)
+    assert delete("!a:b", "s1") == {"count": 2, "etag": "4"} and delete("!a:b", "s1") == {"count": 2, "etag": "4"}
+    assert delete("!a:b") == {"count": 1, "etag": "5"} and delete() == {"count": 0, "etag": "6"}
+    assert get() == {"rooms": {}}
+
+
+@pytest.mark.parametrize("old, new, replaces", [
+    ({}, {"data": "n"}, False), ({}, {"verified": True, "index": 5}, True), ({"verified": True}, {"index": 0}, False), ({"index": 5}, {"index": 4, "forwarded": 9}, True),
+    ({"index": 4}, {"index": 5}, False), ({"forwarded": 2}, {"forwarded": 1}, True), ({"forwarded": 1}, {"forwarded": 2}, False)])
+def test_a_backed_up_key_is_replaced_by_a_better_one_only(three, old, new, replaces):
+    hs, alice, *_ = three
+    version = alice.ask("POST", "room_keys", "version", body={"algorithm": "m.a", "auth_data": {}})["version"]
+    old, new = backup_key(**old), backup_key(**{"data": "new", **new})
+    for key in (old, new):
+        alice.ask("PUT", "room_keys", "keys", "!a:b", "s", body=key, version=version)
+    assert alice.ask("GET", "room_keys", "keys", "!a:b", "s", version=version) == (new if replaces else old)
+
+
+def test_keys_go_into_the_last_backup_only_and_the_error_names_it(three):
+    hs, alice, *_ = three
+    first, second = (alice.ask("POST", "room_keys", "version", body={"algorithm": "m.a", "auth_data": {}})["version"] for _ in range(2))
+    with refused("M_WRONG_ROOM_KEYS_VERSION", 403) as caught:
+        alice.ask("PUT", "room_keys", "keys", "!a:b", "s", body=backup_key(), version=first)
+    assert caught.value.extra["current_version"] == second
+    with refused("M_MISSING_PARAM", 400):
+        alice.ask("PUT", "room_keys", "keys", "!a:b", "s", body=backup_key())
+    with refused("M_BAD_JSON", 400):
+        alice.ask("PUT", "room_keys", "keys", "!a:b", "s", body={**backup_key(), "is_verified": "yes"}, version=second)
 
 
 # ============================================================================
@@ -4789,6 +5165,112 @@ def test_a_transaction_with_ephemeral_data_does_not_change_either(start, recorde
     assert len(first) >= 2 and len(set(first)) == 1 and json.loads(first[0])["events"] == []
 
 
+# -- Encrypting application services.
+
+ENCRYPTING = {"receive_ephemeral": True, "org.matrix.msc3202": True}
+
+
+def pushed(recorder, key):
+    """What came under this key, transaction by transaction."""
+    return [json.loads(body)[key] for body in dict(recorder.transactions).values() if key in json.loads(body)]
+
+
+def ghost_with_device(hs, user_id="@_irc_bob:localhost", device_id="GHOST"):
+    """A ghost acting with a device of its own."""
+    ghost = acting(hs, "irc", user_id)
+    ghost.ask("PUT", "devices", device_id, body={"display_name": "bridge"})
+    with_device = asbridge.Client(hs.url, ghost.token, user_id)
+    with_device.call = functools.partial(asbridge.Client.call, with_device, device_id=device_id)
+    return with_device
+
+
+@pytest.mark.parametrize("flags, comes", [({"receive_ephemeral": True}, True), ({"de.sorunome.msc2409.push_ephemeral": True}, True), ({}, False)])
+def test_a_message_to_a_ghosts_device_is_pushed_once_and_in_order_to_a_service_that_takes_ephemeral_data(start, recorder, flags, comes):
+    r = recorder()
+    hs = start(registration(url=r.url, **flags))
+    alice, ghost = hs.client("alice"), ghost_with_device(hs)
+    for n in range(3):
+        alice.ask("PUT", "sendToDevice", "m.x", str(n), body={"messages": {ghost.user_id: {"*": {"n": n}}}})
+    hs.settle()
+    messages = [message for part in pushed(r, "de.sorunome.msc2409.to_device") for message in part]
+    assert messages == ([{"type": "m.x", "sender": alice.user_id, "content": {"n": n}, "to_user_id": ghost.user_id, "to_device_id": "GHOST"} for n in range(3)] if comes else [])
+    if not comes:                                            # it is left for a /sync of the ghost
+        session = hs.api.accounts.login_ghost(hs.world.registrations.by_id["irc"], ghost.user_id, device_id="GHOST")
+        assert len(asbridge.Client(hs.url, session["access_token"]).sync()["to_device"]["events"]) == 3
+
+
+def test_messages_to_a_ghosts_device_wait_for_a_service_that_is_down_over_a_restart(start, recorder, tmp_path):
+    r = recorder()
+    r.answer = lambda request, body: (500, {"errcode": "M_UNKNOWN"})
+    keys = {"database": str(tmp_path / "a.db")}
+    hs = start(registration(url=r.url, **ENCRYPTING), **keys)
+    alice, ghost = hs.client("alice"), ghost_with_device(hs)
+    for n in range(150):
+        alice.ask("PUT", "sendToDevice", "m.x", str(n), body={"messages": {ghost.user_id: {"*": {"n": n}}}})
+    hs.stop()
+    r.answer = lambda request, body: (200, {})
+    hs = start(registration(url=r.url, **ENCRYPTING), **keys)
+    hs.settle()
+    parts = pushed(r, "de.sorunome.msc2409.to_device")
+    assert [message["content"]["n"] for part in parts for message in part] == list(range(150)) and max(map(len, parts)) == 100
+
+
+def test_a_service_hears_how_many_keys_its_ghosts_have_left_under_both_names(start, recorder):
+    r = recorder()
+    hs = start(registration(url=r.url, **ENCRYPTING))
+    alice, ghost = hs.client("alice"), ghost_with_device(hs)
+    ghost.ask("POST", "keys", "upload", body={"device_keys": device_keys(ghost), "one_time_keys": {"signed_curve25519:A": {}, "signed_curve25519:B": {}},
+                                              "fallback_keys": {"signed_curve25519:F": {}}})
+    assert device_of(ghost) == "GHOST" and claim(alice, ghost) == "A"
+    hs.settle()
+    counts = [{ghost.user_id: {"GHOST": {"signed_curve25519": 1}}}]
+    assert pushed(r, "org.matrix.msc3202.device_one_time_keys_count")[-1:] == pushed(r, "org.matrix.msc3202.device_one_time_key_counts")[-1:] == counts
+    assert pushed(r, "org.matrix.msc3202.device_unused_fallback_key_types")[-1] == {ghost.user_id: {"GHOST": ["signed_curve25519"]}}
+    assert [claim(alice, ghost) for _ in range(2)] == ["B", "F"]
+    hs.settle()
+    assert pushed(r, "org.matrix.msc3202.device_one_time_keys_count")[-1] == {ghost.user_id: {"GHOST": {"signed_curve25519": 0}}}
+    assert pushed(r, "org.matrix.msc3202.device_unused_fallback_key_types")[-1] == {ghost.user_id: {"GHOST": []}}
+    alice.ask("PUT", "sendToDevice", "m.x", "1", body={"messages": {ghost.user_id: {"*": {}}}})
+    hs.settle()
+    assert {"de.sorunome.msc2409.to_device", "org.matrix.msc3202.device_one_time_keys_count"} <= json.loads(r.transactions[-1][1]).keys()
+
+
+def test_a_service_hears_whose_devices_changed_in_the_rooms_of_its_ghosts(start, recorder):
+    r, other = recorder(), recorder()
+    hs = start(registration(url=r.url, **ENCRYPTING), registration("plain", other.url, users=("@_irc_.*",), exclusive=False, receive_ephemeral=True, namespaces={
+        "users": [{"regex": "@alice:.*", "exclusive": False}]}))
+    alice, bob, ghost = hs.client("alice"), hs.client("bob"), ghost_with_device(hs)
+    upload(bob)                                              # in no room of a ghost
+    room = alice.create_room(preset="public_chat")
+    ghost.join(room)
+    hs.settle()
+    assert pushed(r, "org.matrix.msc3202.device_lists") == []
+    upload(alice)
+    hs.settle()
+    assert pushed(r, "org.matrix.msc3202.device_lists") == [{"changed": [alice.user_id], "left": []}]
+    alice.ask("POST", "logout")
+    hs.settle()
+    assert pushed(r, "org.matrix.msc3202.device_lists")[1:] == [{"changed": [alice.user_id], "left": []}]
+    assert not any("msc3202" in body.decode() for _, body in other.transactions)
+
+
+def test_a_change_of_devices_while_a_service_is_down_comes_after_a_restart(start, recorder, tmp_path):
+    r = recorder()
+    keys = {"database": str(tmp_path / "a.db")}
+    hs = start(registration(url=r.url, **ENCRYPTING), **keys)
+    alice, ghost = hs.client("alice"), ghost_with_device(hs)
+    ghost.join(alice.create_room(preset="public_chat"))
+    hs.settle()
+    r.answer = lambda request, body: (500, {"errcode": "M_UNKNOWN"})
+    alice.create_room(invite=[ghost.user_id])                # holds the line
+    eventually(lambda: hs.waiting()["irc"])
+    upload(alice)
+    hs.stop()
+    r.answer = lambda request, body: (200, {})
+    start(registration(url=r.url, **ENCRYPTING), **keys).settle()
+    assert pushed(r, "org.matrix.msc3202.device_lists") == [{"changed": [alice.user_id], "left": []}]
+
+
 # ============================================================================
 # 8. Routes
 # ============================================================================
@@ -4877,6 +5359,65 @@ def test_a_public_route_ignores_user_id(start, where):
     hs = start(registration())
     bot_of(hs).create_room(room_alias_name="_irc_x")
     assert ask(hs, "GET", where + "?user_id=@_irc_unregistered:localhost", "as-irc")[0] == 200
+
+
+# -- Device management.
+
+@pytest.mark.parametrize("name", ["device_id", "org.matrix.msc3202.device_id"])
+def test_a_service_acts_as_a_device_of_its_user(start, name):
+    hs = start(registration())
+    ghost = acting(hs, "irc", "@_irc_bob:localhost")
+    assert "device_id" not in ghost.whoami()
+    ghost.ask("PUT", "devices", "DEV", body={})
+    assert ghost.ask("GET", "account", "whoami", **{name: "DEV"})["device_id"] == "DEV"
+    bot = bot_of(hs)
+    with refused("M_UNKNOWN_DEVICE", 400):                   # the device must be of the user who is named, or of the sender
+        bot.ask("GET", "account", "whoami", **{name: "DEV"})
+    bot.ask("PUT", "devices", "BOT", body={})
+    assert bot.ask("GET", "account", "whoami", **{name: "BOT"}) == {"user_id": bot.user_id, "device_id": "BOT", "is_guest": False}
+
+
+def test_a_person_does_not_act_as_another_device(three):
+    hs, alice, *_ = three
+    assert alice.ask("GET", "account", "whoami", device_id="OTHER")["device_id"] == device_of(alice) != "OTHER"
+
+
+def test_a_service_creates_names_and_deletes_devices_of_its_users(start):
+    hs = start(registration())
+    ghost = acting(hs, "irc", "@_irc_bob:localhost")
+    target = "/_matrix/client/v3/devices/DEV?user_id=" + urllib.parse.quote(ghost.user_id)
+    assert ask(hs, "PUT", target, ghost.token, {"display_name": "one"}) == (201, {})
+    assert ask(hs, "PUT", target, ghost.token, {"display_name": "two"}) == (200, {})
+    assert [(device["device_id"], device["display_name"]) for device in ghost.ask("GET", "devices")["devices"]] == [("DEV", "two")]
+    assert ghost.ask("DELETE", "devices", "DEV") == {} and ghost.ask("GET", "devices")["devices"] == []
+    ghost.ask("PUT", "devices", "DEV", body={})
+    assert ghost.ask("POST", "delete_devices", body={"devices": ["DEV"]}) == {} and ghost.ask("GET", "devices")["devices"] == []
+
+
+def test_a_person_does_not_create_devices(three):
+    hs, alice, *_ = three
+    with refused("M_NOT_FOUND", 404):
+        alice.ask("PUT", "devices", "NEW", body={"display_name": "x"})
+
+
+def test_what_is_for_a_device_needs_one(start):
+    hs = start(registration())
+    ghost = acting(hs, "irc", "@_irc_bob:localhost")
+    with refused("M_MISSING_PARAM", 400, "device_id"):
+        ghost.ask("POST", "keys", "upload", body={})
+
+
+def test_each_device_of_a_ghost_has_its_own_transaction_ids_and_sees_its_own(start):
+    hs = start(registration())
+    ghost = acting(hs, "irc", "@_irc_bob:localhost")
+    room = ghost.create_room()
+    for device_id in "AB":
+        ghost.ask("PUT", "devices", device_id, body={})
+    sent = [ghost.call("PUT", path("rooms", room, "send", "m.room.message", "1"), {"body": "x", "msgtype": "m.text"}, **query)["event_id"]
+            for query in ({}, {"device_id": "A"}, {"device_id": "B"}, {"device_id": "A"})]
+    assert sent[1] == sent[3] and len(set(sent)) == 3
+    for device_id, transaction_id in (("A", "1"), ("B", None)):
+        assert ghost.ask("GET", "rooms", room, "event", sent[1], device_id=device_id)["unsigned"].get("transaction_id") == transaction_id
 
 
 # -- Timestamp massaging.
