@@ -4427,8 +4427,8 @@ class Backups:
                 field(key, "session_data", dict)
 
         def job(tx: Tx) -> JsonObject:
-            last = self._find(tx, who, None)
-            if str(last[0]) != version:
+            row, last = self._find(tx, who, version), self._find(tx, who, None)
+            if row != last:
                 raise MatrixError("M_WRONG_ROOM_KEYS_VERSION", f"the backup to write to is version {last[0]}, not "
                                   f"{shorten(version)}", current_version=str(last[0]))
             new = [(room_id, session_id, key) for room_id, sessions in rooms.items() for session_id, key in sessions.items()

@@ -4588,6 +4588,8 @@ def test_keys_go_into_the_last_backup_only_and_the_error_names_it(three):
     with refused("M_WRONG_ROOM_KEYS_VERSION", 403) as caught:
         alice.ask("PUT", "room_keys", "keys", "!a:b", "s", body=backup_key(), version=first)
     assert caught.value.extra["current_version"] == second
+    with refused("M_NOT_FOUND", 404):
+        alice.ask("PUT", "room_keys", "keys", "!a:b", "s", body=backup_key(), version="999")
     with refused("M_MISSING_PARAM", 400):
         alice.ask("PUT", "room_keys", "keys", "!a:b", "s", body=backup_key())
     with refused("M_BAD_JSON", 400):
