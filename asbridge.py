@@ -2434,7 +2434,7 @@ class Tx(Reader):
         """A device, or all, with the sessions, the keys and what waits for it."""
         self.end_sessions(user_id, device_id)
         where, values = "user_id = ? AND (? IS NULL OR device_id = ?)", (user_id, device_id, device_id)
-        self.run(f"DELETE FROM signatures WHERE {where.replace('device_id', 'key')}", *values)
+        self.run(f"DELETE FROM signatures WHERE user_id = ? AND key IN (SELECT device_id FROM device_keys WHERE {where})", user_id, *values)
         had_keys = self.run(f"DELETE FROM device_keys WHERE {where}", *values)
         for table in ("devices", "one_time_keys", "fallback_keys", "to_device"):
             self.run(f"DELETE FROM {table} WHERE {where}", *values)
@@ -5261,7 +5261,9 @@ class Api:
             return Who(session[0], session[1], hashed)
         if not registration:
             raise self.unknown_token(hashed)
-        who = self.act_as(registration, request.query.get("user_id") if auth != "maybe" else None)
+        if auth == "maybe":                                  # open to all: whom it names makes no difference
+            return self.act_as(registration, None)
+        who = self.act_as(registration, request.query.get("user_id"))
         device_id = request.query.get("device_id") or request.query.get("org.matrix.msc3202.device_id")
         return dataclasses.replace(who, device_id=self.check_device(who, device_id)) if device_id else who
 
@@ -6397,7 +6399,7 @@ PING_HINTS = {
 class AppService:
     """An application service: takes what the homeserver pushes and asks, and acts through intents.
 
-    Override on_event, on_user_query, on_alias_query. `database`: a file, or ":memory:", which a restart forgets.
+    Override on_event, on_ephemeral, on_user_query, on_alias_query. `database`: a file, or ":memory:", which a restart forgets.
     """
 
     #: method, path (the prefix is missing in the 2016 text), handler
@@ -6436,6 +6438,9 @@ class AppService:
 
     def on_event(self, event: JsonObject) -> None:
         """One event, each once and in order. What it raises is logged, and the event counts as handled."""
+
+    def on_ephemeral(self, data: JsonObject) -> None:
+        """Typing, a receipt or presence, if the registration asks for such. Passing: not kept if it can't be handled."""
 
     def on_user_query(self, user_id: str) -> bool:
         """Whether this user exists now; it may be registered here."""
@@ -6573,9 +6578,11 @@ class AppService:
             raise MatrixError("M_FORBIDDEN", "this is not the hs_token of this application service")
 
     def _put_transaction(self, txn_id: str, request: Request) -> None:
-        events = parse_object(request.body(MAX_JSON_BYTES)).get("events")
+        body = parse_object(request.body(MAX_JSON_BYTES))
+        events = body.get("events")
         if not isinstance(events, list):
             raise MatrixError("M_BAD_JSON", "the body must have 'events': a list")
+        ephemeral = body.get("ephemeral", body.get("de.sorunome.msc2409.ephemeral"))
         with self._delivery:
             # An ID may come back with other events: from a homeserver that was set up anew and counts from 1. What
             # was handled is known by event; only what has no ID is taken for done with its transaction.
@@ -6585,6 +6592,11 @@ class AppService:
                     raise MatrixError("M_UNKNOWN", "the application service stops", 503)
                 if isinstance(event, dict) and not (done and not isinstance(event.get("event_id"), str)):
                     self._handle(event)
+            for data in ephemeral if isinstance(ephemeral, list) and not done else ():
+                try:
+                    self.on_ephemeral(data)
+                except Exception:
+                    log.exception("%s: ephemeral data failed and is skipped", self.id)
             self._remember("transactions_done", txn_id, KEPT_TXNS)
 
     def _handle(self, event: JsonObject) -> None:

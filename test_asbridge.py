@@ -4515,6 +4515,22 @@ def test_a_signature_on_what_was_not_uploaded_so_is_a_failure_of_that_key(three,
     assert failures[user][name]["errcode"] == errcode
 
 
+def test_the_end_of_all_devices_ends_what_was_signed_of_them_and_no_more(three):
+    hs, alice, bob, *_ = three
+    for client in (alice, bob):
+        upload(client)
+        client.ask("POST", "keys", "device_signing", "upload", body=cross_signing_keys(client.user_id))
+    device, master = device_keys(alice), cross_signing_keys(alice.user_id)["master_key"]
+    alice.ask("POST", "keys", "signatures", "upload", body={
+        alice.user_id: {device["device_id"]: {**device, "signatures": {alice.user_id: {"ed25519:self_signing-a": "S"}}}}})
+    bob.ask("POST", "keys", "signatures", "upload", body={
+        alice.user_id: {"master-a": {**master, "signatures": {bob.user_id: {"ed25519:user_signing-a": "U"}}}}})
+    alice.ask("POST", "logout", "all")
+    assert query_keys(bob, alice)["master_keys"][alice.user_id]["signatures"] == {bob.user_id: {"ed25519:user_signing-a": "U"}}
+    with hs.world.store.read() as reader:
+        assert [row[0] for row in reader.signatures(alice.user_id, bob.user_id)] == ["master-a"]
+
+
 def test_a_new_master_key_drops_what_the_old_one_had_signed(start):
     hs = start(registration())
     ghost = acting(hs, "irc", "@_irc_bob:localhost")
@@ -5379,6 +5395,12 @@ def test_a_service_acts_as_a_device_of_its_user(start, name):
     assert bot.ask("GET", "account", "whoami", **{name: "BOT"}) == {"user_id": bot.user_id, "device_id": "BOT", "is_guest": False}
 
 
+def test_what_everybody_may_ask_does_not_look_at_the_user_and_device_that_a_service_names(start):
+    hs = start(registration())
+    ghost = acting(hs, "irc", "@_irc_bob:localhost")
+    assert ghost.ask("GET", "profile", ghost.user_id, device_id="GONE") == {"displayname": "_irc_bob"}
+
+
 def test_a_person_does_not_act_as_another_device(three):
     hs, alice, *_ = three
     assert alice.ask("GET", "account", "whoami", device_id="OTHER")["device_id"] == device_of(alice) != "OTHER"
@@ -5919,6 +5941,17 @@ def test_two_overlapping_deliveries_of_a_transaction_run_it_once(service):
         thread.join(10)
     assert answers == [(200, {}), (200, {})]
     assert service.events == ["$1", "$2"]
+
+
+@pytest.mark.parametrize("key", ["ephemeral", "de.sorunome.msc2409.ephemeral"])
+def test_ephemeral_data_is_handed_over_after_the_events_and_not_again_with_a_repeated_transaction(service, key):
+    typing = {"type": "m.typing", "room_id": "!r:test", "content": {"user_ids": []}}
+    found = []
+    service.on_ephemeral = lambda data: found.append(data) or 1 / 0      # it fails, and the rest goes on
+    for _ in range(2):
+        assert as_request(service, "PUT", PUSH + "1", {**some_events("$1"), key: [typing, {"type": "m.presence"}]}) == (200, {})
+    assert found == [typing, {"type": "m.presence"}] and service.events == ["$1"]
+    assert as_request(service, "PUT", PUSH + "2", {**some_events("$2"), key: "x"}) == (200, {}) and service.events == ["$1", "$2"]
 
 
 def test_an_event_that_raises_counts_as_handled_and_does_not_block_the_rest(service, caplog):
