@@ -2434,7 +2434,8 @@ class Tx(Reader):
         """A device, or all, with the sessions, the keys and what waits for it."""
         self.end_sessions(user_id, device_id)
         where, values = "user_id = ? AND (? IS NULL OR device_id = ?)", (user_id, device_id, device_id)
-        self.run(f"DELETE FROM signatures WHERE user_id = ? AND key IN (SELECT device_id FROM device_keys WHERE {where})", user_id, *values)
+        self.run("DELETE FROM signatures WHERE user_id = ? "
+                 f"AND key IN (SELECT device_id FROM device_keys WHERE {where})", user_id, *values)
         had_keys = self.run(f"DELETE FROM device_keys WHERE {where}", *values)
         for table in ("devices", "one_time_keys", "fallback_keys", "to_device"):
             self.run(f"DELETE FROM {table} WHERE {where}", *values)
