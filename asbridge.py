@@ -293,6 +293,7 @@ def check_canonical(value: Any) -> None:
 
 TYPE_NAMES = {str: "a string", int: "an integer", bool: "true or false", dict: "an object", list: "a list",
               type(None): "null"}
+S = TypeVar("S")
 T = TypeVar("T")
 
 
@@ -4716,12 +4717,13 @@ class Window:
 # 7. Delivery
 # ============================================================================
 # The homeserver's calls to application services: transactions, until they are
-# acknowledged; pings; and the questions for users and aliases that don't exist
-# yet. Spec: Application Service API, Pushing events, Pinging, Querying, Legacy
-# routes. Does not know clients.
+# acknowledged; pings; the questions for users and aliases that don't exist yet,
+# and for third-party networks. Spec: Application Service API, Pushing events,
+# Pinging, Querying, Third-party networks, Legacy routes. Does not know clients.
 
 QUERY_SECONDS = 30.0             # for all attempts of one question
 QUERY_ATTEMPTS = 3
+PROTOCOL_SECONDS = 60.0          # how long an application service's word about a protocol counts
 FALL_BACK_ON = (404, 405, 500, 501)
 LEGACY_PATHS = {"/_matrix/app/v1/transactions/": "/transactions/", "/_matrix/app/v1/users/": "/users/",
                 "/_matrix/app/v1/rooms/": "/rooms/", "/_matrix/app/v1/thirdparty/": "/_matrix/app/unstable/thirdparty/"}
@@ -4771,7 +4773,7 @@ class Line:
         token = self.registration.hs_token
         headers = {"Authorization": f"Bearer {token}", "Content-Type": "application/json",
                    "User-Agent": f"asbridge/{__version__}"}
-        target = f"{path}?access_token={urllib.parse.quote(token, safe='')}"
+        target = f"{path}{'&' if '?' in path else '?'}access_token={urllib.parse.quote(token, safe='')}"
         began = time.monotonic()
         trace.debug("HS ---> %s: %s %s, %d bytes", self.registration.id, method, path, len(body or b""))
         try:
@@ -4921,6 +4923,38 @@ class Query:
         return self.created
 
 
+def at_once(fn: Callable[[S], T], items: Sequence[S]) -> list[T]:
+    """fn of each, on threads of their own, so that who does not answer holds up nobody. fn raises nothing."""
+    results: dict[int, T] = {}
+    threads = [threading.Thread(target=lambda n=n, item=item: results.__setitem__(n, fn(item)), daemon=True)
+               for n, item in enumerate(items)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return [results[n] for n in range(len(items))]
+
+
+PROTOCOL_KEYS = {"user_fields": list, "location_fields": list, "icon": str, "field_types": dict, "instances": list}
+THIRD_PARTY_IDS = {"user": "userid", "location": "alias"}    # what a look-up finds, and the key of its Matrix ID
+
+
+def has_keys(value: Any, keys: Mapping[str, Any]) -> bool:
+    return isinstance(value, dict) and all(is_a(value.get(key), type_) for key, type_ in keys.items())
+
+
+def is_protocol(value: Any) -> bool:
+    """Whether this is a protocol's metadata. Bridges leave out what they don't have, but for `instances`."""
+    given = {key: type_ for key, type_ in PROTOCOL_KEYS.items() if key == "instances" or key in value}
+    return has_keys(value, given) and all(has_keys(one, {"network_id": str}) for one in value["instances"])
+
+
+def is_batch(value: Any, kind: str) -> bool:
+    """Whether this is a list of third-party users or locations."""
+    keys = {THIRD_PARTY_IDS[kind]: str, "protocol": str, "fields": dict}
+    return isinstance(value, list) and all(has_keys(one, keys) for one in value)
+
+
 class Delivery:
     """All workers, and the calls that answer somebody who waits."""
 
@@ -4929,6 +4963,8 @@ class Delivery:
         self._workers: dict[str, Worker] = {}                # made when first needed
         # In flight: who is asked, kind, ID, patient, which application service asks (or '').
         self._queries: dict[tuple[str, str, str, bool, str], Query] = {}
+        # What was said about a protocol, and until when it counts.
+        self._protocols: dict[tuple[Registration, str], tuple[JsonObject | None, float]] = {}
         self._guard = threading.Lock()                       # guards _workers and _queries
         self._stopped = False
 
@@ -4984,6 +5020,7 @@ class Delivery:
                        if self.world.registrations.by_id.get(id) is not worker.registration]
             for worker in changed:
                 del self._workers[worker.registration.id]
+        self._protocols = {}
         for worker in changed:
             worker.stop(time.monotonic())
         self._take_up()
@@ -5091,6 +5128,60 @@ class Delivery:
             return line.exchange("GET", path, None, max(0.001, min(self.world.settings.query_timeout_ms / 1000, left)))
         except CALL_FAILED as error:
             return error
+
+    # -- third-party networks. Nobody is asked about itself (`by`): while it waits, it may not be able to answer.
+
+    def protocols(self, by: Registration | None, only: str | None = None) -> dict[str, JsonObject]:
+        """Metadata of each protocol: the instances of all who have it, all else as the first of them says."""
+        asked = [(registration, protocol) for registration in self.world.registrations if registration.url is not None
+                 for protocol in dict.fromkeys(registration.protocols) if only in (None, protocol)]
+        found: dict[str, JsonObject] = {}
+        for (_, protocol), said in zip(asked, at_once(lambda one: self._protocol(*one, by), asked), strict=True):
+            if said:
+                known = found.setdefault(protocol, {**said, "instances": []})
+                known["instances"] = known["instances"] + said["instances"]
+        return found
+
+    def _protocol(self, registration: Registration, protocol: str, by: Registration | None) -> JsonObject | None:
+        now = self.world.clock.monotonic()
+        said, until = self._protocols.get((registration, protocol), (None, 0.0))
+        if until <= now and registration is not by:
+            said = self._look_up(registration, f"protocol/{urllib.parse.quote(protocol, safe='')}", is_protocol)
+            for instance in said["instances"] if said else ():
+                instance["instance_id"] = f"{registration.id}|{instance['network_id']}"
+            self._protocols[registration, protocol] = said, now + PROTOCOL_SECONDS * bool(said)
+        return said
+
+    def look_up(self, kind: str, protocol: str, fields: Mapping[str, str], by: Registration | None) -> list[JsonObject]:
+        """Third-party users or locations with these fields, as all who have the protocol ('': any) know them."""
+        asked = [one for one in self.world.registrations if one.url is not None and one is not by
+                 and (protocol in one.protocols if protocol else one.protocols)]
+        path = kind + (f"/{urllib.parse.quote(protocol, safe='')}" if protocol else "")
+        path += "?" + urllib.parse.urlencode(fields) if fields else ""
+        answers = at_once(lambda one: self._look_up(one, path, lambda value: is_batch(value, kind)), asked)
+        found = [one for answer in answers for one in answer or ()]
+        if not found:
+            raise MatrixError("M_NOT_FOUND", f"no application service knows of this {kind}; asked: "
+                              f"{', '.join([one.id for one in asked]) or 'none, for none declares the protocol'}")
+        return found
+
+    def _look_up(self, registration: Registration, path: str, fits: Callable[[Any], bool]) -> Any:
+        """Its answer; None, with a line in the log, if it has none that can be used. 404 is an answer."""
+        line, seconds = Line(registration), self.world.settings.query_timeout_ms / 1000
+        try:
+            answer = line.exchange("GET", "/_matrix/app/v1/thirdparty/" + path, None, seconds)
+            if answer.status == 404:
+                return None
+            value = parse_json(answer.body) if answer.status == 200 else None
+            if value is not None and fits(value):
+                return value
+            why = advice(registration, answer)
+        except (*CALL_FAILED, MatrixError) as error:
+            why = advice(registration, error)
+        finally:
+            line.close()
+        log.warning("application service %s was asked for third-party %s: %s", registration.id, path.partition("?")[0], why)
+        return None
 
 
 # ============================================================================
@@ -5961,6 +6052,32 @@ def map_uri(call: Call) -> Any:
     return {key: id}
 
 
+# -- Handlers: third-party networks.
+
+def get_protocols(call: Call) -> Any:
+    return call.api.delivery.protocols(call.asker)
+
+
+def get_protocol(call: Call) -> Any:
+    found = call.api.delivery.protocols(call.asker, call["protocol"])
+    if not found:
+        raise MatrixError("M_NOT_FOUND", f"no application service tells of a protocol {shorten(call['protocol'])!r}")
+    return found[call["protocol"]]
+
+
+def look_up(call: Call) -> Any:
+    """By the fields of a protocol; or, without one, by the Matrix ID."""
+    kind = call.request.path.split("/")[5]
+    key, sigil = THIRD_PARTY_IDS[kind], {"user": "@", "location": "#"}[kind]
+    own = {"access_token", "user_id"} if call.who.appservice else {"access_token"}
+    fields = {name: value for name, value in call.request.query.items() if name not in own}
+    if not call.params.get("protocol"):
+        if key not in fields:
+            raise MatrixError("M_MISSING_PARAM", f"the query must have {key}, or the path a protocol")
+        fields = {key: check_id(sigil, fields[key])}
+    return call.api.delivery.look_up(kind, call.params.get("protocol", ""), fields, call.asker)
+
+
 # -- The table. The first letter of a path stands for a prefix.
 
 PREFIXES = {"C": "/_matrix/client/v3", "R": "/_matrix/client/v3/rooms/{roomId}", "U": "/_matrix/client/v3/user/{userId}",
@@ -6067,6 +6184,13 @@ ROUTES = [Route(method, PREFIXES.get(path[0], path[0]) + path[1:], auth, handler
     ("GET",    "D/download/{serverName}/{mediaId}",            "user",       download,            "Content repository"),
     ("GET",    "D/download/{serverName}/{mediaId}/{fileName}", "user",       download,            "Content repository"),
     ("GET",    "D/config",                                     "user",       media_config,        "Content repository"),
+    # Third-party networks
+    ("GET",    "C/thirdparty/protocols",                       "user",       get_protocols,       "Third-party Networks"),
+    ("GET",    "C/thirdparty/protocol/{protocol}",             "user",       get_protocol,        "Third-party Networks"),
+    ("GET",    "C/thirdparty/user",                            "user",       look_up,             "Third-party Networks"),
+    ("GET",    "C/thirdparty/user/{protocol}",                 "user",       look_up,             "Third-party Networks"),
+    ("GET",    "C/thirdparty/location",                        "user",       look_up,             "Third-party Networks"),
+    ("GET",    "C/thirdparty/location/{protocol}",             "user",       look_up,             "Third-party Networks"),
     # For application services
     ("POST",   "V/appservice/{appserviceId}/ping",             "appservice", ping,                "AS: Pinging"),
     ("GET",    "A/user",                                       "nobody",     map_uri,             "AS, 2016 text: URI mapping"),
@@ -6400,7 +6524,8 @@ PING_HINTS = {
 class AppService:
     """An application service: takes what the homeserver pushes and asks, and acts through intents.
 
-    Override on_event, on_ephemeral, on_user_query, on_alias_query. `database`: a file, or ":memory:", which a restart forgets.
+    Override on_event, on_ephemeral, on_user_query, on_alias_query, and on_third_party_… for a network that can be
+    looked up. `database`: a file, or ":memory:", which a restart forgets.
     """
 
     #: method, path (the prefix is missing in the 2016 text), handler
@@ -6408,6 +6533,7 @@ class AppService:
         ("PUT",  r"(?:/_matrix/app/v1)?/transactions/([^/]+)",  "_put_transaction"),
         ("GET",  r"(?:/_matrix/app/v1)?/(users|rooms)/([^/]+)", "_get_existence"),
         ("POST", r"/_matrix/app/v1/ping",                       "_post_ping"),
+        ("GET",  r"/_matrix/app/(?:v1|unstable)/thirdparty/(protocol|user|location)(?:/([^/]+))?", "_get_third_party"),
     )
     SCHEMA = """
         CREATE TABLE IF NOT EXISTS transactions_done(n INTEGER PRIMARY KEY, id TEXT NOT NULL UNIQUE);
@@ -6450,6 +6576,20 @@ class AppService:
     def on_alias_query(self, alias: str) -> bool:
         """Whether this alias exists now; the room may be created here."""
         return False
+
+    def on_third_party_protocol(self, protocol: str) -> JsonObject | None:
+        """Metadata of one of the registration's `protocols`: user_fields, location_fields, icon, field_types, and
+        instances, each with network_id, desc and fields.
+        """
+        return None
+
+    def on_third_party_user(self, protocol: str, fields: Mapping[str, str]) -> list[JsonObject]:
+        """Users of the network, each with userid, protocol and fields. protocol '': the one with fields["userid"]."""
+        return []
+
+    def on_third_party_location(self, protocol: str, fields: Mapping[str, str]) -> list[JsonObject]:
+        """Its channels, each with alias, protocol and fields. protocol '': the one with fields["alias"]."""
+        return []
 
     # -- To use.
 
@@ -6549,8 +6689,7 @@ class AppService:
             handler, ids = self._route(request)
             self._check_token(request)
             self.ring()
-            getattr(self, handler)(*ids, request)
-            return json_response(200, {})
+            return json_response(200, getattr(self, handler)(*ids, request) or {})
         except MatrixError as error:
             return json_response(error.status, error.body())
         except Exception:
@@ -6565,7 +6704,7 @@ class AppService:
             if match := re.fullmatch(regex, path):
                 if method != request.method:
                     raise MatrixError("M_UNRECOGNIZED", f"this path takes {method}, not {request.method}", 405)
-                return handler, [urllib.parse.unquote(group) for group in match.groups()]
+                return handler, [urllib.parse.unquote(group or "") for group in match.groups()]
         raise MatrixError("M_UNRECOGNIZED", f"{shorten(request.path)} is no path of an application service")
 
     def _check_token(self, request: Request) -> None:
@@ -6628,6 +6767,16 @@ class AppService:
     def _get_existence(self, kind: str, id: str, request: Request) -> None:
         if not (self.on_user_query(id) if kind == "users" else self.on_alias_query(id)):
             raise MatrixError("M_NOT_FOUND", f"{shorten(id)} does not exist here")
+
+    def _get_third_party(self, kind: str, protocol: str, request: Request) -> Any:
+        fields = {name: value for name, value in request.query.items() if name != "access_token"}
+        if kind == "protocol":
+            found: Any = self.on_third_party_protocol(protocol)
+        else:
+            found = (self.on_third_party_user if kind == "user" else self.on_third_party_location)(protocol, fields)
+        if not found:
+            raise MatrixError("M_NOT_FOUND", f"there is no such third-party {kind} here")
+        return found
 
     def _post_ping(self, request: Request) -> None:
         parse_object(request.body(65_536))
@@ -7653,15 +7802,44 @@ class IrcBridge(AppService):
             self.ghost(client.nick)
         return client is not None
 
-    def on_alias_query(self, alias: str) -> bool:
+    def channel_of(self, alias: str) -> str:
+        """The channel's name that an alias has, or ''."""
         name, ours = "#" + localpart_of(alias)[len(self.prefix):], alias.startswith(f"#{self.prefix}")
-        if not (ours and server_of(alias) == self.server_name and is_channel(name)):
+        return name if ours and server_of(alias) == self.server_name and is_channel(name) else ""
+
+    def on_alias_query(self, alias: str) -> bool:
+        name = self.channel_of(alias)
+        if not name:
             return False
         room_id = self.channel_room(name)
         if name != fold(name):
             with contextlib.suppress(MatrixError):           # another spelling of the same channel
                 self.bot.set_alias(alias, room_id)
         return True
+
+    def on_third_party_protocol(self, protocol: str) -> JsonObject | None:
+        if protocol != "irc":
+            return None
+        types = {"nickname": {"regexp": r"[^\s#:]+", "placeholder": "nickname"},
+                 "channel":  {"regexp": r"#[^\s,]+", "placeholder": "#channel"}}
+        return {"user_fields": ["nickname"], "location_fields": ["channel"], "icon": "", "field_types": types,
+                "instances": [{"network_id": self.id, "desc": f"IRC, {IRC_NAME}", "fields": {}}]}
+
+    def on_third_party_user(self, protocol: str, fields: Mapping[str, str]) -> list[JsonObject]:
+        """Who is connected, by nickname or ghost."""
+        ghost = fields.get("userid", "") if protocol == "" else self.ghost_id(fields.get("nickname", ""))
+        with self.lock:
+            client = self.client_of(ghost) if protocol in ("", "irc") else None
+        if not client:
+            return []
+        return [{"userid": self.ghost_id(client.nick), "protocol": "irc", "fields": {"nickname": client.nick}}]
+
+    def on_third_party_location(self, protocol: str, fields: Mapping[str, str]) -> list[JsonObject]:
+        """Any channel: its room is made when somebody joins."""
+        channel = self.channel_of(fields.get("alias", "")) if protocol == "" else fields.get("channel", "")
+        if protocol not in ("", "irc") or not is_channel(channel):
+            return []
+        return [{"alias": self.channel_alias(channel), "protocol": "irc", "fields": {"channel": fold(channel)}}]
 
     # -- From Matrix to IRC.
 
@@ -7805,6 +7983,7 @@ SAMPLE_REGISTRATION: JsonObject = {
     "hs_token": "example-hs-token-change-me-ugw8243igya57aaABGFfgeyu",
     "sender_localpart": "_irc_bot",
     "rate_limited": False,
+    "protocols": ["irc"],
     "namespaces": {
         "users": [{"exclusive": True, "regex": "@_irc_.*"}],
         "aliases": [{"exclusive": True, "regex": "#_irc_.*"}],

@@ -5289,6 +5289,158 @@ def test_a_change_of_devices_while_a_service_is_down_comes_after_a_restart(start
     assert pushed(r, "org.matrix.msc3202.device_lists") == [{"changed": [alice.user_id], "left": []}]
 
 
+# -- Third-party networks.
+
+IRC_PROTOCOL = {"user_fields": ["network", "nickname"], "location_fields": ["network", "channel"], "icon": "mxc://x/y",
+                "field_types": {"nickname": {"regexp": ".*", "placeholder": "nick"}},
+                "instances": [{"network_id": "libera", "desc": "Libera", "fields": {"network": "irc.libera.chat"}}]}
+
+
+def network(recorder, **answers):
+    """A recorder that answers third-party look-ups: by what stands after /thirdparty/; None is 404, what is no JSON a status."""
+    r = recorder()
+
+    def answer(request, body):
+        found = answers.get(urllib.parse.unquote(request.path).partition("/thirdparty/")[2].replace("/", "_"))
+        return (404, {"errcode": "M_NOT_FOUND"}) if found is None else (found, {}) if isinstance(found, int) else (200, found)
+    r.answer = answer
+    return r
+
+
+def look_ups(recorder):
+    return [(path.partition("/thirdparty/")[2], query) for _, path, _, query, _ in recorder.requests if "/thirdparty/" in path]
+
+
+def third_party(client, *where, **fields):
+    return client.ask("GET", "thirdparty", *where, **fields)
+
+
+def test_the_protocols_of_all_services_are_listed_with_their_instances_joined(start, recorder):
+    one = network(recorder, protocol_irc=IRC_PROTOCOL)
+    two = network(recorder, protocol_irc={**IRC_PROTOCOL, "icon": "mxc://x/other", "instances": [{"network_id": "oftc"}]}, **{"protocol_x/y": None},
+                  protocol_sms={"instances": []})
+    hs = start(registration("one", one.url, protocols=["irc", "irc"]), registration("two", two.url, users=["@t.*"], aliases=[], protocols=["irc", "sms"]),
+               registration("three", None, users=["@u.*"], aliases=[], protocols=["irc"]))
+    alice = hs.client("alice")
+    instances = [{**IRC_PROTOCOL["instances"][0], "instance_id": "one|libera"}, {"network_id": "oftc", "instance_id": "two|oftc"}]
+    assert third_party(alice, "protocols") == {"irc": {**IRC_PROTOCOL, "instances": instances}, "sms": {"instances": []}}
+    assert third_party(alice, "protocol", "irc") == {**IRC_PROTOCOL, "instances": instances}
+    assert look_ups(one) == [("protocol/irc", {"access_token": "hs-one"})]
+    assert one.requests[0][2]["authorization"] == "Bearer hs-one"
+    with refused("M_NOT_FOUND", 404, "xmpp"):
+        third_party(alice, "protocol", "xmpp")
+
+
+def test_what_is_known_of_a_protocol_is_asked_for_again_after_a_minute_and_after_reading_the_registrations(start, recorder):
+    r = network(recorder, protocol_irc=IRC_PROTOCOL)
+    hs = start(registration(url=r.url, protocols=["irc"]))
+    alice = hs.client("alice")
+    for asked, then in ((1, lambda: None), (1, lambda: hs.advance(61)), (2, hs.reload), (3, lambda: None)):
+        assert third_party(alice, "protocols")["irc"]["instances"][0]["instance_id"] == "irc|libera" and len(look_ups(r)) == asked
+        then()
+    r.answer = lambda request, body: (404, {"errcode": "M_NOT_FOUND"})
+    hs.advance(61)
+    assert third_party(alice, "protocols") == {}
+
+
+@pytest.mark.parametrize("garbage", [500, 403, b"no json", b"[]", b"NaN", b'"irc"', b"{}", {"instances": {}}, {"instances": [5]}, {"instances": [{}]}, {"instances": [{"network_id": 5}]},
+                                     {"instances": [], "icon": 5}, {"instances": [], "user_fields": {}}, {"instances": [], "x": float("inf")}])
+def test_a_service_that_fails_or_tells_nonsense_of_a_protocol_is_left_out(start, recorder, caplog, garbage):
+    bad, good = network(recorder, protocol_irc=garbage), network(recorder, protocol_irc=IRC_PROTOCOL)
+    hs = start(registration("bad", bad.url, protocols=["irc"]), registration("good", good.url, users=["@g.*"], aliases=[], protocols=["irc"]))
+    found = third_party(hs.client("alice"), "protocols")
+    assert [one["instance_id"] for one in found["irc"]["instances"]] == ["good|libera"]
+    assert [record.args[0] for record in caplog.records if "third-party" in record.message] == ["bad"]
+
+
+@pytest.mark.parametrize("garbage", [500, b"no json", {}, [{}], [5], [{"userid": 5, "protocol": "irc", "fields": {}}], [{"userid": "@a:b", "protocol": "irc"}],
+                                     [{"userid": "@a:b", "protocol": None, "fields": {}}], [{"userid": "@a:b", "protocol": "irc", "fields": []}]])
+def test_a_service_that_fails_or_tells_nonsense_of_a_user_is_left_out(start, recorder, caplog, garbage):
+    bob = {"userid": "@g_bob:localhost", "protocol": "irc", "fields": {"nickname": "bob"}}
+    bad, good = network(recorder, user_irc=garbage), network(recorder, user_irc=[bob])
+    hs = start(registration("bad", bad.url, protocols=["irc"]), registration("good", good.url, users=["@g.*"], aliases=[], protocols=["irc"]))
+    assert third_party(hs.client("alice"), "user", "irc") == [bob]
+    assert [record.args[0] for record in caplog.records if "third-party" in record.message] == ["bad"]
+
+
+def test_the_services_of_a_protocol_are_asked_with_the_fields_and_their_answers_are_joined(start, recorder):
+    bobs = [{"userid": f"@{id}_bob:localhost", "protocol": "irc", "fields": {"nickname": "bob"}} for id in ("one", "two")]
+    tea = {"alias": "#one_tea:localhost", "protocol": "irc", "fields": {"channel": "#tea"}}
+    one, two = network(recorder, user_irc=bobs[:1], location_irc=[tea]), network(recorder, user_irc=bobs[1:])
+    other = network(recorder)
+    hs = start(*(registration(id, r.url, users=[f"@{id}_.*"], aliases=[], protocols=[protocol])
+                 for id, r, protocol in (("one", one, "irc"), ("two", two, "irc"), ("three", other, "sms"))))
+    alice = hs.client("alice")
+    fields = {"nickname": "bob ü&=", "user_id": "5"}
+    assert third_party(alice, "user", "irc", **fields) == bobs and third_party(alice, "location", "irc", channel="#tea") == [tea]
+    assert ask(hs, "GET", f"{V3}/thirdparty/location/irc?channel=%23tea&access_token={alice.token}") == (200, [tea])
+    assert look_ups(one)[0] == ("user/irc", {**fields, "access_token": "hs-one"}) and not look_ups(other)
+    assert look_ups(one)[2] == ("location/irc", {"channel": "#tea", "access_token": "hs-one"})
+    for where, text in ((("user", "sms"), "asked: three"), (("location", "xmpp"), "none declares")):
+        with refused("M_NOT_FOUND", 404, text):
+            third_party(alice, *where)
+
+
+def test_a_reverse_look_up_asks_every_service_with_a_protocol(start, recorder):
+    bob = {"userid": "@irc_bob:localhost", "protocol": "irc", "fields": {"nickname": "bob"}}
+    tea = {"alias": "#irc_tea:localhost", "protocol": "irc", "fields": {"channel": "#tea"}}
+    one, two, three = network(recorder), network(recorder, user=[bob], location=[tea]), network(recorder, user=[bob])
+    hs = start(registration("one", one.url, protocols=["x"]), registration("two", two.url, users=["@irc_.*"], aliases=[], protocols=["irc"]),
+               registration("three", three.url, users=["@z.*"], aliases=[]))
+    alice = hs.client("alice")
+    assert third_party(alice, "user", userid=bob["userid"]) == [bob] and third_party(alice, "location", alias=tea["alias"]) == [tea]
+    assert look_ups(one) == [("user", {"userid": bob["userid"], "access_token": "hs-one"}), ("location", {"alias": tea["alias"], "access_token": "hs-one"})]
+    assert not look_ups(three)
+    two.answer = one.answer
+    for where, query in (("user", {"userid": "@irc_eve:localhost"}), ("location", {"alias": "#irc_none:localhost"})):
+        with refused("M_NOT_FOUND", 404, "asked: one, two"):
+            third_party(alice, where, **query)
+
+
+@pytest.mark.parametrize("where,errcode", [("user", "M_MISSING_PARAM"), ("location", "M_MISSING_PARAM"), ("user?userid=bob", "M_INVALID_PARAM"), ("user/?userid=", "M_INVALID_PARAM"),
+                                           ("location?alias=@a:b", "M_INVALID_PARAM"), ("room", "M_UNRECOGNIZED"), ("protocol", "M_UNRECOGNIZED")])
+def test_a_look_up_of_nothing_is_refused(start, where, errcode):
+    hs = start()
+    assert ask(hs, "GET", f"{V3}/thirdparty/{where}", hs.client("alice").token)[1]["errcode"] == errcode
+    assert ask(hs, "GET", f"{V3}/thirdparty/protocols")[1]["errcode"] == "M_MISSING_TOKEN"
+
+
+def test_a_look_up_falls_back_to_the_unstable_path(start, recorder):
+    r = recorder()
+    r.answer = lambda request, body: (200, IRC_PROTOCOL) if "/unstable/" in request.path else (404, {"errcode": "M_UNRECOGNIZED"})
+    hs = start(registration(url=r.url, protocols=["irc"]))
+    assert set(third_party(hs.client("alice"), "protocols")) == {"irc"}
+    r.answer = lambda request, body: (200, [{"userid": "@a:b", "protocol": "irc", "fields": {}}]) if "/unstable/" in request.path else (404, b"")
+    assert third_party(hs.client("alice2"), "user", "irc", nickname="a")[0]["userid"] == "@a:b"
+    assert r.requests[-1][1] == "/_matrix/app/unstable/thirdparty/user/irc" and r.requests[-1][3] == {"nickname": "a", "access_token": "hs-irc"}
+
+
+def test_several_services_that_do_not_answer_cost_one_deadline(start, recorder):
+    go = threading.Event()
+    dead = [recorder() for _ in range(4)]
+    for r in dead:
+        r.answer = lambda request, body: (go.wait(20), (200, []))[1]
+    good = network(recorder, protocol_irc=IRC_PROTOCOL)
+    hs = start(*(registration(f"as{n}", r.url, users=[f"@{n}_.*"], aliases=[], protocols=["irc"]) for n, r in enumerate([*dead, good])), query_timeout_ms=700)
+    began = time.monotonic()
+    assert third_party(hs.client("alice"), "protocols")["irc"]["instances"][0]["instance_id"] == "as4|libera"
+    assert time.monotonic() - began < 2.7
+    go.set()
+
+
+def test_a_service_is_not_asked_about_its_own_network_while_it_waits(start, recorder):
+    bob = {"userid": "@two_bob:localhost", "protocol": "irc", "fields": {}}
+    one, two = network(recorder, protocol_irc=IRC_PROTOCOL, user_irc=[bob]), network(recorder, protocol_irc=IRC_PROTOCOL, user_irc=[bob])
+    hs = start(registration("one", one.url, users=["@one_.*"], protocols=["irc"]), registration("two", two.url, users=["@two_.*"], aliases=[], protocols=["irc"]))
+    def instances(client):
+        return [one["instance_id"] for one in third_party(client, "protocols")["irc"]["instances"]]
+    ghost = acting(hs, "one", "@one_x:localhost")
+    assert instances(ghost) == ["two|libera"] and third_party(ghost, "user", "irc", nickname="bob") == [bob]
+    assert not look_ups(one) and look_ups(two)[-1] == ("user/irc", {"nickname": "bob", "access_token": "hs-two"})      # without user_id
+    assert instances(hs.client("alice")) == ["one|libera", "two|libera"]
+    assert instances(hs.appservice("one")) == ["one|libera", "two|libera"]             # what is known needs no question
+
+
 # ============================================================================
 # 8. Routes
 # ============================================================================
@@ -6055,6 +6207,22 @@ def test_queries_ask_the_hooks(service, prefix):
         assert (status, answer["errcode"]) == (404, "M_NOT_FOUND")
 
 
+@pytest.mark.parametrize("version", ["v1", "unstable"])
+def test_third_party_look_ups_ask_the_hooks(service, version):
+    prefix = f"/_matrix/app/{version}/thirdparty/"
+    for where in ("protocol/irc", "user/irc?nickname=bob", "user?userid=@_irc_bob:test", "location/irc?channel=%23tea", "location?alias=%23a:test"):
+        status, answer = as_request(service, "GET", prefix + where)
+        assert (status, answer["errcode"]) == (404, "M_NOT_FOUND")
+    service.on_third_party_protocol = lambda protocol: {"instances": [], "protocol": protocol}
+    service.on_third_party_user = lambda protocol, fields: [{"userid": "@a:b", "protocol": protocol, "fields": fields}]
+    assert as_request(service, "GET", prefix + "protocol/a%2Fb") == (200, {"instances": [], "protocol": "a/b"})
+    assert as_request(service, "GET", prefix + "user/irc?nickname=b%26&access_token=hs-secret") == (200, [
+        {"userid": "@a:b", "protocol": "irc", "fields": {"nickname": "b&"}}])
+    assert as_request(service, "GET", prefix + "user?userid=%40a:b") == (200, [{"userid": "@a:b", "protocol": "", "fields": {"userid": "@a:b"}}])
+    assert as_request(service, "GET", prefix + "protocol/irc", token="wrong")[0] == 403
+    assert as_request(service, "GET", prefix + "other/irc")[0] == 404
+
+
 def test_a_path_in_the_url_is_honoured(fake):
     service = Handled(bridge_registration(url="http://127.0.0.1:0/a/b/"), fake.url)
     service.start()
@@ -6576,6 +6744,18 @@ def test_an_alias_query_creates_the_room_of_a_channel(fake, bridge):
         assert as_request(bridge, "GET", f"/_matrix/app/v1/rooms/{alias}")[0] == 404
 
 
+@pytest.mark.parametrize("where,found", [
+    ("user/irc?nickname=bob", {"userid": "@_irc_bob:test", "protocol": "irc", "fields": {"nickname": "Bob"}}), ("user/irc?nickname=eve", None), ("user/irc", None), ("user/sms?nickname=bob", None),
+    ("user?userid=%40_irc_bob%3Atest", {"userid": "@_irc_bob:test", "protocol": "irc", "fields": {"nickname": "Bob"}}), ("user?userid=@bob:test", None), ("user?userid=@_irc_eve:test", None),
+    ("location/irc?channel=%23Tea", {"alias": "#_irc_tea:test", "protocol": "irc", "fields": {"channel": "#tea"}}), ("location/irc?channel=tea", None), ("location/sms?channel=%23tea", None),
+    ("location?alias=%23_irc_tea:test", {"alias": "#_irc_tea:test", "protocol": "irc", "fields": {"channel": "#tea"}}), ("location?alias=%23tea:test", None),
+    ("location?alias=%23_irc_tea:elsewhere", None), ("protocol/sms", None)])
+def test_the_irc_network_can_be_looked_up_in_both_directions(bridge, where, found):
+    _bob = Irc(bridge, "Bob")
+    status, answer = as_request(bridge, "GET", "/_matrix/app/v1/thirdparty/" + where)
+    assert (status, answer) == (200, [found]) if found else (status, answer["errcode"]) == (404, "M_NOT_FOUND")
+
+
 # -- 11. Across the bridge, with a real homeserver.
 
 
@@ -6628,6 +6808,18 @@ def test_a_matrix_user_creates_a_channel_by_joining_its_alias(world):
     world.settle()
     bob.send(f"NAMES {channel}")
     assert asbridge.localpart_of(alice.user_id) in bob.wait(" 353 ")
+
+
+def test_a_matrix_user_finds_the_irc_network_and_who_is_on_it(world):
+    alice, nick, channel = world.client("alice"), unique("bob"), unique("#tea")
+    _bob = Irc(world.bridge, nick)
+    protocol = third_party(alice, "protocols")["irc"]
+    assert protocol["instances"][0]["instance_id"] == "irc|irc" and protocol["user_fields"] == ["nickname"] and protocol["location_fields"] == ["channel"]
+    user, = third_party(alice, "user", "irc", nickname=nick)
+    assert third_party(alice, "user", userid=user["userid"]) == [user] and user["fields"] == {"nickname": nick}
+    location, = third_party(alice, "location", "irc", channel=channel)
+    assert third_party(alice, "location", alias=location["alias"]) == [location]
+    assert alice.join(location["alias"]) == alice.resolve(alias_of(world, channel))
 
 
 def test_topics_nicks_and_parts_cross_the_bridge(world):
