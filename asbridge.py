@@ -136,6 +136,7 @@ ERRORS = {
     "M_UNRECOGNIZED":          404,
     "M_UNSUPPORTED_ROOM_VERSION": 400,
     "M_URL_NOT_SET":           400,  # a ping for an application service whose url is null
+    "M_USER_DEACTIVATED":      403,
     "M_USER_IN_USE":           400,
     "M_WRONG_ROOM_KEYS_VERSION": 403, # a write to a key backup that is not the last
 }
@@ -2100,9 +2101,13 @@ class Reader:
         row = self.one("SELECT n, room_id, version, published FROM rooms WHERE room_id = ?", room_id)
         return RoomRow(*row) if row else None
 
-    def published_rooms(self) -> list[RoomRow]:
-        return [RoomRow(*row) for row in self.all("SELECT n, room_id, version, published FROM rooms "
-                                                  "WHERE published ORDER BY n")]
+    def published_rooms(self, own: bool, instance_id: str | None, appservices: Iterable[str]) -> list[RoomRow]:
+        """Of the homeserver's own directory, and of the third-party network (None: of all) of application services."""
+        return [RoomRow(*row) for row in self.all(
+            "SELECT n, room_id, version, published FROM rooms WHERE (published AND ?) OR n IN "
+            "(SELECT room FROM network_rooms WHERE (? IS NULL OR appservice || '|' || network = ?) "
+            "AND appservice IN (SELECT value FROM json_each(?))) ORDER BY n",
+            own, instance_id, instance_id, to_json(list(appservices)))]
 
     def alias(self, alias: str) -> Any:
         """(room_id, creator) or None."""
@@ -2443,6 +2448,17 @@ class Tx(Reader):
         if had_keys:
             self.keys_changed(user_id)
 
+    def set_password(self, user_id: str, password: str) -> None:
+        self.run("UPDATE users SET password = ? WHERE user_id = ?", password, user_id)
+
+    def deactivate(self, user_id: str) -> None:
+        """Leaves nothing of an account but its name."""
+        self.delete_device(user_id)
+        self.run("DELETE FROM account_data WHERE user_id = ?", user_id)
+        self.run("UPDATE users SET password = NULL, displayname = NULL, avatar_url = NULL, deactivated = 1 "
+                 "WHERE user_id = ?", user_id)
+        self.after.append(lambda: self.store.users.discard(user_id))
+
     def rename_device(self, user_id: str, device_id: str, display_name: str | None) -> None:
         self.run("UPDATE devices SET display_name = ? WHERE user_id = ? AND device_id = ?", display_name,
                  user_id, device_id)
@@ -2601,6 +2617,12 @@ class Tx(Reader):
 
     def publish_room(self, room: Room, published: bool) -> None:
         self.run("UPDATE rooms SET published = ? WHERE n = ?", int(published), room.n)
+
+    def publish_in_network(self, appservice: str, network: str, room: Room, published: bool) -> None:
+        change = "INSERT OR IGNORE INTO network_rooms VALUES (?, ?, ?)"
+        if not published:
+            change = "DELETE FROM network_rooms WHERE appservice = ? AND network = ? AND room = ?"
+        self.run(change, appservice, network, room.n)
 
     def add_alias(self, alias: str, room: Room, creator: str) -> None:
         self.run("INSERT INTO aliases VALUES (?, ?, ?)", alias, room.n, creator)
@@ -3227,6 +3249,7 @@ class Accounts:
 
     def _new_session(self, tx: Tx, user_id: str, device_id: str | None = None, display_name: str | None = None,
                      ip: str | None = None) -> JsonObject:
+        self._check_active(tx, user_id)
         token, device_id = secrets.token_urlsafe(32), device_id or random_id(10).upper()
         tx.add_session(user_id, device_id, display_name, digest(token), self.world.clock.now(), ip)
         return {"user_id": user_id, "access_token": token, "device_id": device_id,
@@ -3243,8 +3266,9 @@ class Accounts:
 
     def check_password(self, user_id: str, password: str) -> None:
         with self.store.read() as reader:
+            self._check_active(reader, user_id)
             row = reader.user(user_id)
-        stored = row[0] if row and not row[4] else None
+        stored = row[0] if row else None
         if not password_fits(password, stored or "scrypt$00$") or not stored:    # as long for an unknown name
             raise forbidden("wrong user name or password")
 
@@ -3258,6 +3282,46 @@ class Accounts:
                 raise forbidden(f"{user_id} is not registered; register it first")
             return self._new_session(tx, user_id, **device)
         return self.store.write(job)
+
+    @staticmethod
+    def _check_active(reader: Reader, user_id: str) -> None:
+        row = reader.user(user_id)
+        if row and row[4]:
+            raise MatrixError("M_USER_DEACTIVATED", f"{user_id} has been deactivated, for good")
+
+    def check_active(self, user_id: str) -> None:
+        with self.store.read() as reader:
+            self._check_active(reader, user_id)
+
+    def change_password(self, who: Who, password: str, logout_devices: bool) -> None:
+        """A new password, and the end of the user's other sessions, if wished."""
+        if who.appservice:
+            raise forbidden("an application service can't change passwords")
+        if not password:
+            raise MatrixError("M_INVALID_PARAM", "new_password is empty")
+        hashed = hash_password(password)
+
+        def job(tx: Tx) -> None:
+            tx.set_password(who.user_id, hashed)
+            for device_id, *_ in tx.devices(who.user_id) if logout_devices else ():
+                if device_id != who.device_id:
+                    tx.delete_device(who.user_id, device_id)
+        self.store.write(job, who.token)
+
+    def deactivate(self, who: Who) -> None:
+        """Ends an account for good: it leaves its rooms, and what belongs to it alone goes. Its name stays taken."""
+        if who.appservice and who.user_id == who.appservice.sender(self.world.name):
+            raise forbidden(f"{who.user_id} is the application service's own user, without which it could do nothing; "
+                            "to deactivate one of its ghosts, name it in user_id=")
+
+        def job(tx: Tx) -> None:
+            for _, room_id, membership, _, _ in tx.memberships_of(who.user_id):
+                room = tx.room(room_id)
+                if room and membership in ("join", "invite", "knock"):
+                    draft = Draft("m.room.member", who.user_id, {"membership": "leave"}, who.user_id)
+                    tx.append(room, draft, self.world.clock.now())
+            tx.deactivate(who.user_id)
+        self.store.write(job, who.token)
 
     def logout(self, who: Who) -> None:
         if who.device_id:
@@ -3319,7 +3383,7 @@ class Accounts:
 
     def openid_user(self, token: str) -> str:
         user_id, until = self._openid.get(digest(token), ("", 0.0))
-        if until < self.world.clock.monotonic():
+        if until < self.world.clock.monotonic() or user_id not in self.store.users:
             raise MatrixError("M_UNKNOWN_TOKEN", "this OpenID token was not given here, or its hour is over")
         return user_id
 
@@ -3882,11 +3946,26 @@ class Rooms:
             tx.publish_room(room, published)
         self.store.write(job, who.token)
 
-    def public(self, search: str, offset: int, limit: int) -> JsonObject:
-        """The public directory: published rooms that one may join or knock at, the largest first."""
+    def publish_in_network(self, who: Who, network: str, room_id: str, published: bool) -> None:
+        """Lists the room in the directory of a third-party network of the application service, or takes it off."""
+        def job(tx: Tx) -> None:
+            room = tx.room(room_id)
+            if not room or not who.appservice:
+                raise MatrixError("M_NOT_FOUND", f"there is no room {shorten(room_id)}")
+            tx.publish_in_network(who.appservice.id, network, room, published)
+        self.store.write(job)
+
+    def public(self, offset: int, limit: int, search: str = "", room_types: Sequence[str | None] = (),
+               network: str | None = "") -> JsonObject:
+        """The public directory: published rooms that one may join or knock at, the largest first.
+
+        `network`: the instance_id of a third-party one; "": the homeserver's own; None: all. `limit` 0: no limit.
+        """
+        appservices, limit = self.world.registrations.by_id if network != "" else (), min(limit or MAX_PAGE, MAX_PAGE)
         with self.store.read() as reader:
-            rooms = [public_entry(reader, row) for row in reader.published_rooms()]
+            rooms = [public_entry(reader, row) for row in reader.published_rooms(not network, network, appservices)]
         wanted = [room for room in rooms if room["join_rule"] not in ("invite", "private")
+                  and (not room_types or room.get("room_type") in room_types)
                   and search.lower() in " ".join(str(room.get(key, ""))
                                                  for key in ("name", "topic", "canonical_alias")).lower()]
         wanted.sort(key=lambda room: -int(room["num_joined_members"]))
@@ -5372,6 +5451,7 @@ class Api:
         user_id = user_id or registration.sender(self.world.name)
         self.world.registrations.check_claims(registration, "users", user_id, "M_FORBIDDEN")
         if user_id not in self.world.store.users:
+            self.accounts.check_active(user_id)
             raise forbidden(f"{shorten(user_id)} is in the namespaces of the application service "
                             f"{registration.id!r} but not registered; "
                             f"register it first: POST /_matrix/client/v3/register with type {LOGIN_APPSERVICE}")
@@ -5479,8 +5559,23 @@ def capabilities(call: Call) -> Any:
     versions = dict.fromkeys(ROOM_VERSIONS, "stable")
     return {"capabilities": {"m.room_versions": {"default": call.api.world.settings.room_version,
                                                  "available": versions},
-                             "m.change_password": {"enabled": False}, "m.3pid_changes": {"enabled": False},
+                             "m.change_password": {"enabled": not call.who.appservice},
+                             "m.3pid_changes": {"enabled": False},
                              "m.set_displayname": {"enabled": True}, "m.set_avatar_url": {"enabled": True}}}
+
+
+class Challenge(MatrixError):
+    """What user-interactive authentication still wants to see. Before an attempt has failed it has no errcode."""
+
+    def __init__(self, stage: str, auth: JsonObject, failure: MatrixError | None = None) -> None:
+        super().__init__("M_FORBIDDEN", f"this needs auth with type {stage}", 401)
+        session = auth.get("session")
+        self.extra = {"session": session if isinstance(session, str) else random_id(),
+                      "flows": [{"stages": [stage]}], "params": {}}
+        self.failure = failure
+
+    def body(self) -> JsonObject:
+        return {**(self.failure.body() if self.failure else {}), **self.extra}
 
 
 def register_available(call: Call) -> Any:
@@ -5514,8 +5609,7 @@ def register(call: Call) -> Any:
     if username is not None:
         accounts.check_available(username, None)
     if field(field(body, "auth", dict, {}), "type", str, "") != "m.login.dummy":
-        challenge = {"session": random_id(), "flows": [{"stages": ["m.login.dummy"]}], "params": {}}
-        return json_response(401, challenge, CORS)
+        raise Challenge("m.login.dummy", field(body, "auth", dict, {}))
     return accounts.register(username, password, **options)
 
 
@@ -5554,6 +5648,23 @@ def whoami(call: Call) -> Any:
     return {"user_id": call.who.user_id, "is_guest": False, **device}
 
 
+def change_password(call: Call) -> Any:
+    body = call.body
+    password, logout_devices = field(body, "new_password", str), field(body, "logout_devices", bool, True)
+    confirm_password(call, body)
+    call.api.accounts.change_password(call.who, password, logout_devices)
+    return {}
+
+
+def deactivate(call: Call) -> Any:
+    """With or without `erase`: what there is besides the events in rooms goes anyway."""
+    body = call.body
+    field(body, "erase", bool, False)
+    confirm_password(call, body)
+    call.api.accounts.deactivate(call.who)
+    return {"id_server_unbind_result": "success"}            # there are no third-party identifiers to unbind
+
+
 def get_devices(call: Call) -> Any:
     return {"devices": call.api.accounts.devices(call.who)}
 
@@ -5576,16 +5687,18 @@ def delete_device(call: Call) -> Any:
 
 def confirm_password(call: Call, body: JsonObject) -> None:
     """User-interactive authentication by the password; an application service needs none for its users."""
-    auth = field(body, "auth", dict, {})
+    auth, accounts = field(body, "auth", dict, {}), call.api.accounts
     if call.who.appservice:
         return
-    flows = {"session": random_id(), "flows": [{"stages": ["m.login.password"]}], "params": {}}
     if auth.get("type") != "m.login.password":
-        raise MatrixError("M_FORBIDDEN", "confirm this with the password: auth with type m.login.password", 401, **flows)
+        raise Challenge("m.login.password", auth)
     try:
-        call.api.accounts.check_password(call.who.user_id, field(auth, "password", str))
+        user = field(field(auth, "identifier", dict, auth), "user", str, call.who.user_id)
+        if accounts.full_id(user) != call.who.user_id:
+            raise forbidden(f"this needs the password of {call.who.user_id}, not of {shorten(user)}")
+        accounts.check_password(call.who.user_id, field(auth, "password", str))
     except MatrixError as error:
-        raise MatrixError(error.errcode, error.error, 401, **flows) from None
+        raise Challenge("m.login.password", auth, error) from None
 
 
 def get_profile(call: Call) -> Any:
@@ -5922,11 +6035,20 @@ def get_visibility(call: Call) -> Any:
     return {"visibility": "public" if call.api.rooms.is_published(call["roomId"]) else "private"}
 
 
-def put_visibility(call: Call) -> Any:
+def wants_public(call: Call) -> bool:
     visibility = field(call.body, "visibility", str, "public")
     if visibility not in ("public", "private"):
         raise MatrixError("M_INVALID_PARAM", f"visibility must be public or private, not {quoted(visibility)}")
-    call.api.rooms.publish(call.who, call["roomId"], visibility == "public")
+    return visibility == "public"
+
+
+def put_visibility(call: Call) -> Any:
+    call.api.rooms.publish(call.who, call["roomId"], wants_public(call))
+    return {}
+
+
+def put_network_room(call: Call) -> Any:
+    call.api.rooms.publish_in_network(call.who, call["networkId"], call["roomId"], wants_public(call))
     return {}
 
 
@@ -5942,16 +6064,31 @@ def search_users(call: Call) -> Any:
     return call.api.accounts.search(call.who, field(body, "search_term", str), min(max(field(body, "limit", int, 10), 1), 50))
 
 
+def own_directory(call: Call) -> None:
+    server = call.query("server")
+    if server and server != call.api.world.name:
+        raise forbidden(f"this homeserver speaks to no other one: it has the directory of {call.api.world.name}, "
+                        f"not of {shorten(server)}")
+
+
 def get_public_rooms(call: Call) -> Any:
-    return call.api.rooms.public("", call.integer("since", 0), min(call.integer("limit", 100), MAX_PAGE))
+    own_directory(call)
+    return call.api.rooms.public(call.integer("since", 0), call.integer("limit", 100))
 
 
 def search_public_rooms(call: Call) -> Any:
+    own_directory(call)
     body = call.body
-    since = field(body, "since", str, "0")
-    term = field(field(body, "filter", dict, {}), "generic_search_term", str, "")
-    limit = min(max(field(body, "limit", int, 100), 0), MAX_PAGE)
-    return call.api.rooms.public(term, int(since) if since.isdecimal() and len(since) < 16 else 0, limit)
+    since, filter = field(body, "since", str, "0"), field(body, "filter", dict, {})
+    types, network = field(filter, "room_types", list, []), field(body, "third_party_instance_id", str, "")
+    if not all(one is None or isinstance(one, str) for one in types):
+        raise MatrixError("M_BAD_JSON", f"room_types must be texts or null, not {quoted(types)}")
+    everywhere = field(body, "include_all_networks", bool, False)
+    if everywhere and network:
+        raise MatrixError("M_INVALID_PARAM", "it is either include_all_networks or one third_party_instance_id")
+    return call.api.rooms.public(
+        int(since) if since.isdecimal() and len(since) < 16 else 0, max(field(body, "limit", int, 100), 0),
+        field(filter, "generic_search_term", str, ""), types, None if everywhere else network)
 
 
 def put_typing(call: Call) -> Any:
@@ -5999,7 +6136,7 @@ INLINE_TYPES = (
 def upload(call: Call) -> Any:
     """At once, or for a URI that was made before."""
     content = call.bytes(call.api.world.settings.max_upload_bytes)
-    content_type = call.request.headers.get("content-type", "application/octet-stream")
+    content_type = call.request.headers.get("content-type") or "application/octet-stream"
     if "mediaId" in call.params:
         call.api.media.fill(call.who, call["serverName"], call["mediaId"], content, content_type, call.query("filename"))
         return {}
@@ -6013,7 +6150,21 @@ def create_media(call: Call) -> Any:
 def download(call: Call) -> Any:
     timeout = call.integer("timeout_ms", 20_000, 0, 120_000) / 1000
     content_type, filename, content = call.api.media.download(call["serverName"], call["mediaId"], timeout)
-    filename = call.params.get("fileName") or filename
+    return media_response(content_type, call.params.get("fileName") or filename, content)
+
+
+def thumbnail(call: Call) -> Any:
+    """The picture itself, whatever its size: to scale it takes more than the standard library has."""
+    if call.integer("width", None, 1) is None or call.integer("height", None, 1) is None:
+        raise MatrixError("M_MISSING_PARAM", "the query must have width and height")
+    call.choice("method", ("crop", "scale"), "scale")
+    answer = download(call)
+    if not answer.content_type.lower().startswith("image/"):
+        raise MatrixError("M_UNKNOWN", f"{shorten(answer.content_type)} is no type of a picture", 400)
+    return answer
+
+
+def media_response(content_type: str, filename: str | None, content: bytes) -> Response:
     disposition = "inline" if content_type.partition(";")[0].strip().lower() in INLINE_TYPES else "attachment"
     if filename:
         disposition += "; filename*=UTF-8''" + urllib.parse.quote(filename, safe="")
@@ -6081,7 +6232,7 @@ def look_up(call: Call) -> Any:
 # -- The table. The first letter of a path stands for a prefix.
 
 PREFIXES = {"C": "/_matrix/client/v3", "R": "/_matrix/client/v3/rooms/{roomId}", "U": "/_matrix/client/v3/user/{userId}",
-            "V": "/_matrix/client/v1", "N": "/_matrix/client/v1/rooms/{roomId}/relations",
+            "L": "/_matrix/client/v3/directory/list", "V": "/_matrix/client/v1", "N": "/_matrix/client/v1/rooms/{roomId}/relations",
             "K": "/_matrix/client/v3/room_keys", "D": "/_matrix/client/v1/media", "M": "/_matrix/media/v3", "A": "/_matrix/app/v1"}
 ROUTES = [Route(method, PREFIXES.get(path[0], path[0]) + path[1:], auth, handler, spec)
           for method, path, auth, handler, spec in (
@@ -6097,6 +6248,8 @@ ROUTES = [Route(method, PREFIXES.get(path[0], path[0]) + path[1:], auth, handler
     ("POST",   "C/logout",                                     "user",       logout,              "Login"),
     ("POST",   "C/logout/all",                                 "user",       logout_all,          "Login"),
     ("GET",    "C/account/whoami",                             "user",       whoami,              "Current account information"),
+    ("POST",   "C/account/password",                           "user",       change_password,     "Account management"),
+    ("POST",   "C/account/deactivate",                         "user",       deactivate,          "Account management"),
     ("GET",    "C/devices",                                    "user",       get_devices,         "Device Management"),
     ("GET",    "C/devices/{deviceId}",                         "user",       get_device,          "Device Management"),
     ("PUT",    "C/devices/{deviceId}",                         "user",       put_device,          "Device Management"),
@@ -6168,8 +6321,9 @@ ROUTES = [Route(method, PREFIXES.get(path[0], path[0]) + path[1:], auth, handler
     ("GET",    "C/directory/room/{roomAlias}",                 "maybe",      get_alias,           "Room aliases; AS: Querying"),
     ("PUT",    "C/directory/room/{roomAlias}",                 "user",       put_alias,           "Room aliases"),
     ("DELETE", "C/directory/room/{roomAlias}",                 "user",       delete_alias,        "Room aliases"),
-    ("GET",    "C/directory/list/room/{roomId}",               "maybe",      get_visibility,      "Listing rooms"),
-    ("PUT",    "C/directory/list/room/{roomId}",               "user",       put_visibility,      "Listing rooms"),
+    ("GET",    "L/room/{roomId}",                              "maybe",      get_visibility,      "Listing rooms"),
+    ("PUT",    "L/room/{roomId}",                              "user",       put_visibility,      "Listing rooms"),
+    ("PUT",    "L/appservice/{networkId}/{roomId}",            "appservice", put_network_room,    "AS: Room directories"),
     ("GET",    "C/publicRooms",                                "maybe",      get_public_rooms,    "Listing rooms"),
     ("POST",   "C/publicRooms",                                "user",       search_public_rooms, "Listing rooms"),
     ("GET",    "V/rooms/{roomId}/hierarchy",                   "user",       get_hierarchy,       "Spaces"),
@@ -6180,9 +6334,11 @@ ROUTES = [Route(method, PREFIXES.get(path[0], path[0]) + path[1:], auth, handler
     ("PUT",    "M/upload/{serverName}/{mediaId}",              "user",       upload,              "Content repository"),
     ("GET",    "M/download/{serverName}/{mediaId}",            "nobody",     download,            "Content repository"),
     ("GET",    "M/download/{serverName}/{mediaId}/{fileName}", "nobody",     download,            "Content repository"),
+    ("GET",    "M/thumbnail/{serverName}/{mediaId}",           "nobody",     thumbnail,           "Content repository"),
     ("GET",    "M/config",                                     "user",       media_config,        "Content repository"),
     ("GET",    "D/download/{serverName}/{mediaId}",            "user",       download,            "Content repository"),
     ("GET",    "D/download/{serverName}/{mediaId}/{fileName}", "user",       download,            "Content repository"),
+    ("GET",    "D/thumbnail/{serverName}/{mediaId}",           "user",       thumbnail,           "Content repository"),
     ("GET",    "D/config",                                     "user",       media_config,        "Content repository"),
     # Third-party networks
     ("GET",    "C/thirdparty/protocols",                       "user",       get_protocols,       "Third-party Networks"),

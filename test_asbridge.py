@@ -2823,6 +2823,122 @@ def test_devices_are_listed_named_and_only_ones_own(start):
             change()
 
 
+# -- Changing the password, and deactivating an account.
+
+def confirmed(password="w", **more):
+    return {"auth": {"type": "m.login.password", "password": password, **more}}
+
+
+@pytest.mark.parametrize("where,body", [("/account/password", {"new_password": "n"}), ("/account/deactivate", {}), ("/delete_devices", {"devices": []})])
+def test_what_matters_is_confirmed_by_the_password(start, where, body):
+    hs = start()
+    alice = hs.client("alice", "w")
+    hs.client("bob", "b")
+    status, first = ask(hs, "POST", V3 + where, alice.token, body)
+    assert status == 401 and set(first) == {"session", "flows", "params"} and first["flows"] == [{"stages": ["m.login.password"]}]
+    session = first["session"]
+    for auth, errcode in (({"session": session}, None), ({"type": "m.login.dummy"}, None), ({"type": "m.login.password", "password": "x"}, "M_FORBIDDEN"),
+                          ({"type": "m.login.password"}, "M_MISSING_PARAM"), ({"type": "m.login.password", "password": 5}, "M_BAD_JSON"),
+                          ({"type": "m.login.password", "password": "b", "user": "bob"}, "M_FORBIDDEN"),
+                          ({"type": "m.login.password", "password": "w", "identifier": {"type": "m.id.user", "user": "@bob:localhost"}}, "M_FORBIDDEN")):
+        status, answer = ask(hs, "POST", V3 + where, alice.token, {**body, "auth": {"session": session, **auth}})
+        assert status == 401 and answer.get("errcode") == errcode and answer["session"] == session and answer["flows"] == first["flows"]
+        assert ("error" in answer) == (errcode is not None)
+    assert ask(hs, "POST", V3 + where, body=body)[1]["errcode"] == "M_MISSING_TOKEN"
+    assert ask(hs, "POST", V3 + where, alice.token, {**body, "auth": []})[1]["errcode"] == "M_BAD_JSON"
+    assert ask(hs, "POST", V3 + where, alice.token, {**body, **confirmed(session=session)})[0] == 200
+
+
+@pytest.mark.parametrize("who", [{}, {"user": "alice"}, {"user": "@alice:localhost"}, {"identifier": {"type": "m.id.user", "user": "alice"}},
+                                 {"identifier": {"type": "m.id.user", "user": "@alice:localhost"}}])
+def test_the_password_is_confirmed_with_or_without_the_users_name(start, who):
+    hs = start()
+    assert hs.client("alice", "w").call("POST", V3 + "/account/password", {"new_password": "n", **confirmed(**who)}) == {}
+
+
+@pytest.mark.parametrize("logout_devices", [None, True, False])
+def test_a_new_password_ends_the_other_sessions_unless_they_are_to_stay(start, logout_devices):
+    hs = start()
+    alice = hs.client("alice", "w")
+    other = asbridge.Client(hs.url, hs.api.accounts.login("alice", "w")["access_token"])
+    options = {} if logout_devices is None else {"logout_devices": logout_devices}
+    assert alice.call("POST", V3 + "/account/password", {"new_password": "n", **options, **confirmed()}) == {}
+    assert len(alice.call("GET", V3 + "/devices")["devices"]) == (2 if logout_devices is False else 1)
+    with contextlib.nullcontext() if logout_devices is False else refused("M_UNKNOWN_TOKEN", 401):
+        other.whoami()
+    with refused("M_FORBIDDEN", 403):
+        hs.api.accounts.login("alice", "w")
+    assert hs.api.accounts.login("alice", "n")["user_id"] == "@alice:localhost"
+
+
+def test_a_new_password_that_is_none_is_refused(start):
+    alice = start().client("alice", "w")
+    for body, errcode in (({}, "M_MISSING_PARAM"), ({"new_password": 5}, "M_BAD_JSON"), ({"new_password": ""}, "M_INVALID_PARAM"), ({"new_password": "n", "logout_devices": 1}, "M_BAD_JSON")):
+        with refused(errcode, 400):
+            alice.call("POST", V3 + "/account/password", {**body, **confirmed()})
+
+
+def test_a_service_cannot_change_a_password_and_is_told_so_beforehand(start):
+    hs = start(registration(users=["@alice:.*"]))
+    hs.client("alice2", "w")
+    alice = acting(hs, "irc", "@alice:localhost")
+    with refused("M_FORBIDDEN", 403, "application service"):
+        alice.call("POST", V3 + "/account/password", {"new_password": "n"})
+    assert alice.call("GET", V3 + "/capabilities")["capabilities"]["m.change_password"] == {"enabled": False}
+    assert hs.client("bob").call("GET", V3 + "/capabilities")["capabilities"]["m.change_password"] == {"enabled": True}
+
+
+@pytest.mark.parametrize("erase", [{}, {"erase": False}, {"erase": True}])
+def test_a_deactivated_account_leaves_its_rooms_and_keeps_nothing_but_its_name(start, erase):
+    hs = start()
+    alice, bob = hs.client("alice", "w"), hs.client("bob")
+    other = asbridge.Client(hs.url, hs.api.accounts.login("alice", "w")["access_token"])
+    joined, invited, knocked = bob.create_room(preset="public_chat"), bob.create_room(invite=[alice.user_id]), bob.create_room(
+        initial_state=[{"type": "m.room.join_rules", "content": {"join_rule": "knock"}}])
+    alice.join(joined), alice.ask("POST", "knock", knocked, body={}), alice.set_displayname("Alice"), alice.set_account_data("org.x", {"a": 1})
+    openid = alice.ask("POST", "user", alice.user_id, "openid", "request_token", body={})["access_token"]
+    assert alice.call("POST", V3 + "/account/deactivate", {**erase, **confirmed()}) == {"id_server_unbind_result": "success"}
+    for room in (joined, invited, knocked):
+        assert bob.state(room, "m.room.member", "@alice:localhost") == {"membership": "leave"}
+    for client in (alice, other):
+        with refused("M_UNKNOWN_TOKEN", 401):
+            client.whoami()
+    for password in ("w", "x"):
+        with refused("M_USER_DEACTIVATED", 403):
+            asbridge.Client(hs.url).call("POST", V3 + "/login", {"type": "m.login.password", "user": "alice", "password": password})
+    assert ask(hs, "POST", V3 + "/register", body={"username": "alice", "password": "p"})[1]["errcode"] == "M_USER_IN_USE"
+    assert bob.profile("@alice:localhost") == {} and bob.call("POST", V3 + "/user_directory/search", {"search_term": "alice"})["results"] == []
+    assert ask(hs, "GET", "/_matrix/federation/v1/openid/userinfo?access_token=" + openid)[0] == 401
+    with hs.world.store.read() as reader:
+        assert reader.devices("@alice:localhost") == reader.account_data_since("@alice:localhost", 0) == []
+
+
+def test_an_account_stays_deactivated_over_a_restart(start, tmp_path):
+    database = str(tmp_path / "hs.db")
+    hs = start(registration(), database=database)
+    acting(hs, "irc", "@_irc_bob:localhost").call("POST", V3 + "/account/deactivate", {})
+    hs.stop()
+    with refused("M_USER_DEACTIVATED", 403):
+        acting(start(registration(), database=database), "irc", "@_irc_bob:localhost", register=False).whoami()
+
+
+def test_a_service_deactivates_a_ghost_without_a_password_and_it_is_no_ghost_any_more(start):
+    hs = start(registration())
+    ghost, bot = acting(hs, "irc", "@_irc_bob:localhost"), bot_of(hs)
+    room = ghost.create_room(preset="public_chat")
+    bot.join(room)
+    assert ghost.call("POST", V3 + "/account/deactivate", {}) == {"id_server_unbind_result": "success"}
+    assert list(bot.joined_members(room)) == [bot.user_id]
+    for use in (ghost.whoami, lambda: bot.call("POST", V3 + "/login", {"type": "m.login.application_service", "user": "_irc_bob"})):
+        with refused("M_USER_DEACTIVATED", 403):
+            use()
+    with refused("M_USER_IN_USE", 400):
+        bot.call("POST", V3 + "/register", {"type": "m.login.application_service", "username": "_irc_bob"})
+    with refused("M_FORBIDDEN", 403, "user_id="):
+        bot.call("POST", V3 + "/account/deactivate", {})
+    assert bot.whoami()["user_id"] == "@_irc_bot:localhost"
+
+
 def test_a_device_can_be_deleted(start):
     hs = start()
     alice = hs.client("alice", "w")
@@ -3573,6 +3689,94 @@ def test_the_directory_is_paged_and_searched(three):
     assert [room["name"] for room in found["chunk"]] == ["room 3"]
 
 
+def directory(client, **body):
+    """The names of the rooms that a search of the directory finds."""
+    return [room["name"] for room in client.call("POST", V3 + "/publicRooms", body)["chunk"]]
+
+
+def test_the_directory_is_searched_by_the_types_of_rooms(three):
+    hs, alice = three[:2]
+    for name, type in (("plain", None), ("space", "m.space"), ("other", "org.x")):
+        alice.create_room(name=name, visibility="public", creation_content={"type": type} if type else {})
+    for types, found in (([None], ["plain"]), (["m.space"], ["space"]), ([None, "org.x"], ["plain", "other"]), (["none"], []), ([], ["plain", "space", "other"])):
+        assert directory(alice, filter={"room_types": types}) == found
+    with refused("M_BAD_JSON", 400, "room_types"):
+        directory(alice, filter={"room_types": [5]})
+
+
+def test_the_pages_of_the_directory_lead_forth_and_back(three):
+    hs, alice = three[:2]
+    for i in range(5):
+        alice.create_room(name=f"room {i}", visibility="public")
+    pages, since = [], None
+    while since is not None or not pages:
+        page = alice.call("POST", V3 + "/publicRooms", {"limit": 2, **({"since": since} if since else {})})
+        assert page["total_room_count_estimate"] == 5
+        pages.append([room["name"] for room in page["chunk"]])
+        since = page.get("next_batch")
+    assert pages == [["room 0", "room 1"], ["room 2", "room 3"], ["room 4"]]
+    assert directory(alice, limit=2, since=page["prev_batch"]) == pages[1]
+    assert len(directory(alice, limit=0)) == len(alice.call("GET", V3 + "/publicRooms", limit=0)["chunk"]) == 5       # no limit, as Synapse has it
+
+
+def test_the_directory_of_another_server_is_refused_with_the_reason(three):
+    hs, alice = three[:2]
+    alice.create_room(name="here", visibility="public")
+    for method, body in (("GET", None), ("POST", {})):
+        assert alice.call(method, V3 + "/publicRooms", body, server="localhost")["total_room_count_estimate"] == 1
+        with refused("M_FORBIDDEN", 403, "elsewhere"):
+            alice.call(method, V3 + "/publicRooms", body, server="elsewhere")
+
+
+def test_an_application_service_keeps_a_directory_for_each_of_its_networks(start, recorder):
+    r = recorder()
+    r.answer = lambda request, body: (200, {"instances": [{"network_id": "libera"}]})
+    hs = start(registration("irc", r.url, protocols=["irc"]), registration("other", users=["@x.*"], aliases=[]))
+    alice, irc, other = hs.client("alice"), hs.appservice("irc"), hs.appservice("other")
+    own, both, tea, coffee, hidden = (alice.create_room(name=name, preset=preset, visibility=visibility) for name, preset, visibility in (
+        ("own", None, "public"), ("both", None, "public"), ("tea", "public_chat", None), ("coffee", "public_chat", None), ("hidden", None, None)))
+    for service, network, rooms in ((irc, "libera", (both, tea, hidden)), (irc, "of/tc", (tea,)), (other, "libera", (coffee,))):
+        for room in rooms:
+            for _ in range(2):                               # again is no error
+                assert service.ask("PUT", "directory", "list", "appservice", network, room, body={"visibility": "public"}) == {}
+    network = third_party(alice, "protocol", "irc")["instances"][0]["instance_id"]
+    assert network == "irc|libera" and directory(alice, third_party_instance_id=network) == ["both", "tea"]
+    assert directory(alice, third_party_instance_id="irc|of/tc") == ["tea"] and directory(alice, third_party_instance_id="other|libera") == ["coffee"]
+    assert directory(alice, third_party_instance_id="irc|none") == directory(alice, third_party_instance_id="none") == []
+    assert directory(alice) == ["own", "both"] and directory(alice, include_all_networks=True) == ["own", "both", "tea", "coffee"]
+    assert directory(alice, include_all_networks=True, filter={"generic_search_term": "T"}) == ["both", "tea"]
+    irc.ask("PUT", "directory", "list", "appservice", "libera", tea, body={"visibility": "private"})
+    assert directory(alice, third_party_instance_id="irc|libera") == ["both"] and directory(alice, third_party_instance_id="irc|of/tc") == ["tea"]
+    with refused("M_INVALID_PARAM", 400, "include_all_networks"):
+        directory(alice, include_all_networks=True, third_party_instance_id="irc|libera")
+    assert {"room_id", "num_joined_members", "world_readable", "guest_can_join", "join_rule", "name"} == set(
+        alice.call("POST", V3 + "/publicRooms", {"include_all_networks": True})["chunk"][0])
+
+
+def test_a_directory_of_a_network_is_for_its_service_and_for_rooms_that_there_are(start):
+    hs = start(registration())
+    alice = hs.client("alice")
+    room, irc = alice.create_room(preset="public_chat"), hs.appservice("irc")
+    where = ("directory", "list", "appservice", "irc")
+    with refused("M_FORBIDDEN", 403, "as_token"):
+        alice.ask("PUT", *where, room, body={"visibility": "public"})
+    for room_id, body, errcode in (("!none:localhost", {}, "M_NOT_FOUND"), (room, {"visibility": "x"}, "M_INVALID_PARAM"), (room, {"visibility": 5}, "M_BAD_JSON")):
+        with refused(errcode):
+            irc.ask("PUT", *where, room_id, body=body)
+
+
+def test_a_network_is_not_listed_while_its_service_is_gone(start):
+    one, two = registration("one"), registration("two", users=["@two.*"], aliases=[])
+    hs = start(one, two)
+    alice = hs.client("alice")
+    room = alice.create_room(name="tea", preset="public_chat")
+    hs.appservice("two").ask("PUT", "directory", "list", "appservice", "net", room, body={"visibility": "public"})
+    for registrations, found in (([one], []), ([one, two], ["tea"])):
+        hs.reread = lambda: [asbridge.read_registration(each, "test") for each in registrations]
+        hs.reload()
+        assert directory(alice, third_party_instance_id="two|net") == directory(alice, include_all_networks=True) == found
+
+
 def test_a_place_in_the_directory_that_is_none_does_not_make_the_homeserver_fail(three):
     with contextlib.suppress(MatrixError):
         assert three[1].call("POST", V3 + "/publicRooms", {"since": "1"})
@@ -3986,6 +4190,32 @@ def test_what_could_be_run_is_no_inline_content(three):
     with contextlib.closing(asbridge.http.client.HTTPConnection("127.0.0.1", hs.port, timeout=5)) as connection:
         connection.request("GET", "/_matrix/media/r0/download/" + uri[6:])
         assert connection.getresponse().headers["Content-Disposition"] == "attachment"
+
+
+@pytest.mark.parametrize("old", [True, False])
+def test_the_thumbnail_of_a_picture_is_the_picture(three, old):
+    hs, alice = three[:2]
+    base = "/_matrix/media/v3" if old else "/_matrix/client/v1/media"
+    headers = {} if old else {"Authorization": f"Bearer {alice.token}"}
+    picture, text = (ask(hs, "POST", f"/_matrix/media/v3/upload?filename={name}", alice.token, b"content", {"Content-Type": type})[1]["content_uri"][6:]
+                     for name, type in (("a%22b%C3%A9.png", "image/PNG; x=y"), ("t.txt", "text/plain")))
+    for query in ("width=32&height=32", "width=320&height=240&method=crop&animated=true&allow_redirect=true&allow_remote=false&timeout_ms=1"):
+        status, answer, body = whole(hs, "GET", f"{base}/thumbnail/{picture}?{query}", headers)
+        assert (status, answer["Content-Type"], body) == (200, "image/PNG; x=y", b"content")
+        assert answer["Content-Disposition"] == "inline; filename*=UTF-8''a%22b%C3%A9.png"
+    for where, query, status, errcode in ((text, "width=32&height=32", 400, "M_UNKNOWN"), (picture, "", 400, "M_MISSING_PARAM"), (picture, "width=32", 400, "M_MISSING_PARAM"),
+                                          (picture, "width=0&height=5", 400, "M_INVALID_PARAM"), (picture, "width=5&height=5&method=shrink", 400, "M_INVALID_PARAM"),
+                                          ("localhost/none", "width=5&height=5", 404, "M_NOT_FOUND"), ("elsewhere/" + picture[10:], "width=5&height=5", 404, "M_NOT_FOUND")):
+        got, _, body = whole(hs, "GET", f"{base}/thumbnail/{where}?{query}", headers)
+        assert (got, json.loads(body)["errcode"]) == (status, errcode)
+    assert whole(hs, "GET", f"{base}/thumbnail/{picture}?width=32&height=32")[0] == (200 if old else 401)
+
+
+def test_media_without_a_type_are_bytes(three):
+    hs, alice = three[:2]
+    for headers in ({}, {"Content-Type": ""}):
+        uri = ask(hs, "POST", "/_matrix/media/v3/upload", alice.token, b"x", headers)[1]["content_uri"]
+        assert whole(hs, "GET", "/_matrix/media/v3/download/" + uri[6:])[1]["Content-Type"] == "application/octet-stream"
 
 
 def test_media_that_is_not_there_not_allowed_or_too_large_is_refused(start):
