@@ -5024,8 +5024,8 @@ def has_keys(value: Any, keys: Mapping[str, Any]) -> bool:
 
 def is_protocol(value: Any) -> bool:
     """Whether this is a protocol's metadata. Bridges leave out what they don't have, but for `instances`."""
-    given = {key: type_ for key, type_ in PROTOCOL_KEYS.items() if key == "instances" or key in value}
-    return has_keys(value, given) and all(has_keys(one, {"network_id": str}) for one in value["instances"])
+    wanted = {key: type_ for key, type_ in PROTOCOL_KEYS.items() if key == "instances" or key in value}
+    return has_keys(value, wanted) and all(has_keys(one, {"network_id": str}) for one in value["instances"])
 
 
 def is_batch(value: Any, kind: str) -> bool:
