@@ -2454,7 +2454,9 @@ class Tx(Reader):
     def deactivate(self, user_id: str) -> None:
         """Leaves nothing of an account but its name."""
         self.delete_device(user_id)
-        self.run("DELETE FROM account_data WHERE user_id = ?", user_id)
+        self.run("DELETE FROM backup_keys WHERE version IN (SELECT version FROM backups WHERE user_id = ?)", user_id)
+        for table in ("account_data", "cross_signing", "signatures", "backups"):
+            self.run(f"DELETE FROM {table} WHERE user_id = ?", user_id)
         self.run("UPDATE users SET password = NULL, displayname = NULL, avatar_url = NULL, deactivated = 1 "
                  "WHERE user_id = ?", user_id)
         self.after.append(lambda: self.store.users.discard(user_id))
@@ -5276,6 +5278,7 @@ CORS = (b"Access-Control-Allow-Origin: *\r\n"
 ANONYMOUS_BODY = 65_536          # bytes of body that are read without a token
 VERSIONS = ["r0.5.0", "r0.6.0", "r0.6.1", *(f"v1.{n}" for n in range(1, 16))]
 LOGIN_APPSERVICE = "m.login.application_service"
+IDENTITY = ("user_id", "device_id", "org.matrix.msc3202.device_id")      # in the query of an application service
 
 
 class Call:
@@ -6220,7 +6223,7 @@ def look_up(call: Call) -> Any:
     """By the fields of a protocol; or, without one, by the Matrix ID."""
     kind = call.request.path.split("/")[5]
     key, sigil = THIRD_PARTY_IDS[kind], {"user": "@", "location": "#"}[kind]
-    own = {"access_token", "user_id"} if call.who.appservice else {"access_token"}
+    own = ("access_token", *IDENTITY) if call.who.appservice else ("access_token",)
     fields = {name: value for name, value in call.request.query.items() if name not in own}
     if not call.params.get("protocol"):
         if key not in fields:

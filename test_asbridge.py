@@ -2896,6 +2896,9 @@ def test_a_deactivated_account_leaves_its_rooms_and_keeps_nothing_but_its_name(s
     joined, invited, knocked = bob.create_room(preset="public_chat"), bob.create_room(invite=[alice.user_id]), bob.create_room(
         initial_state=[{"type": "m.room.join_rules", "content": {"join_rule": "knock"}}])
     alice.join(joined), alice.ask("POST", "knock", knocked, body={}), alice.set_displayname("Alice"), alice.set_account_data("org.x", {"a": 1})
+    upload(alice), alice.ask("POST", "keys", "device_signing", "upload", body={"master_key": {"user_id": alice.user_id, "usage": ["master"], "keys": {"ed25519:x": "x"}}, **confirmed()})
+    alice.ask("POST", "room_keys", "version", body={"algorithm": "a", "auth_data": {}})
+    alice.ask("PUT", "room_keys", "keys", joined, "s", version="1", body={"first_message_index": 0, "forwarded_count": 0, "is_verified": True, "session_data": {}})
     openid = alice.ask("POST", "user", alice.user_id, "openid", "request_token", body={})["access_token"]
     assert alice.call("POST", V3 + "/account/deactivate", {**erase, **confirmed()}) == {"id_server_unbind_result": "success"}
     for room in (joined, invited, knocked):
@@ -2910,7 +2913,9 @@ def test_a_deactivated_account_leaves_its_rooms_and_keeps_nothing_but_its_name(s
     assert bob.profile("@alice:localhost") == {} and bob.call("POST", V3 + "/user_directory/search", {"search_term": "alice"})["results"] == []
     assert ask(hs, "GET", "/_matrix/federation/v1/openid/userinfo?access_token=" + openid)[0] == 401
     with hs.world.store.read() as reader:
-        assert reader.devices("@alice:localhost") == reader.account_data_since("@alice:localhost", 0) == []
+        for table in ("devices", "sessions", "account_data", "device_keys", "one_time_keys", "cross_signing", "backups"):
+            assert reader.all(f"SELECT * FROM {table} WHERE user_id = '@alice:localhost'") == []
+        assert reader.all("SELECT * FROM backup_keys") == []
 
 
 def test_an_account_stays_deactivated_over_a_restart(start, tmp_path):
@@ -5665,6 +5670,8 @@ def test_a_service_is_not_asked_about_its_own_network_while_it_waits(start, reco
     def instances(client):
         return [one["instance_id"] for one in third_party(client, "protocols")["irc"]["instances"]]
     ghost = acting(hs, "one", "@one_x:localhost")
+    ghost.ask("PUT", "devices", "D", body={})
+    ghost.call = functools.partial(ghost.call, device_id="D")
     assert instances(ghost) == ["two|libera"] and third_party(ghost, "user", "irc", nickname="bob") == [bob]
     assert not look_ups(one) and look_ups(two)[-1] == ("user/irc", {"nickname": "bob", "access_token": "hs-two"})      # without user_id
     assert instances(hs.client("alice")) == ["one|libera", "two|libera"]
