@@ -3830,13 +3830,17 @@ class Rooms:
         return registration is not None and any(claim_of(registration, "users", user_id) for user_id in user_ids)
 
     def messages(self, who: Who, room_id: str, start: int | None, backwards: bool, limit: int, filter: Filter,
-                 stop: int | None = None) -> JsonObject:
-        """A page of history: from the tick `start` (the end, if None) backwards, or forwards."""
+                 stop: int | None = None, lazy: bool = False) -> JsonObject:
+        """A page of history: from the tick `start` (the end, if None) backwards, or forwards. `lazy`: with who speaks."""
         with self.viewing(who, room_id) as (reader, view):
             start = (reader.position() if backwards else 0) if start is None else start
             events, end = view.page(lambda *window: reader.events(view.row.n, window[0], window[1], window[2], window[3], filter),
                                     start, stop, backwards, min(limit, MAX_PAGE))
-        return {"start": str(start), "chunk": self.render(who, events), **({"end": end} if end else {})}
+            members = [reader.state_event(view.row.n, "m.room.member", sender)
+                       for sender in sorted({event.sender for event in events} if lazy else ())]
+        state = self.render(who, [event for event in members if event and event.tick <= view.state_upto])
+        return {"start": str(start), "chunk": self.render(who, events), **({"end": end} if end else {}),
+                **({"state": state} if state else {})}
 
     def context(self, who: Who, room_id: str, event_id: str, limit: int, filter: Filter) -> JsonObject:
         """An event with what stood before and after it; `limit` events of these at most."""
@@ -3966,7 +3970,7 @@ class Rooms:
         appservices, limit = self.world.registrations.by_id if network != "" else (), min(limit or MAX_PAGE, MAX_PAGE)
         with self.store.read() as reader:
             rooms = [public_entry(reader, row) for row in reader.published_rooms(not network, network, appservices)]
-        wanted = [room for room in rooms if room["join_rule"] not in ("invite", "private")
+        wanted = [room for room in rooms if room["join_rule"] not in ("invite", "private") and room["num_joined_members"]
                   and (not room_types or room.get("room_type") in room_types)
                   and search.lower() in " ".join(str(room.get(key, ""))
                                                  for key in ("name", "topic", "canonical_alias")).lower()]
@@ -5710,13 +5714,14 @@ def get_profile(call: Call) -> Any:
 
 def get_profile_key(call: Call) -> Any:
     """One field. Unset: {} and not 404, on which bridges rely."""
-    profile, key = get_profile(call), profile_key(call)
+    key, profile = profile_key(call), get_profile(call)
     return {key: profile[key]} if key in profile else {}
 
 
 def put_profile_key(call: Call) -> Any:
     key = profile_key(call)
-    call.api.accounts.set_profile(call.who, call["userId"], key, field(call.body, key, str, None))
+    value = field(call.body, key, str, None) or None         # an empty text takes it away
+    call.api.accounts.set_profile(call.who, call["userId"], key, value)
     return {}
 
 
@@ -5993,7 +5998,7 @@ def get_messages(call: Call) -> Any:
     limit = call.integer("limit", field(source, "limit", int, 10), 0, 2**31)
     backwards = call.choice("dir", ("b", "f"), "b") == "b"
     return call.api.rooms.messages(call.who, call["roomId"], call.integer("from", None), backwards, limit,
-                                   filter, call.integer("to", None))
+                                   filter, call.integer("to", None), field(source, "lazy_load_members", bool, False))
 
 
 def get_context(call: Call) -> Any:

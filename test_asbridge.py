@@ -123,6 +123,21 @@ def start():
         hs.stop()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def answered():
+    """The rows of the table of endpoints that have answered a request in this run, and not with an error."""
+    rows = set()
+
+    def noting(route):
+        def handler(call):
+            answer = route.handler(call)
+            rows.add((route.method, route.path))
+            return answer
+        return route._replace(handler=handler)
+    asbridge.ROUTES[:] = map(noting, asbridge.ROUTES)
+    return rows
+
+
 def ask(hs, method, path, token=None, body=None, headers=None):
     """One plain HTTP request: (status, JSON)."""
     client = asbridge.HttpClient(hs.url)
@@ -3522,6 +3537,14 @@ def test_a_filters_limit_counts_where_the_query_has_none(three):
     assert len(alice.call("GET", path("rooms", room, "messages"), filter='{"limit":3}', limit=2)["chunk"]) == 2
 
 
+def test_messages_with_lazy_loading_come_with_the_members_who_speak(three):
+    hs, alice, bob, carol, room = three
+    bob.join(room), carol.join(room), carol.say(room, "before"), bob.say(room, "1"), alice.say(room, "2")
+    page = alice.messages(room, limit=2, filter='{"lazy_load_members": true}')
+    assert [event["state_key"] for event in page["state"]] == [alice.user_id, bob.user_id] and page["state"][1]["content"]["membership"] == "join"
+    assert "state" not in alice.messages(room, limit=2)
+
+
 @pytest.mark.parametrize("query", [{"dir": "x"}, {"limit": "x"}, {"limit": -1}, {"from": "x"}, {"to": "-1"}, {"filter": "{"}, {"filter": '{"types":5}'}, {"filter": '{"limit":"1"}'}])
 def test_a_query_for_messages_that_is_none_is_refused(three, query):
     with pytest.raises(MatrixError) as caught:
@@ -3724,6 +3747,14 @@ def test_the_pages_of_the_directory_lead_forth_and_back(three):
     assert len(directory(alice, limit=0)) == len(alice.call("GET", V3 + "/publicRooms", limit=0)["chunk"]) == 5       # no limit, as Synapse has it
 
 
+def test_a_room_that_all_have_left_is_not_listed(three):
+    hs, alice = three[:2]
+    room = alice.create_room(name="over", visibility="public")
+    assert directory(alice) == ["over"]
+    alice.leave(room)
+    assert directory(alice) == []
+
+
 def test_the_directory_of_another_server_is_refused_with_the_reason(three):
     hs, alice = three[:2]
     alice.create_room(name="here", visibility="public")
@@ -3823,6 +3854,17 @@ def test_a_profile_spreads_into_the_rooms_that_one_has_joined(three):
     assert "displayname" not in alice.state(left, "m.room.member", alice.user_id)
     assert ask(hs, "GET", path("profile", alice.user_id, "displayname")) == (200, {"displayname": "Al"})
     assert ask(hs, "GET", path("profile", bob.user_id, "avatar_url")) == (200, {})
+
+
+def test_an_empty_name_is_none(three):
+    hs, alice, _, _, room = three
+    alice.set_avatar_url("mxc://localhost/x")
+    for key in ("displayname", "avatar_url"):
+        alice.ask("PUT", "profile", alice.user_id, key, body={key: ""})
+        assert ask(hs, "GET", path("profile", alice.user_id, key)) == (200, {})
+    assert alice.profile() == {} and alice.state(room, "m.room.member", alice.user_id) == {"membership": "join"}
+    for where in (path("profile", "@nobody:localhost"), path("profile", "@nobody:localhost", "displayname"), path("profile", "@alice:elsewhere", "avatar_url")):
+        assert ask(hs, "GET", where)[1]["errcode"] == "M_NOT_FOUND"
 
 
 def test_a_profile_belongs_to_its_user_and_an_unknown_one_is_not_found(three):
@@ -6001,6 +6043,37 @@ def test_an_unknown_path_is_404_and_a_wrong_method_405(start, method, where, sta
     assert (got, answer["errcode"]) == (status, "M_UNRECOGNIZED")
 
 
+@pytest.mark.parametrize("method,where", [
+    # search, notifications, the older way to sync, sliding sync
+    ("POST", V3 + "/search"), ("GET", V3 + "/notifications"), ("GET", V3 + "/events"), ("GET", V3 + "/initialSync"), ("GET", V3 + "/rooms/!x:localhost/initialSync"),
+    ("POST", "/_matrix/client/unstable/org.matrix.simplified_msc3575/sync"), ("POST", "/_matrix/client/unstable/org.matrix.msc3575/sync"),
+    # refresh tokens, single sign-on, OAuth, tokens to log in with, third-party identifiers, dehydrated devices
+    ("POST", V3 + "/refresh"), ("GET", V3 + "/login/sso/redirect"), ("GET", V3 + "/login/cas/redirect"), ("GET", V3 + "/auth/m.login.sso/fallback/web"),
+    ("GET", "/_matrix/client/v1/auth_metadata"), ("POST", "/_matrix/client/v1/login/get_token"), ("GET", V3 + "/account/3pid"), ("POST", V3 + "/account/3pid/add"),
+    ("POST", V3 + "/register/email/requestToken"), ("POST", V3 + "/account/password/email/requestToken"), ("GET", "/_matrix/client/v1/register/m.login.registration_token/validity"),
+    ("GET", "/_matrix/client/unstable/org.matrix.msc2697.v2/dehydrated_device"),
+    # what moderators and administrators do, room upgrades, calls, links
+    ("POST", V3 + "/rooms/!x:localhost/report"), ("POST", V3 + "/rooms/!x:localhost/report/$x"), ("POST", V3 + "/users/@x:localhost/report"), ("GET", V3 + "/admin/whois/@x:localhost"),
+    ("GET", "/_synapse/admin/v1/users/@x:localhost/admin"), ("POST", V3 + "/rooms/!x:localhost/upgrade"), ("GET", "/_matrix/client/v1/rooms/!x:localhost/timestamp_to_event"),
+    ("GET", V3 + "/voip/turnServer"), ("GET", "/_matrix/client/v1/media/preview_url"), ("GET", "/_matrix/media/v3/preview_url"), ("GET", V3 + "/profile/@alice:localhost/m.tz"),
+    # federation
+    ("GET", "/_matrix/federation/v1/version"), ("PUT", "/_matrix/federation/v1/send/1"), ("GET", "/_matrix/federation/v1/publicRooms"), ("GET", "/_matrix/key/v2/server"),
+    ("GET", "/.well-known/matrix/server"), ("GET", "/.well-known/matrix/support")])
+def test_what_is_left_out_is_not_recognised(start, method, where):
+    hs = start()
+    token = hs.client("alice").token
+    for spelling in (where, where.replace("/v3/", "/r0/")):
+        status, answer = ask(hs, method, spelling, token, {} if method != "GET" else None)
+        assert (status, answer["errcode"]) == (404, "M_UNRECOGNIZED")
+
+
+@pytest.mark.parametrize("method,where,body", [("POST", V3 + "/register?kind=guest", {}), ("GET", V3 + "/publicRooms?server=elsewhere", None), ("POST", V3 + "/publicRooms?server=elsewhere", {})])
+def test_what_is_left_out_of_an_endpoint_is_forbidden_with_the_reason(start, method, where, body):
+    hs = start()
+    status, answer = ask(hs, method, where, hs.client("alice").token, body)
+    assert (status, answer["errcode"]) == (403, "M_FORBIDDEN") and re.search("guests|no other", answer["error"])
+
+
 @pytest.mark.parametrize("where", ["/_matrix/client/r0/", "/_matrix/client/v1/", "/_matrix/client/v3/", "/_matrix/client/unstable/"])
 def test_the_spellings_of_a_route_are_one(start, where):
     hs = start()
@@ -7693,3 +7766,12 @@ def test_a_message_that_was_answered_survives_a_kill_while_others_are_being_sent
     again = asbridge.Client(program({}).url, alice.token)
     history = [event["event_id"] for event in again.messages(room, "f", 1000)["chunk"] if event["type"] == "m.room.message"]
     assert history[:len(answered)] == answered and len(history) <= len(answered) + 1
+
+
+# -- The tests themselves. This one is the last, for it looks back at all.
+
+def test_every_row_of_the_table_has_answered_some_test(request, answered):
+    run = {item.name.partition("[")[0] for item in request.session.items}
+    if not {name for name in globals() if name.startswith("test_")} <= run:
+        pytest.skip("only some of the tests are run")
+    assert not [f"{route.method} {route.path}" for route in asbridge.ROUTES if (route.method, route.path) not in answered]
