@@ -5020,7 +5020,7 @@ def at_once(fn: Callable[[S], T], items: Sequence[S]) -> list[T]:
     return [results[n] for n in range(len(items))]
 
 
-PROTOCOL_KEYS = {"user_fields": list, "location_fields": list, "icon": str, "field_types": dict, "instances": list}
+PROTOCOL_KEYS = {"user_fields": list, "location_fields": list, "icon": str, "field_types": dict}
 THIRD_PARTY_IDS = {"user": "userid", "location": "alias"}    # what a look-up finds, and the key of its Matrix ID
 
 
@@ -5030,8 +5030,10 @@ def has_keys(value: Any, keys: Mapping[str, Any]) -> bool:
 
 def is_protocol(value: Any) -> bool:
     """Whether this is a protocol's metadata. Bridges leave out what they don't have, but for `instances`."""
-    wanted = {key: type_ for key, type_ in PROTOCOL_KEYS.items() if key == "instances" or key in value}
-    return has_keys(value, wanted) and all(has_keys(one, {"network_id": str}) for one in value["instances"])
+    if not has_keys(value, {"instances": list}):
+        return False
+    told = {key: type_ for key, type_ in PROTOCOL_KEYS.items() if value.get(key) is not None}
+    return has_keys(value, told) and all(has_keys(one, {"network_id": str}) for one in value["instances"])
 
 
 def is_batch(value: Any, kind: str) -> bool:

@@ -3163,6 +3163,14 @@ def test_who_is_not_in_the_room_cannot_be_kicked(three):
         three[1].kick(three[4], three[2].user_id)
 
 
+def test_who_kicks_oneself_leaves_with_a_reason_or_declines_and_needs_no_power(three):
+    hs, alice, bob, carol, room = three
+    bob.join(room), alice.invite(room, carol.user_id)
+    for client in (bob, carol):                              # heisenbridge on PART, matrix-appservice-bridge on leave with a reason
+        client.kick(room, client.user_id, "gone")
+        assert alice.state(room, "m.room.member", client.user_id) == {"membership": "leave", "reason": "gone"}
+
+
 def test_a_kick_does_not_lift_a_ban(three):
     hs, alice, bob, _, room = three
     alice.ban(room, bob.user_id)
@@ -5595,12 +5603,12 @@ def third_party(client, *where, **fields):
 def test_the_protocols_of_all_services_are_listed_with_their_instances_joined(start, recorder):
     one = network(recorder, protocol_irc=IRC_PROTOCOL)
     two = network(recorder, protocol_irc={**IRC_PROTOCOL, "icon": "mxc://x/other", "instances": [{"network_id": "oftc"}]}, **{"protocol_x/y": None},
-                  protocol_sms={"instances": []})
+                  protocol_sms={"instances": [], "icon": None})
     hs = start(registration("one", one.url, protocols=["irc", "irc"]), registration("two", two.url, users=["@t.*"], aliases=[], protocols=["irc", "sms"]),
                registration("three", None, users=["@u.*"], aliases=[], protocols=["irc"]))
     alice = hs.client("alice")
     instances = [{**IRC_PROTOCOL["instances"][0], "instance_id": "one|libera"}, {"network_id": "oftc", "instance_id": "two|oftc"}]
-    assert third_party(alice, "protocols") == {"irc": {**IRC_PROTOCOL, "instances": instances}, "sms": {"instances": []}}
+    assert third_party(alice, "protocols") == {"irc": {**IRC_PROTOCOL, "instances": instances}, "sms": {"instances": [], "icon": None}}
     assert third_party(alice, "protocol", "irc") == {**IRC_PROTOCOL, "instances": instances}
     assert look_ups(one) == [("protocol/irc", {"access_token": "hs-one"})]
     assert one.requests[0][2]["authorization"] == "Bearer hs-one"
@@ -5620,7 +5628,7 @@ def test_what_is_known_of_a_protocol_is_asked_for_again_after_a_minute_and_after
     assert third_party(alice, "protocols") == {}
 
 
-@pytest.mark.parametrize("garbage", [500, 403, b"no json", b"[]", b"NaN", b'"irc"', b"{}", {"instances": {}}, {"instances": [5]}, {"instances": [{}]}, {"instances": [{"network_id": 5}]},
+@pytest.mark.parametrize("garbage", [500, 403, b"no json", b"", b"[]", b"5", b"null", b"NaN", b'"irc"', b"{}", {"instances": {}}, {"instances": [5]}, {"instances": [{}]}, {"instances": [{"network_id": 5}]},
                                      {"instances": [], "icon": 5}, {"instances": [], "user_fields": {}}, {"instances": [], "x": float("inf")}])
 def test_a_service_that_fails_or_tells_nonsense_of_a_protocol_is_left_out(start, recorder, caplog, garbage):
     bad, good = network(recorder, protocol_irc=garbage), network(recorder, protocol_irc=IRC_PROTOCOL)
@@ -5630,7 +5638,7 @@ def test_a_service_that_fails_or_tells_nonsense_of_a_protocol_is_left_out(start,
     assert [record.args[0] for record in caplog.records if "third-party" in record.message] == ["bad"]
 
 
-@pytest.mark.parametrize("garbage", [500, b"no json", {}, [{}], [5], [{"userid": 5, "protocol": "irc", "fields": {}}], [{"userid": "@a:b", "protocol": "irc"}],
+@pytest.mark.parametrize("garbage", [500, b"no json", b"5", {}, [{}], [5], [{"userid": 5, "protocol": "irc", "fields": {}}], [{"userid": "@a:b", "protocol": "irc"}],
                                      [{"userid": "@a:b", "protocol": None, "fields": {}}], [{"userid": "@a:b", "protocol": "irc", "fields": []}]])
 def test_a_service_that_fails_or_tells_nonsense_of_a_user_is_left_out(start, recorder, caplog, garbage):
     bob = {"userid": "@g_bob:localhost", "protocol": "irc", "fields": {"nickname": "bob"}}
@@ -6072,6 +6080,15 @@ def test_what_is_left_out_of_an_endpoint_is_forbidden_with_the_reason(start, met
     hs = start()
     status, answer = ask(hs, method, where, hs.client("alice").token, body)
     assert (status, answer["errcode"]) == (403, "M_FORBIDDEN") and re.search("guests|no other", answer["error"])
+
+
+@pytest.mark.parametrize("method,where,body", [
+    ("GET", V3 + "/joined_rooms?unknown=x&_cacheBuster=1", b""), ("GET", "/_matrix/client/versions?user_id=@nobody:localhost", b""), ("GET", "/_matrix/client/r0/login", b""),
+    ("POST", V3 + "/createRoom", b'{"com.beeper.auto_join_invites": true, "org.x": {"a": 1}}'), ("POST", V3 + "/logout", b'{"unknown": []}')])
+def test_what_an_endpoint_does_not_know_is_ignored(start, method, where, body):
+    hs = start()
+    headers = {"Content-Type": "application/json; charset=utf-8", "Accept-Encoding": "gzip, deflate"}      # nio and matrix-commander on GETs, too
+    assert ask(hs, method, where, hs.client("alice").token, body, headers)[0] == 200
 
 
 @pytest.mark.parametrize("where", ["/_matrix/client/r0/", "/_matrix/client/v1/", "/_matrix/client/v3/", "/_matrix/client/unstable/"])
