@@ -3551,6 +3551,8 @@ def test_messages_with_lazy_loading_come_with_the_members_who_speak(three):
     page = alice.messages(room, limit=2, filter='{"lazy_load_members": true}')
     assert [event["state_key"] for event in page["state"]] == [alice.user_id, bob.user_id] and page["state"][1]["content"]["membership"] == "join"
     assert "state" not in alice.messages(room, limit=2)
+    carol.leave(room), bob.set_displayname("Bob")            # which carol does not see any more
+    assert [event["state_key"] for event in carol.messages(room, limit=3, filter='{"lazy_load_members": true}')["state"]] == [alice.user_id, carol.user_id]
 
 
 @pytest.mark.parametrize("query", [{"dir": "x"}, {"limit": "x"}, {"limit": -1}, {"from": "x"}, {"to": "-1"}, {"filter": "{"}, {"filter": '{"types":5}'}, {"filter": '{"limit":"1"}'}])
@@ -5600,7 +5602,7 @@ def third_party(client, *where, **fields):
     return client.ask("GET", "thirdparty", *where, **fields)
 
 
-def test_the_protocols_of_all_services_are_listed_with_their_instances_joined(start, recorder):
+def test_the_protocols_of_all_services_are_listed_with_their_instances_joined(start, recorder, caplog):
     one = network(recorder, protocol_irc=IRC_PROTOCOL)
     two = network(recorder, protocol_irc={**IRC_PROTOCOL, "icon": "mxc://x/other", "instances": [{"network_id": "oftc"}]}, **{"protocol_x/y": None},
                   protocol_sms={"instances": [], "icon": None})
@@ -5614,6 +5616,7 @@ def test_the_protocols_of_all_services_are_listed_with_their_instances_joined(st
     assert one.requests[0][2]["authorization"] == "Bearer hs-one"
     with refused("M_NOT_FOUND", 404, "xmpp"):
         third_party(alice, "protocol", "xmpp")
+    assert not [record for record in caplog.records if "third-party" in record.message]       # nobody without a url is asked
 
 
 def test_what_is_known_of_a_protocol_is_asked_for_again_after_a_minute_and_after_reading_the_registrations(start, recorder):
@@ -5666,7 +5669,7 @@ def test_the_services_of_a_protocol_are_asked_with_the_fields_and_their_answers_
             third_party(alice, *where)
 
 
-def test_a_reverse_look_up_asks_every_service_with_a_protocol(start, recorder):
+def test_a_reverse_look_up_asks_every_service_with_a_protocol(start, recorder, caplog):
     bob = {"userid": "@irc_bob:localhost", "protocol": "irc", "fields": {"nickname": "bob"}}
     tea = {"alias": "#irc_tea:localhost", "protocol": "irc", "fields": {"channel": "#tea"}}
     one, two, three = network(recorder), network(recorder, user=[bob], location=[tea]), network(recorder, user=[bob])
@@ -5680,6 +5683,7 @@ def test_a_reverse_look_up_asks_every_service_with_a_protocol(start, recorder):
     for where, query in (("user", {"userid": "@irc_eve:localhost"}), ("location", {"alias": "#irc_none:localhost"})):
         with refused("M_NOT_FOUND", 404, "asked: one, two"):
             third_party(alice, where, **query)
+    assert not [record for record in caplog.records if "third-party" in record.message]       # 404 is an answer
 
 
 @pytest.mark.parametrize("where,errcode", [("user", "M_MISSING_PARAM"), ("location", "M_MISSING_PARAM"), ("user?userid=bob", "M_INVALID_PARAM"), ("user/?userid=", "M_INVALID_PARAM"),
@@ -6063,7 +6067,7 @@ def test_an_unknown_path_is_404_and_a_wrong_method_405(start, method, where, sta
     # what moderators and administrators do, room upgrades, calls, links
     ("POST", V3 + "/rooms/!x:localhost/report"), ("POST", V3 + "/rooms/!x:localhost/report/$x"), ("POST", V3 + "/users/@x:localhost/report"), ("GET", V3 + "/admin/whois/@x:localhost"),
     ("GET", "/_synapse/admin/v1/users/@x:localhost/admin"), ("POST", V3 + "/rooms/!x:localhost/upgrade"), ("GET", "/_matrix/client/v1/rooms/!x:localhost/timestamp_to_event"),
-    ("GET", V3 + "/voip/turnServer"), ("GET", "/_matrix/client/v1/media/preview_url"), ("GET", "/_matrix/media/v3/preview_url"), ("GET", V3 + "/profile/@alice:localhost/m.tz"),
+    ("GET", V3 + "/voip/turnServer"), ("GET", "/_matrix/client/v1/media/preview_url"), ("GET", "/_matrix/media/v3/preview_url"), ("GET", V3 + "/profile/@x:localhost/m.tz"),
     # federation
     ("GET", "/_matrix/federation/v1/version"), ("PUT", "/_matrix/federation/v1/send/1"), ("GET", "/_matrix/federation/v1/publicRooms"), ("GET", "/_matrix/key/v2/server"),
     ("GET", "/.well-known/matrix/server"), ("GET", "/.well-known/matrix/support")])
