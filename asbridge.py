@@ -1951,6 +1951,9 @@ COUNT_KEYS = (("org.matrix.msc3202.device_one_time_keys_count", "org.matrix.msc3
 EVENT_COLUMNS = ("e.tick, e.type, e.state_key, e.sender, e.ts, e.json, r.json, json_extract(p.json, '$.content'), "
                  "e.device_id, e.txn_id")
 EVENT_TABLES = "events e LEFT JOIN events r ON r.tick = e.redacted_by LEFT JOIN events p ON p.tick = e.replaces"
+# Those whom the user of this ID ignores.
+IGNORED = ("SELECT key FROM account_data, json_each(account_data.json, '$.ignored_users') "
+           "WHERE user_id = ? AND room_id = '' AND account_data.type = 'm.ignored_user_list' AND key IS NOT NULL")
 
 
 def event_id_of(tick: int, canonical: str) -> str:
@@ -2130,9 +2133,10 @@ class Reader:
         return [row[0] for row in self.all("SELECT user_id FROM memberships WHERE room = ? AND membership = ?",
                                            room, membership)]
 
-    def count_members(self, room: int, membership: str) -> int:
-        return int(self.one("SELECT count(*) FROM memberships WHERE room = ? AND membership = ?", room,
-                            membership)[0])
+    def count_members(self, room: int, membership: str, upto: int = -1) -> int:
+        """How many there are; `upto`: it need not count further."""
+        return int(self.one("SELECT count(*) FROM (SELECT 1 FROM memberships WHERE room = ? AND membership = ? LIMIT ?)",
+                            room, membership, upto)[0])
 
     # -- events
 
@@ -2179,10 +2183,37 @@ class Reader:
         return [Event(*row) for row in rows]
 
     def threads(self, room: int, user_id: str, upto: int) -> list[Any]:
-        """(tick of the root, of the last reply, number of replies, how many by the user), the latest first."""
-        return self.all("SELECT relates_to, max(tick) AS last, count(*), sum(sender = ?) FROM events "
+        """(tick of the root, of the last reply, how many replies are the user's), the latest first."""
+        return self.all("SELECT relates_to, max(tick) AS last, sum(sender = ?) FROM events "
                         "WHERE room = ? AND rel_type = 'm.thread' GROUP BY relates_to HAVING last <= ? ORDER BY last DESC",
                         user_id, room, upto)
+
+    def ancestors(self, tick: int, depth: int) -> list[Any]:
+        """(tick, rel_type): what an event relates to and how, then what that one relates to, and so on."""
+        return self.all("WITH RECURSIVE up (parent, rel_type, depth) AS (SELECT relates_to, rel_type, 1 FROM events WHERE tick = ? "
+                        "UNION ALL SELECT relates_to, e.rel_type, depth + 1 FROM up JOIN events e ON tick = parent WHERE depth < ?) "
+                        "SELECT parent, rel_type FROM up WHERE parent IS NOT NULL ORDER BY depth", tick, depth)
+
+    def aggregations(self, parents: Sequence[int], user_id: str, upto: int) -> list[Any]:
+        """(tick of the parent, rel_type, number of children, the last one's tick, how many by the user, event IDs if they are
+        references) of these parents, as far as relations are bundled. Without children of those whom the user ignores.
+        """
+        return self.all("SELECT e.relates_to, e.rel_type, count(*), max(e.tick), sum(e.sender = ?), "
+                        "json_group_array(substr(e.json, 14, 44)) FILTER (WHERE e.rel_type = 'm.reference') "
+                        "FROM events e JOIN events p ON p.tick = e.relates_to "
+                        "WHERE e.relates_to IN (SELECT value FROM json_each(?)) AND e.tick <= ? AND p.state_key IS NULL "
+                        "AND (e.rel_type = 'm.thread' AND p.rel_type IS NULL OR e.rel_type IN ('m.replace', 'm.reference') "
+                        "AND coalesce(p.rel_type, '') NOT IN ('m.annotation', 'm.replace')) "
+                        f"AND e.sender NOT IN ({IGNORED}) GROUP BY e.relates_to, e.rel_type",
+                        user_id, to_json(parents), upto, user_id)
+
+    def latest_edit(self, event: Event, upto: int) -> Event | None:
+        """The most recent valid replacement of an event that is not redacted (Event replacements, Validity)."""
+        row = self.one(f"SELECT {EVENT_COLUMNS} FROM {EVENT_TABLES} WHERE e.relates_to = ? AND e.rel_type = 'm.replace' "
+                       "AND e.sender = ? AND e.type = ? AND e.state_key IS NULL AND e.tick <= ? "
+                       "AND (e.type = 'm.room.encrypted' OR json_type(e.json, '$.content.\"m.new_content\"') = 'object') "
+                       "ORDER BY e.ts DESC, substr(e.json, 14, 44) DESC LIMIT 1", event.tick, event.sender, event.type, upto)
+        return Event(*row) if row and event.redacted_because is None else None
 
     def event_at(self, tick: int) -> Event:
         return Event(*self.one(f"SELECT {EVENT_COLUMNS} FROM {EVENT_TABLES} WHERE e.tick = ?", tick))
@@ -2205,6 +2236,31 @@ class Reader:
         """(type, user_id, thread_id, event_id, ts) of each that is new."""
         return self.all("SELECT type, user_id, thread_id, event_id, ts FROM receipts "
                         "WHERE room = ? AND tick > ? ORDER BY tick", room, since)
+
+    def receipt(self, room: int, type: str, user_id: str, thread_id: str) -> str | None:
+        """The event up to which the user has read by this receipt."""
+        row = self.one("SELECT event_id FROM receipts WHERE room = ? AND type = ? AND user_id = ? AND thread_id = ?",
+                       room, type, user_id, thread_id)
+        return row[0] if row else None
+
+    def own_receipts(self, room: int, user_id: str) -> list[Any]:
+        """(thread_id, event_id, tick) of each receipt that says what the user has read."""
+        return self.all("SELECT thread_id, event_id, tick FROM receipts "
+                        "WHERE room = ? AND type IN ('m.read', 'm.read.private') AND user_id = ?", room, user_id)
+
+    def notable(self, room: int, user_id: str, after: int, upto: int, limit: int, members: bool) -> list[Any]:
+        """(tick, type, state_key, sender, json, relates_to, rel_type) of what may notify the user, the newest `limit` of them,
+        from new to old. `members`: with the members' comings and goings.
+        """
+        return self.all("SELECT tick, type, state_key, sender, json, relates_to, rel_type FROM events INDEXED BY timeline "
+                        "WHERE room = ? AND tick > ? AND tick <= ? AND redacted_by IS NULL AND (? OR type != 'm.room.member') "
+                        f"AND sender NOT IN ({IGNORED}) ORDER BY tick DESC LIMIT ?", room, after, upto, members, user_id, limit)
+
+    def own_memberships(self, room: int, user_id: str) -> list[Any]:
+        """(tick, membership, displayname) of each change, old to new."""
+        return self.all("SELECT tick, json_extract(json, '$.content.membership'), json_extract(json, '$.content.displayname') "
+                        "FROM events WHERE room = ? AND type = 'm.room.member' AND state_key = ? AND state_key IS NOT NULL "
+                        "ORDER BY tick", room, user_id)
 
     def client_txn(self, sender: str, device_id: str, path: str, txn_id: str) -> str | None:
         """The event ID that this client transaction was answered with."""
@@ -3114,9 +3170,12 @@ MAX_SYNC_SECONDS = 600.0
 UNUSED_MEDIA_MS = 24 * 3_600_000 # how long a URI waits for its content
 OPENID_SECONDS = 3600            # how long an OpenID token is good
 MAX_SPACE_DEPTH = 10             # levels of rooms below a space in one answer
-MAX_RELATION_DEPTH = 3           # for /relations with recurse
+MAX_RELATION_DEPTH = 3           # for /relations with recurse, and from an event up to its thread
 MAX_PAGE = 1000                  # events in one answer
 TIMELINE = 10                    # events in a /sync timeline, unless a filter says otherwise
+MAX_UNREAD = 500                 # the newest events of a room that are looked at, to count what is unread
+MAX_TALLIES = 5000               # counts that are kept in memory, each of one user and room
+MAX_RULES_BYTES = 262_144        # of all push rules of a user
 PASSWORDS = threading.Semaphore(2)   # scrypt takes 16 MiB and 50 ms: two at a time
 
 
@@ -3508,6 +3567,11 @@ class View(NamedTuple):
     def sees(self, tick: int) -> bool:
         return any(first <= tick <= last for first, last in self.ranges)
 
+    @property
+    def upto(self) -> int:
+        """The last tick whose events may be seen."""
+        return self.ranges[-1][1] if self.ranges else -1
+
 
 def view_of(reader: Reader, user_id: str, room_id: str) -> View:
     """M_FORBIDDEN if there is nothing to see, or no such room: that makes no difference."""
@@ -3525,6 +3589,39 @@ def view_of(reader: Reader, user_id: str, room_id: str) -> View:
         if ranges or membership in ("invite", "knock"):
             return View(row, membership, ranges, left[-1] if left else -1)
     raise forbidden(f"{user_id} is not in the room {shorten(room_id)}")
+
+
+def thread_of(reader: Reader, tick: int) -> int:
+    """The tick of the root of the thread that an event is in; 0: it is in the main timeline (Threaded read receipts)."""
+    return next((parent for parent, rel_type in reader.ancestors(tick, MAX_RELATION_DEPTH) if rel_type == "m.thread"), 0)
+
+
+def in_thread(reader: Reader, tick: int, thread_id: str) -> bool:
+    """Whether a receipt of this thread may name the event. The root and what relates to it are in both: main and thread."""
+    if thread_id == "main":
+        return not thread_of(reader, tick)
+    return tick_of(thread_id) in (tick, *(parent for parent, _ in reader.ancestors(tick, MAX_RELATION_DEPTH)))
+
+
+def aggregations(reader: Reader, who: Who, events: Sequence[Event], upto: int, now: int) -> dict[int, list[str]]:
+    """By tick, for those of the events that have such: what others, up to the tick `upto`, relate to them, as a part of
+    `unsigned` (Aggregations of child events). State events get none.
+    """
+    parents = {event.tick: event for event in events if event.state_key is None}
+    found: dict[int, JsonObject] = {}
+    for tick, rel_type, count, last, own, ids in reader.aggregations([*parents], who.user_id, upto) if parents else ():
+        children = found.setdefault(tick, {})
+        if rel_type == "m.thread":
+            latest = reader.event_at(last)
+            more = aggregations(reader, who, [latest], upto, now)        # no thread: one starts from what relates to nothing
+            children[rel_type] = {"latest_event": latest.for_client(now, who.user_id, who.device_id, *more.get(last, ())),
+                                  "count": count,
+                                  "current_user_participated": bool(own) or parents[tick].sender == who.user_id}
+        elif rel_type == "m.reference":
+            children[rel_type] = {"chunk": [{"event_id": id} for id in sorted(json.loads(ids), key=tick_of)]}
+        elif edit := reader.latest_edit(parents[tick], upto):
+            children[rel_type] = edit.for_client(now, who.user_id, who.device_id)
+    return {tick: [f'"m.relations":{to_json(children)}'] for tick, children in found.items() if children}
 
 
 class Rooms:
@@ -3545,8 +3642,18 @@ class Rooms:
         """Stores an event if the rules of the room pass it."""
         check_shape(draft, self.world.name)
         authorise(room, draft)
+        self._check_thread(tx, room, draft.content.get("m.relates_to"))
         return tx.append(room, draft, self.world.clock.now() if ts is None else ts, device_id, txn_id,
                          self.world.settings.max_event_bytes)
+
+    @staticmethod
+    def _check_thread(tx: Tx, room: Room, relation: Any) -> None:
+        """A thread can't start from an event that itself relates to another (Threading, Validation)."""
+        if isinstance(relation, dict) and relation.get("rel_type") == "m.thread" and isinstance(relation.get("event_id"), str):
+            root = tx.event(room.n, relation["event_id"])
+            if root and tx.ancestors(root.tick, 1):
+                raise MatrixError("M_UNKNOWN", f"a thread can't start from {root.event_id}, which itself relates to "
+                                  "another event; name the root of that one", 400)
 
     # -- creating
 
@@ -3764,11 +3871,17 @@ class Rooms:
         now = self.world.clock.now()
         return [event.for_client(now, who.user_id, who.device_id) for event in events]
 
+    def bundle(self, who: Who, reader: Reader, view: View, events: Sequence[Event]) -> list[Raw]:
+        """The same with bundled aggregations."""
+        now = self.world.clock.now()
+        more = aggregations(reader, who, events, view.upto, now)
+        return [event.for_client(now, who.user_id, who.device_id, *more.get(event.tick, ())) for event in events]
+
     def event(self, who: Who, room_id: str, event_id: str) -> Raw:
         """M_NOT_FOUND also for what may not be seen."""
         try:
             with self.viewing(who, room_id) as (reader, view):
-                return self.render(who, [self._visible(reader, view, event_id)])[0]
+                return self.bundle(who, reader, view, [self._visible(reader, view, event_id)])[0]
         except MatrixError as error:
             raise MatrixError("M_NOT_FOUND", error.error) from None
 
@@ -3838,9 +3951,9 @@ class Rooms:
                                     start, stop, backwards, min(limit, MAX_PAGE))
             members = [reader.state_event(view.row.n, "m.room.member", sender)
                        for sender in sorted({event.sender for event in events} if lazy else ())]
+            chunk = self.bundle(who, reader, view, events)
         state = self.render(who, [event for event in members if event and event.tick <= view.state_upto])
-        return {"start": str(start), "chunk": self.render(who, events), **({"end": end} if end else {}),
-                **({"state": state} if state else {})}
+        return {"start": str(start), "chunk": chunk, **({"end": end} if end else {}), **({"state": state} if state else {})}
 
     def context(self, who: Who, room_id: str, event_id: str, limit: int, filter: Filter) -> JsonObject:
         """An event with what stood before and after it; `limit` events of these at most."""
@@ -3850,9 +3963,9 @@ class Rooms:
             after = view.events(reader, event.tick, FOREVER, limit - limit // 2, False, filter)
             last = after[-1].tick if after else event.tick
             state = reader.state_at(view.row.n, last)
+            bundled = self.bundle(who, reader, view, [event, *before, *after])
         first = before[-1].tick if before else event.tick
-        return {"event": self.render(who, [event])[0], "events_before": self.render(who, before),
-                "events_after": self.render(who, after),
+        return {"event": bundled[0], "events_before": bundled[1:len(before) + 1], "events_after": bundled[len(before) + 1:],
                 "state": self.render(who, state), "start": str(first - 1), "end": str(last)}
 
     # -- relations and threads (for clients only: section "Forming relationships between events")
@@ -3866,22 +3979,17 @@ class Rooms:
             start = (reader.position() if backwards else 0) if start is None else start
             events, end = view.page(lambda *window: reader.related(parent, depth, rel_type, type, *window),
                                     start, stop, backwards, limit)
-        return {"chunk": self.render(who, events), **({"next_batch": end} if end else {}),
+            chunk = self.bundle(who, reader, view, events)
+        return {"chunk": chunk, **({"next_batch": end} if end else {}),
                 **({"recursion_depth": depth} if recurse else {})}
 
     def threads(self, who: Who, room_id: str, participated: bool, start: int | None, limit: int) -> JsonObject:
         """The roots of a room's threads, the one with the latest reply first, each with its summary."""
         with self.viewing(who, room_id) as (reader, view):
             rows = [row for row in reader.threads(view.row.n, who.user_id, FOREVER if start is None else start)
-                    if view.sees(row[0]) and view.sees(row[1]) and (row[3] or not participated)]
-            page = [(reader.event_at(root), reader.event_at(last), count, own) for root, last, count, own in rows[:limit]]
-        chunk = []
-        for root, last, count, own in page:
-            summary = {"latest_event": self.render(who, [last])[0], "count": count,
-                       "current_user_participated": bool(own) or root.sender == who.user_id}
-            chunk.append(root.for_client(self.world.clock.now(), who.user_id, who.device_id,
-                                         f'"m.relations":{to_json({"m.thread": summary})}'))
-        return {"chunk": chunk, **({"next_batch": str(page[-1][1].tick - 1)} if len(rows) > limit else {})}
+                    if view.sees(row[0]) and view.sees(row[1]) and (row[2] or not participated)]
+            chunk = self.bundle(who, reader, view, [reader.event_at(root) for root, _, _ in rows[:limit]])
+        return {"chunk": chunk, **({"next_batch": str(rows[limit - 1][1] - 1)} if len(rows) > limit else {})}
 
     # -- aliases and the directory
 
@@ -4018,7 +4126,18 @@ class Rooms:
     # -- what passes: typing, receipts, read markers
 
     def add_receipt(self, who: Who, room_id: str, types: Mapping[str, str], thread_id: str = "") -> None:
-        """`types`: m.read or m.read.private → the event that was read; m.fully_read becomes account data."""
+        """`types`: m.read or m.read.private → the event that was read; m.fully_read becomes account data.
+
+        `thread_id`: "main", the event ID of a thread's root, or "": the receipt is for all threads.
+        """
+        for type, event_id in types.items():
+            if type not in ("m.read", "m.read.private", "m.fully_read"):
+                raise MatrixError("M_INVALID_PARAM", f"a receipt is m.read, m.read.private or m.fully_read, not {shorten(type)}")
+            if type == "m.fully_read" and thread_id:
+                raise MatrixError("M_INVALID_PARAM", "m.fully_read is for the whole room and takes no thread_id")
+            if event_id[:1] != "$":
+                raise MatrixError("M_INVALID_PARAM", f"{shorten(event_id)!r} is no event ID")
+
         def job(tx: Tx) -> None:
             room = self._room(tx, who, room_id)
             if who.user_id not in room.joined:
@@ -4026,13 +4145,20 @@ class Rooms:
             for type, event_id in types.items():
                 if type == "m.fully_read":
                     tx.set_account_data(who.user_id, room_id, type, to_json({"event_id": event_id}))
-                elif type in ("m.read", "m.read.private"):
-                    tx.add_receipt(room, type, who.user_id, thread_id, event_id, self.world.clock.now())
-                    (tx.wake_room(room) if type == "m.read" else tx.wake(who.user_id))
                 else:
-                    raise MatrixError("M_INVALID_PARAM", f"a receipt is m.read, m.read.private or "
-                                      f"m.fully_read, not {shorten(type)}")
+                    self._receipt(tx, room, who, type, event_id, thread_id)
         self.store.write(job, who.token)
+
+    def _receipt(self, tx: Tx, room: Room, who: Who, type: str, event_id: str, thread_id: str) -> None:
+        """Moves forward only, so that a device that lags behind does not make unread again what another has read. What is
+        no event of the room says nothing, and is no error either.
+        """
+        event = tx.event(room.n, event_id)
+        if event and thread_id and not in_thread(tx, event.tick, thread_id):
+            raise MatrixError("M_INVALID_PARAM", f"{event_id} is not in the thread {shorten(thread_id)}")
+        if event and event.tick > tick_of(tx.receipt(room.n, type, who.user_id, thread_id) or ""):
+            tx.add_receipt(room, type, who.user_id, thread_id, event_id, self.world.clock.now())
+            (tx.wake_room(room) if type == "m.read" else tx.wake(who.user_id))
 
 
 PRESETS = {  # preset: join_rule, history_visibility, guest_access
@@ -4552,6 +4678,414 @@ class Backups:
         return self.store.write(job, who.token)
 
 
+# -- Notifications: push rules, and what is unread (Push Notifications; Receiving notifications). They are for clients only:
+# a reader who comes for the application service may skip them, down to "Sync".
+
+RULE_KINDS = ("override", "content", "room", "sender", "underride")      # in the order in which they are asked
+CONDITIONS: dict[str, JsonObject] = {        # the words of the table below; what has a '=' in it is key=pattern
+    "names-me":      {"kind": "contains_display_name"},
+    "mentions-me":   {"kind": "event_property_contains", "key": r"content.m\.mentions.user_ids", "value": "{user_id}"},
+    "mentions-room": {"kind": "event_property_is", "key": r"content.m\.mentions.room", "value": True},
+    "for-me":        {"kind": "event_match", "key": "state_key", "pattern": "{user_id}"},
+    "is-edit":       {"kind": "event_property_is", "key": r"content.m\.relates_to.rel_type", "value": "m.replace"},
+    "in-a-pair":     {"kind": "room_member_count", "is": "2"},
+    "may-notify":    {"kind": "sender_notification_permission", "key": "room"},
+}
+ACTIONS = {"notify": "notify", "highlight": {"set_tweak": "highlight"}, "sound": {"set_tweak": "sound", "value": "default"},
+           "ring": {"set_tweak": "sound", "value": "ring"}}
+DEFAULT_RULES = (  # Predefined Rules of v1.15, each with the prefix .m.rule.
+    # kind        rule_id                      conditions, or the pattern                             actions
+    ("override",  "master",                    "",                                                    ""),
+    ("override",  "suppress_notices",          "content.msgtype=m.notice",                            ""),
+    ("override",  "invite_for_me",             "type=m.room.member content.membership=invite for-me", "notify sound"),
+    ("override",  "member_event",              "type=m.room.member",                                  ""),
+    ("override",  "is_user_mention",           "mentions-me",                                         "notify sound highlight"),
+    ("override",  "contains_display_name",     "names-me",                                            "notify sound highlight"),
+    ("override",  "is_room_mention",           "mentions-room may-notify",                            "notify highlight"),
+    ("override",  "roomnotif",                 "content.body=@room may-notify",                       "notify highlight"),
+    ("override",  "tombstone",                 "type=m.room.tombstone state_key=",                    "notify highlight"),
+    ("override",  "reaction",                  "type=m.reaction",                                     ""),
+    ("override",  "room.server_acl",           "type=m.room.server_acl state_key=",                   ""),
+    ("override",  "suppress_edits",            "is-edit",                                             ""),
+    ("content",   "contains_user_name",        "{localpart}",                                         "notify sound highlight"),
+    ("underride", "call",                      "type=m.call.invite",                                  "notify ring"),
+    ("underride", "encrypted_room_one_to_one", "in-a-pair type=m.room.encrypted",                     "notify sound"),
+    ("underride", "room_one_to_one",           "in-a-pair type=m.room.message",                       "notify sound"),
+    ("underride", "message",                   "type=m.room.message",                                 "notify"),
+    ("underride", "encrypted",                 "type=m.room.encrypted",                               "notify"),
+)
+# Older than m.mentions, and not asked where an event has that.
+LEGACY_RULES = (".m.rule.contains_display_name", ".m.rule.roomnotif", ".m.rule.contains_user_name")
+JSON_TYPES = (str, int, bool, type(None))        # what event_property_is and event_property_contains compare
+
+
+def default_condition(word: str) -> JsonObject:
+    key, _, pattern = word.partition("=")
+    return CONDITIONS.get(word, {"kind": "event_match", "key": key, "pattern": pattern})
+
+
+@functools.lru_cache(maxsize=1000)
+def default_rules(user_id: str) -> Raw:
+    """Content of m.push_rules for a user who has changed nothing."""
+    rules: dict[str, list[JsonObject]] = {kind: [] for kind in RULE_KINDS}
+    for kind, id, conditions, actions in DEFAULT_RULES:
+        words = [default_condition(word) for word in conditions.split()]
+        rules[kind].append({"rule_id": f".m.rule.{id}", "default": True, "enabled": id != "master",
+                            "actions": [ACTIONS[name] for name in actions.split()],
+                            **({"pattern": conditions} if kind == "content" else {"conditions": words})})
+    names = {"user_id": user_id, "localpart": localpart_of(user_id)}
+    return Raw(re.sub(r"{(user_id|localpart)}", lambda m: _encode(names[m[1]])[1:-1], _encode({"global": rules})))
+
+
+def push_rules(reader: Reader, user_id: str) -> Raw:
+    return reader.account_data(user_id, "", "m.push_rules") or default_rules(user_id)
+
+
+class Notifications:
+    """The push rules of users: kept as the account data m.push_rules, so that /sync tells when they change."""
+
+    def __init__(self, world: World) -> None:
+        self.store = world.store
+
+    def rules(self, who: Who) -> JsonObject:
+        with self.store.read() as reader:
+            return cast(JsonObject, json.loads(push_rules(reader, who.user_id)))
+
+    def rule(self, who: Who, kind: str, id: str) -> JsonObject:
+        return self._rule(self.rules(who), kind, id)
+
+    @staticmethod
+    def _rule(content: JsonObject, kind: str, id: str) -> JsonObject:
+        rule = next((rule for rule in content["global"][kind] if rule["rule_id"] == id), None)
+        if not rule:
+            raise MatrixError("M_NOT_FOUND", f"there is no {kind} rule {shorten(id)}")
+        return cast(JsonObject, rule)
+
+    def _change(self, who: Who, change: Callable[[JsonObject], object]) -> None:
+        def job(tx: Tx) -> None:
+            content = json.loads(push_rules(tx, who.user_id))
+            change(content)
+            text = to_json(content)
+            if len(text) > MAX_RULES_BYTES:
+                raise MatrixError("M_TOO_LARGE", f"all push rules together may have {MAX_RULES_BYTES} bytes at most")
+            tx.set_account_data(who.user_id, "", "m.push_rules", text)
+        self.store.write(job, who.token)
+
+    def set_rule(self, who: Who, kind: str, id: str, parts: JsonObject, before: str | None, after: str | None) -> None:
+        """Adds a rule above the user's others of its kind, or changes one; next to another if `before` or `after` names one."""
+        if id[:1] == "." or "/" in id or "\\" in id:
+            raise MatrixError("M_INVALID_PARAM", f"{shorten(id)!r} is no rule ID for a user: it may not begin with '.', which is for "
+                              "the server's rules, and may have no '/' and no '\\'")
+
+        def change(content: JsonObject) -> None:
+            rules = content["global"][kind]
+            at = next((n for n, rule in enumerate(rules) if rule["rule_id"] == id), None)
+            old = {} if at is None else rules.pop(at)
+            at = int(kind == "override") if at is None else at           # below .m.rule.master only
+            if neighbour := before or after:
+                place = next((n for n, rule in enumerate(rules) if rule["rule_id"] == neighbour and not rule["default"]), None)
+                if place is None:
+                    raise MatrixError("M_UNKNOWN", f"before or after: the user has no other {kind} rule {shorten(neighbour)}", 400)
+                at = place + (not before)
+            rules.insert(at, {"rule_id": id, "default": False, "enabled": old.get("enabled", True), **parts})
+        self._change(who, change)
+
+    def delete_rule(self, who: Who, kind: str, id: str) -> None:
+        def change(content: JsonObject) -> None:
+            rule = self._rule(content, kind, id)
+            if rule["default"]:
+                raise MatrixError("M_INVALID_PARAM", f"{id} is a rule of the server; it can be disabled, not deleted")
+            content["global"][kind].remove(rule)
+        self._change(who, change)
+
+    def update_rule(self, who: Who, kind: str, id: str, part: JsonObject) -> None:
+        """`part`: the rule's new `enabled` or `actions`."""
+        self._change(who, lambda content: self._rule(content, kind, id).update(part))
+
+
+@functools.lru_cache(maxsize=4096)
+def glob_matcher(pattern: str, words: bool) -> Callable[[str], object]:
+    """Whether a text in lower case matches: as a whole, or a part of it that begins and ends at a word boundary.
+
+    What stands before a '*' is found as early as can be and never looked for again, so that no pattern takes long.
+    """
+    first, *rest = [re.escape(part).replace(r"\?", ".") for part in re.split(r"\*+", pattern.lower())]
+    begin, end = (r".*?(?<![a-z0-9_])", r"(?![a-z0-9_])") if words else ("", r"\Z")
+    *settled, last = [begin + first, *(f".*?{part}" for part in rest)]
+    return re.compile("".join([f"(?>{part})" for part in settled]) + last + end, re.DOTALL).match
+
+
+def _in_text(value: Any) -> str:
+    """A value as it stands in the text of an event."""
+    return _encode(value).lower()
+
+
+class RoomFacts:
+    """What conditions ask about a room, read when they do, and as it is now."""
+
+    def __init__(self, reader: Reader, room: int, displayname: str) -> None:
+        self.reader, self.room = reader, room
+        self.displayname, self.name_in_text = displayname, _in_text(displayname)[1:-1]   # of the user whose rules are asked
+        self._members: dict[int, int] = {}
+
+    def members(self, upto: int) -> int:
+        """How many are in the room; those past `upto` need not be counted."""
+        if upto not in self._members:
+            self._members[upto] = self.reader.count_members(self.room, "join", upto)
+        return self._members[upto]
+
+    @functools.cached_property
+    def state(self) -> RoomState:
+        """As much of the state as power needs."""
+        found = [self.reader.state_event(self.room, type, "") for type in ("m.room.create", "m.room.power_levels")]
+        events = [event for event in found if event]
+        state = RoomState(ROOM_VERSIONS[events[0].content["room_version"]])
+        for event in events:
+            state.put(event.type, "", StateEvent(event.tick, event.sender, event.content))
+        return state
+
+
+class Notable:
+    """An event that rules are asked about. Most are settled by a look at its text, so that its JSON is seldom read."""
+
+    __slots__ = ("room", "type", "json", "text", "_event")
+
+    def __init__(self, room: RoomFacts, type: str, json: str) -> None:
+        self.room, self.type, self.json, self.text = room, type, json, json.lower()
+        self._event: Any = None
+
+    def at(self, path: Sequence[str]) -> Any:
+        """The property at a path; `...` if there is none."""
+        value = self._event = self._event or json.loads(self.json)
+        for key in path:
+            value = value.get(key, ...) if isinstance(value, dict) else ...
+        return value
+
+
+# What a condition has become: a text that must stand in the event for it to hold ("": none), and the test proper.
+Test = tuple[str, Callable[[Notable], object]]
+
+
+def property_path(key: str) -> list[str]:
+    r"""'content.m\.mentions' as ['content', 'm.mentions'] (Appendices, Dot-separated property paths)."""
+    return [re.sub(r"\\([.\\])", r"\1", part) for part in re.findall(r"(?:^|\.)((?:\\.|[^.\\])*)", key)]
+
+
+def event_match(condition: JsonObject) -> Test:
+    key, pattern = field(condition, "key", str), field(condition, "pattern", str)
+    path, matches = property_path(key), glob_matcher(pattern, key == "content.body")
+    return (_in_text(max(re.split("[*?]", pattern), key=len))[1:-1],
+            lambda event: isinstance(value := event.at(path), str) and matches(value.lower()))
+
+
+def event_property_is(condition: JsonObject) -> Test:
+    path, value = property_path(field(condition, "key", str)), condition["value"]
+    return f"{_in_text(path[-1])}:{_in_text(value)}", lambda event: _same(event.at(path), value)
+
+
+def event_property_contains(condition: JsonObject) -> Test:
+    path, value = property_path(field(condition, "key", str)), condition["value"]
+    return _in_text(value), lambda event: isinstance(items := event.at(path), list) and any(_same(item, value) for item in items)
+
+
+def _same(one: Any, other: Any) -> bool:
+    return type(one) is type(other) and isinstance(one, JSON_TYPES) and one == other
+
+
+def contains_display_name(condition: JsonObject) -> Test:
+    def test(event: Notable) -> object:
+        room = event.room
+        if not room.displayname or room.name_in_text not in event.text:
+            return False
+        pattern, body = room.displayname.replace("*", "?"), event.at(("content", "body"))      # as good as: a name is no pattern
+        return isinstance(body, str) and glob_matcher(pattern, True)(body.lower())
+    return "", test
+
+
+def room_member_count(condition: JsonObject) -> Test:
+    asked = re.fullmatch(r"(==|<=|>=|<|>)?([0-9]{1,9})", field(condition, "is", str))
+    if not asked:
+        raise MatrixError("M_BAD_JSON", "the number of members is such as '2' or '>=10'")
+    compare = {"<": int.__lt__, ">": int.__gt__, "<=": int.__le__, ">=": int.__ge__}.get(asked[1], int.__eq__)
+    number = int(asked[2])
+    return "", lambda event: compare(event.room.members(number + 1), number)
+
+
+def sender_notification_permission(condition: JsonObject) -> Test:
+    key = field(condition, "key", str)
+
+    def test(event: Notable) -> object:
+        levels = event.room.state.content("m.room.power_levels").get("notifications", {})
+        return event.room.state.power(event.at(("sender",))) >= levels.get(key, 50)
+    return "", test
+
+
+CONDITION_KINDS: dict[object, Callable[[JsonObject], Test]] = {
+    make.__name__: make for make in (event_match, event_property_is, event_property_contains, contains_display_name,
+                                     room_member_count, sender_notification_permission)}
+
+
+def condition_test(condition: JsonObject) -> Test:
+    """An unknown condition matches nothing, and so does a broken one."""
+    try:
+        return CONDITION_KINDS[condition.get("kind")](condition)
+    except (KeyError, TypeError, MatrixError):
+        return "", lambda event: False
+
+
+class ReadyRule(NamedTuple):
+    """A rule that is enabled, made ready to be asked."""
+    id: str
+    notify: bool
+    highlight: bool
+    types: list[Callable[[str], object]]         # tests of the event's type
+    hint: str                                    # stands in every event that the rule matches
+    tests: list[Callable[[Notable], object]]
+
+    def matches(self, event: Notable) -> bool:
+        return all(test(event) for test in self.tests)
+
+
+def conditions_of(kind: str, rule: JsonObject) -> list[JsonObject]:
+    if kind == "content":
+        return [{"kind": "event_match", "key": "content.body", "pattern": rule["pattern"]}]
+    if kind in ("room", "sender"):
+        return [{"kind": "event_property_is", "key": {"room": "room_id"}.get(kind, kind), "value": rule["rule_id"]}]
+    return cast(list[JsonObject], rule["conditions"])
+
+
+def ready_rule(kind: str, rule: JsonObject) -> ReadyRule:
+    types, tests, actions = [], [], rule["actions"]
+    for condition in conditions_of(kind, rule):
+        pattern = condition.get("pattern")
+        if condition.get("kind") == "event_match" and condition.get("key") == "type" and isinstance(pattern, str):
+            types.append(glob_matcher(pattern, False))
+        else:
+            tests.append(condition_test(condition))
+    if rule["rule_id"] in LEGACY_RULES:
+        tests.append(("", lambda event: event.at(("content", "m.mentions")) is ...))
+    tweaks = [action.get("value", True) for action in actions if isinstance(action, dict) and action.get("set_tweak") == "highlight"]
+    hint = max([hint for hint, _ in tests], key=len, default="")
+    return ReadyRule(rule["rule_id"], "notify" in actions, any(tweaks), types, hint, [test for _, test in tests])
+
+
+class PushRules:
+    """A user's rules, made ready to be asked about many events."""
+
+    def __init__(self, content: str) -> None:
+        ruleset = json.loads(content)["global"]
+        self.content = content
+        self._rules = [ready_rule(kind, rule) for kind in RULE_KINDS for rule in ruleset[kind] if rule["enabled"]]
+        self._by_type: dict[str, list[ReadyRule]] = {}
+        # Whether comings and goings may notify. Who has joined is not invited.
+        self.members = any(rule.notify and rule.id != ".m.rule.invite_for_me" for rule in self.of_type("m.room.member"))
+
+    def of_type(self, type: str) -> list[ReadyRule]:
+        """The rules that events of this type have to be held against, down to the first that matches all of them."""
+        rules = self._by_type.get(type)
+        if rules is None:
+            rules = []
+            for rule in self._rules:
+                if all(matches(type.lower()) for matches in rule.types):
+                    rules.append(rule)
+                    if not rule.tests:
+                        break
+            if len(self._by_type) < 100:
+                self._by_type[type] = rules
+        return rules
+
+    def first(self, event: Notable) -> ReadyRule | None:
+        """The rule that decides."""
+        text = event.text
+        for rule in self.of_type(event.type):
+            if rule.hint in text and rule.matches(event):
+                return rule
+        return None
+
+
+class Tally(NamedTuple):
+    """What one user has not read in one room. Good as long as the rules and the user's member event are the same."""
+    rules: PushRules
+    member_tick: int
+    displayname: str
+    upto: int                            # looked at up to this tick
+    notes: dict[int, tuple[int, bool]]   # tick of an event that notifies → root of its thread or 0, highlight; old to new
+
+
+class Unread:
+    """Counts what users have not read when they ask, and keeps it in memory, so that next time only what is new is looked at."""
+
+    def __init__(self) -> None:
+        self._rules: dict[str, PushRules] = {}
+        self._tallies: dict[tuple[str, int], Tally] = {}
+        self._guard = threading.Lock()                       # guards both
+
+    def rules(self, reader: Reader, user_id: str) -> PushRules:
+        content, rules = push_rules(reader, user_id), self._rules.get(user_id)
+        if rules is None or rules.content != content:
+            self._keep(self._rules, user_id, rules := PushRules(content))
+        return rules
+
+    def _keep(self, kept: dict[Any, Any], key: Any, value: Any) -> None:
+        with self._guard:
+            kept.pop(key, None)                              # the latest last
+            kept[key] = value
+            if len(kept) > MAX_TALLIES:
+                del kept[next(iter(kept))]
+
+    def count(self, reader: Reader, rules: PushRules, user_id: str, room: int, member_tick: int, receipts: Iterable[Sequence[Any]],
+              now: int) -> dict[int, list[int]]:
+        """Root of a thread, or 0 for the main timeline → [notifications, highlights] that are unread up to `now`."""
+        tally = self._tally(reader, rules, user_id, room, member_tick)
+        read = {-1: 0}                                       # thread → up to where; -1: all of them
+        for thread_id, event_id, _ in receipts:
+            thread = -1 if not thread_id else 0 if thread_id == "main" else tick_of(thread_id)
+            read[thread] = max(read.get(thread, 0), tick_of(event_id))
+        notes = self._look(reader, user_id, room, tally, now, read)
+        if max(read.values()) >= next(iter(notes), FOREVER):
+            notes = {tick: note for tick, note in notes.items() if tick > read[-1] and tick > read.get(note[0], 0)}
+        for tick in [*notes][:-MAX_UNREAD]:
+            del notes[tick]
+        self._keep(self._tallies, (user_id, room), tally._replace(upto=max(tally.upto, now), notes=notes))
+        counts: dict[int, list[int]] = {}
+        for (thread, highlight), number in collections.Counter(notes.values()).items():
+            count = counts.setdefault(thread, [0, 0])
+            count[0] += number
+            count[1] += highlight * number
+        return counts
+
+    def _tally(self, reader: Reader, rules: PushRules, user_id: str, room: int, member_tick: int) -> Tally:
+        """What is known, or nothing, from the user's join on."""
+        tally = self._tallies.get((user_id, room))
+        if tally and (tally.rules, tally.member_tick) == (rules, member_tick):
+            return tally
+        joined, name = 0, None
+        for tick, membership, displayname in reader.own_memberships(room, user_id):
+            joined, name = (joined or tick) if membership == "join" else 0, displayname
+        return Tally(rules, member_tick, name if isinstance(name, str) else "", joined, {})
+
+    @staticmethod
+    def _look(reader: Reader, user_id: str, room: int, tally: Tally, now: int, read: dict[int, int]) -> dict[int, tuple[int, bool]]:
+        """What notifies, with what is new. Who sends something has `read` what stands before it in its thread."""
+        notes, facts = dict(tally.notes), RoomFacts(reader, room, tally.displayname)
+        rows = reader.notable(room, user_id, max(tally.upto, read[-1]), now, MAX_UNREAD, tally.rules.members)
+        for tick, type, state_key, sender, text, relates_to, rel_type in reversed(rows):
+            own, rule = sender == user_id, None
+            if type == "m.room.redaction":
+                notes.pop(tick_of(str(json.loads(text).get("redacts"))), None)
+            elif not own:
+                rule = tally.rules.first(Notable(facts, type, text))
+            if (own and state_key is None) or (rule and rule.notify):
+                thread = relates_to or 0
+                if relates_to and rel_type != "m.thread":
+                    thread = thread_of(reader, tick)
+                if rule:
+                    notes[tick] = (thread, rule.highlight)
+                else:
+                    read[thread] = tick
+        return notes
+
+
 # -- Sync.
 
 class SyncFilter:
@@ -4563,6 +5097,7 @@ class SyncFilter:
         self.rooms = self._names(room, "rooms", None)
         self.not_rooms = self._names(room, "not_rooms", ()) or ()
         self.include_leave = bool(room.get("include_leave"))
+        self.threads = bool(timeline.get("unread_thread_notifications"))
         self.timeline, self.state = event_filter(timeline), event_filter(self._part(room, "state"))
         self.ephemeral = event_filter(self._part(room, "ephemeral"))
         self.room_data = event_filter(self._part(room, "account_data"))
@@ -4599,7 +5134,7 @@ class Sync:
     """What is new for one user: everything that lies after a tick."""
 
     def __init__(self, world: World, typing: Typing) -> None:
-        self.world, self.store, self.typing = world, world.store, typing
+        self.world, self.store, self.typing, self.unread = world, world.store, typing, Unread()
 
     def sync(self, who: Who, since: int | None, filter: SyncFilter, timeout: float = 0.0,
              full_state: bool = False) -> JsonObject:
@@ -4686,6 +5221,9 @@ class Window:
         found: dict[str, list[JsonObject]] = {}
         for room_id, type, content in self.reader.account_data_since(self.who.user_id, since):
             found.setdefault(room_id, []).append({"type": type, "content": Raw(content)})
+        account = found.setdefault("", [])
+        if self.initial and not any(event["type"] == "m.push_rules" for event in account):
+            account.append({"type": "m.push_rules", "content": push_rules(self.reader, self.who.user_id)})
         return found
 
     def _room(self, room: int, room_id: str, membership: str, tick: int,
@@ -4712,11 +5250,30 @@ class Window:
         if changed := self._summary(room, fresh):
             entry["summary"] = changed
         ephemeral = self._ephemeral(room, 0 if fresh else self.since)
-        known = self._account_data(0) if fresh else self.data    # what was set before the user came in, too
+        known = self._account_data(0) if fresh and not self.initial else self.data   # what was set before the user came in, too
         data = [event for event in known.get(room_id, []) if self._wanted(self.filter.room_data, event)]
         for key, events in (("ephemeral", ephemeral), ("account_data", data)):
             if events:
                 entry[key] = {"events": events}
+        entry.update(self._unread(room, tick, bool(entry)))
+        return entry
+
+    @functools.cached_property
+    def rules(self) -> PushRules:
+        return self.sync.unread.rules(self.reader, self.who.user_id)
+
+    def _unread(self, room: int, tick: int, moved: bool) -> JsonObject:
+        """How much is unread in a room that moved, or in which the user has read on; by thread, if the filter wants that."""
+        receipts = self.reader.own_receipts(room, self.who.user_id)
+        if not moved and all(read_at <= self.since for _, _, read_at in receipts):
+            return {}
+        counts = self.sync.unread.count(self.reader, self.rules, self.who.user_id, room, tick, receipts, self.now)
+        if not self.filter.threads:
+            counts = {0: [sum(column) for column in zip([0, 0], *counts.values(), strict=True)]}
+        shown = {root: {"notification_count": count[0], "highlight_count": count[1]} for root, count in {0: [0, 0], **counts}.items()}
+        entry: JsonObject = {"unread_notifications": shown.pop(0)}
+        if shown:
+            entry["unread_thread_notifications"] = {self.reader.event_at(root).event_id: count for root, count in shown.items()}
         return entry
 
     def _came_back(self, room: int) -> int | None:
@@ -4749,7 +5306,9 @@ class Window:
         state = self._chosen(room, state, events)
         if not events and not state:
             return {}
-        return {"timeline": {"events": self._render(events), "limited": limited, "prev_batch": str(first - 1)},
+        seen = view.upto if view else upto                   # an unlimited timeline has what relates to its events in itself
+        more = aggregations(self.reader, self.who, events, seen, self.clock_now) if limited else {}
+        return {"timeline": {"events": self._render(events, more), "limited": limited, "prev_batch": str(first - 1)},
                 "state": {"events": self._render(state)}}
 
     def _chosen(self, room: int, state: list[Event], timeline: list[Event]) -> list[Event]:
@@ -4763,8 +5322,9 @@ class Window:
             state += [event for event in members if event]
         return [event for event in state if self.filter.state.passes(event)]
 
-    def _render(self, events: list[Event]) -> list[Raw]:
-        return [event.for_client(self.clock_now, self.who.user_id, self.who.device_id) for event in events]
+    def _render(self, events: list[Event], more: Mapping[int, list[str]] | None = None) -> list[Raw]:
+        user, device = self.who.user_id, self.who.device_id
+        return [event.for_client(self.clock_now, user, device, *(more or {}).get(event.tick, ())) for event in events]
 
     def _stripped(self, room: int) -> list[JsonObject]:
         """What somebody invited may know: the room's face, the invitation, and who sent it."""
@@ -5393,7 +5953,7 @@ class Api:
         self.world, self.delivery = world, delivery
         self.accounts, self.rooms, self.media = Accounts(world), Rooms(world), Media(world)
         self.typing, self.keys, self.backups = Typing(world), Keys(world), Backups(world)
-        self.sync = Sync(world, self.typing)
+        self.sync, self.notifications = Sync(world, self.typing), Notifications(world)
         self.router, self.limiter = Router(ROUTES), Limiter(world)
 
     def __call__(self, request: Request) -> Response:
@@ -5736,6 +6296,8 @@ def profile_key(call: Call) -> str:
 
 def get_account_data(call: Call) -> Any:
     call.own(call["userId"])
+    if call["type"] == "m.push_rules" and "roomId" not in call.params:
+        return call.api.notifications.rules(call.who)
     return call.api.accounts.account_data(call.who, call.params.get("roomId", ""), call["type"])
 
 
@@ -5779,6 +6341,59 @@ def get_filter(call: Call) -> Any:
 def post_openid_token(call: Call) -> Any:
     call.own(call["userId"])
     return call.api.accounts.openid_token(call.who)
+
+
+def get_push_rules(call: Call) -> Any:
+    """All, or those of the scope "global", which is the only one."""
+    rules = call.api.notifications.rules(call.who)
+    return rules["global"] if "global" in call.request.path.split("/") else rules
+
+
+def rule_of(call: Call) -> tuple[str, str]:
+    """Kind and ID of the rule in the path."""
+    if call["kind"] not in RULE_KINDS:
+        raise MatrixError("M_INVALID_PARAM", f"the kind of a rule is one of {', '.join(RULE_KINDS)}, not {shorten(call['kind'])}")
+    return call["kind"], call["ruleId"]
+
+
+def get_push_rule(call: Call) -> Any:
+    """The rule, or one part of it that the path names."""
+    rule, part = call.api.notifications.rule(call.who, *rule_of(call)), call.request.path.split("/")[8:]
+    return {part[0]: rule[part[0]]} if part else rule
+
+
+def put_push_rule(call: Call) -> Any:
+    (kind, id), body = rule_of(call), call.body
+    parts: JsonObject = {"actions": objects(body, "actions", str)}
+    if kind == "content":
+        parts["pattern"] = field(body, "pattern", str)
+    elif kind in ("override", "underride"):
+        parts["conditions"] = objects({"conditions": [], **body}, "conditions")
+    call.api.notifications.set_rule(call.who, kind, id, parts, call.query("before"), call.query("after"))
+    return {}
+
+
+def objects(body: JsonObject, key: str, *also: type) -> list[Any]:
+    """A list of objects, or of what else it may be."""
+    items = field(body, key, list)
+    if not all(isinstance(item, (dict, *also)) for item in items):
+        raise MatrixError("M_BAD_JSON", f"{key!r} is a list of objects{' or texts' if also else ''}, not {quoted(items)}")
+    return items
+
+
+def delete_push_rule(call: Call) -> Any:
+    call.api.notifications.delete_rule(call.who, *rule_of(call))
+    return {}
+
+
+def put_push_enabled(call: Call) -> Any:
+    call.api.notifications.update_rule(call.who, *rule_of(call), {"enabled": field(call.body, "enabled", bool)})
+    return {}
+
+
+def put_push_actions(call: Call) -> Any:
+    call.api.notifications.update_rule(call.who, *rule_of(call), {"actions": objects(call.body, "actions", str)})
+    return {}
 
 
 def openid_userinfo(call: Call) -> Any:
@@ -6111,7 +6726,10 @@ def put_typing(call: Call) -> Any:
 
 
 def post_receipt(call: Call) -> Any:
-    thread_id = field(call.body, "thread_id", str, "")
+    body = call.body
+    thread_id = body.get("thread_id", "")
+    if not isinstance(thread_id, str) or ("thread_id" in body and not thread_id):
+        raise MatrixError("M_INVALID_PARAM", f"thread_id must be \"main\" or the event ID of a root, not {quoted(thread_id)}")
     call.api.rooms.add_receipt(call.who, call["roomId"], {call["receiptType"]: call["eventId"]}, thread_id)
     return {}
 
@@ -6119,7 +6737,7 @@ def post_receipt(call: Call) -> Any:
 def post_read_markers(call: Call) -> Any:
     body = call.body
     types = {str(type): field(body, type, str) for type in ("m.fully_read", "m.read", "m.read.private")
-             if type in body}
+             if body.get(type) is not None}
     call.api.rooms.add_receipt(call.who, call["roomId"], types)
     return {}
 
@@ -6279,6 +6897,17 @@ ROUTES = [Route(method, PREFIXES.get(path[0], path[0]) + path[1:], auth, handler
     ("GET",    "/_matrix/federation/v1/openid/userinfo",       "nobody",     openid_userinfo,     "Server-Server API, OpenID"),
     ("POST",   "U/filter",                                     "user",       post_filter,         "Filtering"),
     ("GET",    "U/filter/{filterId}",                          "user",       get_filter,          "Filtering"),
+    ("GET",    "C/pushrules",                                  "user",       get_push_rules,      "Push Notifications"),
+    ("GET",    "C/pushrules/",                                 "user",       get_push_rules,      "Push Notifications"),
+    ("GET",    "C/pushrules/global",                           "user",       get_push_rules,      "Push Notifications"),
+    ("GET",    "C/pushrules/global/",                          "user",       get_push_rules,      "Push Notifications"),
+    ("GET",    "C/pushrules/global/{kind}/{ruleId}",           "user",       get_push_rule,       "Push Notifications"),
+    ("PUT",    "C/pushrules/global/{kind}/{ruleId}",           "user",       put_push_rule,       "Push Notifications"),
+    ("DELETE", "C/pushrules/global/{kind}/{ruleId}",           "user",       delete_push_rule,    "Push Notifications"),
+    ("GET",    "C/pushrules/global/{kind}/{ruleId}/enabled",   "user",       get_push_rule,       "Push Notifications"),
+    ("PUT",    "C/pushrules/global/{kind}/{ruleId}/enabled",   "user",       put_push_enabled,    "Push Notifications"),
+    ("GET",    "C/pushrules/global/{kind}/{ruleId}/actions",   "user",       get_push_rule,       "Push Notifications"),
+    ("PUT",    "C/pushrules/global/{kind}/{ruleId}/actions",   "user",       put_push_actions,    "Push Notifications"),
     # End-to-end encryption
     ("POST",   "C/keys/upload",                                "user",       upload_keys,         "Uploading keys"),
     ("POST",   "C/keys/query",                                 "user",       query_keys,          "Querying keys; AS: Querying"),

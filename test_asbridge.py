@@ -3953,6 +3953,47 @@ def test_read_markers_are_account_data_and_receipts(three):
         alice.set_account_data("m.fully_read", {"event_id": two}, room)
 
 
+def receipt(client, room, event_id, type="m.read", **body):
+    return client.call("POST", path("rooms", room, "receipt", type, event_id), body)
+
+
+def test_a_receipt_moves_forward_only(three):
+    hs, alice, bob, _, room = three
+    bob.join(room)
+    one, two = alice.say(room, "1"), alice.say(room, "2")
+    receipt(bob, room, two)
+    since = alice.sync()["next_batch"]
+    receipt(bob, room, one), receipt(bob, room, two), receipt(bob, room, "$unknown")
+    assert "rooms" not in alice.sync(since) and list(ephemeral(alice, room, type="m.receipt")) == [two]
+    receipt(bob, room, one, "m.read.private"), receipt(bob, room, one, thread_id="main")     # each kind for itself
+    assert set(ephemeral(bob, room, type="m.receipt")) == {one, two}
+
+
+def test_a_receipt_is_for_an_event_in_its_thread(three):
+    hs, alice, _, _, room = three
+    root, other = alice.say(room, "root"), alice.say(room, "other")
+    inside = reply(alice, room, root)
+    reaction = reply(alice, room, inside, "m.annotation", type="m.reaction", key="x")
+    for event_id, thread_id in ((root, "main"), (root, root), (inside, root), (reaction, root), (other, "main")):
+        assert receipt(alice, room, event_id, thread_id=thread_id) == {}
+    for event_id, thread_id in ((inside, "main"), (reaction, "main"), (other, root), (inside, other), (inside, "$x"), (inside, "x"),
+                                (inside, ""), (inside, None), (inside, 5)):
+        with refused("M_INVALID_PARAM", 400, "thread"):
+            receipt(alice, room, event_id, thread_id=thread_id)
+    with refused("M_INVALID_PARAM", 400, "thread_id"):
+        receipt(alice, room, root, "m.fully_read", thread_id="main")
+    with refused("M_INVALID_PARAM", 400, "no event ID"):
+        receipt(alice, room, "~local:1")
+
+
+def test_read_markers_may_move_a_private_receipt(three):
+    hs, alice, bob, _, room = three
+    bob.join(room)
+    event_id, since = alice.say(room, "1"), alice.sync()["next_batch"]
+    bob.call("POST", path("rooms", room, "read_markers"), {"m.read.private": event_id, "m.read": None})
+    assert list(ephemeral(bob, room, type="m.receipt")[event_id]) == ["m.read.private"] and "rooms" not in alice.sync(since)
+
+
 # -- Account data, tags, filters.
 
 def test_account_data_is_kept_and_synced_for_the_account_and_for_rooms(three):
@@ -3965,7 +4006,7 @@ def test_account_data_is_kept_and_synced_for_the_account_and_for_rooms(three):
         assert alice.account_data("org.x", where) == {"where": where or "account"}
     for since in (since, None):
         answer = alice.sync(since)
-        assert answer["account_data"]["events"] == [{"type": "org.x", "content": {"where": "account"}}]
+        assert answer["account_data"]["events"][0] == {"type": "org.x", "content": {"where": "account"}}
         assert joined(answer, room)["account_data"]["events"] == [{"type": "org.x", "content": {"where": room}}]
     with refused("M_FORBIDDEN", 403):
         bob.call("GET", path("user", alice.user_id, "account_data", "org.x"))
@@ -4014,6 +4055,330 @@ def test_a_filter_that_is_none_is_refused(three, source):
     for use in (lambda: alice.sync(filter=source), lambda: alice.call("POST", path("user", alice.user_id, "filter"), source)):
         with refused("M_BAD_JSON", 400):
             use()
+
+
+# -- Notifications: push rules.
+
+RULES = V3 + "/pushrules/global"
+
+
+def rule_ids(client, kind):
+    return [rule["rule_id"] for rule in client.call("GET", V3 + "/pushrules/")["global"][kind]]
+
+
+def test_the_default_rules_are_those_of_the_specification(three):
+    alice = three[1]
+    rules = alice.call("GET", V3 + "/pushrules/")
+    prefix = ".m.rule."
+    assert {kind: [rule["rule_id"].removeprefix(prefix) for rule in rules["global"][kind]] for kind in rules["global"]} == {
+        "override": ["master", "suppress_notices", "invite_for_me", "member_event", "is_user_mention", "contains_display_name",
+                     "is_room_mention", "roomnotif", "tombstone", "reaction", "room.server_acl", "suppress_edits"],
+        "content": ["contains_user_name"], "room": [], "sender": [],
+        "underride": ["call", "encrypted_room_one_to_one", "room_one_to_one", "message", "encrypted"]}
+    everything = [rule for kind in rules["global"].values() for rule in kind]
+    assert all(rule["default"] and rule["enabled"] == (rule["rule_id"] != ".m.rule.master") for rule in everything)
+    by_id = {rule["rule_id"].removeprefix(prefix): rule for rule in everything}
+    assert by_id["master"]["conditions"] == by_id["master"]["actions"] == []
+    assert by_id["invite_for_me"]["conditions"] == [
+        {"kind": "event_match", "key": "type", "pattern": "m.room.member"},
+        {"kind": "event_match", "key": "content.membership", "pattern": "invite"},
+        {"kind": "event_match", "key": "state_key", "pattern": alice.user_id}]
+    assert by_id["is_user_mention"]["conditions"] == [
+        {"kind": "event_property_contains", "key": r"content.m\.mentions.user_ids", "value": alice.user_id}]
+    assert by_id["is_user_mention"]["actions"] == ["notify", {"set_tweak": "sound", "value": "default"}, {"set_tweak": "highlight"}]
+    assert by_id["is_room_mention"]["conditions"] == [
+        {"kind": "event_property_is", "key": r"content.m\.mentions.room", "value": True}, {"kind": "sender_notification_permission", "key": "room"}]
+    assert by_id["room_one_to_one"]["conditions"][0] == {"kind": "room_member_count", "is": "2"}
+    assert by_id["tombstone"]["conditions"][1] == {"kind": "event_match", "key": "state_key", "pattern": ""}
+    assert by_id["contains_user_name"]["pattern"] == "alice" and "conditions" not in by_id["contains_user_name"]
+    assert by_id["call"]["actions"] == ["notify", {"set_tweak": "sound", "value": "ring"}]
+
+
+def test_rules_are_found_with_and_without_a_trailing_slash_and_as_account_data(three):
+    alice = three[1]
+    rules = alice.call("GET", V3 + "/pushrules/")
+    assert alice.call("GET", V3 + "/pushrules") == rules == alice.account_data("m.push_rules")
+    assert alice.call("GET", RULES) == alice.call("GET", RULES + "/") == rules["global"]
+    assert {"type": "m.push_rules", "content": rules} in alice.sync()["account_data"]["events"]
+    with refused("M_BAD_JSON", 405):
+        alice.set_account_data("m.push_rules", {})
+
+
+def test_a_new_rule_is_the_most_important_of_the_users_and_stands_above_the_servers(three):
+    alice = three[1]
+    for id in ("one", "two"):
+        alice.call("PUT", f"{RULES}/override/{id}", {"conditions": [], "actions": []})
+        alice.call("PUT", f"{RULES}/content/{id}", {"pattern": "x", "actions": ["notify"]})
+    assert rule_ids(alice, "override")[:4] == [".m.rule.master", "two", "one", ".m.rule.suppress_notices"]
+    assert rule_ids(alice, "content") == ["two", "one", ".m.rule.contains_user_name"]
+    assert alice.call("GET", f"{RULES}/content/two") == {"rule_id": "two", "default": False, "enabled": True, "pattern": "x", "actions": ["notify"]}
+    assert rule_ids(three[2], "content") == [".m.rule.contains_user_name"]
+
+
+@pytest.mark.parametrize("query, order", [
+    ({}, ["c", "b", "a"]), ({"before": "c"}, ["a", "c", "b"]), ({"after": "c"}, ["c", "a", "b"]), ({"before": "b", "after": "c"}, ["c", "a", "b"]),
+    ({"after": "b"}, ["c", "b", "a"])])
+def test_a_rule_that_is_set_again_stays_or_goes_beside_another(three, query, order):
+    alice = three[1]
+    for id in ("a", "b", "c"):
+        alice.call("PUT", f"{RULES}/room/!{id}", {"actions": []})
+    alice.call("PUT", f"{RULES}/room/!a/enabled", {"enabled": False})
+    alice.call("PUT", f"{RULES}/room/!a", {"actions": ["notify"]}, **{key: "!" + id for key, id in query.items()})
+    assert rule_ids(alice, "room") == ["!" + id for id in order]
+    assert alice.call("GET", f"{RULES}/room/!a") == {"rule_id": "!a", "default": False, "enabled": False, "actions": ["notify"]}
+
+
+def test_a_rule_is_enabled_and_its_actions_are_changed_also_of_the_servers_rules(three):
+    alice = three[1]
+    since = alice.sync()["next_batch"]
+    url = f"{RULES}/underride/.m.rule.message"
+    assert alice.call("GET", url + "/enabled") == {"enabled": True} and alice.call("GET", url + "/actions") == {"actions": ["notify"]}
+    alice.call("PUT", url + "/enabled", {"enabled": False}), alice.call("PUT", url + "/actions", {"actions": []})
+    assert alice.call("GET", url + "/enabled") == {"enabled": False} and alice.call("GET", url + "/actions") == {"actions": []}
+    assert alice.sync(since)["account_data"]["events"] == [{"type": "m.push_rules", "content": alice.call("GET", V3 + "/pushrules/")}]
+
+
+def test_all_rules_together_have_a_size_that_is_bounded(three, monkeypatch):
+    alice = three[1]
+    monkeypatch.setattr(asbridge, "MAX_RULES_BYTES", 10_000)
+    with refused("M_TOO_LARGE", 413):
+        alice.call("PUT", f"{RULES}/content/x", {"pattern": "x" * 9000, "actions": []})
+    assert rule_ids(alice, "content") == [".m.rule.contains_user_name"]
+
+
+def test_a_rule_is_deleted_but_not_one_of_the_servers(three):
+    alice = three[1]
+    alice.call("PUT", f"{RULES}/sender/@bob:localhost", {"actions": []})
+    assert alice.call("DELETE", f"{RULES}/sender/@bob:localhost") == {} and rule_ids(alice, "sender") == []
+    for kind, id, errcode in (("sender", "@bob:localhost", "M_NOT_FOUND"), ("override", ".m.rule.master", "M_INVALID_PARAM")):
+        with refused(errcode):
+            alice.call("DELETE", f"{RULES}/{kind}/{id}")
+    assert ".m.rule.master" in rule_ids(alice, "override")
+
+
+@pytest.mark.parametrize("where, body, errcode", [
+    ("override/.x", {"actions": []}, "M_INVALID_PARAM"), ("override/.m.rule.master", {"actions": []}, "M_INVALID_PARAM"),
+    ("override/a%2Fb", {"actions": []}, "M_INVALID_PARAM"), ("override/a%5Cb", {"actions": []}, "M_INVALID_PARAM"), ("bogus/x", {"actions": []}, "M_INVALID_PARAM"),
+    ("override/x", {}, "M_MISSING_PARAM"), ("override/x", {"actions": [5]}, "M_BAD_JSON"), ("override/x", {"actions": [], "conditions": ["x"]}, "M_BAD_JSON"),
+    ("content/x", {"actions": []}, "M_MISSING_PARAM"), ("content/x", {"actions": [], "pattern": 5}, "M_BAD_JSON"),
+    ("override/x?before=y", {"actions": []}, "M_UNKNOWN"), ("override/x?after=.m.rule.master", {"actions": []}, "M_UNKNOWN"),
+    ("override/x/enabled", {"enabled": True}, "M_NOT_FOUND"), ("override/.m.rule.master/enabled", {"enabled": 1}, "M_BAD_JSON"),
+    ("override/.m.rule.master/actions", {"actions": "notify"}, "M_BAD_JSON")])
+def test_a_rule_that_is_none_is_refused(three, where, body, errcode):
+    hs, alice, *_ = three
+    status, answer = ask(hs, "PUT", f"{RULES}/{where}", alice.token, body)
+    assert answer["errcode"] == errcode and status == (404 if errcode == "M_NOT_FOUND" else 400)
+    assert alice.call("GET", RULES) == json.loads(asbridge.default_rules(alice.user_id))["global"]
+    with refused("M_NOT_FOUND", 404):
+        alice.call("GET", RULES + "/override/x")
+
+
+# -- Notifications: which rule decides.
+
+class FakeRoom(asbridge.RoomFacts):
+    """What conditions ask about a room."""
+
+    def __init__(self, displayname="Alice", members=3, power=0, notifications=None):
+        super().__init__(None, 1, displayname)
+        self.members = lambda upto: min(members, upto)
+        self.state = asbridge.RoomState(asbridge.ROOM_VERSIONS["11"])
+        levels = {"users": {"@bob:localhost": power}, "notifications": notifications or {}}
+        self.state.put("m.room.power_levels", "", asbridge.StateEvent(1, "@bob:localhost", levels))
+
+
+def decides(content=None, type="m.room.message", change=lambda rules: None, state_key=None, **room):
+    """The ID of the rule that decides on an event of bob for alice, whether it notifies, and whether it is highlighted."""
+    rules = json.loads(asbridge.default_rules("@alice:localhost"))
+    change(rules["global"])
+    event = {"type": type, "sender": "@bob:localhost", "room_id": "!r:localhost", "content": content if content is not None else {"body": "hello"},
+             **({"state_key": state_key} if state_key is not None else {})}
+    notable = asbridge.Notable(FakeRoom(**room), type, asbridge.canonical_json(event))
+    rule = asbridge.PushRules(json.dumps(rules)).first(notable)
+    return rule and (rule.id.removeprefix(".m.rule."), rule.notify, rule.highlight)
+
+
+@pytest.mark.parametrize("content, keys, rule", [
+    ({"body": "hello"}, {}, ("message", True, False)), ({"body": "hello"}, {"members": 2}, ("room_one_to_one", True, False)),
+    ({"body": "x"}, {"type": "m.room.encrypted"}, ("encrypted", True, False)),
+    ({"body": "x"}, {"type": "m.room.encrypted", "members": 2}, ("encrypted_room_one_to_one", True, False)),
+    ({"body": "alice", "msgtype": "m.notice"}, {}, ("suppress_notices", False, False)),
+    ({"membership": "join"}, {"type": "m.room.member", "state_key": "@bob:localhost"}, ("member_event", False, False)),
+    ({"membership": "invite"}, {"type": "m.room.member", "state_key": "@alice:localhost"}, ("invite_for_me", True, False)),
+    ({"body": "x", "m.mentions": {"user_ids": ["@carol:localhost", "@alice:localhost"]}}, {}, ("is_user_mention", True, True)),
+    ({"body": "x", "m.mentions": {"user_ids": "@alice:localhost"}}, {}, ("message", True, False)),
+    ({"body": "x", "m.mentions": {"room": True}}, {"power": 50}, ("is_room_mention", True, True)),
+    ({"body": "x", "m.mentions": {"room": True}}, {"power": 49}, ("message", True, False)),
+    ({"body": "x", "m.mentions": {"room": True}}, {"power": 10, "notifications": {"room": 10}}, ("is_room_mention", True, True)),
+    ({"body": "x", "m.mentions": {"room": 1}}, {"power": 50}, ("message", True, False)),
+    ({"body": "hey @room!"}, {"power": 50}, ("roomnotif", True, True)), ({"body": "hey @room!"}, {}, ("message", True, False)),
+    ({"body": "hey @rooms"}, {"power": 50}, ("message", True, False)),
+    ({"body": "thanks, ALICE!"}, {"displayname": "x"}, ("contains_user_name", True, True)), ({"body": "malice"}, {}, ("message", True, False)),
+    ({"body": "Hi \"A. (l) Ice\"", "x": 1}, {"displayname": "A. (L) ice"}, ("contains_display_name", True, True)),
+    ({"body": 'so, "Al*ce"?'}, {"displayname": '"al*Ce"'}, ("contains_display_name", True, True)),
+    ({"body": "nothing"}, {"displayname": ""}, ("message", True, False)),
+    ({"body": "alice", "m.mentions": {}}, {}, ("message", True, False)),         # who mentions says whom
+    ({"body": "* alice", "m.relates_to": {"rel_type": "m.replace"}, "m.mentions": {}}, {}, ("suppress_edits", False, False)),
+    ({"body": "x"}, {"type": "m.reaction"}, ("reaction", False, False)), ({}, {"type": "m.room.server_acl", "state_key": ""}, ("room.server_acl", False, False)),
+    ({}, {"type": "m.room.tombstone", "state_key": ""}, ("tombstone", True, True)), ({}, {"type": "m.room.tombstone"}, None),
+    ({}, {"type": "m.call.invite"}, ("call", True, False)), ({}, {"type": "m.room.topic", "state_key": ""}, None)])
+def test_the_first_default_rule_that_matches_decides(content, keys, rule):
+    assert decides(content, **keys) == rule
+
+
+def test_the_users_rules_come_first_and_by_kind():
+    def change(rules):
+        rules["override"].insert(1, {"rule_id": "mute", "enabled": True, "conditions": [{"kind": "event_match", "key": "content.body", "pattern": "quiet*"}], "actions": ["dont_notify"]})
+        rules["content"].insert(0, {"rule_id": "cake", "enabled": True, "pattern": "cake*lie", "actions": ["notify", {"set_tweak": "highlight", "value": False}]})
+        rules["room"].append({"rule_id": "!r:localhost", "enabled": True, "actions": []})
+        rules["sender"].append({"rule_id": "@bob:localhost", "enabled": True, "actions": ["notify", {"set_tweak": "highlight"}]})
+    assert decides({"body": "quiet, cake is a lie"}, change=change) == ("mute", False, False)
+    assert decides({"body": "the cake: a lie."}, change=change) == ("cake", True, False)
+    assert decides({"body": "pancake lies"}, change=change) == ("!r:localhost", False, False)
+    assert decides(change=lambda rules: (change(rules), rules["room"].clear())) == ("@bob:localhost", True, True)
+
+
+def test_a_disabled_rule_is_not_asked_and_the_master_rule_silences_all():
+    assert decides(change=lambda rules: rules["underride"][3].update(enabled=False)) is None
+    assert decides({"body": "alice"}, change=lambda rules: rules["override"][0].update(enabled=True)) == ("master", False, False)
+
+
+@pytest.mark.parametrize("condition, holds", [
+    ({"kind": "event_match", "key": "content.topic", "pattern": "lunc?*"}, True), ({"kind": "event_match", "key": "content.topic", "pattern": "lunc"}, False),
+    ({"kind": "event_match", "key": "content.topic", "pattern": "*PLANS"}, True), ({"kind": "event_match", "key": "content.topic", "pattern": "*[p]lans"}, False),
+    ({"kind": "event_match", "key": "content.n", "pattern": "*"}, False), ({"kind": "event_match", "key": "content.none", "pattern": "*"}, False),
+    ({"kind": "event_match", "key": "content.body", "pattern": "ex*ple"}, True), ({"kind": "event_match", "key": "content.body", "pattern": "xampl"}, False),
+    ({"kind": "event_match", "key": "content.body", "pattern": "*event*"}, True), ({"kind": "event_match", "key": "content.body", "pattern": "e*t"}, True),
+    ({"kind": "event_match", "key": "content.body", "pattern": "\"say\nso\""}, True), ({"kind": "event_match", "key": "sender", "pattern": "@bob:*"}, True),
+    ({"kind": "event_match", "key": "type", "pattern": "org.*"}, True), ({"kind": "event_match", "key": "type", "pattern": 5}, False),
+    ({"kind": "event_property_is", "key": "content.n", "value": 1}, True), ({"kind": "event_property_is", "key": "content.n", "value": True}, False),
+    ({"kind": "event_property_is", "key": r"content.m\.fed\\.x", "value": None}, True), ({"kind": "event_property_is", "key": "content.list", "value": ["a"]}, False),
+    ({"kind": "event_property_is", "key": "content.n"}, False), ({"kind": "event_property_contains", "key": "content.list", "value": "a"}, True),
+    ({"kind": "event_property_contains", "key": "content.list", "value": "A"}, False), ({"kind": "event_property_contains", "key": "content.topic", "value": "l"}, False),
+    ({"kind": "room_member_count", "is": "3"}, True), ({"kind": "room_member_count", "is": "==3"}, True), ({"kind": "room_member_count", "is": "<3"}, False),
+    ({"kind": "room_member_count", "is": "<=3"}, True), ({"kind": "room_member_count", "is": ">2"}, True), ({"kind": "room_member_count", "is": ">=4"}, False),
+    ({"kind": "room_member_count", "is": "many"}, False), ({"kind": "room_member_count"}, False), ({"kind": "org.unknown"}, False), ({"kind": ["x"]}, False), ({}, False)])
+def test_a_condition_holds_or_does_not_and_an_unknown_one_never_does(condition, holds):
+    content = {"topic": "Lunch plans", "body": "An example event. \"Say\nso\"", "n": 1, "m.fed\\": {"x": None}, "list": ["a", {}]}
+    rule = {"rule_id": "mine", "enabled": True, "conditions": [condition], "actions": ["notify"]}
+    found = decides(content, "org.example", lambda rules: rules["override"].insert(1, rule))
+    assert found == (("mine", True, False) if holds else None)
+
+
+def test_no_pattern_takes_long():
+    began = time.monotonic()
+    for words in (True, False):
+        assert not asbridge.glob_matcher("*".join("a" * 30) + "*b", words)("a " * 30_000)
+    assert time.monotonic() - began < 2
+
+
+# -- Notifications: what is unread.
+
+def unread(client, room, since=None, **filter):
+    """[notifications, highlights] of the room and of its threads."""
+    entry = joined(client.sync(since, filter={"room": {"timeline": filter}}), room)
+    threads = {root: list(count.values()) for root, count in entry.get("unread_thread_notifications", {}).items()}
+    return list(entry["unread_notifications"].values()), threads
+
+
+def renamed(client, name):
+    client.call("PUT", path("profile", client.user_id, "displayname"), {"displayname": name})
+
+
+def test_what_others_say_after_ones_join_and_receipt_is_unread(three):
+    hs, alice, bob, _, room = three
+    alice.say(room, "before"), bob.join(room)
+    assert unread(bob, room) == ([0, 0], {})
+    one, two = alice.say(room, "1"), alice.say(room, "bob!")
+    assert unread(bob, room) == ([2, 1], {}) and unread(alice, room) == ([0, 0], {})
+    since = bob.sync()["next_batch"]
+    receipt(bob, room, one)
+    assert unread(bob, room, since) == ([1, 1], {})
+    receipt(bob, room, two, "m.read.private")
+    assert unread(bob, room, since) == ([0, 0], {})
+    alice.say(room, "3")
+    assert unread(bob, room, since) == unread(bob, room) == ([1, 0], {})
+
+
+def test_a_private_receipt_is_told_to_a_client_that_filters_receipts_out_by_its_counts(three):
+    hs, alice, bob, _, room = three
+    bob.join(room)
+    event_id = alice.say(room, "x")
+    filter = {"room": {"ephemeral": {"types": []}}}
+    since = bob.sync(filter=filter)["next_batch"]
+    receipt(bob, room, event_id, "m.read.private")
+    assert joined(bob.sync(since, filter=filter), room) == {"unread_notifications": {"notification_count": 0, "highlight_count": 0}}
+
+
+def test_who_sends_something_has_read_what_stands_before_it(three):
+    hs, alice, bob, _, room = three
+    bob.join(room)
+    alice.say(room, "1"), renamed(bob, "Bobby"), alice.say(room, "2")
+    assert unread(bob, room) == ([2, 0], {})                 # a change of the profile is no answer
+    bob.say(room, "3")
+    assert unread(bob, room) == ([0, 0], {})
+
+
+def test_unread_counts_are_the_same_whether_they_grow_or_are_counted_anew(three):
+    hs, alice, bob, carol, room = three
+    bob.join(room), carol.join(room)
+    gone = alice.say(room, "bob, this goes away")
+    assert unread(bob, room) == ([1, 1], {})
+    alice.redact(room, gone), alice.say(room, "bob: x"), alice.say(room, "y")
+    grown = unread(bob, room)
+    hs.api.sync.unread = asbridge.Unread()
+    assert grown == unread(bob, room) == ([2, 1], {})
+    alice.say(room, "Robert"), renamed(bob, "Robert")      # rules ask for the name as it is now
+    assert unread(bob, room) == ([3, 2], {})
+    bob.call("PUT", f"{RULES}/room/{urllib.parse.quote(room)}", {"actions": []})
+    assert unread(bob, room) == ([2, 2], {})                 # what names him stands above rooms
+
+
+def test_who_comes_back_has_nothing_unread_of_the_time_before(three):
+    hs, alice, bob, _, room = three
+    bob.join(room), alice.say(room, "1")
+    assert unread(bob, room) == ([1, 0], {})
+    bob.leave(room), alice.say(room, "2"), bob.join(room), alice.say(room, "3")
+    assert unread(bob, room) == ([1, 0], {})
+
+
+def test_what_an_ignored_user_says_is_not_unread(three):
+    hs, alice, bob, carol, room = three
+    bob.join(room), carol.join(room)
+    bob.set_account_data("m.ignored_user_list", {"ignored_users": {carol.user_id: {}}})
+    alice.say(room, "1"), carol.say(room, "bob")
+    assert unread(bob, room) == ([1, 0], {})
+
+
+def test_a_thread_has_counts_of_its_own_where_the_filter_asks_for_them(three):
+    hs, alice, bob, _, room = three
+    bob.join(room)
+    root, other = alice.say(room, "root"), alice.say(room, "other")
+    first = reply(alice, room, root, body="bob")
+    last = reply(alice, room, root), alice.say(room, "main")
+    assert unread(bob, room) == ([5, 1], {})
+    assert unread(bob, room, unread_thread_notifications=True) == ([3, 0], {root: [2, 1]})
+    receipt(bob, room, last[1], thread_id="main"), receipt(bob, room, first, thread_id=root)
+    assert unread(bob, room, unread_thread_notifications=True) == ([0, 0], {root: [1, 0]})
+    reply(bob, room, root)                                   # in the thread, and so it has read that
+    reply(alice, room, other)
+    assert unread(bob, room, unread_thread_notifications=True) == ([0, 0], {other: [1, 0]})
+    receipt(bob, room, alice.say(room, "x"))                 # without a thread: all of them
+    assert unread(bob, room, unread_thread_notifications=True) == ([0, 0], {})
+
+
+def test_of_what_is_unread_the_newest_500_events_are_looked_at_and_each_once(three, monkeypatch):
+    hs, alice, bob, carol, room = three
+    bob.join(room)
+    monkeypatch.setattr(asbridge, "MAX_UNREAD", 5)
+    for n in range(8):
+        alice.say(room, f"bob {n}")
+    asked = []
+    first = asbridge.PushRules.first
+    monkeypatch.setattr(asbridge.PushRules, "first", lambda self, event: asked.append(event) or first(self, event))
+    assert unread(bob, room) == ([5, 5], {}) and len(asked) == 5
+    carol.join(room)                                         # comings and goings take nobody's place
+    alice.say(room, "x")
+    assert unread(bob, room) == ([5, 4], {}) and len(asked) == 6
 
 
 # -- Sync.
@@ -4417,6 +4782,94 @@ def test_a_room_has_threads_the_one_with_the_latest_reply_first_each_with_its_su
     first = alice.call("GET", f"/_matrix/client/v1/rooms/{urllib.parse.quote(room)}/threads", limit=1)
     rest = alice.call("GET", f"/_matrix/client/v1/rooms/{urllib.parse.quote(room)}/threads", limit=1, **{"from": first["next_batch"]})
     assert [event["event_id"] for event in first["chunk"] + rest["chunk"]] == [one, two] and "next_batch" not in rest
+
+
+def bundled(event):
+    return event["unsigned"].get("m.relations")
+
+
+def test_the_root_of_a_thread_has_its_summary_wherever_it_is_read(three):
+    hs, alice, bob, _, room = three
+    bob.join(room)
+    root = alice.say(room, "root")
+    reply(bob, room, root)
+    last = reply(bob, room, root, body="last")
+    edit = reply(bob, room, last, "m.replace", **{"m.new_content": {"body": "the last"}})
+    edit = bob.send(room, "m.room.message", {"body": "*", "m.new_content": {}, "m.relates_to": {"rel_type": "m.replace", "event_id": last}})
+    start = path("rooms", room)
+    found = [next(event for event in events if event["event_id"] == root) for events in (
+        alice.messages(room, "b", 50)["chunk"], [alice.call("GET", start + "/event/" + root)], [alice.call("GET", start + "/context/" + root)["event"]],
+        alice.call("GET", start + "/context/" + last)["events_before"], joined(alice.sync(filter={"room": {"timeline": {"limit": 5}}}), room)["timeline"]["events"],
+        alice.call("GET", f"/_matrix/client/v1/rooms/{urllib.parse.quote(room)}/threads")["chunk"])]
+    for event in found:
+        thread = bundled(event)["m.thread"]
+        assert (thread["count"], thread["latest_event"]["event_id"], thread["current_user_participated"]) == (2, last, True)
+        assert bundled(thread["latest_event"])["m.replace"]["event_id"] == edit
+    assert bundled(relations(alice, room, root, "m.thread")[1]["chunk"][0])["m.replace"]["event_id"] == edit
+    everything = joined(alice.sync(filter={"room": {"timeline": {"limit": 100}}}), room)["timeline"]
+    assert not everything["limited"] and not any(bundled(event) for event in everything["events"])      # all that relates is in it
+
+
+def test_an_edited_event_keeps_its_content_and_carries_its_latest_valid_replacement(three):
+    hs, alice, bob, _, room = three
+    bob.join(room)
+    original = alice.say(room, "cake")
+
+    def edit(client, parent=original, type="m.room.message", **content):
+        return client.send(room, type, {"body": "* x", "m.relates_to": {"rel_type": "m.replace", "event_id": parent}, **content})
+
+    def read():
+        event = alice.call("GET", path("rooms", room, "event", original))
+        return event["content"]["body"], (bundled(event) or {}).get("m.replace", {}).get("event_id")
+    edit(bob, **{"m.new_content": {}}), edit(alice), edit(alice, type="org.x", **{"m.new_content": {}})
+    assert read() == ("cake", None)
+    first, second = edit(alice, **{"m.new_content": {"body": "1"}}), edit(alice, **{"m.new_content": {"body": "2"}})
+    assert read() == ("cake", second)
+    edit(alice, second, **{"m.new_content": {}})             # an edit of an edit is none
+    assert bundled(alice.call("GET", path("rooms", room, "event", second))) is None
+    alice.redact(room, second)
+    assert read() == ("cake", first)
+    alice.redact(room, original)
+    assert bundled(alice.call("GET", path("rooms", room, "event", original))) is None
+
+
+def test_references_are_listed_without_those_of_ignored_users_and_state_has_none(three):
+    hs, alice, bob, carol, room = three
+    bob.join(room), carol.join(room)
+    parent = alice.say(room, "parent")
+    one, two = reply(bob, room, parent, "m.reference"), reply(carol, room, parent, "m.reference")
+
+    def chunk(client, event_id=parent):
+        return ((bundled(client.call("GET", path("rooms", room, "event", event_id))) or {}).get("m.reference") or {}).get("chunk")
+    assert chunk(alice) == [{"event_id": one}, {"event_id": two}]
+    alice.set_account_data("m.ignored_user_list", {"ignored_users": {carol.user_id: {}}})
+    assert chunk(alice) == [{"event_id": one}]
+    alice.set_account_data("m.ignored_user_list", {"ignored_users": {carol.user_id: {}, bob.user_id: {}}})
+    assert chunk(alice) is None
+    state = alice.set_state(room, "m.room.topic", {"topic": "x"})
+    reply(bob, room, state, "m.reference")
+    assert chunk(bob, state) is None
+
+
+def test_what_relates_to_an_event_after_one_has_left_is_not_bundled(three):
+    hs, alice, bob, _, room = three
+    bob.join(room)
+    root = alice.say(room, "root")
+    reply(alice, room, root)
+    bob.leave(room)
+    reply(alice, room, root)
+    for client, count in ((alice, 2), (bob, 1)):
+        assert bundled(client.call("GET", path("rooms", room, "event", root)))["m.thread"]["count"] == count
+
+
+def test_a_thread_cannot_start_from_an_event_that_relates_to_another(three):
+    hs, alice, _, _, room = three
+    root = alice.say(room, "root")
+    inside = reply(alice, room, root)
+    with refused("M_UNKNOWN", 400, "thread"):
+        reply(alice, room, inside)
+    quote = alice.send(room, "m.room.message", {"body": "x", "m.relates_to": {"m.in_reply_to": {"event_id": root}}})
+    assert reply(alice, room, quote) and reply(alice, room, "$unknown")      # a plain reply has no rel_type
 
 
 def created(client):
