@@ -4866,6 +4866,7 @@ class Notable:
 Test = tuple[str, Callable[[Notable], object]]
 
 
+@functools.lru_cache(maxsize=1000)
 def property_path(key: str) -> list[str]:
     r"""'content.m\.mentions' as ['content', 'm.mentions'] (Appendices, Dot-separated property paths)."""
     return [re.sub(r"\\([.\\])", r"\1", part) for part in re.findall(r"(?:^|\.)((?:\\.|[^.\\])*)", key)]
@@ -4873,9 +4874,9 @@ def property_path(key: str) -> list[str]:
 
 def event_match(condition: JsonObject) -> Test:
     key, pattern = field(condition, "key", str), field(condition, "pattern", str)
-    path, matches = property_path(key), glob_matcher(pattern, key == "content.body")
-    return (_in_text(max(re.split("[*?]", pattern), key=len))[1:-1],
-            lambda event: isinstance(value := event.at(path), str) and matches(value.lower()))
+    path, words = property_path(key), key == "content.body"
+    return (_in_text(max(re.split("[*?]", pattern), key=len))[1:-1],     # the regex is made when it is needed: seldom
+            lambda event: isinstance(value := event.at(path), str) and glob_matcher(pattern, words)(value.lower()))
 
 
 def event_property_is(condition: JsonObject) -> Test:
