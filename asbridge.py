@@ -5022,6 +5022,7 @@ class Unread:
         self._guard = threading.Lock()                       # guards both
 
     def rules(self, reader: Reader, user_id: str) -> PushRules:
+        """The user's rules; the same object as long as they have not changed."""
         content, rules = push_rules(reader, user_id), self._rules.get(user_id)
         if rules is None or rules.content != content:
             self._keep(self._rules, user_id, rules := PushRules(content))
@@ -5034,10 +5035,10 @@ class Unread:
             if len(kept) > MAX_TALLIES:
                 del kept[next(iter(kept))]
 
-    def count(self, reader: Reader, rules: PushRules, user_id: str, room: int, member_tick: int, receipts: Iterable[Sequence[Any]],
+    def count(self, reader: Reader, user_id: str, room: int, member_tick: int, receipts: Iterable[Sequence[Any]],
               now: int) -> dict[int, list[int]]:
         """Root of a thread, or 0 for the main timeline → [notifications, highlights] that are unread up to `now`."""
-        tally = self._tally(reader, rules, user_id, room, member_tick)
+        tally = self._tally(reader, user_id, room, member_tick)
         read = {-1: 0}                                       # thread → up to where; -1: all of them
         for thread_id, event_id, _ in receipts:
             thread = -1 if not thread_id else 0 if thread_id == "main" else tick_of(thread_id)
@@ -5055,9 +5056,9 @@ class Unread:
             count[1] += highlight * number
         return counts
 
-    def _tally(self, reader: Reader, rules: PushRules, user_id: str, room: int, member_tick: int) -> Tally:
+    def _tally(self, reader: Reader, user_id: str, room: int, member_tick: int) -> Tally:
         """What is known, or nothing, from the user's join on."""
-        tally = self._tallies.get((user_id, room))
+        rules, tally = self.rules(reader, user_id), self._tallies.get((user_id, room))
         if tally and (tally.rules, tally.member_tick) == (rules, member_tick):
             return tally
         joined, name = 0, None
@@ -5259,16 +5260,12 @@ class Window:
         entry.update(self._unread(room, tick, bool(entry)))
         return entry
 
-    @functools.cached_property
-    def rules(self) -> PushRules:
-        return self.sync.unread.rules(self.reader, self.who.user_id)
-
     def _unread(self, room: int, tick: int, moved: bool) -> JsonObject:
         """How much is unread in a room that moved, or in which the user has read on; by thread, if the filter wants that."""
         receipts = self.reader.own_receipts(room, self.who.user_id)
         if not moved and all(read_at <= self.since for _, _, read_at in receipts):
             return {}
-        counts = self.sync.unread.count(self.reader, self.rules, self.who.user_id, room, tick, receipts, self.now)
+        counts = self.sync.unread.count(self.reader, self.who.user_id, room, tick, receipts, self.now)
         if not self.filter.threads:
             counts = {0: [sum(column) for column in zip([0, 0], *counts.values(), strict=True)]}
         shown = {root: {"notification_count": count[0], "highlight_count": count[1]} for root, count in {0: [0, 0], **counts}.items()}
