@@ -116,6 +116,7 @@ ERRORS = {
     "M_CANNOT_OVERWRITE_MEDIA": 409, # an asynchronous upload that has been done already
     "M_CONNECTION_FAILED":     502,  # the application service could not be reached for a ping
     "M_CONNECTION_TIMEOUT":    504,  # the application service took too long for a ping
+    "M_DUPLICATE_ANNOTATION":  400,  # the same reaction to the same event again
     "M_EXCLUSIVE":             400,  # inside another's exclusive namespace, or outside one's own
     "M_FORBIDDEN":             403,
     "M_INVALID_PARAM":         400,
@@ -2116,6 +2117,14 @@ class Reader:
         """(room_id, creator) or None."""
         return self.one("SELECT room_id, creator FROM aliases JOIN rooms ON n = room WHERE alias = ?", alias)
 
+    def may_join_by_another(self, user_id: str, room: int) -> bool:
+        """Whether the user is in one of the rooms that a restricted room names."""
+        return self.one("SELECT 1 FROM state s JOIN events e ON e.tick = s.tick, json_each(e.json, '$.content.allow') a "
+                        "JOIN rooms r ON r.room_id = json_extract(e.json, a.fullkey || '.room_id') JOIN memberships m ON m.room = r.n "
+                        "WHERE s.room = ? AND s.type = 'm.room.join_rules' AND s.state_key = '' AND m.user_id = ? "
+                        "AND json_extract(e.json, '$.content.join_rule') IN ('restricted', 'knock_restricted') "
+                        "AND m.membership = 'join' LIMIT 1", room, user_id) is not None
+
     def aliases_of(self, room: int) -> list[str]:
         return [row[0] for row in self.all("SELECT alias FROM aliases WHERE room = ? ORDER BY alias", room)]
 
@@ -2206,6 +2215,11 @@ class Reader:
                         "AND coalesce(p.rel_type, '') NOT IN ('m.annotation', 'm.replace')) "
                         f"AND e.sender NOT IN ({IGNORED}) GROUP BY e.relates_to, e.rel_type",
                         user_id, to_json(parents), upto, user_id)
+
+    def has_annotated(self, parent: int, sender: str, type: str, key: Any) -> bool:
+        return self.one("SELECT 1 FROM events WHERE relates_to = ? AND rel_type = 'm.annotation' AND sender = ? AND type = ? "
+                        "AND json_extract(json, '$.content.\"m.relates_to\".key') = ?",
+                        parent, sender, type, key if isinstance(key, str) else None) is not None
 
     def latest_edit(self, event: Event, upto: int) -> Event | None:
         """The most recent valid replacement of an event that is not redacted (Event replacements, Validity)."""
@@ -2457,10 +2471,6 @@ class Tx(Reader):
 
     # -- accounts
 
-    def check_session(self, token: bytes | None) -> None:
-        if token is not None and token not in self.store.sessions:
-            raise MatrixError("M_UNKNOWN_TOKEN", "this session has been logged out", soft_logout=False)
-
     def add_user(self, user_id: str, password: str | None, appservice: str | None, now: int) -> None:
         self.run("INSERT INTO users (user_id, password, appservice, displayname, created_ts) "
                  "VALUES (?, ?, ?, ?, ?)",
@@ -2487,6 +2497,7 @@ class Tx(Reader):
         where, values = "user_id = ? AND (? IS NULL OR device_id = ?)", (user_id, device_id, device_id)
         for (token,) in self.all(f"SELECT token FROM sessions WHERE {where}", *values):
             self.after.append(functools.partial(self.store.sessions.pop, token, None))
+            self.wake(user_id)                               # who waits in /sync is to be told
         self.run(f"DELETE FROM sessions WHERE {where}", *values)
 
     def add_device(self, user_id: str, device_id: str, display_name: str | None, now: int) -> None:
@@ -2979,6 +2990,10 @@ class Store:
         self.started_at = self.write(lambda tx: tx.tick())
         return self.started_at
 
+    def check_session(self, token: bytes | None) -> None:
+        if token is not None and token not in self.sessions:
+            raise MatrixError("M_UNKNOWN_TOKEN", "this session has been logged out", soft_logout=False)
+
     def wait_published(self, tick: int) -> None:
         """Until what was committed up to this tick is published as well: some microseconds."""
         while self.position < tick:
@@ -3079,7 +3094,7 @@ class Store:
         tx.new_job()
         tx.db.execute("SAVEPOINT job")
         try:
-            tx.check_session(job.token)
+            self.check_session(job.token)
             job.result, job.error = job.fn(tx), None
             tx.job_done()
         except MatrixError as error:                         # a refusal: this job alone is undone
@@ -3642,18 +3657,24 @@ class Rooms:
         """Stores an event if the rules of the room pass it."""
         check_shape(draft, self.world.name)
         authorise(room, draft)
-        self._check_thread(tx, room, draft.content.get("m.relates_to"))
+        self._check_relation(tx, room, draft)
         return tx.append(room, draft, self.world.clock.now() if ts is None else ts, device_id, txn_id,
                          self.world.settings.max_event_bytes)
 
     @staticmethod
-    def _check_thread(tx: Tx, room: Room, relation: Any) -> None:
-        """A thread can't start from an event that itself relates to another (Threading, Validation)."""
-        if isinstance(relation, dict) and relation.get("rel_type") == "m.thread" and isinstance(relation.get("event_id"), str):
-            root = tx.event(room.n, relation["event_id"])
-            if root and tx.ancestors(root.tick, 1):
-                raise MatrixError("M_UNKNOWN", f"a thread can't start from {root.event_id}, which itself relates to "
-                                  "another event; name the root of that one", 400)
+    def _check_relation(tx: Tx, room: Room, draft: Draft) -> None:
+        """A thread can't start from an event that itself relates to another (Threading, Validation), and nobody says the
+        same of an event twice (Event annotations, Avoiding duplicate annotations).
+        """
+        found = draft.content.get("m.relates_to")
+        relation = found if isinstance(found, dict) else {}
+        kind, event_id = relation.get("rel_type"), relation.get("event_id")
+        parent = tx.event(room.n, event_id) if kind in ("m.thread", "m.annotation") and isinstance(event_id, str) else None
+        if parent and kind == "m.thread" and tx.ancestors(parent.tick, 1):
+            raise MatrixError("M_UNKNOWN", f"a thread can't start from {parent.event_id}, which itself relates to "
+                              "another event; name the root of that one", 400)
+        if parent and kind == "m.annotation" and tx.has_annotated(parent.tick, draft.sender, draft.type, relation.get("key")):
+            raise MatrixError("M_DUPLICATE_ANNOTATION", f"{draft.sender} has annotated {parent.event_id} with this key already")
 
     # -- creating
 
@@ -4114,7 +4135,7 @@ class Rooms:
             return None
         entry, own = public_entry(reader, row), reader.membership(who.user_id, row.n)
         open_to_all = entry["join_rule"] in ("public", "knock", "knock_restricted") or entry["world_readable"]
-        if not (open_to_all or (own and own[0] in ("join", "invite"))):
+        if not (open_to_all or (own and own[0] in ("join", "invite")) or reader.may_join_by_another(who.user_id, row.n)):
             return None
         children = [event for event in reader.state_at(row.n, type="m.space.child") if isinstance(event.content.get("via"), list)
                     and (event.content.get("suggested") is True or not suggested_only)]
@@ -5150,6 +5171,7 @@ class Sync:
             while True:
                 window = Window(self, who, since, filter, full_state)
                 answer = window.read()
+                self.store.check_session(who.token)
                 if window.news or since is None or full_state or clock.monotonic() >= deadline or self.world.stopping:
                     return answer
                 clock.wait(waiting, deadline)

@@ -2871,6 +2871,19 @@ def test_the_password_is_confirmed_with_or_without_the_users_name(start, who):
     assert hs.client("alice", "w").call("POST", V3 + "/account/password", {"new_password": "n", **confirmed(**who)}) == {}
 
 
+def test_a_sync_that_waits_is_told_when_its_session_ends(start):
+    hs = start()
+    alice = hs.client("alice")
+    other = again(hs, alice)
+    tokens = [client.sync()["next_batch"] for client in (alice, other)]
+    with background(alice.sync, tokens[0], 30_000) as first, background(other.sync, tokens[1], 200) as second:
+        eventually(lambda: len(hs.world.store.waiters._bells.get(alice.user_id, ())) == 2)
+        alice.ask("POST", "logout")
+        with refused("M_UNKNOWN_TOKEN", 401):
+            first.result(5)
+        assert second.result(5)["next_batch"]                # the other session goes on
+
+
 @pytest.mark.parametrize("logout_devices", [None, True, False])
 def test_a_new_password_ends_the_other_sessions_unless_they_are_to_stay(start, logout_devices):
     hs = start()
@@ -4724,6 +4737,20 @@ def test_the_events_that_relate_to_one_are_listed_the_latest_first(three):
     assert relations(bob, room, root, "m.annotation", "m.room.message")[0] == []
 
 
+def test_nobody_annotates_an_event_with_the_same_key_twice(three):
+    hs, alice, bob, _, room = three
+    bob.join(room)
+    root = alice.say(room, "x")
+    react = functools.partial(reply, rel_type="m.annotation", type="m.reaction")
+    first = react(bob, room, root, key="+")
+    with refused("M_DUPLICATE_ANNOTATION", 400):
+        react(bob, room, root, key="+")
+    react(bob, room, root, key="-")
+    react(alice, room, root, key="+")
+    bob.redact(room, first)
+    react(bob, room, root, key="+")                          # what was taken back may be said again
+
+
 def test_relations_come_in_pages(three):
     hs, alice, _, _, room = three
     root = alice.say(room, "root")
@@ -4917,6 +4944,20 @@ def test_a_space_lists_the_rooms_below_it_that_one_may_see(three):
     assert hierarchy(bob, space, max_depth=0)[0] == [space]
     first = hierarchy(bob, space, limit=2)[1]["rooms"][0]
     assert first["room_type"] == "m.space" and [event["state_key"] for event in first["children_state"]] == [room, below, hidden]
+
+
+@pytest.mark.parametrize("allow, seen", [
+    (lambda space: [{"type": "m.room_membership", "room_id": space}], True), (lambda space: [{"type": "m.room_membership", "room_id": "!gone:localhost"}], False),
+    (lambda space: ["x", 5, {}, {"room_id": 5}], False), (lambda space: {"room_id": space}, False), (lambda space: None, False)])
+def test_a_restricted_room_is_seen_in_a_hierarchy_by_who_is_in_a_room_that_it_names(three, allow, seen):
+    hs, alice, bob, carol, _ = three
+    space = alice.create_room(preset="public_chat", creation_content={"type": "m.space"})
+    rule = {"join_rule": "restricted", "allow": allow(space)}
+    room = alice.create_room(initial_state=[{"type": "m.room.join_rules", "content": rule}])
+    alice.set_state(space, "m.space.child", {"via": ["localhost"]}, room)
+    bob.join(space)
+    assert hierarchy(bob, space)[0] == [space, room] * seen + [space] * (not seen)
+    assert hierarchy(carol, space)[0] == [space]
 
 
 def test_a_hierarchy_comes_in_pages_and_may_have_what_is_suggested_only(three):
