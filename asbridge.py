@@ -1130,6 +1130,10 @@ class Registration:
     sample: Mapping[str, Any] | None = None                  # asbridge.sample: run the IRC bridge for it
     unknown: Sequence[str] = ()                              # keys that nobody here reads
 
+    @property
+    def hears_ephemeral(self) -> bool:
+        return self.url is not None and (self.receive_ephemeral or self.push_ephemeral)
+
     def is_like(self, other: Registration) -> bool:
         """Whether the files say the same."""
         return all(getattr(self, one.name) == getattr(other, one.name) for one in dataclasses.fields(self))
@@ -2013,6 +2017,7 @@ class Filter(NamedTuple):
     senders: Sequence[str] | None = None
     not_senders: Sequence[str] = ()
     contains_url: bool | None = None
+    ignored: Sequence[str] = ()          # whose events are left out, unless they are state (Ignoring Users)
 
     def passes(self, event: Event) -> bool:
         def any_type(types: Sequence[str]) -> bool:
@@ -2030,6 +2035,9 @@ class Filter(NamedTuple):
             if wanted is not None:
                 clauses += f" AND {op}EXISTS (SELECT 1 FROM json_each(?) WHERE {one})"
                 values.append(to_json([glob_of(item) for item in wanted] if "GLOB" in one else wanted))
+        if self.ignored:
+            clauses += " AND (e.state_key IS NOT NULL OR e.sender NOT IN (SELECT value FROM json_each(?)))"
+            values.append(to_json(self.ignored))
         if self.contains_url is not None:
             clauses += f" AND json_type(e.json, '$.content.url') IS {'' if self.contains_url else 'NOT '}'text'"
         return clauses, values
@@ -2091,6 +2099,10 @@ class Reader:
         """(room_id, type, json) of what changed."""
         return self.all("SELECT room_id, type, json FROM account_data "
                         "WHERE user_id = ? AND tick > ? ORDER BY tick", user_id, since)
+
+    def ignored(self, user_id: str) -> list[str]:
+        """Those whom the user ignores."""
+        return [row[0] for row in self.all(IGNORED, user_id)]
 
     def filter(self, user_id: str, filter_id: int) -> Any:
         return self.one("SELECT json FROM filters WHERE user_id = ? AND filter_id = ?", user_id, filter_id)
@@ -2331,6 +2343,14 @@ class Reader:
                         "OR user_id IN (SELECT user_id FROM signatures WHERE signer = ? AND tick > ?)",
                         user_id, user_id, since, to_json(list(others)), user_id, since)
         return {other: bool(shared) for other, shared in rows}
+
+    def met_by(self, user_id: str, among: Sequence[str] | None = None) -> set[str]:
+        """Who is in a room with the user, of these or of all; the user, too."""
+        rows = self.all("SELECT DISTINCT b.user_id FROM memberships a JOIN memberships b USING (room) WHERE a.user_id = ? "
+                        "AND a.membership = 'join' AND b.membership = 'join' "
+                        "AND (? OR b.user_id IN (SELECT value FROM json_each(?)))",
+                        user_id, among is None, to_json(among or []))
+        return {user_id, *(row[0] for row in rows)}
 
     def changed_members(self, room: int, since: int) -> list[str]:
         """Whose membership changed after this tick. Looks at what is new, however many members there are."""
@@ -2612,7 +2632,7 @@ class Tx(Reader):
         """
         id = self.user(user_id)[1]
         registration = self.store.registrations.by_id.get(id)
-        pushed = bool(registration and registration.url is not None and registration.ephemeral_keys)
+        pushed = bool(registration and registration.hears_ephemeral)
         if pushed:
             message = {**message, "to_user_id": user_id, "to_device_id": device_id}
             self._job_news.append((id, None))
@@ -2805,13 +2825,24 @@ class Tx(Reader):
 
         Private: only for those that have to do with the user.
         """
-        claims = self.store.registrations.claims("users", user_id)
-        ids = [claim.registration.id for claim in claims] if private else self.audience(room).interested(user_id, None)
-        for id in ids:
-            registration = self.store.registrations.by_id[id]
-            if registration.url is not None and registration.ephemeral_keys:
-                key = (kind, private, room.room_id, None if kind == "m.typing" else user_id)
-                self._job_ephemeral.append((id, key, {"type": kind, "room_id": room.room_id, **data}))
+        ids = self._claimants(user_id) if private else set(self.audience(room).interested(user_id, None))
+        key = (kind, private, room.room_id, None if kind == "m.typing" else user_id)
+        self._queue_ephemeral(ids, key, {"type": kind, "room_id": room.room_id, **data})
+
+    def push_presence(self, user_id: str, data: JsonObject) -> None:
+        """The same for who has to do with a user, or is in a room with one."""
+        wanting = {id for id, registration in self.store.registrations.by_id.items() if registration.hears_ephemeral}
+        ids = self._claimants(user_id) & wanting
+        for _, room_id, membership, _, _ in self.memberships_of(user_id) if wanting else ():
+            room = self.room(room_id) if membership == "join" and ids != wanting else None
+            ids |= set(self.audience(room).interested(user_id, None)) if room else set()
+        self._queue_ephemeral(ids, ("m.presence", user_id), data)
+
+    def _claimants(self, user_id: str) -> set[str]:
+        return {claim.registration.id for claim in self.store.registrations.claims("users", user_id)}
+
+    def _queue_ephemeral(self, ids: set[str], key: Any, data: JsonObject) -> None:
+        self._job_ephemeral += [(id, key, data) for id in sorted(ids) if self.store.registrations.by_id[id].hears_ephemeral]
 
     def freeze(self) -> None:
         """Makes a transaction of what waits, for every AS that has none open. At the end of a batch."""
@@ -3187,6 +3218,8 @@ OPENID_SECONDS = 3600            # how long an OpenID token is good
 MAX_SPACE_DEPTH = 10             # levels of rooms below a space in one answer
 MAX_RELATION_DEPTH = 3           # for /relations with recurse, and from an event up to its thread
 MAX_PAGE = 1000                  # events in one answer
+OFFLINE_SECONDS = 30.0           # after the last /sync has ended
+UNAVAILABLE_SECONDS = 300.0      # without doing anything: from online to unavailable
 TIMELINE = 10                    # events in a /sync timeline, unless a filter says otherwise
 MAX_UNREAD = 500                 # the newest events of a room that are looked at, to count what is unread
 MAX_TALLIES = 5000               # counts that are kept in memory, each of one user and room
@@ -3968,6 +4001,7 @@ class Rooms:
         """A page of history: from the tick `start` (the end, if None) backwards, or forwards. `lazy`: with who speaks."""
         with self.viewing(who, room_id) as (reader, view):
             start = (reader.position() if backwards else 0) if start is None else start
+            filter = filter._replace(ignored=reader.ignored(who.user_id))
             events, end = view.page(lambda *window: reader.events(view.row.n, window[0], window[1], window[2], window[3], filter),
                                     start, stop, backwards, min(limit, MAX_PAGE))
             members = [reader.state_event(view.row.n, "m.room.member", sender)
@@ -3976,10 +4010,22 @@ class Rooms:
         state = self.render(who, [event for event in members if event and event.tick <= view.state_upto])
         return {"start": str(start), "chunk": chunk, **({"end": end} if end else {}), **({"state": state} if state else {})}
 
+    def initial_sync(self, who: Who, room_id: str, limit: int) -> JsonObject:
+        """One room as it is, with its last messages (deprecated; old software begins so)."""
+        page = self.messages(who, room_id, None, True, limit, Filter())
+        with self.viewing(who, room_id) as (reader, view):
+            data = reader.account_data_since(who.user_id, 0)
+        chunk = page["chunk"][::-1]
+        return {"room_id": room_id, "membership": view.membership, "visibility": "public" if view.row.published else "private",
+                "messages": {"chunk": chunk, "start": page.get("end", "0"), "end": page["start"]},
+                "state": self.state(who, room_id), "presence": [], "receipts": [],
+                "account_data": [{"type": type, "content": Raw(text)} for where, type, text in data if where == room_id]}
+
     def context(self, who: Who, room_id: str, event_id: str, limit: int, filter: Filter) -> JsonObject:
         """An event with what stood before and after it; `limit` events of these at most."""
         with self.viewing(who, room_id) as (reader, view):
             event = self._visible(reader, view, event_id)
+            filter = filter._replace(ignored=reader.ignored(who.user_id))
             before = view.events(reader, 0, event.tick - 1, limit // 2, True, filter)
             after = view.events(reader, event.tick, FOREVER, limit - limit // 2, False, filter)
             last = after[-1].tick if after else event.tick
@@ -4289,18 +4335,55 @@ def public_entry(reader: Reader, row: RoomRow) -> JsonObject:
     return {key: value for key, value in entry.items() if value is not None}
 
 
+class Timer:
+    """Does something when the next of some points of time has come, on a thread that is started when first needed."""
+
+    def __init__(self, clock: Clock, name: str, next: Callable[[], float], do: Callable[[], object]) -> None:
+        self.clock, self._next, self._do = clock, next, do
+        self._due = math.inf                                 # what the thread waits for; inf while it looks
+        self._bell, self._stopped = bell(), False
+        self._guard = threading.Lock()                       # guards _thread
+        self._thread: threading.Thread | None = None
+        self._name = name
+
+    def set(self, at: float) -> None:
+        """There is something to do at this monotonic time."""
+        if at < self._due:
+            with self._guard:
+                if self._thread is None and not self._stopped:
+                    self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
+                    self._thread.start()
+            release(self._bell)
+
+    def _run(self) -> None:
+        while not self._stopped:
+            self._due = math.inf
+            self._due = self._next()
+            if self._due > self.clock.monotonic():
+                self.clock.wait(self._bell, self._due)
+                continue
+            try:
+                self._do()
+            except MatrixError:                              # a full disk, say
+                self.clock.wait(self._bell, self.clock.monotonic() + 1.0)
+
+    def stop(self) -> None:
+        self._stopped = True
+        release(self._bell)
+        if self._thread:
+            self._thread.join()
+
+
 class Typing:
-    """Who is typing where. Kept in memory only; a thread takes out who has stopped."""
+    """Who is typing where. Kept in memory only; a timer takes out who has stopped."""
 
     def __init__(self, world: World) -> None:
         self.world = world
         # room → tick of the last change, user → until when
         self._rooms: dict[int, tuple[int, dict[str, float]]] = {}
-        self._guard = threading.Lock()                       # guards _rooms and _thread
+        self._guard = threading.Lock()                       # guards _rooms
         self._began = world.store.began()                    # whoever typed before this tick has stopped
-        self._thread: threading.Thread | None = None
-        self._bell = bell()
-        self._stopped = False
+        self.timer = Timer(world.clock, "typing", self._ends, lambda: world.store.write(self._drop_expired))
         world.store.on_membership = lambda room, user_id, tick: self._publish(room, tick, {user_id: None})
 
     def set(self, who: Who, room_id: str, until: float | None) -> None:
@@ -4311,11 +4394,7 @@ class Typing:
                 raise forbidden(f"{who.user_id} is not in the room {shorten(room_id)}")
             self._change(tx, room, {who.user_id: until})
         self.world.store.write(job, who.token)
-        with self._guard:
-            if self._thread is None and not self._stopped:
-                self._thread = threading.Thread(target=self._expire, name="typing", daemon=True)
-                self._thread.start()
-        release(self._bell)
+        self.timer.set(math.inf if until is None else until)
 
     def _change(self, tx: Tx, room: Room, users: Mapping[str, float | None]) -> None:
         tick = tx.tick()
@@ -4342,18 +4421,9 @@ class Typing:
             tick, users = self._rooms.get(room, (self._began, {}))
             return {"type": "m.typing", "content": {"user_ids": sorted(users)}} if since < tick <= now else None
 
-    def _expire(self) -> None:
-        clock = self.world.clock
-        while not self._stopped:
-            with self._guard:
-                ends = [until for _, users in self._rooms.values() for until in users.values()]
-            if ends and min(ends) <= clock.monotonic():
-                try:
-                    self.world.store.write(self._drop_expired)
-                except MatrixError:                          # a full disk, say
-                    clock.wait(self._bell, clock.monotonic() + 1.0)
-            else:
-                clock.wait(self._bell, min(ends, default=math.inf))
+    def _ends(self) -> float:
+        with self._guard:
+            return min((until for _, users in self._rooms.values() for until in users.values()), default=math.inf)
 
     def _drop_expired(self, tx: Tx) -> None:
         now = self.world.clock.monotonic()
@@ -4367,11 +4437,132 @@ class Typing:
         for n, users in over.items():                        # rooms that the writer has let go of
             tx.after.append(functools.partial(self._publish, n, tx.tick(), dict.fromkeys(users)))
 
-    def stop(self) -> None:
-        self._stopped = True
-        release(self._bell)
-        if self._thread:
-            self._thread.join()
+
+
+PRESENCES = ("online", "unavailable", "offline")
+
+
+class Status(NamedTuple):
+    """What is known of one user's presence. Times are the clock's monotonic ones."""
+    presence: str = "offline"            # online, unavailable or offline
+    message: str | None = None           # status_msg
+    active_at: float = 0.0               # the last time that the user did something
+    idle: bool = False                   # unavailable for that reason, and not because the user says so
+    until: float = math.inf              # offline from then on
+    wishes: Mapping[str | None, str] = {}    # device → set_presence of its last /sync
+    tick: int = 0                        # of the last change that others see
+
+    def at(self, now: float) -> Status:
+        """What it has become by itself."""
+        if self.until <= now:
+            return Status(message=self.message, active_at=self.active_at, tick=self.tick)
+        return self._replace(presence="unavailable", idle=True) if self.idle_at <= now else self
+
+    @property
+    def idle_at(self) -> float:
+        """When it is too long without doing anything. A ghost, which stays, is as its application service says."""
+        return self.active_at + UNAVAILABLE_SECONDS if self.presence == "online" and self.until < math.inf else math.inf
+
+    def content(self, now: float) -> JsonObject:
+        """Of m.presence."""
+        active = {"last_active_ago": int((now - self.active_at) * 1000)} if self.active_at else {}
+        message = {} if self.message is None else {"status_msg": self.message}
+        return {"presence": self.presence, "currently_active": self.presence == "online", **active, **message}
+
+
+class Presence:
+    """Who is there. Kept in memory only: after a start everybody is offline until they come back (Presence)."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self._users: dict[str, Status] = {}
+        self._guard = threading.Lock()                       # guards _users
+        self._last = 0                                       # tick of the last change of all
+        self.timer = Timer(world.clock, "presence", self._next, self._expire)
+
+    def set(self, who: Who, presence: str, message: str | None) -> None:
+        """As the user says. A ghost is so until its application service says otherwise."""
+        def change(status: Status, now: float) -> Status:
+            until = math.inf if who.appservice or presence == "offline" else now + OFFLINE_SECONDS
+            return status._replace(presence=presence, message=message, active_at=now, idle=False,
+                                   until=until if status.presence == "offline" else max(until, status.until))
+        self._change(who.user_id, change)
+
+    def polling(self, who: Who, wish: str, seconds: float) -> None:
+        """The user's /sync takes up to so many seconds. It brings back who was offline, and may have another wish than
+        the device's last one.
+        """
+        def change(status: Status, now: float) -> Status:
+            until, back = now + seconds + OFFLINE_SECONDS, status.presence == "offline"
+            if back or status.wishes.get(who.device_id) != wish:
+                status = status._replace(presence=wish, idle=False, active_at=now, wishes={**status.wishes, who.device_id: wish})
+            return status._replace(until=until if back else max(until, status.until))
+        if wish != "offline":
+            self._change(who.user_id, change)
+
+    def active(self, user_id: str) -> None:
+        """The user has done something. Who was idle is not any more."""
+        if user_id in self._users:
+            self._change(user_id, lambda status, now: status._replace(
+                active_at=now, presence="online" if status.idle else status.presence, idle=False))
+
+    def get(self, who: Who, user_id: str) -> JsonObject:
+        claims = self.world.registrations
+        with self.world.store.read() as reader:
+            own = who.appservice and claims.claim_of(who.appservice, "users", user_id)
+            if not own and user_id not in reader.met_by(who.user_id, [user_id]):
+                raise forbidden(f"{who.user_id} is in no room with {shorten(user_id)}")
+        return self._users.get(user_id, Status()).content(self.world.clock.monotonic())
+
+    def since(self, reader: Reader, user_id: str, since: int, now: int) -> list[JsonObject]:
+        """An m.presence event for each whom the user meets and who changed after `since` and not after `now`."""
+        if self._last <= since:
+            return []
+        with self._guard:
+            changed = {other: status for other, status in self._users.items() if since < status.tick <= now}
+        met, monotonic = reader.met_by(user_id, [*changed]) if changed else set(), self.world.clock.monotonic()
+        return [{"type": "m.presence", "sender": other, "content": status.content(monotonic)}
+                for other, status in changed.items() if other in met and (since or status.presence != "offline")]
+
+    def _change(self, user_id: str, change: Callable[[Status, float], Status]) -> None:
+        """Changes a status. Only what others see takes a tick."""
+        now = self.world.clock.monotonic()
+        with self._guard:
+            old = self._users.get(user_id, Status())
+            new = change(old, now)
+            seen = (old.presence, old.message) != (new.presence, new.message)
+            self._users[user_id] = new
+        if seen:
+            self._tell(user_id)
+        self.timer.set(min(new.until, new.idle_at))
+
+    def _tell(self, user_id: str) -> None:
+        with self.world.store.read() as reader:
+            others = reader.met_by(user_id)
+
+        def job(tx: Tx) -> None:
+            tick, status = tx.tick(), self._users[user_id]
+            content = status.content(self.world.clock.monotonic())
+            tx.wake(*others)
+            tx.push_presence(user_id, {"type": "m.presence", "sender": user_id, "content": content})
+            tx.after.append(lambda: self._publish(user_id, tick))
+        self.world.store.write(job)
+
+    def _publish(self, user_id: str, tick: int) -> None:
+        with self._guard:
+            self._users[user_id] = self._users[user_id]._replace(tick=tick)
+            self._last = tick
+
+    def _next(self) -> float:
+        with self._guard:
+            return min((min(status.until, status.idle_at) for status in self._users.values()), default=math.inf)
+
+    def _expire(self) -> None:
+        now = self.world.clock.monotonic()
+        with self._guard:
+            over = [user_id for user_id, status in self._users.items() if min(status.until, status.idle_at) <= now]
+        for user_id in over:
+            self._change(user_id, Status.at)
 
 
 class Media:
@@ -5124,7 +5315,7 @@ class SyncFilter:
         self.timeline, self.state = event_filter(timeline), event_filter(self._part(room, "state"))
         self.ephemeral = event_filter(self._part(room, "ephemeral"))
         self.room_data = event_filter(self._part(room, "account_data"))
-        self.account_data = event_filter(self._part(source, "account_data"))
+        self.account_data, self.presence = (event_filter(self._part(source, key)) for key in ("account_data", "presence"))
         self.lazy = any(bool(self._part(room, part).get("lazy_load_members")) for part in ("state", "timeline"))
         limit = timeline.get("limit", TIMELINE)
         if not is_a(limit, int):
@@ -5156,20 +5347,24 @@ def event_filter(source: JsonObject) -> Filter:
 class Sync:
     """What is new for one user: everything that lies after a tick."""
 
-    def __init__(self, world: World, typing: Typing) -> None:
-        self.world, self.store, self.typing, self.unread = world, world.store, typing, Unread()
+    def __init__(self, world: World, typing: Typing, presence: Presence) -> None:
+        self.world, self.store, self.typing, self.presence, self.unread = world, world.store, typing, presence, Unread()
 
-    def sync(self, who: Who, since: int | None, filter: SyncFilter, timeout: float = 0.0,
-             full_state: bool = False) -> JsonObject:
-        """Waits up to `timeout` seconds until there is something new after the tick `since`."""
+    def sync(self, who: Who, since: int | None, filter: SyncFilter, timeout: float = 0.0, full_state: bool = False,
+             state_after: str = "", set_presence: str = "online") -> JsonObject:
+        """Waits up to `timeout` seconds until there is something new after the tick `since`.
+
+        `state_after`: the key for the state at the end of each timeline, in place of `state` at its start.
+        """
         clock = self.world.clock
+        self.presence.polling(who, set_presence, timeout)
         if since is not None and since > self.store.position:
             since = None                                     # from the future: of another database, say
         deadline = clock.monotonic() + min(timeout, MAX_SYNC_SECONDS)
         waiting = self.store.waiters.enter(who.user_id)
         try:
             while True:
-                window = Window(self, who, since, filter, full_state)
+                window = Window(self, who, since, filter, full_state, state_after)
                 answer = window.read()
                 self.store.check_session(who.token)
                 if window.news or since is None or full_state or clock.monotonic() >= deadline or self.world.stopping:
@@ -5182,8 +5377,8 @@ class Sync:
 class Window:
     """One look: what lies between `since` and now, for one user and filter."""
 
-    def __init__(self, sync: Sync, who: Who, since: int | None, filter: SyncFilter, full_state: bool) -> None:
-        self.sync, self.who, self.filter, self.full_state = sync, who, filter, full_state
+    def __init__(self, sync: Sync, who: Who, since: int | None, filter: SyncFilter, full_state: bool, state_after: str) -> None:
+        self.sync, self.who, self.filter, self.full_state, self.state_after = sync, who, filter, full_state, state_after
         self.store, self.clock_now = sync.store, sync.world.clock.now()
         self.initial, self.since = since is None, since or 0
         self.now = 0
@@ -5196,11 +5391,14 @@ class Window:
             self.now = self.reader.position()
             self.store.wait_published(self.now)
             self.data = self._account_data(self.since)
+            self.ignored = self.reader.ignored(self.who.user_id)
+            self.timeline_filter = self.filter.timeline._replace(ignored=self.ignored)
             answer: JsonObject = {"next_batch": str(self.now)}
-            account = [event for event in self.data.pop("", [])
-                       if self._wanted(self.filter.account_data, event)]
-            if account:
-                answer["account_data"] = {"events": account}
+            presence = self.sync.presence.since(self.reader, self.who.user_id, self.since, self.now)
+            for key, filter, found in (("account_data", self.filter.account_data, self.data.pop("", [])),
+                                       ("presence", self.filter.presence, presence)):
+                if events := [event for event in found if self._wanted(filter, event)]:
+                    answer[key] = {"events": events}
             rooms: dict[str, JsonObject] = {}
             for room, room_id, membership, tick, forgotten in self.reader.memberships_of(self.who.user_id):
                 if self.filter.wants(room_id):
@@ -5238,7 +5436,7 @@ class Window:
 
     @staticmethod
     def _wanted(filter: Filter, event: JsonObject) -> bool:
-        return filter.passes(Event(0, event["type"], None, "", 0, "", None, None, None, None))
+        return filter.passes(Event(0, event["type"], None, event.get("sender", ""), 0, "", None, None, None, None))
 
     def _account_data(self, since: int) -> dict[str, list[JsonObject]]:
         """By room ID; '' has the account's."""
@@ -5258,7 +5456,9 @@ class Window:
                 return "join", self._joined(room, room_id, tick)
         elif membership in ("invite", "knock"):
             if self.initial or tick > self.since:
-                return membership, {f"{membership}_state": {"events": self._stripped(room)}}
+                events = self._stripped(room)
+                if events[-1]["sender"] not in self.ignored:
+                    return membership, {f"{membership}_state": {"events": events}}
         elif not forgotten and (self.filter.include_leave if self.initial else tick > self.since):
             self.met.update(() if self.initial else self.reader.members(room))
             return "leave", self._left(room_id)
@@ -5315,13 +5515,13 @@ class Window:
     def _timeline(self, room: int, view: View | None, after: int, upto: int, fresh: bool = False) -> JsonObject:
         """timeline and, where the timeline alone would leave a gap, state. Without a view all is visible."""
         read = view.events if view else lambda reader, *rest: reader.events(room, *rest)
-        events = read(self.reader, after, upto, self.filter.limit + 1, True, self.filter.timeline)
+        events = read(self.reader, after, upto, self.filter.limit + 1, True, self.timeline_filter)
         limited = len(events) > self.filter.limit or (fresh and after > self.since)
         events = events[:self.filter.limit][::-1]
         first = events[0].tick if events else upto + 1
         state: list[Event] = []
-        if limited or self.full_state or fresh or not after:
-            last = min(first - 1, view.state_upto) if view else first - 1
+        if limited or self.full_state or fresh or not after or self.state_after:
+            last = min(upto if self.state_after else first - 1, view.state_upto if view else upto)
             state = self.reader.state_at(room, last, 0 if self.full_state or fresh else after)
         state = self._chosen(room, state, events)
         if not events and not state:
@@ -5329,7 +5529,7 @@ class Window:
         seen = view.upto if view else upto                   # an unlimited timeline has what relates to its events in itself
         more = aggregations(self.reader, self.who, events, seen, self.clock_now) if limited else {}
         return {"timeline": {"events": self._render(events, more), "limited": limited, "prev_batch": str(first - 1)},
-                "state": {"events": self._render(state)}}
+                self.state_after or "state": {"events": self._render(state)}}
 
     def _chosen(self, room: int, state: list[Event], timeline: list[Event]) -> list[Event]:
         """Of the state, what the filter wants; of its members, with lazy loading, only those who speak."""
@@ -5972,8 +6172,8 @@ class Api:
     def __init__(self, world: World, delivery: Delivery) -> None:
         self.world, self.delivery = world, delivery
         self.accounts, self.rooms, self.media = Accounts(world), Rooms(world), Media(world)
-        self.typing, self.keys, self.backups = Typing(world), Keys(world), Backups(world)
-        self.sync, self.notifications = Sync(world, self.typing), Notifications(world)
+        self.typing, self.presence, self.keys, self.backups = Typing(world), Presence(world), Keys(world), Backups(world)
+        self.sync, self.notifications = Sync(world, self.typing, self.presence), Notifications(world)
         self.router, self.limiter = Router(ROUTES), Limiter(world)
 
     def __call__(self, request: Request) -> Response:
@@ -6002,6 +6202,7 @@ class Api:
             call.who = self.identify(request, route.auth)
         if route.method != "GET":
             self.limiter.count(call.who)
+            self.presence.active(call.who.user_id)
         answer = route.handler(call)
         return answer if isinstance(answer, Response) else json_response(200, answer, CORS)
 
@@ -6767,7 +6968,43 @@ def get_sync(call: Call) -> Any:
     source = parse_object(chosen.encode()) if chosen[:1] == "{" else call.api.accounts.filter(call.who, chosen)
     timeout = call.integer("timeout", 0) / 1000
     full_state = call.choice("full_state", ("true", "false"), "false") == "true"
-    return call.api.sync.sync(call.who, call.integer("since", None), SyncFilter(source), timeout, full_state)
+    state_after = next((prefix + "state_after" for prefix in ("", "org.matrix.msc4222.")
+                        if call.query(f"{prefix}use_state_after") == "true"), "")
+    return call.api.sync.sync(call.who, call.integer("since", None), SyncFilter(source), timeout, full_state, state_after,
+                              call.choice("set_presence", PRESENCES, "online"))
+
+
+def get_events(call: Call) -> Any:
+    """The same as a plain list (deprecated): what happens after `from`, or from now on."""
+    start, rooms = call.integer("from", call.api.world.store.position), call.query("room_id")
+    source = {"room": {"timeline": {"limit": MAX_PAGE}, **({} if rooms is None else {"rooms": [rooms]})}}
+    answer = call.api.sync.sync(call.who, start, SyncFilter(source), call.integer("timeout", 0) / 1000)
+    chunk = [*field(answer, "presence", dict, {}).get("events", [])]
+    for room_id, entry in field(answer, "rooms", dict, {}).get("invite", {}).items():
+        chunk.append({**entry["invite_state"]["events"][-1], "room_id": room_id})
+    for section in ("join", "leave"):
+        for room_id, entry in field(answer, "rooms", dict, {}).get(section, {}).items():
+            chunk += entry.get("timeline", {}).get("events", [])
+            chunk += [{**event, "room_id": room_id} for event in entry.get("ephemeral", {}).get("events", [])]
+    return {"start": str(start), "end": answer["next_batch"], "chunk": chunk}
+
+
+def get_initial_sync(call: Call) -> Any:
+    return call.api.rooms.initial_sync(call.who, call["roomId"], call.integer("limit", 10, 0, MAX_PAGE))
+
+
+def get_presence(call: Call) -> Any:
+    return call.api.presence.get(call.who, check_id("@", call["userId"]))
+
+
+def put_presence(call: Call) -> Any:
+    call.own(call["userId"])
+    body = call.body
+    presence = field(body, "presence", str)
+    if presence not in PRESENCES:
+        raise MatrixError("M_INVALID_PARAM", f"presence is one of {', '.join(PRESENCES)}, not {shorten(presence)}")
+    call.api.presence.set(call.who, presence, field(body, "status_msg", str, None))
+    return {}
 
 
 # -- Handlers: media.
@@ -6945,6 +7182,10 @@ ROUTES = [Route(method, PREFIXES.get(path[0], path[0]) + path[1:], auth, handler
       for where in ("", "/{roomId}", "/{roomId}/{sessionId}")),
     # Rooms
     ("GET",    "C/sync",                                       "user",       get_sync,            "Syncing"),
+    ("GET",    "C/events",                                     "user",       get_events,          "r0: Syncing"),
+    ("GET",    "R/initialSync",                                "user",       get_initial_sync,    "r0: Syncing"),
+    ("GET",    "C/presence/{userId}/status",                   "user",       get_presence,        "Presence"),
+    ("PUT",    "C/presence/{userId}/status",                   "user",       put_presence,        "Presence"),
     ("POST",   "C/createRoom",                                 "user",       create_room,         "Creation"),
     ("POST",   "C/join/{roomId}",                              "user",       join_room,           "Joining rooms"),
     ("POST",   "R/join",                                       "user",       join_room,           "Joining rooms"),
@@ -8919,7 +9160,8 @@ class Homeserver:
         self.delivery.stop()
         self.world.store.waiters.wake()
         self._server.stop()
-        self.api.typing.stop()
+        self.api.typing.timer.stop()
+        self.api.presence.timer.stop()
         self.world.store.close()
 
     def __enter__(self) -> Homeserver:

@@ -4601,6 +4601,259 @@ def test_timelines_put_together_are_the_history_none_twice_none_missing(three):
     assert seen == history and len(set(seen)) == len(seen) >= 132
 
 
+# -- Presence.
+
+def presence_of(client, user):
+    return client.ask("GET", "presence", user.user_id, "status")
+
+
+def set_presence(client, presence, **more):
+    client.ask("PUT", "presence", client.user_id, "status", body={"presence": presence, **more})
+
+
+def presences(answer):
+    """sender → presence in the answer of a sync."""
+    return {event["sender"]: event["content"]["presence"] for event in answer.get("presence", {}).get("events", [])}
+
+
+@pytest.fixture
+def pair(three):
+    """alice and bob in a room; alice has synced, bob has not."""
+    hs, alice, bob, carol, room = three
+    bob.join(room)
+    return hs, alice, bob, carol, alice.sync()["next_batch"]
+
+
+def test_who_syncs_is_online_and_offline_some_time_after_the_last_sync(pair):
+    hs, alice, bob, _, since = pair
+    assert presence_of(alice, bob) == {"presence": "offline", "currently_active": False}
+    bob.sync()
+    answer = alice.sync(since)
+    assert presences(answer) == {bob.user_id: "online"} and answer["presence"]["events"][0]["type"] == "m.presence"
+    found = presence_of(alice, bob)
+    assert found.pop("last_active_ago") >= 0 and found == {"presence": "online", "currently_active": True}
+    assert presences(alice.sync(answer["next_batch"])) == {}
+    hs.advance(asbridge.OFFLINE_SECONDS + 1)
+    eventually(lambda: presence_of(alice, bob)["presence"] == "offline")
+    assert presences(alice.sync(since))[bob.user_id] == "offline"
+
+
+def test_a_change_of_presence_wakes_who_shares_a_room_and_nobody_else(pair):
+    hs, alice, bob, carol, since = pair
+    other = carol.sync()["next_batch"]
+    with background(alice.sync, since, 20_000) as waiting, background(carol.sync, other, 20_000) as stranger:
+        eventually(lambda: hs.world.store.waiters.among({alice.user_id}) and hs.world.store.waiters.among({carol.user_id}))
+        bob.sync()
+        assert presences(waiting.result(5)) == {bob.user_id: "online"}
+        assert not stranger.done()
+        carol.create_room()
+        assert presences(stranger.result(5)) == {}
+
+
+def test_a_long_poll_keeps_one_online_while_it_waits(pair):
+    hs, alice, bob, _, since = pair
+    with background(bob.sync, bob.sync()["next_batch"], 60_000) as waiting:
+        eventually(lambda: hs.world.store.waiters.among({bob.user_id}))
+        hs.advance(asbridge.OFFLINE_SECONDS + 1)
+        assert presence_of(alice, bob)["presence"] == "online"
+        alice.create_room(invite=[bob.user_id])
+        waiting.result(5)
+
+
+def test_who_is_online_and_does_nothing_becomes_unavailable_until_something_is_done(pair):
+    hs, alice, bob, _, since = pair
+    bob.sync(timeout=0)
+    polling = functools.partial(hs.api.presence.polling, asbridge.Who(bob.user_id, device_of(bob)), "online", 600.0)
+    polling()
+    hs.advance(asbridge.UNAVAILABLE_SECONDS + 1)
+    eventually(lambda: presence_of(alice, bob)["presence"] == "unavailable")
+    polling()                                                # to go on polling is to do nothing
+    assert presence_of(alice, bob)["presence"] == "unavailable"
+    bob.create_room()
+    assert presence_of(alice, bob)["presence"] == "online"
+
+
+def test_what_a_user_says_stays_though_the_client_goes_on_syncing(pair):
+    hs, alice, bob, _, since = pair
+    since_bob = bob.sync()["next_batch"]
+    set_presence(bob, "unavailable", status_msg="at lunch")
+    for _ in range(2):
+        bob.sync(since_bob)
+    bob.create_room()
+    found = presence_of(alice, bob)
+    assert (found["presence"], found["status_msg"], found["currently_active"]) == ("unavailable", "at lunch", False)
+    assert presences(alice.sync(since)) == {bob.user_id: "unavailable"}
+    set_presence(bob, "online")
+    assert "status_msg" not in presence_of(alice, bob)
+
+
+@pytest.mark.parametrize("wish, becomes", [("online", "online"), ("unavailable", "unavailable"), ("offline", "offline")])
+def test_a_sync_says_with_set_presence_what_it_is_to_mean(pair, wish, becomes):
+    hs, alice, bob, _, since = pair
+    bob.ask("GET", "sync", set_presence=wish)
+    assert presence_of(alice, bob)["presence"] == becomes
+    bob.ask("GET", "sync", set_presence="online")            # another wish than the last of this device
+    assert presence_of(alice, bob)["presence"] == "online"
+    with refused("M_INVALID_PARAM", 400, "unavailable"):
+        bob.ask("GET", "sync", set_presence="away")
+
+
+def test_presence_is_for_who_shares_a_room_and_set_by_oneself(pair):
+    hs, alice, bob, carol, since = pair
+    for user in (alice.user_id, "@nobody:localhost"):
+        with refused("M_FORBIDDEN", 403):
+            carol.ask("GET", "presence", user, "status")
+    with refused("M_FORBIDDEN", 403):
+        alice.ask("PUT", "presence", bob.user_id, "status", body={"presence": "online"})
+    for body in ({}, {"presence": "away"}, {"presence": 5}, {"presence": "online", "status_msg": 5}):
+        with pytest.raises(MatrixError) as caught:
+            alice.ask("PUT", "presence", alice.user_id, "status", body=body)
+        assert caught.value.status == 400
+    carol.sync()
+    assert presences(carol.sync()) == {carol.user_id: "online"}   # oneself is never a stranger
+
+
+def test_an_initial_sync_names_who_is_there_and_a_filter_leaves_them_out(pair):
+    hs, alice, bob, _, since = pair
+    bob.sync()
+    assert presences(alice.sync()) == {alice.user_id: "online", bob.user_id: "online"}
+    for part in ({"types": []}, {"not_types": ["m.presence"]}, {"not_senders": [alice.user_id, bob.user_id]}):
+        assert "presence" not in alice.ask("GET", "sync", filter=json.dumps({"presence": part}))
+    assert presences(alice.ask("GET", "sync", filter=json.dumps({"presence": {"senders": [bob.user_id]}}))) == {bob.user_id: "online"}
+
+
+def test_a_sync_of_who_is_online_already_writes_nothing(pair):
+    hs, alice, bob, _, since = pair
+    position = hs.world.store.position
+    for _ in range(3):
+        alice.sync(since)
+    assert hs.world.store.position == position
+
+
+def test_a_ghost_is_what_its_service_says_and_stays_so(start):
+    hs = start(registration())
+    alice, ghost = hs.client("alice"), acting(hs, "irc", "@_irc_bob:localhost")
+    ghost.join(alice.create_room(preset="public_chat"))
+    set_presence(ghost, "online", status_msg="on IRC")
+    hs.advance(3 * asbridge.UNAVAILABLE_SECONDS)
+    assert presence_of(bot_of(hs), ghost)["status_msg"] == "on IRC"      # who may act as it may ask, too
+    set_presence(ghost, "offline")
+    assert presence_of(alice, ghost)["presence"] == "offline"
+
+
+def test_a_ghost_that_is_online_does_not_go_idle(start):
+    hs = start(registration())
+    alice, ghost = hs.client("alice"), acting(hs, "irc", "@_irc_bob:localhost")
+    ghost.join(alice.create_room(preset="public_chat"))
+    set_presence(ghost, "online")
+    set_presence(alice, "online")
+    hs.advance(asbridge.OFFLINE_SECONDS + 1)
+    eventually(lambda: presence_of(ghost, alice)["presence"] == "offline")
+    hs.advance(asbridge.UNAVAILABLE_SECONDS)
+    set_presence(alice, "online")
+    hs.advance(asbridge.OFFLINE_SECONDS + 1)
+    eventually(lambda: presence_of(ghost, alice)["presence"] == "offline")    # the timer has looked at both
+    assert presence_of(alice, ghost)["presence"] == "online"
+
+
+# -- Ignoring users.
+
+def test_what_an_ignored_user_says_does_not_come_but_what_changes_the_room_does(three):
+    hs, alice, bob, _, room = three
+    bob.join(room)
+    alice.set_account_data("m.ignored_user_list", {"ignored_users": {bob.user_id: {}}})
+    since = alice.sync()["next_batch"]
+    before = bob.say(room, "unheard")
+    bob.set_displayname("Bobby")
+    alice.say(room, "own")
+    events = joined(alice.sync(since), room)["timeline"]["events"]
+    assert bodies(events) == ["own"] and [event["content"].get("displayname") for event in events if event["type"] == "m.room.member"] == ["Bobby"]
+    assert "unheard" not in bodies(alice.messages(room)["chunk"])
+    own = alice.ask("GET", "rooms", room, "context", alice.say(room, "again"))
+    assert "unheard" not in bodies(own["events_before"])
+    assert alice.event(room, before)["content"]["body"] == "unheard"     # asked for by its ID, it is there
+    alice.set_account_data("m.ignored_user_list", {"ignored_users": {}})
+    assert "unheard" in bodies(alice.messages(room)["chunk"])
+
+
+def test_an_invitation_of_an_ignored_user_does_not_come(three):
+    hs, alice, bob, carol, room = three
+    alice.set_account_data("m.ignored_user_list", {"ignored_users": {bob.user_id: {}}})
+    since = alice.sync()["next_batch"]
+    bob.create_room(invite=[alice.user_id])
+    wanted = carol.create_room(invite=[alice.user_id])
+    assert list(alice.sync(since)["rooms"]["invite"]) == list(alice.sync()["rooms"]["invite"]) == [wanted]
+
+
+@pytest.mark.parametrize("content", [{}, {"ignored_users": []}, {"ignored_users": ["@bob:localhost"]}, {"ignored_users": "@bob:localhost"}, {"ignored_users": None}])
+def test_a_list_of_ignored_users_that_is_none_ignores_nobody(three, content):
+    hs, alice, bob, _, room = three
+    bob.join(room)
+    alice.set_account_data("m.ignored_user_list", content)
+    bob.say(room, "heard")
+    assert "heard" in bodies(joined(alice.sync(), room)["timeline"]["events"])
+
+
+# -- The state after the timeline.
+
+@pytest.mark.parametrize("name, key", [("use_state_after", "state_after"), ("org.matrix.msc4222.use_state_after", "org.matrix.msc4222.state_after")])
+def test_a_sync_may_have_the_state_at_the_end_of_the_timeline_in_place_of_that_at_its_start(three, name, key):
+    hs, alice, bob, _, room = three
+    first = joined(alice.ask("GET", "sync", **{name: "true"}, filter=json.dumps({"room": {"timeline": {"limit": 1}}})), room)
+    assert "state" not in first and {event["type"] for event in first[key]["events"]} == {
+        event["type"] for event in alice.all_state(room)}
+    since = alice.sync()["next_batch"]
+    alice.set_state(room, "m.room.topic", {"topic": "one"})
+    alice.set_state(room, "m.room.topic", {"topic": "two"})
+    alice.say(room, "after")
+    entry = joined(alice.ask("GET", "sync", since=since, **{name: "true"}), room)
+    assert [event["content"] for event in entry[key]["events"]] == [{"topic": "two"}] and len(entry["timeline"]["events"]) == 3
+    assert key not in joined(alice.ask("GET", "sync", since=since, **{name: "false"}), room)
+
+
+# -- The older way: /events and a room's /initialSync.
+
+def test_events_are_a_plain_list_of_what_happened_since_a_token_and_the_next_token(pair):
+    hs, alice, bob, carol, since = pair
+    room = alice.joined_rooms()[0]
+    bob.say(room, "one")
+    bob.typing(room)
+    invited = carol.create_room(invite=[alice.user_id])
+    answer = alice.ask("GET", "events", **{"from": since})
+    assert answer["start"] == since and bodies([event for event in answer["chunk"] if event["type"] == "m.room.message"]) == ["one"]
+    assert {(event["type"], event.get("room_id")) for event in answer["chunk"]} >= {("m.room.message", room), ("m.typing", room), ("m.room.member", invited)}
+    assert alice.ask("GET", "events", **{"from": answer["end"]})["chunk"] == []
+    other = alice.create_room()
+    chunk = alice.ask("GET", "events", room_id=room, **{"from": answer["end"]})["chunk"]
+    assert other not in [event.get("room_id") for event in chunk]
+
+
+def test_events_wait_from_now_on_if_no_token_is_given(pair):
+    hs, alice, bob, _, since = pair
+    room = alice.joined_rooms()[0]
+    with background(alice.ask, "GET", "events", timeout="20000") as waiting:
+        eventually(lambda: hs.world.store.waiters.among({alice.user_id}))
+        bob.say(room, "now")
+        assert bodies(waiting.result(5)["chunk"]) == ["now"]
+
+
+def test_the_initial_sync_of_a_room_is_its_state_and_its_last_messages(three):
+    hs, alice, bob, carol, room = three
+    bob.join(room)
+    for n in range(5):
+        alice.say(room, str(n))
+    bob.set_account_data("org.x", {"a": 1}, room)
+    answer = bob.ask("GET", "rooms", room, "initialSync", limit=3)
+    assert (answer["room_id"], answer["membership"], answer["visibility"]) == (room, "join", "private")
+    assert bodies(answer["messages"]["chunk"]) == ["2", "3", "4"]
+    older = bob.messages(room, "b", 2, **{"from": answer["messages"]["start"]})["chunk"]
+    assert bodies(older) == ["1", "0"]
+    assert {event["type"] for event in answer["state"]} >= {"m.room.create", "m.room.member", "m.room.power_levels"}
+    assert answer["account_data"] == [{"type": "org.x", "content": {"a": 1}}]
+    with refused("M_FORBIDDEN", 403):
+        carol.ask("GET", "rooms", room, "initialSync")
+
+
 # -- Media.
 
 @pytest.mark.parametrize("old", [True, False])
@@ -5964,6 +6217,22 @@ def test_a_transaction_with_ephemeral_data_does_not_change_either(start, recorde
     assert len(first) >= 2 and len(set(first)) == 1 and json.loads(first[0])["events"] == []
 
 
+@pytest.mark.parametrize("who", ["ghost", "stranger", "roommate"])
+def test_presence_is_pushed_of_its_own_users_and_of_who_is_in_a_room_with_them(start, recorder, who):
+    r = recorder()
+    hs = start(registration(url=r.url, receive_ephemeral=True))
+    alice, ghost = hs.client("alice"), acting(hs, "irc", "@_irc_bob:localhost")
+    if who == "roommate":
+        ghost.join(alice.create_room(preset="public_chat"))
+    client = ghost if who == "ghost" else alice
+    for presence in ("online", "unavailable"):
+        set_presence(client, presence, status_msg="x")
+        hs.settle()
+    found = [data for data in ephemeral_of(r) if data["type"] == "m.presence"]
+    assert all("room_id" not in data and data["content"]["status_msg"] == "x" for data in found)
+    assert [(data["sender"], data["content"]["presence"]) for data in found] == [(client.user_id, "online"), (client.user_id, "unavailable")] * (who != "stranger")
+
+
 # -- Encrypting application services.
 
 ENCRYPTING = {"receive_ephemeral": True, "org.matrix.msc3202": True}
@@ -6551,7 +6820,7 @@ def test_an_unknown_path_is_404_and_a_wrong_method_405(start, method, where, sta
 
 @pytest.mark.parametrize("method,where", [
     # search, notifications, the older way to sync, sliding sync
-    ("POST", V3 + "/search"), ("GET", V3 + "/notifications"), ("GET", V3 + "/events"), ("GET", V3 + "/initialSync"), ("GET", V3 + "/rooms/!x:localhost/initialSync"),
+    ("POST", V3 + "/search"), ("GET", V3 + "/notifications"), ("GET", V3 + "/initialSync"),
     ("POST", "/_matrix/client/unstable/org.matrix.simplified_msc3575/sync"), ("POST", "/_matrix/client/unstable/org.matrix.msc3575/sync"),
     # refresh tokens, single sign-on, OAuth, tokens to log in with, third-party identifiers, dehydrated devices
     ("POST", V3 + "/refresh"), ("GET", V3 + "/login/sso/redirect"), ("GET", V3 + "/login/cas/redirect"), ("GET", V3 + "/auth/m.login.sso/fallback/web"),
