@@ -3111,6 +3111,7 @@ class Store:
             self._publish(self._tx)
         for job in batch:
             release(job.done)
+        self._wake(self._tx)
 
     def _commit(self, batch: list[_Job]) -> None:
         tx = self._tx
@@ -3143,6 +3144,9 @@ class Store:
                 log.exception("after a COMMIT")
         self._moved.update(tx.moved)
         self.position = tx.tick_now
+
+    def _wake(self, tx: Tx) -> None:
+        """After the answers, for clients take an echo of their own before its answer for another's event."""
         for room in tx.woken_rooms:
             tx.woken |= self.waiters.among(room.joined)
         if tx.woken:
