@@ -3224,6 +3224,7 @@ MAX_RELATION_DEPTH = 3           # for /relations with recurse, and from an even
 MAX_PAGE = 1000                  # events in one answer
 OFFLINE_SECONDS = 30.0           # after the last /sync has ended
 UNAVAILABLE_SECONDS = 300.0      # without doing anything: from online to unavailable
+ECHO_SECONDS = 0.005             # how long one's own relation waits for the answer to its PUT to be read before it
 TIMELINE = 10                    # events in a /sync timeline, unless a filter says otherwise
 MAX_UNREAD = 500                 # the newest events of a room that are looked at, to count what is unread
 MAX_TALLIES = 5000               # counts that are kept in memory, each of one user and room
@@ -3465,11 +3466,11 @@ class Accounts:
         """Names a device. An application service creates one so, if there is none (Device management); whether it did."""
         def job(tx: Tx) -> bool:
             known = tx.device(who.user_id, device_id)
-            if known:
+            if known and display_name is not None:
                 tx.rename_device(who.user_id, device_id, display_name)
-            elif who.appservice:
+            elif not known and who.appservice:
                 tx.add_device(who.user_id, device_id, display_name, self.world.clock.now())
-            else:
+            elif not known:
                 raise self._no_device(who, device_id)
             return not known
         return self.store.write(job, who.token)
@@ -4006,13 +4007,14 @@ class Rooms:
         with self.viewing(who, room_id) as (reader, view):
             start = (reader.position() if backwards else 0) if start is None else start
             filter = filter._replace(ignored=reader.ignored(who.user_id))
-            events, end = view.page(lambda *window: reader.events(view.row.n, window[0], window[1], window[2], window[3], filter),
-                                    start, stop, backwards, min(limit, MAX_PAGE))
+            events, _ = view.page(lambda *window: reader.events(view.row.n, window[0], window[1], window[2], window[3], filter),
+                                  start, stop, backwards, min(limit, MAX_PAGE))
             members = [reader.state_event(view.row.n, "m.room.member", sender)
                        for sender in sorted({event.sender for event in events} if lazy else ())]
             chunk = self.bundle(who, reader, view, events)
         state = self.render(who, [event for event in members if event and event.tick <= view.state_upto])
-        return {"start": str(start), "chunk": chunk, **({"end": end} if end else {}), **({"state": state} if state else {})}
+        end = {"end": str(events[-1].tick - backwards)} if events else {}    # also with the last: clients ask on until none comes
+        return {"start": str(start), "chunk": chunk, **end, **({"state": state} if state else {})}
 
     def initial_sync(self, who: Who, room_id: str, limit: int) -> JsonObject:
         """One room as it is, with its last messages (deprecated; old software begins so)."""
@@ -5371,6 +5373,8 @@ class Sync:
                 window = Window(self, who, since, filter, full_state, state_after)
                 answer = window.read()
                 self.store.check_session(who.token)
+                if window.echo:
+                    time.sleep(ECHO_SECONDS)
                 if window.news or since is None or full_state or clock.monotonic() >= deadline or self.world.stopping:
                     return answer
                 clock.wait(waiting, deadline)
@@ -5388,6 +5392,9 @@ class Window:
         self.now = 0
         self.news = False                                    # whether there was any
         self.met: set[str] = set()                           # whom the user may have met or lost sight of
+        # Whether a relation that this device has just sent is in it. matrix-js-sdk never sends again if it sees an event of
+        # a thread in /sync before it has the answer to its PUT.
+        self.echo = False
 
     def read(self) -> JsonObject:
         """The answer of /sync."""
@@ -5548,6 +5555,8 @@ class Window:
 
     def _render(self, events: list[Event], more: Mapping[int, list[str]] | None = None) -> list[Raw]:
         user, device = self.who.user_id, self.who.device_id
+        self.echo |= any(event.device_id == device and self.clock_now - event.ts < 100 and "m.relates_to" in event.json
+                         for event in events if event.txn_id)
         return [event.for_client(self.clock_now, user, device, *(more or {}).get(event.tick, ())) for event in events]
 
     def _stripped(self, room: int) -> list[JsonObject]:

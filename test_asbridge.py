@@ -3527,7 +3527,8 @@ def test_messages_go_both_ways_to_both_ends(three):
     forwards = all_messages(alice, room, "f")
     assert forwards[0]["type"] == "m.room.create" and bodies(forwards) == [f"n{i}" for i in range(20)]
     assert [event["event_id"] for event in all_messages(alice, room, "b")] == [event["event_id"] for event in reversed(forwards)]
-    assert "end" not in alice.messages(room, "b", 1000) and alice.messages(room, "b", 1000)["start"]
+    last = alice.messages(room, "b", 1000)
+    assert last["start"] and alice.messages(room, "b", 10, **{"from": last["end"]}).keys() == {"start", "chunk"}
 
 
 def test_messages_start_from_a_sync_token_and_stop_at_another(three):
@@ -4754,6 +4755,24 @@ def test_a_ghost_that_is_online_does_not_go_idle(start):
     hs.advance(asbridge.OFFLINE_SECONDS + 1)
     eventually(lambda: presence_of(ghost, alice)["presence"] == "offline")    # the timer has looked at both
     assert presence_of(alice, ghost)["presence"] == "online"
+
+
+# -- The echo of one's own event.
+
+@pytest.mark.parametrize("related", [True, False])
+def test_the_device_that_sent_a_relation_sees_it_in_its_sync_a_little_later_than_the_others(pair, monkeypatch, related):
+    hs, alice, bob, _, since = pair
+    room = alice.joined_rooms()[0]
+    root = alice.say(room, "root")
+    tokens = [client.sync()["next_batch"] for client in (alice, bob, alice)]
+    monkeypatch.setattr(asbridge, "ECHO_SECONDS", 0.5)
+    with background(alice.sync, tokens[2], 20_000) as own, background(bob.sync, tokens[1], 20_000) as others:
+        eventually(lambda: len(hs.world.store.waiters.among({alice.user_id, bob.user_id})) == 2)
+        began = time.monotonic()
+        alice.send(room, "m.room.message", {"body": "x", **({"m.relates_to": {"rel_type": "m.thread", "event_id": root}} if related else {})})
+        assert others.result(5) and time.monotonic() - began < 0.5
+        own.result(5)
+        assert (time.monotonic() - began >= 0.5) == related
 
 
 # -- Ignoring users.
@@ -6622,6 +6641,13 @@ def test_a_service_creates_names_and_deletes_devices_of_its_users(start):
     assert ghost.ask("DELETE", "devices", "DEV") == {} and ghost.ask("GET", "devices")["devices"] == []
     ghost.ask("PUT", "devices", "DEV", body={})
     assert ghost.ask("POST", "delete_devices", body={"devices": ["DEV"]}) == {} and ghost.ask("GET", "devices")["devices"] == []
+
+
+def test_a_device_keeps_its_name_if_none_is_given(three):
+    hs, alice, *_ = three
+    for body in ({"display_name": "phone"}, {"device_name": "x"}, {}):
+        alice.ask("PUT", "devices", device_of(alice), body=body)
+    assert alice.ask("GET", "devices", device_of(alice))["display_name"] == "phone"
 
 
 def test_a_person_does_not_create_devices(three):
