@@ -45,12 +45,12 @@ Reading paths
     The Application Service API   3, 7, 10, and in 8 "Who is asking?"
     Write a bridge                10, 11
     Test a bridge                 Homeserver in 12
-    Change the server             1, 4, 5, 6, 8
+    Change the server             1, 4, 5, 6, 8; in 6, what is marked as for clients may be skipped
 
 Left out on purpose
 ===================
-Federation, guests, third-party identifiers, single sign-on, search, room upgrades: this is a homeserver to
-learn, build and test with. It listens on the loopback interface. When it is outgrown, the registration and
+Federation, guests, third-party identifiers, single sign-on, sliding sync, search, room upgrades: this is a
+homeserver to learn, build and test with. It listens on the loopback interface. When it is outgrown, the registration and
 the application service run unchanged on Synapse or another homeserver (README, Moving on).
 """
 
@@ -3214,7 +3214,8 @@ def create_schema(db: sqlite3.Connection, path: str, server_name: str) -> None:
 # a room, join, send, read, sync. A verb checks within its job on the writer
 # thread, so that what it saw is still true when it is stored. Spec:
 # Client-Server API. Does not know HTTP; asks an application service only through
-# the function that it is given.
+# the function that it is given. Presence, Keys and Notifications are for clients
+# only: who comes for the application service may skip them.
 
 MAX_SYNC_SECONDS = 600.0
 UNUSED_MEDIA_MS = 24 * 3_600_000 # how long a URI waits for its content
@@ -3307,6 +3308,8 @@ def hash_password(password: str, salt: bytes | None = None) -> str:
 def password_fits(password: str, stored: str) -> bool:
     return hmac.compare_digest(hash_password(password, bytes.fromhex(stored.split("$")[1])), stored)
 
+
+# -- Accounts.
 
 class Accounts:
     """Users, their devices and sessions, profiles, and what they keep on the server."""
@@ -4341,6 +4344,8 @@ def public_entry(reader: Reader, row: RoomRow) -> JsonObject:
     return {key: value for key, value in entry.items() if value is not None}
 
 
+# -- What passes: typing and presence, kept in memory only.
+
 class Timer:
     """Does something when the next of some points of time has come, on a thread that is started when first needed."""
 
@@ -4570,6 +4575,8 @@ class Presence:
         for user_id in over:
             self._change(user_id, Status.at)
 
+
+# -- Media.
 
 class Media:
     """What was uploaded: kept in the database."""
