@@ -2018,10 +2018,20 @@ class Filter(NamedTuple):
     not_senders: Sequence[str] = ()
     contains_url: bool | None = None
     ignored: Sequence[str] = ()          # whose events are left out, unless they are state (Ignoring Users)
+    rooms: Sequence[str] | None = None
+    not_rooms: Sequence[str] = ()
+
+    def wants(self, room_id: str) -> bool:
+        return (self.rooms is None or room_id in self.rooms) and room_id not in self.not_rooms
+
+    def in_room(self, room_id: str) -> Filter:
+        return self if self.wants(room_id) else Filter(types=[])
 
     def passes(self, event: Event) -> bool:
         def any_type(types: Sequence[str]) -> bool:
             return any(fnmatch.fnmatchcase(event.type, glob_of(one)) for one in types)
+        if self.contains_url is not None and isinstance(event.content.get("url"), str) != self.contains_url:
+            return False
         return ((self.types is None or any_type(self.types)) and not any_type(self.not_types)
                 and (self.senders is None or event.sender in self.senders) and event.sender not in self.not_senders)
 
@@ -2154,6 +2164,14 @@ class Reader:
         return [row[0] for row in self.all("SELECT user_id FROM memberships WHERE room = ? AND membership = ?",
                                            room, membership)]
 
+    def heroes(self, room: int, user_id: str) -> list[str]:
+        """The first members by whom the user knows a room that has no name: who is there, else who was there."""
+        found: list[Any] = []
+        for memberships in (("join", "invite"), ("leave", "ban")):
+            found = found or self.all("SELECT user_id FROM memberships WHERE room = ? AND user_id != ? AND membership IN (?, ?) "
+                                      "ORDER BY tick LIMIT 5", room, user_id, *memberships)
+        return [row[0] for row in found]
+
     def count_members(self, room: int, membership: str, upto: int = -1) -> int:
         """How many there are; `upto`: it need not count further."""
         return int(self.one("SELECT count(*) FROM (SELECT 1 FROM memberships WHERE room = ? AND membership = ? LIMIT ?)",
@@ -2170,6 +2188,8 @@ class Reader:
     def events(self, room: int, after: int, upto: int, limit: int, newest: bool,
                filter: Filter = Filter()) -> list[Event]:
         """Events with after < tick <= upto, the newest or oldest `limit` of them, in that order."""
+        if filter.types == []:
+            return []                                        # as many clients ask: no reason to look at each event
         clause, values = filter.sql()
         rows = self.all(f"SELECT {EVENT_COLUMNS} FROM {EVENT_TABLES} "
                         f"WHERE e.room = ? AND e.tick > ? AND e.tick <= ?{clause} "
@@ -2190,6 +2210,13 @@ class Reader:
         rows = self.all(f"SELECT {EVENT_COLUMNS} FROM {EVENT_TABLES} WHERE e.tick IN ({last}) ORDER BY e.tick",
                         room, after, upto, type, type)
         return [Event(*row) for row in rows]
+
+    def state_changes(self, room: int, after: int, upto: int) -> list[Event]:
+        """The same for a short time: looks at what is new, however many state events there are."""
+        rows = self.all(f"SELECT {EVENT_COLUMNS} FROM events e INDEXED BY timeline LEFT JOIN events r ON r.tick = e.redacted_by "
+                        "LEFT JOIN events p ON p.tick = e.replaces WHERE e.room = ? AND e.tick > ? AND e.tick <= ? "
+                        "AND e.state_key IS NOT NULL ORDER BY e.tick", room, after, upto)
+        return list({(row[1], row[2]): Event(*row) for row in rows}.values())
 
     def related(self, parent: int, depth: int, rel_type: str | None, type: str | None, after: int, upto: int, limit: int,
                 newest: bool) -> list[Event]:
@@ -3595,6 +3622,12 @@ class View(NamedTuple):
     membership: str
     ranges: list[tuple[int, int]]        # of ticks whose events may be seen
     state_upto: int                      # the state may be seen as it was then; -1: not at all
+    memberships: Sequence[tuple[int, str]]       # the user's changes, (tick, membership) from old to new
+
+    def then(self, tick: int) -> str:
+        """As a part of `unsigned`: the user's membership at an event, and with it."""
+        membership = next((value for at, value in reversed(self.memberships) if at <= tick), "leave")
+        return f'"membership":{json.dumps(membership)}'
 
     def events(self, reader: Reader, after: int, upto: int, limit: int, newest: bool,
                filter: Filter = Filter()) -> list[Event]:
@@ -3639,11 +3672,11 @@ def view_of(reader: Reader, user_id: str, room_id: str) -> View:
         ranges = visible_ranges(visibilities, memberships)
         membership = memberships[-1][1] if memberships else "leave"
         if membership == "join" or (visibilities and visibilities[-1][1] == "world_readable"):
-            return View(row, membership, ranges, FOREVER)
+            return View(row, membership, ranges, FOREVER, memberships)
         left = [tick for (tick, _), (_, before) in zip(memberships[1:], memberships, strict=False)
                 if before == "join"]
         if ranges or membership in ("invite", "knock"):
-            return View(row, membership, ranges, left[-1] if left else -1)
+            return View(row, membership, ranges, left[-1] if left else -1, memberships)
     raise forbidden(f"{user_id} is not in the room {shorten(room_id)}")
 
 
@@ -3937,7 +3970,8 @@ class Rooms:
         """The same with bundled aggregations."""
         now = self.world.clock.now()
         more = aggregations(reader, who, events, view.upto, now)
-        return [event.for_client(now, who.user_id, who.device_id, *more.get(event.tick, ())) for event in events]
+        return [event.for_client(now, who.user_id, who.device_id, view.then(event.tick), *more.get(event.tick, ()))
+                for event in events]
 
     def event(self, who: Who, room_id: str, event_id: str) -> Raw:
         """M_NOT_FOUND also for what may not be seen."""
@@ -4009,7 +4043,7 @@ class Rooms:
         """A page of history: from the tick `start` (the end, if None) backwards, or forwards. `lazy`: with who speaks."""
         with self.viewing(who, room_id) as (reader, view):
             start = (reader.position() if backwards else 0) if start is None else start
-            filter = filter._replace(ignored=reader.ignored(who.user_id))
+            filter = filter.in_room(room_id)._replace(ignored=reader.ignored(who.user_id))
             events, _ = view.page(lambda *window: reader.events(view.row.n, window[0], window[1], window[2], window[3], filter),
                                   start, stop, backwards, min(limit, MAX_PAGE))
             members = [reader.state_event(view.row.n, "m.room.member", sender)
@@ -4030,15 +4064,17 @@ class Rooms:
                 "state": self.state(who, room_id), "presence": [], "receipts": [],
                 "account_data": [{"type": type, "content": Raw(text)} for where, type, text in data if where == room_id]}
 
-    def context(self, who: Who, room_id: str, event_id: str, limit: int, filter: Filter) -> JsonObject:
-        """An event with what stood before and after it; `limit` events of these at most."""
+    def context(self, who: Who, room_id: str, event_id: str, limit: int, filter: Filter, lazy: bool = False) -> JsonObject:
+        """An event with what stood before and after it; `limit` events of these at most. `lazy`: of members, who speaks."""
         with self.viewing(who, room_id) as (reader, view):
             event = self._visible(reader, view, event_id)
-            filter = filter._replace(ignored=reader.ignored(who.user_id))
+            filter = filter.in_room(room_id)._replace(ignored=reader.ignored(who.user_id))
             before = view.events(reader, 0, event.tick - 1, limit // 2, True, filter)
             after = view.events(reader, event.tick, FOREVER, limit - limit // 2, False, filter)
             last = after[-1].tick if after else event.tick
-            state = reader.state_at(view.row.n, last)
+            speakers = {one.sender for one in (event, *before, *after)}
+            state = [one for one in reader.state_at(view.row.n, last)
+                     if not lazy or one.type != "m.room.member" or one.state_key in speakers]
             bundled = self.bundle(who, reader, view, [event, *before, *after])
         first = before[-1].tick if before else event.tick
         return {"event": bundled[0], "events_before": bundled[1:len(before) + 1], "events_after": bundled[len(before) + 1:],
@@ -4055,7 +4091,8 @@ class Rooms:
             start = (reader.position() if backwards else 0) if start is None else start
             events, end = view.page(lambda *window: reader.related(parent, depth, rel_type, type, *window),
                                     start, stop, backwards, limit)
-            chunk = self.bundle(who, reader, view, events)
+            ignored = reader.ignored(who.user_id)
+            chunk = self.bundle(who, reader, view, [event for event in events if event.sender not in ignored])
         return {"chunk": chunk, **({"next_batch": end} if end else {}),
                 **({"recursion_depth": depth} if recurse else {})}
 
@@ -5316,45 +5353,38 @@ class Unread:
 # -- Sync.
 
 class SyncFilter:
-    """A client's filter (Client-Server API, Filtering), as far as /sync reads it."""
+    """A client's filter (Client-Server API, Filtering), as far as /sync reads it.
+
+    `event_fields` is left out: a server may include more fields than were asked for. A `limit` counts for the timeline only:
+    what it cut off elsewhere the client would never get.
+    """
 
     def __init__(self, source: JsonObject) -> None:
-        room = self._part(source, "room")
-        timeline = self._part(room, "timeline")
-        self.rooms = self._names(room, "rooms", None)
-        self.not_rooms = self._names(room, "not_rooms", ()) or ()
-        self.include_leave = bool(room.get("include_leave"))
+        if field(source, "event_format", str, "client") != "client":
+            raise MatrixError("M_INVALID_PARAM", "events come in the format \"client\" only: this server does not federate")
+        room = field(source, "room", dict, {})
+        timeline, state = field(room, "timeline", dict, {}), field(room, "state", dict, {})
+        self.rooms, self.include_leave = event_filter(room), bool(room.get("include_leave"))
+        self.timeline, self.state = event_filter(timeline), event_filter(state)
+        self.ephemeral, self.room_data = (event_filter(field(room, key, dict, {})) for key in ("ephemeral", "account_data"))
+        self.account_data, self.presence = (event_filter(field(source, key, dict, {})) for key in ("account_data", "presence"))
         self.threads = bool(timeline.get("unread_thread_notifications"))
-        self.timeline, self.state = event_filter(timeline), event_filter(self._part(room, "state"))
-        self.ephemeral = event_filter(self._part(room, "ephemeral"))
-        self.room_data = event_filter(self._part(room, "account_data"))
-        self.account_data, self.presence = (event_filter(self._part(source, key)) for key in ("account_data", "presence"))
-        self.lazy = any(bool(self._part(room, part).get("lazy_load_members")) for part in ("state", "timeline"))
-        limit = timeline.get("limit", TIMELINE)
-        if not is_a(limit, int):
-            raise MatrixError("M_BAD_JSON", f"limit in a filter must be an integer, not {quoted(limit)}")
-        self.limit = min(max(limit, 1), MAX_PAGE)
-
-    @staticmethod
-    def _part(source: JsonObject, key: str) -> JsonObject:
-        return field(source, key, dict, {})
-
-    @staticmethod
-    def _names(source: JsonObject, key: str, default: Sequence[str] | None) -> Sequence[str] | None:
-        names = source.get(key)
-        if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
-            raise MatrixError("M_BAD_JSON", f"{key!r} in a filter must be a list of texts, not "
-                              f"{shorten(names)}")
-        return names if names is not None else default
-
-    def wants(self, room_id: str) -> bool:
-        return (self.rooms is None or room_id in self.rooms) and room_id not in self.not_rooms
+        self.lazy = bool(state.get("lazy_load_members") or timeline.get("lazy_load_members"))
+        self.limit = min(max(field(timeline, "limit", int, TIMELINE), 1), MAX_PAGE)
 
 
 def event_filter(source: JsonObject) -> Filter:
-    names = SyncFilter._names
-    return Filter(names(source, "types", None), names(source, "not_types", ()) or (), names(source, "senders", None),
-                  names(source, "not_senders", ()) or (), field(source, "contains_url", bool, None))
+    """EventFilter or RoomEventFilter."""
+    return Filter(names_in(source, "types"), names_in(source, "not_types") or (), names_in(source, "senders"),
+                  names_in(source, "not_senders") or (), field(source, "contains_url", bool, None),
+                  rooms=names_in(source, "rooms"), not_rooms=names_in(source, "not_rooms") or ())
+
+
+def names_in(source: JsonObject, key: str) -> list[str] | None:
+    names = source.get(key)
+    if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        raise MatrixError("M_BAD_JSON", f"{key!r} in a filter must be a list of texts, not {shorten(names)}")
+    return names
 
 
 class Sync:
@@ -5410,7 +5440,6 @@ class Window:
             self.store.wait_published(self.now)
             self.data = self._account_data(self.since)
             self.ignored = self.reader.ignored(self.who.user_id)
-            self.timeline_filter = self.filter.timeline._replace(ignored=self.ignored)
             answer: JsonObject = {"next_batch": str(self.now)}
             presence = self.sync.presence.since(self.reader, self.who.user_id, self.since, self.now)
             for key, filter, found in (("account_data", self.filter.account_data, self.data.pop("", [])),
@@ -5419,7 +5448,7 @@ class Window:
                     answer[key] = {"events": events}
             rooms: dict[str, JsonObject] = {}
             for room, room_id, membership, tick, forgotten in self.reader.memberships_of(self.who.user_id):
-                if self.filter.wants(room_id):
+                if self.filter.rooms.wants(room_id):
                     section, entry = self._room(room, room_id, membership, tick, forgotten)
                     if entry:
                         rooms.setdefault(section, {})[room_id] = entry
@@ -5479,7 +5508,7 @@ class Window:
                     return membership, {f"{membership}_state": {"events": events}}
         elif not forgotten and (self.filter.include_leave if self.initial else tick > self.since):
             self.met.update(() if self.initial else self.reader.members(room))
-            return "leave", self._left(room_id)
+            return "leave", self._left(room, room_id)
         return "", {}
 
     def _joined(self, room: int, room_id: str, tick: int) -> JsonObject:
@@ -5488,16 +5517,20 @@ class Window:
             view = view_of(self.reader, self.who.user_id, room_id)
         came_back = self._came_back(room) if view and not self.initial else None
         fresh = self.initial or came_back is not None
-        entry = self._timeline(room, view, self.since if came_back is None else came_back, self.now, fresh)
-        if changed := self._summary(room, fresh):
-            entry["summary"] = changed
-        ephemeral = self._ephemeral(room, 0 if fresh else self.since)
+        summary = self._summary(room, fresh)
+        entry = self._timeline(room, room_id, view, self.since if came_back is None else came_back, fresh, summary.get("m.heroes", ()))
+        if summary:
+            entry["summary"] = summary
+        ephemeral = self._ephemeral(room, room_id, 0 if fresh else self.since)
         known = self._account_data(0) if fresh and not self.initial else self.data   # what was set before the user came in, too
-        data = [event for event in known.get(room_id, []) if self._wanted(self.filter.room_data, event)]
+        wanted = self.filter.room_data.in_room(room_id)
+        data = [event for event in known.get(room_id, []) if self._wanted(wanted, event)]
         for key, events in (("ephemeral", ephemeral), ("account_data", data)):
             if events:
                 entry[key] = {"events": events}
         entry.update(self._unread(room, tick, bool(entry)))
+        if entry and self.state_after:
+            entry.setdefault(self.state_after, {"events": []})
         return entry
 
     def _unread(self, room: int, tick: int, moved: bool) -> JsonObject:
@@ -5522,43 +5555,62 @@ class Window:
             return None
         return max((tick for tick, value in changes if value in ("leave", "ban")), default=0)
 
-    def _left(self, room_id: str) -> JsonObject:
-        nothing = {"timeline": {"events": [], "limited": False, "prev_batch": str(self.now)}, "state": {"events": []}}
-        try:
+    def _left(self, room: int, room_id: str) -> JsonObject:
+        """The room up to the leave; of an invitation that was declined or withdrawn, that event alone."""
+        with contextlib.suppress(MatrixError):
             view = view_of(self.reader, self.who.user_id, room_id)
-        except MatrixError:                                  # an invitation that was declined, say
-            return nothing
-        return self._timeline(view.row.n, view, self.since, self.now) or nothing
+            if entry := self._timeline(room, room_id, view, self.since):
+                return entry
+        own = self.reader.state_event(room, "m.room.member", self.who.user_id)
+        return {"timeline": {"events": self._render([own] if own else []), "limited": False, "prev_batch": str(self.now)},
+                self.state_after or "state": {"events": []}}
 
-    def _timeline(self, room: int, view: View | None, after: int, upto: int, fresh: bool = False) -> JsonObject:
-        """timeline and, where the timeline alone would leave a gap, state. Without a view all is visible."""
+    def _timeline(self, room: int, room_id: str, view: View | None, after: int, fresh: bool = False,
+                  heroes: Iterable[str] = ()) -> JsonObject:
+        """timeline, and the state that leads to it or follows from it. Without a view all is visible."""
         read = view.events if view else lambda reader, *rest: reader.events(room, *rest)
-        events = read(self.reader, after, upto, self.filter.limit + 1, True, self.timeline_filter)
+        filter = self.filter.timeline.in_room(room_id)._replace(ignored=self.ignored)
+        events = read(self.reader, after, self.now, self.filter.limit + 1, True, filter)
         limited = len(events) > self.filter.limit or (fresh and after > self.since)
         events = events[:self.filter.limit][::-1]
-        first = events[0].tick if events else upto + 1
-        state: list[Event] = []
-        if limited or self.full_state or fresh or not after or self.state_after:
-            last = min(upto if self.state_after else first - 1, view.state_upto if view else upto)
-            state = self.reader.state_at(room, last, 0 if self.full_state or fresh else after)
-        state = self._chosen(room, state, events)
+        whole = self.full_state or fresh or not after
+        last = min(self.now, view.state_upto) if view else self.now
+        state = self._state(room, 0 if whole else after, last, events, whole or limited)
+        state = self._chosen(room, room_id, state, events, last, whole, heroes)
         if not events and not state:
             return {}
-        seen = view.upto if view else upto                   # an unlimited timeline has what relates to its events in itself
+        seen = view.upto if view else self.now               # an unlimited timeline has what relates to its events in itself
         more = aggregations(self.reader, self.who, events, seen, self.clock_now) if limited else {}
-        return {"timeline": {"events": self._render(events, more), "limited": limited, "prev_batch": str(first - 1)},
+        parts = {event.tick: [view.then(event.tick) if view else '"membership":"join"', *more.get(event.tick, ())] for event in events}
+        prev_batch = events[0].tick - 1 if events else self.now
+        return {"timeline": {"events": self._render(events, parts), "limited": limited, "prev_batch": str(prev_batch)},
                 self.state_after or "state": {"events": self._render(state)}}
 
-    def _chosen(self, room: int, state: list[Event], timeline: list[Event]) -> list[Event]:
-        """Of the state, what the filter wants; of its members, with lazy loading, only those who speak."""
+    def _state(self, room: int, after: int, last: int, timeline: list[Event], gap: bool) -> list[Event]:
+        """What changed after `after`, up to the start of the timeline or its end. `gap`: it may be much."""
+        start = min(timeline[0].tick - 1, last) if timeline and not self.state_after else last
+        state = self.reader.state_at(room, start, after) if gap else []
+        if self.state_after or self.filter.timeline != Filter():             # what the filter keeps out of the timeline comes here
+            shown = set() if self.state_after else {event.tick for event in timeline}
+            more = self.reader.state_changes(room, start if gap else after, last)
+            state += [event for event in more if event.tick not in shown]
+        return state
+
+    def _chosen(self, room: int, room_id: str, state: list[Event], timeline: list[Event], last: int, whole: bool,
+                heroes: Iterable[str]) -> list[Event]:
+        """Of the state, what the filter wants. With lazy loading, of the members: who speaks, and by whom a room without
+        a name is known; but all changes, for the client keeps a list.
+        """
         if self.filter.lazy:
-            speakers = {event.sender for event in timeline} | {self.who.user_id}
-            state = [event for event in state if event.type != "m.room.member" or event.state_key in speakers]
-            known = {event.state_key for event in [*state, *timeline] if event.type == "m.room.member"}
-            members = [self.reader.state_event(room, "m.room.member", user_id)
-                       for user_id in sorted(speakers - known) if timeline]
-            state += [event for event in members if event]
-        return [event for event in state if self.filter.state.passes(event)]
+            named = any(self.reader.contents(room, ("m.room.name", "m.room.canonical_alias")).values()) if heroes else True
+            speakers = {*(event.sender for event in timeline), *(() if named else heroes), *([self.who.user_id] if whole else ())}
+            state = [event for event in state if not whole or event.type != "m.room.member" or event.state_key in speakers]
+            shown = state if self.state_after else [*state, *timeline]
+            known = {event.state_key for event in shown if event.type == "m.room.member"}
+            members = [self.reader.state_event(room, "m.room.member", user_id) for user_id in sorted(speakers - known)]
+            state += [event for event in members if event and event.tick <= last]
+        filter = self.filter.state.in_room(room_id)
+        return [event for event in state if filter.passes(event)]
 
     def _render(self, events: list[Event], more: Mapping[int, list[str]] | None = None) -> list[Raw]:
         user, device = self.who.user_id, self.who.device_id
@@ -5583,11 +5635,10 @@ class Window:
             return {}
         joined, invited = self.reader.members(room), self.reader.members(room, "invite")
         self.met.update(joined if fresh else changed)
-        heroes = sorted(user_id for user_id in [*joined, *invited] if user_id != self.who.user_id)[:5]
-        return {"m.heroes": heroes, "m.joined_member_count": len(joined),
+        return {"m.heroes": self.reader.heroes(room, self.who.user_id), "m.joined_member_count": len(joined),
                 "m.invited_member_count": len(invited)}
 
-    def _ephemeral(self, room: int, since: int) -> list[JsonObject]:
+    def _ephemeral(self, room: int, room_id: str, since: int) -> list[JsonObject]:
         content: JsonObject = {}
         for type, user_id, thread_id, event_id, ts in self.reader.receipts_since(room, since):
             if type == "m.read" or user_id == self.who.user_id:
@@ -5595,7 +5646,8 @@ class Window:
                 content.setdefault(event_id, {}).setdefault(type, {})[user_id] = receipt
         events = [self.sync.typing.since(room, since, self.now), {"type": "m.receipt", "content": content}
                   if content else None]
-        return [event for event in events if event and self._wanted(self.filter.ephemeral, event)]
+        filter = self.filter.ephemeral.in_room(room_id)
+        return [event for event in events if event and self._wanted(filter, event)]
 
 
 # ============================================================================
@@ -6860,8 +6912,9 @@ def get_messages(call: Call) -> Any:
 
 
 def get_context(call: Call) -> Any:
+    filter, source = query_filter(call)
     return call.api.rooms.context(call.who, call["roomId"], call["eventId"],
-                                  min(call.integer("limit", 10), MAX_PAGE), query_filter(call)[0])
+                                  min(call.integer("limit", 10), MAX_PAGE), filter, field(source, "lazy_load_members", bool, False))
 
 
 def get_relations(call: Call) -> Any:

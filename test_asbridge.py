@@ -4526,7 +4526,38 @@ def test_a_declined_invitation_comes_as_a_room_that_one_has_left(three):
     room = alice.create_room(invite=[bob.user_id])
     since = bob.sync()["next_batch"]
     bob.leave(room)
-    assert list(bob.sync(since)["rooms"]["leave"]) == [room]
+    entry = bob.sync(since)["rooms"]["leave"][room]
+    assert [(event["sender"], event["content"]["membership"]) for event in entry["timeline"]["events"]] == [(bob.user_id, "leave")] and entry["state"]["events"] == []
+
+
+def test_an_invitation_that_is_withdrawn_comes_as_a_room_that_one_has_left(three):
+    hs, alice, bob, _, _ = three
+    room = alice.create_room(invite=[bob.user_id])
+    since = bob.sync()["next_batch"]
+    alice.kick(room, bob.user_id)
+    assert bob.sync(since)["rooms"]["leave"][room]["timeline"]["events"][0]["sender"] == alice.user_id
+
+
+def test_who_was_put_out_and_invited_again_between_two_syncs_is_invited(three):
+    """In one section only: clients that handle the leave after the invitation would forget the latter."""
+    hs, alice, bob, _, room = three
+    bob.join(room)
+    since = bob.sync()["next_batch"]
+    alice.kick(room, bob.user_id), alice.invite(room, bob.user_id)
+    rooms = bob.sync(since)["rooms"]
+    assert list(rooms) == ["invite"] and list(rooms["invite"]) == [room]
+
+
+def test_a_room_that_one_knocks_at_comes_with_its_stripped_state(three):
+    hs, alice, bob, _, _ = three
+    room = alice.create_room(name="n", initial_state=[{"type": "m.room.join_rules", "content": {"join_rule": "knock"}}])
+    since = bob.sync()["next_batch"]
+    bob.call("POST", path("knock", room))
+    answer = bob.sync(since)
+    events = answer["rooms"]["knock"][room]["knock_state"]["events"]
+    assert events[-1]["content"]["membership"] == "knock" and "m.room.name" in types(events) and "rooms" not in bob.sync(answer["next_batch"])
+    bob.leave(room)
+    assert list(bob.sync(answer["next_batch"])["rooms"]) == ["leave"]
 
 
 def test_state_that_changed_while_one_was_away_is_told_after_coming_back(three):
@@ -4570,6 +4601,177 @@ def test_a_sync_filter_chooses_rooms_and_kinds(three):
     answer = alice.sync(filter={"account_data": {"types": ["a"]}, "room": {"ephemeral": {"types": []}, "account_data": {"not_types": ["c"]}, "state": {"types": []}}})
     assert types(answer["account_data"]["events"]) == ["a"] and not {"ephemeral", "account_data"} & joined(answer, room).keys()
     assert joined(answer, room)["state"]["events"] == []
+
+
+@pytest.mark.parametrize("part, missing", [("timeline", "timeline"), ("state", "state"), ("ephemeral", "ephemeral"), ("account_data", "account_data")])
+def test_each_part_of_a_filter_may_choose_rooms(three, part, missing):
+    hs, alice, _, _, room = three
+    alice.typing(room), alice.set_account_data("c", {}, room)
+    for _ in range(12):
+        alice.say(room, "x")
+    entry = joined(alice.sync(), room)
+    assert all(entry[key]["events"] for key in ("timeline", "state", "ephemeral", "account_data"))
+    for narrow in ({"not_rooms": [room]}, {"rooms": []}):
+        entry = joined(alice.sync(filter={"room": {part: narrow}}), room)
+        assert not entry.get(missing, {"events": []})["events"]
+    assert joined(alice.sync(filter={"room": {part: {"rooms": [room]}}}), room)[missing]["events"]
+
+
+@pytest.mark.parametrize("narrow, found", [
+    ({"senders": ["@bob:localhost"]}, ["picture", "b"]), ({"not_senders": ["@bob:localhost"]}, ["a"]), ({"types": ["m.room.*"], "not_types": ["m.room.member"]}, ["a", "picture", "b"]),
+    ({"contains_url": True}, ["picture"]), ({"contains_url": False, "types": ["m.room.message"]}, ["a", "b"]), ({"types": []}, []), ({"limit": 1}, ["b"]), ({"limit": 0}, ["b"])])
+def test_a_filter_chooses_what_the_timeline_has(three, narrow, found):
+    hs, alice, bob, _, room = three
+    bob.join(room)
+    since = alice.sync()["next_batch"]
+    alice.say(room, "a"), bob.send(room, "m.room.message", {"msgtype": "m.image", "body": "picture", "url": "mxc://localhost/x"}), bob.say(room, "b")
+    rooms = alice.sync(since, filter={"room": {"timeline": narrow}}).get("rooms", {"join": {room: {"timeline": {"events": []}}}})
+    assert bodies(rooms["join"][room].get("timeline", {"events": []})["events"]) == found
+
+
+def test_state_that_a_filter_keeps_out_of_the_timeline_comes_as_state(three):
+    hs, alice, _, _, room = three
+    narrow = {"room": {"timeline": {"types": ["m.room.message"], "limit": 2}}}
+    since = alice.sync()["next_batch"]
+
+    def news():
+        entry = joined(alice.sync(since, filter=narrow), room)
+        return bodies(entry["timeline"]["events"]), [event["content"]["topic"] for event in entry["state"]["events"]]
+    alice.set_state(room, "m.room.topic", {"topic": "1"})
+    assert news() == ([], ["1"])
+    alice.say(room, "a")
+    alice.set_state(room, "m.room.topic", {"topic": "2"})
+    assert news() == (["a"], ["2"])
+    alice.say(room, "b"), alice.say(room, "c")
+    assert news() == (["b", "c"], ["2"])
+    alice.set_state(room, "m.room.topic", {"topic": "3"})
+    assert news() == (["b", "c"], ["2", "3"])
+
+
+@pytest.mark.parametrize("source, errcode", [({"event_format": "federation"}, "M_INVALID_PARAM"), ({"event_format": 5}, "M_BAD_JSON"), ({"presence": []}, "M_BAD_JSON"),
+                                             ({"presence": {"types": "x"}}, "M_BAD_JSON"), ({"room": {"timeline": {"rooms": [5]}}}, "M_BAD_JSON"), ({"room": {"timeline": {"limit": "x"}}}, "M_BAD_JSON")])
+def test_a_sync_filter_that_is_none_is_refused(three, source, errcode):
+    with refused(errcode, 400):
+        three[1].sync(filter=source)
+    assert three[1].sync(filter={"event_format": "client", "event_fields": ["type"]})
+
+
+@pytest.mark.parametrize("prefix", ["", "org.matrix.msc4222."])
+def test_the_state_may_be_asked_for_as_it_is_after_the_timeline(three, prefix):
+    hs, alice, bob, _, room = three
+
+    def sync(since=None, client=alice, section="join", **more):
+        answer = client.call("GET", V3 + "/sync", since=since, **{f"{prefix}use_state_after": "true"}, **more)
+        entry = answer["rooms"][section][room]
+        assert "state" not in entry
+        return types(entry.get("timeline", {"events": []})["events"]), {event["type"]: event["content"] for event in entry[f"{prefix}state_after"]["events"]}, answer["next_batch"]
+    alice.set_state(room, "m.room.topic", {"topic": "1"})
+    timeline, state, since = sync()
+    assert timeline[-1] == "m.room.topic" and state["m.room.topic"] == {"topic": "1"} and "m.room.create" in state
+    alice.say(room, "x")
+    assert sync(since)[:2] == (["m.room.message"], {})
+    alice.set_state(room, "m.room.topic", {"topic": "2"})
+    alice.set_state(room, "m.room.topic", {"topic": "3"})
+    assert sync(since)[1] == {"m.room.topic": {"topic": "3"}}
+    assert sync(since, filter=json.dumps({"room": {"timeline": {"limit": 1}}}))[:2] == (["m.room.topic"], {"m.room.topic": {"topic": "3"}})
+    alice.typing(room)
+    assert sync(sync(since)[2], full_state="true")[1]["m.room.topic"] == {"topic": "3"}
+    bob.join(room)
+    since = bob.sync()["next_batch"]
+    bob.leave(room)
+    assert sync(since, bob, "leave")[1] == {"m.room.member": {"membership": "leave"}}
+
+
+def test_the_relations_of_an_event_are_without_those_of_whom_one_ignores(three):
+    hs, alice, bob, _, room = three
+    bob.join(room)
+    said = alice.say(room, "x")
+    reaction = {"m.relates_to": {"rel_type": "m.annotation", "event_id": said, "key": "+"}}
+    bob.send(room, "m.reaction", reaction), alice.send(room, "m.reaction", reaction)
+    alice.set_account_data("m.ignored_user_list", {"ignored_users": {bob.user_id: {}}})
+    found = alice.call("GET", f"/_matrix/client/v1/rooms/{room}/relations/{said}")["chunk"]
+    assert [event["sender"] for event in found] == [alice.user_id]
+
+
+def test_a_long_poll_does_not_end_with_what_somebody_ignored_says(three):
+    hs, alice, bob, _, room = three
+    bob.join(room)
+    alice.set_account_data("m.ignored_user_list", {"ignored_users": {bob.user_id: {}}})
+    since = alice.sync()["next_batch"]
+    with background(alice.sync, since, 30_000) as future:
+        eventually(lambda: hs.world.store.waiters.among({alice.user_id}))
+        bob.say(room, "not this")
+        alice.say(room, "this")
+        assert bodies(joined(future.result(5), room)["timeline"]["events"]) == ["this"]
+
+
+def test_lazy_loading_tells_all_changes_of_members_in_a_gap(three):
+    hs, alice, bob, carol, room = three
+    lazy = {"room": {"state": {"lazy_load_members": True}, "timeline": {"limit": 2}}}
+    since = alice.sync(filter=lazy)["next_batch"]
+    bob.join(room), carol.join(room), carol.leave(room), bob.say(room, "1"), alice.say(room, "2"), alice.say(room, "3")
+    entry = joined(alice.sync(since, filter=lazy), room)
+    assert {event["state_key"]: event["content"]["membership"] for event in entry["state"]["events"]} == {bob.user_id: "join", carol.user_id: "leave", alice.user_id: "join"}
+
+
+def test_lazy_loading_gives_those_by_whom_a_room_without_a_name_is_known(three):
+    hs, alice, bob, carol, _ = three
+    lazy = {"room": {"state": {"lazy_load_members": True}, "timeline": {"limit": 1}}}
+    room = alice.create_room(preset="public_chat")
+    carol.join(room), bob.join(room), alice.say(room, "x")
+
+    def members():
+        entry = joined(alice.sync(filter=lazy), room)
+        return entry["summary"]["m.heroes"], [event["state_key"] for event in entry["state"]["events"] if event["type"] == "m.room.member"]
+    assert members() == ([carol.user_id, bob.user_id], [alice.user_id, carol.user_id, bob.user_id])        # who came first
+    carol.leave(room), bob.leave(room), alice.say(room, "x")
+    assert set(members()[0]) == {carol.user_id, bob.user_id}
+    alice.set_state(room, "m.room.name", {"name": "n"}), alice.say(room, "x")
+    assert members()[1] == [alice.user_id]
+
+
+def test_lazy_loading_gives_a_context_the_members_who_speak(three):
+    hs, alice, bob, carol, room = three
+    bob.join(room), carol.join(room)
+    where = path("rooms", room, "context", [bob.say(room, str(n)) for n in range(3)][1])
+    for narrow, members in (({}, {alice.user_id, bob.user_id, carol.user_id}), ({"lazy_load_members": True}, {bob.user_id})):
+        found = alice.call("GET", where, limit=2, filter=json.dumps(narrow))
+        assert {event["state_key"] for event in found["state"] if event["type"] == "m.room.member"} == members
+
+
+def test_members_are_told_as_they_were_at_a_token(three):
+    hs, alice, bob, carol, room = three
+    bob.join(room)
+    since = alice.sync()["next_batch"]
+    carol.join(room), bob.leave(room)
+    members = lambda **query: {event["state_key"]: event["content"]["membership"] for event in alice.call("GET", path("rooms", room, "members"), **query)["chunk"]}  # noqa: E731
+    assert members(at=since) == {alice.user_id: "join", bob.user_id: "join"}
+    assert members() == {alice.user_id: "join", bob.user_id: "leave", carol.user_id: "join"}
+    assert members(not_membership="leave").keys() == {alice.user_id, carol.user_id} and members(at=since, membership="leave") == {}
+
+
+def test_an_event_says_what_membership_one_had_then(three):
+    hs, alice, bob, _, room = three
+    before = alice.say(room, "before")
+    alice.invite(room, bob.user_id)
+    since, while_invited = bob.sync()["next_batch"], alice.say(room, "invited")
+    bob.join(room)
+    after = alice.say(room, "after")
+    at = {event["event_id"]: event["unsigned"]["membership"] for event in all_messages(bob, room)}
+    assert [at[before], at[while_invited], at[after]] == ["leave", "invite", "join"]
+    assert {event["event_id"]: event["unsigned"]["membership"] for event in joined(bob.sync(since), room)["timeline"]["events"]}.items() <= at.items()
+    since = bob.sync()["next_batch"]
+    assert bob.event(room, before)["unsigned"]["membership"] == "leave"
+    alice.say(room, "x")
+    assert [event["unsigned"]["membership"] for event in joined(bob.sync(since), room)["timeline"]["events"]] == ["join"]
+
+
+@pytest.mark.parametrize("where", ["sync?since=", "rooms/{room}/messages?from=", "rooms/{room}/messages?to=", "rooms/{room}/members?at="])
+def test_a_token_that_is_none_is_refused(three, where):
+    hs, alice, _, _, room = three
+    for token in ("x", "s1_2", "-1", "1.5"):
+        with refused("M_INVALID_PARAM", 400):
+            alice.call("GET", f"{V3}/{where.format(room=room)}{token}")
 
 
 def test_timelines_put_together_are_the_history_none_twice_none_missing(three):
