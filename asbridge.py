@@ -2230,11 +2230,13 @@ class Reader:
                         parent, depth, after, upto, rel_type, rel_type, type, type, limit)
         return [Event(*row) for row in rows]
 
-    def threads(self, room: int, user_id: str, upto: int) -> list[Any]:
-        """(tick of the root, of the last reply, how many replies are the user's), the latest first."""
-        return self.all("SELECT relates_to, max(tick) AS last, sum(sender = ?) FROM events "
-                        "WHERE room = ? AND rel_type = 'm.thread' GROUP BY relates_to HAVING last <= ? ORDER BY last DESC",
-                        user_id, room, upto)
+    def threads(self, room: int, user_id: str, seen: int, upto: int) -> list[Any]:
+        """(tick of the root, of the last reply, how many of these events are the user's), the latest first; of what is seen up
+        to the tick `seen`.
+        """
+        return self.all("SELECT e.relates_to, max(e.tick) AS last, sum(e.sender = ?) + (p.sender = ?) FROM events e "
+                        "JOIN events p ON p.tick = e.relates_to WHERE e.room = ? AND e.rel_type = 'm.thread' AND e.tick <= ? "
+                        "GROUP BY e.relates_to HAVING last <= ? ORDER BY last DESC", user_id, user_id, room, seen, upto)
 
     def ancestors(self, tick: int, depth: int) -> list[Any]:
         """(tick, rel_type): what an event relates to and how, then what that one relates to, and so on."""
@@ -2306,8 +2308,10 @@ class Reader:
         from new to old. `members`: with the members' comings and goings.
         """
         return self.all("SELECT tick, type, state_key, sender, json, relates_to, rel_type FROM events INDEXED BY timeline "
-                        "WHERE room = ? AND tick > ? AND tick <= ? AND redacted_by IS NULL AND (? OR type != 'm.room.member') "
-                        f"AND sender NOT IN ({IGNORED}) ORDER BY tick DESC LIMIT ?", room, after, upto, members, user_id, limit)
+                        "WHERE room = ? AND tick > ? AND tick <= ? AND (redacted_by IS NULL OR sender = ?) "
+                        "AND (? OR type != 'm.room.member') "
+                        f"AND (type = 'm.room.redaction' OR sender NOT IN ({IGNORED})) ORDER BY tick DESC LIMIT ?",
+                        room, after, upto, user_id, members, user_id, limit)
 
     def own_memberships(self, room: int, user_id: str) -> list[Any]:
         """(tick, membership, displayname) of each change, old to new."""
@@ -2378,6 +2382,18 @@ class Reader:
                         "AND (? OR b.user_id IN (SELECT value FROM json_each(?)))",
                         user_id, among is None, to_json(among or []))
         return {user_id, *(row[0] for row in rows)}
+
+    def met_in(self, room: int, user_id: str, since: int) -> set[str]:
+        """Whom the user has met or lost sight of in a room after this tick; for when the user came or went."""
+        joined, found = set[str](), set[str]()
+        for tick, member, membership in self.all(
+                "SELECT tick, state_key, json_extract(json, '$.content.membership') FROM events WHERE room = ? "
+                "AND type = 'm.room.member' AND state_key IS NOT NULL ORDER BY tick", room):
+            if (member in joined) != (membership == "join"):
+                joined ^= {member}
+                if tick > since:
+                    found |= joined if member == user_id else {member} if user_id in joined else set()
+        return found
 
     def changed_members(self, room: int, since: int) -> list[str]:
         """Whose membership changed after this tick. Looks at what is new, however many members there are."""
@@ -2458,9 +2474,9 @@ class Tx(Reader):
         """Drops what is cached: after a rollback it may be wrong. Outside a batch only."""
         self.rooms.clear()
         self.boxes = self.outboxes()
-        self.news = {id: set(self.ghosts_with_keys(id) if self._hears_keys(id) else ())
-                     for id, registration in self.store.registrations.by_id.items() if registration.url is not None}
-        self.ready = {*self.boxes, *self.news}
+        self.ready = set(self.boxes)
+        self.news.clear()
+        self.hear_anew()
         self.tick_now = self.position()
         self.new_batch()
 
@@ -2637,7 +2653,7 @@ class Tx(Reader):
 
     def claim_key(self, user_id: str, device_id: str, algorithm: str) -> tuple[str, str] | None:
         """Takes a one-time key away, or lends the fallback key: its ID and JSON."""
-        row = self.one("SELECT key_id, json FROM one_time_keys WHERE user_id = ? AND device_id = ? AND key_id GLOB ? || ':*' "
+        row = self.one("SELECT key_id, json FROM one_time_keys WHERE user_id = ? AND device_id = ? AND instr(key_id, ? || ':') = 1 "
                        "ORDER BY key_id LIMIT 1", user_id, device_id, algorithm)
         if row:
             self.run("DELETE FROM one_time_keys WHERE user_id = ? AND device_id = ? AND key_id = ?", user_id, device_id, row[0])
@@ -2667,6 +2683,17 @@ class Tx(Reader):
         self.run("INSERT INTO to_device VALUES (?, ?, ?, ?, ?)", self.tick(), user_id, device_id, to_json(message),
                  id if pushed else None)
         self.wake(user_id)
+
+    def return_to_device(self, ids: Sequence[str]) -> None:
+        """What waits for these application services is for the /sync of the devices now."""
+        self.run("UPDATE to_device SET appservice = NULL WHERE appservice IN (SELECT value FROM json_each(?))", to_json(ids))
+
+    def hear_anew(self) -> None:
+        """Whoever hears of keys and messages to devices is told what there is, with the next transaction."""
+        for id, registration in self.store.registrations.by_id.items():
+            if registration.url is not None:
+                self.news.setdefault(id, set()).update(self.ghosts_with_keys(id) if self._hears_keys(id) else ())
+                self.ready.add(id)
 
     def drop_to_device(self, user_id: str, device_id: str, upto: int) -> None:
         """The device has these."""
@@ -2881,7 +2908,8 @@ class Tx(Reader):
 
     def _frozen_ephemeral(self, id: str, now: int) -> str:
         """The part of a transaction for what waits; typing that has become stale is dropped."""
-        waiting = self.ephemeral.pop(id, {})
+        waiting = self.ephemeral.get(id, {})
+        self.after.append(functools.partial(self.ephemeral.pop, id, None))       # not if the COMMIT fails
         data = [data for at, data in waiting.values() if data["type"] != "m.typing" or now - at < STALE_TYPING_MS]
         text = to_json(data)
         registration = self.store.registrations.by_id.get(id)
@@ -3307,8 +3335,11 @@ class World:
         self.add_senders()
 
     def add_senders(self) -> None:
-        """Every application service's own user exists from the start."""
+        """Every application service's own user exists from the start. Messages to devices that wait for one that takes none
+        any more are left for the devices.
+        """
         def job(tx: Tx) -> None:
+            tx.return_to_device([one.id for one in self.registrations if not one.ephemeral_keys])
             for registration in self.registrations:
                 user_id = registration.sender(self.name)
                 if not tx.user(user_id):
@@ -4099,7 +4130,7 @@ class Rooms:
     def threads(self, who: Who, room_id: str, participated: bool, start: int | None, limit: int) -> JsonObject:
         """The roots of a room's threads, the one with the latest reply first, each with its summary."""
         with self.viewing(who, room_id) as (reader, view):
-            rows = [row for row in reader.threads(view.row.n, who.user_id, FOREVER if start is None else start)
+            rows = [row for row in reader.threads(view.row.n, who.user_id, view.upto, FOREVER if start is None else start)
                     if view.sees(row[0]) and view.sees(row[1]) and (row[2] or not participated)]
             chunk = self.bundle(who, reader, view, [reader.event_at(root) for root, _, _ in rows[:limit]])
         return {"chunk": chunk, **({"next_batch": str(rows[limit - 1][1] - 1)} if len(rows) > limit else {})}
@@ -4744,7 +4775,9 @@ class Keys:
         rows = reader.signatures(user_id, asker)
 
         def signed(name: str, key: JsonObject) -> JsonObject:
-            signatures = {signer: dict(by) for signer, by in field(key, "signatures", dict, {}).items() if isinstance(by, dict)}
+            given = key.get("signatures")                    # whatever a client may have put there
+            by_signer = given if isinstance(given, dict) else {}
+            signatures = {signer: dict(by) for signer, by in by_signer.items() if isinstance(by, dict)}
             for _, signer, key_id, signature in (row for row in rows if row[0] == name):
                 signatures.setdefault(signer, {})[key_id] = signature
             return {**key, "signatures": signatures}
@@ -5267,9 +5300,12 @@ class PushRules:
 
 
 class Tally(NamedTuple):
-    """What one user has not read in one room. Good as long as the rules and the user's member event are the same."""
+    """What one user has not read in one room. Good as long as the rules, the user's member event and whom the user ignores are
+    the same.
+    """
     rules: PushRules
     member_tick: int
+    ignored: list[str]
     displayname: str
     upto: int                            # looked at up to this tick
     notes: dict[int, tuple[int, bool]]   # tick of an event that notifies → root of its thread or 0, highlight; old to new
@@ -5320,13 +5356,13 @@ class Unread:
 
     def _tally(self, reader: Reader, user_id: str, room: int, member_tick: int) -> Tally:
         """What is known, or nothing, from the user's join on."""
-        rules, tally = self.rules(reader, user_id), self._tallies.get((user_id, room))
-        if tally and (tally.rules, tally.member_tick) == (rules, member_tick):
+        rules, tally, ignored = self.rules(reader, user_id), self._tallies.get((user_id, room)), reader.ignored(user_id)
+        if tally and (tally.rules, tally.member_tick, tally.ignored) == (rules, member_tick, ignored):
             return tally
         joined, name = 0, None
         for tick, membership, displayname in reader.own_memberships(room, user_id):
             joined, name = (joined or tick) if membership == "join" else 0, displayname
-        return Tally(rules, member_tick, name if isinstance(name, str) else "", joined, {})
+        return Tally(rules, member_tick, ignored, name if isinstance(name, str) else "", joined, {})
 
     @staticmethod
     def _look(reader: Reader, user_id: str, room: int, tally: Tally, now: int, read: dict[int, int]) -> dict[int, tuple[int, bool]]:
@@ -5346,7 +5382,7 @@ class Unread:
                 if rule:
                     notes[tick] = (thread, rule.highlight)
                 else:
-                    read[thread] = tick
+                    read[thread] = max(tick, read.get(thread, 0))
         return notes
 
 
@@ -5400,10 +5436,11 @@ class Sync:
         `state_after`: the key for the state at the end of each timeline, in place of `state` at its start.
         """
         clock = self.world.clock
+        timeout = min(timeout, MAX_SYNC_SECONDS)
         self.presence.polling(who, set_presence, timeout)
         if since is not None and since > self.store.position:
             since = None                                     # from the future: of another database, say
-        deadline = clock.monotonic() + min(timeout, MAX_SYNC_SECONDS)
+        deadline = clock.monotonic() + timeout
         waiting = self.store.waiters.enter(who.user_id)
         try:
             while True:
@@ -5428,7 +5465,6 @@ class Window:
         self.initial, self.since = since is None, since or 0
         self.now = 0
         self.news = False                                    # whether there was any
-        self.met: set[str] = set()                           # whom the user may have met or lost sight of
         # Whether a relation that this device has just sent is in it. matrix-js-sdk never sends again if it sees an event of
         # a thread in /sync before it has the answer to its PUT.
         self.echo = False
@@ -5447,7 +5483,8 @@ class Window:
                 if events := [event for event in found if self._wanted(filter, event)]:
                     answer[key] = {"events": events}
             rooms: dict[str, JsonObject] = {}
-            for room, room_id, membership, tick, forgotten in self.reader.memberships_of(self.who.user_id):
+            self.memberships = self.reader.memberships_of(self.who.user_id)
+            for room, room_id, membership, tick, forgotten in self.memberships:
                 if self.filter.rooms.wants(room_id):
                     section, entry = self._room(room, room_id, membership, tick, forgotten)
                     if entry:
@@ -5468,10 +5505,15 @@ class Window:
         """Whose keys to ask for again, and who is met in no room any more."""
         if self.initial:
             return {}
-        self.met.discard(self.who.user_id)
-        users = self.reader.key_news(self.who.user_id, self.since, self.met)
+        met: set[str] = set()                                # whom the user may have met or lost sight of
+        for room, _, membership, tick, _ in self.memberships:
+            if tick > self.since:
+                met |= self.reader.met_in(room, self.who.user_id, self.since)
+            elif membership == "join" and self.store.moved_since(room, self.since):
+                met.update(self.reader.changed_members(room, self.since))
+        users = self.reader.key_news(self.who.user_id, self.since, met - {self.who.user_id})
         changed = sorted(user_id for user_id, shared in users.items() if shared)
-        left = sorted(user_id for user_id in users.keys() & self.met if not users[user_id])
+        left = sorted(user_id for user_id in users.keys() & met if not users[user_id])
         return {"device_lists": {"changed": changed, "left": left}} if changed or left else {}
 
     def _key_counts(self) -> JsonObject:
@@ -5507,7 +5549,6 @@ class Window:
                 if events[-1]["sender"] not in self.ignored:
                     return membership, {f"{membership}_state": {"events": events}}
         elif not forgotten and (self.filter.include_leave if self.initial else tick > self.since):
-            self.met.update(() if self.initial else self.reader.members(room))
             return "leave", self._left(room, room_id)
         return "", {}
 
@@ -5633,10 +5674,9 @@ class Window:
         changed = [] if self.initial else self.reader.changed_members(room, self.since)
         if not (fresh or self.full_state or changed):
             return {}
-        joined, invited = self.reader.members(room), self.reader.members(room, "invite")
-        self.met.update(joined if fresh else changed)
-        return {"m.heroes": self.reader.heroes(room, self.who.user_id), "m.joined_member_count": len(joined),
-                "m.invited_member_count": len(invited)}
+        return {"m.heroes": self.reader.heroes(room, self.who.user_id),
+                "m.joined_member_count": self.reader.count_members(room, "join"),
+                "m.invited_member_count": self.reader.count_members(room, "invite")}
 
     def _ephemeral(self, room: int, room_id: str, since: int) -> list[JsonObject]:
         content: JsonObject = {}
@@ -5920,6 +5960,7 @@ class Delivery:
         """
         def job(tx: Tx) -> None:
             tx.ready.update(tx.boxes)
+            tx.hear_anew()
             for box in tx.boxes.values():
                 if box.open:
                     tx.after.append(functools.partial(self._resume, box.open))
@@ -6541,8 +6582,11 @@ def put_device(call: Call) -> Any:
 
 
 def delete_device(call: Call) -> Any:
-    confirm_password(call, body := call.body)
+    body = call.body
     device_ids = [call["deviceId"]] if "deviceId" in call.params else field(body, "devices", list)
+    if not all(isinstance(device_id, str) for device_id in device_ids):
+        raise MatrixError("M_BAD_JSON", f"'devices' is a list of texts, not {quoted(device_ids)}")
+    confirm_password(call, body)
     call.api.accounts.delete_devices(call.who, device_ids)
     return {}
 
@@ -7051,7 +7095,8 @@ def get_events(call: Call) -> Any:
     """The same as a plain list (deprecated): what happens after `from`, or from now on."""
     start, rooms = call.integer("from", call.api.world.store.position), call.query("room_id")
     source = {"room": {"timeline": {"limit": MAX_PAGE}, **({} if rooms is None else {"rooms": [rooms]})}}
-    answer = call.api.sync.sync(call.who, start, SyncFilter(source), call.integer("timeout", 0) / 1000)
+    who = dataclasses.replace(call.who, device_id=None)      # messages to the device are for its /sync: here they would be lost
+    answer = call.api.sync.sync(who, start, SyncFilter(source), call.integer("timeout", 0) / 1000)
     chunk = [*field(answer, "presence", dict, {}).get("events", [])]
     for room_id, entry in field(answer, "rooms", dict, {}).get("invite", {}).items():
         chunk.append({**entry["invite_state"]["events"][-1], "room_id": room_id})

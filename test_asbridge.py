@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import copy
 import functools
 import http.client
+import itertools
 import json
 import os
+import random
 import re
 import secrets
 import signal
@@ -5867,6 +5870,405 @@ def test_keys_go_into_the_last_backup_only_and_the_error_names_it(three):
         alice.ask("PUT", "room_keys", "keys", "!a:b", "s", body={**backup_key(), "is_verified": "yes"}, version=second)
 
 
+# -- Random walks against independent models.
+
+# -- Messages to devices.
+
+@pytest.mark.parametrize("seed", range(2))
+def test_each_message_comes_to_each_device_until_a_later_token_acknowledges_it_in_order_and_over_restarts(start, tmp_path, seed):
+    rnd, keys = random.Random(seed), {"database": str(tmp_path / "a.db")}
+    hs = start(**keys)
+    alice, senders = hs.client("alice"), [hs.client(name) for name in ("bob", "carol")]
+    devices = [alice, again(hs, alice)]
+    names = {device: device_of(device) for device in devices}
+    sent, tokens, acknowledged = {one: [] for one in devices}, {one: [("", 0)] for one in devices}, dict.fromkeys(devices, 0)
+    processed = {one: [] for one in devices}                 # of those answers that were not lost on the way
+    for n in range(120):
+        act, device = rnd.choice(["send"] * 5 + ["sync"] * 5 + ["again", "old", "anew"] + ["restart"] * (n % 40 == 0)), rnd.choice(devices)
+        if act == "send":
+            chosen = rnd.choice(["*", names[device], "both"])
+            contents = {names[device]: {"n": n}, "*": {"n": -n}} if chosen == "both" else {chosen: {"n": n}}
+            for _ in range(rnd.choice([1, 1, 2])):           # it may be sent again, with the same transaction ID
+                rnd.choice(senders[:1]).ask("PUT", "sendToDevice", "m.x", f"{seed}-{n}", body={"messages": {alice.user_id: contents}})
+            for one in devices:
+                content = contents.get(names[one], contents.get("*"))
+                if content:
+                    sent[one].append(content["n"])
+        elif act == "restart":
+            hs.stop()
+            hs = start(**keys)
+            for client in (*devices, *senders):
+                client.close()
+                client.url = hs.url
+        else:
+            token, upto = {"sync": tokens[device][-1], "again": tokens[device][-1], "old": rnd.choice(tokens[device]), "anew": ("", 0)}[act]
+            answer = device.sync(token or None)
+            found = [message["content"]["n"] for message in answer.get("to_device", {}).get("events", [])]
+            assert found == sent[device][max(upto, acknowledged[device]):], (n, act)
+            acknowledged[device] = max(acknowledged[device], upto)
+            if act == "sync":                                # the others are lost on the way back
+                processed[device] += found
+                tokens[device].append((answer["next_batch"], len(sent[device])))
+    for device in devices:
+        processed[device] += [message["content"]["n"] for message in device.sync(tokens[device][-1][0] or None).get("to_device", {}).get("events", [])]
+    assert processed == sent and all(len(found) > 20 for found in processed.values())
+
+
+def test_a_message_to_a_device_is_not_taken_away_by_events_which_does_not_carry_it(three):
+    hs, alice, bob, *_ = three
+    since = alice.sync()["next_batch"]
+    bob.ask("PUT", "sendToDevice", "m.room_key", "1", body={"messages": {alice.user_id: {"*": {}}}})
+    alice.ask("GET", "events")
+    assert len(alice.sync(since)["to_device"]["events"]) == 1
+
+
+# -- Whose keys are new.
+
+class Meetings:
+    """Who met whom, and whose keys changed, as a list of moments; each an independent copy."""
+
+    def __init__(self, rooms):
+        self.rooms, self.keys, self.moments = {room: set() for room in rooms}, {}, []
+
+    def note(self):
+        self.moments.append({room: frozenset(members) for room, members in self.rooms.items()})
+
+    @staticmethod
+    def together(moment, one, other):
+        return any({one, other} <= members for members in moment.values())
+
+    def expected(self, one, since):
+        """Who must be in changed, and in left, for what happened from this moment on."""
+        window, changed, left = self.moments[since:], set(), set()
+        for other, at in self.keys.items():
+            met = [other == one or self.together(moment, one, other) for moment in window]
+            if met[-1] and (at > since or not all(met)):
+                changed.add(other)
+            if any(met) and not met[-1]:
+                left.add(other)
+        return changed, left
+
+
+@pytest.mark.parametrize("seed, forgets", [(seed, forgets)
+                                           for seed, forgets in ((1, False), (2, True))])
+def test_device_lists_name_everybody_whose_keys_are_new_or_who_is_newly_met_and_who_is_met_no_more(three, seed, forgets):
+    hs, *people, _ = three
+    rnd = random.Random(seed)
+    rooms = [people[0].create_room(preset="public_chat") for _ in range(3)]
+    people[0].leave(rooms[2])
+    model = Meetings(rooms)
+    for room in rooms[:2]:
+        model.rooms[room].add(people[0].user_id)
+    model.note()
+    tokens = {person: [(person.sync()["next_batch"], 0)] for person in people}
+    for n in range(150):
+        act, person, room = rnd.choice(["join"] * 4 + ["leave"] * 3 + ["kick", "rename", "key", "key", "sync", "sync", "sync"]), rnd.choice(people), rnd.choice(rooms)
+        inside = model.rooms[room]
+        if act == "join":
+            person.join(room)
+            inside.add(person.user_id)
+        elif act == "leave" and person.user_id in inside and len(inside) > 1:
+            person.leave(room)
+            inside.discard(person.user_id)
+            if forgets:
+                person.call("POST", path("rooms", room, "forget"), {})
+        elif act == "kick" and people[0].user_id in inside and len(inside) > 1:
+            other = rnd.choice(sorted(inside - {people[0].user_id}))
+            people[0].call("POST", path("rooms", room, "kick"), {"user_id": other})
+            inside.discard(other)
+        elif act == "rename":
+            renamed(person, f"name {n}")
+        elif act == "key":
+            upload(person, change=n)
+            model.keys[person.user_id] = len(model.moments)
+        model.note()
+        if act == "sync":
+            token, since = rnd.choice(tokens[person][-2:])
+            answer = person.sync(token)
+            found = answer.get("device_lists", {"changed": [], "left": []})
+            changed, left = model.expected(person.user_id, since)
+            assert changed <= set(found["changed"]) and left <= set(found["left"]), (n, person.user_id)
+            assert all(other == person.user_id or model.together(model.moments[-1], person.user_id, other) for other in found["changed"])
+            assert not any(model.together(model.moments[-1], person.user_id, other) for other in found["left"])
+            tokens[person].append((answer["next_batch"], len(model.moments) - 1))
+
+
+@pytest.mark.parametrize("filter", [{"rooms": []}, {"not_rooms": ["{room}"]}])
+def test_device_lists_do_not_depend_on_the_rooms_that_a_filter_chooses(three, filter):
+    hs, alice, bob, _, room = three
+    upload(bob)
+    since = alice.sync()["next_batch"]
+    bob.join(room)
+    assert alice.sync(since, filter={"room": json.loads(json.dumps(filter).replace("{room}", room))})["device_lists"]["changed"] == [bob.user_id]
+
+
+@pytest.mark.parametrize("how", ["declined", "taken back", "unbanned"])
+def test_who_was_never_in_a_room_does_not_learn_who_is(three, how):
+    hs, alice, bob, carol, _ = three
+    upload(alice), upload(bob)
+    room = alice.create_room(invite=[bob.user_id, carol.user_id])
+    bob.join(room)
+    since = carol.sync()["next_batch"]
+    if how == "declined":
+        carol.leave(room)
+    else:
+        for verb in ("kick",) if how == "taken back" else ("ban", "unban"):
+            alice.call("POST", path("rooms", room, verb), {"user_id": carol.user_id})
+    assert "device_lists" not in carol.sync(since)
+
+
+# -- What is unread.
+
+class Counts:
+    """An independent model of the default push rules and of receipts, for one user in a room of three."""
+
+    def __init__(self, who, name):
+        self.who, self.name, self.events, self.read = who, name, [], {}      # thread (-1: all, 0: main) → number of the event
+
+    def happened(self, id, sender, content, type, root, room_power):
+        body, mentions = content.get("body", ""), content.get("m.mentions")
+        notify, highlight = type == "m.room.message", False
+        if mentions is None:                                 # the older rules
+            highlight = bool(re.search(rf"(?i)\b({re.escape(self.name)})\b", body)) or (bool(re.search(r"(?<!\w)@room(?!\w)", body)) and room_power)
+        elif self.who in mentions.get("user_ids", []) or (mentions.get("room") and room_power):
+            highlight = True
+        if content.get("msgtype") == "m.notice":
+            notify = highlight = False
+        if content.get("m.relates_to", {}).get("rel_type") == "m.replace" and not highlight:
+            notify = False
+        if type == "m.reaction" and not highlight:
+            notify = False
+        self.events.append({"id": id, "own": sender == self.who, "notify": notify or highlight, "highlight": highlight, "root": root})
+        if sender == self.who:
+            self.read[root] = len(self.events) - 1
+
+    def receipt(self, thread, id):
+        n = next(n for n, event in enumerate(self.events) if event["id"] == id)
+        self.read[thread] = max(n, self.read.get(thread, -1))
+
+    def counts(self):
+        found = {0: [0, 0]}
+        for n, event in enumerate(self.events):
+            if event["notify"] and not event["own"] and n > self.read.get(-1, -1) and n > self.read.get(event["root"], -1):
+                count = found.setdefault(event["root"], [0, 0])
+                count[0] += 1
+                count[1] += event["highlight"]
+        main = found.pop(0)
+        return main, found
+
+
+@pytest.mark.parametrize("seed", [4, 11])
+def test_what_is_unread_is_what_the_default_rules_and_the_receipts_say(three, seed):
+    hs, alice, bob, carol, room = three
+    bob.join(room), carol.join(room)
+    rnd, people = random.Random(seed), [alice, bob, carol]
+    models = {client: Counts(client.user_id, asbridge.localpart_of(client.user_id)) for client in (bob, carol)}
+    sent, roots = [], []
+    for n in range(140):
+        act, client = rnd.choice(["say"] * 6 + ["thread"] * 3 + ["react", "edit", "state", "redact", "receipt", "anew"] + ["threaded"] * 4 + ["look"] * 3), rnd.choice(people)
+        if act in ("say", "thread", "react", "edit", "state"):
+            body = rnd.choice(["x", "bob: hello", "for carol?", "bobby", "@room", "@rooms", "CAROL"])
+            content = {"msgtype": rnd.choice(["m.text", "m.text", "m.text", "m.notice"]), "body": body}
+            if rnd.random() < 0.5:
+                content["m.mentions"] = rnd.choice([{}, {"user_ids": [bob.user_id]}, {"user_ids": [carol.user_id, "@x:y"]}, {"room": True}])
+            type, root = "m.room.message", 0
+            if act in ("thread", "react", "edit") and roots:
+                root = rnd.choice(roots)
+                if act == "thread":
+                    content["m.relates_to"] = {"rel_type": "m.thread", "event_id": root}
+                elif act == "edit":
+                    content["m.relates_to"], content["m.new_content"], root = {"rel_type": "m.replace", "event_id": root}, {"body": body}, 0
+                else:
+                    type, content, root = "m.reaction", {"m.relates_to": {"rel_type": "m.annotation", "event_id": root, "key": str(n)}}, 0
+            if act == "state":
+                if client is not alice:
+                    continue
+                id = client.set_state(room, "m.room.topic", {"topic": f"bob {n}"})
+                type, content = "m.room.topic", {"topic": "x"}
+            else:
+                id = client.send(room, type, content)
+            for model in models.values():
+                model.happened(id, client.user_id, content, type, root, client is alice)
+            sent.append((id, root, client))
+            if act == "say":
+                roots.append(id)
+        elif act == "redact" and sent:
+            id, root, whose = rnd.choice(sent)
+            if whose is alice and id not in roots:
+                alice.redact(room, id)
+                for model in models.values():
+                    next(event for event in model.events if event["id"] == id)["notify"] = False
+        elif act in ("receipt", "threaded") and client is not alice and sent:
+            id, root, _ = rnd.choice(sent[-8:])
+            if act == "receipt":
+                receipt(client, room, id, rnd.choice(["m.read", "m.read.private"]))
+                models[client].receipt(-1, id)
+            else:
+                with contextlib.suppress(MatrixError):       # one that was redacted is in no thread any more
+                    receipt(client, room, id, thread_id=root or "main")
+                    models[client].receipt(root, id)
+        elif act == "anew":
+            hs.api.sync.unread = asbridge.Unread()           # as after a restart
+        elif act == "look" and client is not alice:
+            main, threads = models[client].counts()
+            assert unread(client, room, unread_thread_notifications=True) == (main, threads), n
+            everything = [sum(column) for column in zip(main, *threads.values(), strict=True)]
+            assert unread(client, room) == (everything, {}), n
+
+
+@pytest.mark.parametrize("how", [
+    "ignored",
+    "not ignored any more",
+    "redacted by somebody ignored",
+    "own message redacted"])
+def test_counts_of_what_is_unread_are_the_same_anew(three, how):
+    hs, alice, bob, carol, room = three
+    bob.join(room), carol.join(room)
+    ignore = lambda *users: bob.set_account_data("m.ignored_user_list", {"ignored_users": {user.user_id: {} for user in users}})  # noqa: E731
+    if how == "not ignored any more":
+        ignore(carol)
+    if how == "redacted by somebody ignored":
+        ignore(alice)
+    said, own = carol.say(room, "bob"), bob.say(room, "x") if how == "own message redacted" else None
+    unread(bob, room)
+    if how == "ignored":
+        ignore(carol)
+    elif how == "not ignored any more":
+        ignore()
+    else:
+        alice.redact(room, own or said)
+    grown = unread(bob, room)
+    hs.api.sync.unread = asbridge.Unread()
+    assert grown == unread(bob, room)
+
+
+# -- Aggregations.
+
+@pytest.mark.parametrize("seed", range(2))
+def test_threads_have_the_count_the_latest_event_and_the_participants_that_a_model_of_them_has(three, seed):
+    hs, alice, bob, carol, room = three
+    bob.join(room), carol.join(room)
+    rnd, people = random.Random(seed), [alice, bob, carol]
+    roots, replies = [(client, client.say(room, "root")) for client in [*people, alice]], []
+    for n in range(80):
+        client, (_, root) = rnd.choice(people), rnd.choice(roots)
+        act = rnd.choice(["reply"] * 4 + ["redact", "edit", "react", "redact root"])
+        if act == "reply":
+            replies.append((client, root, reply(client, room, root, body=str(n))))
+        elif act == "redact" and replies:
+            gone = rnd.choice(replies)
+            alice.redact(room, gone[2])
+            replies.remove(gone)
+        elif act in ("edit", "react") and replies:
+            reply(client, room, rnd.choice(replies)[2], *(["m.replace"] if act == "edit" else ["m.annotation"]), key=str(n))
+        elif act == "redact root" and n % 4 == 0:
+            alice.redact(room, root)
+        if n % 5 == 0:
+            latest = sorted({root for _, root, _ in replies}, key=lambda root: -max(i for i, one in enumerate(replies) if one[1] == root))
+            for client in people:
+                listed = client.call("GET", f"/_matrix/client/v1/rooms/{quote(room)}/threads")["chunk"]
+                assert [event["event_id"] for event in listed] == latest
+                for sender, root in roots:
+                    of = [one for one in replies if one[1] == root]
+                    found = ((bundled(client.event(room, root)) or {}).get("m.thread"))
+                    assert (found and (found["count"], found["latest_event"]["event_id"], found["current_user_participated"])) == (
+                        (len(of), of[-1][2], client in (sender, *(one[0] for one in of))) if of else None)
+                    assert relations(client, room, root, "m.thread", dir="f")[0] == [one[2] for one in of]
+
+
+def test_who_began_a_thread_has_participated_in_it(three):
+    hs, alice, bob, _, room = three
+    bob.join(room)
+    reply(bob, room, root := alice.say(room, "root"))
+    found = alice.call("GET", f"/_matrix/client/v1/rooms/{quote(room)}/threads", include="participated")["chunk"]
+    assert [event["event_id"] for event in found] == [root] and bundled(found[0])["m.thread"]["current_user_participated"]
+
+
+def test_who_has_left_is_still_told_the_threads_as_they_were(three):
+    hs, alice, bob, _, room = three
+    bob.join(room)
+    reply(bob, room, root := alice.say(room, "root"))
+    bob.leave(room)
+    reply(alice, room, root)
+    found = bob.call("GET", f"/_matrix/client/v1/rooms/{quote(room)}/threads")["chunk"]
+    assert [(event["event_id"], bundled(event)["m.thread"]["count"]) for event in found] == [(root, 1)]
+
+
+# -- One-time keys.
+
+@pytest.mark.parametrize("seed", range(2))
+def test_no_one_time_key_is_handed_out_twice_or_lost_though_batches_and_commits_fail(start, seed):
+    hs = start(registration(url=nowhere(), **ENCRYPTING))
+    alice, ghost, rnd = hs.client("alice"), ghost_with_device(hs), random.Random(seed)
+    ids = [f"signed_curve25519:K{n:03}" for n in range(60)]
+    ghost.ask("POST", "keys", "upload", body={"device_keys": device_keys(ghost), "one_time_keys": {id: {"key": id} for id in ids}, "fallback_keys": {"signed_curve25519:F": {"key": "F"}}})
+    store, who, got, refused_ = hs.world.store, asbridge.Who(alice.user_id), [], []
+    store._tx.db = FaultyDb(store._tx.db, "COMMIT", 0)
+
+    def claiming(n):
+        for _ in range(10):
+            try:
+                keys = hs.api.keys.claim(who, {ghost.user_id: {"GHOST": "signed_curve25519"}})["one_time_keys"]
+                got.extend(keys[ghost.user_id]["GHOST"])
+            except MatrixError as error:
+                refused_.append(error.status)
+
+    def failing(tx):
+        if rnd.random() < 0.5:
+            tx.db.times = rnd.choice([1, 1, 3])              # this COMMIT fails, and of those after it some
+        else:
+            raise sqlite3.OperationalError("disk I/O error")
+    threads = [threading.Thread(target=claiming, args=(n,)) for n in range(5)]
+    for thread in threads:
+        thread.start()
+    while any(thread.is_alive() for thread in threads):
+        with contextlib.suppress(MatrixError):
+            store.write(failing)
+    store._tx.db.times = 0
+    with store.read() as reader:
+        left = [row[0] for row in reader.all("SELECT key_id FROM one_time_keys")]
+    assert sorted(got + left) == ids and len(got) + len(refused_) == 50 and hs.api.keys.claim(who, {ghost.user_id: {"GHOST": "signed_curve25519"}})
+
+
+# -- Presence of two devices.
+
+@pytest.mark.parametrize("script", [
+    "A:online =online B:online +20 B:online +20 =online +15 =offline",
+    "A:online +29 =online A:online +29 =online +2 =offline B:online =online",
+    "A~online B~online +299 =online +2 =unavailable A~online =unavailable B! =online +299 =online +2 =unavailable +400 =offline",
+    "A~online +301 =unavailable B:online =online +301 =unavailable +400 =offline A! =offline",
+    "A:offline =offline B:online =online A:offline +25 A:offline =online +6 =offline",
+    "A:unavailable =unavailable +10 A:unavailable +301 =offline A! =offline B:online =online",
+    "A~unavailable +301 =unavailable A! =unavailable +400 =offline"])
+def test_presence_is_what_two_devices_make_of_it_and_each_change_is_told_once(pair, script):
+    hs, alice, bob, _, since = pair
+    hs.api.presence.timer.stop()                             # the test does what it does, at once
+    devices, seen = {"A": bob, "B": again(hs, bob)}, "offline"
+    for step in script.split():
+        if step[0] == "+":
+            hs.advance(float(step))
+            hs.api.presence._expire()
+        elif step[0] == "=":
+            answer = alice.sync(since)
+            since, told = answer["next_batch"], presences(answer)
+            told.pop(alice.user_id, None)                    # who goes on and off as she looks
+            assert presence_of(alice, bob)["presence"] == step[1:] and told == ({bob.user_id: step[1:]} if step[1:] != seen else {}), step
+            seen = step[1:]
+        elif step[1] == "!":
+            devices[step[0]].set_account_data("org.x", {"x": time.monotonic()})
+        else:
+            who = asbridge.Who(bob.user_id, device_of(devices[step[0]]))
+            hs.api.presence.polling(who, step[2:], 600.0 if step[1] == "~" else 0.0)
+
+
+def test_who_asks_for_a_sync_without_end_is_offline_after_the_longest_that_there_is(pair):
+    hs, alice, bob, _, since = pair
+    bob.ask("GET", "sync", timeout=2**53 - 1)
+    hs.advance(asbridge.MAX_SYNC_SECONDS + asbridge.OFFLINE_SECONDS + 1)
+    hs.api.presence._expire()
+    assert presence_of(alice, bob)["presence"] == "offline"
+
+
 # ============================================================================
 # 7. Delivery
 # ============================================================================
@@ -6716,6 +7118,201 @@ def test_a_service_is_not_asked_about_its_own_network_while_it_waits(start, reco
     assert instances(hs.appservice("one")) == ["one|libera", "two|libera"]             # what is known needs no question
 
 
+# -- Pushes with everything at once.
+
+def to_device_of(r):
+    return [message["content"]["n"] for part in pushed(r, "de.sorunome.msc2409.to_device") for message in part]
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_with_everything_at_once_each_transaction_keeps_its_bytes_and_all_comes_once_and_in_order_over_restarts(start, recorder, tmp_path, seed):
+    r, rnd, keys = recorder(), random.Random(seed), {"database": str(tmp_path / "a.db"), "retry_first_ms": 1, "retry_max_ms": 3}
+
+    def unreliable(request, body):
+        fate = rnd.random()
+        if fate < 0.3:
+            raise ConnectionError                            # it was taken, but the answer gets lost
+        return (500, {"errcode": "M_UNKNOWN"}) if fate < 0.5 else (200, {})
+    r.answer = unreliable
+    data = registration(url=r.url, **ENCRYPTING)
+    hs = start(data, **keys)
+    alice, ghost = hs.client("alice"), ghost_with_device(hs)
+    room = alice.create_room(preset="public_chat")
+    ghost.join(room)
+    ghost.ask("POST", "keys", "upload", body={"device_keys": device_keys(ghost), "one_time_keys": {f"signed_curve25519:{n}": {} for n in range(50)}})
+    said, sent, claimed, changes, last = [], [], 0, 0, ""
+    for n in range(90):
+        act = rnd.choice(["say", "say", "message", "message", "claim", "keys", "typing", "receipt", "restart" if n % 10 == 0 else "say"])
+        if act == "say":
+            last = alice.say(room, str(n))
+            said.append(str(n))
+        elif act == "message":
+            alice.ask("PUT", "sendToDevice", "m.x", f"{n}", body={"messages": {ghost.user_id: {"*": {"n": n}}}})
+            sent.append(n)
+        elif act == "claim":
+            claim(alice, ghost)
+            claimed += 1
+        elif act == "keys":
+            upload(alice, change=n)
+            changes += 1
+        elif act == "typing":
+            alice.typing(room, bool(n % 2))
+        elif act == "receipt" and last:
+            alice.receipt(room, last)
+        elif act == "restart":
+            hs.stop()
+            hs = start(data, **keys)
+            alice, ghost = asbridge.Client(hs.url, alice.token), ghost
+            ghost.close()
+            ghost.url = hs.url
+    r.answer = lambda request, body: (200, {})
+    hs.settle()
+    came = r.transactions
+    assert all(len({body for id, body in came if id == txn_id}) == 1 for txn_id, _ in came) and len(came) > len(dict(came))
+    assert [id for id, _ in came] == sorted([id for id, _ in came], key=int)        # the next one after the acknowledgement only
+    ids = [event["event_id"] for event in r.events]
+    assert r.texts() == said and len(set(ids)) == len(ids) and to_device_of(r) == sent
+    counts = [part[ghost.user_id]["GHOST"]["signed_curve25519"] for part in pushed(r, "org.matrix.msc3202.device_one_time_keys_count") if ghost.user_id in part]
+    assert counts[-1] == 50 - claimed and counts == sorted(counts, reverse=True)
+    lists = pushed(r, "org.matrix.msc3202.device_lists")
+    assert {alice.user_id} <= {user for part in lists for user in part["changed"]} and len(lists) <= changes + 1
+    assert [data["content"] for data in ephemeral_of(r) if data["type"] == "m.receipt"]
+
+
+def test_ephemeral_data_that_waits_survives_a_commit_that_fails(start, recorder):
+    r = recorder()
+    hs = start(registration(url=r.url, rooms=["!.*"], receive_ephemeral=True), retry_first_ms=1, retry_max_ms=3)
+    alice = hs.client("alice")
+    room = alice.create_room()
+    hs.settle()
+    gate, db = threading.Event(), FaultyDb(hs.world.store._tx.db, "COMMIT", 0)
+    hs.world.store._tx.db = db
+
+    def answer(request, body):
+        if not gate.is_set():
+            gate.wait(5)
+            db.times = 1                                     # the acknowledgement can't be stored at first
+        return 200, {}
+    r.answer = answer
+    event_id = alice.say(room, "x")
+    alice.receipt(room, event_id)
+    gate.set()
+    hs.settle()
+    assert [list(data["content"]) for data in ephemeral_of(r) if data["type"] == "m.receipt"] == [[event_id]]
+
+
+# -- Reading the registrations again while things wait.
+
+class Reloading:
+    """A homeserver whose one registration changes: an application service with a ghost that has a device with keys."""
+
+    def __init__(self, start, r, folder, **more):
+        self.r, self.file = r, folder / "r.json"
+        self.write(**more)
+        self.hs = start(str(self.file), retry_first_ms=1, retry_max_ms=3)
+        self.alice, self.ghost = self.hs.client("alice"), ghost_with_device(self.hs)
+        self.room = self.alice.create_room(preset="public_chat")
+        self.ghost.join(self.room)
+        self.ghost.ask("POST", "keys", "upload", body={"device_keys": device_keys(self.ghost), "one_time_keys": {f"signed_curve25519:{n}": {} for n in range(9)}})
+        self.hs.settle()
+        self.n = 0
+
+    def write(self, **more):
+        self.file.write_text(json.dumps(registration(**{"url": self.r.url, **more})))
+
+    def reload(self, **more):
+        self.write(**more)
+        self.hs.reload()
+
+    def message(self, times=1):
+        for self.n in range(self.n, self.n + times):
+            self.alice.ask("PUT", "sendToDevice", "m.x", str(self.n), body={"messages": {self.ghost.user_id: {"*": {"n": self.n}}}})
+        self.n += 1
+
+    def refuse(self):
+        self.r.answer = lambda request, body: (500, {"errcode": "M_UNKNOWN"})
+        self.alice.say(self.room, "holds the line")
+        eventually(lambda: self.hs.waiting())
+
+    def accept(self):
+        self.r.answer = lambda request, body: (200, {})
+        self.hs.settle()
+
+    def left_for_sync(self):
+        session = self.hs.api.accounts.login_ghost(self.hs.world.registrations.by_id["irc"], self.ghost.user_id, device_id="GHOST")
+        return [message["content"]["n"] for message in asbridge.Client(self.hs.url, session["access_token"]).sync().get("to_device", {}).get("events", [])]
+
+
+@pytest.mark.parametrize("then", [{},
+                                  {"org.matrix.msc3202": True}, {"de.sorunome.msc2409.push_ephemeral": True}])
+def test_what_waits_for_a_service_that_takes_no_more_ephemeral_data_is_left_for_the_device(start, recorder, tmp_path, then):
+    it = Reloading(start, recorder(), tmp_path, **ENCRYPTING)
+    it.refuse()
+    it.message(3)
+    it.alice.typing(it.room)
+    it.reload(**then)
+    it.message(2)
+    it.accept()
+    assert to_device_of(it.r) + it.left_for_sync() == [0, 1, 2, 3, 4]
+    if "org.matrix.msc3202" not in then:                     # neither is it told what it does not want
+        assert not any("msc3202" in body.decode() for _, body in it.r.transactions if b"holds the line" in body)
+
+
+@pytest.mark.parametrize("meanwhile", [{"url": None, **ENCRYPTING}, {"url": None}])
+def test_what_waits_for_a_service_is_kept_while_it_has_no_url(start, recorder, tmp_path, meanwhile):
+    it = Reloading(start, recorder(), tmp_path, **ENCRYPTING)
+    it.refuse()
+    said = [it.alice.say(it.room, str(n)) for n in range(3)]
+    it.reload(**meanwhile)
+    it.alice.say(it.room, "not for it"), upload(it.alice), it.alice.typing(it.room)
+    position = len(it.r.requests)
+    it.reload(**ENCRYPTING)
+    it.accept()
+    it.alice.say(it.room, "again for it")
+    it.hs.settle()
+    assert it.r.texts() == ["holds the line", "0", "1", "2", "again for it"] and said and len(it.r.requests) > position
+    assert it.alice.user_id in {user for part in pushed(it.r, "org.matrix.msc3202.device_lists") for user in part["changed"]}
+
+
+def test_a_service_that_begins_to_encrypt_hears_at_once_how_many_keys_its_ghosts_have(start, recorder, tmp_path):
+    it = Reloading(start, recorder(), tmp_path)
+    it.reload(**ENCRYPTING)
+    eventually(lambda: pushed(it.r, "org.matrix.msc3202.device_one_time_keys_count"), 0.5)
+    assert pushed(it.r, "org.matrix.msc3202.device_one_time_keys_count") == [{it.ghost.user_id: {"GHOST": {"signed_curve25519": 9}}}]
+
+
+@pytest.mark.parametrize("seed, last", [(0, ENCRYPTING), (1, ENCRYPTING), (2, {})])
+def test_through_any_changes_of_a_registration_each_event_comes_once_and_each_message_to_the_service_or_the_device(start, recorder, tmp_path, caplog, seed, last):
+    r, rnd = recorder(), random.Random(seed)
+    it, said = Reloading(start, r, tmp_path, **ENCRYPTING), []
+    r.answer = lambda request, body: (200, {}) if rnd.random() < 0.5 else (500, {"errcode": "M_UNKNOWN"})
+    for n in range(80):
+        act = rnd.choice(["say", "message", "message", "receipt", "keys", "reload"])
+        if act == "say":
+            said.append(it.alice.say(it.room, f"{n}"))
+        elif act == "message":
+            it.message()
+        elif act == "receipt" and said:
+            it.alice.receipt(it.room, said[-1])
+        elif act == "keys":
+            upload(it.alice, change=n), claim(it.alice, it.ghost)
+        elif act == "reload":
+            it.reload(**rnd.choice([{}, ENCRYPTING, {"receive_ephemeral": True}, {"org.matrix.msc3202": True}, {"de.sorunome.msc2409.push_ephemeral": True}]))
+    it.reload(**ENCRYPTING)
+    r.answer = lambda request, body: (500, {"errcode": "M_UNKNOWN"})
+    said.append(it.alice.say(it.room, "holds the line"))
+    eventually(lambda: it.hs.delivery.worker("irc").failures > 12)
+    it.message(3)
+    it.reload(**last)
+    it.message()
+    it.accept()
+    came = r.transactions
+    assert all(len({body for id, body in came if id == txn_id}) == 1 for txn_id, _ in came)
+    assert [event["event_id"] for event in r.events if event["type"] == "m.room.message"] == said
+    assert sorted(to_device_of(r) + it.left_for_sync()) == list(range(it.n)) and to_device_of(r) == sorted(to_device_of(r))
+    assert not [record for record in caplog.records if record.levelname == "ERROR" or record.exc_info]
+
+
 # ============================================================================
 # 8. Routes
 # ============================================================================
@@ -7163,6 +7760,262 @@ def test_a_path_of_the_table_has_a_handler_and_is_found(start):
     for route in asbridge.ROUTES:
         found, params = asbridge.Router(asbridge.ROUTES).find(route.method, re.sub(r"{\w+}", "x", route.path))
         assert found.handler is route.handler and list(params) == re.findall(r"{(\w+)}", route.path)
+
+
+# -- Every row of the table: who may not, and what is of the wrong type.
+
+def quote(text):
+    return urllib.parse.quote(text, safe="")
+
+
+def test_each_row_of_the_table_that_needs_a_user_refuses_everybody_who_is_none(start):
+    hs = start(registration(), registration("other", users=("@_other_.*",), aliases=()))
+    alice, gone = hs.client("alice"), acting(hs, "irc", "@_irc_gone:localhost")
+    gone.ask("POST", "account", "deactivate", body={})
+    position, client, failed = hs.world.store.position, asbridge.HttpClient(hs.url), []
+    strangers = [(None, "", 401, "M_MISSING_TOKEN"), ("nonsense", "", 401, "M_UNKNOWN_TOKEN"), ("hs-irc", "", 401, "M_UNKNOWN_TOKEN"),
+                 ("as-irc", "user_id=@alice:localhost", 403, "M_FORBIDDEN"), ("as-irc", "user_id=@_other_bot:localhost", 403, "M_FORBIDDEN"),
+                 ("as-irc", "user_id=@_irc_nobody:localhost", 403, "M_FORBIDDEN"), ("as-irc", "user_id=@_irc_x:elsewhere", 403, "M_FORBIDDEN"),
+                 ("as-irc", "user_id=nonsense", 403, "M_FORBIDDEN"), ("as-irc", "user_id=@_irc_gone:localhost", 403, "M_USER_DEACTIVATED"),
+                 ("as-irc", "device_id=GONE", 400, "M_UNKNOWN_DEVICE"), ("as-irc", "org.matrix.msc3202.device_id=GONE", 400, "M_UNKNOWN_DEVICE")]
+    rows = [route for route in asbridge.ROUTES if route.auth in ("user", "appservice")]
+    for route in rows:
+        where = re.sub(r"{\w+}", "x", route.path)
+        person = [(alice.token, "", 403, "M_FORBIDDEN")] if route.auth == "appservice" else []
+        for token, query, status, errcode in strangers + person:
+            got, answer = client.request(route.method, f"{where}?{query}", b"{}" if route.method != "GET" else None, {"Authorization": f"Bearer {token}"} if token else {})
+            if (got, json.loads(answer)["errcode"]) != (status, errcode):
+                failed.append((route.method, route.path, token, query, got, answer[:80]))
+    client.close()
+    assert failed == [] and len(rows) > 90 and hs.world.store.position == position
+
+
+WRONG = (None, 2**70, 1.5, "x", "\0", [None], [[]], {}, {"x": {"x": 5}}, True)
+
+
+def mutations(body):
+    """The body with each value in it, however deep, replaced by each wrong one."""
+    def places(value, where):
+        for key, item in (value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()):
+            yield (*where, key)
+            yield from places(item, (*where, key))
+    for where in places(body, ()):
+        for wrong in WRONG:
+            changed = copy.deepcopy(body)
+            functools.reduce(lambda value, key: value[key], where[:-1], changed)[where[-1]] = wrong
+            yield changed
+
+
+RELATED = {"rel_type": "m.thread", "event_id": "{event}", "key": "+", "is_falling_back": True, "m.in_reply_to": {"event_id": "{event}"}}
+CONDITIONS = [{"kind": "event_match", "key": "content.body", "pattern": "x*"}, {"kind": "room_member_count", "is": ">1"}, {"kind": "contains_display_name"},
+              {"kind": "event_property_is", "key": "content.x", "value": 1}, {"kind": "event_property_contains", "key": "content.x", "value": 1},
+              {"kind": "sender_notification_permission", "key": "room"}]
+ACTIONS = ["notify", {"set_tweak": "highlight", "value": False}]
+EVENTS = {"limit": 5, "types": ["m.*"], "not_types": ["x"], "senders": ["{user}"], "not_senders": ["x"], "contains_url": False, "lazy_load_members": True,
+          "unread_thread_notifications": True}
+SIGNED = {"user_id": "{user}", "usage": ["master"], "keys": {"ed25519:K": "K"}, "signatures": {"{user}": {"ed25519:K": "s"}}}
+SESSION = {"first_message_index": 0, "forwarded_count": 0, "is_verified": False, "session_data": {"x": 1}}
+AUTH = {"type": "m.login.password", "identifier": {"type": "m.id.user", "user": "nobody"}, "user": "x", "password": "", "session": "s"}
+PERSON = "as a person"
+BODIES = [
+    ("POST", "C/register", {"type": "m.login.application_service", "username": "_irc_new", "user": "x", "device_id": "D", "initial_device_display_name": "x", "inhibit_login": True}),
+    ("POST", "C/register", {"username": "root", "password": "", "auth": {"type": "m.login.dummy", "session": "s"}, "inhibit_login": True}, PERSON),
+    ("POST", "C/login", {"type": "m.login.application_service", "identifier": {"type": "m.id.user", "user": "_irc_bob"}, "user": "_irc_bob", "device_id": "LOGIN", "initial_device_display_name": "x"}),
+    ("POST", "C/account/password", {"new_password": "x", "logout_devices": False, "auth": AUTH}), ("POST", "C/account/password", {"new_password": "x", "auth": AUTH}, PERSON),
+    ("POST", "C/account/deactivate", {"erase": True, "auth": AUTH}, PERSON), ("DELETE", "C/devices/OTHER", {"auth": AUTH}), ("POST", "C/delete_devices", {"devices": ["OTHER"], "auth": AUTH}),
+    ("PUT", "C/devices/GHOST", {"display_name": "x"}), ("PUT", "C/profile/{user}/displayname", {"displayname": "x"}), ("PUT", "C/profile/{user}/avatar_url", {"avatar_url": "mxc://x/x"}),
+    ("PUT", "U/account_data/m.ignored_user_list", {"ignored_users": {"@carol:localhost": {}}}), ("PUT", "U/rooms/{room}/account_data/m.tag", {"tags": {"x": {"order": 1}}}),
+    ("PUT", "U/rooms/{room}/tags/x", {"order": 0.5}),
+    ("POST", "U/filter", {"presence": {}, "account_data": {}, "room": {"rooms": ["{room}"], "not_rooms": ["x"], "include_leave": True, "timeline": EVENTS, "state": {}, "ephemeral": {}, "account_data": {}}}),
+    ("PUT", "C/pushrules/global/override/a", {"actions": ACTIONS, "conditions": CONDITIONS}), ("PUT", "C/pushrules/global/content/b", {"actions": ACTIONS, "pattern": "x"}),
+    ("PUT", "C/pushrules/global/room/{room}", {"actions": ACTIONS}), ("PUT", "C/pushrules/global/override/.m.rule.master/enabled", {"enabled": False}),
+    ("PUT", "C/pushrules/global/underride/.m.rule.message/actions", {"actions": ACTIONS}),
+    ("POST", "C/keys/upload", {"device_keys": {"user_id": "{user}", "device_id": "GHOST", "algorithms": ["x"], "keys": {"ed25519:GHOST": "k"}, "signatures": {"{user}": {"ed25519:GHOST": "s"}}},
+                               "one_time_keys": {"signed_curve25519:A": {"key": "k"}, "curve25519:B": "k"}, "fallback_keys": {"signed_curve25519:F": {"key": "k", "fallback": True}},
+                               "org.matrix.msc2732.fallback_keys": {"signed_curve25519:F": {"key": "k"}}}),
+    ("POST", "C/keys/query", {"device_keys": {"{user}": ["GHOST"]}, "timeout": 10}), ("POST", "C/keys/claim", {"one_time_keys": {"{user}": {"GHOST": "signed_curve25519"}}, "timeout": 10}),
+    ("POST", "C/keys/device_signing/upload", {"master_key": SIGNED, "self_signing_key": {**SIGNED, "usage": ["self_signing"]}, "auth": AUTH}),
+    ("POST", "C/keys/signatures/upload", {"{user}": {"GHOST": {"user_id": "{user}", "signatures": {"{user}": {"ed25519:K": "s"}}}, "K": SIGNED}}),
+    ("PUT", "C/sendToDevice/m.x/{n}", {"messages": {"{user}": {"*": {"x": 1}, "GHOST": {"x": 1}}}}),
+    ("PUT", "K/version/{backup}", {"algorithm": "x", "auth_data": {"x": 1}}),
+    ("PUT", "K/keys?version={backup}", {"rooms": {"{room}": {"sessions": {"s": SESSION}}}}), ("PUT", "K/keys/{room}?version={backup}", {"sessions": {"s": SESSION}}),
+    ("PUT", "K/keys/{room}/t?version={backup}", SESSION), ("PUT", "C/presence/{user}/status", {"presence": "online", "status_msg": "x"}),
+    ("POST", "C/createRoom", {"room_version": "11", "visibility": "private", "preset": "public_chat", "invite": ["@alice:localhost"], "is_direct": True, "room_alias_name": "", "name": "x",
+                              "topic": "x", "creation_content": {"type": "x", "m.federate": True}, "initial_state": [{"type": "m.room.topic", "state_key": "", "content": {"topic": "x"}}],
+                              "power_level_content_override": {"users": {"{user}": 100}, "notifications": {"room": 50}, "events": {"x": 1}, "ban": 50}}),
+    ("POST", "C/createRoom", {"room_version": "12", "creation_content": {"additional_creators": ["@alice:localhost"]}, "preset": "trusted_private_chat"}),
+    ("POST", "C/join/{room}", {"reason": "x", "third_party_signed": {}}), ("POST", "R/join", {"reason": "x"}), ("POST", "C/knock/{room}", {"reason": "x"}),
+    ("POST", "R/invite", {"user_id": "@carol:localhost", "reason": "x"}), ("POST", "R/kick", {"user_id": "@carol:localhost", "reason": "x"}),
+    ("POST", "R/ban", {"user_id": "@carol:localhost", "reason": "x"}), ("POST", "R/unban", {"user_id": "@carol:localhost", "reason": "x"}), ("POST", "R/leave", {"reason": "x"}),
+    ("PUT", "R/send/m.room.message/{n}", {"body": "x", "msgtype": "m.text", "m.relates_to": RELATED, "m.mentions": {"user_ids": ["@alice:localhost"], "room": True}, "m.new_content": {"body": "x"}}),
+    ("PUT", "R/send/m.room.message/{n}", {"body": "* x", "m.relates_to": {"rel_type": "m.replace", "event_id": "{event}"}, "m.new_content": {"body": "x"}}),
+    ("PUT", "R/send/m.reaction/{n}", {"m.relates_to": {"rel_type": "m.annotation", "event_id": "{event}", "key": "+"}}), ("PUT", "R/send/m.room.redaction/{n}", {"redacts": "{event}", "reason": "x"}),
+    ("PUT", "R/redact/{event}/{n}", {"reason": "x", "redacts": "x"}),
+    *(("PUT", f"R/state/{type}/{key}", content) for type, key, content in (
+        ("m.room.name", "", {"name": "x"}), ("m.room.avatar", "", {"url": "mxc://x/x"}), ("m.room.guest_access", "", {"guest_access": "x"}), ("m.room.tombstone", "", {"body": "x", "replacement_room": "x"}),
+        ("m.room.join_rules", "", {"join_rule": "restricted", "allow": [{"type": "m.room_membership", "room_id": "{room}"}]}),
+        ("m.room.history_visibility", "", {"history_visibility": "joined"}), ("m.room.canonical_alias", "", {"alias": "", "alt_aliases": []}),
+        ("m.room.member", "{user}", {"membership": "join", "displayname": "x", "avatar_url": "x", "reason": "x", "join_authorised_via_users_server": "x"}),
+        ("m.room.member", "@alice:localhost", {"membership": "leave", "displayname": "x", "third_party_invite": {"signed": {}}}),
+        ("m.space.child", "{room}", {"via": ["x"], "order": "x", "suggested": True}), ("m.room.create", "", {"room_version": "11"}),
+        ("m.room.power_levels", "", {"users": {"{user}": 100}, "users_default": 0, "events": {"x": 0}, "events_default": 0, "state_default": 0, "ban": 0, "invite": 0, "notifications": {"room": 0}}))),
+    ("PUT", "R/typing/{user}", {"typing": True, "timeout": 1000}), ("POST", "R/receipt/m.read/{event}", {"thread_id": "main"}),
+    ("POST", "R/read_markers", {"m.fully_read": "{event}", "m.read": "{event}", "m.read.private": "{event}"}), ("PUT", "C/directory/room/%23_irc_{n}:localhost", {"room_id": "{room}"}),
+    ("PUT", "L/room/{room}", {"visibility": "public"}), ("PUT", "L/appservice/net/{room}", {"visibility": "public"}),
+    ("POST", "C/publicRooms", {"limit": 5, "since": "0", "filter": {"generic_search_term": "x", "room_types": [None]}, "include_all_networks": False, "third_party_instance_id": ""}),
+    ("POST", "C/user_directory/search", {"search_term": "x", "limit": 5}), ("POST", "V/appservice/irc/ping", {"transaction_id": "x"}),
+    ("POST", "K/version", {"algorithm": "x", "auth_data": {"x": 1}}),
+]
+# Of these, even what is right is refused.
+REFUSED = {"C/account/password", "C/account/deactivate", "C/knock/{room}", "R/kick", "R/unban", "R/state/m.room.create/", "V/appservice/irc/ping"}
+
+
+class Target:
+    """A homeserver to be asked nonsense: by a ghost with a device and by a person, with a fresh room for each row."""
+
+    def __init__(self, hs):
+        self.hs, self.http, self.n = hs, asbridge.HttpClient(hs.url), 0
+        self.alice, self.ghost = hs.client("alice"), ghost_with_device(hs)
+        self.backup = self.ghost.ask("POST", "room_keys", "version", body={"algorithm": "x", "auth_data": {}})["version"]
+        self.media = self.ghost.call("POST", "/_matrix/media/v3/create")["content_uri"].rpartition("/")[2]
+        self.filter = self.ghost.ask("POST", "user", self.ghost.user_id, "filter", body={})["filter_id"]
+        self.fresh()
+
+    def fresh(self):
+        self.room = self.ghost.create_room(preset="public_chat")
+        self.alice.join(self.room)
+        self.event = self.ghost.say(self.room, "x")
+        return self
+
+    def filled(self, text, encode=lambda text: text):
+        self.n += 1
+        for name, value in (("user", self.ghost.user_id), ("room", self.room), ("event", self.event), ("backup", self.backup), ("n", str(self.n))):
+            text = text.replace("{" + name + "}", encode(value))
+        return text
+
+    def ask(self, method, where, body=None, person=False):
+        """Status and answer, which must be JSON and no failure of the homeserver."""
+        query = "" if person else f"{'&' if '?' in where else '?'}user_id={quote(self.ghost.user_id)}&device_id=GHOST"
+        token = self.alice.token if person else "as-irc"
+        status, answer = self.http.request(method, where + query, body, {"Authorization": f"Bearer {token}"})
+        return status, answer
+
+    def reads(self):
+        """What everybody reads goes on being readable, whatever was written."""
+        api, ghost, alice = self.hs.api, asbridge.Who(self.ghost.user_id, "GHOST"), asbridge.Who(self.alice.user_id)
+        one = asbridge.SyncFilter({"room": {"rooms": [self.room], "timeline": {"unread_thread_notifications": True, "limit": 3}}})
+        for who in (alice, ghost):
+            api.sync.sync(who, None, one)
+        api.keys.query(alice, {ghost.user_id: []})
+        with contextlib.suppress(MatrixError):               # she may have been thrown out
+            api.rooms.messages(alice, self.room, None, True, 3, asbridge.Filter(), lazy=True)
+            api.rooms.threads(alice, self.room, False, None, 3)
+            api.rooms.hierarchy(alice, self.room, False, 1, 0, 3)
+        api.rooms.public(0, 3)
+        api.accounts.tags(ghost, self.room)
+        api.accounts.search(alice, "bob", 3)
+        assert api.accounts.device(ghost, "GHOST") and self.alice.user_id in self.hs.world.store.users
+
+
+def pattern_of(where):
+    """The path of a row, with the names of this table for variables."""
+    return (asbridge.PREFIXES.get(where[0], where[0]) + where[1:]).replace("{roomId}", "{room}").replace("{userId}", "{user}")
+
+
+def failing(target, method, where, body, person=()):
+    """What goes wrong with this body and those that are like it."""
+    target.fresh()
+    route = pattern_of(where)
+    values = [json.dumps(body), *map(json.dumps, WRONG), "{", '{"x":1e400}', "\ud800", *map(json.dumps, mutations(body))]
+    for value in values:
+        data = target.filled(value).encode("utf-8", "surrogatepass")
+        status, answer = target.ask(method, target.filled(route, quote), data, bool(person))
+        if status >= 500 or (status >= 400 and status != 401 and "errcode" not in json.loads(answer)):
+            yield status, data.decode("utf-8", "replace"), answer[:100]
+        elif value is values[0] and (status < 300) == (where in REFUSED):
+            yield status, "is what should be taken", answer
+        elif status < 300:
+            try:
+                target.reads()
+            except Exception as error:
+                yield "after this", data.decode(), repr(error)
+                return
+
+
+@pytest.fixture(scope="module")
+def target():
+    with asbridge.Homeserver([registration()]) as hs:
+        yield Target(hs)
+
+
+def test_no_value_of_a_wrong_type_in_a_body_makes_the_homeserver_fail_then_or_later(start):
+    target = Target(start(registration()))
+    assert [(*row[:2], *what) for row in BODIES for what in failing(target, *row)] == []
+
+
+def test_each_row_that_reads_a_body_is_asked_nonsense():
+    router = asbridge.Router(asbridge.ROUTES)
+    asked = {router.find(row[0], re.sub(r"{\w+}", "x", pattern_of(row[1].partition("?")[0])))[0].path.partition("{stateKey}")[0] for row in BODIES}
+    bodiless = ("/logout", "/all", "/forget", "/request_token", "/create", "/upload", "/{mediaId}", "{eventType}")
+    assert not [route.path for route in asbridge.ROUTES if route.method in ("PUT", "POST") and route.path not in asked
+                and not route.path.partition("{stateKey}")[0].rstrip("/").endswith(bodiless)]
+
+
+WRONG_QUERIES = ["", "x", "-1", "9" * 20, "9007199254740991", "%00%FF", "%D9%A3", "[]", '{"limit":"x"}', '{"types":[5],"limit":-5}', '{"room":{"timeline":5}}']
+QUERIES = ("limit", "from", "to", "since", "timeout", "dir", "ts", "at", "version", "filter", "membership", "set_presence", "full_state", "max_depth", "uri", "width", "timeout_ms", "room_id")
+WRONG_SEGMENTS = ["%00", "%F0%9F%92%A5", "%FF", "%20", "x" * 300, "@", "%23", "$", "..", "%2F", "'%22%5B%2A"]
+
+
+def sources(route):
+    """The constants of the handler of a row, among which are the names in the query that it reads itself."""
+    handler = next((cell.cell_contents.handler for cell in route.handler.__closure__ or () if isinstance(cell.cell_contents, asbridge.Route)), route.handler)
+    return handler.__code__.co_consts
+
+
+def values_of(target):
+    user, room = target.ghost.user_id, target.room
+    return {"userId": user, "roomId": room, "eventId": target.event, "deviceId": "GHOST", "type": "org.x", "tag": "x", "filterId": target.filter, "kind": "override", "ruleId": ".m.rule.master",
+            "eventType": "m.room.member", "txnId": "t", "version": target.backup, "sessionId": "s", "stateKey": user, "relType": "m.thread", "receiptType": "m.read",
+            "roomAlias": "#_irc_x:localhost", "networkId": "n", "serverName": "localhost", "mediaId": "none", "fileName": "x", "protocol": "x", "appserviceId": "irc", "keyName": "displayname"}
+
+
+def test_no_query_makes_the_homeserver_fail(target):
+    values, failed = {name: quote(value) for name, value in values_of(target).items()}, []
+    for route in asbridge.ROUTES:
+        if route.method != "GET" and "/send/" not in route.path and "/state/" not in route.path and "room_keys" not in route.path:
+            continue
+        where, constants = route.path.format(**values), str(sources(route))
+        for name, wrong in itertools.product(QUERIES, WRONG_QUERIES):
+            if name == "timeout" and route.path.endswith("/events"):
+                continue                                     # it would wait so long
+            if name not in ("filter", "ts", "version") and name not in constants:
+                continue
+            status, answer = target.ask(route.method, f"{where}?{name}={quote(wrong) if wrong[:1] != '%' else wrong}", None if route.method == "GET" else b"{}")
+            if status >= 500:
+                failed.append((route.method, route.path, name, wrong, status))
+    assert failed == []
+
+
+def test_no_segment_of_a_path_makes_the_homeserver_fail(target):
+    values, failed = {name: quote(value) for name, value in values_of(target).items()}, []
+    for route in asbridge.ROUTES:
+        for name, wrong in itertools.product(re.findall(r"{(\w+)}", route.path), WRONG_SEGMENTS):
+            if route.method == "DELETE" and name == "deviceId":
+                continue
+            status, answer = target.ask(route.method, route.path.format(**{**values, name: wrong}), None if route.method == "GET" else b"{}")
+            if status >= 500:
+                failed.append((route.method, route.path, name, wrong, status, answer))
+    target.reads()
+    assert failed == []
+
+
+def test_who_names_nothing_as_a_device_to_delete_loses_none(start):
+    hs = start()
+    alice = hs.client("alice", "w")
+    other = again(hs, alice)
+    with contextlib.suppress(MatrixError):
+        alice.ask("POST", "delete_devices", body={"devices": [None], **confirmed()})
+    assert alice.whoami() and other.whoami()
 
 
 # ============================================================================
