@@ -2375,12 +2375,11 @@ class Reader:
                         user_id, user_id, since, to_json(list(others)), user_id, since)
         return {other: bool(shared) for other, shared in rows}
 
-    def met_by(self, user_id: str, among: Sequence[str] | None = None) -> set[str]:
-        """Who is in a room with the user, of these or of all; the user, too."""
-        rows = self.all("SELECT DISTINCT b.user_id FROM memberships a JOIN memberships b USING (room) WHERE a.user_id = ? "
-                        "AND a.membership = 'join' AND b.membership = 'join' "
-                        "AND (? OR b.user_id IN (SELECT value FROM json_each(?)))",
-                        user_id, among is None, to_json(among or []))
+    def met_by(self, user_id: str, others: Iterable[str]) -> set[str]:
+        """The user, and those of the others who are in a room with the user."""
+        rows = self.all("SELECT value FROM json_each(?) WHERE EXISTS (SELECT 1 FROM memberships a JOIN memberships b USING (room) "
+                        "WHERE a.user_id = ? AND a.membership = 'join' AND b.user_id = value AND b.membership = 'join')",
+                        to_json(list(others)), user_id)
         return {user_id, *(row[0] for row in rows)}
 
     def met_in(self, room: int, user_id: str, since: int) -> set[str]:
@@ -3012,6 +3011,10 @@ class Waiters:
             self._bells[user_id].remove(waiting)
             if not self._bells[user_id]:
                 del self._bells[user_id]
+
+    def users(self) -> list[str]:
+        with self._guard:
+            return list(self._bells)
 
     def among(self, user_ids: set[str]) -> set[str]:
         with self._guard:
@@ -4599,7 +4602,7 @@ class Presence:
             return []
         with self._guard:
             changed = {other: status for other, status in self._users.items() if since < status.tick <= now}
-        met, monotonic = reader.met_by(user_id, [*changed]) if changed else set(), self.world.clock.monotonic()
+        met, monotonic = reader.met_by(user_id, changed) if changed else set(), self.world.clock.monotonic()
         return [{"type": "m.presence", "sender": other, "content": status.content(monotonic)}
                 for other, status in changed.items() if other in met and (since or status.presence != "offline")]
 
@@ -4616,16 +4619,18 @@ class Presence:
         self.timer.set(min(new.until, new.idle_at))
 
     def _tell(self, user_id: str) -> None:
-        with self.world.store.read() as reader:
-            others = reader.met_by(user_id)
-
+        """Publishes it. Whom to wake is looked up afterwards, and only among those who wait: no room is walked for it."""
         def job(tx: Tx) -> None:
             tick, status = tx.tick(), self._users[user_id]
             content = status.content(self.world.clock.monotonic())
-            tx.wake(*others)
             tx.push_presence(user_id, {"type": "m.presence", "sender": user_id, "content": content})
             tx.after.append(lambda: self._publish(user_id, tick))
-        self.world.store.write(job)
+        store = self.world.store
+        store.write(job)
+        waiting = store.waiters.users()
+        with store.read() as reader:
+            met = reader.met_by(user_id, waiting)
+        store.waiters.wake(met)
 
     def _publish(self, user_id: str, tick: int) -> None:
         with self._guard:
