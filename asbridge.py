@@ -1912,7 +1912,7 @@ CREATE TABLE media        (media_id TEXT PRIMARY KEY, content_type TEXT NOT NULL
                            created_ts INTEGER NOT NULL, content BLOB);     -- NULL: only the URI was made yet
 CREATE TABLE device_keys  (user_id TEXT, device_id TEXT, json TEXT NOT NULL, PRIMARY KEY (user_id, device_id)) WITHOUT ROWID;
 CREATE TABLE one_time_keys(user_id TEXT, device_id TEXT, key_id TEXT,     -- 'algorithm:id'
-                           json TEXT NOT NULL, PRIMARY KEY (user_id, device_id, key_id)) WITHOUT ROWID;
+                           json TEXT NOT NULL, PRIMARY KEY (user_id, device_id, key_id));     -- they go out in the order of rowid
 CREATE TABLE fallback_keys(user_id TEXT, device_id TEXT, algorithm TEXT, key_id TEXT NOT NULL, json TEXT NOT NULL,
                            used INTEGER NOT NULL DEFAULT 0, PRIMARY KEY (user_id, device_id, algorithm)) WITHOUT ROWID;
 CREATE TABLE cross_signing(user_id TEXT, usage TEXT,                       -- master, self_signing or user_signing
@@ -1956,6 +1956,8 @@ COUNT_KEYS = (("org.matrix.msc3202.device_one_time_keys_count", "org.matrix.msc3
 EVENT_COLUMNS = ("e.tick, e.type, e.state_key, e.sender, e.ts, e.json, r.json, json_extract(p.json, '$.content'), "
                  "e.device_id, e.txn_id")
 EVENT_TABLES = "events e LEFT JOIN events r ON r.tick = e.redacted_by LEFT JOIN events p ON p.tick = e.replaces"
+# Whether the event e is in one of these ranges of ticks, JSON [[first, last], …].
+VISIBLE = "EXISTS (SELECT 1 FROM json_each(?) v WHERE e.tick BETWEEN json_extract(v.value, '$[0]') AND json_extract(v.value, '$[1]'))"
 # Those whom the user of this ID ignores.
 IGNORED = ("SELECT key FROM account_data, json_each(account_data.json, '$.ignored_users') "
            "WHERE user_id = ? AND room_id = '' AND account_data.type = 'm.ignored_user_list' AND key IS NOT NULL")
@@ -2230,13 +2232,12 @@ class Reader:
                         parent, depth, after, upto, rel_type, rel_type, type, type, limit)
         return [Event(*row) for row in rows]
 
-    def threads(self, room: int, user_id: str, seen: int, upto: int) -> list[Any]:
-        """(tick of the root, of the last reply, how many of these events are the user's), the latest first; of what is seen up
-        to the tick `seen`.
-        """
+    def threads(self, room: int, user_id: str, visible: str, upto: int) -> list[Any]:
+        """(tick of the root, of the last reply, how many of these events are the user's), the latest first."""
         return self.all("SELECT e.relates_to, max(e.tick) AS last, sum(e.sender = ?) + (p.sender = ?) FROM events e "
-                        "JOIN events p ON p.tick = e.relates_to WHERE e.room = ? AND e.rel_type = 'm.thread' AND e.tick <= ? "
-                        "GROUP BY e.relates_to HAVING last <= ? ORDER BY last DESC", user_id, user_id, room, seen, upto)
+                        f"JOIN events p ON p.tick = e.relates_to WHERE e.room = ? AND e.rel_type = 'm.thread' AND {VISIBLE} "
+                        f"AND e.sender NOT IN ({IGNORED}) GROUP BY e.relates_to HAVING last <= ? ORDER BY last DESC",
+                        user_id, user_id, room, visible, user_id, upto)
 
     def ancestors(self, tick: int, depth: int) -> list[Any]:
         """(tick, rel_type): what an event relates to and how, then what that one relates to, and so on."""
@@ -2244,30 +2245,30 @@ class Reader:
                         "UNION ALL SELECT relates_to, e.rel_type, depth + 1 FROM up JOIN events e ON tick = parent WHERE depth < ?) "
                         "SELECT parent, rel_type FROM up WHERE parent IS NOT NULL ORDER BY depth", tick, depth)
 
-    def aggregations(self, parents: Sequence[int], user_id: str, upto: int) -> list[Any]:
+    def aggregations(self, parents: Sequence[int], user_id: str, visible: str) -> list[Any]:
         """(tick of the parent, rel_type, number of children, the last one's tick, how many by the user, event IDs if they are
         references) of these parents, as far as relations are bundled. Without children of those whom the user ignores.
         """
         return self.all("SELECT e.relates_to, e.rel_type, count(*), max(e.tick), sum(e.sender = ?), "
                         "json_group_array(substr(e.json, 14, 44)) FILTER (WHERE e.rel_type = 'm.reference') "
                         "FROM events e JOIN events p ON p.tick = e.relates_to "
-                        "WHERE e.relates_to IN (SELECT value FROM json_each(?)) AND e.tick <= ? AND p.state_key IS NULL "
+                        f"WHERE e.relates_to IN (SELECT value FROM json_each(?)) AND {VISIBLE} AND p.state_key IS NULL "
                         "AND (e.rel_type = 'm.thread' AND p.rel_type IS NULL OR e.rel_type IN ('m.replace', 'm.reference') "
                         "AND coalesce(p.rel_type, '') NOT IN ('m.annotation', 'm.replace')) "
                         f"AND e.sender NOT IN ({IGNORED}) GROUP BY e.relates_to, e.rel_type",
-                        user_id, to_json(parents), upto, user_id)
+                        user_id, to_json(parents), visible, user_id)
 
     def has_annotated(self, parent: int, sender: str, type: str, key: Any) -> bool:
         return self.one("SELECT 1 FROM events WHERE relates_to = ? AND rel_type = 'm.annotation' AND sender = ? AND type = ? "
                         "AND json_extract(json, '$.content.\"m.relates_to\".key') = ?",
                         parent, sender, type, key if isinstance(key, str) else None) is not None
 
-    def latest_edit(self, event: Event, upto: int) -> Event | None:
+    def latest_edit(self, event: Event, visible: str) -> Event | None:
         """The most recent valid replacement of an event that is not redacted (Event replacements, Validity)."""
         row = self.one(f"SELECT {EVENT_COLUMNS} FROM {EVENT_TABLES} WHERE e.relates_to = ? AND e.rel_type = 'm.replace' "
-                       "AND e.sender = ? AND e.type = ? AND e.state_key IS NULL AND e.tick <= ? "
+                       f"AND e.sender = ? AND e.type = ? AND e.state_key IS NULL AND {VISIBLE} "
                        "AND (e.type = 'm.room.encrypted' OR json_type(e.json, '$.content.\"m.new_content\"') = 'object') "
-                       "ORDER BY e.ts DESC, substr(e.json, 14, 44) DESC LIMIT 1", event.tick, event.sender, event.type, upto)
+                       "ORDER BY e.ts DESC, substr(e.json, 14, 44) DESC LIMIT 1", event.tick, event.sender, event.type, visible)
         return Event(*row) if row and event.redacted_because is None else None
 
     def event_at(self, tick: int) -> Event:
@@ -2482,7 +2483,8 @@ class Tx(Reader):
     def new_batch(self) -> None:
         self.after: list[Callable[[], object]] = []          # to be done after COMMIT, in this order
         self.woken: set[str] = set()                         # users to wake then,
-        self.woken_rooms: set[Room] = set()                  # and rooms whose members to wake
+        self.woken_rooms: set[Room] = set()                  # rooms whose members to wake,
+        self.woken_around: set[str] = set()                  # and users: who is in a room with them is to be woken
         self.moved: dict[int, int] = {}                      # room → its last tick
         self.new_job()
 
@@ -2581,7 +2583,7 @@ class Tx(Reader):
         self.run("UPDATE users SET password = ? WHERE user_id = ?", password, user_id)
 
     def deactivate(self, user_id: str) -> None:
-        """Leaves nothing of an account but its name."""
+        """Leaves of an account its name, and what it has done in rooms."""
         self.delete_device(user_id)
         self.run("DELETE FROM backup_keys WHERE version IN (SELECT version FROM backups WHERE user_id = ?)", user_id)
         for table in ("account_data", "cross_signing", "signatures", "backups"):
@@ -2593,6 +2595,8 @@ class Tx(Reader):
     def rename_device(self, user_id: str, device_id: str, display_name: str | None) -> None:
         self.run("UPDATE devices SET display_name = ? WHERE user_id = ? AND device_id = ?", display_name,
                  user_id, device_id)
+        if self.device_keys(user_id, device_id):
+            self.keys_changed(user_id)                       # others are shown the name with the keys
 
     def set_account_data(self, user_id: str, room_id: str, type: str, content: str) -> None:
         self.run("INSERT OR REPLACE INTO account_data VALUES (?, ?, ?, ?, ?)", user_id, room_id, type,
@@ -2629,12 +2633,9 @@ class Tx(Reader):
     def keys_changed(self, user_id: str) -> None:
         """The user's device list is new to all who share a room, and to the application services there."""
         self.run("INSERT OR REPLACE INTO key_changes VALUES (?, ?)", user_id, self.tick())
-        self.wake(user_id)
-        for _, room_id, membership, _, _ in self.memberships_of(user_id):
-            room = self.room(room_id) if membership == "join" else None
-            if room:
-                self.wake_room(room)
-                self._job_news += [(id, None) for id in self.audience(room).interested(user_id, None) if self._hears_keys(id)]
+        self.woken_around.add(user_id)
+        wanting = {id for id in self.store.registrations.by_id if self._hears_keys(id)}
+        self._job_news += [(id, None) for id in self._concerned(user_id, wanting)]
 
     def _hears_keys(self, id: str | None) -> bool:
         registration = self.store.registrations.by_id.get(id or "")
@@ -2653,7 +2654,7 @@ class Tx(Reader):
     def claim_key(self, user_id: str, device_id: str, algorithm: str) -> tuple[str, str] | None:
         """Takes a one-time key away, or lends the fallback key: its ID and JSON."""
         row = self.one("SELECT key_id, json FROM one_time_keys WHERE user_id = ? AND device_id = ? AND instr(key_id, ? || ':') = 1 "
-                       "ORDER BY key_id LIMIT 1", user_id, device_id, algorithm)
+                       "ORDER BY rowid LIMIT 1", user_id, device_id, algorithm)
         if row:
             self.run("DELETE FROM one_time_keys WHERE user_id = ? AND device_id = ? AND key_id = ?", user_id, device_id, row[0])
         else:
@@ -2683,9 +2684,9 @@ class Tx(Reader):
                  id if pushed else None)
         self.wake(user_id)
 
-    def return_to_device(self, ids: Sequence[str]) -> None:
-        """What waits for these application services is for the /sync of the devices now."""
-        self.run("UPDATE to_device SET appservice = NULL WHERE appservice IN (SELECT value FROM json_each(?))", to_json(ids))
+    def return_to_device(self, but: Sequence[str]) -> None:
+        """What waits for other application services than these is for the /sync of the devices now."""
+        self.run("UPDATE to_device SET appservice = NULL WHERE appservice NOT IN (SELECT value FROM json_each(?))", to_json(but))
 
     def hear_anew(self) -> None:
         """Whoever hears of keys and messages to devices is told what there is, with the next transaction."""
@@ -2750,6 +2751,11 @@ class Tx(Reader):
                 "FROM state s JOIN events e ON e.tick = s.tick WHERE s.room = ?", row.n):
             room.put(type, state_key, StateEvent(tick, sender, json.loads(content)))
         return self._cache(room)
+
+    def joined_rooms(self, user_id: str) -> Iterator[Room]:
+        """The rooms that a user is in, each read when it is its turn."""
+        rooms = (self.room(room_id) for _, room_id, membership, _, _ in self.memberships_of(user_id) if membership == "join")
+        return (room for room in rooms if room)
 
     def audience(self, room: Room) -> Audience:
         if room.audience is None or room.audience.registrations is not self.store.registrations:
@@ -2885,11 +2891,16 @@ class Tx(Reader):
     def push_presence(self, user_id: str, data: JsonObject) -> None:
         """The same for who has to do with a user, or is in a room with one."""
         wanting = {id for id, registration in self.store.registrations.by_id.items() if registration.hears_ephemeral}
+        self._queue_ephemeral(self._concerned(user_id, wanting), ("m.presence", user_id), data)
+
+    def _concerned(self, user_id: str, wanting: set[str]) -> set[str]:
+        """Those of these application services that have to do with a user, or with a room that the user is in."""
         ids = self._claimants(user_id) & wanting
-        for _, room_id, membership, _, _ in self.memberships_of(user_id) if wanting else ():
-            room = self.room(room_id) if membership == "join" and ids != wanting else None
-            ids |= set(self.audience(room).interested(user_id, None)) if room else set()
-        self._queue_ephemeral(ids, ("m.presence", user_id), data)
+        for room in self.joined_rooms(user_id) if ids != wanting else ():
+            ids |= self.audience(room).interested(user_id, None).keys() & wanting
+            if ids == wanting:
+                break
+        return ids
 
     def _claimants(self, user_id: str) -> set[str]:
         return {claim.registration.id for claim in self.store.registrations.claims("users", user_id)}
@@ -2945,12 +2956,8 @@ class Tx(Reader):
         since = row[0] if row else self.position()           # the first time: of this batch
         self.run("INSERT OR REPLACE INTO pushed VALUES (?, ?)", id, self.tick_now)
         changed = [user_id for (user_id,) in self.all("SELECT user_id FROM key_changes WHERE tick > ? ORDER BY tick", since)
-                   if self._is_heard(id, user_id)]
+                   if self._concerned(user_id, {id})]
         return {"changed": changed, "left": []} if changed else {}
-
-    def _is_heard(self, id: str, user_id: str) -> bool:
-        rooms = (self.room(room_id) for _, room_id, membership, _, _ in self.memberships_of(user_id) if membership == "join")
-        return any(room and id in self.audience(room).interested(user_id, None) for room in rooms)
 
     def _freeze(self, id: str, box: Outbox) -> None:
         rows = self.all(f"SELECT {EVENT_COLUMNS} FROM outbox o JOIN {EVENT_TABLES} "
@@ -3207,6 +3214,9 @@ class Store:
         """After the answers, for clients take an echo of their own before its answer for another's event."""
         for room in tx.woken_rooms:
             tx.woken |= self.waiters.among(room.joined)
+        waiting = self.waiters.users() if tx.woken_around else []
+        for user_id in tx.woken_around:
+            tx.woken |= tx.met_by(user_id, waiting)
         if tx.woken:
             self.waiters.wake(tx.woken)
         tx.new_batch()
@@ -3342,7 +3352,7 @@ class World:
         any more are left for the devices.
         """
         def job(tx: Tx) -> None:
-            tx.return_to_device([one.id for one in self.registrations if not one.ephemeral_keys])
+            tx.return_to_device([one.id for one in self.registrations if one.ephemeral_keys])
             for registration in self.registrations:
                 user_id = registration.sender(self.name)
                 if not tx.user(user_id):
@@ -3586,13 +3596,11 @@ class Accounts:
 
         def job(tx: Tx) -> None:
             tx.set_profile(user_id, key, value)
-            for _, room_id, membership, _, _ in tx.memberships_of(user_id):
-                room = tx.room(room_id)
-                if membership == "join" and room:
-                    content = {k: v for k, v in {**room.content("m.room.member", user_id), key: value}.items()
-                               if v is not None}
-                    if content != room.content("m.room.member", user_id):
-                        tx.append(room, Draft("m.room.member", user_id, content, user_id), self.world.clock.now())
+            for room in tx.joined_rooms(user_id):
+                before = room.content("m.room.member", user_id)
+                content = {k: v for k, v in {**before, key: value}.items() if v is not None}
+                if content != before:
+                    tx.append(room, Draft("m.room.member", user_id, content, user_id), self.world.clock.now())
         self.store.write(job, who.token)
 
     def search(self, who: Who, term: str, limit: int) -> JsonObject:
@@ -3691,9 +3699,9 @@ class View(NamedTuple):
         return any(first <= tick <= last for first, last in self.ranges)
 
     @property
-    def upto(self) -> int:
-        """The last tick whose events may be seen."""
-        return self.ranges[-1][1] if self.ranges else -1
+    def visible(self) -> str:
+        """The ranges as the store takes them."""
+        return to_json(self.ranges)
 
 
 def view_of(reader: Reader, user_id: str, room_id: str) -> View:
@@ -3726,23 +3734,23 @@ def in_thread(reader: Reader, tick: int, thread_id: str) -> bool:
     return tick_of(thread_id) in (tick, *(parent for parent, _ in reader.ancestors(tick, MAX_RELATION_DEPTH)))
 
 
-def aggregations(reader: Reader, who: Who, events: Sequence[Event], upto: int, now: int) -> dict[int, list[str]]:
-    """By tick, for those of the events that have such: what others, up to the tick `upto`, relate to them, as a part of
+def aggregations(reader: Reader, who: Who, events: Sequence[Event], visible: str, now: int) -> dict[int, list[str]]:
+    """By tick, for those of the events that have such: what others that may be seen relate to them, as a part of
     `unsigned` (Aggregations of child events). State events get none.
     """
     parents = {event.tick: event for event in events if event.state_key is None}
     found: dict[int, JsonObject] = {}
-    for tick, rel_type, count, last, own, ids in reader.aggregations([*parents], who.user_id, upto) if parents else ():
+    for tick, rel_type, count, last, own, ids in reader.aggregations([*parents], who.user_id, visible) if parents else ():
         children = found.setdefault(tick, {})
         if rel_type == "m.thread":
             latest = reader.event_at(last)
-            more = aggregations(reader, who, [latest], upto, now)        # no thread: one starts from what relates to nothing
+            more = aggregations(reader, who, [latest], visible, now)     # no thread: one starts from what relates to nothing
             children[rel_type] = {"latest_event": latest.for_client(now, who.user_id, who.device_id, *more.get(last, ())),
                                   "count": count,
                                   "current_user_participated": bool(own) or parents[tick].sender == who.user_id}
         elif rel_type == "m.reference":
             children[rel_type] = {"chunk": [{"event_id": id} for id in sorted(json.loads(ids), key=tick_of)]}
-        elif edit := reader.latest_edit(parents[tick], upto):
+        elif edit := reader.latest_edit(parents[tick], visible):
             children[rel_type] = edit.for_client(now, who.user_id, who.device_id)
     return {tick: [f'"m.relations":{to_json(children)}'] for tick, children in found.items() if children}
 
@@ -4003,7 +4011,7 @@ class Rooms:
     def bundle(self, who: Who, reader: Reader, view: View, events: Sequence[Event]) -> list[Raw]:
         """The same with bundled aggregations."""
         now = self.world.clock.now()
-        more = aggregations(reader, who, events, view.upto, now)
+        more = aggregations(reader, who, events, view.visible, now)
         return [event.for_client(now, who.user_id, who.device_id, view.then(event.tick), *more.get(event.tick, ()))
                 for event in events]
 
@@ -4133,7 +4141,7 @@ class Rooms:
     def threads(self, who: Who, room_id: str, participated: bool, start: int | None, limit: int) -> JsonObject:
         """The roots of a room's threads, the one with the latest reply first, each with its summary."""
         with self.viewing(who, room_id) as (reader, view):
-            rows = [row for row in reader.threads(view.row.n, who.user_id, view.upto, FOREVER if start is None else start)
+            rows = [row for row in reader.threads(view.row.n, who.user_id, view.visible, FOREVER if start is None else start)
                     if view.sees(row[0]) and view.sees(row[1]) and (row[2] or not participated)]
             chunk = self.bundle(who, reader, view, [reader.event_at(root) for root, _, _ in rows[:limit]])
         return {"chunk": chunk, **({"next_batch": str(rows[limit - 1][1] - 1)} if len(rows) > limit else {})}
@@ -4446,7 +4454,8 @@ class Timer:
                 continue
             try:
                 self._do()
-            except MatrixError:                              # a full disk, say
+            except Exception as error:                       # a full disk, say
+                log.warning("%s: %s; next attempt in 1 s", self._name, error)
                 self.clock.wait(self._bell, self.clock.monotonic() + 1.0)
 
     def stop(self) -> None:
@@ -4520,7 +4529,6 @@ class Typing:
             tx.after.append(functools.partial(self._publish, n, tx.tick(), dict.fromkeys(users)))
 
 
-
 PRESENCES = ("online", "unavailable", "offline")
 
 
@@ -4529,7 +4537,6 @@ class Status(NamedTuple):
     presence: str = "offline"            # online, unavailable or offline
     message: str | None = None           # status_msg
     active_at: float = 0.0               # the last time that the user did something
-    idle: bool = False                   # unavailable for that reason, and not because the user says so
     until: float = math.inf              # offline from then on
     wishes: Mapping[str | None, str] = {}    # device → set_presence of its last /sync
     tick: int = 0                        # of the last change that others see
@@ -4538,7 +4545,7 @@ class Status(NamedTuple):
         """What it has become by itself."""
         if self.until <= now:
             return Status(message=self.message, active_at=self.active_at, tick=self.tick)
-        return self._replace(presence="unavailable", idle=True) if self.idle_at <= now else self
+        return self._replace(presence="unavailable") if self.idle_at <= now else self
 
     @property
     def idle_at(self) -> float:
@@ -4566,45 +4573,50 @@ class Presence:
         """As the user says. A ghost is so until its application service says otherwise."""
         def change(status: Status, now: float) -> Status:
             until = math.inf if who.appservice or presence == "offline" else now + OFFLINE_SECONDS
-            return status._replace(presence=presence, message=message, active_at=now, idle=False,
+            return status._replace(presence=presence, message=message, active_at=now,
                                    until=until if status.presence == "offline" else max(until, status.until))
         self._change(who.user_id, change)
 
     def polling(self, who: Who, wish: str, seconds: float) -> None:
         """The user's /sync takes up to so many seconds. It brings back who was offline, and may have another wish than
-        the device's last one.
+        the device's last one: of several devices, the one that is most there counts.
         """
         def change(status: Status, now: float) -> Status:
             until, back = now + seconds + OFFLINE_SECONDS, status.presence == "offline"
             if back or status.wishes.get(who.device_id) != wish:
-                status = status._replace(presence=wish, idle=False, active_at=now, wishes={**status.wishes, who.device_id: wish})
+                wishes = {**status.wishes, who.device_id: wish}
+                status = status._replace(presence=min(wishes.values(), key=PRESENCES.index), active_at=now, wishes=wishes)
             return status._replace(until=until if back else max(until, status.until))
         if wish != "offline":
             self._change(who.user_id, change)
 
     def active(self, user_id: str) -> None:
-        """The user has done something. Who was idle is not any more."""
+        """The user has done something, and is online for that, unless gone (Idle timeout)."""
         if user_id in self._users:
             self._change(user_id, lambda status, now: status._replace(
-                active_at=now, presence="online" if status.idle else status.presence, idle=False))
+                active_at=now, presence="offline" if status.presence == "offline" else "online"))
 
     def get(self, who: Who, user_id: str) -> JsonObject:
-        claims = self.world.registrations
         with self.world.store.read() as reader:
-            own = who.appservice and claims.claim_of(who.appservice, "users", user_id)
+            own = who.appservice and self.world.registrations.claim_of(who.appservice, "users", user_id)
             if not own and user_id not in reader.met_by(who.user_id, [user_id]):
                 raise forbidden(f"{who.user_id} is in no room with {shorten(user_id)}")
         return self._users.get(user_id, Status()).content(self.world.clock.monotonic())
 
-    def since(self, reader: Reader, user_id: str, since: int, now: int) -> list[JsonObject]:
-        """An m.presence event for each whom the user meets and who changed after `since` and not after `now`."""
-        if self._last <= since:
+    def since(self, reader: Reader, user_id: str, since: int, now: int, new: Iterable[str] = ()) -> list[JsonObject]:
+        """An m.presence event for each whom the user meets and who changed after `since` and not after `now`; `new`: whom
+        the user has not met before.
+        """
+        if since and since < self.world.store.started_at:    # whoever was online then may have been told of
+            new = self.world.store.users
+        if self._last <= since and not new:
             return []
         with self._guard:
             changed = {other: status for other, status in self._users.items() if since < status.tick <= now}
-        met, monotonic = reader.met_by(user_id, changed) if changed else set(), self.world.clock.monotonic()
+        told = {**{other: self._users.get(other, Status()) for other in new}, **changed}
+        met, monotonic = reader.met_by(user_id, told) if told else set(), self.world.clock.monotonic()
         return [{"type": "m.presence", "sender": other, "content": status.content(monotonic)}
-                for other, status in changed.items() if other in met and (since or status.presence != "offline")]
+                for other, status in told.items() if other in met and (since or status.presence != "offline")]
 
     def _change(self, user_id: str, change: Callable[[Status, float], Status]) -> None:
         """Changes a status. Only what others see takes a tick."""
@@ -4614,23 +4626,24 @@ class Presence:
             new = change(old, now)
             seen = (old.presence, old.message) != (new.presence, new.message)
             self._users[user_id] = new
-        if seen:
-            self._tell(user_id)
+        try:
+            if seen:
+                self._tell(user_id)
+        except Exception:                                    # nobody was told, so it has not happened
+            with self._guard:
+                if self._users[user_id] is new:
+                    self._users[user_id] = old
+            raise
         self.timer.set(min(new.until, new.idle_at))
 
     def _tell(self, user_id: str) -> None:
-        """Publishes it. Whom to wake is looked up afterwards, and only among those who wait: no room is walked for it."""
         def job(tx: Tx) -> None:
             tick, status = tx.tick(), self._users[user_id]
             content = status.content(self.world.clock.monotonic())
             tx.push_presence(user_id, {"type": "m.presence", "sender": user_id, "content": content})
             tx.after.append(lambda: self._publish(user_id, tick))
-        store = self.world.store
-        store.write(job)
-        waiting = store.waiters.users()
-        with store.read() as reader:
-            met = reader.met_by(user_id, waiting)
-        store.waiters.wake(met)
+            tx.woken_around.add(user_id)
+        self.world.store.write(job)
 
     def _publish(self, user_id: str, tick: int) -> None:
         with self._guard:
@@ -4728,7 +4741,8 @@ class Keys:
         def job(tx: Tx) -> dict[str, int]:
             if not tx.device(user_id, device_id):
                 raise MatrixError("M_UNKNOWN_DEVICE", f"{user_id} has no device {shorten(device_id)} any more")
-            if device_keys and json.loads(tx.device_keys(user_id, device_id) or "0") != device_keys:
+            known = tx.device_keys(user_id, device_id)
+            if device_keys and (known is None or json.loads(known) != device_keys):
                 tx.put_device_keys(user_id, device_id, to_json(device_keys))
             for key_id, key in one_time.items():
                 known = tx.one_time_key(user_id, device_id, key_id)
@@ -4803,7 +4817,7 @@ class Keys:
     # -- cross-signing
 
     def check_cross_signing(self, who: Who, keys: Mapping[str, JsonObject]) -> bool:
-        """Checks new cross-signing keys, by usage; whether they replace others, which needs to be confirmed."""
+        """Checks new cross-signing keys, by usage; whether they replace others, which has to be confirmed."""
         with self.store.read() as reader:
             known = reader.cross_signing(who.user_id)
         for usage, key in keys.items():
@@ -4817,11 +4831,17 @@ class Keys:
             signatures = field(field(keys[usage], "signatures", dict, {}), who.user_id, dict, {})
             if f"ed25519:{public_part(master)}" not in signatures:
                 raise MatrixError("M_INVALID_SIGNATURE", f"the {usage} key must be signed by the master key")
+        return self._replaces(keys, known)
+
+    @staticmethod
+    def _replaces(keys: Mapping[str, JsonObject], known: Mapping[str, JsonObject]) -> bool:
         return "master" in known and any(bare(known.get(usage, {})) != bare(key) for usage, key in keys.items())
 
-    def upload_cross_signing(self, who: Who, keys: Mapping[str, JsonObject]) -> None:
+    def upload_cross_signing(self, who: Who, keys: Mapping[str, JsonObject], confirmed: bool) -> None:
         def job(tx: Tx) -> None:
             known = tx.cross_signing(who.user_id)
+            if self._replaces(keys, known) and not confirmed:
+                raise forbidden("other cross-signing keys have been uploaded meanwhile; try again, and confirm that these replace them")
             if "master" in keys and bare(keys["master"]) != bare(known.get("master", {})):
                 tx.delete_cross_signing(who.user_id)         # what the old one has signed is worth nothing now
             for usage, key in keys.items():
@@ -4839,7 +4859,7 @@ class Keys:
                         self._add_signatures(tx, who, user_id, name, field(keys, name, dict))
                     except MatrixError as error:
                         failures.setdefault(user_id, {})[name] = error.body()
-            if who.user_id in signed:
+            if signed.get(who.user_id, {}).keys() - failures.get(who.user_id, {}).keys():
                 tx.keys_changed(who.user_id)
             return failures
         return {"failures": self.store.write(job, who.token)}
@@ -4847,9 +4867,9 @@ class Keys:
     @staticmethod
     def _add_signatures(tx: Tx, who: Who, user_id: str, name: str, key: JsonObject) -> None:
         """Of a device or master key of one's own, or of another's master key."""
-        masters = [master for usage, master in tx.cross_signing(user_id).items() if usage == "master" and public_part(master) == name]
+        master = tx.cross_signing(user_id).get("master", {})
         text = tx.device_keys(user_id, name) if user_id == who.user_id else None
-        known = masters[0] if masters else json.loads(text or "{}")
+        known = master if public_part(master) == name else json.loads(text or "{}")
         if not known:
             raise MatrixError("M_NOT_FOUND", f"{shorten(user_id)} has no key {shorten(name)} that {who.user_id} may sign")
         signatures = field(field(key, "signatures", dict, {}), who.user_id, dict, {})
@@ -5066,7 +5086,7 @@ class Notifications:
             content = json.loads(push_rules(tx, who.user_id))
             change(content)
             text = to_json(content)
-            if len(text) > MAX_RULES_BYTES:
+            if len(text.encode()) > MAX_RULES_BYTES:
                 raise MatrixError("M_TOO_LARGE", f"all push rules together may have {MAX_RULES_BYTES} bytes at most")
             tx.set_account_data(who.user_id, "", "m.push_rules", text)
         self.store.write(job, who.token)
@@ -5156,7 +5176,8 @@ class Notable:
 
     def at(self, path: Sequence[str]) -> Any:
         """The property at a path; `...` if there is none."""
-        value = self._event = self._event or json.loads(self.json)
+        self._event = self._event or json.loads(self.json)
+        value = self._event
         for key in path:
             value = value.get(key, ...) if isinstance(value, dict) else ...
         return value
@@ -5482,13 +5503,14 @@ class Window:
             self.data = self._account_data(self.since)
             self.ignored = self.reader.ignored(self.who.user_id)
             answer: JsonObject = {"next_batch": str(self.now)}
-            presence = self.sync.presence.since(self.reader, self.who.user_id, self.since, self.now)
+            self.memberships = self.reader.memberships_of(self.who.user_id)
+            self.met = self._met()
+            presence = self.sync.presence.since(self.reader, self.who.user_id, self.since, self.now, self.met)
             for key, filter, found in (("account_data", self.filter.account_data, self.data.pop("", [])),
                                        ("presence", self.filter.presence, presence)):
                 if events := [event for event in found if self._wanted(filter, event)]:
                     answer[key] = {"events": events}
             rooms: dict[str, JsonObject] = {}
-            self.memberships = self.reader.memberships_of(self.who.user_id)
             for room, room_id, membership, tick, forgotten in self.memberships:
                 if self.filter.rooms.wants(room_id):
                     section, entry = self._room(room, room_id, membership, tick, forgotten)
@@ -5506,19 +5528,23 @@ class Window:
             self.store.write(lambda tx: tx.drop_to_device(self.who.user_id, self.who.device_id or "", self.since))
         return answer
 
-    def _device_lists(self) -> JsonObject:
-        """Whose keys to ask for again, and who is met in no room any more."""
-        if self.initial:
-            return {}
-        met: set[str] = set()                                # whom the user may have met or lost sight of
-        for room, _, membership, tick, _ in self.memberships:
+    def _met(self) -> set[str]:
+        """Whom the user may have met or lost sight of since."""
+        met: set[str] = set()
+        for room, _, membership, tick, _ in self.memberships if not self.initial else ():
             if tick > self.since:
                 met |= self.reader.met_in(room, self.who.user_id, self.since)
             elif membership == "join" and self.store.moved_since(room, self.since):
                 met.update(self.reader.changed_members(room, self.since))
-        users = self.reader.key_news(self.who.user_id, self.since, met - {self.who.user_id})
+        return met - {self.who.user_id}
+
+    def _device_lists(self) -> JsonObject:
+        """Whose keys to ask for again, and who is met in no room any more."""
+        if self.initial:
+            return {}
+        users = self.reader.key_news(self.who.user_id, self.since, self.met)
         changed = sorted(user_id for user_id, shared in users.items() if shared)
-        left = sorted(user_id for user_id in users.keys() & met if not users[user_id])
+        left = sorted(user_id for user_id in users.keys() & self.met if not users[user_id])
         return {"device_lists": {"changed": changed, "left": left}} if changed or left else {}
 
     def _key_counts(self) -> JsonObject:
@@ -5625,8 +5651,8 @@ class Window:
         state = self._chosen(room, room_id, state, events, last, whole, heroes)
         if not events and not state:
             return {}
-        seen = view.upto if view else self.now               # an unlimited timeline has what relates to its events in itself
-        more = aggregations(self.reader, self.who, events, seen, self.clock_now) if limited else {}
+        visible = view.visible if view else to_json([(0, self.now)])     # an unlimited timeline has what relates to its events
+        more = aggregations(self.reader, self.who, events, visible, self.clock_now) if limited else {}
         parts = {event.tick: [view.then(event.tick) if view else '"membership":"join"', *more.get(event.tick, ())] for event in events}
         prev_batch = events[0].tick - 1 if events else self.now
         return {"timeline": {"events": self._render(events, parts), "limited": limited, "prev_batch": str(prev_batch)},
@@ -5660,7 +5686,7 @@ class Window:
 
     def _render(self, events: list[Event], more: Mapping[int, list[str]] | None = None) -> list[Raw]:
         user, device = self.who.user_id, self.who.device_id
-        self.echo |= any(event.device_id == device and self.clock_now - event.ts < 100 and "m.relates_to" in event.json
+        self.echo |= any(event.device_id == device and 0 <= self.clock_now - event.ts < 100 and "m.relates_to" in event.json
                          for event in events if event.txn_id)
         return [event.for_client(self.clock_now, user, device, *(more or {}).get(event.tick, ())) for event in events]
 
@@ -5706,6 +5732,7 @@ class Window:
 QUERY_SECONDS = 30.0             # for all attempts of one question
 QUERY_ATTEMPTS = 3
 PROTOCOL_SECONDS = 60.0          # how long an application service's word about a protocol counts
+SILENCE_SECONDS = 3.0            # until one that did not tell is asked again
 FALL_BACK_ON = (404, 405, 500, 501)
 LEGACY_PATHS = {"/_matrix/app/v1/transactions/": "/transactions/", "/_matrix/app/v1/users/": "/users/",
                 "/_matrix/app/v1/rooms/": "/rooms/", "/_matrix/app/v1/thirdparty/": "/_matrix/app/unstable/thirdparty/"}
@@ -6134,7 +6161,7 @@ class Delivery:
             said = self._look_up(registration, f"protocol/{urllib.parse.quote(protocol, safe='')}", is_protocol)
             for instance in said["instances"] if said else ():
                 instance["instance_id"] = f"{registration.id}|{instance['network_id']}"
-            self._protocols[registration, protocol] = said, now + PROTOCOL_SECONDS * bool(said)
+            self._protocols[registration, protocol] = said, now + (PROTOCOL_SECONDS if said else SILENCE_SECONDS)
         return said
 
     def look_up(self, kind: str, protocol: str, fields: Mapping[str, str], by: Registration | None) -> list[JsonObject]:
@@ -6181,6 +6208,7 @@ CORS = (b"Access-Control-Allow-Origin: *\r\n"
         b"Access-Control-Allow-Headers: X-Requested-With, Content-Type, Authorization, Date\r\n")
 ANONYMOUS_BODY = 65_536          # bytes of body that are read without a token
 VERSIONS = ["r0.5.0", "r0.6.0", "r0.6.1", *(f"v1.{n}" for n in range(1, 16))]
+MAX_ASKED = 50                   # unknown users in one request for whom application services are asked
 LOGIN_APPSERVICE = "m.login.application_service"
 IDENTITY = ("user_id", "device_id", "org.matrix.msc3202.device_id")      # in the query of an application service
 
@@ -6320,7 +6348,8 @@ class Api:
             call.who = self.identify(request, route.auth)
         if route.method != "GET":
             self.limiter.count(call.who)
-            self.presence.active(call.who.user_id)
+            if params.get("roomId") and not call.who.appservice:
+                self.presence.active(call.who.user_id)
         answer = route.handler(call)
         return answer if isinstance(answer, Response) else json_response(200, answer, CORS)
 
@@ -6762,10 +6791,9 @@ def by_user(call: Call, key: str, kind: type[T]) -> dict[str, T]:
 
 def query_keys(call: Call) -> Any:
     """An unknown ghost's application service is asked to create it."""
-    wanted = by_user(call, "device_keys", list)
-    for user_id in wanted:
-        if server_of(user_id) == call.api.world.name:
-            call.api.world.ask("users", user_id, call.asker, True)
+    world, asker, wanted = call.api.world, call.asker, by_user(call, "device_keys", list)
+    unknown = [user_id for user_id in wanted if user_id not in world.store.users and server_of(user_id) == world.name]
+    at_once(lambda user_id: world.ask("users", user_id, asker, False), unknown[:MAX_ASKED])
     return call.api.keys.query(call.who, wanted)
 
 
@@ -6776,9 +6804,10 @@ def claim_keys(call: Call) -> Any:
 def upload_cross_signing(call: Call) -> Any:
     body = call.body
     keys = {usage: field(body, f"{usage}_key", dict) for usage in USAGES if f"{usage}_key" in body}
-    if call.api.keys.check_cross_signing(call.who, keys):
+    replaces = call.api.keys.check_cross_signing(call.who, keys)
+    if replaces:
         confirm_password(call, body)
-    call.api.keys.upload_cross_signing(call.who, keys)
+    call.api.keys.upload_cross_signing(call.who, keys, replaces or call.who.appservice is not None)
     return {}
 
 

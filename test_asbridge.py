@@ -4875,7 +4875,10 @@ def test_who_is_online_and_does_nothing_becomes_unavailable_until_something_is_d
     eventually(lambda: presence_of(alice, bob)["presence"] == "unavailable")
     polling()                                                # to go on polling is to do nothing
     assert presence_of(alice, bob)["presence"] == "unavailable"
-    bob.create_room()
+    bob.typing(bob.joined_rooms()[0])
+    assert presence_of(alice, bob)["presence"] == "online"
+    set_presence(bob, "unavailable")
+    bob.say(bob.joined_rooms()[0], "back")
     assert presence_of(alice, bob)["presence"] == "online"
 
 
@@ -4926,6 +4929,45 @@ def test_an_initial_sync_names_who_is_there_and_a_filter_leaves_them_out(pair):
     for part in ({"types": []}, {"not_types": ["m.presence"]}, {"not_senders": [alice.user_id, bob.user_id]}):
         assert "presence" not in alice.ask("GET", "sync", filter=json.dumps({"presence": part}))
     assert presences(alice.ask("GET", "sync", filter=json.dumps({"presence": {"senders": [bob.user_id]}}))) == {bob.user_id: "online"}
+
+
+def test_who_joins_is_told_who_is_there_and_the_others_that_somebody_has_come(three):
+    hs, alice, bob, carol, room = three
+    tokens = {client: client.sync()["next_batch"] for client in (alice, bob)}
+    bob.join(room)
+    assert presences(bob.sync(tokens[bob])) == {alice.user_id: "online"} and presences(alice.sync(tokens[alice])) == {bob.user_id: "online"}
+
+
+def test_after_a_restart_of_the_homeserver_one_is_told_who_is_not_there_any_more(start, tmp_path):
+    hs = start(database=str(tmp_path / "a.db"))
+    alice, bob = hs.client("alice"), hs.client("bob")
+    bob.join(alice.create_room(preset="public_chat"))
+    bob.sync()
+    since, both = alice.sync()["next_batch"], [alice.user_id, bob.user_id]
+    hs.stop()
+    answer = asbridge.Client(start(database=str(tmp_path / "a.db")).url, alice.token).sync(since)
+    assert presences(answer) == dict(zip(both, ("online", "offline"), strict=True))
+
+
+@pytest.mark.parametrize("error", [sqlite3.OperationalError("disk I/O error"), MatrixError("M_UNKNOWN", "full")])
+def test_a_change_of_presence_that_could_not_be_told_is_tried_again(pair, monkeypatch, error):
+    hs, alice, bob, _, since = pair
+    bob.sync()
+    write, fails = hs.world.store.write, []
+
+    def failing(fn, token=None):
+        if threading.current_thread().name == "presence" and len(fails) < 2:
+            fails.append(1)
+            raise error
+        return write(fn, token)
+    monkeypatch.setattr(hs.world.store, "write", failing)
+    since = alice.sync(since)["next_batch"]
+    hs.advance(asbridge.OFFLINE_SECONDS + 1)
+    eventually(lambda: fails)
+    for _ in range(5):
+        hs.advance(2)
+    eventually(lambda: presence_of(alice, bob)["presence"] == "offline")
+    assert presences(alice.sync(since))[bob.user_id] == "offline"
 
 
 def test_a_sync_of_who_is_online_already_writes_nothing(pair):
@@ -5539,6 +5581,34 @@ def test_device_keys_are_queried_as_they_were_uploaded_with_the_devices_name(thr
     assert one["device_keys"] == {alice.user_id: {}}
 
 
+def test_keys_are_told_though_the_service_of_an_unknown_ghost_does_not_answer(start, recorder):
+    r = recorder()
+    r.answer = lambda request, body: (503, {})
+    hs = start(registration(url=r.url))
+    alice = hs.client("alice")
+    upload(alice)
+    found = alice.ask("POST", "keys", "query", body={"device_keys": {"@_irc_x:localhost": [], alice.user_id: [], "@_irc_y:localhost": []}})
+    assert list(found["device_keys"][alice.user_id]) == [device_of(alice)] and found["device_keys"]["@_irc_x:localhost"] == {}
+    assert sorted(path.rpartition("/")[2] for _, path, *_ in r.requests) == ["@_irc_x:localhost", "@_irc_y:localhost"]
+
+
+def test_one_time_keys_go_out_in_the_order_in_which_they_came(three):
+    hs, alice, bob, *_ = three
+    upload(alice, one_time="ZAM")
+    with refused("M_BAD_JSON"):
+        bob.ask("POST", "keys", "claim", body={"one_time_keys": {alice.user_id: {device_of(alice): 5}}})
+    assert [claim(bob, alice, algorithm) for algorithm in ("*", "signed", "signed_curve25519", "signed_curve25519", "signed_curve25519")] == [None, None, "Z", "A", "M"]
+
+
+def test_a_device_with_keys_that_is_renamed_is_new_to_others(three):
+    hs, alice, bob, _, room = three
+    bob.join(room)
+    upload(bob)
+    since = alice.sync()["next_batch"]
+    bob.ask("PUT", "devices", device_of(bob), body={"display_name": "phone"})
+    assert alice.sync(since)["device_lists"]["changed"] == [bob.user_id]
+
+
 def test_keys_of_a_user_on_another_server_are_a_failure_of_that_server(three):
     hs, alice, *_ = three
     found = alice.ask("POST", "keys", "query", body={"device_keys": {"@x:other.org": []}})
@@ -5787,6 +5857,24 @@ def test_the_end_of_all_devices_ends_what_was_signed_of_them_and_no_more(three):
     assert query_keys(bob, alice)["master_keys"][alice.user_id]["signatures"] == {bob.user_id: {"ed25519:user_signing-a": "U"}}
     with hs.world.store.read() as reader:
         assert [row[0] for row in reader.signatures(alice.user_id, bob.user_id)] == ["master-a"]
+
+
+def test_of_two_first_master_keys_at_the_same_time_the_second_needs_to_be_confirmed(three):
+    hs, alice, *_ = three
+    keys, who = hs.api.keys, asbridge.Who(alice.user_id, device_of(alice))
+    both = [{"master": cross_signing_keys(alice.user_id, name)["master_key"]} for name in "ab"]
+    assert [keys.check_cross_signing(who, one) for one in both] == [False, False]
+    keys.upload_cross_signing(who, both[0], False)
+    with refused("M_FORBIDDEN", 403, "meanwhile"):
+        keys.upload_cross_signing(who, both[1], False)
+    assert query_keys(alice, alice)["master_keys"][alice.user_id]["keys"] == both[0]["master"]["keys"]
+
+
+def test_signatures_that_all_fail_are_no_news(three):
+    hs, alice, *_ = three
+    since = alice.sync()["next_batch"]
+    alice.ask("POST", "keys", "signatures", "upload", body={alice.user_id: {"GONE": {"signatures": {alice.user_id: {"ed25519:D": "x"}}}}})
+    assert "device_lists" not in alice.sync(since)
 
 
 def test_a_new_master_key_drops_what_the_old_one_had_signed(start):
@@ -6239,7 +6327,8 @@ def test_no_one_time_key_is_handed_out_twice_or_lost_though_batches_and_commits_
     "A~online +301 =unavailable B:online =online +301 =unavailable +400 =offline A! =offline",
     "A:offline =offline B:online =online A:offline +25 A:offline =online +6 =offline",
     "A:unavailable =unavailable +10 A:unavailable +301 =offline A! =offline B:online =online",
-    "A~unavailable +301 =unavailable A! =unavailable +400 =offline"])
+    "A~unavailable +301 =unavailable A! =online +301 =unavailable +400 =offline",
+    "A~online B~unavailable =online B~online =online A~unavailable =online"])
 def test_presence_is_what_two_devices_make_of_it_and_each_change_is_told_once(pair, script):
     hs, alice, bob, _, since = pair
     hs.api.presence.timer.stop()                             # the test does what it does, at once
@@ -6255,7 +6344,7 @@ def test_presence_is_what_two_devices_make_of_it_and_each_change_is_told_once(pa
             assert presence_of(alice, bob)["presence"] == step[1:] and told == ({bob.user_id: step[1:]} if step[1:] != seen else {}), step
             seen = step[1:]
         elif step[1] == "!":
-            devices[step[0]].set_account_data("org.x", {"x": time.monotonic()})
+            devices[step[0]].typing(alice.joined_rooms()[0], False)
         else:
             who = asbridge.Who(bob.user_id, device_of(devices[step[0]]))
             hs.api.presence.polling(who, step[2:], 600.0 if step[1] == "~" else 0.0)
@@ -6644,8 +6733,7 @@ def test_a_404_is_not_found_at_once(start, recorder, look):
     assert len(queries(r)) == 1
 
 
-@pytest.mark.parametrize("look", [lambda client: client.profile("@_irc_x:localhost"), lambda client: client.join("#_irc_x:localhost"),
-                                  lambda client: client.call("POST", V3 + "/keys/query", {"device_keys": {"@_irc_x:localhost": []}})])
+@pytest.mark.parametrize("look", [lambda client: client.profile("@_irc_x:localhost"), lambda client: client.join("#_irc_x:localhost")])
 def test_no_answer_is_asked_for_again_and_is_then_408(start, recorder, look):
     r = recorder()
     r.answer = lambda request, body: (503, {})
