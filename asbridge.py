@@ -7127,8 +7127,10 @@ def get_sync(call: Call) -> Any:
 
 def get_events(call: Call) -> Any:
     """The same as a plain list (deprecated): what happens after `from`, or from now on."""
-    start, rooms = call.integer("from", call.api.world.store.position), call.query("room_id")
-    source = {"room": {"timeline": {"limit": MAX_PAGE}, **({} if rooms is None else {"rooms": [rooms]})}}
+    start, room_id = call.integer("from", call.api.world.store.position), call.query("room_id")
+    if room_id and room_id not in call.api.rooms.joined(call.who):
+        raise forbidden(f"{call.who.user_id} is not in the room {shorten(room_id)}")
+    source = {"room": {"timeline": {"limit": MAX_PAGE}, **({"rooms": [room_id]} if room_id else {})}}
     who = dataclasses.replace(call.who, device_id=None)      # messages to the device are for its /sync: here they would be lost
     answer = call.api.sync.sync(who, start, SyncFilter(source), call.integer("timeout", 0) / 1000)
     chunk = [*field(answer, "presence", dict, {}).get("events", [])]

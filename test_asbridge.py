@@ -4649,6 +4649,18 @@ def test_state_that_a_filter_keeps_out_of_the_timeline_comes_as_state(three):
     assert news() == (["b", "c"], ["2"])
     alice.set_state(room, "m.room.topic", {"topic": "3"})
     assert news() == (["b", "c"], ["2", "3"])
+    entry = joined(alice.sync(since, filter={"room": {"timeline": {"types": ["m.room.topic"]}, "state": {"not_types": ["m.room.member"]}}}), room)
+    assert types(entry["timeline"]["events"]) == ["m.room.topic"] * 3 and entry["state"]["events"] == []       # not twice
+
+
+def test_a_filter_may_leave_state_with_a_url_out(three):
+    hs, alice, _, _, room = three
+    alice.set_state(room, "m.room.avatar", {"url": "mxc://localhost/x"})
+    for _ in range(12):
+        alice.say(room, "x")
+    for contains, found in ((True, {"m.room.avatar"}), (None, {"m.room.avatar", "m.room.create"}), (False, {"m.room.create"})):
+        state = joined(alice.sync(filter={"room": {"state": {"contains_url": contains}}}), room)["state"]["events"]
+        assert {"m.room.avatar", "m.room.create"} & set(types(state)) == found
 
 
 @pytest.mark.parametrize("source, errcode", [({"event_format": "federation"}, "M_INVALID_PARAM"), ({"event_format": 5}, "M_BAD_JSON"), ({"presence": []}, "M_BAD_JSON"),
@@ -4677,7 +4689,9 @@ def test_the_state_may_be_asked_for_as_it_is_after_the_timeline(three, prefix):
     alice.set_state(room, "m.room.topic", {"topic": "3"})
     assert sync(since)[1] == {"m.room.topic": {"topic": "3"}}
     assert sync(since, filter=json.dumps({"room": {"timeline": {"limit": 1}}}))[:2] == (["m.room.topic"], {"m.room.topic": {"topic": "3"}})
+    since = sync(since)[2]
     alice.typing(room)
+    assert sync(since)[:2] == ([], {})                       # there, though it is empty
     assert sync(sync(since)[2], full_state="true")[1]["m.room.topic"] == {"topic": "3"}
     bob.join(room)
     since = bob.sync()["next_batch"]
@@ -4762,6 +4776,8 @@ def test_an_event_says_what_membership_one_had_then(three):
     after = alice.say(room, "after")
     at = {event["event_id"]: event["unsigned"]["membership"] for event in all_messages(bob, room)}
     assert [at[before], at[while_invited], at[after]] == ["leave", "invite", "join"]
+    own = [event for event in all_messages(bob, room) if event.get("state_key") == bob.user_id]
+    assert [event["unsigned"]["membership"] for event in own] == ["invite", "join"]      # with the event itself
     assert {event["event_id"]: event["unsigned"]["membership"] for event in joined(bob.sync(since), room)["timeline"]["events"]}.items() <= at.items()
     since = bob.sync()["next_batch"]
     assert bob.event(room, before)["unsigned"]["membership"] == "leave"
@@ -5022,6 +5038,16 @@ def test_the_device_that_sent_a_relation_sees_it_in_its_sync_a_little_later_than
         assert (time.monotonic() - began >= 0.5) == related
 
 
+def test_who_changes_again_is_told_again(pair):
+    hs, alice, bob, _, since = pair
+    since = bob.sync()["next_batch"]
+    for presence in ("unavailable", "online"):
+        set_presence(alice, presence)
+        answer = bob.sync(since)
+        since = answer["next_batch"]
+        assert presences(answer) == {alice.user_id: presence}
+
+
 # -- Ignoring users.
 
 def test_what_an_ignored_user_says_does_not_come_but_what_changes_the_room_does(three):
@@ -5092,6 +5118,8 @@ def test_events_are_a_plain_list_of_what_happened_since_a_token_and_the_next_tok
     other = alice.create_room()
     chunk = alice.ask("GET", "events", room_id=room, **{"from": answer["end"]})["chunk"]
     assert other not in [event.get("room_id") for event in chunk]
+    with refused("M_FORBIDDEN", 403):
+        carol.ask("GET", "events", room_id=room)
 
 
 def test_events_wait_from_now_on_if_no_token_is_given(pair):
