@@ -3755,6 +3755,16 @@ def aggregations(reader: Reader, who: Who, events: Sequence[Event], visible: str
     return {tick: [f'"m.relations":{to_json(children)}'] for tick, children in found.items() if children}
 
 
+def receipts_event(reader: Reader, room: int, since: int, user_id: str) -> JsonObject | None:
+    """The m.receipt event of what is new; others' private receipts are not in it."""
+    content: JsonObject = {}
+    for type, reader_id, thread_id, event_id, ts in reader.receipts_since(room, since):
+        if type == "m.read" or reader_id == user_id:
+            receipt = {"ts": ts, **({"thread_id": thread_id} if thread_id else {})}
+            content.setdefault(event_id, {}).setdefault(type, {})[reader_id] = receipt
+    return {"type": "m.receipt", "content": content} if content else None
+
+
 class Rooms:
     """Everything that happens in rooms."""
 
@@ -4095,15 +4105,16 @@ class Rooms:
         end = {"end": str(events[-1].tick - backwards)} if events else {}    # also with the last: clients ask on until none comes
         return {"start": str(start), "chunk": chunk, **end, **({"state": state} if state else {})}
 
-    def initial_sync(self, who: Who, room_id: str, limit: int) -> JsonObject:
-        """One room as it is, with its last messages (deprecated; old software begins so)."""
+    def initial_sync(self, who: Who, room_id: str, limit: int, presence: Callable[[Sequence[str]], list[JsonObject]]) -> JsonObject:
+        """One room as it is, with its last messages (deprecated; old software begins so). `presence`: tells that of members."""
         page = self.messages(who, room_id, None, True, limit, Filter())
         with self.viewing(who, room_id) as (reader, view):
-            data = reader.account_data_since(who.user_id, 0)
+            data, members = reader.account_data_since(who.user_id, 0), reader.members(view.row.n)
+            receipts = receipts_event(reader, view.row.n, 0, who.user_id)
         chunk = page["chunk"][::-1]
         return {"room_id": room_id, "membership": view.membership, "visibility": "public" if view.row.published else "private",
                 "messages": {"chunk": chunk, "start": page.get("end", "0"), "end": page["start"]},
-                "state": self.state(who, room_id), "presence": [], "receipts": [],
+                "state": self.state(who, room_id), "presence": presence(members), "receipts": [receipts] if receipts else [],
                 "account_data": [{"type": type, "content": Raw(text)} for where, type, text in data if where == room_id]}
 
     def context(self, who: Who, room_id: str, event_id: str, limit: int, filter: Filter, lazy: bool = False) -> JsonObject:
@@ -4614,9 +4625,13 @@ class Presence:
         with self._guard:
             changed = {other: status for other, status in self._users.items() if since < status.tick <= now}
         told = {**{other: self._users.get(other, Status()) for other in new}, **changed}
-        met, monotonic = reader.met_by(user_id, told) if told else set(), self.world.clock.monotonic()
-        return [{"type": "m.presence", "sender": other, "content": status.content(monotonic)}
-                for other, status in told.items() if other in met and (since or status.presence != "offline")]
+        met = reader.met_by(user_id, told) if told else set()
+        return self.events([other for other, status in told.items() if other in met and (since or status.presence != "offline")])
+
+    def events(self, user_ids: Iterable[str]) -> list[JsonObject]:
+        now = self.world.clock.monotonic()
+        return [{"type": "m.presence", "sender": user_id, "content": self._users.get(user_id, Status()).content(now)}
+                for user_id in user_ids]
 
     def _change(self, user_id: str, change: Callable[[Status, float], Status]) -> None:
         """Changes a status. Only what others see takes a tick."""
@@ -4638,9 +4653,8 @@ class Presence:
 
     def _tell(self, user_id: str) -> None:
         def job(tx: Tx) -> None:
-            tick, status = tx.tick(), self._users[user_id]
-            content = status.content(self.world.clock.monotonic())
-            tx.push_presence(user_id, {"type": "m.presence", "sender": user_id, "content": content})
+            tick = tx.tick()
+            tx.push_presence(user_id, *self.events([user_id]))
             tx.after.append(lambda: self._publish(user_id, tick))
             tx.woken_around.add(user_id)
         self.world.store.write(job)
@@ -4794,8 +4808,8 @@ class Keys:
         rows = reader.signatures(user_id, asker)
 
         def signed(name: str, key: JsonObject) -> JsonObject:
-            given = key.get("signatures")                    # whatever a client may have put there
-            by_signer = given if isinstance(given, dict) else {}
+            claimed = key.get("signatures")                    # whatever a client may have put there
+            by_signer = claimed if isinstance(claimed, dict) else {}
             signatures = {signer: dict(by) for signer, by in by_signer.items() if isinstance(by, dict)}
             for _, signer, key_id, signature in (row for row in rows if row[0] == name):
                 signatures.setdefault(signer, {})[key_id] = signature
@@ -5497,36 +5511,39 @@ class Window:
 
     def read(self) -> JsonObject:
         """The answer of /sync."""
+        me = self.who.user_id
         with self.store.read() as self.reader:
             self.now = self.reader.position()
             self.store.wait_published(self.now)
-            self.data = self._account_data(self.since)
-            self.ignored = self.reader.ignored(self.who.user_id)
-            answer: JsonObject = {"next_batch": str(self.now)}
-            self.memberships = self.reader.memberships_of(self.who.user_id)
+            self.data, self.ignored = self._account_data(self.since), self.reader.ignored(me)
+            self.memberships = self.reader.memberships_of(me)
             self.met = self._met()
-            presence = self.sync.presence.since(self.reader, self.who.user_id, self.since, self.now, self.met)
-            for key, filter, found in (("account_data", self.filter.account_data, self.data.pop("", [])),
-                                       ("presence", self.filter.presence, presence)):
-                if events := [event for event in found if self._wanted(filter, event)]:
-                    answer[key] = {"events": events}
-            rooms: dict[str, JsonObject] = {}
-            for room, room_id, membership, tick, forgotten in self.memberships:
-                if self.filter.rooms.wants(room_id):
-                    section, entry = self._room(room, room_id, membership, tick, forgotten)
-                    if entry:
-                        rooms.setdefault(section, {})[room_id] = entry
-            if rooms:
-                answer["rooms"] = rooms
-            answer |= self._device_lists()
-            messages = self.reader.to_device(self.who.user_id, self.who.device_id or "")
-            if fresh := [Raw(text) for tick, text in messages if self.since < tick <= self.now]:
-                answer["to_device"] = {"events": fresh}
-            self.news = len(answer) > 1
-            answer |= self._key_counts()
+            presence = self.sync.presence.since(self.reader, me, self.since, self.now, self.met)
+            messages = self.reader.to_device(me, self.who.device_id or "")
+            parts = {"account_data": self._events(self.filter.account_data, self.data.pop("", [])),
+                     "presence": self._events(self.filter.presence, presence), "rooms": self._rooms(),
+                     "to_device": {"events": fresh} if (fresh := [Raw(text) for tick, text in messages if tick > self.since]) else {},
+                     "device_lists": self._device_lists()}
+            answer = {"next_batch": str(self.now), **{key: part for key, part in parts.items() if part}, **self._key_counts()}
+        self.news = any(parts.values())
         if messages and messages[0][0] <= self.since:        # the device has got them
-            self.store.write(lambda tx: tx.drop_to_device(self.who.user_id, self.who.device_id or "", self.since))
+            self.store.write(lambda tx: tx.drop_to_device(me, self.who.device_id or "", self.since))
         return answer
+
+    def _events(self, filter: Filter, found: Sequence[JsonObject | None]) -> JsonObject:
+        """Of these the ones that the filter wants."""
+        events = [event for event in found if event and filter.passes(
+            Event(0, event["type"], None, event.get("sender", ""), 0, '{"content":{}}', None, None, None, None))]
+        return {"events": events} if events else {}
+
+    def _rooms(self) -> JsonObject:
+        rooms: dict[str, JsonObject] = {}
+        for room, room_id, membership, tick, forgotten in self.memberships:
+            if self.filter.rooms.wants(room_id):
+                section, entry = self._room(room, room_id, membership, tick, forgotten)
+                if entry:
+                    rooms.setdefault(section, {})[room_id] = entry
+        return rooms
 
     def _met(self) -> set[str]:
         """Whom the user may have met or lost sight of since."""
@@ -5545,7 +5562,7 @@ class Window:
         users = self.reader.key_news(self.who.user_id, self.since, self.met)
         changed = sorted(user_id for user_id, shared in users.items() if shared)
         left = sorted(user_id for user_id in users.keys() & self.met if not users[user_id])
-        return {"device_lists": {"changed": changed, "left": left}} if changed or left else {}
+        return {"changed": changed, "left": left} if changed or left else {}
 
     def _key_counts(self) -> JsonObject:
         if not self.who.device_id:
@@ -5553,10 +5570,6 @@ class Window:
         device = (self.who.user_id, self.who.device_id)
         return {"device_one_time_keys_count": self.reader.one_time_counts(*device),
                 "device_unused_fallback_key_types": self.reader.unused_fallbacks(*device)}
-
-    @staticmethod
-    def _wanted(filter: Filter, event: JsonObject) -> bool:
-        return filter.passes(Event(0, event["type"], None, event.get("sender", ""), 0, "", None, None, None, None))
 
     def _account_data(self, since: int) -> dict[str, list[JsonObject]]:
         """By room ID; '' has the account's."""
@@ -5593,13 +5606,13 @@ class Window:
         entry = self._timeline(room, room_id, view, self.since if came_back is None else came_back, fresh, summary.get("m.heroes", ()))
         if summary:
             entry["summary"] = summary
-        ephemeral = self._ephemeral(room, room_id, 0 if fresh else self.since)
+        since = 0 if fresh else self.since
+        passing = [self.sync.typing.since(room, since, self.now), receipts_event(self.reader, room, since, self.who.user_id)]
         known = self._account_data(0) if fresh and not self.initial else self.data   # what was set before the user came in, too
-        wanted = self.filter.room_data.in_room(room_id)
-        data = [event for event in known.get(room_id, []) if self._wanted(wanted, event)]
-        for key, events in (("ephemeral", ephemeral), ("account_data", data)):
+        for key, events in (("ephemeral", self._events(self.filter.ephemeral.in_room(room_id), passing)),
+                            ("account_data", self._events(self.filter.room_data.in_room(room_id), known.get(room_id, [])))):
             if events:
-                entry[key] = {"events": events}
+                entry[key] = events
         entry.update(self._unread(room, tick, bool(entry)))
         if entry and self.state_after:
             entry.setdefault(self.state_after, {"events": []})
@@ -5708,17 +5721,6 @@ class Window:
         return {"m.heroes": self.reader.heroes(room, self.who.user_id),
                 "m.joined_member_count": self.reader.count_members(room, "join"),
                 "m.invited_member_count": self.reader.count_members(room, "invite")}
-
-    def _ephemeral(self, room: int, room_id: str, since: int) -> list[JsonObject]:
-        content: JsonObject = {}
-        for type, user_id, thread_id, event_id, ts in self.reader.receipts_since(room, since):
-            if type == "m.read" or user_id == self.who.user_id:
-                receipt = {"ts": ts, **({"thread_id": thread_id} if thread_id else {})}
-                content.setdefault(event_id, {}).setdefault(type, {})[user_id] = receipt
-        events = [self.sync.typing.since(room, since, self.now), {"type": "m.receipt", "content": content}
-                  if content else None]
-        filter = self.filter.ephemeral.in_room(room_id)
-        return [event for event in events if event and self._wanted(filter, event)]
 
 
 # ============================================================================
@@ -7144,7 +7146,7 @@ def get_events(call: Call) -> Any:
 
 
 def get_initial_sync(call: Call) -> Any:
-    return call.api.rooms.initial_sync(call.who, call["roomId"], call.integer("limit", 10, 0, MAX_PAGE))
+    return call.api.rooms.initial_sync(call.who, call["roomId"], call.integer("limit", 10, 0, MAX_PAGE), call.api.presence.events)
 
 
 def get_presence(call: Call) -> Any:

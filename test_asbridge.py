@@ -4986,6 +4986,14 @@ def test_a_change_of_presence_that_could_not_be_told_is_tried_again(pair, monkey
     assert presences(alice.sync(since))[bob.user_id] == "offline"
 
 
+def test_a_filter_by_url_is_for_events_of_rooms_and_does_no_harm_elsewhere(pair):
+    hs, alice, bob, _, since = pair
+    bob.typing(bob.joined_rooms()[0])
+    part = {"contains_url": True}
+    chosen = {"presence": part, "account_data": part, "room": {"ephemeral": part, "account_data": part, "state": part, "timeline": part}}
+    assert alice.ask("GET", "sync", filter=json.dumps(chosen))["next_batch"]
+
+
 def test_a_sync_of_who_is_online_already_writes_nothing(pair):
     hs, alice, bob, _, since = pair
     position = hs.world.store.position
@@ -5137,9 +5145,13 @@ def test_the_initial_sync_of_a_room_is_its_state_and_its_last_messages(three):
     for n in range(5):
         alice.say(room, str(n))
     bob.set_account_data("org.x", {"a": 1}, room)
-    answer = bob.ask("GET", "rooms", room, "initialSync", limit=3)
+    bob.receipt(room, read := alice.say(room, "5"))
+    alice.sync()
+    answer = bob.ask("GET", "rooms", room, "initialSync", limit=4)
+    assert list(answer["receipts"][0]["content"]) == [read] and presences({"presence": {"events": answer["presence"]}}) == {
+        alice.user_id: "online", bob.user_id: "offline"}
     assert (answer["room_id"], answer["membership"], answer["visibility"]) == (room, "join", "private")
-    assert bodies(answer["messages"]["chunk"]) == ["2", "3", "4"]
+    assert bodies(answer["messages"]["chunk"]) == ["2", "3", "4", "5"]
     older = bob.messages(room, "b", 2, **{"from": answer["messages"]["start"]})["chunk"]
     assert bodies(older) == ["1", "0"]
     assert {event["type"] for event in answer["state"]} >= {"m.room.create", "m.room.member", "m.room.power_levels"}
