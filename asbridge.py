@@ -86,6 +86,7 @@ import socket
 import socketserver
 import sqlite3
 import string
+import struct
 import sys
 import tempfile
 import threading
@@ -228,6 +229,7 @@ class Raw(str):
 _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode
 canonical_json: Callable[[Any], str] = json.JSONEncoder(
     ensure_ascii=False, separators=(",", ":"), sort_keys=True, allow_nan=False).encode
+PLAIN = {str, int, float, bool, type(None)}
 MAX_INT = 2**53 - 1
 MAX_DEPTH = 100                  # of nested objects and lists
 
@@ -236,6 +238,8 @@ def to_json(value: Any) -> str:
     """Compact JSON of plain values in which finished pieces (Raw) may stand anywhere."""
     if isinstance(value, Raw):
         return value
+    if isinstance(value, (dict, list)) and PLAIN.issuperset(map(type, value.values() if isinstance(value, dict) else value)):
+        return _encode(value)
     if isinstance(value, dict):
         return "{" + ",".join([f"{_encode(key)}:{to_json(item)}" for key, item in value.items()]) + "}"
     if isinstance(value, (list, tuple)):
@@ -522,7 +526,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
         self.buffer = b""                                    # received, not yet used
         self.idle_since: float | None = time.monotonic()     # None while a request is worked on
         self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self.request.settimeout(IDLE_SECONDS)
+        time_limit(self.request, IDLE_SECONDS)
         self.server.connections.add(self)
 
     def finish(self) -> None:
@@ -554,7 +558,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
     def linger(self) -> None:
         """Takes what is still being sent, for a moment: closed at once, the client would not get to read the answer."""
         self.request.shutdown(socket.SHUT_WR)
-        self.request.settimeout(LINGER_SECONDS)
+        time_limit(self.request, LINGER_SECONDS)
         deadline = time.monotonic() + LINGER_SECONDS
         while self.request.recv(65_536) and time.monotonic() < deadline:
             pass
@@ -587,7 +591,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
                 if deadline is None or time.monotonic() < deadline:
                     self.buffer += data
                     return bool(data)
-            except TimeoutError:
+            except (TimeoutError, BlockingIOError):
                 if deadline is None and not self.server.stopping:
                     continue
             raise bad_request("the request did not come in time", 408)
@@ -634,9 +638,9 @@ class Connection(http.server.BaseHTTPRequestHandler):
 
     def send(self, data: bytes) -> None:
         if len(data) > 65_536:                               # may not fit: give a slow reader its time
-            self.request.settimeout(ANSWER_SECONDS + len(data) / BODY_BYTES_PER_SECOND)
+            time_limit(self.request, ANSWER_SECONDS + len(data) / BODY_BYTES_PER_SECOND)
             self.request.sendall(data)
-            self.request.settimeout(IDLE_SECONDS)
+            time_limit(self.request, IDLE_SECONDS)
         else:
             self.request.sendall(data)
 
@@ -711,6 +715,15 @@ def naming(address: Any) -> Iterator[None]:
         yield
     except OSError as error:
         raise OSError(error.errno, f"{address[0]}:{address[1]} can't be listened at: {error.strerror}") from None
+
+
+def time_limit(sock: socket.socket, seconds: float) -> None:
+    """For each read and write. The kernel's: a time-out of Python's own is a poll() before each call, and one more wait for
+    the interpreter's lock.
+    """
+    limit = int(seconds * 1000) if os.name == "nt" else struct.pack("ll", int(seconds), int(seconds % 1 * 1_000_000))
+    for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
+        sock.setsockopt(socket.SOL_SOCKET, option, limit)
 
 
 def hang_up(sock: socket.socket) -> None:
@@ -6209,7 +6222,8 @@ CORS = (b"Access-Control-Allow-Origin: *\r\n"
         b"Access-Control-Allow-Methods: GET, HEAD, POST, PUT, DELETE, OPTIONS\r\n"
         b"Access-Control-Allow-Headers: X-Requested-With, Content-Type, Authorization, Date\r\n")
 ANONYMOUS_BODY = 65_536          # bytes of body that are read without a token
-VERSIONS = ["r0.5.0", "r0.6.0", "r0.6.1", *(f"v1.{n}" for n in range(1, 16))]
+VERSIONS = Raw(to_json({"versions": ["r0.5.0", "r0.6.0", "r0.6.1", *(f"v1.{n}" for n in range(1, 16))],
+                        "unstable_features": {"fi.mau.msc2659.stable": True}}))
 MAX_ASKED = 50                   # unknown users in one request for whom application services are asked
 LOGIN_APPSERVICE = "m.login.application_service"
 IDENTITY = ("user_id", "device_id", "org.matrix.msc3202.device_id")      # in the query of an application service
@@ -6487,7 +6501,7 @@ def decode_segment(segment: str) -> str:
 # -- Handlers: accounts.
 
 def versions(call: Call) -> Any:
-    return {"versions": VERSIONS, "unstable_features": {"fi.mau.msc2659.stable": True}}
+    return VERSIONS
 
 
 def well_known(call: Call) -> Any:
