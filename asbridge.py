@@ -483,6 +483,8 @@ class Request:
 
     def finish(self) -> bool:
         """Gets an unread body out of the way; False if the connection can't go on."""
+        if not self._unread:
+            return True
         if self._unread < 0 or self._unread > 65_536 or (self._unread and "expect" in self.headers):
             return False
         with contextlib.suppress(MatrixError):
