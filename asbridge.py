@@ -386,6 +386,7 @@ trace = logging.getLogger("asbridge.trace")
 # Does not know Matrix, but for its error type.
 
 HEAD_SECONDS = 10.0                # from the first byte of a request to the end of its head
+STATEMENTS = 500                   # of SQL that a connection keeps ready: more than there are
 IDLE_SECONDS = 10.0                # how often a silent connection looks whether the server stops
 LINGER_SECONDS = 2.0               # before a connection is closed on somebody who is still sending
 ANSWER_SECONDS = 30.0              # for an answer to be taken
@@ -839,7 +840,8 @@ def open_sqlite(path: str, durable: bool = True, read_only: bool = False) -> sql
     """
     where = urllib.parse.quote(os.path.abspath(path)) + ("?mode=ro" if read_only else "")
     try:
-        db = sqlite3.connect(f"file:{where}", uri=True, isolation_level=None, check_same_thread=False, timeout=5)
+        db = sqlite3.connect(f"file:{where}", uri=True, isolation_level=None, check_same_thread=False, timeout=5,
+                             cached_statements=STATEMENTS)
         if not read_only:
             db.execute("PRAGMA journal_mode=WAL")
             db.execute(f"PRAGMA synchronous={'FULL' if durable else 'OFF'}")
@@ -5498,17 +5500,20 @@ class Sync:
         deadline = clock.monotonic() + timeout
         waiting = self.store.waiters.enter(who.user_id)
         try:
-            while True:
-                window = Window(self, who, since, filter, full_state, state_after)
-                answer = window.read()
-                self.store.check_session(who.token)
-                if window.echo:
-                    time.sleep(ECHO_SECONDS)
-                if window.news or since is None or full_state or clock.monotonic() >= deadline or self.world.stopping:
-                    return answer
-                clock.wait(waiting, deadline)
+            while not (answer := self._look(Window(self, who, since, filter, full_state, state_after), deadline)):
+                clock.wait(waiting, deadline)                # and hold nothing meanwhile: many may wait
+            return answer
         finally:
             self.store.waiters.leave(who.user_id, waiting)
+
+    def _look(self, window: Window, deadline: float) -> JsonObject | None:
+        """The answer, if it is to be given."""
+        answer = window.read()
+        self.store.check_session(window.who.token)
+        if window.echo:
+            time.sleep(ECHO_SECONDS)
+        over = self.world.clock.monotonic() >= deadline or self.world.stopping
+        return answer if window.news or window.initial or window.full_state or over else None
 
 
 class Window:
@@ -5520,6 +5525,7 @@ class Window:
         self.initial, self.since = since is None, since or 0
         self.now = 0
         self.news = False                                    # whether there was any
+        self.changed: dict[int, list[str]] = {}              # room → whose membership changed, for rooms that moved
         # Whether a relation that this device has just sent is in it. matrix-js-sdk never sends again if it sees an event of
         # a thread in /sync before it has the answer to its PUT.
         self.echo = False
@@ -5565,9 +5571,11 @@ class Window:
         met: set[str] = set()
         for room, _, membership, tick, _ in self.memberships if not self.initial else ():
             if tick > self.since:
+                self.changed[room] = [self.who.user_id]
                 met |= self.reader.met_in(room, self.who.user_id, self.since)
             elif membership == "join" and self.store.moved_since(room, self.since):
-                met.update(self.reader.changed_members(room, self.since))
+                self.changed[room] = self.reader.changed_members(room, self.since)
+                met.update(self.changed[room])
         return met - {self.who.user_id}
 
     def _device_lists(self) -> JsonObject:
@@ -5730,8 +5738,7 @@ class Window:
 
     def _summary(self, room: int, fresh: bool) -> JsonObject:
         """Counts and heroes, when a membership has changed."""
-        changed = [] if self.initial else self.reader.changed_members(room, self.since)
-        if not (fresh or self.full_state or changed):
+        if not (fresh or self.full_state or self.changed.get(room)):
             return {}
         return {"m.heroes": self.reader.heroes(room, self.who.user_id),
                 "m.joined_member_count": self.reader.count_members(room, "join"),
