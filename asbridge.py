@@ -50,8 +50,8 @@ Reading paths
 Left out on purpose
 ===================
 Federation, guests, third-party identifiers, single sign-on, sliding sync, search, room upgrades: this is a
-homeserver to learn, build and test with. It listens on the loopback interface. When it is outgrown, the registration and
-the application service run unchanged on Synapse or another homeserver (README, Moving on).
+homeserver to learn, build and test with. It listens on the loopback interface. When it is outgrown, the
+registration and the application service run unchanged on Synapse or another homeserver (README, Moving on).
 """
 
 from __future__ import annotations
@@ -486,7 +486,7 @@ class Request:
         """Gets an unread body out of the way; False if the connection can't go on."""
         if not self._unread:
             return True
-        if self._unread < 0 or self._unread > 65_536 or (self._unread and "expect" in self.headers):
+        if self._unread < 0 or self._unread > 65_536 or "expect" in self.headers:
             return False
         with contextlib.suppress(MatrixError):
             self.body(65_536)
@@ -1149,7 +1149,7 @@ class Registration:
 
     @property
     def hears_ephemeral(self) -> bool:
-        return self.url is not None and (self.receive_ephemeral or self.push_ephemeral)
+        return self.url is not None and bool(self.ephemeral_keys)
 
     def is_like(self, other: Registration) -> bool:
         """Whether the files say the same."""
@@ -2386,12 +2386,12 @@ class Reader:
         """Users whose device lists changed after `since` or who are among the others and ever had keys, and whether
         they are in a room with this user. Signatures of the user's own count as changes.
         """
-        rows = self.all("SELECT user_id, user_id = ? OR EXISTS (SELECT 1 FROM memberships a JOIN memberships b USING (room) "
-                        "WHERE a.user_id = ? AND a.membership = 'join' AND b.user_id = k.user_id AND b.membership = 'join') "
-                        "FROM key_changes k WHERE tick > ? OR user_id IN (SELECT value FROM json_each(?)) "
-                        "OR user_id IN (SELECT user_id FROM signatures WHERE signer = ? AND tick > ?)",
-                        user_id, user_id, since, to_json(list(others)), user_id, since)
-        return {other: bool(shared) for other, shared in rows}
+        found = [row[0] for row in self.all(
+            "SELECT user_id FROM key_changes WHERE tick > ? OR user_id IN (SELECT value FROM json_each(?)) "
+            "OR user_id IN (SELECT user_id FROM signatures WHERE signer = ? AND tick > ?)",
+            since, to_json(list(others)), user_id, since)]
+        met = self.met_by(user_id, found) if found else ()
+        return {other: other in met for other in found}
 
     def met_by(self, user_id: str, others: Iterable[str]) -> set[str]:
         """The user, and those of the others who are in a room with the user."""
@@ -2730,7 +2730,7 @@ class Tx(Reader):
     def delete_backup_keys(self, version: int, room_id: str | None = None, session_id: str | None = None) -> int:
         """How many there were."""
         return self.run("DELETE FROM backup_keys WHERE version = ? AND (? IS NULL OR room_id = ?) AND (? IS NULL OR session_id = ?)",
-                 version, room_id, room_id, session_id, session_id)
+                        version, room_id, room_id, session_id, session_id)
 
     def delete_backup(self, version: int) -> None:
         self.delete_backup_keys(version)
@@ -5390,10 +5390,10 @@ class Unread:
             if len(kept) > MAX_TALLIES:
                 del kept[next(iter(kept))]
 
-    def count(self, reader: Reader, user_id: str, room: int, member_tick: int, receipts: Iterable[Sequence[Any]],
-              now: int) -> dict[int, list[int]]:
+    def count(self, reader: Reader, user_id: str, ignored: list[str], room: int, member_tick: int,
+              receipts: Iterable[Sequence[Any]], now: int) -> dict[int, list[int]]:
         """Root of a thread, or 0 for the main timeline → [notifications, highlights] that are unread up to `now`."""
-        tally = self._tally(reader, user_id, room, member_tick)
+        tally = self._tally(reader, user_id, ignored, room, member_tick)
         read = {-1: 0}                                       # thread → up to where; -1: all of them
         for thread_id, event_id, _ in receipts:
             thread = -1 if not thread_id else 0 if thread_id == "main" else tick_of(thread_id)
@@ -5411,9 +5411,9 @@ class Unread:
             count[1] += highlight * number
         return counts
 
-    def _tally(self, reader: Reader, user_id: str, room: int, member_tick: int) -> Tally:
+    def _tally(self, reader: Reader, user_id: str, ignored: list[str], room: int, member_tick: int) -> Tally:
         """What is known, or nothing, from the user's join on."""
-        rules, tally, ignored = self.rules(reader, user_id), self._tallies.get((user_id, room)), reader.ignored(user_id)
+        rules, tally = self.rules(reader, user_id), self._tallies.get((user_id, room))
         if tally and (tally.rules, tally.member_tick, tally.ignored) == (rules, member_tick, ignored):
             return tally
         joined, name = 0, None
@@ -5646,7 +5646,7 @@ class Window:
         receipts = self.reader.own_receipts(room, self.who.user_id)
         if not moved and all(read_at <= self.since for _, _, read_at in receipts):
             return {}
-        counts = self.sync.unread.count(self.reader, self.who.user_id, room, tick, receipts, self.now)
+        counts = self.sync.unread.count(self.reader, self.who.user_id, self.ignored, room, tick, receipts, self.now)
         if not self.filter.threads:
             counts = {0: [sum(column) for column in zip([0, 0], *counts.values(), strict=True)]}
         shown = {root: {"notification_count": count[0], "highlight_count": count[1]} for root, count in {0: [0, 0], **counts}.items()}
@@ -7158,11 +7158,11 @@ def get_events(call: Call) -> Any:
     source = {"room": {"timeline": {"limit": MAX_PAGE}, **({"rooms": [room_id]} if room_id else {})}}
     who = dataclasses.replace(call.who, device_id=None)      # messages to the device are for its /sync: here they would be lost
     answer = call.api.sync.sync(who, start, SyncFilter(source), call.integer("timeout", 0) / 1000)
-    chunk = [*field(answer, "presence", dict, {}).get("events", [])]
-    for room_id, entry in field(answer, "rooms", dict, {}).get("invite", {}).items():
+    chunk, rooms = [*answer.get("presence", {}).get("events", [])], answer.get("rooms", {})
+    for room_id, entry in rooms.get("invite", {}).items():
         chunk.append({**entry["invite_state"]["events"][-1], "room_id": room_id})
     for section in ("join", "leave"):
-        for room_id, entry in field(answer, "rooms", dict, {}).get(section, {}).items():
+        for room_id, entry in rooms.get(section, {}).items():
             chunk += entry.get("timeline", {}).get("events", [])
             chunk += [{**event, "room_id": room_id} for event in entry.get("ephemeral", {}).get("events", [])]
     return {"start": str(start), "end": answer["next_batch"], "chunk": chunk}
