@@ -1919,6 +1919,27 @@ def test_a_database_of_an_older_version_gets_the_tables_that_it_lacks_and_keeps_
         assert reader.one("PRAGMA user_version")[0] == asbridge.SCHEMA_VERSION
 
 
+def test_client_transactions_of_an_older_database_are_still_known(open_store, tmp_path):
+    store, draft = open_store("a.db"), asbridge.Draft("m.room.message", ALICE, {"body": "hello"})
+    make_room(store)
+    event_id = store.write(lambda tx: tx.append(tx.room("!r:localhost"), draft, 5, "DEV", "txn"))
+    store.close()
+    with contextlib.closing(sqlite3.connect(tmp_path / "a.db")) as db:       # as version 2 had it
+        db.executescript("DROP INDEX sent; DROP TABLE to_device_txns; CREATE TABLE client_txns (sender TEXT, device_id TEXT, path TEXT, txn_id TEXT, "
+                         "event_id TEXT NOT NULL, PRIMARY KEY (sender, device_id, path, txn_id)) WITHOUT ROWID; PRAGMA user_version = 2")
+    with open_store("a.db").read() as reader:
+        assert reader.sent(1, draft, "DEV", "txn") == event_id and reader.sent(1, draft, "DEV", "other") is None
+        assert reader.one("SELECT count(*) FROM sqlite_master WHERE name = 'client_txns'")[0] == 0
+
+
+def test_client_transactions_of_messages_to_devices_are_known_for_a_day(open_store):
+    store = open_store()
+    first = [store.write(lambda tx, at=at: tx.first_to_device(ALICE, "DEV", "m.x", "1", at)) for at in (0, 1000, asbridge.REMEMBERED_MS, asbridge.REMEMBERED_MS + 1)]
+    assert first == [True, False, False, True]
+    assert [store.write(lambda tx, of=of: tx.first_to_device(*of, "1", asbridge.REMEMBERED_MS + 2)) for of in (
+        (ALICE, "OTHER", "m.x"), (ALICE, "DEV", "m.y"), (GHOST, "DEV", "m.x"), (ALICE, "DEV", "m.x"))] == [True, True, True, False]
+
+
 def test_a_newer_or_foreign_database_is_refused(open_store, tmp_path):
     open_store("a.db").close()
     with contextlib.closing(sqlite3.connect(tmp_path / "a.db")) as db:
@@ -1999,6 +2020,98 @@ def test_all_that_waits_is_stored_with_one_commit(open_store):
     results = in_one_batch(store, *[lambda tx, n=n: say(tx, body=str(n)) for n in range(20)])
     assert statements.count("COMMIT") == 2 and statements.count("BEGIN IMMEDIATE") == 2        # one more for the job that held the others up
     assert texts_in(store) == [str(n) for n in range(20)] and not [result.error for result in results if result.error]
+
+
+def test_the_events_of_a_batch_go_into_the_database_together(open_store):
+    store, statements = open_store(), []
+    make_room(store, GHOST)
+    store._tx.db.set_trace_callback(statements.append)
+    results = in_one_batch(store, *[lambda tx, n=n: say(tx, body=str(n)) for n in range(100)])
+    for table in ("events", "outbox"):
+        sizes = [statement.count(",'m.room.message',") if table == "events" else statement.count("('irc',") for statement in statements
+                 if statement.startswith(f"INSERT INTO {table} ")]
+        assert sizes == [64, 32, 4]
+    assert not [statement for statement in statements if "SAVEPOINT" in statement] and texts_in(store) == [str(n) for n in range(100)]
+    assert [asbridge.tick_of(result.value) for result in results] == sorted(asbridge.tick_of(result.value) for result in results)
+
+
+@pytest.mark.parametrize("count, sizes", [(0, []), (1, [1]), (2, [2]), (3, [2, 1]), (7, [4, 2, 1]), (8, [8]), (20, [8, 8, 4]), (31, [8, 8, 8, 4, 2, 1])])
+def test_rows_are_inserted_in_few_different_sizes(count, sizes):
+    pieces = [*asbridge.in_powers_of_two(range(count), 8)]
+    assert [len(piece) for piece in pieces] == sizes and [one for piece in pieces for one in piece] == [*range(count)]
+
+
+def test_a_job_sees_what_those_before_it_in_the_batch_have_stored(open_store):
+    store = open_store()
+    make_room(store)
+
+    def look(tx):
+        own = say(tx, body="2")
+        return [event.content["body"] for event in tx.events(1, 0, 2**62, 9, False) if event.type == "m.room.message"], tx.event(1, own).event_id == own
+    first, second, third = in_one_batch(store, lambda tx: say(tx, body="1"), look, lambda tx: tx.event(1, first_id(tx)).content)
+
+    assert second.value == (["1", "2"], True) and third.value == {"body": "1"} and texts_in(store) == ["1", "2"]
+
+
+def first_id(tx):
+    return tx.events(1, 0, 2**62, 9, False, asbridge.Filter(types=["m.room.message"]))[0].event_id
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_jobs_of_one_batch_leave_what_they_leave_one_after_the_other(open_store, seed):
+    def job(n):
+        kind, refuse = rnd.choice(["say", "say", "say", "state", "profile", "redact", "look", "alias"]), rnd.random() < 0.3
+        early, target = rnd.random() < 0.5, rnd.random()
+
+        def fn(tx):
+            if early:
+                say(tx, body=f"{n} first")
+            if kind == "say":
+                say(tx, body=f"{n}", sender=rnd_sender)
+            elif kind == "state":
+                tx.append(tx.room("!r:localhost"), asbridge.Draft("m.room.topic", ALICE, {"topic": f"{n}"}, ""), 1000)
+            elif kind == "profile":
+                tx.set_profile(GHOST, "displayname", f"{n}")
+            elif kind == "alias":
+                tx.add_alias(f"#a{n}:localhost", tx.room("!r:localhost"), ALICE)
+            elif kind == "redact":
+                events = tx.events(1, 0, 2**62, 1000, False, asbridge.Filter(types=["m.room.message"]))
+                if events:
+                    tx.redact(tx.room("!r:localhost"), events[int(target * len(events))], tx.tick())
+            seen.append((n, len(tx.events(1, 0, 2**62, 1000, False)), tx.room("!r:localhost").content("m.room.topic")) if kind == "look" else n)
+            if refuse:
+                raise MatrixError("M_FORBIDDEN", f"{n}")
+        rnd_sender = rnd.choice([ALICE, GHOST])
+        return fn
+
+    def left(store):
+        with store.read() as reader:
+            events = [(event.type, event.sender, event.content, event.redacted_because is None) for event in reader.events(1, 0, 2**62, 10_000, False)]
+            return (events, reader.user(GHOST)[2], reader.aliases_of(1), [reason for (reason,) in reader.all("SELECT reason FROM outbox ORDER BY tick")],
+                    [event.content for event in reader.state_at(1)])
+    outcomes, rnd = [], random.Random(seed)
+    jobs = [job(n) for n in range(rnd.choice([3, 10, 40]))]
+    for run in (lambda store: in_one_batch(store, *jobs), lambda store: [in_one_batch(store, one)[0] for one in jobs]):
+        store, seen = open_store(), []
+        make_room(store, GHOST)
+        store.write(lambda tx: tx.add_user(GHOST, None, "irc", 1))
+        results = run(store)
+        outcomes.append((left(store), seen, [result.error and result.error.error for result in results], [*store._tx.room("!r:localhost").events]))
+    assert outcomes[0] == outcomes[1] and (len(jobs) < 10 or any(outcomes[0][2]))
+
+
+def test_a_client_transaction_that_comes_twice_in_one_batch_makes_one_event(open_store):
+    store, draft = open_store(), asbridge.Draft("m.room.message", ALICE, {"body": "once"})
+    make_room(store)
+
+    def once(device, txn_id):
+        def fn(tx):
+            return tx.sent(1, draft, device, txn_id) or tx.append(tx.room("!r:localhost"), draft, 5, device, txn_id)
+        return fn
+    results = in_one_batch(store, once("DEV", "1"), once("DEV", "2"), once("DEV", "1"), once("OTHER", "1"), once(None, "1"), once(None, "1"))
+    ids = [result.value for result in results]
+    assert ids[0] == ids[2] and ids[4] == ids[5] and len({*ids}) == 4 and len(texts_in(store)) == 4
+    assert store.write(once("DEV", "2")) == ids[1] and store.write(once(None, "1")) == ids[4]
 
 
 def test_a_batch_has_256_jobs_at_most(open_store):
@@ -2182,6 +2295,51 @@ def test_a_wakeup_comes_after_the_commit_to_those_whom_it_concerns(open_store):
     store.waiters.leave(ALICE, inside)
     store.waiters.leave("@other:localhost", outside)
     assert store.waiters._bells == {} and store.moved_since(1, 0) and not store.moved_since(1, store.position)
+
+
+def test_of_many_who_are_woken_only_a_few_look_at_a_time():
+    waiters, most, looking, guard = asbridge.Waiters(asbridge.Clock()), [], [0], threading.Lock()
+
+    def poll():
+        waiting = waiters.enter(ALICE)
+        started.release()
+        waiters.wait(waiting, waiters.clock.monotonic() + 60)
+        with guard:
+            looking[0] += 1
+            most.append(looking[0])
+        turn.wait(5)
+        with guard:
+            looking[0] -= 1
+        waiters.leave(ALICE, waiting)
+    started, turn = threading.Semaphore(0), threading.Event()
+    threads = [threading.Thread(target=poll, daemon=True) for _ in range(20)]
+    for thread in threads:
+        thread.start()
+        started.acquire()
+    waiters.wake({ALICE})
+    eventually(lambda: looking[0] == asbridge.MAX_LOOKING)
+    turn.set()
+    for thread in threads:
+        thread.join(5)
+        assert not thread.is_alive()
+    assert max(most) <= asbridge.MAX_LOOKING and len(most) == 20 and not waiters._looking and not waiters._to_ring and not waiters._bells
+
+
+def test_who_goes_away_before_it_is_woken_holds_up_nobody():
+    waiters = asbridge.Waiters(asbridge.Clock())
+    bells = [waiters.enter(ALICE) for _ in range(3 * asbridge.MAX_LOOKING)]
+    waiters.wake({ALICE})
+    rung = [one for one in bells if one.acquire(blocking=False)]
+    assert len(rung) == asbridge.MAX_LOOKING
+    for one in (one for one in bells if one not in rung[1:]):
+        waiters.leave(ALICE, one)
+    assert waiters._looking == {*rung[1:]} and not waiters._to_ring
+    waiters.wait(rung[1], waiters.clock.monotonic())         # has looked, and waits again
+    waiters.wake()
+    assert waiters._looking == {*rung[1:]} and rung[1].acquire(blocking=False)
+    for one in rung[1:]:
+        waiters.leave(ALICE, one)
+    assert not waiters._looking and not waiters._to_ring and not waiters._bells
 
 
 # -- Events
@@ -2439,18 +2597,24 @@ def test_a_transaction_id_is_not_used_again_with_a_new_database(open_store):
 
 
 def test_of_the_acknowledged_transactions_the_last_1000_are_kept(open_store, monkeypatch):
-    assert asbridge.KEPT_TRANSACTIONS == 1000
+    assert (asbridge.KEPT_TRANSACTIONS, asbridge.PRUNED_AT_ONCE) == (1000, 100)
     monkeypatch.setattr(asbridge, "KEPT_TRANSACTIONS", 5)
-    store = open_store()
+    monkeypatch.setattr(asbridge, "PRUNED_AT_ONCE", 3)
+    store, counts = open_store("a.db"), []
     make_room(store, GHOST)
     acknowledge_all(store)
     for n in range(20):
         store.write(lambda tx, n=n: say(tx, body=str(n)))
         acknowledge_all(store)
-    with store.read() as reader:
-        kept = reader.transactions("irc")
-        assert [waiting_texts(body) for _, body, _ in kept] == [[str(n)] for n in range(15, 20)]
-        assert reader.one("SELECT count(*) FROM outbox")[0] == 5 and reader.count_waiting("irc") == 0
+        with store.read() as reader:
+            kept = [waiting_texts(body) for _, body, _ in reader.transactions("irc")]
+            assert reader.one("SELECT count(*) FROM outbox")[0] == sum(map(len, kept)) and reader.count_waiting("irc") == 0
+        assert kept[-5:] == [[str(one)] for one in range(n - 4, n + 1)] or n < 5
+        counts.append(len(kept))
+        if n == 12:
+            store.close()
+            store = open_store("a.db")                       # what there is is counted
+    assert max(counts) == 8 and min(counts[5:]) == 6 and counts[-1] < 9
 
 
 def test_events_for_an_application_service_are_as_clients_get_them(open_store):
@@ -4456,6 +4620,21 @@ def test_a_long_poll_ends_with_an_invitation_and_with_account_data(three):
             eventually(lambda: hs.world.store.waiters.among({bob.user_id}))
             cause()
             assert key in future.result(5)
+
+
+def test_a_long_poll_does_not_look_where_nothing_has_happened(three, monkeypatch):
+    hs, alice, bob, _, room = three
+    bob.join(room)
+    since, looks, read = bob.sync()["next_batch"], [], asbridge.Window.read
+    monkeypatch.setattr(asbridge.Window, "read", lambda window: looks.append(window.since) or read(window))
+    with background(bob.sync, since, 30_000) as future:
+        eventually(lambda: hs.world.store.waiters.among({bob.user_id}))
+        hs.world.store.waiters.wake()
+        eventually(lambda: hs.world.store.waiters._looking == set())
+        assert looks == []
+        alice.say(room, "wake up")
+        assert bodies(joined(future.result(5), room)["timeline"]["events"]) == ["wake up"]
+    assert looks == [int(since)]
 
 
 def test_a_long_poll_ends_empty_after_its_time(three):
@@ -9264,7 +9443,7 @@ def test_every_key_of_the_design_is_a_key_of_the_configuration():
     fields = {one.name for one in asbridge.dataclasses.fields(asbridge.Config)}
     assert fields == set(asbridge.CONFIG_KEYS) == {
         "server_name", "bind", "port", "database", "registrations", "open_registration", "public_url", "admin_token", "max_event_bytes", "max_request_bytes",
-        "max_upload_bytes", "retry_first_ms", "retry_max_ms", "push_timeout_ms", "query_timeout_ms", "room_version", "rate_limit"}
+        "max_upload_bytes", "retry_first_ms", "retry_max_ms", "push_timeout_ms", "query_timeout_ms", "room_version", "rate_limit", "one_cpu"}
     config = asbridge.ConfigReader({}, "x", "").read()
     assert (config.server_name, config.bind, config.port, config.database, config.room_version) == ("localhost", "127.0.0.1", 8008, "asbridge.db", "11")
     assert (config.max_event_bytes, config.max_request_bytes, config.max_upload_bytes) == (65536, 2**20, 50 * 2**20)
@@ -9711,6 +9890,22 @@ def test_a_thousand_messages_to_a_service_that_was_down_arrive_once_and_in_order
     r.answer = lambda request, body: (200, {})
     eventually(lambda: hs.advance(1) or not hs.waiting(), 10)
     in_about_ten(r, [f"n{i}" for i in range(1000)])
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="not to be told here")
+@pytest.mark.parametrize("one_cpu", [True, False])
+def test_the_program_keeps_to_one_processor_unless_told_otherwise(program, one_cpu):
+    running = program({} if one_cpu else {"one_cpu": False})
+    threads = {int(thread) for thread in os.listdir(f"/proc/{running.process.pid}/task")}
+    allowed = {frozenset(os.sched_getaffinity(thread)) for thread in threads}
+    assert len(threads) > 2 and len(allowed) == 1 and {len(one) for one in allowed} == {1 if one_cpu else len(os.sched_getaffinity(0))}
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="not to be told here")
+def test_a_program_that_embeds_it_keeps_its_processors(start):
+    before = os.sched_getaffinity(0)
+    start(one_cpu=True)
+    assert os.sched_getaffinity(0) == before
 
 
 def test_a_homeserver_that_is_killed_in_the_middle_loses_and_doubles_nothing(program, recorder):
