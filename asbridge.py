@@ -66,6 +66,7 @@ import difflib
 import errno
 import fnmatch
 import functools
+import gc
 import hashlib
 import hmac
 import http
@@ -243,7 +244,7 @@ def to_json(value: Any) -> str:
     if isinstance(value, dict):
         return "{" + ",".join([f"{_encode(key)}:{to_json(item)}" for key, item in value.items()]) + "}"
     if isinstance(value, (list, tuple)):
-        return "[" + ",".join([to_json(item) for item in value]) + "]"
+        return "[" + ",".join([item if type(item) is Raw else to_json(item) for item in value]) + "]"
     return _encode(value)
 
 
@@ -252,6 +253,9 @@ def _finite(number: str) -> float:
     if not math.isfinite(value):
         raise ValueError(f"{number} is no number of JSON")
     return value
+
+
+_decode = json.JSONDecoder(parse_float=_finite, parse_constant=_finite).decode
 
 
 def nests_deeper(value: Any, limit: int) -> bool:
@@ -266,7 +270,7 @@ def parse_json(data: bytes | str) -> Any:
     """The value of a JSON text; M_NOT_JSON if it is none. A lone surrogate is not text and is refused, too."""
     try:
         text = data if isinstance(data, str) else data.decode("utf-8")
-        value = json.loads(text, parse_float=_finite, parse_constant=_finite)
+        value = _decode(text)
         if text.count("[") + text.count("{") > MAX_DEPTH and nests_deeper(value, MAX_DEPTH):
             raise ValueError(f"nested deeper than {MAX_DEPTH} levels")
         if "\\ud" in text or "\\uD" in text:
@@ -1581,25 +1585,25 @@ class Event(NamedTuple):
     def content(self) -> JsonObject:
         return cast(JsonObject, json.loads(self.json)["content"])
 
-    def unsigned(self, now: int) -> list[str]:
-        parts = [f'"age":{max(0, now - self.ts)}']
+    def unsigned(self, now: int) -> str:
+        parts = f'"age":{max(0, now - self.ts)}'
         if self.prev_content is not None:
-            parts.append(f'"prev_content":{self.prev_content}')
+            parts += f',"prev_content":{self.prev_content}'
         if self.redacted_because is not None:
-            parts.append(f'"redacted_because":{self.redacted_because}')
+            parts += f',"redacted_because":{self.redacted_because}'
         return parts
 
     def for_client(self, now: int, sender: str | None = None, device_id: str | None = None, *more: str) -> Raw:
         """As clients get it; the device that sent it finds its transaction ID again. `more`: further parts of unsigned."""
-        parts = [*self.unsigned(now), *more]
-        if self.txn_id is not None and (self.sender, self.device_id) == (sender, device_id):
-            parts.append(f'"transaction_id":{json.dumps(self.txn_id)}')
-        return Raw(self.json[:-1] + ',"unsigned":{' + ",".join(parts) + "}}")
+        parts = ",".join([self.unsigned(now), *more])
+        if self.txn_id is not None and self.sender == sender and self.device_id == device_id:
+            parts += f',"transaction_id":{json.dumps(self.txn_id)}'
+        return Raw(f'{self.json[:-1]},"unsigned":{{{parts}}}}}')
 
     def for_appservice(self, now: int) -> str:
         """As an application service gets it: for old software with `age` and `user_id` at the top, too."""
         return (f'{self.json[:-1]},"age":{max(0, now - self.ts)},"user_id":{json.dumps(self.sender)},'
-                f'"unsigned":{{{",".join(self.unsigned(now))}}}}}')
+                f'"unsigned":{{{self.unsigned(now)}}}}}')
 
 
 class RoomState:
@@ -3416,6 +3420,7 @@ MAX_PAGE = 1000                  # events in one answer
 OFFLINE_SECONDS = 30.0           # after the last /sync has ended
 UNAVAILABLE_SECONDS = 300.0      # without doing anything: from online to unavailable
 ECHO_SECONDS = 0.005             # how long one's own relation waits for the answer to its PUT to be read before it
+BUSY_SECONDS = 0.001             # how long a look works until it lets others in
 TIMELINE = 10                    # events in a /sync timeline, unless a filter says otherwise
 MAX_UNREAD = 500                 # the newest events of a room that are looked at, to count what is unread
 MAX_TALLIES = 5000               # counts that are kept in memory, each of one user and room
@@ -3790,8 +3795,10 @@ class View(NamedTuple):
 
     def then(self, tick: int) -> str:
         """As a part of `unsigned`: the user's membership at an event, and with it."""
-        membership = next((value for at, value in reversed(self.memberships) if at <= tick), "leave")
-        return f'"membership":{json.dumps(membership)}'
+        for at, membership in reversed(self.memberships):    # mostly the last one, in a loop that is run for each event
+            if at <= tick:
+                return f'"membership":"{membership}"'
+        return '"membership":"leave"'
 
     def events(self, reader: Reader, after: int, upto: int, limit: int, newest: bool,
                filter: Filter = EVERYTHING) -> list[Event]:
@@ -5668,12 +5675,16 @@ class Window:
         return {"events": events} if events else {}
 
     def _rooms(self) -> JsonObject:
-        rooms: dict[str, JsonObject] = {}
+        rooms: dict[str, dict[str, Raw]] = {}
+        pause = time.monotonic() + BUSY_SECONDS
         for room, room_id, membership, tick, forgotten in self.memberships:
+            if time.monotonic() > pause:                     # a thousand rooms: let others to the interpreter's lock
+                time.sleep(0.0001)
+                pause = time.monotonic() + BUSY_SECONDS
             if self.filter.rooms.wants(room_id):
                 section, entry = self._room(room, room_id, membership, tick, forgotten)
                 if entry:
-                    rooms.setdefault(section, {})[room_id] = entry
+                    rooms.setdefault(section, {})[room_id] = Raw(to_json(entry))     # written piece by piece, too
         return rooms
 
     def _met(self) -> set[str]:
@@ -5828,7 +5839,7 @@ class Window:
             members = [self.reader.state_event(room, "m.room.member", user_id) for user_id in sorted(speakers - known)]
             state += [event for event in members if event and event.tick <= last]
         filter = self.filter.state.in_room(room_id)
-        return [event for event in state if filter.passes(event)]
+        return state if filter == EVERYTHING else [event for event in state if filter.passes(event)]
 
     def _render(self, events: list[Event], more: Mapping[int, list[str]] | None = None) -> list[Raw]:
         user, device = self.who.user_id, self.who.device_id
@@ -7268,7 +7279,7 @@ def get_events(call: Call) -> Any:
     source = {"room": {"timeline": {"limit": MAX_PAGE}, **({"rooms": [room_id]} if room_id else {})}}
     who = dataclasses.replace(call.who, device_id=None)      # messages to the device are for its /sync: here they would be lost
     answer = call.api.sync.sync(who, start, SyncFilter(source), call.integer("timeout", 0) / 1000)
-    chunk, rooms = [*answer.get("presence", {}).get("events", [])], answer.get("rooms", {})
+    chunk, rooms = [*answer.get("presence", {}).get("events", [])], json.loads(to_json(answer.get("rooms", {})))
     for room_id, entry in rooms.get("invite", {}).items():
         chunk.append({**entry["invite_state"]["events"][-1], "room_id": room_id})
     for section in ("join", "leave"):
@@ -9759,18 +9770,7 @@ def suggestions(hs: Homeserver) -> list[str]:
             f"curl -s {hs.url}/_matrix/client/v3/register {register}"] if port else []
 
 
-def keep_to_one_cpu() -> None:
-    """Of all threads one at a time runs Python. To hand that over to a thread on another processor takes several times as
-    long as on the same one. For Linux; elsewhere nothing happens.
-    """
-    with contextlib.suppress(AttributeError, OSError):
-        allowed = sorted(os.sched_getaffinity(0))
-        os.sched_setaffinity(0, {allowed[os.getpid() % len(allowed)]})      # several of us spread
-
-
 def run(config: Config, args: argparse.Namespace) -> int:
-    if config.one_cpu:
-        keep_to_one_cpu()                                    # before there are threads
     stop = bell()                                            # rung by a signal; a second one ends the process at once
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, frame: release(stop) if stop.locked() else os._exit(1))
@@ -9853,6 +9853,16 @@ def write_whole(path: str, text: str) -> None:
     os.replace(path + ".new", path)
 
 
+def keep_to_one_cpu() -> None:
+    """Of all threads one at a time runs Python. To hand that over to a thread on another processor takes several times as
+    long as on the same one. For Linux; elsewhere nothing happens.
+    """
+    with contextlib.suppress(AttributeError, OSError):
+        allowed = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {allowed[os.getpid() % len(allowed)]})      # several of us spread
+        sys.setswitchinterval(0.0005)                        # to pass it on costs little there
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     args = parse_args(sys.argv[1:] if arguments is None else arguments)
     try:
@@ -9867,6 +9877,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 2
     set_up_log(args)
+    gc.freeze()                                              # what there is now stays: not to be looked at again and again
+    if config.one_cpu:
+        keep_to_one_cpu()                                    # before there are threads
     return run(config, args)
 
 
