@@ -1448,6 +1448,10 @@ class Registrations:
 def check_together(registrations: Sequence[tuple[str, Registration]]) -> list[Finding]:
     """What is wrong between registrations: each is given with where it stands."""
     findings, seen = [], dict[tuple[str, str], str]()
+    holders = dict[tuple[str, str], list[str]]()             # of a token, by which it is, in the order of the registrations
+    for where, registration in registrations:
+        for key in ("as_token", "hs_token"):
+            holders.setdefault((key, getattr(registration, key)), []).append(where)
     for where, registration in registrations:
         for key in ("id", "as_token"):
             value = getattr(registration, key)
@@ -1456,8 +1460,8 @@ def check_together(registrations: Sequence[tuple[str, Registration]]) -> list[Fi
                 findings.append(Finding(f"{where}: {key}", f"is already that of {other}",
                                         f"every {key} must be unique"))
         for key, twin in (("as_token", "hs_token"), ("hs_token", "as_token")):
-            for other, stranger in registrations:
-                if other is not where and getattr(registration, key) == getattr(stranger, twin):
+            for other in holders.get((twin, getattr(registration, key)), ()):
+                if other is not where:
                     findings.append(Finding(f"{where}: {key}", f"is the {twin} of {other}",
                                             "tokens must differ from each other"))
     return findings
