@@ -1988,6 +1988,8 @@ KEPT_TRANSACTIONS = 1000         # acknowledged ones, for each application servi
 PRUNED_AT_ONCE = 100             # so many more there may be until they go
 MAX_CACHED_ROOMS = 2000          # rooms whose state the writer keeps in memory
 READERS = 8
+MAX_LOG_BYTES = 8 * 1024 * 1024  # of the write-ahead log, until the writer itself starts it anew
+LOG_SECONDS = 1.0                # how long it tries to
 #: MSC3202: under which names an application service hears the counts of one-time keys, and of unused fallback keys.
 COUNT_KEYS = (("org.matrix.msc3202.device_one_time_keys_count", "org.matrix.msc3202.device_one_time_key_counts"),
               ("org.matrix.msc3202.device_unused_fallback_key_types",))
@@ -3208,6 +3210,7 @@ class Store:
         # Called on the writer thread after COMMIT: with each frozen transaction; with room, user and tick of a join or leave.
         self.on_frozen: Callable[[Transaction], object] = lambda transaction: None
         self.on_membership: Callable[[int, str, int], object] = lambda room, user_id, tick: None
+        self._log_limit = MAX_LOG_BYTES
         self._closed = False
         self._gate = threading.Lock()                        # guards _closed against a job that comes too late
         self._thread = threading.Thread(target=self._run, name="writer", daemon=True)
@@ -3291,6 +3294,26 @@ class Store:
                 if len(batch) < MAX_BATCH:
                     self._jobs.put(None)                     # it was None: stop after this batch
             self._do(batch)
+            with contextlib.suppress(OSError, sqlite3.Error):
+                size = os.path.getsize(self.path + "-wal")
+                if size > self._log_limit:
+                    self._log_limit = size + MAX_LOG_BYTES   # if it fails, not again at once
+                    self._shorten_log()
+
+    def _shorten_log(self) -> None:
+        """Starts the write-ahead log anew. SQLite does it where nobody reads from the log, a moment that never comes when
+        readers overlap; and when it is told to wait for that, it may wait for readers that never leave.
+        """
+        db, deadline = self._tx.db, time.monotonic() + LOG_SECONDS
+        db.execute("PRAGMA busy_timeout = 0")
+        try:
+            while db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]:
+                if time.monotonic() > deadline:              # somebody reads for longer
+                    return
+                time.sleep(0.002)
+            self._log_limit = MAX_LOG_BYTES
+        finally:
+            db.execute("PRAGMA busy_timeout = 5000")
 
     def _do(self, batch: list[_Job]) -> None:
         """One batch, one COMMIT. If it fails as a whole, each job gets another chance alone."""
