@@ -6175,7 +6175,7 @@ class Delivery:
         if worker and worker.fresh:
             self._offer(transaction)
 
-    def stop(self, seconds: float = 2.0) -> None:
+    def stop(self, seconds: float = 1.0) -> None:
         """Attempts that are under way may take this long to end."""
         self._stopped = True
         deadline = time.monotonic() + seconds
