@@ -3398,25 +3398,33 @@ def hold_database(path: str) -> sqlite3.Connection:
 
 def open_database(path: str, server_name: str, durable: bool) -> sqlite3.Connection:
     """The database for the writer, with its tables; DatabaseError if it is not ours."""
-    db = open_sqlite(path, durable)
-    try:
-        create_schema(db, path, server_name)
-        return db
-    except DatabaseError:
-        db.close()
-        raise
-    except sqlite3.Error as error:
-        db.close()
-        raise DatabaseError(f"{path} can't be used as a database: {error}") from None
+    with contextlib.ExitStack() as undo:
+        try:
+            if os.path.exists(path):                         # a look first: a database that is not ours stays as it is
+                with contextlib.closing(open_sqlite(path, read_only=True)) as db:
+                    check_version(db, path)
+            db = open_sqlite(path, durable)
+            undo.callback(db.close)
+            create_schema(db, path, server_name)
+        except sqlite3.Error as error:
+            raise DatabaseError(f"{path} can't be used as a database: {error}") from None
+        undo.pop_all()
+    return db
 
 
-def create_schema(db: sqlite3.Connection, path: str, server_name: str) -> None:
-    """Makes the tables that a new or an older database lacks, all at once; refuses one that is not ours."""
+def check_version(db: sqlite3.Connection, path: str) -> tuple[int, bool]:
+    """Which version of the tables there is, and whether there is none; DatabaseError if they are not ours."""
     version = db.execute("PRAGMA user_version").fetchone()[0]
     empty = not db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
     if version > SCHEMA_VERSION or (version == 0 and not empty):
         raise DatabaseError(f"{path} is not a database of this asbridge (its user_version is {version}, "
                             f"not {SCHEMA_VERSION}); name another --database")
+    return version, empty
+
+
+def create_schema(db: sqlite3.Connection, path: str, server_name: str) -> None:
+    """Makes the tables that a new or an older database lacks, all at once; refuses one that is not ours."""
+    version, empty = check_version(db, path)
     if version < SCHEMA_VERSION:
         first = f"INSERT INTO meta VALUES ('server_name', '{server_name}'), ('position', 0);" if empty else ""
         gone = "".join([sql for since, sql in OUTGROWN.items() if version < since])
