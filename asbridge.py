@@ -3406,6 +3406,7 @@ def open_database(path: str, server_name: str, durable: bool) -> sqlite3.Connect
             db = open_sqlite(path, durable)
             undo.callback(db.close)
             create_schema(db, path, server_name)
+            db.execute("UPDATE meta SET value = value WHERE key = 'position'")           # it may be locked, or the disk full
         except sqlite3.Error as error:
             raise DatabaseError(f"{path} can't be used as a database: {error}") from None
         undo.pop_all()
@@ -9816,7 +9817,7 @@ def run(config: Config, args: argparse.Namespace) -> int:
     hs.reread = lambda: config_of(args).registrations
     try:
         hs.start()
-    except (OSError, DatabaseError, sqlite3.Error) as error:
+    except (OSError, DatabaseError, sqlite3.Error, MatrixError) as error:
         print(why_not_started(error, config), file=sys.stderr)
         return 1
     try:
