@@ -390,6 +390,7 @@ trace = logging.getLogger("asbridge.trace")
 # Does not know Matrix, but for its error type.
 
 HEAD_SECONDS = 10.0                # from the first byte of a request to the end of its head
+BUSY_MS = 5000                     # how long a statement waits for another process that has locked the database
 STATEMENTS = 500                   # of SQL that a connection keeps ready: more than there are
 IDLE_SECONDS = 10.0                # how often a silent connection looks whether the server stops
 LINGER_SECONDS = 2.0               # before a connection is closed on somebody who is still sending
@@ -851,7 +852,7 @@ def open_sqlite(path: str, durable: bool = True, read_only: bool = False) -> sql
     """
     where = urllib.parse.quote(os.path.abspath(path)) + ("?mode=ro" if read_only else "")
     try:
-        db = sqlite3.connect(f"file:{where}", uri=True, isolation_level=None, check_same_thread=False, timeout=5,
+        db = sqlite3.connect(f"file:{where}", uri=True, isolation_level=None, check_same_thread=False, timeout=BUSY_MS / 1000,
                              cached_statements=STATEMENTS)
         if not read_only:
             db.execute("PRAGMA journal_mode=WAL")
@@ -1460,10 +1461,8 @@ def check_together(registrations: Sequence[tuple[str, Registration]]) -> list[Fi
                 findings.append(Finding(f"{where}: {key}", f"is already that of {other}",
                                         f"every {key} must be unique"))
         for key, twin in (("as_token", "hs_token"), ("hs_token", "as_token")):
-            for other in holders.get((twin, getattr(registration, key)), ()):
-                if other is not where:
-                    findings.append(Finding(f"{where}: {key}", f"is the {twin} of {other}",
-                                            "tokens must differ from each other"))
+            findings += [Finding(f"{where}: {key}", f"is the {twin} of {other}", "tokens must differ from each other")
+                         for other in holders.get((twin, getattr(registration, key)), ()) if other is not where]
     return findings
 
 
@@ -1989,7 +1988,7 @@ PRUNED_AT_ONCE = 100             # so many more there may be until they go
 MAX_CACHED_ROOMS = 2000          # rooms whose state the writer keeps in memory
 READERS = 8
 MAX_LOG_BYTES = 8 * 1024 * 1024  # of the write-ahead log, until the writer itself starts it anew
-LOG_SECONDS = 1.0                # how long it tries to
+LOG_SECONDS = 1.0                # how long it waits for those who read
 #: MSC3202: under which names an application service hears the counts of one-time keys, and of unused fallback keys.
 COUNT_KEYS = (("org.matrix.msc3202.device_one_time_keys_count", "org.matrix.msc3202.device_one_time_key_counts"),
               ("org.matrix.msc3202.device_unused_fallback_key_types",))
@@ -3294,26 +3293,29 @@ class Store:
                 if len(batch) < MAX_BATCH:
                     self._jobs.put(None)                     # it was None: stop after this batch
             self._do(batch)
-            with contextlib.suppress(OSError, sqlite3.Error):
-                size = os.path.getsize(self.path + "-wal")
-                if size > self._log_limit:
-                    self._log_limit = size + MAX_LOG_BYTES   # if it fails, not again at once
-                    self._shorten_log()
+            with contextlib.suppress(OSError, sqlite3.Error, queue.Empty):
+                self._shorten_log()
 
     def _shorten_log(self) -> None:
-        """Starts the write-ahead log anew. SQLite does it where nobody reads from the log, a moment that never comes when
-        readers overlap; and when it is told to wait for that, it may wait for readers that never leave.
+        """Starts the write-ahead log anew when it has become long. SQLite does it by itself when nobody reads, a moment that
+        never comes where readers overlap: so here they are all held up, until the last of them is done.
         """
-        db, deadline = self._tx.db, time.monotonic() + LOG_SECONDS
-        db.execute("PRAGMA busy_timeout = 0")
+        size = os.path.getsize(self.path + "-wal")
+        if size < self._log_limit:
+            return
+        self._log_limit = size + MAX_LOG_BYTES               # if somebody reads for longer, not again at once
+        held: list[sqlite3.Connection | None] = []
+        deadline = time.monotonic() + LOG_SECONDS
         try:
-            while db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]:
-                if time.monotonic() > deadline:              # somebody reads for longer
-                    return
-                time.sleep(0.002)
-            self._log_limit = MAX_LOG_BYTES
+            while len(held) < READERS:
+                held.append(self._readers.get(timeout=max(0.0, deadline - time.monotonic())))
+            self._tx.db.execute("PRAGMA busy_timeout = 0")   # who reads in another process is not waited for
+            if not self._tx.db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]:
+                self._log_limit = MAX_LOG_BYTES
         finally:
-            db.execute("PRAGMA busy_timeout = 5000")
+            self._tx.db.execute(f"PRAGMA busy_timeout = {BUSY_MS}")
+            for db in reversed(held):
+                self._readers.put(db)
 
     def _do(self, batch: list[_Job]) -> None:
         """One batch, one COMMIT. If it fails as a whole, each job gets another chance alone."""
