@@ -480,10 +480,13 @@ class Request:
             raise too_large(limit)
         if self.headers.get("expect", "").lower() == "100-continue":
             self._connection.send(b"HTTP/1.1 100 Continue\r\n\r\n")
-        if unread > 0:
-            return self._connection.read(unread, body_deadline(unread))
-        self._unread = -1
-        body = self._connection.read_chunks(limit)
+        try:
+            if unread > 0:
+                return self._connection.read(unread, body_deadline(unread))
+            self._unread = -1
+            body = self._connection.read_chunks(limit)
+        except ConnectionError:
+            raise bad_request("the client went away inside the body") from None
         self._unread = 0
         return body
 
