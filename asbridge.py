@@ -3214,6 +3214,7 @@ class Store:
         self.on_membership: Callable[[int, str, int], object] = lambda room, user_id, tick: None
         self._log_limit = MAX_LOG_BYTES
         self._closed = False
+        self._door = threading.Lock()                        # guards taking from _readers: who holds it lets nobody in
         self._gate = threading.Lock()                        # guards _closed against a job that comes too late
         self._thread = threading.Thread(target=self._run, name="writer", daemon=True)
         self._thread.start()
@@ -3239,7 +3240,8 @@ class Store:
     @contextlib.contextmanager
     def read(self) -> Iterator[Reader]:
         """A moment of the database. Not to be held while waiting, sending or asking."""
-        db = self._readers.get()
+        with self._door:
+            db = self._readers.get()
         try:
             if self._closed:
                 raise MatrixError("M_UNKNOWN", "the homeserver has stopped", 503)
@@ -3309,6 +3311,8 @@ class Store:
         self._log_limit = size + MAX_LOG_BYTES               # if somebody reads for longer, not again at once
         held: list[sqlite3.Connection | None] = []
         deadline = time.monotonic() + LOG_SECONDS
+        if not self._door.acquire(timeout=LOG_SECONDS):
+            return
         try:
             while len(held) < READERS:
                 held.append(self._readers.get(timeout=max(0.0, deadline - time.monotonic())))
@@ -3319,6 +3323,7 @@ class Store:
             self._tx.db.execute(f"PRAGMA busy_timeout = {BUSY_MS}")
             for db in reversed(held):
                 self._readers.put(db)
+            self._door.release()
 
     def _do(self, batch: list[_Job]) -> None:
         """One batch, one COMMIT. If it fails as a whole, each job gets another chance alone."""

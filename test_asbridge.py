@@ -2297,6 +2297,49 @@ def test_a_wakeup_comes_after_the_commit_to_those_whom_it_concerns(open_store):
     assert store.waiters._bells == {} and store.moved_since(1, 0) and not store.moved_since(1, store.position)
 
 
+def test_the_write_ahead_log_stays_short_where_readers_overlap(open_store, tmp_path, monkeypatch):
+    monkeypatch.setattr(asbridge, "MAX_LOG_BYTES", 1_000_000)
+    store, stopping, reads = open_store("a.db"), threading.Event(), []
+    make_room(store)
+    turns = [threading.Semaphore(1), threading.Semaphore(0)]
+
+    def read(own, other):                                    # each begins before the other ends
+        while not stopping.is_set():
+            own.acquire(timeout=5)
+            with store.read() as reader:
+                reader.position()
+                other.release()
+                own.acquire(timeout=0.05)
+                reads.append(1)
+            own.release()
+    threads = [threading.Thread(target=read, args=order) for order in (turns, turns[::-1])]
+    for thread in threads:
+        thread.start()
+    sizes = []
+    for _ in range(60):
+        store.write(lambda tx: say(tx, body="x" * 60_000))
+        sizes.append(os.path.getsize(tmp_path / "a.db-wal"))
+    stopping.set()
+    for thread in threads:
+        thread.join(5)
+    assert max(sizes) < 1_200_000 and sum(before > after for before, after in itertools.pairwise(sizes)) >= 3 and reads
+
+
+def test_who_reads_for_long_holds_up_the_writer_for_a_moment_only(open_store, tmp_path, monkeypatch):
+    monkeypatch.setattr(asbridge, "MAX_LOG_BYTES", 500_000)
+    monkeypatch.setattr(asbridge, "LOG_SECONDS", 0.01)
+    store = open_store("a.db")
+    make_room(store)
+    with store.read() as reader:
+        before = reader.position()
+        for _ in range(30):
+            store.write(lambda tx: say(tx, body="x" * 60_000))
+        assert os.path.getsize(tmp_path / "a.db-wal") > 1_500_000 and reader.position() == before
+    for _ in range(20):
+        store.write(lambda tx: say(tx, body="x" * 60_000))
+    assert eventually(lambda: os.path.getsize(tmp_path / "a.db-wal") < 700_000) and len(texts_in(store)) == 50
+
+
 def test_of_many_who_are_woken_only_a_few_look_at_a_time():
     waiters, most, looking, guard = asbridge.Waiters(asbridge.Clock()), [], [0], threading.Lock()
 
