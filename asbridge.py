@@ -2550,7 +2550,7 @@ class Tx(Reader):
         self.new_job()
 
     def new_job(self) -> None:
-        self._job_inserts: dict[str, list[tuple[Any, ...]]] = {}     # the same, by this job
+        self._own_rows: dict[str, list[tuple[Any, ...]]] = {}     # the same, by this job
         self._savepoint = False                              # whether this job has changed something that is not such a row
         self._touched: set[str] = set()                      # rooms whose cached state this job changed
         self._mark = len(self.after)
@@ -2562,9 +2562,9 @@ class Tx(Reader):
     def job_done(self) -> None:
         if self._savepoint:
             self.db.execute("RELEASE job")
-        for table, rows in self._job_inserts.items():
+        for table, rows in self._own_rows.items():
             self._rows.setdefault(table, []).extend(rows)
-        self._job_inserts.clear()
+        self._own_rows.clear()
         for id in self._job_acknowledged:
             self.boxes[id] = self.boxes[id]._replace(open=None)
             self.ready.add(id)
@@ -2587,7 +2587,7 @@ class Tx(Reader):
         if self._savepoint:
             self.db.execute("ROLLBACK TO job")
             self.db.execute("RELEASE job")
-        self._job_inserts.clear()
+        self._own_rows.clear()
         for room_id in self._touched:
             self.rooms.pop(room_id, None)
         del self.after[self._mark:]
@@ -2596,15 +2596,15 @@ class Tx(Reader):
         self.tick_now += 1
         return self.tick_now
 
-    def insert(self, table: str, *row: Any) -> None:
+    def add_row(self, table: str, *row: Any) -> None:
         """Stores a row, together with others of the same batch, before anything is read.
 
         Each statement lets go of the interpreter's lock, and with many requests at work it takes many times as long to
         get it back as to store a row.
         """
-        self._job_inserts.setdefault(table, []).append(row)
+        self._own_rows.setdefault(table, []).append(row)
 
-    def _insert_rows(self, tables: dict[str, list[tuple[Any, ...]]]) -> None:
+    def _store_rows(self, tables: dict[str, list[tuple[Any, ...]]]) -> None:
         for table, rows in tables.items():
             for some in in_powers_of_two(rows, MAX_ROWS):
                 marks = ",".join([f"({','.join('?' * len(rows[0]))})"] * len(some))
@@ -2614,12 +2614,12 @@ class Tx(Reader):
     def flush(self, changes: bool = False) -> None:
         """Before a statement: inserts what was to be inserted. A job that `changes` anything else can be undone alone."""
         if self._rows:
-            self._insert_rows(self._rows)
+            self._store_rows(self._rows)
             self._unseen.clear()
-        if (changes or self._job_inserts) and not self._savepoint:
+        if (changes or self._own_rows) and not self._savepoint:
             self.db.execute("SAVEPOINT job")
             self._savepoint = True
-        self._insert_rows(self._job_inserts)
+        self._store_rows(self._own_rows)
 
     def one(self, sql: str, *values: Any) -> Any:
         self.flush()
@@ -2944,7 +2944,7 @@ class Tx(Reader):
         reasons = audience.interested(draft.sender, target)
         before = room.events.get((draft.type, draft.state_key)) if draft.state_key is not None else None
         relates_to, rel_type = self._relation(room, draft.content.get("m.relates_to"))
-        self.insert("events", tick, room.n, draft.type, draft.state_key, draft.sender, ts, text, before.tick if before else None,
+        self.add_row("events", tick, room.n, draft.type, draft.state_key, draft.sender, ts, text, before.tick if before else None,
                     None, relates_to, rel_type, device_id, txn_id)
         if txn_id is not None:
             self._unseen.add((draft.sender, txn_id))
@@ -2953,7 +2953,7 @@ class Tx(Reader):
             self._set_state(room, tick, draft, audience)
         for id, reason in reasons.items():
             if self.store.registrations.by_id[id].url is not None:
-                self.insert("outbox", id, tick, reason)
+                self.add_row("outbox", id, tick, reason)
                 self._job_rows[id] = tick
         self.moved[room.n] = tick
 
