@@ -480,13 +480,10 @@ class Request:
             raise too_large(limit)
         if self.headers.get("expect", "").lower() == "100-continue":
             self._connection.send(b"HTTP/1.1 100 Continue\r\n\r\n")
-        try:
-            if unread > 0:
-                return self._connection.read(unread, body_deadline(unread))
-            self._unread = -1
-            body = self._connection.read_chunks(limit)
-        except ConnectionError:
-            raise bad_request("the client went away inside the body") from None
+        if unread > 0:
+            return self._connection.read(unread, body_deadline(unread))
+        self._unread = -1
+        body = self._connection.read_chunks(limit)
         self._unread = 0
         return body
 
@@ -6515,13 +6512,15 @@ class Api:
         self.router, self.limiter = Router(ROUTES), Limiter(world)
 
     def __call__(self, request: Request) -> Response:
-        """Answers; raises nothing."""
+        """Answers; raises nothing, but for ConnectionError when the client goes away inside its body."""
         began = time.monotonic()
         try:
             response = self._answer(request)
         except MatrixError as error:
             response = json_response(error.status, error.body(), CORS)
             log.debug("%s %s: %s", request.method, request.path, error)
+        except ConnectionError:
+            raise
         except Exception:
             log.exception("%s %s failed", request.method, request.path)
             failed = MatrixError("M_UNKNOWN", "the homeserver failed; its log says why")
