@@ -750,6 +750,14 @@ def create_rooms(client, until):
     return made, refusals
 
 
+def upload(running, token, size):
+    connection = http.client.HTTPConnection("127.0.0.1", running.port, timeout=30)
+    with contextlib.closing(connection):
+        connection.request("POST", "/_matrix/media/v3/upload", b"x" * size, {"Authorization": f"Bearer {token}"})
+        answer = connection.getresponse()
+        return answer.status, json.loads(answer.read())
+
+
 def check_goes_on(senders, recorder):
     """Everybody is answered again, without a restart, and what was answered is pushed."""
     many = [len(sender.answered) for sender in senders]
@@ -762,7 +770,7 @@ def check_goes_on(senders, recorder):
 
 @linux
 def test_on_a_full_disk_changes_are_refused_and_nothing_is_half_and_with_room_again_it_goes_on(program, recorder, disk, tmp_path, say):
-    full = disk("12m")
+    full = disk("20m")
     config = {"registrations": [registration(recorder.url)], "retry_first_ms": 5, "retry_max_ms": 20}
     flags = ["--database", str(tmp_path / "disk" / "asbridge.db")]
     running = program(config, *flags, before=full.enter)
@@ -771,6 +779,10 @@ def test_on_a_full_disk_changes_are_refused_and_nothing_is_half_and_with_room_ag
     since = alice.sync()["next_batch"]
     senders = [Sender(f"s{n}", alice.token, room, lambda: running.port, padding) for n, padding in enumerate((0, 300, 9000))]
     eventually(lambda: all(len(sender.answered) > 20 for sender in senders))
+    full.fill(but=2_000_000)
+    uploads = [upload(running, alice.token, 4_000_000) for _ in range(12)]               # too large, beside sends that are not:
+    assert not [status for status, _ in uploads if status == 200]                        # SQLite ends such a transaction by itself
+    check_refusals(uploads)
     full.fill(but=300_000)
     made, refusals = create_rooms(alice, lambda: all(len(sender.refused) > 20 for sender in senders))
     check_refusals(refusals + [one for sender in senders for one in sender.refused])
@@ -785,6 +797,7 @@ def test_on_a_full_disk_changes_are_refused_and_nothing_is_half_and_with_room_ag
     shutil.copyfile(database, tmp_path / "copy.db")          # SQLite would follow the way through /proc to another file
     with looking(tmp_path / "copy.db") as db:
         assert db.execute("SELECT count(*) FROM rooms").fetchone() == (1 + made,)
+        assert db.execute("SELECT count(*) FROM media").fetchone() == (0,)
     check_all(tmp_path / "copy.db", senders, recorder)
     say(f"{made} rooms made, {len(refusals)} refused; {sum(len(s.refused) for s in senders)} sends refused; {again} transactions again")
 
