@@ -661,8 +661,8 @@ class Connection(http.server.BaseHTTPRequestHandler):
 
 
 class HttpServer(http.server.ThreadingHTTPServer):
-    """Serves `app`, a function from Request to Response that raises nothing. start() and stop() may be called
-    once each.
+    """Serves `app`, a function from Request to Response that raises nothing but what reading the body has raised.
+    start() and stop() may be called once each.
     """
 
     request_queue_size = 1024
@@ -3328,12 +3328,14 @@ class Store:
             self._commit(batch)
         except Exception as error:
             self._roll_back()
-            if len(batch) > 1:
+            locked = getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_BUSY     # each job would wait as long again
+            if len(batch) > 1 and not locked:
                 for job in batch:
                     self._do([job])
                 return
             log.error("a change could not be stored: %s", error, exc_info=not isinstance(error, sqlite3.Error))
-            batch[0].error = MatrixError("M_UNKNOWN", "the homeserver could not store this; its log says why")
+            for job in batch:
+                job.error = MatrixError("M_UNKNOWN", "the homeserver could not store this; its log says why")
         else:
             self._publish(self._tx)
         for job in batch:
@@ -5994,6 +5996,8 @@ CALL_FAILED = (OSError, http.client.HTTPException, ValueError)   # what Line.exc
 
 def advice(registration: Registration, failure: Answer | BaseException) -> str:
     """Why a call failed, and what to do about it."""
+    if isinstance(failure, MatrixError):
+        return f"its answer is lost, for {failure.error}"
     if isinstance(failure, Answer):
         if failure.status in (401, 403):
             return (f"{failure.status}: it rejects the hs_token; is the application service running with the registration "
@@ -6084,8 +6088,8 @@ class Worker:
                              transaction.appservice, transaction.txn_id)
                 self.failures, self.next_attempt = 0, 0.0
                 return
-            except MatrixError:                              # not stored: it will be sent again, with the same ID
-                self.transaction = transaction
+            except MatrixError as error:                     # not stored: it will be sent again, with the same ID
+                self.transaction, outcome = transaction, error
         self._back_off(transaction, outcome)
 
     def _back_off(self, transaction: Transaction, outcome: Answer | BaseException) -> None:
@@ -6094,7 +6098,7 @@ class Worker:
         self.failures += 1
         self.next_attempt = self.world.clock.monotonic() + delay
         if not self._stopped:
-            log.warning("application service %s did not take transaction %d (%d events, attempt %d): %s; next "
+            log.warning("application service %s: transaction %d (%d events, attempt %d) did not go through: %s; next "
                         "attempt in %.1f s",
                         transaction.appservice, transaction.txn_id, transaction.events, self.failures,
                         advice(self.registration, outcome), delay)

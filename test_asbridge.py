@@ -2224,6 +2224,22 @@ def test_when_the_commit_keeps_failing_each_job_is_told_so_and_the_next_is_store
         assert store.position == reader.position()
 
 
+def test_where_another_process_has_locked_the_database_a_batch_waits_once_and_all_its_jobs_are_refused(open_store, tmp_path, monkeypatch):
+    monkeypatch.setattr(asbridge, "BUSY_MS", 50)
+    store, begins = open_store("a.db"), []
+    make_room(store)
+    with contextlib.closing(sqlite3.connect(tmp_path / "a.db", isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        store._tx.db.set_trace_callback(lambda statement: begins.append(statement) if statement.startswith("BEGIN") else None)
+        jobs = [asbridge._Job(say) for _ in range(20)]
+        for job in jobs:
+            store._jobs.put(job)
+        results = [Result(job) for job in jobs]
+        assert {(result.error.errcode, result.error.status) for result in results} == {("M_UNKNOWN", 500)} and len(begins) < 10
+        other.execute("ROLLBACK")
+    assert store.write(say) and texts_in(store) == ["hello"]
+
+
 def test_what_was_committed_is_not_run_again_whatever_happens_while_it_is_published(open_store):
     store = open_store()
     make_room(store)
