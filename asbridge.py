@@ -3326,7 +3326,7 @@ class Store:
                 self._log_limit = MAX_LOG_BYTES
         finally:
             self._tx.db.execute(f"PRAGMA busy_timeout = {LOCKED_MS}")
-            for db in reversed(held):
+            for db in sorted(held, key=bool):                # what is open on top: no more are opened than read at a time
                 self._readers.put(db)
             self._door.release()
 
@@ -9620,7 +9620,7 @@ CONFIG_KEYS: dict[str, tuple[Any, str]] = {
     "retry_max_ms":      (int,                "milliseconds"),
     "push_timeout_ms":   (int,                "milliseconds"),
     "query_timeout_ms":  (int,                "milliseconds"),
-    "room_version":      (str,                f"one of {', '.join(ROOM_VERSIONS)}"),
+    "room_version":      (str,                f"one of {', '.join(map(quoted, ROOM_VERSIONS))}"),
     "rate_limit":        ((dict, type(None)), '{"per_second": 10, "burst": 50}'),
     "one_cpu":           (bool,               "true to keep to one processor, which is faster, or false"),
 }
@@ -9702,7 +9702,7 @@ class ConfigReader:
 def read_config(path: str) -> Config:
     """A configuration file, or a registration alone; ConfigError says everything that is wrong with it."""
     data = load_file(path)
-    if isinstance(data, dict) and "as_token" in data:
+    if isinstance(data, dict) and {"as_token", "hs_token", "sender_localpart", "namespaces"} & data.keys():
         data = {"registrations": [os.path.basename(path)]}
     return ConfigReader(data, path, os.path.dirname(path)).read()
 

@@ -2353,6 +2353,21 @@ def test_the_write_ahead_log_stays_short_where_readers_overlap(open_store, tmp_p
     assert max(sizes) < 1_200_000 and sum(before > after for before, after in itertools.pairwise(sizes)) >= 3 and reads
 
 
+def test_no_more_connections_are_opened_than_read_at_a_time(open_store, monkeypatch):
+    monkeypatch.setattr(asbridge, "MAX_LOG_BYTES", 1)
+    store, opened, inside = open_store("a.db"), [], threading.Event()
+    make_room(store)
+    monkeypatch.setattr(asbridge, "open_sqlite", lambda *args, of=asbridge.open_sqlite, **keys: opened.append(1) or of(*args, **keys))
+    monkeypatch.setattr(store._readers, "get", lambda *args, of=store._readers.get, **keys: (inside.set() if keys else None, of(*args, **keys))[1])
+    for _ in range(5):
+        with store.read() as reader:
+            inside.clear()
+            store.write(say)
+            assert inside.wait(5) and reader.position()      # the writer has begun to take them away
+        store.write(say)
+    assert len(opened) == 1
+
+
 def test_who_reads_for_long_holds_up_the_writer_for_a_moment_only(open_store, tmp_path, monkeypatch):
     monkeypatch.setattr(asbridge, "MAX_LOG_BYTES", 500_000)
     monkeypatch.setattr(asbridge, "LOG_SECONDS", 0.01)
@@ -9603,6 +9618,12 @@ def configured(tmp_path, capsys, text):
 def test_a_key_with_a_wrong_value_is_named_with_what_would_be_right(tmp_path, capsys, key, value):
     code, err = configured(tmp_path, capsys, {key: value})
     assert code == 2 and f"c.json: {key}: is " in err and "write " in err and len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("key", ["as_token", "hs_token", "sender_localpart", "namespaces"])
+def test_a_registration_alone_is_known_as_one_even_if_a_key_is_missing(tmp_path, capsys, key):
+    code, err = configured(tmp_path, capsys, {name: value for name, value in registration().items() if name != key})
+    assert code == 2 and f"c.json: {key}: is missing; write " in err and len(err.splitlines()) == 1
 
 
 def test_every_key_of_the_design_is_a_key_of_the_configuration():
