@@ -4130,13 +4130,13 @@ class Rooms:
         return self._once(who, room_id, Draft(type, who.user_id, content), txn_id, ts)
 
     def _once(self, who: Who, room_id: str, draft: Draft, txn_id: str, ts: int | None,
-              redact: Callable[[Tx, Room], Event | None] = lambda tx, room: None) -> str:
-        """Sends an event, once for each client transaction ID. `redact`: checks and finds the event that this one redacts."""
+              redacted_by: Callable[[Tx, Room], Event | None] = lambda tx, room: None) -> str:
+        """Sends an event, once for each client transaction ID. `redacted_by`: finds the event that it redacts, if it may."""
         def job(tx: Tx) -> str:
             room = self._room(tx, who, room_id)
             event_id = tx.sent(room.n, draft, who.device_id, txn_id)
             if event_id is None:
-                redacted = redact(tx, room)
+                redacted = redacted_by(tx, room)
                 event_id = self._append(tx, room, draft, ts, who.device_id, txn_id)
                 if redacted:
                     tx.redact(room, redacted, tick_of(event_id))
