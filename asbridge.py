@@ -390,7 +390,7 @@ trace = logging.getLogger("asbridge.trace")
 # Does not know Matrix, but for its error type.
 
 HEAD_SECONDS = 10.0                # from the first byte of a request to the end of its head
-LOCKED_MS = 5000                     # how long a statement waits for another process that has locked the database
+LOCKED_MS = 5000                   # how long a statement waits for another process that has locked the database
 STATEMENTS = 500                   # of SQL that a connection keeps ready: more than there are
 IDLE_SECONDS = 10.0                # how often a silent connection looks whether the server stops
 LINGER_SECONDS = 2.0               # before a connection is closed on somebody who is still sending
@@ -2542,7 +2542,7 @@ class Tx(Reader):
 
     def new_job(self) -> None:
         self._own_rows: dict[str, list[tuple[Any, ...]]] = {}     # the same, by this job
-        self._undoable = False                              # whether what it has done in the database can be undone alone
+        self._undoable = False                               # whether what it has done in the database can be undone alone
         self._touched: set[str] = set()                      # rooms whose cached state this job changed
         self._mark = len(self.after)
         self._job_rows: dict[str, int] = {}  # application service → last tick of its outbox, by this job
@@ -3336,7 +3336,7 @@ class Store:
             self._commit(batch)
         except Exception as error:
             self._roll_back()
-            locked = getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_BUSY # each job would wait as long again
+            locked = getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_BUSY    # each job would wait as long again
             if len(batch) > 1 and not locked:
                 for job in batch:
                     self._do([job])
@@ -3482,7 +3482,7 @@ MAX_PAGE = 1000                  # events in one answer
 OFFLINE_SECONDS = 30.0           # after the last /sync has ended
 UNAVAILABLE_SECONDS = 300.0      # without doing anything: from online to unavailable
 ECHO_SECONDS = 0.005             # how long one's own relation waits for the answer to its PUT to be read before it
-SLICE_SECONDS = 0.001             # how long a look works until it lets others in
+SLICE_SECONDS = 0.001            # how long a look works until it lets others in
 TIMELINE = 10                    # events in a /sync timeline, unless a filter says otherwise
 MAX_UNREAD = 500                 # the newest events of a room that are looked at, to count what is unread
 MAX_TALLIES = 5000               # counts that are kept in memory, each of one user and room
@@ -5715,6 +5715,7 @@ class Window:
     def read(self) -> JsonObject:
         """The answer of /sync."""
         me = self.who.user_id
+        device = (me, self.who.device_id or "")
         with self.store.read() as self.reader:
             self.now = self.reader.position()
             self.store.wait_published(self.now)
@@ -5722,14 +5723,13 @@ class Window:
             self.memberships = self.reader.memberships_of(me)
             self.met = self._met()
             presence = self.sync.presence.since(self.reader, me, self.since, self.now, self.met)
-            messages = self.reader.to_device(me, self.who.device_id or "")
+            messages = self.reader.to_device(*device)
             parts = {"account_data": self._events(self.filter.account_data, self.data.pop("", [])),
                      "presence": self._events(self.filter.presence, presence), "rooms": self._rooms(),
                      "to_device": {"events": fresh} if (fresh := [Raw(text) for tick, text in messages if tick > self.since]) else {},
                      "device_lists": self._device_lists()}
             answer = {"next_batch": str(self.now), **{key: part for key, part in parts.items() if part}, **self._key_counts()}
         self.news = any(parts.values())
-        device = (me, self.who.device_id or "")
         if messages and messages[0][0] <= self.since:        # the device has got them
             with contextlib.suppress(MatrixError):           # who reads did not ask for it; next time, then
                 self.store.write(lambda tx: tx.drop_to_device(*device, self.since))
@@ -6020,7 +6020,7 @@ CALL_FAILED = (OSError, http.client.HTTPException, ValueError)   # what Line.exc
 def advice(registration: Registration, failure: Answer | BaseException) -> str:
     """Why a call failed, and what to do about it."""
     if isinstance(failure, MatrixError):
-        return f"its answer is lost, for {failure.error}"
+        return failure.error
     if isinstance(failure, Answer):
         if failure.status in (401, 403):
             return (f"{failure.status}: it rejects the hs_token; is the application service running with the registration "
@@ -7351,7 +7351,8 @@ def get_events(call: Call) -> Any:
     source = {"room": {"timeline": {"limit": MAX_PAGE}, **({"rooms": [room_id]} if room_id else {})}}
     who = dataclasses.replace(call.who, device_id=None)      # messages to the device are for its /sync: here they would be lost
     answer = call.api.sync.sync(who, start, SyncFilter(source), call.integer("timeout", 0) / 1000)
-    chunk, rooms = [*answer.get("presence", {}).get("events", [])], json.loads(to_json(answer.get("rooms", {})))
+    rooms = json.loads(to_json(answer.get("rooms", {})))     # /sync has them written already
+    chunk = [*answer.get("presence", {}).get("events", [])]
     for room_id, entry in rooms.get("invite", {}).items():
         chunk.append({**entry["invite_state"]["events"][-1], "room_id": room_id})
     for section in ("join", "leave"):

@@ -6758,6 +6758,15 @@ def test_who_asks_for_a_sync_without_end_is_offline_after_the_longest_that_there
 
 # -- Pushing events.
 
+def test_the_log_says_whose_failure_it_was():
+    told = asbridge.read_registration(registration(url="http://127.0.0.1:1"), "here")
+    for failure, text in ((asbridge.Answer(403, b"{}"), "403: it rejects the hs_token"), (asbridge.Answer(500, b"oops hs-irc"), "it answered 500 oops (hs_token)"),
+                          (ConnectionRefusedError(), "nothing listens at http://127.0.0.1:1"), (TimeoutError(), "it did not answer in time"),
+                          (MatrixError("M_NOT_JSON", "the body is not JSON"), "the body is not JSON"),
+                          (MatrixError("M_UNKNOWN", "the homeserver could not store this"), "the homeserver could not store this")):
+        assert asbridge.advice(told, failure).startswith(text)
+
+
 def test_a_push_has_the_client_event_format_and_what_old_software_reads(start, recorder):
     r = recorder()
     hs = start(registration(url=r.url, rooms=["!.*"]))
