@@ -95,6 +95,7 @@ import time
 import urllib.parse
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from json.encoder import encode_basestring
 from typing import Any, NamedTuple, TypeVar, cast
 
 __version__ = "0.1.0"
@@ -242,7 +243,7 @@ def to_json(value: Any) -> str:
     if isinstance(value, (dict, list)) and PLAIN.issuperset(map(type, value.values() if isinstance(value, dict) else value)):
         return _encode(value)
     if isinstance(value, dict):
-        return "{" + ",".join([f"{_encode(key)}:{to_json(item)}" for key, item in value.items()]) + "}"
+        return "{" + ",".join([f"{encode_basestring(key)}:{to_json(item)}" for key, item in value.items()]) + "}"
     if isinstance(value, (list, tuple)):
         return "[" + ",".join([item if type(item) is Raw else to_json(item) for item in value]) + "]"
     return _encode(value)
@@ -1583,6 +1584,7 @@ class Event(NamedTuple):
     prev_content: str | None
     device_id: str | None         # who sent it with which client transaction ID
     txn_id: str | None
+    related: int                  # whether anything relates to it
 
     @property
     def event_id(self) -> str:
@@ -1604,7 +1606,7 @@ class Event(NamedTuple):
         """As clients get it; the device that sent it finds its transaction ID again. `more`: further parts of unsigned."""
         parts = ",".join([self.unsigned(now), *more])
         if self.txn_id is not None and self.sender == sender and self.device_id == device_id:
-            parts += f',"transaction_id":{json.dumps(self.txn_id)}'
+            parts += f',"transaction_id":{encode_basestring(self.txn_id)}'
         return Raw(f'{self.json[:-1]},"unsigned":{{{parts}}}}}')
 
     def for_appservice(self, now: int) -> str:
@@ -1860,6 +1862,8 @@ def redacted_json(version: RoomVersion, event_json: str) -> str:
 
 FOREVER = 2**62
 VISIBILITIES = ("world_readable", "shared", "invited", "joined")
+HISTORY_VISIBILITY, MEMBERSHIP = (("m.room.history_visibility", "history_visibility"),    # type and key of the state that decides
+                                  ("m.room.member", "membership"))
 
 
 def visible_ranges(visibilities: Sequence[tuple[int, str]],
@@ -1998,10 +2002,11 @@ COUNT_KEYS = (("org.matrix.msc3202.device_one_time_keys_count", "org.matrix.msc3
               ("org.matrix.msc3202.device_unused_fallback_key_types",))
 
 EVENT_COLUMNS = ("e.tick, e.type, e.state_key, e.sender, e.ts, e.json, r.json, json_extract(p.json, '$.content'), "
-                 "e.device_id, e.txn_id")
+                 "e.device_id, e.txn_id, EXISTS (SELECT 1 FROM events WHERE relates_to = e.tick)")
 EVENT_TABLES = "events e LEFT JOIN events r ON r.tick = e.redacted_by LEFT JOIN events p ON p.tick = e.replaces"
 # Whether the event e is in one of these ranges of ticks, JSON [[first, last], …].
 VISIBLE = "EXISTS (SELECT 1 FROM json_each(?) v WHERE e.tick BETWEEN json_extract(v.value, '$[0]') AND json_extract(v.value, '$[1]'))"
+ROOMS = "room IN (SELECT value FROM json_each(?))"
 # Those whom the user of this ID ignores.
 IGNORED = ("SELECT key FROM account_data, json_each(account_data.json, '$.ignored_users') "
            "WHERE user_id = ? AND room_id = '' AND account_data.type = 'm.ignored_user_list' AND key IS NOT NULL")
@@ -2129,6 +2134,13 @@ class Reader:
     def all(self, sql: str, *values: Any) -> list[Any]:
         return self.db.execute(sql, values).fetchall()
 
+    def by_room(self, sql: str, rooms: Sequence[int], *values: Any) -> dict[int, list[Any]]:
+        """What is found in each of the rooms, with one statement for all; `sql` begins its rows with the room."""
+        found: dict[int, list[Any]] = {room: [] for room in rooms}
+        for row in self.all(sql, to_json(rooms), *values) if rooms else ():
+            found[row[0]].append(row[1:])
+        return found
+
     def position(self) -> int:
         """The tick of this moment."""
         return int(self.one("SELECT value FROM meta WHERE key = 'position'")[0])
@@ -2223,13 +2235,18 @@ class Reader:
         return [row[0] for row in self.all("SELECT user_id FROM memberships WHERE room = ? AND membership = ?",
                                            room, membership)]
 
-    def heroes(self, room: int, user_id: str) -> list[str]:
+    def heroes(self, rooms: Sequence[int], user_id: str) -> dict[int, list[str]]:
         """The first members by whom the user knows a room that has no name: who is there, else who was there."""
-        found: list[Any] = []
-        for memberships in (("join", "invite"), ("leave", "ban")):
-            found = found or self.all("SELECT user_id FROM memberships WHERE room = ? AND user_id != ? AND membership IN (?, ?) "
-                                      "ORDER BY tick LIMIT 5", room, user_id, *memberships)
-        return [row[0] for row in found]
+        first = ("(SELECT json_group_array(user_id) FROM (SELECT user_id FROM memberships WHERE room = r.value AND user_id != ? "
+                 "AND membership IN {} ORDER BY tick LIMIT 5))")
+        there, gone = first.format("('join', 'invite')"), first.format("('leave', 'ban')")
+        found = self.all(f"SELECT value, coalesce(nullif({there}, '[]'), {gone}) FROM json_each(?) r", user_id, user_id, to_json(rooms))
+        return {room: json.loads(users) for room, users in found}
+
+    def member_counts(self, rooms: Sequence[int]) -> dict[int, dict[str, int]]:
+        """How many members there are, by membership."""
+        counts = self.by_room(f"SELECT room, membership, count(*) FROM memberships WHERE {ROOMS} GROUP BY room, membership", rooms)
+        return {room: dict(rows) for room, rows in counts.items()}
 
     def count_members(self, room: int, membership: str, upto: int = -1) -> int:
         """How many there are; `upto`: it need not count further."""
@@ -2339,16 +2356,16 @@ class Reader:
                         f"WHERE s.room = ? AND s.state_key = '' AND s.type IN ({marks})", room, *types)
         return {type: json.loads(content) for type, content in rows}
 
-    def changes(self, room: int, type: str, state_key: str, key: str) -> list[tuple[int, str]]:
+    def changes(self, rooms: Sequence[int], type: str, key: str, state_key: str = "") -> dict[int, list[tuple[int, Any]]]:
         """(tick, content[key]) of each event that set this state, old to new."""
-        return [(tick, str(value)) for tick, value in self.all(
-            "SELECT tick, json_extract(json, '$.content.' || ?) FROM events WHERE room = ? "
-            "AND type = ? AND state_key = ? AND state_key IS NOT NULL ORDER BY tick", key, room, type, state_key)]
+        return self.by_room(f"SELECT room, tick, json_extract(json, '$.content.{key}') FROM events INDEXED BY state_events "
+                            f"WHERE {ROOMS} AND type = ? AND state_key = ? AND state_key IS NOT NULL ORDER BY room, tick",
+                            rooms, type, state_key)
 
-    def receipts_since(self, room: int, since: int) -> list[Any]:
+    def receipts_since(self, rooms: Sequence[int], since: int) -> dict[int, list[Any]]:
         """(type, user_id, thread_id, event_id, ts) of each that is new."""
-        return self.all("SELECT type, user_id, thread_id, event_id, ts FROM receipts "
-                        "WHERE room = ? AND tick > ? ORDER BY tick", room, since)
+        return self.by_room("SELECT room, type, user_id, thread_id, event_id, ts FROM receipts "
+                            f"WHERE {ROOMS} AND tick > ? ORDER BY tick", rooms, since)
 
     def receipt(self, room: int, type: str, user_id: str, thread_id: str) -> str | None:
         """The event up to which the user has read by this receipt."""
@@ -2356,10 +2373,10 @@ class Reader:
                        room, type, user_id, thread_id)
         return row[0] if row else None
 
-    def own_receipts(self, room: int, user_id: str) -> list[Any]:
+    def own_receipts(self, rooms: Sequence[int], user_id: str) -> dict[int, list[Any]]:
         """(thread_id, event_id, tick) of each receipt that says what the user has read."""
-        return self.all("SELECT thread_id, event_id, tick FROM receipts "
-                        "WHERE room = ? AND type IN ('m.read', 'm.read.private') AND user_id = ?", room, user_id)
+        return self.by_room("SELECT room, thread_id, event_id, tick FROM receipts "
+                            f"WHERE {ROOMS} AND type IN ('m.read', 'm.read.private') AND user_id = ?", rooms, user_id)
 
     def notable(self, room: int, user_id: str, after: int, upto: int, limit: int, members: bool) -> list[Any]:
         """(tick, type, state_key, sender, json, relates_to, rel_type) of what may notify the user, the newest `limit` of them,
@@ -3483,6 +3500,7 @@ OFFLINE_SECONDS = 30.0           # after the last /sync has ended
 UNAVAILABLE_SECONDS = 300.0      # without doing anything: from online to unavailable
 ECHO_SECONDS = 0.005             # how long one's own relation waits for the answer to its PUT to be read before it
 SLICE_SECONDS = 0.001            # how long a look works until it lets others in
+ROOMS_AT_ONCE = 50               # that it asks about together
 TIMELINE = 10                    # events in a /sync timeline, unless a filter says otherwise
 MAX_UNREAD = 500                 # the newest events of a room that are looked at, to count what is unread
 MAX_TALLIES = 5000               # counts that are kept in memory, each of one user and room
@@ -3849,7 +3867,8 @@ class Accounts:
 
 class View(NamedTuple):
     """What one user may see of one room."""
-    row: RoomRow
+    room: int
+    room_id: str
     membership: str
     ranges: list[tuple[int, int]]        # of ticks whose events may be seen
     state_upto: int                      # the state may be seen as it was then; -1: not at all
@@ -3865,7 +3884,7 @@ class View(NamedTuple):
     def events(self, reader: Reader, after: int, upto: int, limit: int, newest: bool,
                filter: Filter = EVERYTHING) -> list[Event]:
         """Visible events with after < tick <= upto."""
-        return self.collect(lambda *window: reader.events(self.row.n, window[0], window[1], window[2], window[3], filter),
+        return self.collect(lambda *window: reader.events(self.room, window[0], window[1], window[2], window[3], filter),
                             after, upto, limit, newest)
 
     def collect(self, read: Callable[[int, int, int, bool], list[Event]], after: int, upto: int, limit: int,
@@ -3900,17 +3919,23 @@ def view_of(reader: Reader, user_id: str, room_id: str) -> View:
     row = reader.room_row(room_id)
     if row:
         own = reader.membership(user_id, row.n)
-        memberships = [] if not own or own[2] else reader.changes(row.n, "m.room.member", user_id, "membership")
-        visibilities = reader.changes(row.n, "m.room.history_visibility", "", "history_visibility")
-        ranges = visible_ranges(visibilities, memberships)
-        membership = memberships[-1][1] if memberships else "leave"
-        if membership == "join" or (visibilities and visibilities[-1][1] == "world_readable"):
-            return View(row, membership, ranges, FOREVER, memberships)
-        left = [tick for (tick, _), (_, before) in zip(memberships[1:], memberships, strict=False)
-                if before == "join"]
-        if ranges or membership in ("invite", "knock"):
-            return View(row, membership, ranges, left[-1] if left else -1, memberships)
+        memberships = [] if not own or own[2] else reader.changes([row.n], *MEMBERSHIP, user_id)[row.n]
+        if view := view_by(row.n, room_id, memberships, reader.changes([row.n], *HISTORY_VISIBILITY)[row.n]):
+            return view
     raise forbidden(f"{user_id} is not in the room {shorten(room_id)}")
+
+
+def view_by(room: int, room_id: str, memberships: Sequence[tuple[int, str]], visibilities: Sequence[tuple[int, str]]) -> View | None:
+    """By the changes of the user's membership and of the room's history visibility. None: there is nothing to see."""
+    ranges = visible_ranges(visibilities, memberships)
+    membership = memberships[-1][1] if memberships else "leave"
+    if membership == "join" or (visibilities and visibilities[-1][1] == "world_readable"):
+        return View(room, room_id, membership, ranges, FOREVER, memberships)
+    left = [tick for (tick, _), (_, before) in zip(memberships[1:], memberships, strict=False)
+            if before == "join"]
+    if ranges or membership in ("invite", "knock"):
+        return View(room, room_id, membership, ranges, left[-1] if left else -1, memberships)
+    return None
 
 
 def thread_of(reader: Reader, tick: int) -> int:
@@ -3929,7 +3954,7 @@ def aggregations(reader: Reader, who: Who, events: Sequence[Event], visible: str
     """By tick, for those of the events that have such: what others that may be seen relate to them, as a part of
     `unsigned` (Aggregations of child events). State events get none.
     """
-    parents = {event.tick: event for event in events if event.state_key is None}
+    parents = {event.tick: event for event in events if event.related and event.state_key is None}
     found: dict[int, JsonObject] = {}
     for tick, rel_type, count, last, own, ids in reader.aggregations([*parents], who.user_id, visible) if parents else ():
         children = found.setdefault(tick, {})
@@ -3946,10 +3971,10 @@ def aggregations(reader: Reader, who: Who, events: Sequence[Event], visible: str
     return {tick: [f'"m.relations":{to_json(children)}'] for tick, children in found.items() if children}
 
 
-def receipts_event(reader: Reader, room: int, since: int, user_id: str) -> JsonObject | None:
-    """The m.receipt event of what is new; others' private receipts are not in it."""
+def receipts_event(receipts: Sequence[Any], user_id: str) -> JsonObject | None:
+    """The m.receipt event of these receipts; others' private ones are not in it."""
     content: JsonObject = {}
-    for type, reader_id, thread_id, event_id, ts in reader.receipts_since(room, since):
+    for type, reader_id, thread_id, event_id, ts in receipts:
         if type == "m.read" or reader_id == user_id:
             receipt = {"ts": ts, **({"thread_id": thread_id} if thread_id else {})}
             content.setdefault(event_id, {}).setdefault(type, {})[reader_id] = receipt
@@ -4224,7 +4249,7 @@ class Rooms:
 
     @staticmethod
     def _visible(reader: Reader, view: View, event_id: str) -> Event:
-        event = reader.event(view.row.n, event_id)
+        event = reader.event(view.room, event_id)
         if not event or not view.sees(event.tick):
             raise MatrixError("M_NOT_FOUND", f"there is no event {shorten(event_id)} here that may be seen")
         return event
@@ -4232,19 +4257,19 @@ class Rooms:
     def state(self, who: Who, room_id: str) -> list[Raw]:
         with self.viewing(who, room_id) as (reader, view):
             self._check_state_visible(view)
-            return self.render(who, reader.state_at(view.row.n, view.state_upto))
+            return self.render(who, reader.state_at(view.room, view.state_upto))
 
     @staticmethod
     def _check_state_visible(view: View) -> None:
         if view.state_upto < 0:
-            raise forbidden(f"the state of the room {view.row.room_id} can't be seen before joining it")
+            raise forbidden(f"the state of the room {view.room_id} can't be seen before joining it")
 
     def state_event(self, who: Who, room_id: str, type: str, state_key: str) -> Event:
         with self.viewing(who, room_id) as (reader, view):
             self._check_state_visible(view)
-            event = reader.state_event(view.row.n, type, state_key)
+            event = reader.state_event(view.room, type, state_key)
             if event and event.tick > view.state_upto:
-                older = reader.state_at(view.row.n, view.state_upto, 0, type)
+                older = reader.state_at(view.room, view.state_upto, 0, type)
                 event = next((one for one in older if one.state_key == state_key), None)
         if not event:
             raise MatrixError("M_NOT_FOUND", f"the room has no state {shorten(type)} with the key "
@@ -4256,7 +4281,7 @@ class Rooms:
         """Member events, as they are or were at the tick `upto`."""
         with self.viewing(who, room_id) as (reader, view):
             self._check_state_visible(view)
-            events = reader.state_at(view.row.n, min(view.state_upto, upto if upto is not None else FOREVER),
+            events = reader.state_at(view.room, min(view.state_upto, upto if upto is not None else FOREVER),
                                      0, "m.room.member")
         wanted = [event for event in events if membership in (None, event.content.get("membership"))
                   and (not_membership is None or not_membership != event.content.get("membership"))]
@@ -4285,9 +4310,9 @@ class Rooms:
         with self.viewing(who, room_id) as (reader, view):
             start = (reader.position() if backwards else 0) if start is None else start
             filter = filter.in_room(room_id)._replace(ignored=reader.ignored(who.user_id))
-            events, _ = view.page(lambda *window: reader.events(view.row.n, window[0], window[1], window[2], window[3], filter),
+            events, _ = view.page(lambda *window: reader.events(view.room, window[0], window[1], window[2], window[3], filter),
                                   start, stop, backwards, min(limit, MAX_PAGE))
-            members = [reader.state_event(view.row.n, "m.room.member", sender)
+            members = [reader.state_event(view.room, "m.room.member", sender)
                        for sender in sorted({event.sender for event in events} if lazy else ())]
             chunk = self.bundle(who, reader, view, events)
         state = self.render(who, [event for event in members if event and event.tick <= view.state_upto])
@@ -4298,10 +4323,11 @@ class Rooms:
         """One room as it is, with its last messages (deprecated; old software begins so). `presence`: tells that of members."""
         page = self.messages(who, room_id, None, True, limit, EVERYTHING)
         with self.viewing(who, room_id) as (reader, view):
-            data, members = reader.account_data_since(who.user_id, 0), reader.members(view.row.n)
-            receipts = receipts_event(reader, view.row.n, 0, who.user_id)
+            data, members = reader.account_data_since(who.user_id, 0), reader.members(view.room)
+            receipts = receipts_event(reader.receipts_since([view.room], 0)[view.room], who.user_id)
+            published = cast(RoomRow, reader.room_row(room_id)).published
         chunk = page["chunk"][::-1]
-        return {"room_id": room_id, "membership": view.membership, "visibility": "public" if view.row.published else "private",
+        return {"room_id": room_id, "membership": view.membership, "visibility": "public" if published else "private",
                 "messages": {"chunk": chunk, "start": page.get("end", "0"), "end": page["start"]},
                 "state": self.state(who, room_id), "presence": presence(members), "receipts": [receipts] if receipts else [],
                 "account_data": [{"type": type, "content": Raw(text)} for where, type, text in data if where == room_id]}
@@ -4315,7 +4341,7 @@ class Rooms:
             after = view.events(reader, event.tick, FOREVER, limit - limit // 2, False, filter)
             last = after[-1].tick if after else event.tick
             speakers = {one.sender for one in (event, *before, *after)}
-            state = [one for one in reader.state_at(view.row.n, last)
+            state = [one for one in reader.state_at(view.room, last)
                      if not lazy or one.type != "m.room.member" or one.state_key in speakers]
             bundled = self.bundle(who, reader, view, [event, *before, *after])
         first = before[-1].tick if before else event.tick
@@ -4341,7 +4367,7 @@ class Rooms:
     def threads(self, who: Who, room_id: str, participated: bool, start: int | None, limit: int) -> JsonObject:
         """The roots of a room's threads, the one with the latest reply first, each with its summary."""
         with self.viewing(who, room_id) as (reader, view):
-            rows = [row for row in reader.threads(view.row.n, who.user_id, view.visible, FOREVER if start is None else start)
+            rows = [row for row in reader.threads(view.room, who.user_id, view.visible, FOREVER if start is None else start)
                     if view.sees(row[0]) and view.sees(row[1]) and (row[2] or not participated)]
             chunk = self.bundle(who, reader, view, [reader.event_at(root) for root, _, _ in rows[:limit]])
         return {"chunk": chunk, **({"next_batch": str(rows[limit - 1][1] - 1)} if len(rows) > limit else {})}
@@ -4396,7 +4422,7 @@ class Rooms:
 
     def aliases(self, who: Who, room_id: str) -> list[str]:
         with self.viewing(who, room_id) as (reader, view):
-            return reader.aliases_of(view.row.n)
+            return reader.aliases_of(view.room)
 
     def is_published(self, room_id: str) -> bool:
         with self.store.read() as reader:
@@ -5560,10 +5586,10 @@ class Unread:
             if len(kept) > MAX_TALLIES:
                 del kept[next(iter(kept))]
 
-    def count(self, reader: Reader, user_id: str, ignored: list[str], room: int, member_tick: int,
+    def count(self, reader: Reader, user_id: str, rules: PushRules, ignored: list[str], room: int, member_tick: int,
               receipts: Iterable[Sequence[Any]], now: int) -> dict[int, list[int]]:
         """Root of a thread, or 0 for the main timeline → [notifications, highlights] that are unread up to `now`."""
-        tally = self._tally(reader, user_id, ignored, room, member_tick)
+        tally = self._tally(reader, user_id, rules, ignored, room, member_tick)
         read = {-1: 0}                                       # thread → up to where; -1: all of them
         for thread_id, event_id, _ in receipts:
             thread = -1 if not thread_id else 0 if thread_id == "main" else tick_of(thread_id)
@@ -5581,9 +5607,9 @@ class Unread:
             count[1] += highlight * number
         return counts
 
-    def _tally(self, reader: Reader, user_id: str, ignored: list[str], room: int, member_tick: int) -> Tally:
+    def _tally(self, reader: Reader, user_id: str, rules: PushRules, ignored: list[str], room: int, member_tick: int) -> Tally:
         """What is known, or nothing, from the user's join on."""
-        rules, tally = self.rules(reader, user_id), self._tallies.get((user_id, room))
+        tally = self._tallies.get((user_id, room))
         if tally and (tally.rules, tally.member_tick, tally.ignored) == (rules, member_tick, ignored):
             return tally
         joined, name = 0, None
@@ -5711,6 +5737,13 @@ class Window:
         # Whether a relation that this device has just sent is in it. matrix-js-sdk never sends again if it sees an event of
         # a thread in /sync before it has the answer to its PUT.
         self.echo = False
+        # By room, of some rooms at a time:
+        self.own: dict[int, list[tuple[int, str]]] = {}      # the user's membership and
+        self.visibilities: dict[int, list[tuple[int, str]]] = {}     # the room's visibility, each change, where the user may be new
+        self.counts: dict[int, dict[str, int]] = {}          # members by membership, where that has changed,
+        self.heroes: dict[int, list[str]] = {}               # and by whom the room is known
+        self.receipts: dict[int, list[Any]] = {}             # the new ones, and all
+        self.own_receipts: dict[int, list[Any]] = {}         # of the user
 
     def read(self) -> JsonObject:
         """The answer of /sync."""
@@ -5739,21 +5772,41 @@ class Window:
     def _events(self, filter: Filter, found: Sequence[JsonObject | None]) -> JsonObject:
         """Of these the ones that the filter wants."""
         events = [event for event in found if event and filter.passes(
-            Event(0, event["type"], None, event.get("sender", ""), 0, '{"content":{}}', None, None, None, None))]
+            Event(0, event["type"], None, event.get("sender", ""), 0, '{"content":{}}', None, None, None, None, 0))]
         return {"events": events} if events else {}
 
     def _rooms(self) -> JsonObject:
         rooms: dict[str, dict[str, Raw]] = {}
         pause = time.monotonic() + SLICE_SECONDS
-        for room, room_id, membership, tick, forgotten in self.memberships:
-            if time.monotonic() > pause:                     # a thousand rooms: let others to the interpreter's lock
-                time.sleep(0.0001)
-                pause = time.monotonic() + SLICE_SECONDS
-            if self.filter.rooms.wants(room_id):
-                section, entry = self._room(room, room_id, membership, tick, forgotten)
+        shown = [one for one in self.memberships if self._concerns(*one)]
+        for start in range(0, len(shown), ROOMS_AT_ONCE):
+            self._ask(shown[start:start + ROOMS_AT_ONCE])
+            for room, room_id, membership, tick, _ in shown[start:start + ROOMS_AT_ONCE]:
+                if time.monotonic() > pause:                 # a thousand rooms: let others to the interpreter's lock
+                    time.sleep(0.0001)
+                    pause = time.monotonic() + SLICE_SECONDS
+                section, entry = self._room(room, room_id, membership, tick)
                 if entry:
                     rooms.setdefault(section, {})[room_id] = Raw(to_json(entry))     # written piece by piece, too
         return rooms
+
+    def _concerns(self, room: int, room_id: str, membership: str, tick: int, forgotten: int) -> bool:
+        """Whether there may be something to say of this room."""
+        if not self.filter.rooms.wants(room_id):
+            return False
+        if membership in ("leave", "ban"):
+            return not forgotten and (self.filter.include_leave if self.initial else tick > self.since)
+        return tick > self.since or (membership == "join" and (
+            self.full_state or room_id in self.data or self.store.moved_since(room, self.since)))
+
+    def _ask(self, shown: Sequence[Any]) -> None:
+        """Reads what is asked of each of these rooms, with one statement for all."""
+        me, rooms, new = self.who.user_id, [one[0] for one in shown], [one[0] for one in shown if one[3] > self.since]
+        self.own = self.reader.changes(new, *MEMBERSHIP, me)
+        self.visibilities = self.reader.changes(new, *HISTORY_VISIBILITY)
+        counted = rooms if self.initial or self.full_state else [room for room in rooms if self.changed.get(room)]
+        self.counts, self.heroes = self.reader.member_counts(counted), self.reader.heroes(counted, me)
+        self.receipts, self.own_receipts = self.reader.receipts_since(rooms, self.since), self.reader.own_receipts(rooms, me)
 
     def _met(self) -> set[str]:
         """Whom the user may have met or lost sight of since."""
@@ -5793,33 +5846,25 @@ class Window:
             account.append({"type": "m.push_rules", "content": push_rules(self.reader, self.who.user_id)})
         return found
 
-    def _room(self, room: int, room_id: str, membership: str, tick: int,
-              forgotten: int) -> tuple[str, JsonObject]:
+    def _room(self, room: int, room_id: str, membership: str, tick: int) -> tuple[str, JsonObject]:
         if membership == "join":
-            all_rooms = self.initial or self.full_state
-            if all_rooms or tick > self.since or room_id in self.data or self.store.moved_since(room, self.since):
-                return "join", self._joined(room, room_id, tick)
-        elif membership in ("invite", "knock"):
-            if self.initial or tick > self.since:
-                events = self._stripped(room)
-                if events[-1]["sender"] not in self.ignored:
-                    return membership, {f"{membership}_state": {"events": events}}
-        elif not forgotten and (self.filter.include_leave if self.initial else tick > self.since):
-            return "leave", self._left(room, room_id)
-        return "", {}
+            return "join", self._joined(room, room_id, tick)
+        if membership in ("invite", "knock"):
+            events = self._stripped(room)
+            return membership, {} if events[-1]["sender"] in self.ignored else {f"{membership}_state": {"events": events}}
+        return "leave", self._left(room, room_id)
 
     def _joined(self, room: int, room_id: str, tick: int) -> JsonObject:
-        view = None
-        if self.initial or tick > self.since:                # may be new here: look at what was before
-            view = view_of(self.reader, self.who.user_id, room_id)
+        view = self._view(room, room_id)
         came_back = self._came_back(room) if view and not self.initial else None
         fresh = self.initial or came_back is not None
-        summary = self._summary(room, fresh)
+        summary = self._summary(room)
         entry = self._timeline(room, room_id, view, self.since if came_back is None else came_back, fresh, summary.get("m.heroes", ()))
         if summary:
             entry["summary"] = summary
         since = 0 if fresh else self.since
-        passing = [self.sync.typing.since(room, since, self.now), receipts_event(self.reader, room, since, self.who.user_id)]
+        receipts = self.receipts if since == self.since else self.reader.receipts_since([room], since)
+        passing = [self.sync.typing.since(room, since, self.now), receipts_event(receipts[room], self.who.user_id)]
         known = self._account_data(0) if fresh and not self.initial else self.data   # what was set before the user came in, too
         for key, events in (("ephemeral", self._events(self.filter.ephemeral.in_room(room_id), passing)),
                             ("account_data", self._events(self.filter.room_data.in_room(room_id), known.get(room_id, [])))):
@@ -5832,10 +5877,10 @@ class Window:
 
     def _unread(self, room: int, tick: int, moved: bool) -> JsonObject:
         """How much is unread in a room that moved, or in which the user has read on; by thread, if the filter wants that."""
-        receipts = self.reader.own_receipts(room, self.who.user_id)
+        receipts = self.own_receipts[room]
         if not moved and all(read_at <= self.since for _, _, read_at in receipts):
             return {}
-        counts = self.sync.unread.count(self.reader, self.who.user_id, self.ignored, room, tick, receipts, self.now)
+        counts = self.sync.unread.count(self.reader, self.who.user_id, self._push_rules, self.ignored, room, tick, receipts, self.now)
         if not self.filter.threads:
             counts = {0: [sum(column) for column in zip([0, 0], *counts.values(), strict=True)]}
         shown = {root: {"notification_count": count[0], "highlight_count": count[1]} for root, count in {0: [0, 0], **counts}.items()}
@@ -5844,9 +5889,17 @@ class Window:
             entry["unread_thread_notifications"] = {self.reader.event_at(root).event_id: count for root, count in shown.items()}
         return entry
 
+    @functools.cached_property
+    def _push_rules(self) -> PushRules:
+        return self.sync.unread.rules(self.reader, self.who.user_id)
+
+    def _view(self, room: int, room_id: str) -> View | None:
+        """What the user, who may be new here, may see. None: nothing, or is not new and sees all that comes."""
+        return view_by(room, room_id, self.own[room], self.visibilities[room]) if room in self.own else None
+
     def _came_back(self, room: int) -> int | None:
         """If the user was out of the room at `since` or after it: the tick of the last leave, or 0. Else None."""
-        changes = self.reader.changes(room, "m.room.member", self.who.user_id, "membership")
+        changes = self.own[room]
         before = [value for tick, value in changes if tick <= self.since][-1:]
         if before == ["join"] and all(value == "join" for tick, value in changes if tick > self.since):
             return None
@@ -5854,10 +5907,9 @@ class Window:
 
     def _left(self, room: int, room_id: str) -> JsonObject:
         """The room up to the leave; of an invitation that was declined or withdrawn, that event alone."""
-        with contextlib.suppress(MatrixError):
-            view = view_of(self.reader, self.who.user_id, room_id)
-            if entry := self._timeline(room, room_id, view, self.since):
-                return entry
+        view = self._view(room, room_id)
+        if view and (entry := self._timeline(room, room_id, view, self.since)):
+            return entry
         own = self.reader.state_event(room, "m.room.member", self.who.user_id)
         return {"timeline": {"events": self._render([own] if own else []), "limited": False, "prev_batch": str(self.now)},
                 self.state_after or "state": {"events": []}}
@@ -5878,9 +5930,10 @@ class Window:
             return {}
         visible = view.visible if view else to_json([(0, self.now)])     # an unlimited timeline has what relates to its events
         more = aggregations(self.reader, self.who, events, visible, self.clock_now) if limited else {}
-        parts = {event.tick: [view.then(event.tick) if view else '"membership":"join"', *more.get(event.tick, ())] for event in events}
+        then = view.then if view else lambda tick: '"membership":"join"'
+        shown = self._render(events, lambda tick: (then(tick), *more.get(tick, ())))
         prev_batch = events[0].tick - 1 if events else self.now
-        return {"timeline": {"events": self._render(events, parts), "limited": limited, "prev_batch": str(prev_batch)},
+        return {"timeline": {"events": shown, "limited": limited, "prev_batch": str(prev_batch)},
                 self.state_after or "state": {"events": self._render(state)}}
 
     def _state(self, room: int, after: int, last: int, timeline: list[Event], gap: bool) -> list[Event]:
@@ -5909,11 +5962,12 @@ class Window:
         filter = self.filter.state.in_room(room_id)
         return state if filter == EVERYTHING else [event for event in state if filter.passes(event)]
 
-    def _render(self, events: list[Event], more: Mapping[int, list[str]] | None = None) -> list[Raw]:
+    def _render(self, events: list[Event], more: Callable[[int], Iterable[str]] = lambda tick: ()) -> Raw:
+        """The list of them in JSON. `more`: from an event's tick to further parts of its `unsigned`."""
         user, device = self.who.user_id, self.who.device_id
         self.echo |= any(event.device_id == device and 0 <= self.clock_now - event.ts < 100 and "m.relates_to" in event.json
                          for event in events if event.txn_id)
-        return [event.for_client(self.clock_now, user, device, *(more or {}).get(event.tick, ())) for event in events]
+        return Raw("[" + ",".join([event.for_client(self.clock_now, user, device, *more(event.tick)) for event in events]) + "]")
 
     def _stripped(self, room: int) -> list[JsonObject]:
         """What somebody invited may know: the room's face, the invitation, and who sent it."""
@@ -5925,13 +5979,12 @@ class Window:
                  "content": event.content}
                 for event in [*events, own] if event]
 
-    def _summary(self, room: int, fresh: bool) -> JsonObject:
+    def _summary(self, room: int) -> JsonObject:
         """Counts and heroes, when a membership has changed."""
-        if not (fresh or self.full_state or self.changed.get(room)):
+        if room not in self.counts:
             return {}
-        return {"m.heroes": self.reader.heroes(room, self.who.user_id),
-                "m.joined_member_count": self.reader.count_members(room, "join"),
-                "m.invited_member_count": self.reader.count_members(room, "invite")}
+        return {"m.heroes": self.heroes[room], "m.joined_member_count": self.counts[room].get("join", 0),
+                "m.invited_member_count": self.counts[room].get("invite", 0)}
 
 
 # ============================================================================

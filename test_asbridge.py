@@ -1804,7 +1804,7 @@ def test_history_visibility_is_that_of_the_specification():
 def an_event(**more):
     text = '{"event_id":"$' + "e" * 43 + '","content":{"body":"é"},"sender":"@a:b","type":"m.x"}'
     return asbridge.Event(**{"tick": 5, "type": "m.x", "state_key": None, "sender": "@a:b", "ts": 1000, "json": text, "redacted_because": None,
-                             "prev_content": None, "device_id": "DEV", "txn_id": "t\"1", **more})
+                             "prev_content": None, "device_id": "DEV", "txn_id": "t\"1", "related": 0, **more})
 
 
 def test_an_event_for_a_client_has_its_age_and_what_came_before():
@@ -2534,7 +2534,7 @@ def test_a_state_event_knows_what_it_replaced(open_store):
         event = reader.state_event(1, "m.room.topic", "")
         assert json.loads(event.prev_content) == {"topic": "one"} and event.content == {"topic": "two"} and reader.contents(1, ["m.room.topic", "m.x"]) == {"m.room.topic": {"topic": "two"}}
         assert [state.content for state in reader.state_at(1, event.tick - 1, type="m.room.topic")] == [{"topic": "one"}]
-        assert [value for _, value in reader.changes(1, "m.room.topic", "", "topic")] == ["one", "two"]
+        assert [value for _, value in reader.changes([1], "m.room.topic", "topic")[1]] == ["one", "two"]
 
 
 def test_the_last_rooms_are_kept_in_memory_and_no_more(open_store, monkeypatch):
@@ -5262,6 +5262,27 @@ def test_presence_is_for_who_shares_a_room_and_set_by_oneself(pair):
         assert caught.value.status == 400
     carol.sync()
     assert presences(carol.sync()) == {carol.user_id: "online"}   # oneself is never a stranger
+
+
+def test_rooms_that_are_asked_about_together_are_what_they_are_one_by_one(three, monkeypatch):
+    hs, alice, bob, carol, _ = three
+    for number in range(7):
+        room = alice.create_room(preset="public_chat", invite=[carol.user_id] if number % 2 else [])
+        for say in range(number):
+            alice.say(room, f"{say}")
+        if number != 3:
+            bob.join(room)
+        if number == 4:
+            bob.leave(room)
+        if number == 5:
+            receipt(bob, room, alice.say(room, "read"))
+            alice.set_state(room, "m.room.history_visibility", {"history_visibility": "joined"})
+    carol.join(room)
+    answers = []
+    for rooms_at_once in (1, 3, 100):
+        monkeypatch.setattr(asbridge, "ROOMS_AT_ONCE", rooms_at_once)
+        answers.append([re.sub(r'"age": \d+', '"age": 0', json.dumps(one.sync()["rooms"])) for one in (alice, bob, carol)])
+    assert answers[0] == answers[1] == answers[2] and len(json.loads(answers[0][1])["join"]) == 5
 
 
 def test_an_initial_sync_names_who_is_there_and_a_filter_leaves_them_out(pair):
