@@ -34,6 +34,7 @@ Contents
      6. The homeserver
      7. Delivery
      8. Routes
+     9. Inspector
     10. The application service
     11. The sample: an IRC bridge
     12. Running it
@@ -44,7 +45,7 @@ Reading paths
 =============
     The Application Service API   3, 7, 10, and in 8 "Who is asking?"
     Write a bridge                10, 11
-    Test a bridge                 Homeserver in 12
+    Test a bridge                 Homeserver in 12, faults in 7
     Change the server             1, 4, 5, 6, 8; in 6, what is marked as for clients may be skipped
 
 Left out on purpose
@@ -72,6 +73,7 @@ import hmac
 import http
 import http.client
 import http.server
+import itertools
 import json
 import logging
 import math
@@ -180,6 +182,10 @@ def localpart_of(id: str) -> str:
 
 def server_of(id: str) -> str:
     return id.partition(":")[2]
+
+
+def is_uri(text: str) -> bool:
+    return bool(re.fullmatch(r"[A-Za-z][A-Za-z0-9+.-]*:[^\s\x00-\x1f]+", text)) and len(text.encode("utf-8", "replace")) <= 2048
 
 
 def check_id(sigil: str, text: object, server_name: str | None = None) -> str:
@@ -329,21 +335,22 @@ def field(body: JsonObject, key: str, type_: type[T], default: Any = ...) -> T:
 
 class Clock:
     """Two clocks: now() stamps, wait() delays. advance() winds both on, so that a minute of backoff can pass
-    in a test.
+    in a test. With a start (milliseconds since 1970) now() stands still there but for advance().
     """
 
-    def __init__(self) -> None:
-        self._wound = 0.0                                  # seconds that advance() has added
+    def __init__(self, start: int | None = None) -> None:
+        self.start = start
+        self.wound = 0.0                                   # seconds that advance() has added
         self._waiting: set[Any] = set()                    # locks that somebody waits on
         self._guard = threading.Lock()                     # guards _waiting
 
     def now(self) -> int:
         """Milliseconds since 1970, for origin_server_ts and the like."""
-        return int((time.time() + self._wound) * 1000)
+        return int(self.wound * 1000) + (self.start if self.start is not None else int(time.time() * 1000))
 
     def monotonic(self) -> float:
         """Seconds, for delays only."""
-        return time.monotonic() + self._wound
+        return time.monotonic() + self.wound
 
     def wait(self, lock: Any, until: float) -> None:
         """Returns when `lock` (taken, a threading.Lock) is released, at `until` by monotonic(), or when the clock
@@ -357,7 +364,7 @@ class Clock:
                 self._waiting.discard(lock)
 
     def advance(self, seconds: float) -> None:
-        self._wound += seconds
+        self.wound += seconds
         with self._guard:
             waiting = list(self._waiting)
         for lock in waiting:
@@ -375,6 +382,29 @@ def release(lock: Any) -> None:
     """Rings a bell. Once is enough, twice is no error."""
     with contextlib.suppress(RuntimeError):
         lock.release()
+
+
+# -- Chance.
+
+class Chance:
+    """Where random IDs and tokens come from. With a seed the n-th that is drawn for an owner is the same in every run,
+    whatever others draw meanwhile.
+    """
+
+    def __init__(self, seed: int | None = None) -> None:
+        self.seed = seed
+        self._drawn: collections.Counter[str] = collections.Counter()
+        self._guard = threading.Lock()                     # guards _drawn
+
+    def text(self, owner: str, length: int = 18) -> str:
+        """Letters; 43 of them are more than 240 bits."""
+        if self.seed is None:
+            return "".join([secrets.choice(string.ascii_letters) for _ in range(length)])
+        with self._guard:
+            self._drawn[owner] += 1
+            n = self._drawn[owner]
+        drawn = hmac.digest(str(self.seed).encode(), f"{owner}\0{n}".encode("utf-8", "replace"), "sha512")
+        return "".join([string.ascii_letters[byte % 52] for byte in drawn[:length]])
 
 
 log = logging.getLogger("asbridge")
@@ -399,6 +429,7 @@ ANSWER_SECONDS = 30.0              # for an answer to be taken
 BODY_BYTES_PER_SECOND = 20_000     # a body may take HEAD_SECONDS and its size at this rate
 MAX_HEAD_BYTES = 65_536
 MAX_HEADERS = 100
+KEPT_BYTES = 4096                  # of a body, to be looked at
 TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")   # RFC 9110, 5.6.2
 CONTROLS = re.compile(r"[\x00-\x20\x7f]")
 BARE_LF = re.compile(rb"(?<!\r)\n")
@@ -429,7 +460,7 @@ def json_response(status: int, value: Any, headers: bytes = b"") -> Response:
 class Request:
     """One HTTP request: its head, and its body once somebody asks for it."""
 
-    __slots__ = ("method", "path", "query", "headers", "version", "_connection", "_unread", "_chunked")
+    __slots__ = ("method", "path", "query", "headers", "version", "seen", "_connection", "_unread", "_chunked")
 
     def __init__(self, head: str, connection: Connection | None = None) -> None:
         line, _, headers = head.partition("\r\n")
@@ -449,6 +480,7 @@ class Request:
         self.headers = parse_same_headers(headers) if len(headers) < 1024 else parse_headers(headers)
         self._connection, self._chunked = connection, "transfer-encoding" in self.headers
         self._unread = self._length()
+        self.seen = b""                                      # the body's beginning, once somebody has read it
 
     def _length(self) -> int:
         """Bytes of body that are still to be read; -1: chunked, not known."""
@@ -483,7 +515,7 @@ class Request:
             self._connection.send(b"HTTP/1.1 100 Continue\r\n\r\n")
         self._unread = -1                                    # until it is here
         body = self._connection.read(unread, body_deadline(unread)) if unread > 0 else self._connection.read_chunks(limit)
-        self._unread = 0
+        self._unread, self.seen = 0, body[:KEPT_BYTES]
         return body
 
     def finish(self) -> bool:
@@ -1100,6 +1132,25 @@ def compile_regex(regex: str) -> re.Pattern[str]:
     return re.compile(BRACKETS.sub(one_bracket, regex))
 
 
+def nearest_miss(regex: str, id: str) -> tuple[int, str]:
+    """Where an ID stops being what the regex wants: after the longest beginning of the regex that it does match. As the
+    number of characters that are right, and in words.
+    """
+    case = "; it is only the case" if re.compile(compile_regex(regex).pattern, re.I).match(id) else ""
+    for end in range(len(regex) - 1, 0, -1):
+        with contextlib.suppress(re.error, RecursionError, OverflowError):
+            if match := compile_regex(regex[:end]).match(id):
+                there = repr(shorten(id[match.end():], 40)) if id[match.end():] else "nothing"
+                wanted = repr(shorten(regex[end:], 40))
+                return match.end(), f"differs at character {match.end() + 1}: {wanted} is wanted, {there} is there{case}"
+    return 0, f"differs at character 1: {shorten(regex, 40)!r} is wanted{case}"
+
+
+def query_path(kind: str, id: str) -> str:
+    """With which an application service is asked for a user or alias that does not exist yet (Querying)."""
+    return f"/_matrix/app/v1/{'users' if kind == 'users' else 'rooms'}/{urllib.parse.quote(id, safe='')}"
+
+
 @dataclass(frozen=True)
 class Namespace:
     """One entry of `namespaces`: matched from the start of the ID, as Synapse does."""
@@ -1111,6 +1162,13 @@ class Namespace:
 
     def __str__(self) -> str:
         return f"{self.kind}[{self.index}] {self.regex!r}"
+
+    def explain(self, id: str) -> JsonObject:
+        """Whether it matches, the nearest miss if not, and how those decide who read regexes in another way."""
+        matches = self.pattern.match(id) is not None
+        return {"kind": self.kind, "index": self.index, "regex": self.regex, "exclusive": self.exclusive, "matches": matches,
+                "miss": None if matches else nearest_miss(self.regex, id)[1],
+                "unanchored": self.pattern.search(id) is not None, "whole": self.pattern.fullmatch(id) is not None}
 
 
 @dataclass(frozen=True)
@@ -1443,6 +1501,60 @@ class Registrations:
                 if rule.kind == kind and (id := rule.apply(uri, self.server_name)):
                     return id if self._is_own(registration, kind, id) else None
         return None
+
+    def explain(self, id: str) -> JsonObject:
+        """Who claims an ID or maps a URI, and why: each namespace with what it decides (README, The inspector's API)."""
+        kind = next((kind for kind, sigil in KINDS.items() if id[:1] == sigil), "uris" if is_uri(id) else None)
+        if kind is None:
+            raise MatrixError("M_INVALID_PARAM", f"{shorten(id)!r} is no user ID (@…), alias (#…), room ID (!…) or URI")
+        told: JsonObject = {"id": id, "kind": {"users": "user", "aliases": "alias", "rooms": "room", "uris": "uri"}[kind],
+                            "appservices": [], "owner": None, "may_create": [], "query": [], "uris": [], "maps_to": None}
+        if kind == "uris":
+            return {**told, **self._explain_uri(id), "local": True}
+        told["local"] = kind == "rooms" or server_of(id) == self.server_name
+        told["appservices"] = [self._explain_claim(registration, kind, id) for registration in self]
+        owner = self.owner(kind, id)
+        if owner:
+            told["owner"] = {"appservice": owner.registration.id, "reason": str(owner)}
+        told["may_create"] = self._creators(kind, id) if told["local"] and kind != "rooms" else []
+        told["query"] = [{"appservice": claim.registration.id, "request": f"GET {query_path(kind, id)}"}
+                         for claim in self.claims(kind, id) if claim.namespace and claim.registration.url and kind != "rooms"]
+        return told
+
+    def rule(self, registration: Registration, rule: str, kind: str, id: str) -> JsonObject:
+        """One rule of interest: whether this ID makes events interesting to the application service, or what is nearest to that."""
+        claim = self.claim_of(registration, kind, id)
+        misses = [(*nearest_miss(one.regex, id), one) for one in registration.namespaces[kind]]
+        told: JsonObject = {"rule": rule, "id": id, "matches": claim is not None, "namespace": None, "miss": None}
+        if claim:
+            return {**told, "namespace": str(claim.namespace) if claim.namespace else "its sender_localpart user"}
+        if kind == "users" and server_of(id) != self.server_name:
+            return {**told, "miss": f"is not a user of {self.server_name}; only those count"}
+        if not misses:
+            return {**told, "miss": f"can't match, for the registration has no regex for {kind}"}
+        _, miss, nearest = max(misses, key=lambda one: one[0])
+        return {**told, "namespace": str(nearest), "miss": miss}
+
+    def _explain_claim(self, registration: Registration, kind: str, id: str) -> JsonObject:
+        claim = self.claim_of(registration, kind, id)
+        return {"id": registration.id, "matches": claim is not None, "exclusive": bool(claim and claim.exclusive),
+                "reason": str(claim) if claim else None,
+                "namespaces": [namespace.explain(id) for namespace in registration.namespaces[kind]]}
+
+    def _creators(self, kind: str, id: str) -> list[str]:
+        """Who may: "people", and application services."""
+        def may(by: Registration | None) -> bool:
+            with contextlib.suppress(MatrixError):
+                self.check_may_create(kind, id, by)
+                return True
+            return False
+        people = ["people"] if may(None) and (kind != "users" or STRICT_LOCALPART.fullmatch(localpart_of(id))) else []
+        return people + [registration.id for registration in self if may(registration)]
+
+    def _explain_uri(self, uri: str) -> JsonObject:
+        rules = [{"appservice": registration.id, "kind": rule.kind, "regex": rule.pattern.pattern,
+                  "maps_to": rule.apply(uri, self.server_name)} for registration in self for rule in registration.uris]
+        return {"uris": rules, "maps_to": self.map_uri("users", uri) or self.map_uri("aliases", uri)}
 
     def _is_own(self, registration: Registration, kind: str, id: str) -> bool:
         with contextlib.suppress(MatrixError):
@@ -2198,6 +2310,24 @@ class Reader:
         row = self.one("SELECT n, room_id, version, published FROM rooms WHERE room_id = ?", room_id)
         return RoomRow(*row) if row else None
 
+    def room_of(self, tick: int) -> RoomRow | None:
+        """The room of an event."""
+        row = self.one("SELECT n, room_id, version, published FROM rooms JOIN events ON n = room WHERE tick = ?", tick)
+        return RoomRow(*row) if row else None
+
+    def all_events(self, after: int, limit: int) -> list[Event]:
+        """Of all rooms, after a tick, old to new."""
+        return [Event(*row) for row in self.all(f"SELECT {EVENT_COLUMNS} FROM {EVENT_TABLES} WHERE e.tick > ? ORDER BY e.tick LIMIT ?",
+                                                after, limit)]
+
+    def all_rooms(self, limit: int) -> list[RoomRow]:
+        """The last ones that were made."""
+        return [RoomRow(*row) for row in self.all("SELECT n, room_id, version, published FROM rooms ORDER BY n DESC LIMIT ?", limit)]
+
+    def people(self) -> list[str]:
+        """Users who are no application service's."""
+        return [row[0] for row in self.all("SELECT user_id FROM users WHERE appservice IS NULL AND NOT deactivated ORDER BY user_id")]
+
     def published_rooms(self, own: bool, instance_id: str | None, appservices: Iterable[str]) -> list[RoomRow]:
         """Of the homeserver's own directory, and of the third-party network (None: of all) of application services."""
         return [RoomRow(*row) for row in self.all(
@@ -2509,10 +2639,25 @@ class Reader:
         return int(frozen + self.one("SELECT count(*) FROM outbox WHERE appservice = ? AND tick > "
                                      "(SELECT coalesce(max(last_tick), 0) FROM transactions WHERE appservice = ?)", id, id)[0])
 
-    def transactions(self, id: str) -> list[Any]:
-        """(txn_id, body, acknowledged_ts) of those that are kept, old to new."""
+    def transactions(self, id: str, limit: int = -1) -> list[Any]:
+        """(txn_id, body, acknowledged_ts) of those that are kept, or of the last ones, old to new."""
         return self.all("SELECT txn_id, body, acknowledged_ts FROM transactions "
-                        "WHERE appservice = ? ORDER BY txn_id", id)
+                        "WHERE appservice = ? ORDER BY txn_id DESC LIMIT ?", id, limit)[::-1]
+
+    def transaction_of(self, id: str, tick: int) -> Any:
+        """(txn_id, acknowledged_ts) of the transaction in which the event of this tick went, or None."""
+        return self.one("SELECT txn_id, acknowledged_ts FROM transactions WHERE appservice = ? AND last_tick >= ? AND events > 0 "
+                        "ORDER BY txn_id LIMIT 1", id, tick)
+
+    def last_acknowledged(self, id: str) -> Any:
+        """(txn_id, acknowledged_ts) or None."""
+        return self.one("SELECT txn_id, acknowledged_ts FROM transactions WHERE appservice = ? AND acknowledged_ts IS NOT NULL "
+                        "ORDER BY txn_id DESC LIMIT 1", id)
+
+    def remembers(self, id: str, tick: int) -> bool:
+        """Whether it is still known to which events from this tick on an application service was interested."""
+        first = self.one("SELECT min(tick) FROM outbox WHERE appservice = ?", id)[0]
+        return first is not None and first <= tick
 
     def reason(self, id: str, tick: int) -> str | None:
         row = self.one("SELECT reason FROM outbox WHERE appservice = ? AND tick = ?", id, tick)
@@ -3118,6 +3263,26 @@ class Tx(Reader):
                      self.store.clock.now(), id, txn_id)
             self._job_acknowledged.add(id)
 
+    def reopen(self, id: str, txn_id: int | None, new_id: bool) -> int:
+        """An acknowledged transaction (None: the last) is to be sent again, if need be under a new ID; its ID."""
+        box = self.boxes.get(id, NOTHING_WAITS)
+        if box.open:
+            raise MatrixError("M_UNKNOWN", f"transaction {box.open.txn_id} is open: retry or skip it first", 409)
+        row = self.one("SELECT appservice, txn_id, events, body FROM transactions WHERE appservice = ? AND (? IS NULL OR txn_id = ?) "
+                       "ORDER BY txn_id DESC LIMIT 1", id, txn_id, txn_id)
+        if not row:
+            raise MatrixError("M_NOT_FOUND", f"{id!r} has no such transaction; the last {KEPT_TRANSACTIONS} are kept")
+        transaction = Transaction(*row)
+        if new_id:
+            transaction = transaction._replace(txn_id=self._next_txn_id(id))
+            self.run("INSERT INTO transactions VALUES (?, ?, ?, ?, ?, NULL)", id, transaction.txn_id, box.frozen_to, transaction.events,
+                     transaction.body)
+        else:
+            self.run("UPDATE transactions SET acknowledged_ts = NULL WHERE appservice = ? AND txn_id = ?", id, transaction.txn_id)
+        self.boxes[id] = box._replace(open=transaction, kept=box.kept + new_id)
+        self.after.append(lambda: self.store.on_frozen(transaction))
+        return transaction.txn_id
+
     def _prune(self, id: str, kept: int) -> int:
         """Deletes the transactions that are not kept, many at once, for finding the first means to count; how many there are then."""
         if kept <= KEPT_TRANSACTIONS + PRUNED_AT_ONCE:
@@ -3523,6 +3688,8 @@ class Settings:
     push_timeout_ms: int = 60_000
     query_timeout_ms: int = 10_000
     rate_limit: Mapping[str, float] | None = None            # per_second, burst
+    bind: str = "127.0.0.1"
+    admin_token: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -3537,8 +3704,9 @@ class Who:
 class World:
     """What all verbs work on."""
 
-    def __init__(self, settings: Settings, clock: Clock, registrations: Registrations, database: str) -> None:
-        self.settings, self.clock, self.name = settings, clock, settings.server_name
+    def __init__(self, settings: Settings, clock: Clock, registrations: Registrations, database: str,
+                 seed: int | None = None) -> None:
+        self.settings, self.clock, self.name, self.chance = settings, clock, settings.server_name, Chance(seed)
         self.store = Store(database, settings.server_name, registrations, clock)
         self.stopping = False                                # who waits is to answer
         # Asks for "users" or "aliases" that don't exist yet; True if an application service says that it has created
@@ -3565,10 +3733,6 @@ class World:
                 if not tx.user(user_id):
                     tx.add_user(user_id, None, registration.id, self.clock.now())
         self.store.write(job)
-
-
-def random_id(length: int = 18) -> str:
-    return "".join(secrets.choice(string.ascii_letters) for _ in range(length))
 
 
 def digest(token: str) -> bytes:
@@ -3602,8 +3766,12 @@ class Accounts:
     def register(self, username: str | None, password: str | None, **device: Any) -> JsonObject:
         """A new person. `device`: device_id, display_name, ip, inhibit_login."""
         self.check_open()
-        user_id = self.check_available(username if username is not None else random_id(10).lower(), None)
+        user_id = self.check_available(username if username is not None else self.world.chance.text("", 10).lower(), None)
         return self._add(user_id, hash_password(password) if password else None, None, **device)
+
+    def add_person(self, name: str, password: str | None = None) -> JsonObject:
+        """A new person, whatever open_registration says; without a password nobody can log in as them again."""
+        return self._add(self.check_available(name, None), hash_password(password) if password else None, None)
 
     def check_open(self) -> None:
         if not self.world.settings.open_registration:
@@ -3645,7 +3813,7 @@ class Accounts:
     def _new_session(self, tx: Tx, user_id: str, device_id: str | None = None, display_name: str | None = None,
                      ip: str | None = None) -> JsonObject:
         self._check_active(tx, user_id)
-        token, device_id = secrets.token_urlsafe(32), device_id or random_id(10).upper()
+        token, device_id = self.world.chance.text(user_id, 43), device_id or self.world.chance.text(user_id, 10).upper()
         tx.add_session(user_id, device_id, display_name, digest(token), self.world.clock.now(), ip)
         return {"user_id": user_id, "access_token": token, "device_id": device_id,
                 "home_server": self.world.name}
@@ -3770,7 +3938,7 @@ class Accounts:
 
     def openid_token(self, who: Who) -> JsonObject:
         """A token with which the user can prove to a third party who they are; for an hour, and in memory only."""
-        token, now = secrets.token_urlsafe(24), self.world.clock.monotonic()
+        token, now = self.world.chance.text(who.user_id, 43), self.world.clock.monotonic()
         with self._guard:
             self._openid = {key: value for key, value in self._openid.items() if value[1] > now}
             self._openid[digest(token)] = (who.user_id, now + OPENID_SECONDS)
@@ -4027,7 +4195,7 @@ class Rooms:
             self.world.ask("users", user_id, who.appservice, False)
 
         def job(tx: Tx) -> str:
-            room = tx.add_room(f"!{random_id()}:{self.world.name}", plan.version)
+            room = tx.add_room(f"!{self.world.chance.text(who.user_id)}:{self.world.name}", plan.version)
             if plan.published:
                 tx.publish_room(room, True)
             for index, draft in enumerate(plan.drafts(self._member_content(tx, who.user_id, "join"))):
@@ -4901,7 +5069,7 @@ class Media:
 
     def upload(self, who: Who, content: bytes, content_type: str, filename: str | None) -> str:
         """The mxc: URI of the new content."""
-        return self._put(who, random_id(24), content, content_type, filename)
+        return self._put(who, self.world.chance.text(who.user_id, 24), content, content_type, filename)
 
     def _put(self, who: Who, media_id: str, content: bytes | None, content_type: str, filename: str | None) -> str:
         now = self.world.clock.now()
@@ -4910,7 +5078,7 @@ class Media:
 
     def create(self, who: Who) -> JsonObject:
         """A URI whose content comes later (asynchronous upload), by the same user and within a day."""
-        return {"content_uri": self._put(who, random_id(24), None, "", None),
+        return {"content_uri": self._put(who, self.world.chance.text(who.user_id, 24), None, "", None),
                 "unused_expires_at": self.world.clock.now() + UNUSED_MEDIA_MS}
 
     def fill(self, who: Who, server_name: str, media_id: str, content: bytes, content_type: str, filename: str | None) -> None:
@@ -6020,50 +6188,318 @@ class Answer(NamedTuple):
         return self.json.get("errcode") if isinstance(self.json, dict) else None
 
 
+# -- What passes, kept for a while to be looked at.
+
+HS = "hs"                        # the homeserver, where application services stand by ID and clients by user ID
+KEPT_EXCHANGES = 1000
+
+
+@dataclass(slots=True)
+class Exchange:
+    """A request between the homeserver and an application service or a client, and what became of it."""
+    n: int
+    ts: int                              # milliseconds since 1970
+    source: str
+    target: str
+    kind: str                            # "transaction", "query", "thirdparty", "ping"; what the homeserver is asked: "request"
+    method: str
+    path: str                            # without its query
+    headers: Mapping[str, str]
+    body: bytes = b""                    # the first KEPT_BYTES of it; the same for `answer`
+    client: bool = False                 # whether the other one is a client
+    acts_as: str | None = None           # the user as whom an application service asks
+    txn_id: int | None = None
+    events: int | None = None
+    attempt: int | None = None
+    fault: str = ""                      # the faults that acted
+    status: int | None = None
+    ms: float | None = None
+    answer: bytes = b""
+    error: str = ""                      # why there is no answer
+    lost: bool = False                   # there was one, but a fault made the homeserver forget it
+    then: str = ""                       # what comes of it
+    done: bool = False
+    seq: int = 0                         # of its last change
+
+    @property
+    def first(self) -> JsonObject | None:
+        """Type and sender of a transaction's first event."""
+        with contextlib.suppress(ValueError):
+            event, _ = json.JSONDecoder().raw_decode(self.body.decode("utf-8", "replace"), len('{"events":['))
+            return {"type": event["type"], "sender": event["sender"]}
+        return None
+
+    def told(self) -> JsonObject:
+        """As the inspector's API has it."""
+        return {"n": self.n, "seq": self.seq, "ts": self.ts, "from": self.source, "to": self.target, "kind": self.kind,
+                "lane": "client" if self.client else "appservice", "method": self.method, "path": self.path, "as": self.acts_as,
+                "txn_id": None if self.txn_id is None else str(self.txn_id), "events": self.events,
+                "first": self.first if self.events else None, "attempt": self.attempt, "status": self.status, "ms": self.ms,
+                "error": self.error or None, "lost": self.lost, "fault": self.fault or None, "then": self.then or None,
+                "done": self.done}
+
+    def asked(self) -> str:
+        """What is asked, in a few words."""
+        path = urllib.parse.unquote(self.path)
+        if self.kind == "request":
+            return f"{self.method} {path}" + (f" as {self.acts_as}" if self.acts_as else "")
+        first = self.first if self.events else None
+        words = [f"{self.method} {path.removeprefix('/_matrix/app/v1/')}"]
+        words += [f"{self.events} event{'s' * (self.events != 1)}"] if self.events is not None else []
+        words += [f"{first['type']} of {first['sender']}"] if first else []
+        return ", ".join(words + ([f"attempt {self.attempt}"] if self.attempt else []))
+
+    def answered(self) -> str:
+        words = [f"{self.status} in {self.ms:.1f} ms"] if self.status and self.ms is not None else []
+        words += [self.error] if self.error else []
+        words += [f"fault: {self.fault}"] if self.fault else []
+        return "; ".join(words + ([self.then] if self.then else []))
+
+
+class Wire:
+    """The last exchanges. Each is numbered when it begins; when it changes, it comes again to whoever looks."""
+
+    def __init__(self, clock: Clock) -> None:
+        self.clock = clock
+        self._numbers = itertools.count(1)
+        self._kept: collections.OrderedDict[int, Exchange] = collections.OrderedDict()       # in the order of their last change
+        self._seq = 0
+        self._bells: set[Any] = set()                        # of those who look
+        self._guard = threading.Lock()                       # guards all of it
+
+    def number(self) -> int:
+        return next(self._numbers)
+
+    def note(self, one: Exchange) -> None:
+        """Something about this exchange has changed."""
+        with self._guard:
+            self._seq += 1
+            one.seq = self._seq
+            self._kept[one.n] = one
+            self._kept.move_to_end(one.n)
+            if len(self._kept) > KEPT_EXCHANGES:
+                self._kept.popitem(last=False)
+            bells = list(self._bells) if self._bells else ()
+        for each in bells:
+            release(each)
+
+    def begin(self, one: Exchange) -> Exchange:
+        self.note(one)
+        self._draw(one, back=False)
+        return one
+
+    def end(self, one: Exchange, then: str = "") -> None:
+        one.then, one.done = then, True
+        self.note(one)
+        self._draw(one, back=True)
+
+    def whole(self, one: Exchange) -> None:
+        """One that has begun and ended."""
+        self.note(one)
+        if not one.client:
+            self._draw(one, back=False)
+            self._draw(one, back=True)
+
+    @staticmethod
+    def _draw(one: Exchange, back: bool) -> None:
+        """An arrow in the trace, as the specification draws them."""
+        if trace.isEnabledFor(logging.DEBUG):
+            arrow = "--->" if (one.source == HS) != back else "<-/-" if back and (one.lost or one.status is None) else "<---"
+            other = one.target if one.source == HS else one.source
+            trace.debug("HS %s %-10s %s", arrow, other, one.answered() if back else one.asked(),
+                        extra={"exchange": {"arrow": arrow, "back": back, "appservice": other, **one.told()}})
+
+    def since(self, seq: int, seconds: float) -> tuple[int, list[Exchange]]:
+        """What changed after `seq`, waited for as long; and the number to go on from."""
+        ring, deadline = bell(), time.monotonic() + seconds
+        try:
+            while True:
+                with self._guard:
+                    self._bells.add(ring)
+                    news = [one for one in self._kept.values() if one.seq > seq or seq > self._seq]
+                    now = self._seq
+                left = deadline - time.monotonic()
+                if news or left <= 0 or seq > now:
+                    return now, news
+                ring.acquire(timeout=left)
+        finally:
+            with self._guard:
+                self._bells.discard(ring)
+
+    def wake(self) -> None:
+        """Who looks is to look again."""
+        with self._guard:
+            for each in self._bells:
+                release(each)
+
+    def find(self, n: int) -> Exchange | None:
+        with self._guard:
+            return self._kept.get(n)
+
+
+# -- Faults: what goes wrong on demand.
+
+FAULTS = {
+    "lose_ack":  "the application service gets it and answers, but the answer is lost",
+    "refuse":    "nothing is sent, as if nothing listened there",
+    "delay":     "it is sent `delay_ms` later",
+    "status":    "nothing is sent; it is as if the answer were `status`",
+    "duplicate": "it is sent twice, one right after the other",
+    "garbage":   "the application service gets it, but the answer that the homeserver sees is 200 and not JSON",
+}
+FAULTS_ON = {"transactions": ("transaction",), "queries": ("query", "thirdparty"), "ping": ("ping",)}
+
+
+@dataclass(slots=True)
+class Fault:
+    """One that is to happen: `times` more, or with a probability."""
+    fault: str
+    on: str
+    times: int | None
+    probability: float | None
+    delay_ms: int
+    status: int
+    dice: random.Random
+
+    def told(self) -> JsonObject:
+        more = {"delay": {"delay_ms": self.delay_ms}, "status": {"status": self.status}}.get(self.fault, {})
+        return {"fault": self.fault, "on": self.on, "times": self.times, "probability": self.probability, **more}
+
+
+class Faults:
+    """Those of one application service. Each verb takes `on` (transactions, queries or ping), and `times` (1 if nothing is
+    said) or `probability`, which a `seed` makes repeat.
+    """
+
+    def __init__(self) -> None:
+        self._active: list[Fault] = []
+        self._guard = threading.Lock()                       # guards it, and the numbers in it
+
+    def add(self, fault: str, *, on: str = "transactions", times: int | None = None, probability: float | None = None,
+            seed: int | None = None, delay_ms: int = 1000, status: int = 500) -> None:
+        """M_INVALID_PARAM if there is no such fault."""
+        for name, value, choice in (("fault", fault, FAULTS), ("on", on, FAULTS_ON)):
+            if value not in choice:
+                raise MatrixError("M_INVALID_PARAM", f"{name} must be one of {', '.join(choice)}, not {shorten(value)!r}")
+        if (times is not None and times < 1) or (probability is not None and not 0 < probability <= 1) or delay_ms < 0:
+            raise MatrixError("M_INVALID_PARAM", "times is a number from 1 on, probability one above 0 and up to 1, delay_ms from 0 on")
+        if not 100 <= status <= 599:
+            raise MatrixError("M_INVALID_PARAM", "status must be one of HTTP, from 100 to 599")
+        if times is None and probability is None:
+            times = 1
+        with self._guard:
+            self._active.append(Fault(fault, on, times, probability, delay_ms, status, random.Random(seed)))
+
+    lose_ack = functools.partialmethod(add, "lose_ack")
+    refuse = functools.partialmethod(add, "refuse")
+    delay = functools.partialmethod(add, "delay")
+    status = functools.partialmethod(add, "status")
+    duplicate = functools.partialmethod(add, "duplicate")
+    garbage = functools.partialmethod(add, "garbage")
+
+    def clear(self) -> None:
+        with self._guard:
+            self._active.clear()
+
+    def told(self) -> list[JsonObject]:
+        with self._guard:
+            return [one.told() for one in self._active]
+
+    def take(self, kind: str) -> list[Fault]:
+        """Which act on this exchange; that counts as once."""
+        if not self._active:
+            return []
+        with self._guard:
+            acting = [one for one in self._active if kind in FAULTS_ON[one.on]
+                      and (one.probability is None or one.dice.random() < one.probability)]
+            for one in acting:
+                one.times = None if one.times is None else one.times - 1
+            self._active = [one for one in self._active if one.times != 0]
+        return acting
+
+
 class Line:
     """The one place that speaks to an application service. For one thread at a time."""
 
-    def __init__(self, registration: Registration) -> None:
-        self.registration = registration
+    def __init__(self, registration: Registration, wire: Wire, faults: Faults) -> None:
+        self.registration, self.wire, self.faults = registration, wire, faults
         self._client = HttpClient(registration.url or "", cut=True)
+        self._bell, self._aborted = bell(), False            # for a fault that delays
 
-    def exchange(self, method: str, path: str, body: bytes | None, seconds: float) -> Answer:
+    def exchange(self, kind: str, method: str, path: str, body: bytes | None, seconds: float,
+                 then: Callable[[Exchange, Answer | BaseException], str] = lambda one, outcome: "", **about: Any) -> Answer:
         """Calls the path of today's specification and, if the AS does not know it, at once the older one.
 
-        Raises what HttpClient raises.
+        Raises what CALL_FAILED has. `then` says what comes of the outcome; `about` is what more is known of the exchange.
         """
-        deadline = time.monotonic() + seconds
-        answer = self._call(method, path, body, seconds)
+        deadline, faults = time.monotonic() + seconds, self.faults.take(kind)
+        outcome, one = self._call(kind, method, path, body, seconds, faults, about)
+        if any(fault.fault == "duplicate" for fault in faults):
+            self.wire.end(one, "the same once more")
+            outcome, one = self._call(kind, method, path, body, seconds, [], about)
         older = next((old + path[len(new):] for new, old in LEGACY_PATHS.items() if path.startswith(new)), None)
-        if older and answer.status in FALL_BACK_ON and answer.errcode in (None, "M_UNRECOGNIZED"):
-            second = self._call(method, older, body, max(0.001, deadline - time.monotonic()))
-            if second.status == 200 and second.json is not None:
-                return second
-            if second.status != 200 and second.errcode not in (None, "M_UNRECOGNIZED"):
-                return second
-        return answer
+        if (older and not faults and isinstance(outcome, Answer) and outcome.status in FALL_BACK_ON
+                and outcome.errcode in (None, "M_UNRECOGNIZED")):
+            self.wire.end(one, "the older path is tried")
+            second, one = self._call(kind, method, older, body, max(0.001, deadline - time.monotonic()), [], about)
+            if (not isinstance(second, Answer) or (second.status == 200 and second.json is not None)
+                    or (second.status != 200 and second.errcode not in (None, "M_UNRECOGNIZED"))):
+                outcome = second
+        self.wire.end(one, then(one, outcome))
+        if isinstance(outcome, BaseException):
+            raise outcome
+        return outcome
 
-    def _call(self, method: str, path: str, body: bytes | None, seconds: float) -> Answer:
+    def _call(self, kind: str, method: str, path: str, body: bytes | None, seconds: float, faults: Sequence[Fault],
+              about: Mapping[str, Any]) -> tuple[Answer | BaseException, Exchange]:
         """The hs_token goes into the header and, for software older than v1.4, into the query."""
         token = self.registration.hs_token
         headers = {"Authorization": f"Bearer {token}", "Content-Type": "application/json",
                    "User-Agent": f"asbridge/{__version__}"}
         target = f"{path}{'&' if '?' in path else '?'}access_token={urllib.parse.quote(token, safe='')}"
+        one = self.wire.begin(Exchange(self.wire.number(), self.wire.clock.now(), HS, self.registration.id, kind, method,
+                                       path.partition("?")[0], headers, (body or b"")[:KEPT_BYTES],
+                                       fault=", ".join([fault.fault for fault in faults]), **about))
         began = time.monotonic()
-        trace.debug("HS ---> %s: %s %s, %d bytes", self.registration.id, method, path, len(body or b""))
         try:
-            answer = Answer(*self._client.request(method, target, body, headers, seconds))
-        except Exception as error:
-            trace.debug("   <-/- %s: %s: %s", self.registration.id, type(error).__name__, error)
-            raise
-        trace.debug("   <--- %s: %d in %.1f ms", self.registration.id, answer.status,
-                    (time.monotonic() - began) * 1000)
-        return answer
+            outcome: Answer | BaseException = self._faulty(one, faults, seconds, lambda left: Answer(
+                *self._client.request(method, target, body, headers, left)))
+        except CALL_FAILED as error:
+            outcome, one.error = error, advice(self.registration, error)
+        one.ms = round((time.monotonic() - began) * 1000, 2)
+        if isinstance(outcome, Answer):
+            one.status, one.answer = outcome.status, outcome.body[:KEPT_BYTES]
+        return outcome, one
+
+    def _faulty(self, one: Exchange, faults: Sequence[Fault], seconds: float, ask: Callable[[float], Answer]) -> Answer:
+        """The answer, after the faults have acted."""
+        acting = {fault.fault: fault for fault in faults}
+        if "refuse" in acting:
+            raise ConnectionRefusedError(errno.ECONNREFUSED, "refused")
+        if "delay" in acting:
+            self._pass(min(acting["delay"].delay_ms / 1000, seconds))
+            if acting["delay"].delay_ms >= seconds * 1000:
+                raise TimeoutError("delayed for longer than an answer is waited for")
+        if "status" in acting:
+            return Answer(acting["status"].status, b'{"errcode":"M_UNKNOWN","error":"a fault answers for the application service"}')
+        answer = ask(seconds)
+        if "lose_ack" in acting:
+            one.status, one.answer, one.lost = answer.status, answer.body[:KEPT_BYTES], True
+            raise ConnectionResetError(errno.ECONNRESET, "it answered, but the answer was lost on the way")
+        return Answer(200, b"<html>this is not JSON</html>") if "garbage" in acting else answer
+
+    def _pass(self, seconds: float) -> None:
+        """Lets time pass, by the clock that can be wound on."""
+        until = self.wire.clock.monotonic() + seconds
+        while self.wire.clock.monotonic() < until and not self._aborted:
+            self.wire.clock.wait(self._bell, until)
 
     def close(self) -> None:
         self._client.close()
 
     def abort(self) -> None:
+        self._aborted = True
+        release(self._bell)
         self._client.abort()
 
 
@@ -6087,6 +6523,8 @@ def advice(registration: Registration, failure: Answer | BaseException) -> str:
                 "(inside a container, localhost is the container)")
     if isinstance(failure, TimeoutError):
         return "it did not answer in time"
+    if isinstance(failure, ConnectionResetError) and failure.strerror:
+        return failure.strerror
     return f"{type(failure).__name__}: {failure}"
 
 
@@ -6099,12 +6537,14 @@ class Worker:
                                +----------------------------------------------------------+
     """
 
-    def __init__(self, world: World, registration: Registration) -> None:
-        self.world, self.registration = world, registration
+    def __init__(self, world: World, line: Line) -> None:
+        self.world, self.line, self.registration = world, line, line.registration
         self.transaction: Transaction | None = None          # what is to be sent; set by offer()
-        self.line = Line(registration)
         self.failures = 0                                    # attempts since the last success
         self.next_attempt = 0.0                              # the clock's monotonic time
+        self.paused = False                                  # by hand
+        self.down_since: int | None = None                   # when the first of the failures was
+        self.attempts: collections.deque[Exchange] = collections.deque(maxlen=KEPT_EXCHANGES)    # of transactions, since the start
         self._thread: threading.Thread | None = None         # started by the first transaction
         self._bell, self._stopped = bell(), False
 
@@ -6126,6 +6566,25 @@ class Worker:
         self.next_attempt = 0.0
         release(self._bell)
 
+    def pause(self, paused: bool = True) -> None:
+        """No further attempt until it goes on."""
+        self.paused = paused
+        release(self._bell)
+
+    def drop(self, txn_id: int) -> None:
+        """This one is not to be sent any more."""
+        if self.transaction and self.transaction.txn_id == txn_id:
+            self.transaction = None
+            self.failures, self.next_attempt, self.down_since = 0, 0.0, None
+
+    @property
+    def state(self) -> str:
+        if self.paused:
+            return "paused"
+        if self.transaction is None:
+            return "idle"
+        return "backing off" if self.next_attempt > self.world.clock.monotonic() else "sending"
+
     def stop(self, deadline: float) -> None:
         """Lets the attempt that is under way end, until this real monotonic time."""
         self._stopped = True
@@ -6139,21 +6598,38 @@ class Worker:
         while not self._stopped:
             transaction = self.transaction
             left = self.next_attempt - self.world.clock.monotonic()
-            if transaction is None or left > 0:
-                self.world.clock.wait(self._bell, self.next_attempt if transaction else math.inf)
+            if transaction is None or self.paused or left > 0:
+                self.world.clock.wait(self._bell, self.next_attempt if transaction and not self.paused else math.inf)
             else:
                 self._settle(transaction, self._push(transaction))
         self.line.close()
 
     def _push(self, transaction: Transaction) -> Answer | BaseException:
         try:
-            return self.line.exchange("PUT", f"/_matrix/app/v1/transactions/{transaction.txn_id}", transaction.body,
-                                      self.world.settings.push_timeout_ms / 1000)
+            return self.line.exchange("transaction", "PUT", f"/_matrix/app/v1/transactions/{transaction.txn_id}", transaction.body,
+                                      self.world.settings.push_timeout_ms / 1000, self._then, txn_id=transaction.txn_id,
+                                      events=transaction.events, attempt=self.failures + 1)
         except CALL_FAILED as error:
             return error
 
+    def _then(self, one: Exchange, outcome: Answer | BaseException) -> str:
+        """Any 200 is an acknowledgement, whatever its body; anything else is tried again, after a time that doubles."""
+        self.attempts.append(one)
+        if isinstance(outcome, Answer) and outcome.status == 200:
+            return "" if outcome.json is not None else "an acknowledgement, though it is not JSON"
+        delay = self._back_off()
+        return f"attempt {self.failures + 1} in {delay:.1f} s"
+
+    def _back_off(self) -> float:
+        """Seconds until the next attempt."""
+        settings = self.world.settings
+        delay = next_delay(self.failures, settings.retry_first_ms, settings.retry_max_ms)
+        self.down_since = self.down_since or self.world.clock.now()
+        self.failures += 1
+        self.next_attempt = self.world.clock.monotonic() + delay
+        return delay
+
     def _settle(self, transaction: Transaction, outcome: Answer | BaseException) -> None:
-        """Any 200 is an acknowledgement, whatever its body."""
         if isinstance(outcome, Answer) and outcome.status == 200:
             try:
                 if self.transaction is transaction:          # the next one comes with the COMMIT of this acknowledgement
@@ -6162,22 +6638,16 @@ class Worker:
                 if self.failures:
                     log.info("application service %s is back; transaction %d went through",
                              transaction.appservice, transaction.txn_id)
-                self.failures, self.next_attempt = 0, 0.0
+                self.failures, self.next_attempt, self.down_since = 0, 0.0, None
                 return
             except MatrixError as error:                     # not stored: it will be sent again, with the same ID
                 self.transaction, outcome = transaction, error
-        self._back_off(transaction, outcome)
-
-    def _back_off(self, transaction: Transaction, outcome: Answer | BaseException) -> None:
-        settings = self.world.settings
-        delay = next_delay(self.failures, settings.retry_first_ms, settings.retry_max_ms)
-        self.failures += 1
-        self.next_attempt = self.world.clock.monotonic() + delay
+                self._back_off()
         if not self._stopped:
             log.warning("application service %s: transaction %d (%d events, attempt %d) did not go through: %s; next "
                         "attempt in %.1f s",
                         transaction.appservice, transaction.txn_id, transaction.events, self.failures,
-                        advice(self.registration, outcome), delay)
+                        advice(self.registration, outcome), max(0.0, self.next_attempt - self.world.clock.monotonic()))
 
 
 def next_delay(failures: int, first_ms: int, max_ms: int) -> float:
@@ -6239,7 +6709,9 @@ class Delivery:
 
     def __init__(self, world: World) -> None:
         self.world = world
+        self.wire = Wire(world.clock)
         self._workers: dict[str, Worker] = {}                # made when first needed
+        self._faults: collections.defaultdict[str, Faults] = collections.defaultdict(Faults)
         # In flight: who is asked, kind, ID, patient, which application service asks (or '').
         self._queries: dict[tuple[str, str, str, bool, str], Query] = {}
         # What was said about a protocol, and until when it counts.
@@ -6274,6 +6746,7 @@ class Delivery:
     def stop(self, seconds: float = 1.0) -> None:
         """Attempts that are under way may take this long to end."""
         self._stopped = True
+        self.wire.wake()
         deadline = time.monotonic() + seconds
         for worker in list(self._workers.values()):
             worker.stop(deadline)
@@ -6290,8 +6763,52 @@ class Delivery:
         with self._guard:
             worker = self._workers.get(id)
             if worker is None:
-                worker = self._workers[id] = Worker(self.world, registration)
+                worker = self._workers[id] = Worker(self.world, self._line(registration))
             return worker
+
+    def _line(self, registration: Registration) -> Line:
+        return Line(registration, self.wire, self._faults[registration.id])
+
+    def faults(self, id: str) -> Faults:
+        self.registration(id)
+        return self._faults[id]
+
+    def registration(self, id: str) -> Registration:
+        """M_NOT_FOUND if there is no such application service."""
+        registration = self.world.registrations.by_id.get(id)
+        if not registration:
+            raise MatrixError("M_NOT_FOUND", f"there is no application service {shorten(id)!r}, only "
+                              f"{', '.join(self.world.registrations.by_id) or 'none at all'}")
+        return registration
+
+    def hand(self, id: str) -> Worker:
+        """The worker to pause, retry …; M_URL_NOT_SET if nothing is ever sent there."""
+        worker = self.worker(self.registration(id).id)
+        if not worker:
+            raise MatrixError("M_URL_NOT_SET", f"the registration of {id!r} has url: null, so nothing is sent to it")
+        return worker
+
+    def skip(self, id: str) -> int:
+        """Gives up the open transaction, as if it were acknowledged; its ID."""
+        worker = self.hand(id)
+
+        def job(tx: Tx) -> int:
+            box = tx.boxes.get(id, NOTHING_WAITS)
+            if not box.open:
+                raise MatrixError("M_NOT_FOUND", f"no transaction is open for {id!r}")
+            tx.acknowledge(id, box.open.txn_id)
+            tx.after.append(functools.partial(worker.drop, box.open.txn_id))
+            return box.open.txn_id
+        txn_id = self.world.store.write(job)
+        log.warning("application service %s: transaction %d is skipped by hand", id, txn_id)
+        return txn_id
+
+    def replay(self, id: str, txn_id: int | None = None, new_id: bool = False) -> int:
+        """Sends a transaction that was acknowledged (the last one, if none is named) once more: the same bytes with the same ID,
+        or with a new one, which deduplication does not know. The ID.
+        """
+        self.hand(id)
+        return self.world.store.write(lambda tx: tx.reopen(id, txn_id, new_id))
 
     def reload(self) -> None:
         """After a change of the registrations: what is gone or different gets no more from its old worker."""
@@ -6313,9 +6830,9 @@ class Delivery:
             raise MatrixError("M_URL_NOT_SET", f"the registration of {registration.id!r} has url: null, so "
                               "there is nobody to ping")
         body = to_json({} if transaction_id is None else {"transaction_id": transaction_id}).encode()
-        began, line = time.monotonic(), Line(registration)
+        began, line = time.monotonic(), self._line(registration)
         try:
-            answer = line.exchange("POST", "/_matrix/app/v1/ping", body,
+            answer = line.exchange("ping", "POST", "/_matrix/app/v1/ping", body,
                                    self.world.settings.query_timeout_ms / 1000)
         except TimeoutError as error:
             raise MatrixError("M_CONNECTION_TIMEOUT", advice(registration, error)) from None
@@ -6380,9 +6897,8 @@ class Delivery:
 
     def _question(self, registration: Registration, kind: str, id: str, patient: bool) -> bool:
         """Asks until there is an answer below 500: 200 means yes, any other no."""
-        clock, line, why = self.world.clock, Line(registration), ""
-        segment = {"users": "users", "aliases": "rooms"}[kind]
-        path = f"/_matrix/app/v1/{segment}/{urllib.parse.quote(id, safe='')}"
+        clock, line, why = self.world.clock, self._line(registration), ""
+        path = query_path(kind, id)
         deadline = clock.monotonic() + QUERY_SECONDS
         try:
             for attempt in range(QUERY_ATTEMPTS if patient else 1):
@@ -6405,7 +6921,7 @@ class Delivery:
     def _attempt(self, line: Line, path: str, deadline: float) -> Answer | BaseException:
         left = deadline - self.world.clock.monotonic()
         try:
-            return line.exchange("GET", path, None, max(0.001, min(self.world.settings.query_timeout_ms / 1000, left)))
+            return line.exchange("query", "GET", path, None, max(0.001, min(self.world.settings.query_timeout_ms / 1000, left)))
         except CALL_FAILED as error:
             return error
 
@@ -6447,9 +6963,9 @@ class Delivery:
 
     def _look_up(self, registration: Registration, path: str, fits: Callable[[Any], bool]) -> Any:
         """Its answer; None, with a line in the log, if it has none that can be used. 404 is an answer."""
-        line, seconds = Line(registration), self.world.settings.query_timeout_ms / 1000
+        line, seconds = self._line(registration), self.world.settings.query_timeout_ms / 1000
         try:
-            answer = line.exchange("GET", "/_matrix/app/v1/thirdparty/" + path, None, seconds)
+            answer = line.exchange("thirdparty", "GET", "/_matrix/app/v1/thirdparty/" + path, None, seconds)
             if answer.status == 404:
                 return None
             value = parse_json(answer.body) if answer.status == 200 else None
@@ -6474,6 +6990,7 @@ class Delivery:
 CORS = (b"Access-Control-Allow-Origin: *\r\n"
         b"Access-Control-Allow-Methods: GET, HEAD, POST, PUT, DELETE, OPTIONS\r\n"
         b"Access-Control-Allow-Headers: X-Requested-With, Content-Type, Authorization, Date\r\n")
+INSPECTOR = "/_asbridge/"        # where its API is, which no web client may use
 ANONYMOUS_BODY = 65_536          # bytes of body that are read without a token
 VERSIONS = Raw(to_json({"versions": ["r0.5.0", "r0.6.0", "r0.6.1", *(f"v1.{n}" for n in range(1, 16))],
                         "unstable_features": {"fi.mau.msc2659.stable": True}}))
@@ -6487,8 +7004,9 @@ class Call:
 
     __slots__ = ("api", "request", "params", "who")
 
-    def __init__(self, api: Api, request: Request, params: Mapping[str, str]) -> None:
-        self.api, self.request, self.params = api, request, params
+    def __init__(self, api: Api, request: Request) -> None:
+        self.api, self.request = api, request
+        self.params: Mapping[str, str] = {}                  # the variables of the path
         self.who = NOBODY
 
     @property
@@ -6496,6 +7014,11 @@ class Call:
         """The application service that is asking: with its as_token, or with a session of one of its ghosts."""
         owner = self.api.world.registrations.owner("users", self.who.user_id) if self.who.user_id else None
         return self.who.appservice or (owner.registration if owner else None)
+
+    @property
+    def cors(self) -> bytes:
+        """Headers that let a web client of any site in; to the inspector none."""
+        return b"" if self.request.path.startswith(INSPECTOR) else CORS
 
     def __getitem__(self, name: str) -> str:
         """A variable of the path."""
@@ -6510,6 +7033,13 @@ class Call:
 
     def query(self, name: str) -> str | None:
         return self.request.query.get(name)
+
+    def required(self, name: str) -> str:
+        """A text in the query that must be there."""
+        value = self.request.query.get(name)
+        if not value:
+            raise MatrixError("M_MISSING_PARAM", f"the query must have {name}")
+        return value
 
     def integer(self, name: str, default: T, least: int = 0, most: int = MAX_INT) -> int | T:
         text = self.request.query.get(name)
@@ -6584,45 +7114,82 @@ class Limiter:
 class Api:
     """The homeserver as a function from Request to Response."""
 
-    def __init__(self, world: World, delivery: Delivery) -> None:
+    def __init__(self, world: World, delivery: Delivery, routes: Sequence[Route]) -> None:
         self.world, self.delivery = world, delivery
         self.accounts, self.rooms, self.media = Accounts(world), Rooms(world), Media(world)
         self.typing, self.presence, self.keys, self.backups = Typing(world), Presence(world), Keys(world), Backups(world)
         self.sync, self.notifications = Sync(world, self.typing, self.presence), Notifications(world)
-        self.router, self.limiter = Router(ROUTES), Limiter(world)
+        self.router, self.limiter = Router(routes), Limiter(world)
 
     def __call__(self, request: Request) -> Response:
         """Answers; raises nothing but ClientGone."""
-        began = time.monotonic()
+        began, call, n = time.monotonic(), Call(self, request), self.delivery.wire.number()
         try:
-            response = self._answer(request)
+            response = self._answer(call)
         except MatrixError as error:
-            response = json_response(error.status, error.body(), CORS)
+            response = json_response(error.status, error.body(), call.cors)
             log.debug("%s %s: %s", request.method, request.path, error)
         except ClientGone:
             raise
         except Exception:
             log.exception("%s %s failed", request.method, request.path)
             failed = MatrixError("M_UNKNOWN", "the homeserver failed; its log says why")
-            response = json_response(failed.status, failed.body(), CORS)
+            response = json_response(failed.status, failed.body(), call.cors)
+        ms = (time.monotonic() - began) * 1000
         if log.isEnabledFor(logging.DEBUG):
-            log.debug("%s %s %d in %.1f ms", request.method, request.path, response.status,
-                      (time.monotonic() - began) * 1000)
+            log.debug("%s %s %d in %.1f ms", request.method, request.path, response.status, ms)
+        if call.cors:
+            self._note(call, n, response, ms)
         return response
 
-    def _answer(self, request: Request) -> Response:
+    def _answer(self, call: Call) -> Response:
+        request = call.request
         if request.method == "OPTIONS":
-            return Response(204, b"", headers=CORS)
-        route, params = self.router.find("GET" if request.method == "HEAD" else request.method, request.path)
-        call = Call(self, request, params)
-        if route.auth != "nobody":
+            return Response(204, b"", headers=call.cors)
+        route, call.params = self.router.find("GET" if request.method == "HEAD" else request.method, request.path)
+        if route.auth == "admin":
+            self.check_admin(request)
+        elif route.auth != "nobody":
             call.who = self.identify(request, route.auth)
         if route.method != "GET":
             self.limiter.count(call.who)
-            if params.get("roomId") and not call.who.appservice:
+            if call.params.get("roomId") and not call.who.appservice:
                 self.presence.active(call.who.user_id)
         answer = route.handler(call)
-        return answer if isinstance(answer, Response) else json_response(200, answer, CORS)
+        return answer if isinstance(answer, Response) else json_response(200, answer, call.cors)
+
+    def _note(self, call: Call, n: int, response: Response, ms: float) -> None:
+        """Remembers the exchange, for the trace and the inspector."""
+        who, request = call.who, call.request
+        appservice = who.appservice
+        if who is NOBODY and response.status in (401, 403):  # as whom it was refused matters most
+            with contextlib.suppress(MatrixError):
+                appservice = self.world.registrations.of_as_token(digest(token_of(request) or ""))
+        user_id = who.user_id or (request.query.get("user_id") if appservice else "somebody")
+        self.delivery.wire.whole(Exchange(
+            n, self.world.clock.now() - int(ms), appservice.id if appservice else user_id or "somebody", HS, "request", request.method,
+            request.path, request.headers, request.seen, client=not appservice, acts_as=user_id if appservice else None,
+            status=response.status, ms=round(ms, 2), answer=response.body[:KEPT_BYTES], done=True))
+
+    def check_admin(self, request: Request) -> None:
+        """Whether the inspector's API may be used: from this machine, by no other site's page, and with the admin_token if
+        there is one. Bound to more than this machine, it needs one.
+        """
+        settings, host = self.world.settings, request.headers.get("host", "")
+        name = host.rpartition(":")[0] if re.search(r":[0-9]+$", host) else host
+        origin = request.headers.get("origin")
+        if origin is not None and origin not in (f"http://{host}", f"https://{host}"):
+            raise forbidden(f"the page of another site ({shorten(origin)}) may not use the inspector")
+        if settings.admin_token is None and not is_loopback(settings.bind):
+            raise forbidden(f"bound to {settings.bind}, the inspector needs an admin_token in the configuration")
+        if is_loopback(settings.bind) and not is_loopback(name):
+            raise forbidden(f"the inspector is at localhost or 127.0.0.1 only, not at {shorten(name)!r}")
+        if settings.admin_token is not None:
+            token = token_of(request)
+            if not token:
+                raise MatrixError("M_MISSING_TOKEN", "this needs the admin_token of the configuration: 'Authorization: Bearer TOKEN'")
+            if not hmac.compare_digest(token.encode(), settings.admin_token.encode()):
+                raise MatrixError("M_UNKNOWN_TOKEN", "this is not the admin_token of the configuration")
 
     def identify(self, request: Request, auth: str) -> Who:
         """The session's user, or whom an application service acts as (Identity assertion)."""
@@ -6689,7 +7256,7 @@ class Api:
 
 class Route(NamedTuple):
     """One endpoint. `auth`: "nobody" (no token is looked at), "maybe", "user" (a person, or an AS as one of
-    its users), "appservice".
+    its users), "appservice", "admin" (whoever runs the homeserver).
     """
     method: str
     path: str
@@ -6759,6 +7326,10 @@ def versions(call: Call) -> Any:
     return VERSIONS
 
 
+def is_loopback(host: str) -> bool:
+    return host in ("localhost", "::1", "[::1]") or re.fullmatch(r"127(\.[0-9]{1,3}){3}", host) is not None
+
+
 def well_known(call: Call) -> Any:
     return {"m.homeserver": {"base_url": call.api.world.settings.public_url}}
 
@@ -6778,7 +7349,7 @@ class Challenge(MatrixError):
     def __init__(self, stage: str, auth: JsonObject, failure: MatrixError | None = None) -> None:
         super().__init__("M_FORBIDDEN", f"this needs auth with type {stage}", 401)
         session = auth.get("session")
-        self.extra = {"session": session if isinstance(session, str) else random_id(),
+        self.extra = {"session": session if isinstance(session, str) else secrets.token_hex(9),
                       "flows": [{"stages": [stage]}], "params": {}}
         self.failure = failure
 
@@ -7505,8 +8076,7 @@ def map_uri(call: Call) -> Any:
     if uri is None:
         raise MatrixError("M_MISSING_PARAM", "the query must have uri, such as irc://localhost/%23lobby, "
                           "percent-encoded")
-    if not re.fullmatch(r"[A-Za-z][A-Za-z0-9+.-]*:[^\s\x00-\x1f]+",
-                        uri) or len(uri.encode("utf-8", "replace")) > 2048:
+    if not is_uri(uri):
         raise MatrixError("M_INVALID_PARAM", f"{shorten(uri)!r} is not a URI of 2,048 bytes at most")
     id = call.api.world.registrations.map_uri(kind, uri)
     if not id:
@@ -7681,6 +8251,353 @@ ROUTES = [Route(method, PREFIXES.get(path[0], path[0]) + path[1:], auth, handler
 
 
 # ============================================================================
+# 9. Inspector
+# ============================================================================
+# The homeserver on itself: who claims an ID, why an event went to an application
+# service or did not and what became of it, what passed on the wire; and levers
+# for a lesson or a test: faults, pause, replay, the clock. All of it is JSON under
+# /_asbridge/ (its own, in no specification), and a page that uses nothing else.
+
+MAX_MISSES = 20                  # members that don't match, of those that `why` names
+NOBODY_MAY = "nobody; people take user names of a-z, 0-9 and ._=/+- only"
+SECRETS = ("authorization", "cookie", "x-access-token")      # headers that are not shown
+
+
+class Inspector:
+    """Answers questions about a running homeserver. What it gives are the plain values of the API."""
+
+    def __init__(self, world: World, delivery: Delivery) -> None:
+        self.world, self.delivery = world, delivery
+
+    def status(self) -> JsonObject:
+        world = self.world
+        with world.store.read() as reader:
+            appservices = [self._appservice(reader, registration) for registration in world.registrations]
+        return {"version": __version__, "server_name": world.name, "url": world.settings.public_url, **self.clock(),
+                "appservices": appservices}
+
+    def clock(self) -> JsonObject:
+        return {"now": self.world.clock.now(), "wound": self.world.clock.wound}
+
+    def _appservice(self, reader: Reader, registration: Registration) -> JsonObject:
+        worker, last = self.delivery.worker(registration.id), reader.last_acknowledged(registration.id)
+        namespaces = {kind: [{"regex": one.regex, "exclusive": one.exclusive} for one in entries]
+                      for kind, entries in registration.namespaces.items()}
+        return {"id": registration.id, "url": registration.url, "sender": registration.sender(self.world.name),
+                "namespaces": namespaces, "waiting": reader.count_waiting(registration.id),
+                "last_acknowledged": {"txn_id": str(last[0]), "ts": last[1]} if last else None,
+                "faults": self.delivery.faults(registration.id).told(), **self._worker(worker)}
+
+    def _worker(self, worker: Worker | None) -> JsonObject:
+        if worker is None:
+            return {"state": "nothing is sent", "failures": 0, **dict.fromkeys(("down_since", "next_attempt", "open", "latency_ms"))}
+        now, opened, left = self.world.clock.now(), worker.transaction, worker.next_attempt - self.world.clock.monotonic()
+        answered = (one.ms for one in reversed(worker.attempts) if one.status is not None)
+        return {"state": worker.state, "failures": worker.failures, "down_since": worker.down_since,
+                "next_attempt": now + int(left * 1000) if opened and left > 0 else None,
+                "open": {"txn_id": str(opened.txn_id), "events": opened.events} if opened else None,
+                "latency_ms": next(answered, None)}
+
+    # -- what was pushed
+
+    def attempts(self, id: str, txn_id: int) -> list[JsonObject]:
+        """Those since the start, old to new."""
+        worker = self.delivery.worker(id)
+        return [{"ts": one.ts, "status": one.status, "error": one.error or None, "ms": one.ms, "fault": one.fault or None, "n": one.n}
+                for one in list(worker.attempts if worker else ()) if one.txn_id == txn_id]
+
+    def transactions(self, id: str, limit: int = -1) -> list[JsonObject]:
+        """Those that are kept, old to new; all of their events."""
+        self.delivery.registration(id)
+        with self.world.store.read() as reader:
+            rows = reader.transactions(id, limit)
+        return [{"txn_id": str(txn_id), "events": json.loads(body)["events"], "acknowledged": acknowledged is not None,
+                 "acknowledged_ts": acknowledged, "attempts": self.attempts(id, txn_id)} for txn_id, body, acknowledged in rows]
+
+    # -- why
+
+    def explain(self, id: str) -> JsonObject:
+        """What Registrations.explain() says, and whether the ID exists."""
+        told = self.world.registrations.explain(id)
+        with self.world.store.read() as reader:
+            return explained(told, reader)
+
+    def why(self, event_id: str, id: str) -> JsonObject:
+        """Why an event went to an application service or did not, and what became of it."""
+        registration, tick = self.delivery.registration(id), tick_of(event_id)
+        with self.world.store.read() as reader:
+            room = reader.room_of(tick)
+            event = reader.event(room.n, event_id) if room else None
+            if not event or not room:
+                raise MatrixError("M_NOT_FOUND", f"there is no event {shorten(event_id)} on this homeserver")
+            reason, sent = reader.reason(id, tick), reader.transaction_of(id, tick)
+            told = {"event_id": event_id, "appservice": id, "type": event.type, "sender": event.sender, "room_id": room.room_id,
+                    "pushed": reason is not None, "reason": reason, "rules": self._rules(reader, registration, room, event),
+                    "transaction": None, "state": None}
+            forgotten = reason is None and sent is not None and not reader.remembers(id, tick)
+        if reason is not None:
+            told["state"] = "waiting" if not sent else "in a transaction" if sent[1] is None else "acknowledged"
+            told["transaction"] = {"txn_id": str(sent[0]), "acknowledged": sent[1] is not None, "acknowledged_ts": sent[1],
+                                   "attempts": self.attempts(id, sent[0])} if sent else None
+        return {**told, "summary": self._summary(told, registration, forgotten)}
+
+    def _rules(self, reader: Reader, registration: Registration, room: RoomRow, event: Event) -> list[JsonObject]:
+        """Each rule of interest: sender, target, then the room's members just before the event, its aliases, its ID."""
+        def rule(name: str, kind: str, id: str) -> JsonObject:
+            return self.world.registrations.rule(registration, name, kind, id)
+        target = event.state_key if event.type == "m.room.member" else None
+        members = [rule("member", "users", one.state_key or "") for one in reader.state_at(room.n, event.tick - 1, type="m.room.member")
+                   if one.content.get("membership") == "join"]
+        return [rule("sender", "users", event.sender), *([rule("target", "users", target)] if target else []),
+                *[one for one in members if one["matches"]], *[one for one in members if not one["matches"]][:MAX_MISSES],
+                *[rule("alias", "aliases", alias) for alias in reader.aliases_of(room.n)], rule("room", "rooms", room.room_id)]
+
+    @staticmethod
+    def _summary(told: JsonObject, registration: Registration, forgotten: bool) -> list[str]:
+        id, matching = registration.id, [rule for rule in told["rules"] if rule["matches"]]
+        if told["reason"] is not None:
+            where = {"waiting": "it waits for the transaction before it", "in a transaction": "it is on its way",
+                     "acknowledged": f"{id} has acknowledged it"}[told["state"]]
+            attempts = told["transaction"]["attempts"] if told["transaction"] else []
+            failed = [one["error"] or f"it answered {one['status']}" for one in attempts if one["status"] != 200 or one["error"]]
+            return [f"it goes to {id}: {told['reason']}", where, *[f"attempt {n}: {error}" for n, error in enumerate(failed, 1)]]
+        if registration.url is None:
+            return [f"nothing is sent to {id}: its url is null"]
+        if forgotten:
+            return [f"it is too long ago: of {id} the last {KEPT_TRANSACTIONS} transactions are kept"]
+        if matching:
+            rule = matching[0]
+            return [f"it did not go to {id}, though today {rule['rule']} {rule['id']} matches {rule['namespace']}: "
+                    "when it was sent, the registration was not loaded or another"]
+        return [f"it did not go to {id}: no rule says yes",
+                *[f"{rule['rule']} {rule['id']}: {rule['namespace'] or 'it'} {rule['miss']}" for rule in told["rules"]]]
+
+    # -- rooms, for a lesson without another client
+
+    def rooms(self) -> list[JsonObject]:
+        with self.world.store.read() as reader:
+            told = [(row, reader.contents(row.n, ("m.room.name", "m.room.canonical_alias"))) for row in reader.all_rooms(200)]
+            return [{"room_id": row.room_id, "name": state.get("m.room.name", {}).get("name"),
+                     "alias": state.get("m.room.canonical_alias", {}).get("alias") or next(iter(reader.aliases_of(row.n)), None),
+                     "members": reader.count_members(row.n, "join")} for row, state in told]
+
+    def timeline(self, room_id: str, limit: int) -> JsonObject:
+        with self.world.store.read() as reader:
+            row = reader.room_row(room_id)
+            if not row:
+                raise MatrixError("M_NOT_FOUND", f"there is no room {shorten(room_id)}")
+            events, members = reader.events(row.n, 0, FOREVER, limit, True)[::-1], reader.members(row.n)
+            people = set(reader.people())
+        now = self.world.clock.now()
+        return {"events": [event.for_client(now) for event in events], "members": members,
+                "people": [user_id for user_id in members if user_id in people]}
+
+    def people(self) -> list[str]:
+        with self.world.store.read() as reader:
+            return reader.people()
+
+    def check_person(self, user_id: str) -> Who:
+        """A local person to act as; never a ghost, whom only its application service speaks for."""
+        if user_id not in self.people():
+            people = ", ".join(self.people()) or "there are none yet"
+            raise MatrixError("M_NOT_FOUND", f"{shorten(user_id)} is none of the people here: {people}")
+        return Who(user_id)
+
+
+def explained(told: JsonObject, reader: Reader | None) -> JsonObject:
+    """Adds to what Registrations.explain() says whether the ID exists (None: that can't be seen), and all of it in sentences."""
+    id = told["maps_to"] if told["kind"] == "uri" else told["id"]
+    look = {"@": Reader.user, "#": Reader.alias, "!": Reader.room_row}.get((id or "")[:1])
+    told["exists"] = bool(look(reader, id)) if reader and look else None
+    return {**told, "summary": explain_summary(told)}
+
+
+def explain_summary(told: JsonObject) -> list[str]:
+    id, owner, claims = told["id"], told["owner"], [one for one in told["appservices"] if one["matches"]]
+    if told["kind"] == "uri":
+        return [f"{id} maps to {told['maps_to']}" if told["maps_to"] else f"{id} maps to nothing: no application service has a rule "
+                "that matches the whole of it and leads into its own namespace"]
+    lines = [f"{one['id']}: {one['reason']}" + (", exclusively" if one["exclusive"] else "") for one in claims]
+    if not claims:
+        lines.append(f"no application service has to do with {id}" + ("" if told["local"] else ": it is of another server"))
+    for one in told["appservices"]:
+        lines += [line for namespace in one["namespaces"] for line in namespace_summary(one["id"], namespace, one["matches"])]
+    if told["kind"] in ("user", "alias") and told["local"]:
+        lines.append(f"it belongs to {owner['appservice']}" if owner else "it belongs to nobody exclusively")
+        lines.append("who may create it: " + (", ".join(told["may_create"]) or NOBODY_MAY))
+    if told["exists"] is not None:
+        lines.append("it exists" if told["exists"] else "it does not exist yet")
+    return lines + [f"when somebody wants it, {query['appservice']} is asked: {query['request']}"
+                    for query in told["query"] if not told["exists"]]
+
+
+def namespace_summary(id: str, namespace: JsonObject, claimed: bool) -> list[str]:
+    """A miss, unless another entry matches; and how those decide otherwise who search, or want the whole ID."""
+    name = f"{id}: {namespace['kind']}[{namespace['index']}] {namespace['regex']!r}"
+    others = [how for key, how in (("unanchored", "were searched anywhere in the ID (as Dendrite and Conduit do)"),
+                                   ("whole", "had to match the whole ID")) if namespace[key] != namespace["matches"]]
+    return ([] if namespace["matches"] or claimed else [f"{name} {namespace['miss']}"]) + [
+        f"{name} would {'not ' * namespace['matches']}match if it {how}" for how in others]
+
+
+def opened(one: Exchange) -> JsonObject:
+    """An exchange with headers and bodies. What must not be seen is cut."""
+    headers = {name: "…" if name.lower() in SECRETS else value for name, value in one.headers.items()}
+    return {**one.told(), "request": {"headers": headers, "body": shown_body(one.body), "cut": len(one.body) == KEPT_BYTES},
+            "answer": {"body": shown_body(one.answer), "cut": len(one.answer) == KEPT_BYTES}}
+
+
+def shown_body(body: bytes) -> str:
+    """With tokens and passwords cut."""
+    return re.sub(r'("(?:[a-z_]*_token|token|[a-z_]*password)"\s*:\s*")(?:[^"\\]|\\.)*', r"\1…", body.decode("utf-8", "replace"))
+
+
+# -- Handlers.
+
+def inspector(call: Call) -> Inspector:
+    return Inspector(call.api.world, call.api.delivery)
+
+
+def get_status(call: Call) -> Any:
+    return inspector(call).status()
+
+
+def get_exchanges(call: Call) -> Any:
+    world, seconds = call.api.world, call.integer("timeout", 0, 0, 30_000) / 1000
+    now, found = call.api.delivery.wire.since(call.integer("since", 0), 0.0 if world.stopping else seconds)
+    return {"next": now, "exchanges": [one.told() for one in found]}
+
+
+def get_exchange(call: Call) -> Any:
+    one = call.api.delivery.wire.find(call.integer("n", 0))
+    if not one:
+        raise MatrixError("M_NOT_FOUND", f"the last {KEPT_EXCHANGES} exchanges are kept; this one is not among them")
+    return opened(one)
+
+
+def get_transactions(call: Call) -> Any:
+    def brief(event: JsonObject) -> JsonObject:
+        return {key: event[key] for key in ("event_id", "type", "sender", "room_id", "state_key") if key in event}
+    found = inspector(call).transactions(call.required("appservice"), call.integer("limit", 50, 1, KEPT_TRANSACTIONS))
+    return {"transactions": [{**one, "events": [brief(event) for event in one["events"]]} for one in reversed(found)]}
+
+
+def get_explain(call: Call) -> Any:
+    return inspector(call).explain(call.required("id"))
+
+
+def get_why(call: Call) -> Any:
+    return inspector(call).why(call.required("event"), call.required("appservice"))
+
+
+def get_rooms(call: Call) -> Any:
+    return {"rooms": inspector(call).rooms()}
+
+
+def get_timeline(call: Call) -> Any:
+    return inspector(call).timeline(call.required("room"), call.integer("limit", 50, 1, MAX_PAGE))
+
+
+def get_people(call: Call) -> Any:
+    return {"people": inspector(call).people()}
+
+
+def post_people(call: Call) -> Any:
+    return {"user_id": call.api.accounts.add_person(field(call.body, "name", str))["user_id"]}
+
+
+def post_say(call: Call) -> Any:
+    body = call.body
+    who, room_id = inspector(call).check_person(field(body, "user_id", str)), field(body, "room_id", str)
+    content = {"msgtype": "m.text", "body": field(body, "body", str)}
+    call.api.rooms.join(who, room_id)                        # who is in it already stays as he is
+    return {"event_id": call.api.rooms.send(who, room_id, "m.room.message", content, secrets.token_hex(8))}
+
+
+def get_faults(call: Call) -> Any:
+    return {"faults": call.api.delivery.faults(call.required("appservice")).told()}
+
+
+def post_faults(call: Call) -> Any:
+    body = call.body
+    probability = body.get("probability")
+    if probability is not None and (isinstance(probability, bool) or not isinstance(probability, (int, float))):
+        raise MatrixError("M_BAD_JSON", f"'probability' must be a number above 0 and up to 1, not {quoted(probability)}")
+    faults = call.api.delivery.faults(field(body, "appservice", str))
+    faults.add(field(body, "fault", str), on=field(body, "on", str, "transactions"), times=field(body, "times", int, None),
+               probability=probability, seed=field(body, "seed", int, None), delay_ms=field(body, "delay_ms", int, 1000),
+               status=field(body, "status", int, 500))
+    return {"faults": faults.told()}
+
+
+def delete_faults(call: Call) -> Any:
+    call.api.delivery.faults(call.required("appservice")).clear()
+    return {}
+
+
+def post_pause(call: Call) -> Any:
+    """Pause and resume."""
+    call.api.delivery.hand(field(call.body, "appservice", str)).pause(call.request.path.endswith("pause"))
+    return {}
+
+
+def post_retry(call: Call) -> Any:
+    call.api.delivery.hand(field(call.body, "appservice", str)).retry()
+    return {}
+
+
+def post_skip(call: Call) -> Any:
+    return {"txn_id": str(call.api.delivery.skip(field(call.body, "appservice", str)))}
+
+
+def post_replay(call: Call) -> Any:
+    body = call.body
+    txn_id = field(body, "txn_id", str, None)
+    if txn_id is not None and not re.fullmatch(r"[0-9]{1,18}", txn_id):
+        raise MatrixError("M_INVALID_PARAM", f"{shorten(txn_id)!r} is no transaction ID: decimal digits")
+    id, new_id = field(body, "appservice", str), field(body, "new_id", bool, False)
+    return {"txn_id": str(call.api.delivery.replay(id, int(txn_id) if txn_id else None, new_id))}
+
+
+def post_ping(call: Call) -> Any:
+    registration = call.api.delivery.registration(field(call.body, "appservice", str))
+    return {"duration_ms": call.api.delivery.ping(registration, None)}
+
+
+def post_clock(call: Call) -> Any:
+    seconds = call.body.get("advance")
+    if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not 0 <= seconds <= 10**9:
+        raise MatrixError("M_BAD_JSON", f"'advance' must be a number of seconds from 0 on, not {quoted(seconds)}")
+    call.api.world.clock.advance(seconds)
+    return inspector(call).clock()
+
+
+ADMIN_ROUTES = [Route(method, INSPECTOR + path, "admin", handler, spec) for method, path, handler, spec in (
+    ("GET",    "status",       get_status,       "asbridge: how everybody is"),
+    ("GET",    "exchanges",    get_exchanges,    "asbridge: what passed since"),
+    ("GET",    "exchange",     get_exchange,     "asbridge: one of them, opened"),
+    ("GET",    "transactions", get_transactions, "asbridge: of an AS, with attempts"),
+    ("GET",    "explain",      get_explain,      "asbridge: who claims an ID"),
+    ("GET",    "why",          get_why,          "asbridge: why an event was pushed"),
+    ("GET",    "rooms",        get_rooms,        "asbridge: rooms"),
+    ("GET",    "timeline",     get_timeline,     "asbridge: the last events of a room"),
+    ("GET",    "people",       get_people,       "asbridge: local people"),
+    ("POST",   "people",       post_people,      "asbridge: a new person"),
+    ("POST",   "say",          post_say,         "asbridge: say something as a person"),
+    ("GET",    "faults",       get_faults,       "asbridge: faults that are to happen"),
+    ("POST",   "faults",       post_faults,      "asbridge: one more"),
+    ("DELETE", "faults",       delete_faults,    "asbridge: no more"),
+    ("POST",   "pause",        post_pause,       "asbridge: no more attempts"),
+    ("POST",   "resume",       post_pause,       "asbridge: attempts again"),
+    ("POST",   "retry",        post_retry,       "asbridge: now, not after the backoff"),
+    ("POST",   "skip",         post_skip,        "asbridge: give a transaction up"),
+    ("POST",   "replay",       post_replay,      "asbridge: send one again"),
+    ("POST",   "ping",         post_ping,        "asbridge: ping an AS"),
+    ("POST",   "clock",        post_clock,       "asbridge: wind the clock on"),
+)]
+
+
+# ============================================================================
 # 10. The application service
 # ============================================================================
 # The other side of section 7: what a bridge or bot is built on. Client speaks
@@ -7740,6 +8657,7 @@ class Client:
         self.seen: list[JsonObject] = []                     # events that wait_for() has met
         self._own_id = user_id
         self._since: str | None = None                       # where wait_for() goes on
+        self.new_txn_id: Callable[[], str] = lambda: secrets.token_hex(8)
 
     def call(self, method: str, path: str, body: Any = None, /, seconds: float = 60.0, **query: Any) -> Any:
         """The JSON of the answer."""
@@ -7856,14 +8774,14 @@ class Client:
     def send(self, room_id: str, type: str, content: JsonObject, txn_id: str | None = None,
              ts: int | None = None) -> str:
         """The event's ID. The same `txn_id` again sends nothing again; `ts` is for application services."""
-        where = "rooms", room_id, "send", type, txn_id or secrets.token_hex(8)
+        where = "rooms", room_id, "send", type, txn_id or self.new_txn_id()
         return str(self.ask("PUT", *where, body=content, ts=ts)["event_id"])
 
     def say(self, room_id: str, text: str, txn_id: str | None = None) -> str:
         return self.send(room_id, "m.room.message", {"msgtype": "m.text", "body": text}, txn_id)
 
     def redact(self, room_id: str, event_id: str, reason: str | None = None, txn_id: str | None = None) -> str:
-        where = "rooms", room_id, "redact", event_id, txn_id or secrets.token_hex(8)
+        where = "rooms", room_id, "redact", event_id, txn_id or self.new_txn_id()
         return str(self.ask("PUT", *where, body=given(reason=reason))["event_id"])
 
     def set_state(self, room_id: str, type: str, content: JsonObject, state_key: str = "",
@@ -9483,14 +10401,15 @@ SAMPLE_REGISTRATION: JsonObject = {
 }
 
 
+SEEDED_START = 1_704_067_200_000         # the first moment of 2024, where the time of a seeded homeserver begins
+
+
 @dataclass
 class Config(Settings):
     """A whole configuration: what the homeserver reads, and what it takes to start it."""
-    bind: str = "127.0.0.1"
     port: int = 8008
     database: str = "asbridge.db"
     registrations: Sequence[Registration] = ()
-    admin_token: str | None = None
     one_cpu: bool = True
 
 
@@ -9501,15 +10420,16 @@ class Homeserver:
             alice = hs.client("alice")
 
     Embedded it takes a free port, keeps everything in memory, says nothing and touches no signals. `registrations`
-    are Registration objects, or plain objects as in a registration file. `keys` are those of the configuration.
+    are Registration objects, or plain objects as in a registration file. `keys` are those of the configuration. With a
+    `seed` IDs, tokens and times are the same in every run of a program that settles between its steps; time stands still
+    but for advance().
     """
 
     def __init__(self, registrations: Sequence[Any] = (), *, port: int = 0, database: str = ":memory:",
-                 clock: Clock | None = None,
-                 samples: bool = True, **keys: Any) -> None:
+                 clock: Clock | None = None, seed: int | None = None, samples: bool = True, **keys: Any) -> None:
         sources = {**keys, "port": port, "database": database, "registrations": list(registrations)}
         self.config = ConfigReader(sources, "Homeserver", os.curdir).read()
-        self.clock = clock or Clock()
+        self.clock, self.seed = clock or Clock(SEEDED_START if seed is not None else None), seed
         log.addHandler(logging.NullHandler())                # silent, unless whoever embeds it wants to hear
         # Reads the registrations again, for reload(); ConfigError.
         self.reread: Callable[[], Sequence[Registration]] = lambda: ConfigReader(sources, "Homeserver", os.curdir).read().registrations
@@ -9530,30 +10450,53 @@ class Homeserver:
         """Returns when everything listens. OSError if a port is taken, DatabaseError if the database can't be used."""
         config = self.config
         self._server = HttpServer((config.bind, config.port), lambda request: self.api(request))
+        config.public_url = config.public_url or self.url
         try:
-            config.public_url = config.public_url or self.url
-            registrations = [self._sample(one) if one.sample is not None and self._run_samples else one
-                             for one in config.registrations]
-            self.world = World(config, self.clock, Registrations(config.server_name, registrations),
-                               config.database)
+            self._open(config.registrations)
+        except BaseException:
+            self._server.server_close()
+            raise
+        self._server.start()
+        self._start_samples()
+        return self
+
+    def _open(self, registrations: Sequence[Registration]) -> None:
+        """The world, and what answers and pushes in it."""
+        config = self.config
+        try:
+            known = [self._sample(one) if one.sample is not None and self._run_samples else one for one in registrations]
+            self.world = World(config, self.clock, Registrations(config.server_name, known), config.database, self.seed)
         except BaseException:
             for sample in self.samples:
                 sample.stop()
-            self._server.server_close()
             raise
         self.world.add_senders()
         self.delivery = Delivery(self.world)
-        self.api = Api(self.world, self.delivery)
+        self.api = Api(self.world, self.delivery, ROUTES + ADMIN_ROUTES)
+        self.inspector = Inspector(self.world, self.delivery)
         self.delivery.start()                                # before the first request can freeze a transaction
-        self._server.start()
         self._started = True
+
+    def _start_samples(self) -> None:
         try:
             for sample in self.samples:
                 sample.start()
         except BaseException:
             self.stop()
             raise
-        return self
+
+    def reset(self) -> None:
+        """A new world behind the same port, with the same registrations: nobody and nothing is in it, and no time is wound on.
+        For a database in memory only.
+        """
+        if self.config.database != ":memory:":
+            raise ValueError(f"reset() would delete {self.config.database}; it is for ':memory:'")
+        running = list(self.world.registrations)
+        ports = {sample.id: sample.irc_port for sample in self.samples if isinstance(sample, IrcBridge)}
+        self._close()
+        self.clock.wound = 0.0
+        self._open([dataclasses.replace(one, sample={"irc_port": ports[one.id]}) if one.id in ports else one for one in running])
+        self._start_samples()
 
     def _sample(self, registration: Registration) -> Registration:
         """Makes the sample application service of a registration listen; the registration with its real port."""
@@ -9581,14 +10524,17 @@ class Homeserver:
 
     def stop(self) -> None:
         """Ends what was started; again is no error. What was answered is kept."""
-        if not self._started:
-            return
+        if self._started:
+            self._close(self._server.stop)
+
+    def _close(self, then: Callable[[], object] = lambda: None) -> None:
+        """`then` comes before the database is closed."""
         self._started, self.world.stopping = False, True
         while self.samples:
             self.samples.pop().stop()
         self.delivery.stop()
         self.world.store.waiters.wake()
-        self._server.stop()
+        then()
         self.api.typing.timer.stop()
         self.api.presence.timer.stop()
         self.world.store.close()
@@ -9603,13 +10549,13 @@ class Homeserver:
 
     def client(self, name: str, password: str | None = None) -> Client:
         """A new person, logged in; without a password nobody can log in as them again."""
-        accounts = self.api.accounts                         # whatever open_registration says
-        answer = accounts._add(accounts.check_available(name, None), hash_password(password) if password else None, None)
-        return Client(self.url, answer["access_token"])
+        client = Client(self.url, self.api.accounts.add_person(name, password)["access_token"])
+        client.new_txn_id = map(str, itertools.count(1)).__next__
+        return client
 
     def appservice(self, id: str) -> Client:
         """A client with the as_token of an application service."""
-        return Client(self.url, self.world.registrations.by_id[id].as_token)
+        return Client(self.url, self.delivery.registration(id).as_token)
 
     def advance(self, seconds: float) -> None:
         """Winds the clock on: back-off, time-outs and typing run out without anybody waiting."""
@@ -9627,26 +10573,90 @@ class Homeserver:
         deadline = time.monotonic() + timeout
         while waiting := self.waiting():
             if time.monotonic() > deadline:
-                stuck = [f"{count} events for {id!r}, after {worker.failures} failed attempts" for id,
-                         count in waiting.items()
-                         if (worker := self.delivery.worker(id))]
                 raise AssertionError(f"not settled after {timeout} s: "
-                                     + "; ".join(stuck or map(str, waiting.items())))
+                                     + "; ".join([self._stuck(id, count) for id, count in waiting.items()]))
             time.sleep(0.002)
 
-    def transactions(self, id: str) -> list[JsonObject]:
-        """What was pushed to an application service: txn_id, events and whether it was acknowledged, old to new."""
-        if id not in self.world.registrations.by_id:
-            raise KeyError(f"there is no application service {id!r}, only {', '.join(self.world.registrations.by_id)}")
-        with self.world.store.read() as reader:
-            return [{"txn_id": str(txn_id), "events": json.loads(body)["events"],
-                     "acknowledged": acknowledged is not None}
-                    for txn_id, body, acknowledged in reader.transactions(id)]
+    def _stuck(self, id: str, count: int) -> str:
+        worker = self.delivery.worker(id)
+        if not worker:
+            return f"{count} events for {id!r}, to which nothing is sent"
+        last = [one.error or f"it answered {one.status}" for one in list(worker.attempts)[-1:] if one.error or one.status != 200]
+        return "; ".join([f"{count} events for {id!r}, {worker.state}, after {worker.failures} failed attempts", *last])
 
-    def reason(self, event_id: str, id: str) -> str | None:
-        """Why an application service gets this event; None if it does not."""
-        with self.world.store.read() as reader:
-            return reader.reason(id, tick_of(event_id))
+    def wait_for(self, timeout: float = 5.0, **wanted: Any) -> JsonObject:
+        """The first event of any room, past or to come, with these values: of `type`, `sender`, `state_key`, `room_id`, or of
+        keys of its content. An AssertionError prints the nearest ones and where they went.
+        """
+        deadline, at, seen = time.monotonic() + timeout, 0, list[JsonObject]()
+        while True:
+            with self.world.store.read() as reader:
+                events = reader.all_events(at, 1000)
+            for event in events:
+                at, found = event.tick, json.loads(event.json)
+                if not differences(found, wanted):
+                    return cast(JsonObject, found)
+                seen.append(found)
+            if time.monotonic() > deadline:
+                raise AssertionError(self._not_found(seen, wanted, timeout))
+            if not events:
+                time.sleep(0.002)
+
+    def _not_found(self, seen: list[JsonObject], wanted: Mapping[str, Any], timeout: float) -> str:
+        lines = [f"no event with {', '.join(f'{key}={value!r}' for key, value in wanted.items())} in {timeout} s; the nearest:"]
+        seen.reverse()                                       # of those that are equally near, the last
+        for event in sorted(seen, key=lambda event: len(differences(event, wanted)))[:3]:
+            lines.append(f"  {event['type']} of {event['sender']} ({event['event_id']}): {'; '.join(differences(event, wanted))}")
+            lines += [f"    {self.why(event['event_id'], one.id)['summary'][0]}" for one in self.world.registrations]
+        return "\n".join(lines if seen else [*lines, "  there are no events at all"])
+
+    def transactions(self, id: str) -> list[JsonObject]:
+        """What was pushed to an application service, old to new: txn_id, events, acknowledged, acknowledged_ts, and attempts,
+        each with ts, status, error, ms and fault.
+        """
+        return self.inspector.transactions(id)
+
+    def why(self, event_id: str, id: str) -> JsonObject:
+        """Why an event went to an application service (`reason`, `transaction`), or what each of the `rules` said; `summary` is
+        all of it in sentences.
+        """
+        return self.inspector.why(event_id, id)
+
+    def explain(self, id: str) -> JsonObject:
+        """Who claims a user ID, alias, room ID or URI, and why; `summary` is all of it in sentences."""
+        return self.inspector.explain(id)
+
+    def faults(self, id: str) -> Faults:
+        """What is to go wrong with an application service: hs.faults("irc").lose_ack(times=1)."""
+        return self.delivery.faults(id)
+
+    def pause(self, id: str) -> None:
+        """Nothing more is pushed until resume()."""
+        self.delivery.hand(id).pause()
+
+    def resume(self, id: str) -> None:
+        self.delivery.hand(id).pause(False)
+
+    def retry(self, id: str) -> None:
+        """Ends the backoff."""
+        self.delivery.hand(id).retry()
+
+    def skip(self, id: str) -> str:
+        """Gives up the open transaction, which the application service refuses for ever, say; its ID."""
+        return str(self.delivery.skip(id))
+
+    def replay(self, id: str, txn_id: str | None = None, new_id: bool = False) -> str:
+        """Sends an acknowledged transaction (the last, if none is named) again, the same bytes with the same ID or with a new
+        one; its ID.
+        """
+        return str(self.delivery.replay(id, None if txn_id is None else int(txn_id), new_id))
+
+
+def differences(event: JsonObject, wanted: Mapping[str, Any]) -> list[str]:
+    """What of an event, or else of its content, is not as it is wanted."""
+    top = ("type", "sender", "state_key", "room_id", "event_id")
+    has = {key: (event if key in top else event["content"]).get(key) for key in wanted}
+    return [f"{key} is {shorten(repr(has[key]))}" for key in wanted if has[key] != wanted[key]]
 
 
 def beside(database: str, id: str) -> str:
@@ -9791,7 +10801,11 @@ def parse_args(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("-v", "--verbose", action="store_true", help="log every request")
     parser.add_argument("-q", "--quiet", action="store_true", help="log only what goes wrong")
     parser.add_argument("--version", action="version", version=f"asbridge {__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="generate | routes")
+    commands = parser.add_subparsers(dest="command", metavar="explain | generate | routes")
+    explain = commands.add_parser("explain", help="who claims a user ID, alias, room ID or URI, and why")
+    explain.add_argument("id")
+    explain.add_argument("--config", metavar="FILE", default=argparse.SUPPRESS)
+    explain.add_argument("--json", action="store_true", help="as the inspector's API has it")
     generate = commands.add_parser("generate", help="print a fresh registration")
     generate.add_argument("id")
     generate.add_argument("--url", default="http://127.0.0.1:29300", help="where the application service "
@@ -9813,9 +10827,28 @@ def generate_registration(id: str, url: str, prefix: str | None = None) -> JsonO
                            "aliases": [{"exclusive": True, "regex": f"#{escaped}.*"}], "rooms": []}}
 
 
+def explain_id(config: Config, id: str) -> JsonObject:
+    """By the registrations, and by the database if there is one; it is only read."""
+    told = Registrations(config.server_name, config.registrations).explain(id)
+    if not os.path.exists(config.database):
+        return explained(told, None)
+    with contextlib.closing(open_sqlite(config.database, read_only=True)) as db:
+        return explained(told, Reader(db))
+
+
+def run_explain(args: argparse.Namespace, config: Config) -> int:
+    try:
+        told = explain_id(config, args.id)
+    except (MatrixError, DatabaseError, sqlite3.Error) as error:
+        print(error.error if isinstance(error, MatrixError) else error, file=sys.stderr)
+        return 2
+    print(json.dumps(told, indent=2) if args.json else "\n".join(told["summary"]))
+    return 0
+
+
 def print_routes() -> None:
     rows = [("method", "path", "who may call", "section of the specification"),
-            *((route.method, route.path, route.auth, route.spec) for route in ROUTES)]
+            *((route.method, route.path, route.auth, route.spec) for route in ROUTES + ADMIN_ROUTES)]
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
     for row in rows:
         print("  ".join(text.ljust(width) for text, width in zip(row, [*widths, 0], strict=True)).rstrip())
@@ -9823,16 +10856,34 @@ def print_routes() -> None:
 
 class JsonLines(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
-        text = {"ts": int(record.created * 1000), "level": record.levelname, "message": record.getMessage()}
+        text = {"ts": int(record.created * 1000), "level": record.levelname, "message": record.getMessage(),
+                **getattr(record, "exchange", {})}
         if record.exc_info:
             text["exception"] = self.formatException(record.exc_info)
         return json.dumps(text)
 
 
+class Lines(logging.Formatter):
+    """A line each; an arrow of the trace in the colour of what became of it."""
+
+    COLOURS = {"--->": "36", "<---": "32", "<-/-": "33"}     # cyan, green, yellow; what was refused is red
+
+    def __init__(self, coloured: bool) -> None:
+        super().__init__("%(asctime)s %(levelname)-7s %(message)s")
+        self.coloured = coloured
+
+    def format(self, record: logging.LogRecord) -> str:
+        one = getattr(record, "exchange", None)
+        if one is None:
+            return super().format(record)
+        line = f"{self.formatTime(record, '%H:%M:%S')}.{int(record.msecs):03d}  {record.getMessage()}"
+        colour = "31" if one["back"] and (one["status"] or 0) >= 400 else self.COLOURS[one["arrow"]]
+        return f"\x1b[{colour}m{line}\x1b[0m" if self.coloured else line
+
+
 def set_up_log(args: argparse.Namespace) -> None:
     handler = logging.StreamHandler()
-    handler.setFormatter(JsonLines() if args.log_format == "json"
-                         else logging.Formatter("%(asctime)s %(levelname)-7s %(message)s"))
+    handler.setFormatter(JsonLines() if args.log_format == "json" else Lines(sys.stderr.isatty() and not os.environ.get("NO_COLOR")))
     log.addHandler(handler)
     log.propagate = False
     log.setLevel(logging.DEBUG if args.verbose else logging.WARNING if args.quiet else logging.INFO)
@@ -10001,6 +11052,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(json.dumps(generate_registration(args.id, args.url, args.prefix), indent=2))
             return 0
         config = config_of(args)
+        if args.command == "explain":
+            return run_explain(args, config)
     except ConfigError as error:
         print(error, file=sys.stderr)
         return 2

@@ -2925,7 +2925,7 @@ def test_an_event_of_a_room_without_anybody_of_the_namespace_is_pushed_to_nobody
     alice = hs.client("alice")
     event_id = alice.say(alice.create_room(), "secret")
     hs.settle()
-    assert not r.requests and hs.reason(event_id, "irc") is None
+    assert not r.requests and hs.why(event_id, "irc")["reason"] is None
 
 
 def test_the_sender_in_the_namespace_makes_interest_and_the_echo_is_kept(start, recorder):
@@ -2933,7 +2933,7 @@ def test_the_sender_in_the_namespace_makes_interest_and_the_echo_is_kept(start, 
     hs = start(registration(url=r.url))
     bob = acting(hs, "irc", "@_irc_bob:localhost")
     event_id = bob.say(bob.create_room(), "mine")
-    assert heard(hs, r) == ["mine"] and hs.reason(event_id, "irc") == "sender @_irc_bob:localhost matches users[0]"
+    assert heard(hs, r) == ["mine"] and hs.why(event_id, "irc")["reason"] == "sender @_irc_bob:localhost matches users[0]"
 
 
 def test_the_target_of_a_membership_makes_interest_so_that_an_invitation_of_a_ghost_reaches_its_service(start, recorder):
@@ -2945,7 +2945,7 @@ def test_the_target_of_a_membership_makes_interest_so_that_an_invitation_of_a_gh
     alice.say(room, "not yet")
     hs.settle()
     assert [(event["type"], event["state_key"]) for event in r.events] == [("m.room.member", "@_irc_bob:localhost")]
-    assert hs.reason(r.events[0]["event_id"], "irc") == "target @_irc_bob:localhost matches users[0]"
+    assert hs.why(r.events[0]["event_id"], "irc")["reason"] == "target @_irc_bob:localhost matches users[0]"
 
 
 def test_an_invitation_of_a_ghost_that_does_not_exist_reaches_its_service_whatever_it_answered(start, recorder):
@@ -2968,7 +2968,7 @@ def test_a_joined_member_makes_interest_until_it_has_left(start, recorder):
     event_id = alice.say(room, "during")
     bob.leave(room)
     alice.say(room, "after")
-    assert heard(hs, r) == ["during"] and hs.reason(event_id, "irc") == "member @_irc_bob:localhost matches users[0]"
+    assert heard(hs, r) == ["during"] and hs.why(event_id, "irc")["reason"] == "member @_irc_bob:localhost matches users[0]"
     assert r.events[-1]["content"]["membership"] == "leave"
 
 
@@ -2982,7 +2982,7 @@ def test_an_alias_of_the_room_makes_interest_until_it_is_deleted(start, recorder
     event_id = alice.say(room, "during")
     alice.delete_alias("#_irc_x:localhost")
     alice.say(room, "after")
-    assert heard(hs, r) == ["during"] and hs.reason(event_id, "irc") == "alias #_irc_x:localhost matches aliases[0]"
+    assert heard(hs, r) == ["during"] and hs.why(event_id, "irc")["reason"] == "alias #_irc_x:localhost matches aliases[0]"
 
 
 @pytest.mark.parametrize("version", ["10", "11", "12"])
@@ -2992,7 +2992,7 @@ def test_the_room_id_makes_interest(start, recorder, version):
     alice = hs.client("alice")
     room = alice.create_room(room_version=version)
     event_id = alice.say(room, "hello")
-    assert heard(hs, r) == ["hello"] and hs.reason(event_id, "irc") == f"room {room} matches rooms[0]"
+    assert heard(hs, r) == ["hello"] and hs.why(event_id, "irc")["reason"] == f"room {room} matches rooms[0]"
     assert r.events[0]["type"] == "m.room.create" and {event["room_id"] for event in r.events} == {room}
 
 
@@ -3003,7 +3003,7 @@ def test_the_services_own_user_exists_from_the_start_and_makes_interest(start, r
     room = alice.create_room(invite=["@bridge:localhost"])
     bot_of(hs).join(room)
     event_id = alice.say(room, "hello")
-    assert heard(hs, r) == ["hello"] and "sender_localpart" in hs.reason(event_id, "irc")
+    assert heard(hs, r) == ["hello"] and "sender_localpart" in hs.why(event_id, "irc")["reason"]
 
 
 def test_several_services_interested_in_one_event_each_get_it(start, recorder):
@@ -6986,7 +6986,7 @@ def test_url_null_sends_and_queues_nothing(start):
     hs = start(registration(url=None, rooms=["!.*"]))
     alice = hs.client("alice")
     event_id = alice.say(alice.create_room(invite=["@_irc_new:localhost"]), "x")
-    assert not hs.waiting() and not hs.transactions("irc") and hs.reason(event_id, "irc") is None
+    assert not hs.waiting() and not hs.transactions("irc") and hs.why(event_id, "irc")["reason"] is None
     with refused("M_NOT_FOUND", 404):
         alice.profile("@_irc_x:localhost")
 
