@@ -4930,7 +4930,8 @@ class Status(NamedTuple):
     """What is known of one user's presence. Times are the clock's monotonic ones."""
     presence: str = "offline"            # online, unavailable or offline
     message: str | None = None           # status_msg
-    active_at: float = 0.0               # the last time that the user did something
+    active_at: float = 0.0               # the last time that the user did something,
+    active_ts: int = 0                   # and the same by the clock that stamps
     until: float = math.inf              # offline from then on
     wishes: Mapping[str | None, str] = {}    # device → set_presence of its last /sync
     tick: int = 0                        # of the last change that others see
@@ -4938,7 +4939,7 @@ class Status(NamedTuple):
     def at(self, now: float) -> Status:
         """What it has become by itself."""
         if self.until <= now:
-            return Status(message=self.message, active_at=self.active_at, tick=self.tick)
+            return Status(message=self.message, active_at=self.active_at, active_ts=self.active_ts, tick=self.tick)
         return self._replace(presence="unavailable") if self.idle_at <= now else self
 
     @property
@@ -4946,9 +4947,9 @@ class Status(NamedTuple):
         """When it is too long without doing anything. A ghost, which stays, is as its application service says."""
         return self.active_at + UNAVAILABLE_SECONDS if self.presence == "online" and self.until < math.inf else math.inf
 
-    def content(self, now: float) -> JsonObject:
+    def content(self, now: int) -> JsonObject:
         """Of m.presence."""
-        active = {"last_active_ago": int((now - self.active_at) * 1000)} if self.active_at else {}
+        active = {"last_active_ago": max(0, now - self.active_ts)} if self.active_ts else {}
         message = {} if self.message is None else {"status_msg": self.message}
         return {"presence": self.presence, "currently_active": self.presence == "online", **active, **message}
 
@@ -4995,7 +4996,7 @@ class Presence:
             own = who.appservice and self.world.registrations.claim_of(who.appservice, "users", user_id)
             if not own and user_id not in reader.met_by(who.user_id, [user_id]):
                 raise forbidden(f"{who.user_id} is in no room with {shorten(user_id)}")
-        return self._users.get(user_id, Status()).content(self.world.clock.monotonic())
+        return self._users.get(user_id, Status()).content(self.world.clock.now())
 
     def since(self, reader: Reader, user_id: str, since: int, now: int, new: Iterable[str] = ()) -> list[JsonObject]:
         """An m.presence event for each whom the user meets and who changed after `since` and not after `now`; `new`: whom
@@ -5012,7 +5013,7 @@ class Presence:
         return self.events([other for other, status in told.items() if other in met and (since or status.presence != "offline")])
 
     def events(self, user_ids: Iterable[str]) -> list[JsonObject]:
-        now = self.world.clock.monotonic()
+        now = self.world.clock.now()
         return [{"type": "m.presence", "sender": user_id, "content": self._users.get(user_id, Status()).content(now)}
                 for user_id in user_ids]
 
@@ -5022,6 +5023,8 @@ class Presence:
         with self._guard:
             old = self._users.get(user_id, Status())
             new = change(old, now)
+            if new.active_at == now:
+                new = new._replace(active_ts=self.world.clock.now())
             seen = (old.presence, old.message) != (new.presence, new.message)
             self._users[user_id] = new
         try:
@@ -6265,6 +6268,7 @@ class Wire:
         self._kept: collections.OrderedDict[int, Exchange] = collections.OrderedDict()       # in the order of their last change
         self._seq = 0
         self._bells: set[Any] = set()                        # of those who look
+        self._stopped = False
         self._guard = threading.Lock()                       # guards all of it
 
     def number(self) -> int:
@@ -6319,16 +6323,17 @@ class Wire:
                     news = [one for one in self._kept.values() if one.seq > seq or seq > self._seq]
                     now = self._seq
                 left = deadline - time.monotonic()
-                if news or left <= 0 or seq > now:
+                if news or left <= 0 or seq > now or self._stopped:
                     return now, news
                 ring.acquire(timeout=left)
         finally:
             with self._guard:
                 self._bells.discard(ring)
 
-    def wake(self) -> None:
-        """Who looks is to look again."""
+    def stop(self) -> None:
+        """Who looks is to go."""
         with self._guard:
+            self._stopped = True
             for each in self._bells:
                 release(each)
 
@@ -6436,7 +6441,8 @@ class Line:
         outcome, one = self._call(kind, method, path, body, seconds, faults, about)
         if any(fault.fault == "duplicate" for fault in faults):
             self.wire.end(one, "the same once more")
-            outcome, one = self._call(kind, method, path, body, seconds, [], about)
+            again = [fault for fault in faults if fault.fault == "duplicate"]
+            outcome, one = self._call(kind, method, path, body, seconds, again, about)
         older = next((old + path[len(new):] for new, old in LEGACY_PATHS.items() if path.startswith(new)), None)
         if (older and not faults and isinstance(outcome, Answer) and outcome.status in FALL_BACK_ON
                 and outcome.errcode in (None, "M_UNRECOGNIZED")):
@@ -6746,7 +6752,7 @@ class Delivery:
     def stop(self, seconds: float = 1.0) -> None:
         """Attempts that are under way may take this long to end."""
         self._stopped = True
-        self.wire.wake()
+        self.wire.stop()
         deadline = time.monotonic() + seconds
         for worker in list(self._workers.values()):
             worker.stop(deadline)
@@ -8463,8 +8469,7 @@ def get_status(call: Call) -> Any:
 
 
 def get_exchanges(call: Call) -> Any:
-    world, seconds = call.api.world, call.integer("timeout", 0, 0, 30_000) / 1000
-    now, found = call.api.delivery.wire.since(call.integer("since", 0), 0.0 if world.stopping else seconds)
+    now, found = call.api.delivery.wire.since(call.integer("since", 0), call.integer("timeout", 0, 0, 30_000) / 1000)
     return {"next": now, "exchanges": [one.told() for one in found]}
 
 

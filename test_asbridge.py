@@ -14,6 +14,7 @@ import functools
 import http.client
 import itertools
 import json
+import logging
 import os
 import random
 import re
@@ -137,7 +138,8 @@ def answered():
             rows.add((route.method, route.path))
             return answer
         return route._replace(handler=handler)
-    asbridge.ROUTES[:] = map(noting, asbridge.ROUTES)
+    for table in (asbridge.ROUTES, asbridge.ADMIN_ROUTES):
+        table[:] = map(noting, table)
     return rows
 
 
@@ -1385,6 +1387,64 @@ def test_a_template_that_cannot_be_filled_is_refused_at_the_start(regex, templat
 @pytest.mark.parametrize("kind, uri", [("users", f"irc://localhost/{'x' * 300},isuser"), ("aliases", "irc://localhost/a:b"), ("aliases", "irc://localhost/a%00b"), ("aliases", "irc://localhost/" + "x" * 300)])
 def test_what_a_uri_is_mapped_to_is_an_id_of_this_server(kind, uri):
     assert registrations_of(uri_rules()).map_uri(kind, uri) is None
+
+
+# -- Why: what explain() says.
+
+def told(*registrations):
+    return asbridge.Registrations("localhost", [asbridge.read_registration(one, "here") for one in registrations]).explain
+
+
+@pytest.mark.parametrize("regex, id, miss", [
+    ("@irc_.*",                 "@Irc_bob:localhost",     "differs at character 2: 'irc_.*' is wanted, 'Irc_bob:localhost' is there; it is only the case"),
+    ("@irc_.*",                 "@alice:localhost",       "differs at character 2: 'irc_.*' is wanted, 'alice:localhost' is there"),
+    ("@irc_[a-z]+:example.org", "@irc_bob:localhost",     "differs at character 10: 'example.org' is wanted, 'localhost' is there"),
+    ("@irc_[0-9]{3}",           "@irc_12",                "differs at character 7: '{3}' is wanted, '2' is there"),
+    ("irc_.*",                  "@irc_bob:localhost",     "differs at character 1: 'irc_.*' is wanted"),
+    ("@irc_bob:localhost.de",   "@irc_bob:localhost",     "differs at character 19: '.de' is wanted, nothing is there"),
+    ("@(irc|xmpp)_.*",          "@icq_x:localhost",       "differs at character 2: '(irc|xmpp)_.*' is wanted, 'icq_x:localhost' is there"),
+])
+def test_the_nearest_miss_of_a_regex_is_where_the_id_stops_being_what_it_wants(regex, id, miss):
+    namespace = asbridge.Namespace("users", 0, regex, True, asbridge.compile_regex(regex))
+    assert namespace.explain(id)["miss"] == miss and not namespace.explain(id)["matches"]
+
+
+@pytest.mark.parametrize("regex, id, matches, unanchored, whole", [
+    ("@irc_.*",   "@irc_bob:localhost",       True,  True,  True),
+    ("@irc_",     "@irc_bob:localhost",       True,  True,  False),
+    ("irc_.*",    "@irc_bob:localhost",       False, True,  False),
+    ("@x.*",      "@irc_bob:localhost",       False, False, False),
+])
+def test_a_namespace_says_how_a_search_and_a_full_match_would_decide(regex, id, matches, unanchored, whole):
+    namespace = asbridge.Namespace("users", 0, regex, True, asbridge.compile_regex(regex))
+    said = namespace.explain(id)
+    assert (said["matches"], said["unanchored"], said["whole"]) == (matches, unanchored, whole)
+
+
+def test_explain_names_who_claims_a_user_who_owns_it_and_who_may_create_it():
+    explain = told(registration(url="http://x"), registration("all", users=["@.*"], exclusive=False, url="http://y"), registration("no", users=[]))
+    said = explain("@_irc_bob:localhost")
+    assert [(one["id"], one["matches"], one["exclusive"]) for one in said["appservices"]] == [
+        ("irc", True, True), ("all", True, False), ("no", False, False)]
+    assert said["owner"] == {"appservice": "irc", "reason": "@_irc_bob:localhost matches users[0]"} and said["may_create"] == ["irc"]
+    assert [query["appservice"] for query in said["query"]] == ["irc", "all"]
+    assert said["query"][0]["request"] == "GET /_matrix/app/v1/users/%40_irc_bob%3Alocalhost"
+    free = explain("@carol:localhost")
+    assert free["owner"] is None and free["may_create"] == ["people", "all"] and explain("@Carol:localhost")["may_create"] == ["all"]
+    assert explain("@_irc_bot:localhost")["appservices"][0]["reason"] == "@_irc_bot:localhost is its sender_localpart user"
+    assert explain("@_irc_bob:elsewhere.org")["local"] is False and not explain("@_irc_bob:elsewhere.org")["appservices"][0]["matches"]
+
+
+def test_explain_takes_aliases_room_ids_and_uris_and_says_what_else_is_none_of_them():
+    explain = told({**asbridge.SAMPLE_REGISTRATION}, registration("rooms", rooms=["!abc.*"], exclusive=False))
+    assert explain("#_irc_x:localhost")["kind"] == "alias" and explain("#_irc_x:localhost")["owner"]["appservice"] == "irc"
+    assert explain("!abcd:localhost")["appservices"][1]["matches"] and explain("!abcd:localhost")["query"] == []
+    uri = explain("irc://localhost/Bob,isnick")
+    assert uri["kind"] == "uri" and uri["maps_to"] == "@_irc_bob:localhost" and [one["maps_to"] for one in uri["uris"]] == ["@_irc_bob:localhost", None]
+    assert explain("irc://elsewhere/x")["maps_to"] is None
+    for nonsense in ("", "bob", "$event", " @x:y", "http:"):
+        with refused("M_INVALID_PARAM", 400, "URI"):
+            explain(nonsense)
 
 
 # ============================================================================
@@ -6991,6 +7051,228 @@ def test_url_null_sends_and_queues_nothing(start):
         alice.profile("@_irc_x:localhost")
 
 
+# -- Faults, and the levers.
+
+def push_under_faults(hs, alice, room):
+    """A message of alice's, pushed under the faults that are set; its event ID."""
+    event_id = alice.say(room, "x")
+    eventually(lambda: hs.advance(1) or not hs.waiting())
+    return event_id
+
+
+@pytest.fixture
+def linked(start, recorder):
+    """A homeserver, an application service that records, alice, and her room which it hears; all is settled."""
+    r = recorder()
+    hs = start(registration(url=r.url, rooms=["!.*"], exclusive=False))
+    alice = hs.client("alice")
+    room = alice.create_room()
+    hs.settle()
+    r.requests.clear()
+    return hs, r, alice, room
+
+
+@pytest.mark.parametrize("fault, more, came, statuses, error", [
+    ("lose_ack",  {},                 2, [200, 200],  "the answer was lost"),
+    ("refuse",    {},                 1, [None, 200], "nothing listens"),
+    ("status",    {"status": 503},    1, [503, 200],  None),
+    ("delay",     {"delay_ms": 5000}, 1, [200],       None),
+    ("garbage",   {},                 1, [200],       None),
+    ("duplicate", {},                 2, [200],       None),
+])
+def test_a_fault_happens_once_and_what_was_not_acknowledged_comes_again_the_same(linked, fault, more, came, statuses, error):
+    hs, r, alice, room = linked
+    getattr(hs.faults("irc"), fault)(**more)
+    assert [one["fault"] for one in hs.faults("irc").told()] == [fault]
+    push_under_faults(hs, alice, room)
+    assert len(r.transactions) == came and len(set(r.transactions)) == 1 and hs.faults("irc").told() == []
+    attempts = hs.transactions("irc")[-1]["attempts"]
+    assert [one["status"] for one in attempts] == statuses and attempts[0]["fault"] == fault and (error or "") in (attempts[0]["error"] or "")
+    assert attempts[-1]["fault"] is None or len(attempts) == 1
+    push_under_faults(hs, alice, room)
+    assert len(r.transactions) == came + 1 and len(hs.transactions("irc")[-1]["attempts"]) == 1
+
+
+def test_a_fault_may_happen_some_times_on_queries_or_on_pings(start, recorder):
+    r = recorder()
+    hs = start(registration(url=r.url))
+    alice = hs.client("alice")
+    hs.faults("irc").status(on="ping", status=418, times=2)
+    hs.faults("irc").refuse(on="queries")
+    hs.faults("irc").lose_ack(times=3)
+    for _ in range(2):
+        with refused("M_BAD_STATUS"):
+            hs.delivery.ping(hs.delivery.registration("irc"), None)
+    hs.delivery.ping(hs.delivery.registration("irc"), None)
+    alice.create_room(invite=["@_irc_bob:localhost"])        # asks once
+    assert [path for _, path, _, _, _ in r.requests if "/users/" in path] == []
+    assert [one["fault"] for one in hs.faults("irc").told()] == ["lose_ack"]
+    hs.faults("irc").clear()
+    assert hs.faults("irc").told() == []
+
+
+def test_a_fault_with_a_probability_and_a_seed_is_the_same_in_every_run():
+    def drawn(seed):
+        faults = asbridge.Faults()
+        faults.lose_ack(probability=0.5, seed=seed)
+        return [bool(faults.take("transaction")) for _ in range(50)]
+    assert drawn(7) == drawn(7) != drawn(8) and 10 < sum(drawn(7)) < 40
+
+
+@pytest.mark.parametrize("wrong", [{"fault": "explode"}, {"on": "mondays"}, {"times": 0}, {"probability": 0}, {"probability": 1.5}, {"delay_ms": -1}, {"status": 99}])
+def test_a_fault_that_can_not_be_is_refused_and_changes_nothing(wrong):
+    faults = asbridge.Faults()
+    with refused("M_INVALID_PARAM", 400):
+        faults.add(wrong.pop("fault", "refuse"), **wrong)
+    assert faults.told() == []
+
+
+def test_a_delay_as_long_as_an_answer_is_waited_for_is_no_answer(start, recorder):
+    r = recorder()
+    hs = start(registration(url=r.url), push_timeout_ms=2000)
+    bob = acting(hs, "irc", "@_irc_bob:localhost")
+    hs.faults("irc").delay(delay_ms=2000)
+    push_under_faults(hs, bob, bob.create_room())
+    first = hs.transactions("irc")[0]["attempts"]
+    assert "did not answer in time" in first[0]["error"] and first[1]["status"] == 200
+
+
+def test_while_it_is_paused_nothing_is_pushed_and_then_all_of_it_in_order(linked):
+    hs, r, alice, room = linked
+    hs.pause("irc")
+    for n in range(3):
+        alice.say(room, str(n))
+    hs.advance(1000)
+    assert hs.inspector.status()["appservices"][0]["state"] == "paused" and not r.requests
+    with pytest.raises(AssertionError, match="3 events for 'irc', paused"):
+        hs.settle(0.05)
+    hs.resume("irc")
+    assert heard(hs, r) == ["0", "1", "2"]
+
+
+def test_a_retry_ends_the_backoff(linked):
+    hs, r, alice, room = linked
+    hs.faults("irc").refuse()
+    alice.say(room, "x")
+    one = eventually(lambda: hs.inspector.status()["appservices"][0]["state"] == "backing off" and hs.inspector.status()["appservices"][0])
+    assert one["failures"] == 1 and one["down_since"] and one["next_attempt"] > one["down_since"] and one["open"]["events"] == 1
+    hs.retry("irc")
+    assert heard(hs, r) == ["x"] and hs.inspector.status()["appservices"][0]["down_since"] is None
+
+
+def test_a_transaction_that_is_refused_for_ever_can_be_skipped(linked):
+    hs, r, alice, room = linked
+    hs.faults("irc").status(times=1)
+    alice.say(room, "poison")
+    eventually(lambda: hs.delivery.worker("irc").failures)
+    alice.say(room, "after")
+    opened = hs.inspector.status()["appservices"][0]["open"]["txn_id"]
+    assert hs.skip("irc") == opened
+    assert heard(hs, r) == ["after"]
+    with refused("M_NOT_FOUND", 404, "no transaction is open"):
+        hs.skip("irc")
+    alice.say(room, "again")
+    assert heard(hs, r) == ["after", "again"]
+
+
+def test_a_replay_sends_the_same_bytes_with_the_same_id_or_with_a_new_one(linked):
+    hs, r, alice, room = linked
+    alice.say(room, "x")
+    hs.settle()
+    first = r.transactions[-1]
+    assert hs.replay("irc") == first[0]
+    hs.settle()
+    assert r.transactions == [first, first] and len(hs.transactions("irc")[-1]["attempts"]) == 2
+    new = hs.replay("irc", first[0], new_id=True)
+    hs.settle()
+    assert int(new) > int(first[0]) and r.transactions[-1] == (new, first[1]) and hs.transactions("irc")[-1]["acknowledged"]
+    alice.say(room, "y")
+    hs.settle()
+    assert len(r.transactions) == 4 and r.texts()[-1] == "y" and int(r.transactions[-1][0]) > int(new)
+    with refused("M_NOT_FOUND", 404):
+        hs.replay("irc", "17")
+    hs.pause("irc")
+    alice.say(room, "z")
+    with refused("M_UNKNOWN", 409, "is open"):
+        hs.replay("irc")
+    hs.resume("irc")
+    hs.settle()
+
+
+def test_a_replay_survives_a_restart(start, recorder, tmp_path):
+    r, database = recorder(), str(tmp_path / "hs.db")
+    hs = start(registration(url=r.url), database=database)
+    bob = acting(hs, "irc", "@_irc_bob:localhost")
+    bob.say(bob.create_room(), "x")
+    hs.settle()
+    hs.pause("irc")
+    sent = r.transactions[-1]
+    new = hs.replay("irc", new_id=True)
+    hs.stop()
+    hs = start(registration(url=r.url), database=database)
+    hs.settle()
+    assert r.transactions[-1] == (new, sent[1])
+
+
+@pytest.mark.parametrize("lever", ["pause", "resume", "retry", "skip", "replay", "faults"])
+def test_a_lever_for_an_unknown_service_names_those_that_there_are(start, lever):
+    hs = start(registration())
+    with refused("M_NOT_FOUND", 404, "only irc"):
+        getattr(hs, lever)("nobody")
+    if lever != "faults":
+        with refused("M_URL_NOT_SET", 400):
+            getattr(hs, lever)("irc")
+
+
+# -- What passes.
+
+def test_the_trace_draws_each_exchange_as_two_arrows(linked, caplog):
+    hs, r, alice, room = linked
+    caplog.set_level("DEBUG", "asbridge.trace")
+    hs.faults("irc").lose_ack()
+    push_under_faults(hs, alice, room)
+    bot_of(hs, "irc").whoami()
+    with refused("M_FORBIDDEN"):
+        acting(hs, "irc", "@carol:localhost", register=False).whoami()
+    lines = [record.getMessage() for record in caplog.records if record.name == "asbridge.trace"]
+    txn_id = r.transactions[0][0]
+    number = r"[0-9.]+ ms"
+    for line, regex in zip(lines, (
+            rf"HS ---> irc        PUT transactions/{txn_id}, 1 event, m.room.message of @alice:localhost, attempt 1",
+            rf"HS <-/- irc        200 in {number}; it answered, but the answer was lost on the way; fault: lose_ack; attempt 2 in 0.[45][0-9]* s",
+            rf"HS ---> irc        PUT transactions/{txn_id}, 1 event, m.room.message of @alice:localhost, attempt 2",
+            rf"HS <--- irc        200 in {number}",
+            r"HS <--- irc        GET /_matrix/client/v3/account/whoami as @_irc_bot:localhost",
+            rf"HS ---> irc        200 in {number}",
+            r"HS <--- irc        GET /_matrix/client/v3/account/whoami as @carol:localhost",
+            rf"HS ---> irc        403 in {number}"), strict=True):
+        assert re.fullmatch(regex, line), (regex, line)
+
+
+def test_what_passes_is_kept_in_a_ring_and_comes_again_when_it_changes():
+    wire = asbridge.Wire(asbridge.Clock())
+    def one():
+        return asbridge.Exchange(wire.number(), 5, "hs", "irc", "ping", "POST", "/x", {})
+    first, second = wire.begin(one()), wire.begin(one())
+    now, news = wire.since(0, 0)
+    assert [each.n for each in news] == [1, 2] and wire.since(now, 0) == (now, [])
+    wire.end(first)
+    assert [each.n for each in wire.since(now, 0)[1]] == [1] and wire.since(now + 100, 0)[1] == [second, first]
+    for _ in range(asbridge.KEPT_EXCHANGES):
+        wire.whole(one())
+    assert len(wire.since(0, 0)[1]) == asbridge.KEPT_EXCHANGES and wire.find(1) is None
+
+
+def test_who_looks_for_what_passes_waits_until_something_does():
+    wire, seen = asbridge.Wire(asbridge.Clock()), []
+    looking = threading.Thread(target=lambda: seen.append(wire.since(0, 5)))
+    looking.start()
+    eventually(lambda: wire._bells)
+    wire.begin(asbridge.Exchange(wire.number(), 5, "hs", "irc", "ping", "POST", "/x", {}))
+    looking.join()
+    assert seen[0][0] == 1 and len(seen[0][1]) == 1 and not wire._bells
+
+
 # -- Legacy paths.
 
 def legacy(status, body, old_status=200, old_body={}):
@@ -8531,6 +8813,223 @@ def test_who_names_nothing_as_a_device_to_delete_loses_none(start):
 
 
 # ============================================================================
+# 9. Inspector
+# ============================================================================
+
+def inspect(hs, method, path, body=None, **headers):
+    return ask(hs, method, "/_asbridge/" + path, None, body, headers)
+
+
+def test_why_says_for_which_rule_an_event_was_pushed_and_what_became_of_it(linked):
+    hs, r, alice, room = linked
+    event_id = alice.say(room, "x")
+    hs.settle()
+    said = hs.why(event_id, "irc")
+    assert said["pushed"] and said["reason"] == f"room {room} matches rooms[0]" and said["state"] == "acknowledged"
+    assert said["transaction"]["txn_id"] == r.transactions[-1][0] and [one["status"] for one in said["transaction"]["attempts"]] == [200]
+    assert said["summary"] == [f"it goes to irc: room {room} matches rooms[0]", "irc has acknowledged it"]
+    hs.faults("irc").status(status=403)
+    late = alice.say(room, "y")
+    eventually(lambda: hs.delivery.worker("irc").failures)
+    later = alice.say(room, "z")
+    assert hs.why(late, "irc")["state"] == "in a transaction" and hs.why(later, "irc")["state"] == "waiting"
+    assert any("attempt 1: it answered 403" in line for line in hs.why(late, "irc")["summary"]) and hs.why(later, "irc")["transaction"] is None
+
+
+def test_why_names_every_rule_that_said_no_and_the_nearest_miss(start, recorder):
+    hs = start(registration(url=recorder().url, users=["@irc_.*"], sender_localpart="bridge"))
+    alice, Irc = hs.client("alice"), hs.client("xmpp_bob")
+    room = alice.create_room(preset="public_chat", room_alias_name="town")
+    Irc.join(room)
+    event_id = alice.say(room, "x")
+    said = hs.why(event_id, "irc")
+    assert not said["pushed"] and said["transaction"] is None and said["state"] is None
+    assert [(rule["rule"], rule["id"], rule["matches"]) for rule in said["rules"]] == [
+        ("sender", "@alice:localhost", False), ("member", "@alice:localhost", False), ("member", "@xmpp_bob:localhost", False),
+        ("alias", "#town:localhost", False), ("room", room, False)]
+    assert said["rules"][0]["namespace"] == "users[0] '@irc_.*'" and "differs at character 2" in said["rules"][0]["miss"]
+    assert "no regex for rooms" in said["rules"][-1]["miss"] and "no rule says yes" in said["summary"][0]
+
+
+def test_why_goes_by_the_members_at_the_time_of_the_event(start, recorder):
+    hs = start(registration(url=recorder().url))
+    alice, bob = hs.client("alice"), acting(hs, "irc", "@_irc_bob:localhost")
+    room = alice.create_room(preset="public_chat")
+    before = alice.say(room, "before")
+    bob.join(room)
+    during = alice.say(room, "during")
+    bob.leave(room)
+    assert not any(rule["matches"] for rule in hs.why(before, "irc")["rules"])
+    assert [rule["id"] for rule in hs.why(during, "irc")["rules"] if rule["matches"]] == ["@_irc_bob:localhost"]
+
+
+def test_why_knows_of_a_service_without_a_url_and_of_one_that_came_later(start, recorder):
+    hs = start(registration(), registration("late", users=[], url=recorder().url))
+    bob = acting(hs, "irc", "@_irc_bob:localhost")
+    event_id = bob.say(bob.create_room(), "x")
+    assert hs.why(event_id, "irc")["summary"] == ["nothing is sent to irc: its url is null"]
+    hs.reread = lambda: [asbridge.read_registration(registration("late", users=["@_irc_.*"], exclusive=False, url=hs.url), "here")]
+    hs.reload()
+    assert "was not loaded or another" in hs.why(event_id, "late")["summary"][0]
+    with refused("M_NOT_FOUND", 404, "only late"):
+        hs.why(event_id, "irc")
+    for unknown in ("$x", "$" + "A" * 43, ""):
+        with refused("M_NOT_FOUND", 404):
+            hs.why(unknown, "late")
+
+
+def test_why_admits_what_is_too_long_ago(linked, monkeypatch):
+    hs, r, alice, room = linked
+    event_id = alice.say(room, "first")
+    hs.settle()
+    monkeypatch.setattr(asbridge, "KEPT_TRANSACTIONS", 2), monkeypatch.setattr(asbridge, "PRUNED_AT_ONCE", 2)
+    for n in range(9):
+        alice.say(room, str(n)), hs.settle()
+    assert "too long ago" in hs.why(event_id, "irc")["summary"][0]
+
+
+def test_explain_says_whether_an_id_exists_and_whom_a_query_would_ask(linked):
+    hs, r, alice, room = linked
+    assert hs.explain(alice.user_id)["exists"] and hs.explain(room)["exists"] and not hs.explain("#_irc_x:localhost")["exists"]
+    assert any("GET /_matrix/app/v1/rooms/" in line for line in hs.explain("#_irc_x:localhost")["summary"])
+    acting(hs, "irc", "@_irc_bob:localhost")
+    assert not any("is asked" in line for line in hs.explain("@_irc_bob:localhost")["summary"])
+
+
+def test_the_api_answers_what_the_embedded_homeserver_does(linked):
+    hs, r, alice, room = linked
+    event_id = alice.say(room, "x")
+    hs.settle()
+    quoted = urllib.parse.quote(event_id)
+    assert inspect(hs, "GET", f"why?event={quoted}&appservice=irc") == (200, hs.why(event_id, "irc"))
+    assert inspect(hs, "GET", "explain?id=%40_irc_x:localhost") == (200, hs.explain("@_irc_x:localhost"))
+    last = inspect(hs, "GET", "transactions?appservice=irc&limit=1")[1]["transactions"]
+    assert len(last) == 1 and last[0]["txn_id"] == r.transactions[-1][0] and last[0]["events"][0]["event_id"] == event_id
+    assert last[0]["attempts"] == hs.transactions("irc")[-1]["attempts"] and "content" not in last[0]["events"][0]
+    status = inspect(hs, "GET", "status")[1]
+    one = status["appservices"][0]
+    assert (one["id"], one["state"], one["waiting"], one["failures"], one["last_acknowledged"]["txn_id"]) == ("irc", "idle", 0, 0, r.transactions[-1][0])
+    assert one["latency_ms"] > 0 and status["server_name"] == "localhost" and one["namespaces"]["users"] == [{"regex": "@_irc_.*", "exclusive": False}]
+
+
+def test_the_levers_of_the_api_do_what_they_say(linked):
+    hs, r, alice, room = linked
+    irc = {"appservice": "irc"}
+    assert inspect(hs, "POST", "faults", {**irc, "fault": "status", "status": 503, "times": 2})[1]["faults"][0]["times"] == 2
+    assert inspect(hs, "GET", "faults?appservice=irc")[1]["faults"][0]["status"] == 503
+    assert inspect(hs, "DELETE", "faults?appservice=irc")[1] == {} and hs.faults("irc").told() == []
+    inspect(hs, "POST", "pause", irc)
+    event_id = inspect(hs, "POST", "say", {"room_id": room, "user_id": alice.user_id, "body": "<img onerror=x>"})[1]["event_id"]
+    assert hs.why(event_id, "irc")["state"] == "in a transaction" and not r.requests
+    skipped = inspect(hs, "POST", "skip", irc)[1]["txn_id"]
+    inspect(hs, "POST", "resume", irc), inspect(hs, "POST", "retry", irc)
+    assert inspect(hs, "POST", "replay", {**irc, "txn_id": skipped})[1] == {"txn_id": skipped}
+    hs.settle()
+    new = inspect(hs, "POST", "replay", {**irc, "new_id": True})[1]["txn_id"]
+    hs.settle()
+    assert [txn_id for txn_id, _ in r.transactions] == [skipped, new]
+    assert inspect(hs, "POST", "ping", irc)[1]["duration_ms"] >= 0
+    before = hs.clock.now()
+    assert inspect(hs, "POST", "clock", {"advance": 3600})[1]["wound"] == 3600 and hs.clock.now() >= before + 3_600_000
+
+
+def test_rooms_and_people_are_enough_for_a_lesson_without_another_client(linked):
+    hs, r, alice, room = linked
+    assert inspect(hs, "POST", "people", {"name": "bob"}) == (200, {"user_id": "@bob:localhost"})
+    assert inspect(hs, "GET", "people")[1] == {"people": ["@alice:localhost", "@bob:localhost"]}
+    public = alice.create_room(preset="public_chat", name="Town", room_alias_name="town")
+    rooms = {one["room_id"]: one for one in inspect(hs, "GET", "rooms")[1]["rooms"]}
+    assert rooms[public] == {"room_id": public, "name": "Town", "alias": "#town:localhost", "members": 1}
+    assert inspect(hs, "POST", "say", {"room_id": public, "user_id": "@bob:localhost", "body": "hi"})[0] == 200
+    seen = inspect(hs, "GET", f"timeline?room={urllib.parse.quote(public)}&limit=1")[1]
+    assert seen["events"][0]["content"] == {"msgtype": "m.text", "body": "hi"} and seen["people"] == seen["members"] == ["@alice:localhost", "@bob:localhost"]
+    acting(hs, "irc", "@_irc_ghost:localhost")
+    for user_id, errcode in (("@_irc_ghost:localhost", "M_NOT_FOUND"), ("@nobody:localhost", "M_NOT_FOUND")):
+        assert inspect(hs, "POST", "say", {"room_id": public, "user_id": user_id, "body": "hi"})[1]["errcode"] == errcode
+    assert inspect(hs, "POST", "say", {"room_id": room, "user_id": "@bob:localhost", "body": "hi"})[1]["errcode"] == "M_FORBIDDEN"
+    assert inspect(hs, "GET", "timeline?room=!x")[0] == 404
+
+
+def test_an_exchange_opens_to_headers_and_bodies_without_any_token(linked):
+    hs, r, alice, room = linked
+    since = inspect(hs, "GET", "exchanges")[1]["next"]
+    alice.say(room, "x"), bot_of(hs, "irc").whoami()
+    ask(hs, "POST", "/_matrix/client/v3/register", body={"username": "carol", "password": "secret", "auth": {"type": "m.login.dummy"}})
+    hs.settle()
+    found = eventually(lambda: (news := inspect(hs, "GET", f"exchanges?since={since}")[1]["exchanges"]) and len(news) >= 4 and all(one["done"] for one in news) and news)
+    kinds = sorted((one["from"], one["to"], one["lane"], one["kind"]) for one in found)
+    assert kinds == [("@alice:localhost", "hs", "client", "request"), ("hs", "irc", "appservice", "transaction"),
+                     ("irc", "hs", "appservice", "request"), ("somebody", "hs", "client", "request")]
+    for one in found:
+        whole = inspect(hs, "GET", f"exchange?n={one['n']}")[1]
+        assert whole["request"]["headers"] and whole["answer"]["body"] and whole["status"] == 200
+        text = json.dumps(whole)
+        assert not any(secret in text for secret in ("hs-irc", "as-irc", alice.token, "secret")), text
+    pushed = next(one for one in found if one["kind"] == "transaction")
+    assert pushed["first"] == {"type": "m.room.message", "sender": "@alice:localhost"} and pushed["events"] == pushed["attempt"] == 1
+    assert inspect(hs, "GET", "exchange?n=999999")[0] == 404
+
+
+def test_whoever_looks_at_what_passes_is_answered_as_soon_as_something_does(linked):
+    hs, r, alice, room = linked
+    since = inspect(hs, "GET", "exchanges")[1]["next"]
+    with ThreadPoolExecutor() as pool:
+        looking = pool.submit(inspect, hs, "GET", f"exchanges?since={since}&timeout=10000")
+        eventually(lambda: hs.delivery.wire._bells)
+        alice.whoami()
+        assert looking.result()[1]["exchanges"][0]["path"] == "/_matrix/client/v3/account/whoami"
+        since = inspect(hs, "GET", "exchanges")[1]["next"]
+        looking = pool.submit(inspect, hs, "GET", f"exchanges?since={since}&timeout=10000")
+        eventually(lambda: hs.delivery.wire._bells)
+        hs.stop()                                            # and does not wait for it
+        looking.result()
+
+
+@pytest.mark.parametrize("method, path, body, errcode", [
+    ("GET", "why?event=$x", None, "M_MISSING_PARAM"), ("GET", "explain", None, "M_MISSING_PARAM"), ("GET", "explain?id=x", None, "M_INVALID_PARAM"),
+    ("GET", "exchanges?since=x", None, "M_INVALID_PARAM"), ("POST", "faults", {"appservice": "irc", "fault": "x"}, "M_INVALID_PARAM"),
+    ("POST", "faults", {"appservice": "irc", "fault": "refuse", "probability": "x"}, "M_BAD_JSON"), ("POST", "faults", {"fault": "refuse"}, "M_MISSING_PARAM"),
+    ("POST", "clock", {"advance": -1}, "M_BAD_JSON"), ("POST", "clock", {"advance": True}, "M_BAD_JSON"), ("POST", "clock", {}, "M_BAD_JSON"),
+    ("POST", "replay", {"appservice": "irc", "txn_id": "x"}, "M_INVALID_PARAM"), ("POST", "pause", {"appservice": 5}, "M_BAD_JSON"),
+    ("POST", "people", {"name": "Bad Name"}, "M_INVALID_USERNAME"), ("GET", "nothing", None, "M_UNRECOGNIZED"), ("POST", "status", {}, "M_UNRECOGNIZED"),
+    ("GET", "transactions?appservice=nobody", None, "M_NOT_FOUND"), ("POST", "skip", [], "M_BAD_JSON"), ("POST", "retry", b"{", "M_NOT_JSON")])
+def test_nonsense_to_the_api_is_refused_in_the_form_of_the_specification(target, method, path, body, errcode):
+    status, answer = inspect(target.hs, method, path, body)
+    assert answer["errcode"] == errcode and answer["error"] and 400 <= status < 500
+
+
+@pytest.mark.parametrize("headers", [
+    {"Host": "evil.example"}, {"Host": "evil.example:8008"}, {"Host": "127.0.0.1.evil.example"}, {"Host": "192.168.0.7"},
+    {"Origin": "http://evil.example"}, {"Origin": "null"}, {"Origin": "http://localhost:1"}, {"Origin": "file://"}])
+def test_the_inspector_answers_to_no_other_host_name_and_to_no_other_sites_page(target, headers):
+    status, answer = inspect(target.hs, "GET", "status", **headers)
+    assert (status, answer["errcode"]) == (403, "M_FORBIDDEN")
+
+
+def test_the_inspector_has_no_cors_headers_and_its_own_page_may_ask(target):
+    with contextlib.closing(http.client.HTTPConnection("127.0.0.1", target.hs.port)) as connection:
+        for method in ("GET", "OPTIONS"):
+            connection.request(method, "/_asbridge/status", headers={"Host": "localhost:1", "Origin": "http://localhost:1"})
+            answer = connection.getresponse()
+            answer.read()
+            assert answer.status < 300 and not any("access-control" in name.lower() for name, _ in answer.getheaders())
+
+
+def test_an_admin_token_is_asked_for_where_there_is_one_and_needed_beyond_this_machine(start):
+    hs = start(admin_token="hunter2")
+    for token, errcode in ((None, "M_MISSING_TOKEN"), ("wrong", "M_UNKNOWN_TOKEN"), (hs.client("alice").token, "M_UNKNOWN_TOKEN")):
+        status, answer = ask(hs, "GET", "/_asbridge/status", token)
+        assert (status, answer["errcode"]) == (401, errcode)
+    assert ask(hs, "GET", "/_asbridge/status", "hunter2")[0] == 200
+    hs = start(bind="0.0.0.0")
+    status, answer = inspect(hs, "GET", "status")
+    assert status == 403 and "admin_token" in answer["error"]
+    hs = start(bind="0.0.0.0", admin_token="hunter2")
+    assert ask(hs, "GET", "/_asbridge/status", "hunter2", headers={"Host": "matrix.example.org"})[0] == 200
+    assert ask(hs, "GET", "/_asbridge/status", "hunter2", headers={"Host": "a.example", "Origin": "http://b.example"})[0] == 403
+
+
+# ============================================================================
 # 10 and 11. The application service, and the IRC bridge on it
 # ============================================================================
 
@@ -9982,7 +10481,7 @@ def test_generate_prints_a_registration_with_fresh_tokens(capsys):
 def test_routes_prints_the_table(capsys):
     assert asbridge.main(["routes"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 1 + len(asbridge.ROUTES) and any(re.match(r"GET +/_matrix/client/v3/sync +user +Syncing", line) for line in lines)
+    assert len(lines) == 1 + len(asbridge.ROUTES) + len(asbridge.ADMIN_ROUTES) and any(re.match(r"GET +/_matrix/client/v3/sync +user +Syncing", line) for line in lines)
 
 
 def test_version_is_printed(capsys):
@@ -10181,10 +10680,115 @@ def test_a_message_that_was_answered_survives_a_kill_while_others_are_being_sent
     assert history[:len(answered)] == answered and len(history) <= len(answered) + 1
 
 
+def test_a_seeded_homeserver_is_the_same_in_every_run(start):
+    def run(seed):
+        hs = start(registration(), seed=seed)
+        alice, bob = hs.client("alice"), acting(hs, "irc", "@_irc_bob:localhost")
+        room = alice.create_room(preset="public_chat", room_version="12")
+        first = alice.create_room(preset="public_chat")
+        bob.join(first)
+        hs.advance(2.5)
+        alice.say(first, "hello"), alice.set_state(first, "m.room.topic", {"topic": "x"})
+        answer = json.dumps([alice.token, room, first, alice.sync()])
+        hs.reset()
+        return answer, json.dumps([(one := hs.client("alice")).token, one.create_room()])
+    one, two, other = run(7), run(7), run(8)
+    assert one == two and one[0] != other[0] and '"age": 2500' in one[0]
+    assert json.loads(one[1])[0] == json.loads(one[0])[0]    # a reset begins again
+
+
+def test_what_an_owner_draws_does_not_depend_on_what_others_draw():
+    one, other = asbridge.Chance(7), asbridge.Chance(7)
+    other.text("b"), other.text("b")
+    drawn = one.text("a"), one.text("a", 43)
+    assert drawn == (other.text("a"), other.text("a", 43)) and drawn[0] != drawn[1][:18] and len(drawn[1]) == 43
+    assert asbridge.Chance().text("a") != asbridge.Chance().text("a")
+
+
+def test_a_clock_with_a_start_stands_still_but_for_what_it_is_wound_on():
+    clock = asbridge.Clock(1000)
+    assert clock.now() == clock.now() == 1000
+    clock.advance(1.5)
+    assert clock.now() == 2500
+
+
+def test_a_reset_is_a_new_world_behind_the_same_port(start, recorder, tmp_path):
+    r = recorder()
+    hs = start(registration(url=r.url))
+    url, bob = hs.url, acting(hs, "irc", "@_irc_bob:localhost")
+    room = bob.create_room(room_alias_name="_irc_x")
+    hs.settle()
+    hs.advance(100)
+    before = r.transactions[-1][0]
+    hs.reset()
+    assert hs.url == url and hs.clock.wound == 0 and not hs.explain(room)["exists"] and not hs.explain("@_irc_bob:localhost")["exists"]
+    bob = acting(hs, "irc", "@_irc_bob:localhost")
+    bob.create_room(room_alias_name="_irc_x")
+    hs.settle()
+    assert int(r.transactions[-1][0]) > int(before)
+    with pytest.raises(ValueError, match="would delete"):
+        start(database=str(tmp_path / "hs.db")).reset()
+
+
+def test_wait_for_gives_the_first_event_past_or_to_come_with_these_values(three):
+    hs, alice, bob, _, room = three
+    first, _ = alice.say(room, "x"), alice.say(room, "x")
+    assert hs.wait_for(type="m.room.message", body="x")["event_id"] == first
+    with ThreadPoolExecutor() as pool:
+        waiting = pool.submit(hs.wait_for, type="m.room.member", state_key=bob.user_id, membership="join")
+        bob.join(room)
+        assert waiting.result()["sender"] == bob.user_id
+
+
+def test_wait_for_that_waits_in_vain_prints_the_nearest_events_and_where_they_went(start, recorder):
+    hs = start(registration(url=recorder().url))
+    with pytest.raises(AssertionError, match="no events at all"):
+        hs.wait_for(0.01, type="m.x")
+    alice = hs.client("alice")
+    event_id = alice.say(alice.create_room(), "hello")
+    with pytest.raises(AssertionError) as caught:
+        hs.wait_for(0.01, type="m.room.message", sender=alice.user_id, body="good bye")
+    lines = str(caught.value).splitlines()
+    assert "body='good bye'" in lines[0] and event_id in lines[1] and "body is 'hello'" in lines[1] and "did not go to irc: no rule says yes" in lines[2]
+
+
+def test_explain_of_the_command_line_reads_registrations_and_database_and_changes_neither(tmp_path, capsys):
+    database, file = tmp_path / "hs.db", tmp_path / "x.json"
+    file.write_text(json.dumps({"registrations": [registration()], "database": "hs.db"}))
+    command = ["explain", "@_irc_bob:localhost", "--config", str(file)]
+    assert asbridge.main(command) == 0 and not database.exists()
+    assert capsys.readouterr().out.splitlines() == ["irc: @_irc_bob:localhost matches users[0], exclusively", "it belongs to irc", "who may create it: irc"]
+    with asbridge.Homeserver([registration()], database=str(database)) as hs:
+        acting(hs, "irc", "@_irc_bob:localhost")
+        assert asbridge.main(command) == 0 and "it exists" in capsys.readouterr().out    # beside the one that runs
+    before = database.read_bytes()
+    assert asbridge.main([*command, "--json"]) == 0 and json.loads(capsys.readouterr().out)["exists"] is True and database.read_bytes() == before
+    assert asbridge.main(["explain", "bob", "--config", str(file)]) == 2 and "is no user ID" in capsys.readouterr().err
+    file.write_text("{")
+    assert asbridge.main(command) == 2
+    database.write_bytes(b"nonsense" * 1000)
+    file.write_text(json.dumps({"registrations": [registration()], "database": "hs.db"}))
+    assert asbridge.main(command) == 2
+
+
+@pytest.mark.parametrize("format, coloured", [("text", False), ("text", True), ("json", False)])
+def test_the_trace_is_lines_in_colour_on_a_terminal_or_json(format, coloured):
+    record = logging.makeLogRecord({"name": "asbridge.trace", "msg": "HS ---> irc", "created": 1.5, "exchange": {"arrow": "--->", "back": False, "status": None, "n": 7}})
+    if format == "json":
+        assert json.loads(asbridge.JsonLines().format(record))["n"] == 7
+        return
+    line = asbridge.Lines(coloured).format(record)
+    assert line.startswith("\x1b[36m") == coloured and line.endswith("\x1b[0m" if coloured else "HS ---> irc")
+    record.exchange = {"arrow": "<---", "back": True, "status": 403}
+    assert asbridge.Lines(coloured).format(record).startswith("\x1b[31m") == coloured
+    del record.exchange
+    assert "\x1b" not in asbridge.Lines(coloured).format(record)
+
+
 # -- The tests themselves. This one is the last, for it looks back at all.
 
 def test_every_row_of_the_table_has_answered_some_test(request, answered):
     run = {item.name.partition("[")[0] for item in request.session.items}
     if not {name for name in globals() if name.startswith("test_")} <= run:
         pytest.skip("only some of the tests are run")
-    assert not [f"{route.method} {route.path}" for route in asbridge.ROUTES if (route.method, route.path) not in answered]
+    assert not [f"{route.method} {route.path}" for route in asbridge.ROUTES + asbridge.ADMIN_ROUTES if (route.method, route.path) not in answered]
