@@ -6310,7 +6310,7 @@ class Wire:
         if trace.isEnabledFor(logging.DEBUG):
             arrow = "--->" if (one.source == HS) != back else "<-/-" if back and (one.lost or one.status is None) else "<---"
             other = one.target if one.source == HS else one.source
-            trace.debug("HS %s %-10s %s", arrow, other, one.answered() if back else one.asked(),
+            trace.debug("HS %s %-10s #%-3d %s", arrow, other, one.n, one.answered() if back else one.asked(),
                         extra={"exchange": {"arrow": arrow, "back": back, "appservice": other, **one.told()}})
 
     def since(self, seq: int, seconds: float) -> tuple[int, list[Exchange]]:

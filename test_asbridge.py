@@ -7238,14 +7238,14 @@ def test_the_trace_draws_each_exchange_as_two_arrows(linked, caplog):
     txn_id = r.transactions[0][0]
     number = r"[0-9.]+ ms"
     for line, regex in zip(lines, (
-            rf"HS ---> irc        PUT transactions/{txn_id}, 1 event, m.room.message of @alice:localhost, attempt 1",
-            rf"HS <-/- irc        200 in {number}; it answered, but the answer was lost on the way; fault: lose_ack; attempt 2 in 0.[45][0-9]* s",
-            rf"HS ---> irc        PUT transactions/{txn_id}, 1 event, m.room.message of @alice:localhost, attempt 2",
-            rf"HS <--- irc        200 in {number}",
-            r"HS <--- irc        GET /_matrix/client/v3/account/whoami as @_irc_bot:localhost",
-            rf"HS ---> irc        200 in {number}",
-            r"HS <--- irc        GET /_matrix/client/v3/account/whoami as @carol:localhost",
-            rf"HS ---> irc        403 in {number}"), strict=True):
+            rf"HS ---> irc        #[0-9]+ +PUT transactions/{txn_id}, 1 event, m.room.message of @alice:localhost, attempt 1",
+            rf"HS <-/- irc        #[0-9]+ +200 in {number}; it answered, but the answer was lost on the way; fault: lose_ack; attempt 2 in 0.[45][0-9]* s",
+            rf"HS ---> irc        #[0-9]+ +PUT transactions/{txn_id}, 1 event, m.room.message of @alice:localhost, attempt 2",
+            rf"HS <--- irc        #[0-9]+ +200 in {number}",
+            r"HS <--- irc        #[0-9]+ +GET /_matrix/client/v3/account/whoami as @_irc_bot:localhost",
+            rf"HS ---> irc        #[0-9]+ +200 in {number}",
+            r"HS <--- irc        #[0-9]+ +GET /_matrix/client/v3/account/whoami as @carol:localhost",
+            rf"HS ---> irc        #[0-9]+ +403 in {number}"), strict=True):
         assert re.fullmatch(regex, line), (regex, line)
 
 
