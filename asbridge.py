@@ -8261,7 +8261,8 @@ ROUTES = [Route(method, PREFIXES.get(path[0], path[0]) + path[1:], auth, handler
 # ============================================================================
 # The homeserver on itself: who claims an ID, why an event went to an application
 # service or did not and what became of it, what passed on the wire; and levers
-# for a lesson or a test: faults, pause, replay, the clock. All of it is JSON under
+# for a lesson or a test: faults, pause, replay, the clock. And the examiner: does
+# an application service do what the specification asks? All of it is JSON under
 # /_asbridge/ (its own, in no specification), and a page that uses nothing else.
 
 MAX_MISSES = 20                  # members that don't match, of those that `why` names
@@ -8458,6 +8459,254 @@ def shown_body(body: bytes) -> str:
     return re.sub(r'("(?:[a-z_]*_token|token|[a-z_]*password)"\s*:\s*")(?:[^"\\]|\\.)*', r"\1…", body.decode("utf-8", "replace"))
 
 
+# -- The bridge examiner.
+
+NOWHERE = "asbridge-examiner.invalid"    # a server that can't be (RFC 2606)
+OURS = "org.asbridge.examiner"           # a key, and a type of event, that nobody else has
+SILENT_CALLS = 2                         # so many in a row without an answer, and no more are made
+GROUP = re.compile(r"\((?:\?(?:P<\w+>|:))?([^()?|][^()|]*)[^()]*\)")
+ANYTHING = re.compile(r"(?:(?<!\\)\.|\[\^?\]?(?:\\.|[^\]\\])*\]|\\[dwDSW])(?:[*+?]|\{\d*,?\d*\})?[?+]?")
+Verdict = tuple[str, str]                # outcome, and what was seen
+
+
+class Result(NamedTuple):
+    """One row of an examination."""
+    test: str
+    outcome: str                 # passed, failed or skipped
+    spec: str                    # the section; "AS:" the Application Service API
+    seen: str                    # or why it was skipped
+
+
+def nobody(namespace: Namespace, server_name: str) -> str | None:
+    """An ID that the namespace claims and that surely nobody has; None if its regex is too clever for this."""
+    plain, regex, tag = "", namespace.pattern.pattern, secrets.token_hex(4)
+    while plain != regex:                                    # of each group the first alternative
+        plain, regex = regex, GROUP.sub(r"\1", regex)
+    for word in (f"asbridge-nobody-{tag}", f"asbridge_nobody_{tag}", f"asbridgenobody{tag}", f"9{secrets.randbelow(10**17):017}"):
+        text = re.sub(r"\\(.)|[*+?^$]", r"\1", ANYTHING.sub(word, plain))
+        id = f"{text.partition(':')[0]}:{server_name}"
+        with contextlib.suppress(MatrixError):
+            if word in check_id(KINDS[namespace.kind], id) and namespace.pattern.match(id):
+                return id
+    return None
+
+
+class Examiner:
+    """Calls an application service as its homeserver would, and sees whether it answers as the specification has it.
+
+    Nothing is done to it that can't be undone: what is pushed comes from nobody, in rooms that nobody has, and is nothing to
+    be kept. Only the two questions of Querying may lead a bridge to make a user or a room; they are asked with `queries`.
+    """
+
+    #: test, section of the specification, method
+    CHECKS = (
+        ("listens at its url",                                "AS: Registration",         "_listens"),
+        ("answers a ping",                                    "AS: Pinging",              "_ping"),
+        ("takes an empty transaction",                        "AS: Pushing events",       "_empty"),
+        ("takes the same transaction again",                  "AS: Pushing events",       "_again"),
+        ("takes the hs_token from the header alone",          "AS: Authorization",        "_header_alone"),
+        ("refuses a transaction without a token",             "AS: Authorization",        "_no_token"),
+        ("refuses a wrong token in the header",               "AS: Authorization",        "_wrong_header"),
+        ("refuses a wrong token in the query",                "AS: Authorization",        "_wrong_query"),
+        ("refuses broken JSON, and is not broken by it",      "Standard error response",  "_broken"),
+        ("says 404 to an unknown path",                       "AS: Unknown routes",       "_path"),
+        ("says 405 to a wrong method",                        "AS: Unknown routes",       "_method"),
+        ("takes unknown keys in a transaction",               "AS: Pushing events",       "_keys"),
+        ("takes an event of an unknown type and shape",       "AS: Pushing events",       "_type"),
+        ("takes an event of a room that it does not know",    "AS: Pushing events",       "_room"),
+        ("takes ephemeral data",                              "AS: Pushing EDUs",         "_ephemeral"),
+        ("takes ephemeral data, by its older name",           "AS: Pushing EDUs",         "_older_ephemeral"),
+        ("describes its protocols",                           "AS: Third-party networks", "_protocols"),
+        ("says of an unknown user that there is none",        "AS: Querying",             "_user"),
+        ("says of an unknown alias that there is none",       "AS: Querying",             "_alias"),
+    )
+
+    def __init__(self, registration: Registration, settings: Settings, queries: bool = False) -> None:
+        self.registration, self.server_name, self.queries = registration, settings.server_name, queries
+        self.seconds = settings.query_timeout_ms / 1000      # for each call
+        self._client = HttpClient(registration.url or "", cut=True)
+        self._run, self._pushed, self._last = secrets.token_hex(4), 0, ("", b"")
+        self._legacy = False                                 # it only knows the older paths
+        self._silent = 0                                     # calls without an answer, since the last that had one
+        self._hopeless = ""                                  # why no more is asked
+
+    def results(self) -> list[Result]:
+        """Asks everything, one after the other."""
+        try:
+            return [Result(test, *self._verdict(method, spec)) for test, spec, method in self.CHECKS]
+        finally:
+            self._client.close()
+
+    def _verdict(self, method: str, spec: str) -> tuple[str, str, str]:
+        if self._hopeless:
+            return "skipped", spec, self._hopeless
+        try:
+            outcome, seen = getattr(self, method)()
+            self._silent = 0
+        except CALL_FAILED as error:
+            outcome, seen = "failed", self._plain(advice(self.registration, error))
+            self._silent += 1
+            if self._silent == SILENT_CALLS:
+                self._hopeless = f"it did not answer {SILENT_CALLS} calls in a row"
+        return outcome, spec, seen
+
+    # -- How it is asked.
+
+    def _call(self, method: str, path: str, body: bytes | None = None, header: str | None = None, query: str | None = None) -> Answer:
+        """With the hs_token in both places, as the homeserver has it; or with what is given for one, '' being none."""
+        in_header, in_query = (self.registration.hs_token if token is None else token for token in (header, query))
+        headers = {"Content-Type": "application/json", "User-Agent": f"asbridge/{__version__}"}
+        headers |= {"Authorization": f"Bearer {in_header}"} if in_header else {}
+        for new, old in LEGACY_PATHS.items() if self._legacy else ():
+            path = path.replace(new, old, 1)
+        target = path + (f"?access_token={urllib.parse.quote(in_query, safe='')}" if in_query else "")
+        return Answer(*self._client.request(method, target, body, headers, self.seconds))
+
+    def _push(self, transaction: JsonObject | bytes, header: str | None = None, query: str | None = None) -> Answer:
+        """The ID is no number: who compares numbers would take a homeserver's next ones for old."""
+        self._pushed += 1
+        data = transaction if isinstance(transaction, bytes) else to_json(transaction).encode()
+        self._last = (f"/_matrix/app/v1/transactions/asbridge-examiner-{self._run}-{self._pushed}", data)
+        return self._call("PUT", *self._last, header, query)
+
+    def _event(self, type: str, content: JsonObject, **more: Any) -> Raw:
+        """As the homeserver pushes it, but from nobody and in a room that nobody has."""
+        now, tick = int(time.time() * 1000), secrets.randbelow(2**40)
+        body = {"room_id": f"!{secrets.token_hex(9)}:{NOWHERE}", "sender": f"@nobody:{NOWHERE}", "type": type,
+                "content": content, "origin_server_ts": now - 100, **more}
+        whole = to_json({"event_id": event_id_of(tick, canonical_json(body)), **body})
+        return Raw(Event(tick, type, None, body["sender"], now - 100, whole, None, None, None, None, 0).for_appservice(now))
+
+    # -- What is seen.
+
+    def _plain(self, text: str) -> str:
+        """Without tokens, and without what would move the cursor of a terminal."""
+        forms = {form for token in (self.registration.hs_token, self.registration.as_token)
+                 for form in (token, urllib.parse.quote(token, safe=""), urllib.parse.quote(token), json.dumps(token)[1:-1])}
+        text = re.sub("|".join(map(re.escape, sorted(forms, key=len, reverse=True))), "(token)", text)
+        return " ".join("".join([char if char.isprintable() else " " for char in text]).split())
+
+    def _said(self, answer: Answer) -> str:
+        text = shorten(self._plain(answer.body.decode("utf-8", "replace")))
+        if isinstance(answer.errcode, str):
+            text = self._plain(f"{answer.errcode}: {shorten(answer.json.get('error', 'no error text'))}")
+        return f"{answer.status} {text if answer.json is not None else quoted(text)}"
+
+    def _judge(self, good: bool, answer: Answer, right: str) -> Verdict:
+        return ("passed", self._said(answer)) if good else ("failed", f"{self._said(answer)}; right would be {right}")
+
+    def _taken(self, answer: Answer, right: str = "200 with a JSON object") -> Verdict:
+        return self._judge(answer.status == 200 and isinstance(answer.json, dict), answer, right)
+
+    def _refused(self, answer: Answer, statuses: Iterable[int], right: str, errcode: str | None = None) -> Verdict:
+        """Must have one of these statuses, and an errcode (or this one)."""
+        known = answer.errcode == errcode if errcode else isinstance(answer.errcode, str)
+        return self._judge(known and answer.status in statuses, answer, right)
+
+    # -- The checks.
+
+    def _listens(self) -> Verdict:
+        if self.registration.url is None:
+            self._hopeless = "its url is null: nothing is sent to it"
+            return "skipped", self._hopeless
+        try:
+            socket.create_connection((self._client.host, self._client.port), self.seconds).close()
+        except OSError as error:
+            self._hopeless = "it can't be reached"
+            return "failed", advice(self.registration, error)
+        return "passed", f"{self._client.host}:{self._client.port} takes connections"
+
+    def _ping(self) -> Verdict:
+        body = to_json({"transaction_id": f"asbridge-examiner-{self._run}"}).encode()
+        return self._taken(self._call("POST", "/_matrix/app/v1/ping", body), "200 {} (the ping came with v1.7)")
+
+    def _empty(self) -> Verdict:
+        """Here it shows which paths it knows, and whether it has the same registration as we."""
+        answer = self._push({"events": []})
+        if answer.status in FALL_BACK_ON and answer.errcode in (None, "M_UNRECOGNIZED"):
+            self._legacy = True
+            older = self._push({"events": []})
+            if older.status == 200:
+                return "failed", f"only the legacy path /transactions/… is known: {self._said(older)}; at today's {self._said(answer)}"
+            self._legacy = False
+        if answer.status in (401, 403):
+            self._hopeless = "it rejects the hs_token"
+            return "failed", advice(self.registration, answer)
+        return self._taken(answer)
+
+    def _again(self) -> Verdict:
+        return self._taken(self._call("PUT", *self._last))
+
+    def _header_alone(self) -> Verdict:
+        return self._taken(self._push({"events": []}, query=""), "200 (since v1.4 the query need not have it)")
+
+    def _with_tokens(self, header: str, query: str) -> Verdict:
+        return self._refused(self._push({"events": []}, header, query), (401, 403), "403 M_FORBIDDEN or 401")
+
+    _no_token = functools.partialmethod(_with_tokens, "", "")
+    _wrong_header = functools.partialmethod(_with_tokens, "asbridge-examiner-wrong-token", "")
+    _wrong_query = functools.partialmethod(_with_tokens, "", "asbridge-examiner-wrong-token")
+
+    def _broken(self) -> Verdict:
+        return self._refused(self._push(b'{"events": ['), range(400, 500), "400 M_NOT_JSON")
+
+    def _path(self) -> Verdict:
+        return self._refused(self._call("GET", "/_matrix/app/v1/asbridge_examiner"), (404,), "404 M_UNRECOGNIZED", "M_UNRECOGNIZED")
+
+    def _method(self) -> Verdict:
+        return self._refused(self._call("GET", self._last[0]), (405,), "405 M_UNRECOGNIZED", "M_UNRECOGNIZED")
+
+    def _keys(self) -> Verdict:
+        return self._taken(self._push({"events": [], OURS: {"list": [1, None, {}]}}))
+
+    def _type(self) -> Verdict:
+        return self._taken(self._push({"events": [self._event(OURS, {"body": 1, "list": [[]]}, **{OURS: True})]}))
+
+    def _room(self) -> Verdict:
+        """A topic, which who does not know the room forgets. For a message some would note its sender."""
+        return self._taken(self._push({"events": [self._event("m.room.topic", {"topic": "asbridge examines"}, state_key="")]}))
+
+    def _data(self, key: str) -> Verdict:
+        who, room_id, now = f"@nobody:{NOWHERE}", f"!nobody:{NOWHERE}", int(time.time() * 1000)
+        receipt = {event_id_of(now, ""): {"m.read": {who: {"ts": now}}}}
+        return self._taken(self._push({"events": [], key: [
+            {"type": "m.typing", "room_id": room_id, "content": {"user_ids": [who]}},
+            {"type": "m.receipt", "room_id": room_id, "content": receipt},
+            {"type": "m.presence", "sender": who, "content": {"presence": "online", "last_active_ago": 1}}]}))
+
+    _ephemeral = functools.partialmethod(_data, "ephemeral")
+    _older_ephemeral = functools.partialmethod(_data, "de.sorunome.msc2409.ephemeral")
+
+    def _query(self, kind: str, segment: str) -> Verdict:
+        namespaces = self.registration.namespaces[kind]
+        id = next(filter(None, (nobody(one, self.server_name) for one in namespaces)), None)
+        if not namespaces:
+            return "skipped", f"it claims no {kind}"
+        if not self.queries:
+            return "skipped", "asked with --queries only: a bridge may create what it is asked for, and keep it"
+        if id is None:
+            return "skipped", f"no ID could be made up for {self.registration.regexes(kind)}"
+        answer = self._call("GET", f"/_matrix/app/v1/{segment}/{urllib.parse.quote(id, safe='')}")
+        good = answer.status in (200, 404) and isinstance(answer.json, dict)
+        outcome, seen = self._judge(good, answer, "404 with an errcode")
+        if good and not isinstance(answer.errcode, str):
+            seen += ": it says that it created it" if answer.status == 200 else "; an errcode would say that the path is known"
+        return outcome, f"{id}: {seen}"
+
+    _user = functools.partialmethod(_query, "users", "users")
+    _alias = functools.partialmethod(_query, "aliases", "rooms")
+
+    def _protocols(self) -> Verdict:
+        answers = {protocol: self._call("GET", f"/_matrix/app/v1/thirdparty/protocol/{urllib.parse.quote(protocol, safe='')}")
+                   for protocol in self.registration.protocols}
+        if not answers:
+            return "skipped", "its registration has no protocols"
+        wrong = [one for one in answers.values() if one.status != 404 and not (one.status == 200 and is_protocol(one.json))]
+        seen = "; ".join([f"{protocol}: {self._said(answer)}" for protocol, answer in answers.items()])
+        return ("failed", f"{seen}; right would be 200 with user_fields, location_fields, icon, field_types and instances, or 404"
+                ) if wrong else ("passed", seen)
+
+
 # -- Handlers.
 
 def inspector(call: Call) -> Inspector:
@@ -8577,6 +8826,12 @@ def post_clock(call: Call) -> Any:
     return inspector(call).clock()
 
 
+def post_examine(call: Call) -> Any:
+    body, api = call.body, call.api
+    registration, queries = api.delivery.registration(field(body, "appservice", str)), field(body, "queries", bool, False)
+    return {"results": [result._asdict() for result in Examiner(registration, api.world.settings, queries).results()]}
+
+
 ADMIN_ROUTES = [Route(method, INSPECTOR + path, "admin", handler, spec) for method, path, handler, spec in (
     ("GET",    "status",       get_status,       "asbridge: how everybody is"),
     ("GET",    "exchanges",    get_exchanges,    "asbridge: what passed since"),
@@ -8599,6 +8854,7 @@ ADMIN_ROUTES = [Route(method, INSPECTOR + path, "admin", handler, spec) for meth
     ("POST",   "replay",       post_replay,      "asbridge: send one again"),
     ("POST",   "ping",         post_ping,        "asbridge: ping an AS"),
     ("POST",   "clock",        post_clock,       "asbridge: wind the clock on"),
+    ("POST",   "examine",      post_examine,     "asbridge: examine an AS"),
 )]
 
 
@@ -10806,11 +11062,19 @@ def parse_args(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("-v", "--verbose", action="store_true", help="log every request")
     parser.add_argument("-q", "--quiet", action="store_true", help="log only what goes wrong")
     parser.add_argument("--version", action="version", version=f"asbridge {__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="explain | generate | routes")
+    commands = parser.add_subparsers(dest="command", metavar="check | explain | generate | routes")
     explain = commands.add_parser("explain", help="who claims a user ID, alias, room ID or URI, and why")
     explain.add_argument("id")
     explain.add_argument("--config", metavar="FILE", default=argparse.SUPPRESS)
     explain.add_argument("--json", action="store_true", help="as the inspector's API has it")
+    check = commands.add_parser("check", help="see whether application services do as they should")
+    check.add_argument("--config", metavar="FILE", default=argparse.SUPPRESS)
+    check.add_argument("--port", type=int, default=argparse.SUPPRESS)
+    check.add_argument("--examine", action="store_true", help="take the homeserver's place and see whether "
+                       "they do as the specification asks")
+    check.add_argument("--queries", action="store_true", help="ask for an unknown user and alias, too; "
+                       "a bridge may create and keep them")
+    check.add_argument("--json", action="store_true")
     generate = commands.add_parser("generate", help="print a fresh registration")
     generate.add_argument("id")
     generate.add_argument("--url", default="http://127.0.0.1:29300", help="where the application service "
@@ -10851,12 +11115,16 @@ def run_explain(args: argparse.Namespace, config: Config) -> int:
     return 0
 
 
-def print_routes() -> None:
-    rows = [("method", "path", "who may call", "section of the specification"),
-            *((route.method, route.path, route.auth, route.spec) for route in ROUTES + ADMIN_ROUTES)]
-    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+def print_table(*rows: Sequence[str]) -> None:
+    """Aligned; the last column may be as long as it is."""
+    widths = [max(map(len, column)) for column in list(zip(*rows, strict=True))[:-1]]
     for row in rows:
         print("  ".join(text.ljust(width) for text, width in zip(row, [*widths, 0], strict=True)).rstrip())
+
+
+def print_routes() -> None:
+    print_table(("method", "path", "who may call", "section of the specification"),
+                *((route.method, route.path, route.auth, route.spec) for route in ROUTES + ADMIN_ROUTES))
 
 
 class JsonLines(logging.Formatter):
@@ -10986,6 +11254,49 @@ def run(config: Config, args: argparse.Namespace) -> int:
     return 0
 
 
+def examine(config: Config, args: argparse.Namespace) -> int:
+    """Takes the homeserver's place for a moment, in memory, and examines the application service of each registration."""
+    registrations = [dataclasses.replace(one, sample=None) if one.sample is not None and reachable(one.url) == "answers" else one
+                     for one in config.registrations]
+    hs = Homeserver(**{**{entry.name: getattr(config, entry.name) for entry in dataclasses.fields(config)},
+                       "database": ":memory:", "registrations": registrations})
+    try:
+        hs.start()
+        found = [(one.id, *result) for one in hs.world.registrations for result in examination(hs, one, args.queries)]
+    except (OSError, DatabaseError, sqlite3.Error, MatrixError) as error:
+        print(why_not_started(error, config), file=sys.stderr)
+        if f":{config.port} " in str(error):
+            print("check --examine takes the homeserver's place: stop the homeserver for that moment. On another port the bridge's "
+                  "own calls do not find us.", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    finally:
+        hs.stop()
+    print_examination(found, args.json)
+    return int(any(outcome == "failed" for _, _, outcome, _, _ in found))
+
+
+def examination(hs: Homeserver, registration: Registration, queries: bool) -> list[Result]:
+    """Waits for an application service that is about to start. What our own samples create is gone with them."""
+    deadline = time.monotonic() + hs.config.query_timeout_ms / 1000
+    if reachable(registration.url) == "does not answer yet":
+        print(f"nothing listens yet at {registration.url}; start {registration.id} now", file=sys.stderr)
+    while reachable(registration.url) == "does not answer yet" and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return Examiner(registration, hs.config, queries or registration.id in {sample.id for sample in hs.samples}).results()
+
+
+def print_examination(found: Sequence[tuple[str, str, str, str, str]], as_json: bool) -> None:
+    keys = ("appservice", "test", "outcome", "spec", "seen")
+    if as_json:
+        print(json.dumps([dict(zip(keys, row, strict=True)) for row in found], indent=2))
+        return
+    print_table(keys, *found)
+    counts = collections.Counter(outcome for _, _, outcome, _, _ in found)
+    print(", ".join([f"{counts[outcome]} {outcome}" for outcome in ("passed", "failed", "skipped")]))
+
+
 def reload(hs: Homeserver) -> None:
     try:
         hs.reload()
@@ -11062,6 +11373,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         print(error, file=sys.stderr)
         return 2
+    if args.command == "check":
+        args.quiet = not args.verbose
+        set_up_log(args)
+        if args.examine:
+            return examine(config, args)
+        print("not yet")
+        return 0
     set_up_log(args)
     gc.freeze()                                              # what there is now stays: not to be looked at again and again
     if config.one_cpu:

@@ -9029,6 +9029,192 @@ def test_an_admin_token_is_asked_for_where_there_is_one_and_needed_beyond_this_m
     assert ask(hs, "GET", "/_asbridge/status", "hunter2", headers={"Host": "a.example", "Origin": "http://b.example"})[0] == 403
 
 
+# -- The bridge examiner.
+
+def answering(*faults):
+    """The answers of an application service with the registration of registration(), which does all as it should, but for these faults."""
+    def answer(request, body):
+        path, header, query = urllib.parse.unquote(request.path), request.headers.get("authorization", ""), request.query.get("access_token", "")
+        tokens = {query} if "reads the query only" in faults else {header.removeprefix("Bearer "), query} - {""}
+        if "echoes the request" in faults:
+            return 500, f"\x1b[2J{urllib.parse.quote(query, safe='')} {query} {header} {json.dumps(header)}".encode()
+        if "takes any token" not in faults and tokens != {"hs-irc" if "has another token" not in faults else "other"}:
+            return (403, {"errcode": "M_FORBIDDEN", "error": "no"}) if "says no errcode" not in faults else (403, {})
+        routes = {"transactions": "PUT", "users": "GET", "rooms": "GET", "ping": "POST", "thirdparty": "GET"}
+        legacy = not path.startswith("/_matrix/app/v1/")
+        name = path.removeprefix("/_matrix/app/v1").split("/")[1]
+        if name not in routes or legacy != ("knows the legacy paths only" in faults):
+            return (404, {"errcode": "M_UNRECOGNIZED"}) if "answers with pages" not in faults else (404, b"<h1>Not found</h1>")
+        if routes[name] != request.method:
+            return (405, {"errcode": "M_UNRECOGNIZED"}) if "answers with pages" not in faults else (405, b"<h1>No</h1>")
+        if name in ("users", "rooms"):
+            return (200, {}) if "creates" in faults else (404, b"<h1>No</h1>") if "answers with pages" in faults else (
+                404, {} if "says no errcode" in faults else {"errcode": "M_NOT_FOUND"})
+        if name == "thirdparty":
+            return (200, {"instances": []}) if path.endswith("/good") else (200, []) if path.endswith("/bad") else (404, {})
+        return transaction(body)
+
+    def transaction(body):
+        try:
+            value = json.loads(body)
+        except ValueError:
+            return (500, b"Traceback") if "breaks" in faults else (400, {"errcode": "M_NOT_JSON"})
+        if "is strict" in faults and (value.keys() - {"events", "transaction_id"} or any("org.asbridge.examiner" in event for event in value.get("events", ()))):
+            return 400, {"errcode": "M_BAD_JSON"}
+        return 200, b"OK" if "answers no JSON" in faults else {}
+    return answer
+
+
+def examined(url, queries=True, ms=5000, **keys):
+    """What the examiner finds: outcome and what was seen, by test."""
+    one = asbridge.read_registration(registration(url=url, **keys), "here")
+    return {row.test: row for row in asbridge.Examiner(one, asbridge.Settings(query_timeout_ms=ms), queries).results()}
+
+
+def failed(found):
+    return [row.test for row in found.values() if row.outcome == "failed"]
+
+
+REFUSALS = ["refuses a transaction without a token", "refuses a wrong token in the header", "refuses a wrong token in the query"]
+TAKEN = ["takes an empty transaction", "takes the same transaction again", "takes the hs_token from the header alone", "takes unknown keys in a transaction",
+         "takes an event of an unknown type and shape", "takes an event of a room that it does not know", "takes ephemeral data",
+         "takes ephemeral data, by its older name"]
+UNKNOWN = ["says 404 to an unknown path", "says 405 to a wrong method"]
+QUERIES = ["says of an unknown user that there is none", "says of an unknown alias that there is none"]
+
+
+@pytest.mark.parametrize("fault,fails", [
+    ("none", []), ("takes any token", REFUSALS), ("breaks", ["refuses broken JSON, and is not broken by it"]), ("answers no JSON", ["answers a ping", *TAKEN]),
+    ("answers with pages", [*UNKNOWN, *QUERIES]), ("says no errcode", REFUSALS), ("creates", []), ("reads the query only", ["takes the hs_token from the header alone"]),
+    ("is strict", [TAKEN[3], TAKEN[4], TAKEN[6], TAKEN[7]]), ("knows the legacy paths only", ["answers a ping", "takes an empty transaction"])])
+def test_the_examiner_finds_each_fault_of_an_application_service_and_no_other(recorder, fault, fails):
+    service = recorder()
+    service.answer = answering(fault)
+    found = examined(service.url)
+    assert failed(found) == sorted(fails, key=list(found).index), [row for row in found.values() if row.outcome == "failed"]
+    assert [row.test for row in found.values() if row.outcome == "skipped"] == ["describes its protocols"]
+
+
+def test_every_check_of_the_examiner_can_fail(recorder):
+    shown = {*REFUSALS, *TAKEN, *UNKNOWN, *QUERIES, "answers a ping", "refuses broken JSON, and is not broken by it", "listens at its url", "describes its protocols"}
+    assert {test for test, _, _ in asbridge.Examiner.CHECKS} == shown
+
+
+def test_the_examiner_says_that_only_the_legacy_paths_are_known_and_goes_on_with_them(recorder):
+    service = recorder()
+    service.answer = answering("knows the legacy paths only")
+    found = examined(service.url)
+    assert found["takes an empty transaction"].seen.startswith("only the legacy path /transactions/… is known: 200 {}; at today's 404 M_UNRECOGNIZED")
+    assert "the ping came with v1.7" in found["answers a ping"].seen
+    assert any(path.startswith("/users/@_irc_") for _, path, _, _, _ in service.requests)
+
+
+def test_the_examiner_asks_for_unknown_users_and_aliases_only_if_told(recorder):
+    service = recorder()
+    service.answer = answering("creates")
+    found = examined(service.url, queries=False)
+    assert [found[test].outcome for test in QUERIES] == ["skipped"] * 2 and "--queries" in found[QUERIES[0]].seen
+    assert not [path for _, path, _, _, _ in service.requests if "/users/" in path or "/rooms/" in path]
+    found = examined(service.url)
+    assert [found[test].outcome for test in QUERIES] == ["passed"] * 2
+    assert re.fullmatch(r"#_irc_asbridge-nobody-[0-9a-f]{8}:localhost: 200 \{\}: it says that it created it", found[QUERIES[1]].seen)
+    found = examined(service.url, namespaces={"users": [{"regex": "@(?=x).*", "exclusive": True}]})
+    assert (found[QUERIES[0]].outcome, found[QUERIES[1]].outcome) == ("skipped", "skipped")
+    assert "no ID could be made up for '@(?=x).*'" in found[QUERIES[0]].seen and "claims no aliases" in found[QUERIES[1]].seen
+
+
+@pytest.mark.parametrize("kind,regex", [
+    ("users", "@_irc_.*"), ("users", "^@_irc_[^:]+:localhost$"), ("users", r"@telegram_(\d+):localhost"), ("users", "@(?:tg|telegram)_[0-9]+(:localhost)?"),
+    ("users", r"@x\.y[[:alnum:]_]+:local"), ("users", "@slack_[A-Za-z0-9]{1,20}"), ("users", "@_(?P<a>x|y)_.+?:.*"), ("aliases", "#_irc_.*:localhost"), ("aliases", "#.*")])
+def test_an_id_that_nobody_has_is_made_up_from_the_regex_of_a_namespace(kind, regex):
+    one = asbridge.Namespace(kind, 0, regex, True, asbridge.compile_regex(regex))
+    id = asbridge.nobody(one, "localhost")
+    assert one.pattern.match(id) and asbridge.check_id(asbridge.KINDS[kind], id, "localhost") != asbridge.nobody(one, "localhost")
+
+
+@pytest.mark.parametrize("regex", ["@bot:localhost", "@_irc_.*:elsewhere", "@(?=x).*", "@[xy]"])
+def test_no_id_is_made_up_where_the_regex_leaves_no_room_for_one(regex):
+    assert asbridge.nobody(asbridge.Namespace("users", 0, regex, True, asbridge.compile_regex(regex)), "localhost") is None
+
+
+def put_to(service):
+    """(txn_id, body) of each transaction."""
+    return [(path.rsplit("/", 1)[1], body) for method, path, _, _, body in service.requests if method == "PUT"]
+
+
+def test_the_events_of_the_examiner_look_real_and_are_from_nobody(recorder):
+    service = recorder()
+    service.answer = answering()
+    examined(service.url)
+    events = [event for _, body in put_to(service) if body.endswith(b"}") for event in json.loads(body)["events"]]
+    assert len(events) == 2
+    for event in events:
+        assert asbridge.tick_of(event["event_id"]) >= 0 and event["age"] >= 0 and event["unsigned"]["age"] >= 0 and abs(event["origin_server_ts"] / 1000 - time.time()) < 60
+        assert event["sender"].endswith(".invalid") and event["room_id"].endswith(".invalid") and event["type"] != "m.room.message"
+
+
+def test_no_transaction_of_the_examiner_has_the_id_of_another_or_of_a_homeserver(recorder):
+    service = recorder()
+    service.answer = answering()
+    for _ in range(2):
+        examined(service.url)
+    ids = [txn_id for txn_id, _ in put_to(service)]
+    twice = [(txn_id, body) for txn_id, body in put_to(service) if ids.count(txn_id) > 1]
+    assert len(twice) == 4 and len(set(twice)) == 2 and not any(txn_id.isdigit() for txn_id in ids)
+
+
+def test_the_examiner_asks_no_more_of_one_that_can_not_be_reached():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    found = examined(f"http://127.0.0.1:{port}")
+    assert failed(found) == ["listens at its url"] and "nothing listens at" in found["listens at its url"].seen
+    assert {row.seen for row in list(found.values())[1:]} == {"it can't be reached"} and {row.outcome for row in list(found.values())[1:]} == {"skipped"}
+
+
+def test_the_examiner_asks_no_more_of_one_that_never_answers():
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        began = time.monotonic()
+        found = examined(f"http://127.0.0.1:{silent.getsockname()[1]}", ms=150)
+        assert time.monotonic() - began < 3
+    assert failed(found) == ["answers a ping", "takes an empty transaction"] and found["answers a ping"].seen == "it did not answer in time"
+    assert {row.outcome for row in list(found.values())[3:]} == {"skipped"}
+
+
+def test_the_examiner_asks_no_more_of_one_with_another_registration(recorder):
+    service = recorder()
+    service.answer = answering("has another token")
+    found = examined(service.url)
+    assert failed(found) == ["answers a ping", "takes an empty transaction"] and "it rejects the hs_token" in found["takes an empty transaction"].seen
+    assert {row.seen for row in list(found.values())[3:]} == {"it rejects the hs_token"}
+
+
+def test_the_examiner_has_nothing_to_ask_where_the_url_is_null():
+    assert {(row.outcome, row.seen) for row in examined(None).values()} == {("skipped", "its url is null: nothing is sent to it")}
+
+
+@pytest.mark.parametrize("protocols,outcome", [(["good"], "passed"), (["good", "unknown"], "passed"), (["good", "bad"], "failed"), ([], "skipped")])
+def test_the_examiner_asks_for_each_protocol_of_the_registration(recorder, protocols, outcome):
+    service = recorder()
+    service.answer = answering()
+    row = examined(service.url, protocols=protocols)["describes its protocols"]
+    assert row.outcome == outcome and all(f"{protocol}: " in row.seen for protocol in protocols)
+
+
+def test_the_examiner_can_be_asked_from_a_running_server(start, recorder):
+    r = recorder()
+    r.answer = answering()
+    hs = start(registration(url=r.url))
+    status, told = inspect(hs, "POST", "examine", {"appservice": "irc"})
+    assert status == 200 and {one["outcome"] for one in told["results"]} == {"passed", "skipped"} and "test" in told["results"][0]
+
+
+def test_the_examiner_tells_no_tokens_and_nothing_that_moves_a_cursor(recorder):
+    service = recorder()
+    service.answer = answering("echoes the request")
+    seen = str(examined(service.url, hs_token='hs/"+token').values())
+    assert seen.count("(token)") > 20 and "\\x1b" not in seen and "\x1b" not in seen and "hs/" not in seen and "hs%2" not in seen
+
+
 # ============================================================================
 # 10 and 11. The application service, and the IRC bridge on it
 # ============================================================================
@@ -10482,6 +10668,78 @@ def test_routes_prints_the_table(capsys):
     assert asbridge.main(["routes"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 1 + len(asbridge.ROUTES) + len(asbridge.ADMIN_ROUTES) and any(re.match(r"GET +/_matrix/client/v3/sync +user +Syncing", line) for line in lines)
+
+
+def examining(tmp_path, capsys, *flags, **keys):
+    """Exit code, stdout and stderr of check --examine with this configuration, on a free port unless it has one."""
+    (tmp_path / "c.json").write_text(json.dumps({"port": 0, **keys}))
+    code = asbridge.main(["check", "--config", str(tmp_path / "c.json"), "--examine", *flags])
+    return code, *capsys.readouterr()
+
+
+def test_the_sample_passes_every_check_of_the_examiner(capsys, monkeypatch):
+    monkeypatch.setattr(asbridge, "SAMPLE_REGISTRATION", {**asbridge.SAMPLE_REGISTRATION, "url": "http://127.0.0.1:0", "asbridge.sample": {"irc_port": 0}})
+    assert asbridge.main(["check", "--port", "0", "--examine"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["appservice", "test", "outcome", "spec", "seen"] and lines[-1] == "19 passed, 0 failed, 0 skipped"
+    assert {line.index("passed") for line in lines[1:-1]} == {lines[0].index("outcome")}
+
+
+def test_examine_ends_with_1_if_something_failed_and_prints_json_if_told(tmp_path, capsys, recorder):
+    good, bad = recorder(), recorder()
+    good.answer, bad.answer = answering(), answering("breaks")
+    first = registration(url=good.url, as_token="other")
+    assert examining(tmp_path, capsys, registrations=[first])[0] == 0
+    code, out, _ = examining(tmp_path, capsys, "--json", registrations=[first, {**registration(url=bad.url), "id": "two"}])
+    rows = json.loads(out)
+    assert code == 1 and len(rows) == 2 * len(asbridge.Examiner.CHECKS) and "hs-irc" not in out
+    assert [row for row in rows if row["outcome"] == "failed"] == [
+        {"appservice": "two", "test": "refuses broken JSON, and is not broken by it", "outcome": "failed", "spec": "Standard error response",
+         "seen": '500 "Traceback"; right would be 400 M_NOT_JSON'}]
+
+
+def test_an_application_service_finds_its_homeserver_while_it_is_examined(tmp_path, capsys, recorder):
+    service, told = recorder(), []
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+
+    def answer(request, body):
+        if request.path.endswith("/ping"):
+            client = asbridge.Client(f"http://127.0.0.1:{port}", "as-irc")
+            told.append((client.user_id, client.call("POST", V3 + "/register", {"type": "m.login.application_service", "username": "_irc_x"})["user_id"]))
+            client.close()
+        return answering()(request, body)
+    service.answer = answer
+    code, out, _ = examining(tmp_path, capsys, port=port, registrations=[registration(url=service.url)])
+    assert code == 0 and told == [("@_irc_bot:localhost", "@_irc_x:localhost")]
+
+
+def test_examine_says_what_to_do_where_the_port_of_the_homeserver_is_taken(tmp_path, capsys):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        code, out, err = examining(tmp_path, capsys, port=taken.getsockname()[1], registrations=[registration(url="http://127.0.0.1:1")])
+    assert code == 1 and out == "" and "stop the homeserver for that moment" in err and "Traceback" not in err
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        sample = {**asbridge.SAMPLE_REGISTRATION, "url": "http://127.0.0.1:0", "asbridge.sample": {"irc_port": taken.getsockname()[1]}}
+        code, out, err = examining(tmp_path, capsys, registrations=[sample])
+    assert code == 1 and out == "" and "asbridge.sample.irc_port" in err and "stop the homeserver" not in err
+
+
+def test_examine_can_be_interrupted(tmp_path, capsys, monkeypatch):
+    def interrupt(self):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(asbridge.Examiner, "results", interrupt)
+    assert examining(tmp_path, capsys, registrations=[registration()]) == (130, "", "")
+
+
+def test_examine_waits_for_one_that_is_about_to_start_and_leaves_a_sample_that_runs_alone(tmp_path, capsys, recorder):
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        url = f"http://127.0.0.1:{free.getsockname()[1]}"
+    code, out, err = examining(tmp_path, capsys, registrations=[registration(url=url)], query_timeout_ms=50)
+    assert code == 1 and f"nothing listens yet at {url}; start irc now" in err and "1 failed, 18 skipped" in out
+    service = recorder()
+    service.answer = answering()
+    code, out, err = examining(tmp_path, capsys, registrations=[registration(url=service.url, **{"asbridge.sample": {"irc_port": 1}})])
+    assert code == 0 and err == "" and service.transactions
 
 
 def test_version_is_printed(capsys):
