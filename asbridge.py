@@ -73,6 +73,7 @@ import hmac
 import http
 import http.client
 import http.server
+import importlib
 import itertools
 import json
 import logging
@@ -914,6 +915,8 @@ class Finding:
     where: str
     what: str
     right: str = ""
+    why: str = ""
+    level: str = "error"         # or "warning"
 
     def __str__(self) -> str:
         return f"{self.where}: {self.what}" + (f"; {self.right}" if self.right else "")
@@ -922,9 +925,9 @@ class Finding:
 class ConfigError(Exception):
     """A configuration that can't be used; `findings` has everything that is wrong with it."""
 
-    def __init__(self, findings: Sequence[Finding]) -> None:
+    def __init__(self, findings: Sequence[Finding], rest: Sequence[Namespace] = ()) -> None:
         super().__init__("\n".join(map(str, findings)))
-        self.findings = list(findings)
+        self.findings, self.rest = list(findings), rest      # rest: what can be read of a registration, for the doctor
 
 
 # -- YAML, as far as bridges write it.
@@ -1263,6 +1266,7 @@ REGISTRATION_KEYS: dict[str, tuple[Any, bool, str]] = {
     "uris":                                   (dict,               False, "an object with users and aliases"),
     "asbridge.sample":                        (dict,               False, '{"irc_port": 6667}'),
 }
+KNOWN_KEYS = (*REGISTRATION_KEYS, *(f"namespaces.{kind}" for kind in KINDS))
 
 
 class RegistrationReader:
@@ -1270,6 +1274,7 @@ class RegistrationReader:
 
     def __init__(self, data: Any, where: str) -> None:
         self.where, self.findings = where, []  # type: ignore[var-annotated]
+        self.rest: list[Namespace] = []                      # what can be read of one that can't be used
         self.data: JsonObject = data if isinstance(data, dict) else {}
         if not isinstance(data, dict):
             self.wrong("", "is not an object", "a registration has the keys " + ", ".join(REGISTRATION_KEYS))
@@ -1295,6 +1300,7 @@ class RegistrationReader:
         if not is_a(port, int) or not 0 <= port <= 65535:
             self.wrong("asbridge.sample.irc_port", f"is {quoted(port)}", "write a port from 0 to 65535")
         if self.findings:
+            self.rest = [one for kind in KINDS for one in namespaces[kind]]
             return None
         get = self.data.get
         return Registration(
@@ -1304,7 +1310,8 @@ class RegistrationReader:
             protocols=tuple(get("protocols") or ()), receive_ephemeral=get("receive_ephemeral", False),
             push_ephemeral=get("de.sorunome.msc2409.push_ephemeral", False) or get("push_ephemeral", False),
             msc3202=get("org.matrix.msc3202", False), uris=uris, sample=sample,
-            unknown=tuple(key for key in self.data if key not in REGISTRATION_KEYS))
+            unknown=tuple(key for key in (*self.data, *(f"namespaces.{kind}" for kind in self.data["namespaces"]))
+                          if key not in KNOWN_KEYS))
 
     def _check_words(self) -> None:
         url, sender = self.data.get("url"), self.data.get("sender_localpart")
@@ -1412,7 +1419,7 @@ def read_registration(data: Any, where: str) -> Registration:
     reader = RegistrationReader(data, where)
     registration = reader.read()
     if registration is None:
-        raise ConfigError(reader.findings)
+        raise ConfigError(reader.findings, reader.rest)
     return registration
 
 
@@ -1624,6 +1631,481 @@ class Audience:
                 part = {"@": "member", "#": "alias", "!": "room"}[claim.id[0]]
                 found[id] = f"{part} {claim}"
         return found
+
+
+# -- What a regex can match. To be skipped at first reading.
+#
+# Read into a tree, a regex tells in how many ways a text can be matched, which bounds the steps of Python's backtracking, and
+# what remains of it when a character is read, by which a text is found that several regexes match.
+
+Chars = frozenset[str]
+START, END = "start", "end"                                  # what ^ and $ match: any number of these stand around a text
+EDGES: Chars = frozenset({START, END})
+ALPHABET: Chars = frozenset(map(chr, range(128))) | {"é"}    # é stands for all that is not ASCII
+NOTHING: Chars = frozenset()
+HARMLESS_WAYS, ENDLESS_WAYS = 10**5, 10**9
+MAX_SEARCH = 3000                                            # of steps, for a common text
+
+
+class NotAnalysable(ValueError):
+    """A regex that has what no tree can show; the text says what."""
+
+
+class Exponential(ValueError):
+    """A regex for which each further character multiplies the ways of matching; the text says why."""
+
+
+# Each kind of Tree has: `first`, the characters it can start with; `least`, its shortest length; ways(), in how many ways it can
+# match in one place at most, one of `after` being next; read(), what can remain of it when a character is read.
+
+@dataclass(frozen=True)
+class OneOf:
+    """One character of a set."""
+    first: Chars
+    least: int = 1
+
+    def ways(self, after: Chars) -> int:
+        return 1
+
+    def read(self, char: str) -> set[Tree]:
+        return {Chain(())} if char in self.first else set()
+
+
+@dataclass(frozen=True)
+class Chain:
+    """One part after the other: the ways multiply."""
+    parts: tuple[Tree, ...]
+
+    @functools.cached_property
+    def first(self) -> Chars:
+        return functools.reduce(lambda after, part: opening(part, after), reversed(self.parts), NOTHING)
+
+    @functools.cached_property
+    def least(self) -> int:
+        return sum(part.least for part in self.parts)
+
+    def ways(self, after: Chars) -> int:
+        total = 1
+        for part in reversed(self.parts):
+            total *= part.ways(after)
+            after = opening(part, after)
+        return total
+
+    def read(self, char: str) -> set[Tree]:
+        found: set[Tree] = set()
+        for at, part in enumerate(self.parts):
+            found |= {chain(rest, *self.parts[at + 1:]) for rest in part.read(char)}
+            if part.least:
+                break
+        return found
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One part or another: the ways of those add up that can start with the same character."""
+    parts: tuple[Tree, ...]
+
+    @functools.cached_property
+    def first(self) -> Chars:
+        return NOTHING.union(*(part.first for part in self.parts))
+
+    @functools.cached_property
+    def least(self) -> int:
+        return min(part.least for part in self.parts)
+
+    def ways(self, after: Chars) -> int:
+        options = [(opening(part, after), part.ways(after)) for part in self.parts]
+        sums = [sum(ways for chars, ways in options if char in chars) for char in self.first | after]
+        return max(*sums, *(ways for _, ways in options))
+
+    def read(self, char: str) -> set[Tree]:
+        return {rest for part in self.parts for rest in part.read(char)}
+
+
+@dataclass(frozen=True)
+class Repeat:
+    """A part several times: each length is a way, but where the next character tells whether it goes on."""
+    part: Tree
+    low: int = 0
+    high: float = math.inf       # which it also is where it is more than an ID has characters
+
+    @property
+    def first(self) -> Chars:
+        return self.part.first if self.high else NOTHING
+
+    @property
+    def least(self) -> int:
+        return self.low * self.part.least
+
+    @functools.lru_cache(maxsize=1000)                       # noqa: B019 - equal ones share it
+    def ways(self, after: Chars) -> int:
+        again = self.part.ways(opening(self.part, after) if not self.part.least else self.first) if self.high > 1 else 1
+        if self.high == math.inf and not self.part.least:
+            raise Exponential("it repeats what can be empty")
+        if self.high == math.inf and again > 1:
+            raise Exponential("it repeats what can itself match a text in several ways")
+        if not self.first & after and self.part.ways(self.first | after) == 1:
+            return 1
+        most = int(min(self.high, MAX_ID_BYTES // max(1, self.part.least)))
+        total = max(1, most - self.low + 1) * int(again ** max(0, most - 1)) * self.part.ways(after)
+        if total > ENDLESS_WAYS:
+            raise Exponential(f"it can match a text in more than {ENDLESS_WAYS:,} ways")
+        return total
+
+    def read(self, char: str) -> set[Tree]:
+        again = Repeat(self.part, max(0, self.low - 1), self.high - 1)
+        return {chain(rest, again) for rest in self.part.read(char)} if self.high else set()
+
+
+Tree = OneOf | Chain | Choice | Repeat
+
+
+def opening(tree: Tree, after: Chars) -> Chars:
+    """What can come where it stands, if `after` is what can follow it."""
+    return tree.first if tree.least else tree.first | after
+
+
+def chain(*parts: Tree) -> Chain:
+    """One chain, without chains in it."""
+    return Chain(tuple(one for part in parts for one in (part.parts if isinstance(part, Chain) else (part,))))
+
+
+def common(*trees: Tree) -> str | None:
+    """A shortest text that all of them match as a whole, or None if there is none; NotAnalysable."""
+    todo = [tuple(frozenset({tree}) for tree in trees)]
+    texts = {todo[0]: ""}
+    for at in todo:
+        if all(any(not tree.least for tree in rests) for rests in at):
+            return texts[at]
+        if len(todo) > MAX_SEARCH:
+            raise NotAnalysable("too many repeats")
+        shared = frozenset.intersection(*(NOTHING.union(*(tree.first for tree in rests)) for rests in at))
+        for char in sorted(shared, key=lambda char: (not char.islower(), char)):
+            then = tuple(frozenset(rest for tree in rests for rest in tree.read(char)) for rests in at)
+            if then not in texts:
+                texts[then] = texts[at] + char * (char not in EDGES)
+                todo.append(then)
+    return None
+
+
+# What Python's parser calls it → what it is called here.
+OPAQUE = {"ASSERT": "a look-around", "ASSERT_NOT": "a look-around", "FAILURE": "a look-around", "GROUPREF": "a back-reference",
+          "GROUPREF_EXISTS": "a condition", "ATOMIC_GROUP": "an atomic group", "POSSESSIVE_REPEAT": "a possessive repeat",
+          "AT": "a word boundary", "SUBPATTERN": "flags in its middle"}
+CATEGORIES = {"DIGIT": r"\d", "NOT_DIGIT": r"\D", "SPACE": r"\s", "NOT_SPACE": r"\S", "WORD": r"\w", "NOT_WORD": r"\W"}
+
+
+def tree_of(pattern: re.Pattern[str]) -> Tree:
+    """The tree of a regex; NotAnalysable. Python's own parser reads it: it is private (re._parser), but has kept its shape for
+    twenty years, and whatever it says that is not known here makes the regex not analysable, no more.
+    """
+    try:
+        return _chain(importlib.import_module("re._parser").parse(pattern.pattern), bool(pattern.flags & re.I))
+    except RecursionError:
+        raise NotAnalysable("too many brackets in each other") from None
+
+
+def _chain(items: Iterable[Any], any_case: bool) -> Chain:
+    return chain(*(_part(str(name), value, any_case) for name, value in items))
+
+
+def _part(name: str, value: Any, any_case: bool) -> Tree:
+    if name in ("LITERAL", "NOT_LITERAL", "ANY", "IN"):
+        return OneOf(_set(name, value, any_case))
+    if name in ("MAX_REPEAT", "MIN_REPEAT"):
+        low, high, items = value
+        return Repeat(_chain(items, any_case), min(int(low), MAX_ID_BYTES + 1), high if high <= MAX_ID_BYTES else math.inf)
+    if name == "BRANCH":
+        return Choice(tuple(_chain(items, any_case) for items in value[1]))
+    if name == "SUBPATTERN" and not value[1] and not value[2]:
+        return _chain(value[3], any_case)
+    if name == "AT" and "BOUNDARY" not in str(value):
+        return OneOf(frozenset({START if "BEGINNING" in str(value) else END}))
+    raise NotAnalysable(OPAQUE.get(name, name))
+
+
+def _set(name: str, value: Any, any_case: bool) -> Chars:
+    """The characters of the alphabet that one character of a regex can be."""
+    if name == "IN":
+        found = NOTHING.union(*(_set(str(part), item, any_case) for part, item in value if str(part) != "NEGATE"))
+        return ALPHABET - found | {"é"} if str(value[0][0]) == "NEGATE" else found
+    if name == "ANY":
+        return ALPHABET - {"\n"}
+    if name == "NOT_LITERAL":
+        return ALPHABET - _set("LITERAL", value, any_case) | {"é"}
+    if name == "CATEGORY":
+        return frozenset(filter(re.compile(CATEGORIES[str(value).removeprefix("CATEGORY_")]).match, ALPHABET))
+    low, high = value if name == "RANGE" else (value, value)
+    found = frozenset(char for char in ALPHABET if low <= ord(char) <= high) | ({"é"} if high > 127 else NOTHING)
+    return frozenset(one for char in found for one in (char.lower(), char.upper()) if one in ALPHABET) if any_case else found
+
+
+class Cost(NamedTuple):
+    """What a match of 255 characters can cost: "harmless", "heavy", "exponential" or "not analysable", and why."""
+    verdict: str
+    ways: int = 0
+    reason: str = ""
+
+
+def cost_of(pattern: re.Pattern[str]) -> Cost:
+    try:
+        ways = tree_of(pattern).ways(NOTHING)
+    except NotAnalysable as error:
+        return Cost("not analysable", 0, str(error))
+    except Exponential as error:
+        return Cost("exponential", 0, str(error))
+    return Cost("harmless" if ways <= HARMLESS_WAYS else "heavy", ways, f"it can match a text in {ways:,} ways")
+
+
+# -- The doctor: what can be used, and is not what was meant.
+
+ID_FORMS = {                                                 # all IDs on a server; those of them that one meets
+    "users":   (r"@[!-9;-~]+:(?:%s)", r"@[a-z0-9._=/+-]+:(?:%s)"),
+    "aliases": (r"#[^:\0]+:(?:%s)",   r"#[a-z0-9._=/+-]+:(?:%s)"),
+    "rooms":   (r"![^\0]+",           r"![A-Za-z0-9]+:(?:%s)"),
+}
+NOUNS = {"users": "user ID", "aliases": "alias", "rooms": "room ID"}
+ANYTHING = Repeat(OneOf(ALPHABET | EDGES))
+BEFORE, BEHIND = Repeat(OneOf(frozenset({START}))), Repeat(OneOf(frozenset({END})))
+PLAIN_DOT = re.compile(BRACKETS.pattern + r"|(?<!\\.)(?<=[\w-])\.(?=[\w-])", re.S)
+EXAMPLE_TOKEN = re.compile(r"example|change.?me|wfghWEGh3wg|ugw8243igya|30c05ae90a24|312df522183e|this value is generated|^<.*>$"
+                           r"|^(.)\1*$|^(?:as|hs)?[-_]?(?:token|secret|test|password)[-_]?\d*$", re.I)
+SHORT_TOKEN = 16                                             # characters
+
+# name: (level, what there is, why it matters, what would be right)
+COMPLAINTS = {
+    "never": ("error", "'{regex}' matches no {noun}",
+              "it is matched from the start of the whole ID, which begins with '{sigil}' and ends with the server's name",
+              "write '{better}'"),
+    "elsewhere": ("error", "'{regex}' matches no {noun} of {server}", "that is this homeserver, and IDs of another are not made here",
+                  "write '{better}', or give the other name as server_name (--server-name)"),
+    "empty": ("error", "is empty", "an empty regex matches every ID", "write '{better}', or leave the entry out"),
+    "everybody": ("error", "'{regex}' claims every {noun} exclusively", "nobody else could have one",
+                  "write '{better}', or \"exclusive\": false to hear of all of them"),
+    "exclusive rooms": ("warning", "'{regex}' is exclusive", "nobody chooses a room's ID, so that there is nothing to reserve, and "
+                        "the specification leaves undefined what it would mean", "write \"exclusive\": false"),
+    "no sigil": ("warning", "'{regex}' does not begin with '{sigil}'", "it claims what has the rest anywhere in it, such as {example}",
+                 "write '{better}'"),
+    "dot": ("warning", "'{regex}' has a '.' where a plain one seems to be meant", "it stands for any character", "write '{better}'"),
+    "twice": ("warning", "'{regex}' stands here a second time", "an ID has to match once only", "leave one out"),
+    "unanchored": ("warning", "'{regex}' is also found within {example}", "Dendrite and Conduit search for it anywhere in an ID, "
+                   "Synapse and this program look at the start only", "write '{better}'"),
+    "part": ("warning", "'{regex}' matches no {noun} as a whole", "{example} matches because nothing is asked of its rest, and the "
+             "specification does not say whether that counts", "write '{better}'"),
+    "posix": ("warning", "'{regex}' has a POSIX character class",
+              "Synapse gives it to Python, which has none and reads a set of its letters", "write '{better}'"),
+    "not analysable": ("warning", "'{regex}' can't be analysed, for it has {reason}", "how long a match takes can't be told; Dendrite "
+                       "(Go) and Conduit (Rust) refuse look-arounds, back-references, conditions, atomic groups, possessive repeats",
+                       "do without it"),
+    "heavy": ("warning", "'{regex}' can be slow: {reason}", "while an ID is matched nothing else runs",
+              "write sets that can't match what follows them, such as [^_]*_ for .*_"),
+    "exponential": ("error", "'{regex}' can take for ever: {reason}", "an ID that somebody makes up for it stops the whole homeserver",
+                    "let there be one way only to match a text: write [a-z_]* for ([a-z]*_*)*"),
+    "open": ("warning", "'{regex}' names no server{more}", "only users of this server count here, but Dendrite and Conduit also take "
+             "those of others, such as {example}", "write '{better}' if it is to move there"),
+    "token": ("warning", "{looks}", "whoever guesses it can act as every user of this application service, or feed it with events",
+              "write a long random text, as `python asbridge.py generate` makes it"),
+    "any address": ("warning", "is '{url}'", "that is an address to listen on, not one to call", "write '{better}'"),
+    "path": ("error", "is '{url}'", "the homeserver itself puts /_matrix/app/… behind it", "write '{better}'"),
+    "own port": ("error", "is '{url}'", "that is the homeserver's own port: it would send to itself",
+                 "write where the application service listens"),
+    "unknown": ("warning", "nobody here reads this key", "it has no effect", "the nearest one is '{better}'"),
+    "uri": ("error", "makes {id} of {uri}", "that is outside of the namespaces of this registration, and so never found",
+            "write an ID that matches one of its regexes: {regexes}"),
+    "overlap": ("error", "{mine} matches {example}, and so does {theirs}", "both are exclusive: neither may create it",
+                "write regexes without a common ID, or \"exclusive\": false in one"),
+    "same sender": ("error", "is '{sender}', as in {other}", "two application services would be one user",
+                    "write another localpart"),
+    "taken sender": ("error", "{id} is in {theirs}", "that is exclusive: nobody else can act as this user", "write another localpart"),
+}
+
+
+def nearest(key: str, known: Iterable[str]) -> str:
+    return difflib.get_close_matches(key, known, 1, 0.0)[0]
+
+
+def complaint(name: str, where: str, **words: object) -> Finding:
+    level, what, why, right = (text.format(**words) for text in COMPLAINTS[name])
+    return Finding(where, what, right, why, level)
+
+
+def ids_of(kind: str, servers: str, usual: bool = False) -> Tree:
+    """The IDs of a kind on the servers whose names match a regex: all, or those that one meets."""
+    return chain(BEFORE, tree_of(re.compile(ID_FORMS[kind][usual].replace("%s", servers))), BEHIND)
+
+
+def shared_id(server_name: str, *namespaces: Namespace) -> str | None:
+    """An ID that namespaces of one kind all claim; None if there is none, or if their regexes can't be analysed."""
+    with contextlib.suppress(NotAnalysable):
+        id = common(ids_of(namespaces[0].kind, re.escape(server_name)),
+                    *(chain(BEFORE, tree_of(one.pattern), ANYTHING) for one in namespaces))
+        return id if id and all(one.pattern.match(id) for one in namespaces) else None
+    return None
+
+
+class NamespaceDoctor:
+    """Examines one entry of `namespaces`. A check yields names of complaints, each with the words that go into it."""
+
+    def __init__(self, namespace: Namespace, server_name: str, where: str = "") -> None:
+        self.namespace, self.kind, self.regex, self.pattern = namespace, namespace.kind, namespace.regex, namespace.pattern
+        self.sigil, self.server, self.escaped = KINDS[self.kind], server_name, re.sub(r"([.\[\]])", r"\\\1", server_name)
+        self.where = f"{where}namespaces.{self.kind}[{namespace.index}].regex"
+        self.cost = cost_of(self.pattern)
+        self.prefix, self.with_sigil = f"{self.sigil}irc_.*:{self.escaped}", re.sub(r"^\^?(?:\\?[@#!])?", self.sigil, self.regex)
+
+    def findings(self, checks: Iterable[tuple[str, JsonObject]]) -> list[Finding]:
+        return [complaint(name, self.where, **{
+            "regex": self.regex, "noun": NOUNS[self.kind], "sigil": self.sigil, "server": self.server, "reason": self.cost.reason,
+            "better": self.prefix, **words}) for name, words in checks]
+
+    def examine(self) -> Iterator[tuple[str, JsonObject]]:
+        if self.kind == "rooms" and self.namespace.exclusive:
+            yield "exclusive rooms", {}
+        if self.cost.verdict != "harmless":
+            yield self.cost.verdict, {}
+        never = list(self.never())
+        everybody = all(self.pattern.match(f"{self.sigil}{name}:{self.server}") for name in ("alice", "x.7", "_-z", "0"))
+        if not self.regex:
+            yield "empty", {}
+        elif everybody and self.namespace.exclusive and self.kind != "rooms":
+            yield "everybody", {}
+        elif not everybody:
+            yield from never or (*self._spelling(), *self._read_differently())
+
+    def match(self, servers: str, regex: re.Pattern[str] | None = None, usual: bool = False) -> str | None:
+        """An ID on these servers that it, or another regex, matches from the start."""
+        return common(ids_of(self.kind, servers, usual), chain(BEFORE, tree_of(regex or self.pattern), ANYTHING))
+
+    def never(self) -> Iterator[tuple[str, JsonObject]]:
+        """Whether it can match no ID at all, or none of this server."""
+        with contextlib.suppress(NotAnalysable):
+            if not self.match(self.escaped):
+                tries = (self.with_sigil, self.regex.removesuffix("$"),
+                         re.sub(r":[^:]*?(\$?)$", lambda match: f":{self.escaped}{match[1]}", self.regex), self.prefix)
+                yield "elsewhere" if self.match(r"[\w.:-]+") else "never", {"better": next(filter(self._works, tries))}
+
+    def _works(self, regex: str) -> bool:
+        with contextlib.suppress(re.error, NotAnalysable):
+            pattern = compile_regex(regex)
+            return cost_of(pattern).verdict != "exponential" and self.match(self.escaped, pattern) is not None
+        return False
+
+    def _spelling(self) -> Iterator[tuple[str, JsonObject]]:
+        plain = PLAIN_DOT.sub(lambda match: r"\." if match[0] == "." else match[0], self.regex)
+        if plain != self.regex:
+            yield "dot", {"better": plain}
+        if self.regex != self.pattern.pattern:
+            yield "posix", {"better": self.pattern.pattern}
+
+    def _read_differently(self) -> Iterator[tuple[str, JsonObject]]:
+        """Where it matters whether a homeserver looks at the start of an ID, anywhere in it, or at the whole."""
+        with contextlib.suppress(NotAnalysable):
+            tree, example, usual = tree_of(self.pattern), self.match(self.escaped, usual=True), ids_of(self.kind, self.escaped, True)
+            if self.sigil not in self.regex:
+                yield "no sigil", {"example": example, "better": self.with_sigil}
+            within = common(usual, chain(BEFORE, Repeat(OneOf(ALPHABET), 1), tree, ANYTHING))
+            if within and not self.pattern.match(within):
+                yield "unanchored", {"example": within, "better": f"^(?:{self.regex})" if tree.first <= {self.sigil, START} else
+                                     re.sub(rf"\|(?![{self.sigil}^])", f"|{self.sigil}", self.regex)}
+            if example and not common(usual, chain(BEFORE, tree, BEHIND)):
+                yield "part", {"example": example, "better": self.regex + ".*"}
+
+    def stranger(self) -> str | None:
+        """A user or alias of another server that it matches."""
+        with contextlib.suppress(NotAnalysable):
+            return self.match("elsewhere", usual=True) if self.regex and self.kind != "rooms" and self.match(self.escaped) else None
+        return None
+
+
+class Doctor:
+    """Examines registrations that can be used; `findings` has what is not as it should be, or may not be as it is meant."""
+
+    def __init__(self, server_name: str, port: int | None = None) -> None:
+        self.server, self.port = server_name, port
+        self.findings: list[Finding] = []
+
+    def say(self, name: str, where: str, **words: object) -> None:
+        self.findings.append(complaint(name, where, **words))
+
+    def examine(self, registrations: Sequence[tuple[str, Registration]],
+                rests: Iterable[tuple[str, Sequence[Namespace]]] = ()) -> list[Finding]:
+        """All findings; each registration is given with where it stands, and so are namespaces of which no more could be read."""
+        for where, one in registrations:
+            self._keys(where, one)
+            self._url(f"{where}: url", one.url)
+            self._namespaces(where, [namespace for kind in KINDS for namespace in one.namespaces[kind]])
+            self._uris(where, one)
+        for where, namespaces in rests:
+            self._namespaces(where, namespaces)
+        for first, second in itertools.combinations(registrations, 2):
+            self._senders(*first, *second)
+            self._senders(*second, *first)
+            self._overlaps(*first, *second)
+        return self.findings
+
+    def _keys(self, where: str, one: Registration) -> None:
+        for key in ("as_token", "hs_token"):
+            token = getattr(one, key)
+            if EXAMPLE_TOKEN.search(token):
+                self.say("token", f"{where}: {key}", looks="looks like an example")
+            elif len(token) < SHORT_TOKEN:
+                self.say("token", f"{where}: {key}", looks=f"has {len(token)} characters only")
+        for key in one.unknown:
+            self.say("unknown", f"{where}: {key}", better=nearest(key, KNOWN_KEYS))
+
+    def _url(self, where: str, url: str | None) -> None:
+        parts = urllib.parse.urlsplit(url or "")
+        if parts.hostname in ("0.0.0.0", "::"):
+            self.say("any address", where, url=url, better=parts._replace(netloc=f"127.0.0.1:{parts.port or 80}").geturl())
+        if "/_matrix" in parts.path:
+            self.say("path", where, url=url, better=str(url).partition("/_matrix")[0])
+        if self.port and parts.port == self.port and parts.hostname in ("localhost", "127.0.0.1", "0.0.0.0", "::1", "::"):
+            self.say("own port", where, url=url)
+
+    def _namespaces(self, where: str, namespaces: Sequence[Namespace]) -> None:
+        strangers = []                                       # one finding for all of them, for most regexes match some
+        for at, one in enumerate(namespaces):
+            doctor = NamespaceDoctor(one, self.server, f"{where}: ")
+            self.findings += doctor.findings(doctor.examine())
+            if any((one.kind, one.regex) == (other.kind, other.regex) for other in namespaces[:at]):
+                self.say("twice", doctor.where, regex=one.regex)
+            elif example := doctor.stranger():
+                strangers.append((doctor, example))
+        if strangers:
+            (doctor, example), *others = strangers
+            self.say("open", doctor.where, regex=doctor.regex, example=example, more=f", and so with {len(others)} more" * bool(others),
+                     better=f"{doctor.regex.removesuffix(':.*')}:{doctor.escaped}")
+
+    def _uris(self, where: str, one: Registration) -> None:
+        for rule in one.uris:
+            path, cost = f"{where}: uris.{rule.kind}: '{rule.pattern.pattern}'", cost_of(rule.pattern)
+            if cost.verdict in ("exponential", "heavy"):
+                self.say(cost.verdict, path, regex=rule.pattern.pattern, reason=cost.reason)
+            with contextlib.suppress(NotAnalysable):
+                uri = common(chain(BEFORE, tree_of(rule.pattern), BEHIND))
+                id = uri and rule.apply(uri, self.server)
+                if id and not Registrations(self.server, [one])._is_own(one, rule.kind, id):
+                    self.say("uri", path, id=id, uri=uri, regexes=one.regexes(rule.kind))
+
+    def _senders(self, where: str, one: Registration, other_where: str, other: Registration) -> None:
+        id = one.sender(self.server)
+        owner = next((one for one in other.namespaces["users"] if one.exclusive and one.pattern.match(id)), None)
+        if owner and id != other.sender(self.server):
+            self.say("taken sender", f"{where}: sender_localpart", id=id, theirs=f"{owner} of {other_where}")
+
+    def _overlaps(self, where: str, one: Registration, other_where: str, other: Registration) -> None:
+        if one.sender_localpart == other.sender_localpart:
+            self.say("same sender", f"{other_where}: sender_localpart", sender=one.sender_localpart, other=where)
+        for kind in ("users", "aliases"):
+            for mine, theirs in itertools.product(one.namespaces[kind], other.namespaces[kind]):
+                if mine.exclusive and theirs.exclusive and (id := shared_id(self.server, mine, theirs)):
+                    self.say("overlap", f"{where}: namespaces", mine=mine, example=id, theirs=f"{theirs} of {other_where}")
+
+
+def never_matching(registration: Registration, server_name: str) -> list[Finding]:
+    """Of the doctor's findings those that make a start useless without anybody noticing."""
+    doctors = [NamespaceDoctor(one, server_name) for kind in KINDS for one in registration.namespaces[kind]]
+    return [finding for doctor in doctors for finding in doctor.findings(doctor.never())]
 
 
 # ============================================================================
@@ -8464,8 +8946,6 @@ def shown_body(body: bytes) -> str:
 NOWHERE = "asbridge-examiner.invalid"    # a server that can't be (RFC 2606)
 OURS = "org.asbridge.examiner"           # a key, and a type of event, that nobody else has
 SILENT_CALLS = 2                         # so many in a row without an answer, and no more are made
-GROUP = re.compile(r"\((?:\?(?:P<\w+>|:))?([^()?|][^()|]*)[^()]*\)")
-ANYTHING = re.compile(r"(?:(?<!\\)\.|\[\^?\]?(?:\\.|[^\]\\])*\]|\\[dwDSW])(?:[*+?]|\{\d*,?\d*\})?[?+]?")
 Verdict = tuple[str, str]                # outcome, and what was seen
 
 
@@ -8478,15 +8958,13 @@ class Result(NamedTuple):
 
 
 def nobody(namespace: Namespace, server_name: str) -> str | None:
-    """An ID that the namespace claims and that surely nobody has; None if its regex is too clever for this."""
-    plain, regex, tag = "", namespace.pattern.pattern, secrets.token_hex(4)
-    while plain != regex:                                    # of each group the first alternative
-        plain, regex = regex, GROUP.sub(r"\1", regex)
+    """An ID that the namespace claims and that surely nobody has; None if there is none, or its regex can't be analysed."""
+    tag = secrets.token_hex(4)
     for word in (f"asbridge-nobody-{tag}", f"asbridge_nobody_{tag}", f"asbridgenobody{tag}", f"9{secrets.randbelow(10**17):017}"):
-        text = re.sub(r"\\(.)|[*+?^$]", r"\1", ANYTHING.sub(word, plain))
-        id = f"{text.partition(':')[0]}:{server_name}"
-        with contextlib.suppress(MatrixError):
-            if word in check_id(KINDS[namespace.kind], id) and namespace.pattern.match(id):
+        strange = re.compile(f"{KINDS[namespace.kind]}[!-9;-~]*{word}[!-9;-~]*:{re.escape(server_name)}")
+        with contextlib.suppress(NotAnalysable):
+            id = common(chain(BEFORE, tree_of(strange), BEHIND), chain(BEFORE, tree_of(namespace.pattern), ANYTHING))
+            if id and namespace.pattern.match(id):
                 return id
     return None
 
@@ -10957,6 +11435,7 @@ class ConfigReader:
     def __init__(self, data: Any, where: str, folder: str) -> None:
         self.where, self.folder = where, folder              # relative paths start from the folder
         self.findings: list[Finding] = []
+        self.rests: list[tuple[str, Sequence[Namespace]]] = []   # what can be read of registrations that can't be used
         self.data: JsonObject = data if isinstance(data, dict) else {}
         if not isinstance(data, dict):
             self.wrong("", "is not an object", "a configuration has the keys " + ", ".join(CONFIG_KEYS))
@@ -10965,11 +11444,7 @@ class ConfigReader:
         self.findings.append(Finding(f"{self.where}: {key}" if key else self.where, what, right))
 
     def read(self) -> Config:
-        values = {key: value for key, value in self.data.items() if key != "registrations"
-                  and self._check(key, value)}
-        sources = self.data.get("registrations", [])
-        registrations = self._registrations(sources if self._check("registrations", sources) else [])
-        self.findings += check_together(registrations)
+        values, registrations = self.look()
         if self.findings:
             raise ConfigError(self.findings)
         config = Config(**values, registrations=[registration for _, registration in registrations])
@@ -10977,10 +11452,18 @@ class ConfigReader:
             config.database = os.path.join(self.folder, config.database)
         return config
 
+    def look(self) -> tuple[JsonObject, list[tuple[str, Registration]]]:
+        """The values and registrations that can be used, each of these with where it stands; what is wrong becomes a finding."""
+        values = {key: value for key, value in self.data.items() if key != "registrations"
+                  and self._check(key, value)}
+        sources = self.data.get("registrations", [])
+        registrations = self._registrations(sources if self._check("registrations", sources) else [])
+        self.findings += check_together(registrations)
+        return values, registrations
+
     def _check(self, key: str, value: Any) -> bool:
         if key not in CONFIG_KEYS:
-            near = difflib.get_close_matches(key, CONFIG_KEYS, 1, 0.0)
-            self.wrong(key, "is not a key of the configuration", f"the nearest one is {near[0]!r}")
+            self.wrong(key, "is not a key of the configuration", f"the nearest one is {nearest(key, CONFIG_KEYS)!r}")
             return False
         type_, right = CONFIG_KEYS[key]
         good = any(is_a(value, one) for one in (type_ if isinstance(type_, tuple)
@@ -11013,6 +11496,7 @@ class ConfigReader:
                 found.append((where, self._registration(source, where)))
             except ConfigError as error:
                 self.findings += error.findings
+                self.rests.append((where, error.rest))
         return found
 
     @staticmethod
@@ -11024,12 +11508,19 @@ class ConfigReader:
         return read_registration(source, where)
 
 
-def read_config(path: str) -> Config:
-    """A configuration file, or a registration alone; ConfigError says everything that is wrong with it."""
+def config_reader(path: str | None) -> ConfigReader:
+    """For a configuration file, or a registration alone, or without a file for the sample; ConfigError if it can't be read."""
+    if path is None:
+        return ConfigReader({"registrations": [SAMPLE_REGISTRATION]}, "built in", "")
     data = load_file(path)
     if isinstance(data, dict) and {"as_token", "hs_token", "sender_localpart", "namespaces"} & data.keys():
         data = {"registrations": [os.path.basename(path)]}
-    return ConfigReader(data, path, os.path.dirname(path)).read()
+    return ConfigReader(data, path, os.path.dirname(path))
+
+
+def read_config(path: str) -> Config:
+    """A configuration file, or a registration alone; ConfigError says everything that is wrong with it."""
+    return config_reader(path).read()
 
 
 # -- The command line.
@@ -11067,14 +11558,7 @@ def parse_args(arguments: Sequence[str]) -> argparse.Namespace:
     explain.add_argument("id")
     explain.add_argument("--config", metavar="FILE", default=argparse.SUPPRESS)
     explain.add_argument("--json", action="store_true", help="as the inspector's API has it")
-    check = commands.add_parser("check", help="see whether application services do as they should")
-    check.add_argument("--config", metavar="FILE", default=argparse.SUPPRESS)
-    check.add_argument("--port", type=int, default=argparse.SUPPRESS)
-    check.add_argument("--examine", action="store_true", help="take the homeserver's place and see whether "
-                       "they do as the specification asks")
-    check.add_argument("--queries", action="store_true", help="ask for an unknown user and alias, too; "
-                       "a bridge may create and keep them")
-    check.add_argument("--json", action="store_true")
+    add_check(commands.add_parser("check", help="say what is wrong with registrations, or with the application services behind them"))
     generate = commands.add_parser("generate", help="print a fresh registration")
     generate.add_argument("id")
     generate.add_argument("--url", default="http://127.0.0.1:29300", help="where the application service "
@@ -11082,6 +11566,17 @@ def parse_args(arguments: Sequence[str]) -> argparse.Namespace:
     generate.add_argument("--prefix", help="of its users and aliases (default: the ID and '_')")
     commands.add_parser("routes", help="print the table of endpoints")
     return parser.parse_args(arguments)
+
+
+def add_check(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", metavar="FILE", default=argparse.SUPPRESS, help="a configuration, or one registration")
+    parser.add_argument("--server-name", default=argparse.SUPPRESS, help="of the homeserver that they are for")
+    parser.add_argument("--port", type=int, default=argparse.SUPPRESS, help="of that homeserver")
+    parser.add_argument("--examine", action="store_true", help="take its place for a moment and see whether the application "
+                        "services do as the specification asks")
+    parser.add_argument("--queries", action="store_true", help="with --examine: ask for an unknown user and alias, too; a bridge "
+                        "may create and keep them")
+    parser.add_argument("--json", action="store_true", help="print a list of objects")
 
 
 def generate_registration(id: str, url: str, prefix: str | None = None) -> JsonObject:
@@ -11163,15 +11658,18 @@ def set_up_log(args: argparse.Namespace) -> None:
     trace.setLevel(logging.DEBUG if args.trace else logging.WARNING)
 
 
+def flags_of(args: argparse.Namespace, reader: ConfigReader) -> JsonObject:
+    """The flags that override the file; the reader finds what is wrong with them."""
+    flags = {key: getattr(args, key) for key in ("server_name", "bind", "port", "database")}
+    return {key: value for key, value in flags.items() if value is not None and reader._check(key, value)}
+
+
 def config_of(args: argparse.Namespace) -> Config:
     """The file and the flags, which override it; without a file the sample."""
-    sample = ConfigReader({"registrations": [SAMPLE_REGISTRATION]}, "built in", "")
-    config = read_config(args.config) if args.config else sample.read()
+    config = config_reader(args.config).read()
     reader = ConfigReader({}, "command line", "")
-    for key in ("server_name", "bind", "port", "database"):
-        value = getattr(args, key)
-        if value is not None and reader._check(key, value):
-            setattr(config, key, value)
+    for key, value in flags_of(args, reader).items():
+        setattr(config, key, value)
     if args.role == "appservice" and not any(registration.sample is not None
                                              for registration in config.registrations):
         reader.wrong("--role appservice", "has nothing to run", "a registration needs the key "
@@ -11181,6 +11679,41 @@ def config_of(args: argparse.Namespace) -> Config:
     if reader.findings:
         raise ConfigError(reader.findings)
     return config
+
+
+def run_check(args: argparse.Namespace) -> int:
+    """Says everything that can be said of a configuration, and opens no database; 1 if something is wrong with it."""
+    reader = ConfigReader({}, "command line", "")
+    flags = flags_of(args, reader)
+    if reader.findings:
+        raise ConfigError(reader.findings)
+    findings = diagnose(args.config, flags)
+    keys = ("level", "where", "what", "why", "right")
+    objects = [{key: getattr(finding, key) for key in keys} for finding in findings]
+    print(json.dumps(objects, indent=2) if args.json else report(findings))
+    return int(any(finding.level == "error" for finding in findings))
+
+
+def diagnose(path: str | None, flags: JsonObject) -> list[Finding]:
+    try:
+        reader = config_reader(path)
+    except ConfigError as error:
+        return error.findings
+    values, registrations = reader.look()
+    values = {"server_name": "localhost", "port": 8008, **values, **flags}
+    return reader.findings + Doctor(values["server_name"], values["port"]).examine(registrations, reader.rests)
+
+
+def report(findings: Sequence[Finding]) -> str:
+    """The findings for a terminal, and how many there are."""
+    lines = []
+    for finding in findings:
+        lines.append(f"{finding.level}: {finding.where}: {finding.what}")
+        lines += [f"    why:   {finding.why}"] * bool(finding.why)
+        lines += ["    " + re.sub("^write ", "write: ", finding.right)] * bool(finding.right)
+    counts = collections.Counter(finding.level for finding in findings)
+    total = ", ".join(f"{count} {level}" + "s" * (count > 1) for level, count in sorted(counts.items()))
+    return "\n".join([*lines, total or "nothing to complain of"])
 
 
 def describe(hs: Homeserver) -> None:
@@ -11196,9 +11729,10 @@ def describe(hs: Homeserver) -> None:
                  registration.url, reachable(registration.url),
                  registration.sender(hs.world.name), waiting.get(registration.id, 0), names)
         for key in registration.unknown:
-            near = difflib.get_close_matches(key, REGISTRATION_KEYS, 1, 0.0)[0]
             log.warning("application service %s: nobody reads the key %r of its registration; the nearest one is %r",
-                        registration.id, key, near)
+                        registration.id, key, nearest(key, KNOWN_KEYS))
+        for finding in never_matching(registration, hs.world.name):
+            log.warning("application service %s: %s", registration.id, finding)
 
 
 def reachable(url: str | None) -> str:
@@ -11367,6 +11901,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if args.command == "generate":
             print(json.dumps(generate_registration(args.id, args.url, args.prefix), indent=2))
             return 0
+        if args.command == "check" and not args.examine:
+            return run_check(args)
         config = config_of(args)
         if args.command == "explain":
             return run_explain(args, config)
@@ -11374,12 +11910,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 2
     if args.command == "check":
-        args.quiet = not args.verbose
         set_up_log(args)
-        if args.examine:
-            return examine(config, args)
-        print("not yet")
-        return 0
+        if not args.verbose:
+            log.setLevel(logging.ERROR)                      # what it finds is what it says
+        return examine(config, args)
     set_up_log(args)
     gc.freeze()                                              # what there is now stays: not to be looked at again and again
     if config.one_cpu:

@@ -1389,9 +1389,257 @@ def test_what_a_uri_is_mapped_to_is_an_id_of_this_server(kind, uri):
     assert registrations_of(uri_rules()).map_uri(kind, uri) is None
 
 
+# -- What a regex can match
+
+def tree_of(regex):
+    return asbridge.tree_of(asbridge.compile_regex(regex))
+
+
+def steps(tree, text):
+    """How many steps Python's way of matching takes until it has tried everything: the first alternative first, back to the next where it fails."""
+    count = 0
+
+    def match(parts, at, then):
+        nonlocal count
+        count += 1
+        if not parts:
+            return then(at)
+        part, rest = parts[0], parts[1:]
+        if isinstance(part, asbridge.OneOf):
+            if part.first <= asbridge.EDGES:
+                return (at == 0 if "start" in part.first else at == len(text)) and match(rest, at, then)
+            return at < len(text) and text[at] in part.first and match(rest, at + 1, then)
+        if isinstance(part, asbridge.Chain):
+            return match(part.parts + rest, at, then)
+        if isinstance(part, asbridge.Choice):
+            return any(match((one, *rest), at, then) for one in part.parts)
+        again = asbridge.Repeat(part.part, max(0, part.low - 1), part.high - 1)
+        more = part.high > 0 and match((part.part,), at, lambda end: (end > at) and match((again, *rest), end, then))
+        return more or (part.low == 0 and match(rest, at, then))
+    match((tree,), 0, lambda at: False)
+    return count
+
+
+HARMLESS = [
+    "@_irc_.*", "@_irc_.*:example\\.org", "^@_irc_.*:localhost$", "@x_([a-z]+_)*[0-9]+", "@(?P<name>[^:]+):localhost", "@([a-z0-9.]+_)+bot", "@irc_(?:a|b|cd)*:x", "@.*_.*:x",
+    "(?i)@IRC_[a-z]*[0-9]", "@[[:alnum:]]+_[[:digit:]]+:x", "", ".*", "@a?b?c?", "@(?:irc|xmpp|telegram)_.*", "@_irc_[^_]*_.*:x", "@a{2,5}b", "@(ab|ac)*d", r"@\w+:x", "@.{1,64}:x", "[^ -~]+é", "(?i)(a|A)*b"]
+EXPONENTIAL = ["(a+)+$", "(a|a)*b", "@(.*)*:x", "([a-z]+)*[0-9]", "(a*)*b", "(a|ab?)*c", "(?:a|aa)+$", "([a-z]*_?)*:", "(.*a){30}b", "(?:[a-z]+)+[0-9]", "(\\w+\\d?)*!", "(a?){40}b"]
+
+
+@pytest.mark.parametrize("regex", HARMLESS)
+def test_a_harmless_regex_costs_little_for_255_characters_whatever_they_are(regex):
+    pattern = asbridge.compile_regex(regex)
+    assert asbridge.cost_of(pattern).verdict == "harmless"
+    for hostile in ("a", "_", "@", "ab", "a_", "@a", "aab", "x_a", "1", "a1", ":x", "a:"):
+        for start in ("", "@", "@x_", "@_irc_", "@irc_"):
+            text = start + (hostile * 255)[:254 - len(start)] + "!"
+            before = time.thread_time()
+            pattern.match(text)
+            assert time.thread_time() - before < 0.05
+
+
+@pytest.mark.parametrize("regex", EXPONENTIAL)
+def test_an_exponential_regex_is_known_as_one_and_says_why(regex):
+    cost = asbridge.cost_of(asbridge.compile_regex(regex))
+    assert cost.verdict == "exponential" and cost.reason.startswith("it ")
+
+
+@pytest.mark.parametrize("regex,char", [("(a+)+$", "a"), ("(a|a)*b", "a"), ("(.*)*:x", "a"), ("([a-z]+)*[0-9]", "z"), ("(a|ab?)*c", "a"), ("([a-z]*_?)*:", "a")])
+def test_each_further_character_doubles_the_steps_of_an_exponential_regex(regex, char):
+    counts = [steps(tree_of(regex), char * n + "!") for n in (6, 7, 8, 9)]
+    assert all(after > 1.6 * before for before, after in itertools.pairwise(counts)), counts
+
+
+@pytest.mark.parametrize("regex", HARMLESS)
+def test_the_steps_of_a_harmless_regex_are_within_its_bound(regex):
+    cost, tree = asbridge.cost_of(asbridge.compile_regex(regex)), tree_of(regex)
+    for text in ("a" * 40, "@x_" + "ab_" * 12, "@_irc_" + "_a" * 20, "@irc_" + "abcd" * 9, "@" + "a_" * 20):
+        assert steps(tree, text) <= 30 * len(text) * max(cost.ways, len(text))
+
+
+@pytest.mark.parametrize("regex,ways", [("@_irc_.*", 1), ("@x_([a-z]+_)*[0-9]+", 1), ("@.*:x", 256), ("@.*_.*:x", 65536), ("@(?:irc|xmpp)_", 1), ("@(a|[ab])c", 1), ("@(a|ab?)c", 2), ("@a?a", 2), ("@a{3}a", 1),
+                                        ("@.*_.*_.*:x", 256**3), ("@(?:a|b){1,3}a", 3), ("@[^:]*:x", 1), ("@([a-z]+\\.)*[a-z]+:x", 128)])
+def test_the_ways_of_a_regex_multiply_in_a_row_add_up_in_a_choice_and_are_one_where_the_next_character_decides(regex, ways):
+    cost = asbridge.cost_of(asbridge.compile_regex(regex))
+    assert cost.ways == ways and cost.verdict == ("harmless" if ways <= 100_000 else "heavy")
+
+
+@pytest.mark.parametrize("regex,what", [("@(?=a).*", "a look-around"), ("@(?!a).*", "a look-around"), ("(?<=@)a", "a look-around"), ("(?<!@)a", "a look-around"), ("(?!)", "a look-around"),
+                                        (r"@(.)\1", "a back-reference"), ("(?P<a>.)(?P=a)", "a back-reference"), ("(@)?(?(1)a|b)", "a condition"), ("@(?>a+)b", "an atomic group"),
+                                        ("@a++b", "a possessive repeat"), (r"@a\b", "a word boundary"), ("@(?i:a)", "flags in its middle"), ("(" * 60 + "a" + "?)" * 60, None)])
+def test_what_no_tree_can_show_is_not_analysable_and_named(regex, what):
+    cost = asbridge.cost_of(asbridge.compile_regex(regex))
+    assert (cost.verdict, cost.reason) == ("not analysable", what) if what else cost.verdict != "not analysable"
+
+
+@pytest.mark.parametrize("regexes,text", [
+    (["a"], "a"), (["a", "b"], None), ([".*_irc", "foo_.*"], "foo_irc"), (["[a-z]+_.*", "irc.*"], "irc_"), (["a*b", "[^b]*c?b"], "b"), (["(ab)+", "a(ba)*b", "....+"], "abab"), (["a{3}", "a{2,4}", "a+"], "aaa"),
+    (["(?i)ABC", "abc"], "abc"), ([r"\d\w\s", "5. "], "5a "), (["[^a-z]", "[a-c]"], None), (["é", "[а-я]"], "é"), (["a|b|", "b|c"], "b"), ([""], ""), (["a{0}b", "b"], "b"), (["[]]", "."], "]"),
+    (["^a$", "a"], "a"), (["a$b", "a.*b"], None), (["^^a$$", "a"], "a")])
+def test_a_shortest_text_that_several_regexes_match_is_found(regexes, text):
+    assert asbridge.common(*(asbridge.chain(asbridge.BEFORE, tree_of(regex), asbridge.BEHIND) for regex in regexes)) == text
+
+
+# -- The doctor
+
+RANDOM = {"as_token": "5dc01f2a9e8b47d6a3d1c7e05f9b2846", "hs_token": "b08e6f1c3a5d49727f0e1b9d8c6a4253"}
+
+
+def registration_for(users=(), aliases=(), rooms=(), id="irc", exclusive=True, **more):
+    """A registration of which the doctor has nothing else to say; an entry is a regex or a whole object."""
+    def entries(regexes):
+        return [regex if isinstance(regex, dict) else {"regex": regex, "exclusive": exclusive} for regex in regexes]
+    tokens = {key: token + id for key, token in RANDOM.items()}
+    return registration(id, **{**tokens, "url": "http://127.0.0.1:9009", "sender_localpart": f"{id}bot", **more},
+                        namespaces={"users": entries(users), "aliases": entries(aliases), "rooms": entries(rooms)})
+
+
+def told(*data, server_name="example.org", port=8008):
+    """The doctor's findings in registrations that stand in a.yaml, b.yaml, …"""
+    read = [(f"{chr(97 + n)}.yaml", read_registration(one)[0]) for n, one in enumerate(data)]
+    return asbridge.Doctor(server_name, port).examine(read)
+
+
+def complaints(*data, **keys):
+    """The same in short: the level, where without the file, and the name of the complaint."""
+    def name(finding):
+        return next(name for name, texts in asbridge.COMPLAINTS.items() if all(
+            re.fullmatch(re.sub(r"\\\{\w+\\\}", ".*", re.escape(text)), said) for text, said in zip(texts, (finding.level, finding.what, finding.why, finding.right), strict=True)))
+    return [(finding.level, finding.where, name(finding)) for finding in told(*data, **keys)]
+
+
+CLEAN = {
+    "heisenbridge": registration_for(["@irc_.*:example\\.org", "@heisenbridge:example\\.org"], sender_localpart="heisenbridge", url="http://127.0.0.1:9898"),
+    "mautrix-python": registration_for(["@telegram_.*:example\\.org", "@telegrambot:example\\.org"], ["\\#telegram_.*:example\\.org"], url="http://localhost:29317", sender_localpart="a8sd7f6a",
+                                       **{"de.sorunome.msc2409.push_ephemeral": True, "push_ephemeral": True}),
+    "mautrix-go": registration_for(["^@whatsappbot:example\\.org$", "^@whatsapp_.*:example\\.org$"], url="http://localhost:29318", **{"io.element.msc4190": True, "receive_ephemeral": True}),
+    "matrix-appservice-irc": registration_for(["@oftc_.*:example\\.org"], ["#oftc_#.*:example\\.org"], protocols=["irc"], url="http://localhost:8090", sender_localpart="ircbot"),
+    "double puppet": registration_for(["@.*:example\\.org"], exclusive=False, url=None, sender_localpart="x8f0b1"),
+    "archive": registration_for(rooms=["!.*"], exclusive=False),
+}
+
+
+@pytest.mark.parametrize("name", CLEAN)
+def test_of_a_registration_as_bridges_write_them_the_doctor_says_nothing(name):
+    assert told(CLEAN[name]) == []
+
+
+@pytest.mark.parametrize("regex,server_name", [("@_irc_.*", "localhost"), ("@irc_.*", "example.org"), ("@_irc_bridge_.*", "example.org")])
+def test_the_examples_of_the_specification_get_one_gentle_warning(regex, server_name):
+    assert complaints(registration_for([regex], [regex.replace("@", "#")]), server_name=server_name) == [("warning", "a.yaml: namespaces.users[0].regex", "open")]
+
+
+@pytest.mark.parametrize("kind,regex,complaint,better", [
+    ("users", "_irc_.*", "never", "@_irc_.*"), ("users", "^_irc_.*:example\\.org$", "never", "@_irc_.*:example\\.org$"), ("users", "#_irc_.*", "never", "@_irc_.*"), ("users", "@_irc_bob$", "never", "@_irc_bob"),
+    ("aliases", "irc_.*", "never", "#irc_.*"), ("rooms", "[a-z]+", "never", "![a-z]+"), ("users", "@irc_ .*", "never", "@irc_.*:example\\.org"), ("users", "x(?P<a>.)", "never", "@x(?P<a>.)"),
+    ("users", "@irc_.*:other\\.org", "elsewhere", "@irc_.*:example\\.org"), ("users", "^@irc_.*:localhost$", "elsewhere", "^@irc_.*:example\\.org$"), ("aliases", "#irc_.*:other", "elsewhere", "#irc_.*:example\\.org"),
+    ("users", "", "empty", "@irc_.*:example\\.org"), ("users", ".*", "everybody", "@irc_.*:example\\.org"), ("users", "@.*", "everybody", "@irc_.*:example\\.org"), ("users", "@.*:example\\.org", "everybody", "@irc_.*:example\\.org"),
+    ("aliases", "#", "everybody", "#irc_.*:example\\.org"), ("users", "@(a+)+:example\\.org", "exponential", "[a-z_]*")])
+def test_a_regex_that_is_wrong_is_an_error_with_what_to_write_instead(kind, regex, complaint, better):
+    assert ("error", f"a.yaml: namespaces.{kind}[0].regex", complaint) in complaints(registration_for(**{kind: [regex]}))
+    assert better in "".join(finding.right for finding in told(registration_for(**{kind: [regex]})) if finding.level == "error")
+
+
+@pytest.mark.parametrize("kind,regex,complaint,better", [
+    ("users", ".*_irc.*:example\\.org", "no sigil", "@.*_irc.*:example\\.org"), ("users", "@irc_.*:example.org", "dot", "@irc_.*:example\\.org"), ("users", "@irc.bot_.*:example\\.org", "dot", "@irc\\.bot_.*:example\\.org"),
+    ("users", "@a_.*:example\\.org|b_.*:example\\.org", "unanchored", "@a_.*:example\\.org|@b_.*:example\\.org"), ("aliases", "#a_.*:example\\.org|irc_.*:example\\.org", "unanchored", "|#irc_"),
+    ("users", "@_irc_", "part", "@_irc_.*"), ("users", "@_irc_[a-z]+", "part", "@_irc_[a-z]+.*"), ("users", "@_irc_[[:alnum:]]+:example\\.org", "posix", "@_irc_[a-zA-Z0-9]+:example\\.org"),
+    ("users", "@_irc_(?!bot).*:example\\.org", "not analysable", "do without"), ("users", r"@(.)\1.*:example\.org", "not analysable", "do without"), ("users", "@.*_.*_.*:example\\.org", "heavy", "[^_]*_")])
+def test_a_regex_that_may_not_be_what_was_meant_is_a_warning_with_what_to_write_instead(kind, regex, complaint, better):
+    found = registration_for(**{kind: [{"regex": regex, "exclusive": kind != "rooms"}]})
+    assert [(level, name) for level, _, name in complaints(found) if name != "open"] == [("warning", complaint)]
+    assert better in "".join(finding.right for finding in told(found))
+
+
+@pytest.mark.parametrize("regex", ["@irc_.*:example\\.org", "@irc_[a-z.]+:example\\.org", "@irc_[^a.b]*:example\\.org", "@irc_\\d.x:example\\.org", "@irc_a.*b:example\\.org", "@irc_.+:example\\.org", "@irc_..:example\\.org"])
+def test_a_dot_that_is_meant_to_match_anything_is_not_complained_of(regex):
+    assert "dot" not in [name for _, _, name in complaints(registration_for([regex]))]
+
+
+def test_an_exclusive_room_namespace_is_warned_of_for_the_specification_leaves_it_undefined():
+    assert complaints(registration_for(rooms=["!.*:example\\.org"])) == [("warning", "a.yaml: namespaces.rooms[0].regex", "exclusive rooms")]
+
+
+def test_an_entry_that_stands_twice_is_warned_of():
+    assert complaints(registration_for(["@a:example\\.org", "@a:example\\.org"], ["#a:example\\.org"])) == [("warning", "a.yaml: namespaces.users[1].regex", "twice")]
+
+
+def test_that_no_server_is_named_is_said_once_with_what_others_would_take():
+    finding, = told(registration_for(["@irc_.*", "@x:example\\.org", "@bot:.*"], ["#irc_.*"]))
+    assert finding.level == "warning" and "and so with 2 more" in finding.what and "@irc_:elsewhere" in finding.why and "'@irc_.*:example\\.org'" in finding.right
+
+
+@pytest.mark.parametrize("key", ["as_token", "hs_token"])
+@pytest.mark.parametrize("token", ["example-as-token-change-me-wfghWEGh3wgWHEf3478sHFWE", "30c05ae90a248a4188e620216fa72e349803310ec83e2a77b34fe90be6081f46", "312df522183efd404ec1cd22d2ffa4bbc76a8c1ccf541dd692eef281356bb74e", "secret",
+                                   "test", "as_token", "This value is generated when generating the registration", "<random string here>", "0" * 40, "a1b2c3d4e5f6a7b", "CHANGE_ME_CHANGE_ME"])
+def test_a_token_that_can_be_guessed_is_warned_of_and_never_printed(key, token):
+    finding, = told(registration_for(["@a:example\\.org"], **{key: token}))
+    assert finding.level == "warning" and finding.where == f"a.yaml: {key}" and finding.what.startswith(("looks like an example", "has 15 characters"))
+    assert token not in (repr(finding) if token not in ("test", "secret", "as_token") else finding.what)
+
+
+@pytest.mark.parametrize("url,level,complaint,better", [
+    ("http://0.0.0.0:9009/base", "warning", "any address", "'http://127.0.0.1:9009/base'"), ("http://[::]:9009", "warning", "any address", "'http://127.0.0.1:9009'"),
+    ("http://h:9009/_matrix/app/v1", "error", "path", "'http://h:9009'"), ("http://h/base/_matrix/app/v1/", "error", "path", "'http://h/base'"),
+    ("http://127.0.0.1:8008", "error", "own port", "where the application service listens"), ("http://localhost:8008", "error", "own port", "where the application service listens")])
+def test_a_url_that_leads_elsewhere_is_complained_of(url, level, complaint, better):
+    data = registration_for(["@a:example\\.org"], url=url)
+    assert complaints(data) == [(level, "a.yaml: url", complaint)] and better in told(data)[0].right
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:9009/base", "http://bridge:8008", "https://example.org", None])
+def test_a_url_that_can_be_called_is_not_complained_of(url):
+    assert told(registration_for(["@a:example\\.org"], url=url)) == []
+
+
+@pytest.mark.parametrize("more,key,near", [({"recieve_ephemeral": True}, "recieve_ephemeral", "receive_ephemeral"), ({"namespaces": {"user": []}}, "namespaces.user", "namespaces.users")])
+def test_a_key_that_nobody_reads_is_warned_of_with_the_nearest_one(more, key, near):
+    finding, = told({**registration_for(), **more})
+    assert (finding.level, finding.where, finding.right) == ("warning", f"a.yaml: {key}", f"the nearest one is '{near}'")
+
+
+@pytest.mark.parametrize("user_id,found", [("@y_{n}:{server_name}", ["uri"]), ("@x_{n}:other", ["uri"]), ("@x_{n}:{server_name}", [])])
+def test_a_uri_that_would_be_mapped_out_of_the_namespaces_is_an_error_with_an_example(user_id, found):
+    data = registration_for(["@x_.*:example\\.org"], uris={"users": [{"regex": "x:(?P<n>[a-z]+)", "user_id": user_id}]})
+    assert [name for _, _, name in complaints(data)] == found and all("of x:a" in finding.what for finding in told(data))
+
+
+def test_a_regex_of_a_uri_that_can_take_for_ever_is_an_error():
+    assert complaints(registration_for(["@x_.*:example\\.org"], uris={"users": [{"regex": "(a+)+", "user_id": "@x_:{server_name}"}]}))[0][2] == "exponential"
+
+
+@pytest.mark.parametrize("one,other,example", [
+    ("@irc_.*", "@irc_x_.*", "@irc_x_:example.org"), ("@irc_.*", "@.*_irc:.*", "@irc_irc:example.org"), ("@[a-z]+_.*", "@irc.*:example\\.org", "@irc_:example.org"), ("@irc_.*", "@xmpp_.*", None), ("@a$", "@a.*", None),
+    ("@irc_[a-m].*", "@irc_[n-z].*", None), ("@irc_.*:example\\.org", "@irc_.*:other", None), ("@irc_(?=x).*", "@irc_.*", None)])
+@pytest.mark.parametrize("exclusive", [True, False])
+def test_two_that_claim_the_same_exclusively_are_an_error_with_an_id_that_both_match(one, other, example, exclusive):
+    both = registration_for([one]), registration_for([{"regex": other, "exclusive": exclusive}], id="b")
+    found = [finding for finding, (*_, name) in zip(told(*both), complaints(*both), strict=True) if name == "overlap"]
+    assert len(found) == bool(example and exclusive) and all(f"matches {example}, and" in finding.what and finding.level == "error" for finding in found)
+    assert all(re.match(regex, example) for regex in (one, other) if example)
+
+
+def test_two_that_have_the_same_sender_localpart_are_an_error():
+    assert complaints(registration_for(), registration_for(id="b", sender_localpart="ircbot")) == [("error", "b.yaml: sender_localpart", "same sender")]
+
+
+def test_a_sender_localpart_in_the_exclusive_namespace_of_another_is_an_error():
+    theirs = registration_for(["@b.*:example\\.org"])
+    assert complaints(theirs, registration_for(id="b")) == [("error", "b.yaml: sender_localpart", "taken sender")]
+    assert complaints(registration_for(id="b"), theirs) == [("error", "a.yaml: sender_localpart", "taken sender")]
+    assert complaints(registration_for(["@b.*:example\\.org"], exclusive=False), registration_for(id="b")) == []
+    assert complaints(registration_for(["@irc.*:example\\.org"])) == []
+
+
+def test_every_complaint_is_tested_and_says_why():
+    with open(__file__, encoding="utf-8") as file:
+        source = file.read()
+    assert [name for name, (level, _, why, _) in asbridge.COMPLAINTS.items() if not (level in ("error", "warning") and why and f'"{name}"' in source)] == []
+
+
 # -- Why: what explain() says.
 
-def told(*registrations):
+def explainer(*registrations):
     return asbridge.Registrations("localhost", [asbridge.read_registration(one, "here") for one in registrations]).explain
 
 
@@ -1422,7 +1670,7 @@ def test_a_namespace_says_how_a_search_and_a_full_match_would_decide(regex, id, 
 
 
 def test_explain_names_who_claims_a_user_who_owns_it_and_who_may_create_it():
-    explain = told(registration(url="http://x"), registration("all", users=["@.*"], exclusive=False, url="http://y"), registration("no", users=[]))
+    explain = explainer(registration(url="http://x"), registration("all", users=["@.*"], exclusive=False, url="http://y"), registration("no", users=[]))
     said = explain("@_irc_bob:localhost")
     assert [(one["id"], one["matches"], one["exclusive"]) for one in said["appservices"]] == [
         ("irc", True, True), ("all", True, False), ("no", False, False)]
@@ -1436,7 +1684,7 @@ def test_explain_names_who_claims_a_user_who_owns_it_and_who_may_create_it():
 
 
 def test_explain_takes_aliases_room_ids_and_uris_and_says_what_else_is_none_of_them():
-    explain = told({**asbridge.SAMPLE_REGISTRATION}, registration("rooms", rooms=["!abc.*"], exclusive=False))
+    explain = explainer({**asbridge.SAMPLE_REGISTRATION}, registration("rooms", rooms=["!abc.*"], exclusive=False))
     assert explain("#_irc_x:localhost")["kind"] == "alias" and explain("#_irc_x:localhost")["owner"]["appservice"] == "irc"
     assert explain("!abcd:localhost")["appservices"][1]["matches"] and explain("!abcd:localhost")["query"] == []
     uri = explain("irc://localhost/Bob,isnick")
@@ -9132,7 +9380,7 @@ def test_an_id_that_nobody_has_is_made_up_from_the_regex_of_a_namespace(kind, re
     assert one.pattern.match(id) and asbridge.check_id(asbridge.KINDS[kind], id, "localhost") != asbridge.nobody(one, "localhost")
 
 
-@pytest.mark.parametrize("regex", ["@bot:localhost", "@_irc_.*:elsewhere", "@(?=x).*", "@[xy]"])
+@pytest.mark.parametrize("regex", ["@bot:localhost", "@_irc_.*:elsewhere", "@(?=x).*", "@[xy]:localhost"])
 def test_no_id_is_made_up_where_the_regex_leaves_no_room_for_one(regex):
     assert asbridge.nobody(asbridge.Namespace("users", 0, regex, True, asbridge.compile_regex(regex)), "localhost") is None
 
@@ -10670,18 +10918,31 @@ def test_routes_prints_the_table(capsys):
     assert len(lines) == 1 + len(asbridge.ROUTES) + len(asbridge.ADMIN_ROUTES) and any(re.match(r"GET +/_matrix/client/v3/sync +user +Syncing", line) for line in lines)
 
 
+def checking(*arguments):
+    """Exit code of check; the log of this process stays as it was."""
+    log = asbridge.log
+    handlers, propagate, level, traced = log.handlers[:], log.propagate, log.level, asbridge.trace.level
+    try:
+        return asbridge.main(["check", *arguments])
+    finally:
+        log.handlers[:], log.propagate = handlers, propagate
+        log.setLevel(level)
+        asbridge.trace.setLevel(traced)
+
+
 def examining(tmp_path, capsys, *flags, **keys):
     """Exit code, stdout and stderr of check --examine with this configuration, on a free port unless it has one."""
     (tmp_path / "c.json").write_text(json.dumps({"port": 0, **keys}))
-    code = asbridge.main(["check", "--config", str(tmp_path / "c.json"), "--examine", *flags])
+    code = checking("--config", str(tmp_path / "c.json"), "--examine", *flags)
     return code, *capsys.readouterr()
 
 
 def test_the_sample_passes_every_check_of_the_examiner(capsys, monkeypatch):
     monkeypatch.setattr(asbridge, "SAMPLE_REGISTRATION", {**asbridge.SAMPLE_REGISTRATION, "url": "http://127.0.0.1:0", "asbridge.sample": {"irc_port": 0}})
-    assert asbridge.main(["check", "--port", "0", "--examine"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0].split() == ["appservice", "test", "outcome", "spec", "seen"] and lines[-1] == "19 passed, 0 failed, 0 skipped"
+    assert checking("--port", "0", "--examine") == 0
+    out, err = capsys.readouterr()
+    lines = out.splitlines()
+    assert lines[0].split() == ["appservice", "test", "outcome", "spec", "seen"] and lines[-1] == "19 passed, 0 failed, 0 skipped" and err == ""
     assert {line.index("passed") for line in lines[1:-1]} == {lines[0].index("outcome")}
 
 
@@ -10740,6 +11001,91 @@ def test_examine_waits_for_one_that_is_about_to_start_and_leaves_a_sample_that_r
     service.answer = answering()
     code, out, err = examining(tmp_path, capsys, registrations=[registration(url=service.url, **{"asbridge.sample": {"irc_port": 1}})])
     assert code == 0 and err == "" and service.transactions
+
+
+def checked(tmp_path, capsys, config, *flags):
+    """Exit code and stdout of `check` for this configuration."""
+    (tmp_path / "c.json").write_text(config if isinstance(config, str) else json.dumps(config))
+    code = asbridge.main([*flags, "check", "--config", str(tmp_path / "c.json")])
+    out, err = capsys.readouterr()
+    assert err == "" and os.listdir(tmp_path) == ["c.json"], "it changes nothing"
+    return code, out.replace(str(tmp_path) + os.sep, "")
+
+
+def test_check_says_of_each_finding_where_what_why_and_what_to_write_and_counts_them(tmp_path, capsys):
+    data = {"server_name": "example.org", "registrations": [registration_for(["_irc_.*", "@irc_.*:example.org"], url="http://h:1", as_token="secret")]}
+    assert checked(tmp_path, capsys, data) == (1, """\
+warning: c.json: registrations[0]: as_token: looks like an example
+    why:   whoever guesses it can act as every user of this application service, or feed it with events
+    write: a long random text, as `python asbridge.py generate` makes it
+error: c.json: registrations[0]: namespaces.users[0].regex: '_irc_.*' matches no user ID
+    why:   it is matched from the start of the whole ID, which begins with '@' and ends with the server's name
+    write: '@_irc_.*'
+warning: c.json: registrations[0]: namespaces.users[1].regex: '@irc_.*:example.org' has a '.' where a plain one seems to be meant
+    why:   it stands for any character
+    write: '@irc_.*:example\\.org'
+1 error, 2 warnings
+""")
+
+
+def test_check_ends_with_0_where_nothing_is_wrong_and_with_warnings_alone(tmp_path, capsys):
+    assert checked(tmp_path, capsys, registration_for(["@irc_.*:localhost"])) == (0, "nothing to complain of\n")
+    code, out = checked(tmp_path, capsys, registration_for(["@irc_.*"]))
+    assert code == 0 and out.startswith("warning: c.json: namespaces.users[0].regex: ") and out.endswith("\n1 warning\n")
+
+
+def test_check_says_of_a_configuration_that_cannot_be_used_all_that_can_be_said(tmp_path, capsys):
+    broken = {**registration_for(["_irc_.*", "("], id="b"), "hs_token": 5}
+    code, out = checked(tmp_path, capsys, {"prot": 1, "registrations": [broken, registration_for(["x"]), "none.yaml"]})
+    assert code == 1 and out.endswith("\n6 errors\n")
+    for part in ("c.json: prot: is not a key of the configuration\n    the nearest one is 'port'", "registrations[0]: hs_token: is no text", "registrations[0]: namespaces.users[1].regex: '(' is not a regex",
+                 "registrations[0]: namespaces.users[0].regex: '_irc_.*' matches no user ID", "registrations[1]: namespaces.users[0].regex: 'x' matches no user ID", "none.yaml: can't be read"):
+        assert f"error: {part}" in out or f"error: c.json: {part}" in out, part
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "id: [", ""])
+def test_check_of_what_is_no_configuration_is_an_error(tmp_path, capsys, text):
+    code, out = checked(tmp_path, capsys, text)
+    assert code == 1 and out.startswith("error: c.json: ") and out.endswith("\n1 error\n")
+
+
+def test_check_prints_json(tmp_path, capsys):
+    (tmp_path / "c.json").write_text(json.dumps(registration_for(["_irc_.*"])))
+    assert asbridge.main(["check", "--json", "--config", str(tmp_path / "c.json")]) == 1
+    finding, = json.loads(capsys.readouterr().out)
+    assert list(finding) == ["level", "where", "what", "why", "right"] and finding["level"] == "error" and finding["right"] == "write '@_irc_.*'"
+
+
+def test_check_without_a_configuration_is_of_the_sample_whose_tokens_are_examples(capsys):
+    assert asbridge.main(["check"]) == 0
+    out = capsys.readouterr().out
+    assert "warning: built in: registrations[0]: as_token: looks like an example" in out and "hs_token" in out and out.endswith("\n3 warnings\n") and "change-me" not in out
+
+
+def test_check_knows_the_server_that_the_registrations_are_for(tmp_path, capsys):
+    data = registration_for(["@irc_.*:example\\.org"])
+    assert checked(tmp_path, capsys, data)[0] == 1 and checked(tmp_path, capsys, data, "--server-name", "example.org")[0] == 0
+    assert asbridge.main(["check", "--config", str(tmp_path / "c.json"), "--server-name", "example.org"]) == 0
+
+
+def test_check_knows_the_own_port(tmp_path, capsys):
+    data = registration_for(["@irc_.*:localhost"], url="http://localhost:8008")
+    assert checked(tmp_path, capsys, data)[0] == 1 and checked(tmp_path, capsys, data, "--port", "8448")[0] == 0
+    assert checked(tmp_path, capsys, {"port": 8448, "registrations": [data]})[0] == 0
+
+
+@pytest.mark.parametrize("flags", [["--server-name", "a b", "check"], ["check", "--server-name", ""]])
+def test_check_with_a_wrong_flag_ends_with_2(flags, capsys):
+    assert asbridge.main(flags) == 2
+    assert "command line: server_name" in capsys.readouterr().err
+
+
+def test_at_the_start_the_log_warns_of_a_namespace_that_can_never_match_and_of_nothing_else_that_the_doctor_finds(start, caplog):
+    asbridge.describe(start(registration(users=["_irc_.*", "@_irc_.*", "@.*_irc"], aliases=["#irc:other"])))
+    assert [record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == [
+        "application service irc: namespaces.users[0].regex: '_irc_.*' matches no user ID; write '@_irc_.*'",
+        "application service irc: namespaces.aliases[0].regex: '#irc:other' matches no alias of localhost; "
+        "write '#irc:localhost', or give the other name as server_name (--server-name)"]
 
 
 def test_version_is_printed(capsys):
