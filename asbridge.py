@@ -8961,7 +8961,7 @@ def nobody(namespace: Namespace, server_name: str) -> str | None:
     """An ID that the namespace claims and that surely nobody has; None if there is none, or its regex can't be analysed."""
     tag = secrets.token_hex(4)
     for word in (f"asbridge-nobody-{tag}", f"asbridge_nobody_{tag}", f"asbridgenobody{tag}", f"9{secrets.randbelow(10**17):017}"):
-        strange = re.compile(f"{KINDS[namespace.kind]}[!-9;-~]*{word}[!-9;-~]*:{re.escape(server_name)}")
+        strange = re.compile(f"{KINDS[namespace.kind]}[a-z0-9._=/+-]*{word}[a-z0-9._=/+-]*:{re.escape(server_name)}")
         with contextlib.suppress(NotAnalysable):
             id = common(chain(BEFORE, tree_of(strange), BEHIND), chain(BEFORE, tree_of(namespace.pattern), ANYTHING))
             if id and namespace.pattern.match(id):
