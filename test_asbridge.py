@@ -9265,6 +9265,22 @@ def test_the_inspector_has_no_cors_headers_and_its_own_page_may_ask(target):
             assert answer.status < 300 and not any("access-control" in name.lower() for name, _ in answer.getheaders())
 
 
+def test_the_page_runs_its_own_script_only_loads_nothing_from_elsewhere_and_stands_in_no_frame(target):
+    pages = []
+    for _ in range(2):
+        with contextlib.closing(http.client.HTTPConnection("127.0.0.1", target.hs.port)) as connection:
+            connection.request("GET", "/", headers={"Origin": "http://evil.example"})
+            answer = connection.getresponse()
+            page, headers = answer.read().decode(), {name.lower(): value for name, value in answer.getheaders()}
+        nonce = re.search(r"script-src 'nonce-([\w-]{20,})'", headers["content-security-policy"])[1]
+        assert answer.status == 200 and headers["content-type"] == "text/html; charset=utf-8" and "access-control-allow-origin" not in headers
+        assert "default-src 'none'" in headers["content-security-policy"] and "frame-ancestors 'none'" in headers["content-security-policy"]
+        assert "unsafe" not in headers["content-security-policy"] and page.count(f'nonce="{nonce}"') == 2 and "{nonce}" not in page
+        pages.append(nonce)
+    assert pages[0] != pages[1]
+    assert not re.search(r"""(?:src|href)\s*=|url\(|@import|https?://|innerHTML|insertAdjacentHTML|document\.write|\son\w+="|\sstyle=\"""", asbridge.PAGE)
+
+
 def test_an_admin_token_is_asked_for_where_there_is_one_and_needed_beyond_this_machine(start):
     hs = start(admin_token="hunter2")
     for token, errcode in ((None, "M_MISSING_TOKEN"), ("wrong", "M_UNKNOWN_TOKEN"), (hs.client("alice").token, "M_UNKNOWN_TOKEN")):
