@@ -6746,21 +6746,20 @@ class Wire:
 
     def __init__(self, clock: Clock) -> None:
         self.clock = clock
-        self._numbers = itertools.count(1)
+        self._count = itertools.count(1)                     # numbers beginnings and changes alike, so that they have one order
         self._kept: collections.OrderedDict[int, Exchange] = collections.OrderedDict()       # in the order of their last change
-        self._seq = 0
+        self._seq = 0                                        # the last change
         self._bells: set[Any] = set()                        # of those who look
         self._stopped = False
         self._guard = threading.Lock()                       # guards all of it
 
     def number(self) -> int:
-        return next(self._numbers)
+        return next(self._count)
 
     def note(self, one: Exchange) -> None:
         """Something about this exchange has changed."""
         with self._guard:
-            self._seq += 1
-            one.seq = self._seq
+            self._seq = one.seq = next(self._count)
             self._kept[one.n] = one
             self._kept.move_to_end(one.n)
             if len(self._kept) > KEPT_EXCHANGES:

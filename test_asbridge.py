@@ -7501,12 +7501,12 @@ def test_what_passes_is_kept_in_a_ring_and_comes_again_when_it_changes():
         return asbridge.Exchange(wire.number(), 5, "hs", "irc", "ping", "POST", "/x", {})
     first, second = wire.begin(one()), wire.begin(one())
     now, news = wire.since(0, 0)
-    assert [each.n for each in news] == [1, 2] and wire.since(now, 0) == (now, [])
+    assert news == [first, second] and wire.since(now, 0) == (now, []) and first.n < first.seq < second.n < second.seq == now
     wire.end(first)
-    assert [each.n for each in wire.since(now, 0)[1]] == [1] and wire.since(now + 100, 0)[1] == [second, first]
+    assert wire.since(now, 0)[1] == [first] and first.seq > now and wire.since(now + 100, 0)[1] == [second, first]
     for _ in range(asbridge.KEPT_EXCHANGES):
         wire.whole(one())
-    assert len(wire.since(0, 0)[1]) == asbridge.KEPT_EXCHANGES and wire.find(1) is None
+    assert len(wire.since(0, 0)[1]) == asbridge.KEPT_EXCHANGES and wire.find(first.n) is None
 
 
 def test_who_looks_for_what_passes_waits_until_something_does():
@@ -7516,7 +7516,7 @@ def test_who_looks_for_what_passes_waits_until_something_does():
     eventually(lambda: wire._bells)
     wire.begin(asbridge.Exchange(wire.number(), 5, "hs", "irc", "ping", "POST", "/x", {}))
     looking.join()
-    assert seen[0][0] == 1 and len(seen[0][1]) == 1 and not wire._bells
+    assert seen[0][0] == 2 and len(seen[0][1]) == 1 and not wire._bells
 
 
 # -- Legacy paths.
