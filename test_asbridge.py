@@ -26,6 +26,7 @@ import subprocess
 import sys
 import threading
 import time
+import unittest.mock
 import urllib.parse
 from concurrent.futures import ThreadPoolExecutor
 
@@ -10817,6 +10818,36 @@ def test_the_test_in_the_readme_passes():
     names = {}
     exec(compile(code, "README.md", "exec"), names)
     names["test_my_bridge"]()
+
+
+def test_the_fixture_in_the_readme_tests_a_bridge_that_runs_by_itself(tmp_path, monkeypatch):
+    class Bridge(asbridge.AppService):
+        def on_event(self, event):
+            if event["content"].get("membership") == "invite":
+                self.bot.join(event["room_id"])
+            elif event["type"] == "m.room.message" and event["sender"] != self.bot.user_id:
+                self.bot.say(event["room_id"], "hello yourself", txn_id=event["event_id"])
+
+    made = asbridge.generate_registration("mybridge", f"http://127.0.0.1:{closed_port()}")
+    (tmp_path / "registration.yaml").write_text(json.dumps(made))
+    monkeypatch.chdir(tmp_path)
+    names = {"asbridge": asbridge, "pytest": unittest.mock.Mock(fixture=contextlib.contextmanager)}
+    exec(compile(python_of_the_readme("@pytest.fixture") + python_of_the_readme("def test_my_bridge_hears"), "README.md", "exec"), names)
+    with names["hs"]() as hs:
+        bridge = Bridge(asbridge.read_registration(made, "here"), hs.url)
+        bridge.start()
+        names["test_my_bridge_hears_a_message_once_even_if_its_answer_is_lost"](hs)
+        bridge.stop()
+
+
+def test_the_readme_names_every_route_of_the_inspector_and_every_verb_for_tests():
+    with open(os.path.join(HERE, "README.md"), encoding="utf-8") as file:
+        readme = file.read()
+    api = readme[readme.index("## The inspector's API"):readme.index("## Promises")]
+    assert not [route.path for route in asbridge.ADMIN_ROUTES[1:] if not re.search(rf"\b{route.path.removeprefix('/_asbridge/')}\b", api)]
+    assert not [fault for fault in asbridge.FAULTS if f"`{fault}`" not in api]
+    verbs = [name for name, verb in vars(asbridge.Homeserver).items() if callable(verb) and name[0] != "_" and name not in ("start", "stop")]
+    assert len(verbs) > 12 and not [name for name in verbs if not re.search(rf"\b{name}\b", readme)]
 
 
 def test_the_bot_in_the_readme_answers(tmp_path, monkeypatch):

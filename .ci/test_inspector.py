@@ -22,7 +22,7 @@ import pytest
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-import asbridge  # noqa: E402
+import asbridge
 
 playwright = pytest.importorskip("playwright.sync_api", reason="the page is tested in a browser: playwright is not installed")
 expect = playwright.expect

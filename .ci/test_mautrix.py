@@ -53,6 +53,7 @@ def test_mautrix_hears_a_message_once_whatever_happens_to_the_acknowledgement(hs
     alice = hs.client("alice")
     room = alice.create_room(invite=["@mau_bot:localhost"])
     hs.wait_for(type="m.room.member", sender="@mau_bot:localhost", membership="join")
+    hs.settle()
     hs.faults("mau").lose_ack(times=2)                       # the bot gets it and answers 200, twice for nothing
     alice.say(room, "one")
     hs.wait_for(sender="@mau_bot:localhost", body="you said: one")
