@@ -1644,7 +1644,7 @@ EDGES: Chars = frozenset({START, END})
 ALPHABET: Chars = frozenset(map(chr, range(128))) | {"é"}    # é stands for all that is not ASCII
 NOTHING: Chars = frozenset()
 HARMLESS_WAYS, ENDLESS_WAYS = 10**5, 10**9
-MAX_SEARCH = 3000                                            # of steps, for a common text
+MAX_SEARCH, MANY = 1000, 8                                   # steps for a common text; repeats that are counted in it
 
 
 class NotAnalysable(ValueError):
@@ -1753,7 +1753,7 @@ class Repeat:
         return total
 
     def read(self, char: str) -> set[Tree]:
-        again = Repeat(self.part, max(0, self.low - 1), self.high - 1)
+        again = Repeat(self.part, max(0, self.low - 1), self.high - 1 if self.high <= MANY else math.inf)
         return {chain(rest, again) for rest in self.part.read(char)} if self.high else set()
 
 
@@ -1770,8 +1770,26 @@ def chain(*parts: Tree) -> Chain:
     return Chain(tuple(one for part in parts for one in (part.parts if isinstance(part, Chain) else (part,))))
 
 
+def leaves(tree: Tree) -> Iterator[Chars]:
+    """The sets of characters in it."""
+    if isinstance(tree, OneOf):
+        yield tree.first
+    else:
+        for part in (tree.part,) if isinstance(tree, Repeat) else tree.parts:
+            yield from leaves(part)
+
+
+def letters(*trees: Tree) -> list[str]:
+    """Of all characters that the trees don't tell apart the plainest one."""
+    sets, groups = {chars for tree in trees for chars in leaves(tree)}, dict[tuple[bool, ...], str]()
+    for char in sorted(ALPHABET | EDGES, key=lambda char: (not char.islower(), char)):
+        groups.setdefault(tuple(char in chars for chars in sets), char)
+    return list(groups.values())
+
+
 def common(*trees: Tree) -> str | None:
     """A shortest text that all of them match as a whole, or None if there is none; NotAnalysable."""
+    alphabet = letters(*trees)
     todo = [tuple(frozenset({tree}) for tree in trees)]
     texts = {todo[0]: ""}
     for at in todo:
@@ -1780,7 +1798,7 @@ def common(*trees: Tree) -> str | None:
         if len(todo) > MAX_SEARCH:
             raise NotAnalysable("too many repeats")
         shared = frozenset.intersection(*(NOTHING.union(*(tree.first for tree in rests)) for rests in at))
-        for char in sorted(shared, key=lambda char: (not char.islower(), char)):
+        for char in filter(shared.__contains__, alphabet):
             then = tuple(frozenset(rest for tree in rests for rest in tree.read(char)) for rests in at)
             if then not in texts:
                 texts[then] = texts[at] + char * (char not in EDGES)
@@ -1916,7 +1934,8 @@ COMPLAINTS = {
                 "write regexes without a common ID, or \"exclusive\": false in one"),
     "same sender": ("error", "is '{sender}', as in {other}", "two application services would be one user",
                     "write another localpart"),
-    "taken sender": ("error", "{id} is in {theirs}", "that is exclusive: nobody else can act as this user", "write another localpart"),
+    "taken sender": ("error", "{id} is in {theirs}", "that one is exclusive and acts as it, too; Synapse would not let it be made",
+                     "write another localpart"),
 }
 
 
@@ -1981,8 +2000,8 @@ class NamespaceDoctor:
         with contextlib.suppress(NotAnalysable):
             if not self.match(self.escaped):
                 tries = (self.with_sigil, self.regex.removesuffix("$"),
-                         re.sub(r":[^:]*?(\$?)$", lambda match: f":{self.escaped}{match[1]}", self.regex), self.prefix)
-                yield "elsewhere" if self.match(r"[\w.:-]+") else "never", {"better": next(filter(self._works, tries))}
+                         re.sub(r":[^:]*?(\$?)$", lambda match: f":{self.escaped}{match[1]}", self.regex))
+                yield "elsewhere" if self.match(r"[\w.:-]+") else "never", {"better": next(filter(self._works, tries), self.prefix)}
 
     def _works(self, regex: str) -> bool:
         with contextlib.suppress(re.error, NotAnalysable):
@@ -2004,7 +2023,7 @@ class NamespaceDoctor:
             if self.sigil not in self.regex:
                 yield "no sigil", {"example": example, "better": self.with_sigil}
             within = common(usual, chain(BEFORE, Repeat(OneOf(ALPHABET), 1), tree, ANYTHING))
-            if within and not self.pattern.match(within):
+            if within and self.pattern.search(within) and not self.pattern.match(within):
                 yield "unanchored", {"example": within, "better": f"^(?:{self.regex})" if tree.first <= {self.sigil, START} else
                                      re.sub(rf"\|(?![{self.sigil}^])", f"|{self.sigil}", self.regex)}
             if example and not common(usual, chain(BEFORE, tree, BEHIND)):

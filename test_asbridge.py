@@ -1481,6 +1481,14 @@ def test_a_shortest_text_that_several_regexes_match_is_found(regexes, text):
     assert asbridge.common(*(asbridge.chain(asbridge.BEFORE, tree_of(regex), asbridge.BEHIND) for regex in regexes)) == text
 
 
+@pytest.mark.parametrize("regex", ["@.*[ab].{12}:x", "@" + "(a?)" * 60 + ":x", "@.{0,200}_.{0,200}:x", "@[a-z]{0,255}[a-z0-9]{0,255}:x", "@(a|b|ab|ba)*(x{0,50}y{0,50}){0,20}:x"])
+def test_a_search_for_a_common_text_ends_soon_with_or_without_one(regex):
+    before = time.thread_time()
+    with contextlib.suppress(asbridge.NotAnalysable):
+        assert re.match(regex, asbridge.common(asbridge.ids_of("users", "x"), asbridge.chain(tree_of(regex), asbridge.ANYTHING)))
+    assert time.thread_time() - before < 5
+
+
 # -- The doctor
 
 RANDOM = {"as_token": "5dc01f2a9e8b47d6a3d1c7e05f9b2846", "hs_token": "b08e6f1c3a5d49727f0e1b9d8c6a4253"}
