@@ -9310,7 +9310,7 @@ dd { margin: 0; overflow-wrap: anywhere; font-variant-numeric: tabular-nums }
 dl.wide { grid-template-columns: repeat(2, auto minmax(0, 1fr)) } summary { cursor: pointer; margin: .4rem 0 }
 table { border-collapse: collapse; width: 100%; font-size: .92em; margin: .4rem 0 }
 td, th { text-align: left; vertical-align: top; padding: .3rem .7rem .3rem 0; border-top: 1px solid var(--rule);
-  overflow-wrap: break-word } th { font-weight: 600; color: var(--soft); border: 0 }
+  overflow-wrap: break-word } .why td:nth-child(2) { min-width: 11rem } th { font-weight: 600; color: var(--soft); border: 0 }
 .lines { list-style: none; margin: .6rem 0; padding: 0 } .lines > li { padding: .35rem 0; border-top: 1px solid var(--rule) }
 pre { background: var(--wash); padding: .7rem .8rem; border-radius: .5rem; margin: .3rem 0; white-space: pre-wrap; max-height: 24rem;
   overflow: auto }
@@ -9415,10 +9415,9 @@ let hs = {appservices: [], server_name: "", now: 0};         // the last status
 const ids = () => hs.appservices.map(one => one.id), plural = (n, word) => `${n} ${word}${n === 1 ? "" : "s"}`;
 const local = id => (id || "").endsWith(":" + hs.server_name) ? id.slice(0, -hs.server_name.length - 1) : id || "";
 const tail = id => id.length > 8 ? "…" + id.slice(-5) : id;
-const clock = ts => new Date(ts).toTimeString().slice(0, 8), exactly = ts =>
-  `${clock(ts)}.${String(Math.floor(ts % 1000)).padStart(3, "0")}`;
-const span = s => s < 10 ? `${s.toFixed(1)} s` : s < 90 ? `${Math.round(s)} s` : s < 5400 ? `${Math.round(s / 60)} min`
-  : `${(s / 3600).toFixed(1)} h`;
+const clock = ts => new Date(ts).toTimeString().slice(0, 8);
+const exactly = ts => `${clock(ts)}.${String(Math.floor(ts % 1000)).padStart(3, "0")}`;
+const span = s => s < 90 ? `${s.toFixed(s < 10 ? 1 : 0)} s` : s < 5400 ? `${(s / 60).toFixed(0)} min` : `${(s / 3600).toFixed(1)} h`;
 const took = ms => nothing(ms) ? "" : ms < 10 ? `${ms.toFixed(1)} ms` : ms < 10000 ? `${Math.round(ms)} ms` : span(ms / 1000);
 function short(path) {
   try { path = decodeURIComponent(path); } catch { /* then as it is */ }
@@ -9428,13 +9427,14 @@ function short(path) {
 const failed = x => x.lost || x.status === null || x.status >= 400;
 const tone = x => !x.done ? "pending" : x.lost ? "lost" : x.status === null ? "none failed" : failed(x) ? "failed" : "fine";
 const what = x => x.kind === "transaction" ? "PUT transaction" : `${x.method} ${short(x.path)}`;
-const about = x => [x.events !== null && plural(x.events, "event"), x.first && `${x.first.type} by ${local(x.first.sender)}`,
-  x.as && `as ${local(x.as)}`, x.kind === "query"
-    && `does this ${x.path.includes("/users/") ? "user" : "room"} exist?`].filter(Boolean).join(" · ");
-const outcome = x => x.status === null ? x.error || "no answer" : `${x.status} · ${took(x.ms)}`;
+const joined = (...words) => words.filter(Boolean).join(" · ");
+const about = x => joined(x.events !== null && plural(x.events, "event"), x.first && `${x.first.type} by ${local(x.first.sender)}`,
+  x.as && `as ${local(x.as)}`, x.kind === "query" && `does this ${x.path.includes("/users/") ? "user" : "room"} exist?`);
+const outcome = x => x.status === null ? (x.error || "no answer").split("; ")[0] : `${x.status} · ${took(x.ms)}`;
 const party = id => id === "hs" ? "homeserver" : local(id);
-const sentence = x => `${party(x.from)} → ${party(x.to)}: ${what(x)}${x.txn_id ? ` ${x.txn_id}, attempt ${x.attempt}` : ""} ` +
-  `${about(x)}: ` + (x.done ? `${outcome(x)}${x.lost ? ", the answer was lost" : ""}${x.then ? "; " + x.then : ""}` : "under way");
+const asked = x => joined(what(x), x.txn_id, x.attempt && `attempt ${x.attempt}`, about(x));
+const sentence = x => `${party(x.from)} → ${party(x.to)}: ${asked(x)}: ` +
+  (x.done ? joined(outcome(x), x.lost && "the answer is lost", x.then) : "under way");
 
 // ---- The server.
 async function api(method, path, body) {
@@ -9457,8 +9457,7 @@ let asking = null;                                           // whatever meets a
 async function askToken(why, used) {
   if (used !== sessionStorage.getItem("token")) return;
   const input = h("input", {type: "password", required: true, "aria-label": "admin_token"});
-  asking ??= ask("The admin token, please", why, "Go on", input).then(yes => yes
-    && sessionStorage.setItem("token", input.value.trim()));
+  asking ??= ask("The admin token, please", why, "Go on", input).then(() => sessionStorage.setItem("token", input.value.trim()));
   await asking; asking = null;
 }
 let fading = 0;
@@ -9527,7 +9526,7 @@ function columns(shown) {
     ...(rest ? [{id: "*", kind: "client", name: alone.length ? "others" : "clients", text: "client"}] : []),
     {id: "hs", kind: "hs", name: hs.server_name, text: "homeserver"},
     ...services.map(id => ({id, kind: "as", name: id, text: "application service"}))];
-  const margin = all.length < 3 ? 20 : all.length === 3 || width < 600 ? 12 : 8;
+  const margin = all.length < 3 ? 20 : width < 600 ? 16 : all.length === 3 ? 12 : 8;
   all.forEach((one, i) => { one.x = all.length > 1 ? margin + i * (100 - 2 * margin) / (all.length - 1) : 50; });
   return all;
 }
@@ -9538,10 +9537,9 @@ function arrows(shown) {
   return all.flatMap((one, i) => all[i + 1]?.x === one.x ? {...one, part: "both"} : all[i - 1]?.x === one.x ? [] : one);
 }
 function layout() {
-  const shown = [...seen.values()].filter(fits), all = columns(shown), column = new Map(all.map(one => [one.id, one])),
-    last = new Map();
-  const widest = Math.min(98, 2700 * parseFloat(getComputedStyle(root).fontSize) / $("scroll").clientWidth);
-  for (const x of shown) if (x.txn_id) last.set(x.to + x.txn_id, Math.max(x.n, last.get(x.to + x.txn_id) || 0));
+  const shown = [...seen.values()].filter(fits), all = columns(shown), column = new Map(all.map(one => [one.id, one]));
+  const widest = Math.min(98, 2700 * parseFloat(getComputedStyle(root).fontSize) / $("scroll").clientWidth), tries = new Map();
+  for (const x of shown) if (x.txn_id) tries.set(x.to + x.txn_id, [...tries.get(x.to + x.txn_id) || [], x.n]);
   const find = (id, x) => column.get(id) || (x.lane === "client" && column.get("*")) || column.get("hs");
   const calls = new Map(), rails = new Map();                // under way; transactions between two attempts
   let second = "";
@@ -9549,7 +9547,7 @@ function layout() {
     const row = {x, part, from: find(x.from, x), to: find(x.to, x), widest, marks: [], far: i - calls.get(x.n)?.i > 5};
     row.key = x.n + (part === "answer" ? "a" : "");
     if (part !== "answer" && clock(x.ts) !== second) row.when = second = clock(x.ts);
-    markCalls(row, calls, i); markRails(row, rails, last);
+    markCalls(row, calls, i); markRails(row, rails, tries.get(x.to + x.txn_id) || []);
     return row;
   });
   return [all, rows.slice(-KEPT)];
@@ -9562,10 +9560,10 @@ function markCalls({x, part, to, marks}, calls, i) {
   if (part === "request") calls.set(x.n, call); else calls.delete(x.n);
 }
 // From an attempt that failed to the next one.
-function markRails(row, rails, last) {
-  const {x, part, from, marks} = row, key = x.to + x.txn_id, goesOn = x.txn_id && x.done && failed(x)
-    && (x.then || x.n < last.get(key));
-  row.hue = HUES[Number((x.txn_id || "").slice(-6)) % HUES.length]; row.again = goesOn || x.attempt > 1 || x.n < last.get(key);
+function markRails(row, rails, tries) {
+  const {x, part, from, marks} = row, key = x.to + x.txn_id;
+  const goesOn = x.txn_id && x.done && failed(x) && (x.then || x.n < Math.max(...tries));
+  row.hue = HUES[Number((x.txn_id || "").slice(-6)) % HUES.length]; row.again = goesOn || x.attempt > 1 || tries.length > 1;
   for (const rail of rails.values()) marks.push({...rail, part: rail.key === key && part !== "answer" ? "arrive" : ""});
   if (part !== "answer") rails.delete(key);
   if (!goesOn || part === "request") return;
@@ -9578,12 +9576,12 @@ function drawRow(row) {
     .map(one => h("i", {class: `${one.kind} ${one.part}`, "--x": one.x, "--deep": one.deep, "--hue": one.hue}));
   const tag = x.txn_id && h("span", {class: row.again ? "tag again" : "tag", "--hue": row.hue, title: x.txn_id},
     tail(x.txn_id), x.attempt > 1 && ` attempt ${x.attempt}`);
-  const request = () => [looking("label", h("span", {}, bold(what(x)), " ", tag,
-    small(" ", about(x), from.id === "*" && ` from ${local(x.from)}`),
-    x.fault && looking("fault", ` fault: ${x.fault}`))), looking(`line ${from.kind}`, marks("arrive"))];
-  const answer = () => looking("answer", marks("only", "leave"), h("span", {}, x.lost && h("i", {class: "slash"}), outcome(x), x.lost
-    && " · lost",
-    part === "answer" && [" ", tag || (row.far && small(`to ${what(x)}`))], x.then && [" · ", h("em", {}, x.then)]));
+  const more = small(" ", about(x), from.id === "*" && ` from ${local(x.from)}`);
+  const label = h("span", {}, bold(what(x)), " ", tag, more, x.fault && looking("fault", ` fault: ${x.fault}`));
+  const request = () => [looking("label", label), looking(`line ${from.kind}`, marks("arrive"))];
+  const whose = part === "answer" && [" ", tag || (row.far && small(`to ${what(x)}`))];
+  const answer = () => looking("answer", marks("only", "leave"), h("span", {}, x.lost && h("i", {class: "slash"}),
+    joined(outcome(x), x.lost && "lost"), whose, x.then && [" · ", h("em", {}, x.then)]));
   return h("button", {type: "button", class: `row ${tone(x)} ${to.x > from.x ? "right" : "left"}`, tabindex: -1, "data-n": x.n,
     "data-key": row.key, "aria-label": sentence(x), "--left": left + "%", "--width": length + "%", "--wide": wide + "%"},
     marks("", "start", "end"), row.when && looking("when", row.when), part !== "answer" && request(), part !== "request" && answer());
@@ -9618,8 +9616,8 @@ function draw() {
   follow();
 }
 function drawColumns(all) {
-  refill($("heads"), all, () => all.map(one => h("div", {class: `head ${one.kind}`, "--x": one.x, "--room": 92 / all.length + "%",
-    title: one.id},
+  const room = 92 / all.length + "%";
+  refill($("heads"), all, () => all.map(one => h("div", {class: `head ${one.kind}`, "--x": one.x, "--room": room, title: one.id},
     bold(one.name), small(one.text))));
   const box = $("rows"), now = JSON.stringify([all, !seen.size]);
   if (box.shows === now) return;
@@ -9645,10 +9643,9 @@ function closeDetails() {
 function parsed(text) { try { return JSON.parse(text); } catch { return null; } }
 function message(name, one) {
   if (!one) return null;
-  const json = parsed(one.body), headers = Object.entries(one.headers || {}), body = json === null ? one.body
-    : JSON.stringify(json, null, 2);
-  return [part(name), headers.length > 0 && h("div", {class: "code"}, facts(headers)),
-    one.body ? h("pre", {tabindex: 0}, body) : soft("no body"), one.cut && soft("… cut here")];
+  const json = parsed(one.body), body = json === null ? one.body : JSON.stringify(json, null, 2);
+  return [part(name), h("div", {class: "code"}, facts(Object.entries(one.headers || {}))),
+    body ? h("pre", {tabindex: 0}, body) : soft("no body"), one.cut && soft("… cut here")];
 }
 // The events that passed: what was sent, or in a transaction; of one whose body is cut, as the homeserver has them.
 async function eventsOf(x) {
@@ -9663,7 +9660,7 @@ async function openExchange(n) {
   const events = await eventsOf(x).catch(() => []), service = x.kind === "transaction" ? x.to : null;
   openDetails(what(x), said(sentence(x)), facts([["at", exactly(x.ts)], ["path", code(`${x.method} ${x.path}`)],
     ["transaction", x.txn_id && code(x.txn_id)], ["attempt", x.attempt], ["acting as", x.as],
-    ["answer", x.done ? strong(failed(x) ? "bad" : "good", outcome(x)) : "under way"], ["error", x.status !== null && x.error],
+    ["answer", x.done ? strong(failed(x) ? "bad" : "good", outcome(x)) : "under way"], ["error", x.error],
     ["fault", x.fault && looking("fault", x.fault)], ["then", x.then]]), service && replayButtons(service, x.txn_id),
     events.length > 0 && [part("Events, and why they are sent"), list(events.map(e => eventLine(e, service)))],
     message("Request", x.request), message("Answer", x.answer));
@@ -9690,10 +9687,10 @@ function reasons(why) {
   const one = why.transaction, words = why.pushed ? why.summary.join("; ") : why.summary[0];
   const became = one && ["transaction ", h("code", {class: "tag"}, tail(one.txn_id)), ", " + plural(one.attempts.length, "attempt"),
     one.acknowledged ? `, acknowledged ${clock(one.acknowledged_ts)}` : ", not acknowledged yet"];
-  return [said(strong(why.pushed ? "good" : "wait", why.pushed ? "✓ " : "✗ "), words),
-    table(["rule", "ID", "namespace"], why.rules.map(rule =>
-    [rule.rule, code(rule.id), [verdict(rule.matches), " ", code(rule.namespace || ""), rule.miss && soft(rule.miss)]])),
-      div(became || why.state)];
+  const rules = why.rules.map(one => [one.rule, code(one.id),
+    [verdict(one.matches), " ", code(one.namespace || ""), one.miss && soft(one.miss)]]);
+  return [said(strong(why.pushed ? "good" : "wait", why.pushed ? "✓ " : "✗ "), words), table(["rule", "ID", "namespace"], rules),
+    div(became || why.state)];
 }
 const replayButtons = (appservice, txn_id) => bar(
   button("Replay", () => post(got => `${tail(got.txn_id)} is sent again`, "replay", {appservice, txn_id}),
@@ -9713,32 +9710,29 @@ function showServices() {
 }
 function serviceCard(appservice) {
   const f = {}, field = (name, label) => [h("dt", {}, label), f[name] = h("dd", {}, "–")], body = {appservice};
-  const state = h("span"), url = h("p", {class: "soft code"}), faults = bar(), spaces = div(),
-    sentAs = got => `sent as ${tail(got.txn_id)}`;
+  const state = h("span"), url = h("p", {class: "soft code"}), faults = bar(), spaces = div();
+  const sentAs = got => `sent as ${tail(got.txn_id)}`;
   const verb = (text, path, words, more) => button(text, () => post(words, path, {...body, ...more}));
   const toggle = button("Pause", () => post(toggle.textContent.toLowerCase() + "d", toggle.textContent.toLowerCase(), body));
-  const skip = async () => {
-    if (await ask(`Skip the open transaction of ${appservice}?`, "It will never get these events.", "Skip it")) post("skipped", "skip",
-      body);
-  };
-  const lose = button("Lose the next ACK", () => post("the next acknowledgement will be lost", "faults",
-    {...body, fault: "lose_ack", times: 1}),
-    {class: "main", title: "it answers 200, and the homeserver forgets that"});
+  const sure = () => ask(`Skip the open transaction of ${appservice}?`, "It will never get these events.", "Skip it");
+  const skip = async () => { if (await sure()) post("skipped", "skip", body); };
+  const lose = verb("Lose the next ACK", "faults", "the next acknowledgement will be lost", {fault: "lose_ack", times: 1});
+  lose.className = "main"; lose.title = "it answers 200, and the homeserver forgets that";
   const node = h("article", {class: "card", "aria-label": appservice}, bar(title(appservice), state, grow(), lose), url,
     h("dl", {class: "wide"}, field("since", "since"), field("waiting", "queue"), field("next", "next try"), field("open", "open"),
       field("acked", "last ACK"), field("latency", "latency")),
     bar(toggle, verb("Retry now", "retry", "tried at once"), verb("Ping", "ping", got => `pinged in ${took(got.duration_ms)}`),
       verb("Replay last", "replay", sentAs), verb("Replay as new", "replay", sentAs, {new_id: true}), button("Skip …", skip),
-      button("Examine", () => examine(appservice))), faults, folded("More faults", faultForm(appservice)),
-        folded("Namespaces", spaces));
+      button("Examine", () => examine(appservice))),
+    faults, folded("More faults", faultForm(appservice)), folded("Namespaces", spaces));
   function show(one) {
     const down = one.down_since !== null, last = one.last_acknowledged;
     put(state, one.state); state.className = "state " + (LOOKS[one.state] || "");
-      put(toggle, one.state === "paused" ? "Resume" : "Pause");
-    put(url, `${one.url || "no url"} · ${one.sender}`); f.since.className = down ? "bad" : "";
+    put(url, joined(one.url || "no url", one.sender)); put(toggle, one.state === "paused" ? "Resume" : "Pause");
+    f.since.className = down ? "bad" : "";
     put(f.since, down ? `down since ${clock(one.down_since)}, ${plural(one.failures, "failure")}` : last ? "up" : "nothing sent yet");
-    put(f.waiting, plural(one.waiting, "event")); put(f.open, one.open
-      ? `${tail(one.open.txn_id)}, ${plural(one.open.events, "event")}` : "–");
+    put(f.waiting, plural(one.waiting, "event"));
+    put(f.open, one.open ? joined(tail(one.open.txn_id), plural(one.open.events, "event")) : "–");
     put(f.acked, last ? `${tail(last.txn_id)} ${clock(last.ts)}` : "–"); put(f.latency, took(one.latency_ms) || "–"); tick();
     refill(faults, one.faults, all => all.length > 0 && [all.map(fault => looking("tag fault", faultWords(fault))),
       button("End all faults", () => act("no faults any more", "DELETE", "faults?" + new URLSearchParams(body)))]);
@@ -9762,8 +9756,7 @@ function faultForm(appservice) {
     post("the fault is set", "faults", {appservice, fault, on, [data.how]: Number(data.amount),
       ...(only[fault] && {[only[fault].name]: Number(only[fault].value)})});
   }, select("Fault", ["lose_ack", "refuse", "delay", "status", "duplicate", "garbage"], {name: "fault", change: choose}), delay, status,
-  select("On what", ["transactions", "queries", "ping"], {name: "on"}, text => "on " + text),
-    number("How many times, or how probably", "amount", 1),
+  select("On what", ["transactions", "queries", "ping"], {name: "on"}), number("How many times, or how probably", "amount", 1),
   select("Times or probability", ["times", "probability"], {name: "how"}), h("button", {}, "Begin"));
 }
 async function examine(appservice) {
@@ -9802,7 +9795,7 @@ function transactionsPanel() {
 }
 function transactionLine(appservice, t) {
   const attempt = (one, i) => button(`${i + 1}: ${one.status ?? "✕"}${one.fault ? " " + one.fault : ""}`, () => openExchange(one.n),
-    {class: "link " + (one.error ? "bad" : "good"), title: [exactly(one.ts), took(one.ms), one.error].filter(Boolean).join(" · ")});
+    {class: "link " + (one.error ? "bad" : "good"), title: joined(exactly(one.ts), took(one.ms), one.error)});
   const first = t.events[0], about = [plural(t.events.length, "event"), first && small(` · ${first.type} by ${local(first.sender)}`)];
   return [bar(h("code", {class: "tag", title: t.txn_id}, tail(t.txn_id)), grow(about),
     strong(t.acknowledged ? "good" : "wait", t.acknowledged ? `✓ ${clock(t.acknowledged_ts)}` : "not acknowledged")),
@@ -9814,16 +9807,14 @@ function transactionLine(appservice, t) {
 function namesPanel() {
   const result = h("div", {"aria-live": "polite"}), examples = bar(), hint = "@user, #alias, !room or a URI";
   const later = () => { clearTimeout(timer); timer = setTimeout(look, 150); };
-  const input = h("input", {class: "grow code", type: "search", spellcheck: "false", placeholder: hint, "aria-label": "An ID or a URI",
-    input: later});
+  const input = h("input", {class: "grow code", type: "search", placeholder: hint, "aria-label": "An ID or a URI", input: later});
   let timer = 0, asked = 0;
   async function look() {
     const mine = ++asked, id = input.value.trim();           // of answers, only that to the last question counts
-    const got = await (id ? get("explain", {id}).then(explanation, error => [soft(error.message)])
-      : [soft("Who claims an ID, and why?")]);
+    const got = id ? await get("explain", {id}).then(explanation, error => [soft(error.message)]) : [];
     if (mine === asked) result.replaceChildren(...got);
   }
-  $("names").append(title("Who claims it?"), bar(input), examples, result); look();
+  $("names").append(title("Who claims it?"), bar(input), examples, result);
   const example = entry => local(entry.regex.replace(/\\(.)/g, "$1").replace(/[.[(*+].*?(?=:|$)/, "bob")) + ":" + hs.server_name;
   const given = one => [...one.namespaces.users, ...one.namespaces.aliases].map(example);
   return () => refill(examples, [...hs.appservices.flatMap(given).slice(0, 4), `@alice:${hs.server_name}`],
@@ -9831,32 +9822,31 @@ function namesPanel() {
 }
 function explanation(got) {
   const whose = got.owner ? ["It belongs to ", bold(got.owner.appservice), `: ${got.owner.reason}.`] :
-    got.maps_to ? ["It maps to ", bold(got.maps_to), "."] : got.appservices.some(one => one.matches)
-      ? "Claimed, but by nobody exclusively." :
-    "Nobody claims it.";
-  const exists = nothing(got.exists) ? "" : got.exists ? "; it exists" : "; it does not exist yet";
-  return [said(whose), facts([["it is", `a ${got.kind}${got.local ? " of this homeserver" : ""}${exists}`],
+    got.maps_to ? ["It maps to ", bold(got.maps_to)] :
+    got.appservices.some(one => one.matches) ? "Claimed, but by nobody exclusively." : "Nobody claims it.";
+  const exists = nothing(got.exists) ? "" : got.exists ? "it exists" : "it does not exist yet";
+  const maps = one => div(code(one.regex), ` of ${one.appservice} → `, bold(one.maps_to || "no match"));
+  return [said(whose), facts([["it is", joined("a " + got.kind, got.local && "of this homeserver", exists)],
     ["may create it", got.may_create.join(", ")],
     ["would be asked", got.query.map(one => div(one.appservice, ": ", code(one.request)))],
-    ["maps to", got.uris.map(one => div(code(one.regex), ` of ${one.appservice} → `,
-      strong(one.maps_to ? "good" : "soft", one.maps_to || "no match")))]]),
+    ["maps to", got.uris.map(maps)]]),
     ...got.appservices.map(claim), folded("In sentences", list(got.summary))];
 }
-const claim = one => h("article", {class: "card"}, bar(title(one.id), looking(one.matches ? "state" : "state soft",
-  !one.matches ? "is not interested" : one.exclusive ? "claims it exclusively" : "is interested")), one.reason && div(one.reason),
-  one.namespaces.length > 0 && table(["namespace", "regex", ""], one.namespaces.map(entry => [[`${entry.kind}[${entry.index}]`,
-    entry.exclusive && soft("exclusive")], code(entry.regex), [verdict(entry.matches), entry.miss && soft(entry.miss),
-      differs(entry)]])));
+function claim(one) {
+  const says = !one.matches ? "is not interested" : one.exclusive ? "claims it exclusively" : "is interested";
+  const rows = one.namespaces.map(entry => [[`${entry.kind}[${entry.index}]`, entry.exclusive && soft("exclusive")], code(entry.regex),
+    [verdict(entry.matches), entry.miss && soft(entry.miss), differs(entry)]]);
+  return h("article", {class: "card"}, bar(title(one.id), looking(one.matches ? "state" : "state soft", says)),
+    one.reason && div(one.reason), rows.length > 0 && table(["namespace", "regex", ""], rows));
+}
 const differs = entry => [["unanchored", "if searched anywhere"], ["whole", "if it had to match the whole"]]
-  .filter(([key]) => entry[key] !== entry.matches).map(([key, how]) =>
-    h("div", {class: "wait"}, `${how}: ${entry[key] ? "match" : "miss"}`));
+  .filter(([key]) => entry[key] !== entry.matches).map(([key, how]) => made("div", "wait")(`${how}: ${entry[key] ? "match" : "miss"}`));
 
 // ---- Rooms: enough of a client for a lesson.
 function roomsPanel() {
   const room = select("Room", [], {class: "grow", change: timeline}), who = select("Say it as", []), here = soft();
   const events = h("div", {id: "timeline", role: "log", tabindex: 0, "aria-label": "Timeline"});
-  const field = (name, hint) => h("input", {name, class: "grow", required: true, autocomplete: "off", placeholder: hint,
-    "aria-label": hint});
+  const field = (name, text) => h("input", {name, class: "grow", required: true, placeholder: text, "aria-label": text});
   const speak = form(async node => {
     if (await post("said", "say", {room_id: room.value, user_id: who.value, body: node.body.value})) { node.reset(); timeline(); }
   }, who, field("body", "say something"), h("button", {}, "Say"));
@@ -9867,16 +9857,15 @@ function roomsPanel() {
   $("rooms").append(bar(title("Rooms"), room), events, speak, here, arrive);
   async function show() {
     const [{rooms}, {people}] = await Promise.all([get("rooms"), get("people")]);
-    const names = new Map(rooms.map(one => [one.room_id,
-      `${one.name || one.alias || one.room_id} (${plural(one.members, "member")})`]));
-    rechoose(room, rooms.map(one => one.room_id), id => names.get(id)); rechoose(who, people, id => "as " + local(id));
-      speak.hidden = !people.length || !rooms.length;
+    const names = new Map(rooms.map(one => [one.room_id, joined(one.name || one.alias || one.room_id, plural(one.members, "member"))]));
+    rechoose(room, [...names.keys()], id => names.get(id)); rechoose(who, people, id => "as " + local(id));
+    speak.hidden = !people.length || !rooms.length;
     await timeline();
   }
   async function timeline() {
     if (!room.value) { refill(events, null, () => soft("no rooms yet")); return; }
-    const got = await get("timeline", {room: room.value, limit: 50}),
-      low = events.scrollHeight - events.scrollTop - events.clientHeight < 40;
+    const got = await get("timeline", {room: room.value, limit: 50});
+    const low = events.scrollHeight - events.scrollTop - events.clientHeight < 40;
     put(here, `here: ${got.members.map(local).join(", ")}`);
     if (refill(events, got.events, all => all.map(timelineLine)) && low) events.scrollTop = events.scrollHeight;
   }
@@ -9884,7 +9873,7 @@ function roomsPanel() {
 }
 function timelineLine(e) {
   const talk = e.type === "m.room.message", text = talk ? e.content.body ?? "(redacted)" :
-    [e.type, e.content.membership || e.content.name || e.content.topic, e.state_key && local(e.state_key)].filter(Boolean).join(" · ");
+    joined(e.type, e.content.membership || e.content.name || e.content.topic, e.state_key && local(e.state_key));
   const why = () => openDetails("Was it sent, and why?", said(`${local(e.sender)}: ${text}`), whyBox(e.event_id), part("The event"),
     h("pre", {tabindex: 0}, JSON.stringify(e, null, 2)));
   return [h("time", {}, clock(e.origin_server_ts)), looking(talk ? "" : "soft", bold(local(e.sender)), " ", text),

@@ -8688,7 +8688,7 @@ def test_every_answer_is_for_every_origin(start, method, where, status):
     assert (body == b"") == (method in ("OPTIONS", "HEAD"))
 
 
-@pytest.mark.parametrize("method,where,status", [("GET", "/", 404), ("GET", "/_matrix/client/v3/nothing", 404), ("GET", "/_matrix/client/v3/rooms/!x:y", 404), ("GET", V3 + "/sync/", 404),
+@pytest.mark.parametrize("method,where,status", [("GET", "/_matrix/client/v3/nothing", 404), ("GET", "/_matrix/client/v3/rooms/!x:y", 404), ("GET", V3 + "/sync/", 404),
                                                  ("GET", "/_matrix/client/v3/createRoom", 405), ("POST", V3 + "/sync", 405), ("PATCH", V3 + "/login", 405), ("GET", "//_matrix/client/versions", 404)])
 def test_an_unknown_path_is_404_and_a_wrong_method_405(start, method, where, status):
     hs = start()
