@@ -6800,14 +6800,13 @@ class Wire:
     def whole(self, one: Exchange) -> None:
         """One that has begun and ended."""
         self.note(one)
-        if not one.client:
-            self._draw(one, back=False)
-            self._draw(one, back=True)
+        self._draw(one, back=False)
+        self._draw(one, back=True)
 
     @staticmethod
     def _draw(one: Exchange, back: bool) -> None:
         """An arrow in the trace, as the specification draws them."""
-        if trace.isEnabledFor(logging.DEBUG):
+        if not one.client and trace.isEnabledFor(logging.DEBUG):
             arrow = "--->" if (one.source == HS) != back else "<-/-" if back and (one.lost or one.status is None) else "<---"
             other = one.target if one.source == HS else one.source
             trace.debug("HS %s %-10s #%-3d %s", arrow, other, one.n, one.answered() if back else one.asked(),
@@ -7644,7 +7643,7 @@ class Api:
         ms = (time.monotonic() - began) * 1000
         if log.isEnabledFor(logging.DEBUG):
             log.debug("%s %s %d in %.1f ms", request.method, request.path, response.status, ms)
-        if call.cors:
+        if request.path.startswith("/_matrix/"):
             self._note(call, n, response, ms)
         return response
 
@@ -7668,8 +7667,8 @@ class Api:
         """Remembers the exchange, for the trace and the inspector."""
         who, request = call.who, call.request
         appservice = who.appservice
-        if who is NOBODY and response.status in (401, 403):  # as whom it was refused matters most
-            with contextlib.suppress(MatrixError):
+        if who is NOBODY and ("authorization" in request.headers or "access_token" in request.query):
+            with contextlib.suppress(MatrixError):           # it registers a ghost, or was refused as one
                 appservice = self.world.registrations.of_as_token(digest(token_of(request) or ""))
         user_id = who.user_id or (request.query.get("user_id") if appservice else "somebody")
         self.delivery.wire.whole(Exchange(
@@ -9616,7 +9615,7 @@ function draw() {
   follow();
 }
 function drawColumns(all) {
-  const room = 92 / all.length + "%";
+  const room = 84 / all.length + "%";
   refill($("heads"), all, () => all.map(one => h("div", {class: `head ${one.kind}`, "--x": one.x, "--room": room, title: one.id},
     bold(one.name), small(one.text))));
   const box = $("rows"), now = JSON.stringify([all, !seen.size]);
@@ -9997,11 +9996,23 @@ def post_people(call: Call) -> Any:
 
 
 def post_say(call: Call) -> Any:
-    body = call.body
+    """As if the person's client had sent it, and so it looks on the wire."""
+    body, wire, txn_id = call.body, call.api.delivery.wire, secrets.token_hex(8)
     who, room_id = inspector(call).check_person(field(body, "user_id", str)), field(body, "room_id", str)
     content = {"msgtype": "m.text", "body": field(body, "body", str)}
-    call.api.rooms.join(who, room_id)                        # who is in it already stays as he is
-    return {"event_id": call.api.rooms.send(who, room_id, "m.room.message", content, secrets.token_hex(8))}
+    path = f"/_matrix/client/v3/rooms/{urllib.parse.quote(room_id, safe='')}/send/m.room.message/{txn_id}"
+    one = wire.begin(Exchange(wire.number(), wire.clock.now(), who.user_id, HS, "request", "PUT", path, {},
+                              to_json(content).encode("utf-8", "replace")[:KEPT_BYTES], client=True))
+    try:
+        call.api.rooms.join(who, room_id)                    # who is in it already stays as he is
+        answer = {"event_id": call.api.rooms.send(who, room_id, "m.room.message", content, txn_id)}
+        one.status, one.answer = 200, to_json(answer).encode()
+        return answer
+    except MatrixError as error:
+        one.status, one.answer = error.status, to_json(error.body()).encode()
+        raise
+    finally:
+        wire.end(one)
 
 
 def get_faults(call: Call) -> Any:

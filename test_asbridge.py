@@ -9207,6 +9207,17 @@ def test_rooms_and_people_are_enough_for_a_lesson_without_another_client(linked)
         assert inspect(hs, "POST", "say", {"room_id": public, "user_id": user_id, "body": "hi"})[1]["errcode"] == errcode
     assert inspect(hs, "POST", "say", {"room_id": room, "user_id": "@bob:localhost", "body": "hi"})[1]["errcode"] == "M_FORBIDDEN"
     assert inspect(hs, "GET", "timeline?room=!x")[0] == 404
+    said = [(one.source, one.method, one.status) for one in hs.delivery.wire.since(0, 0)[1] if "/send/" in one.path and one.client]
+    assert said == [("@bob:localhost", "PUT", 200), ("@bob:localhost", "PUT", 403)]      # as a client's would look
+
+
+def test_a_service_that_registers_a_ghost_is_seen_as_itself(linked):
+    hs, r, alice, room = linked
+    asbridge.Client(hs.url, "as-irc").call("POST", "/_matrix/client/v3/register", {"type": "m.login.application_service", "username": "_irc_bob"})
+    ask(hs, "GET", "/favicon.ico")
+    last = hs.delivery.wire.since(0, 0)[1][-2:]
+    assert any((one.source, one.client, one.path) == ("irc", False, "/_matrix/client/v3/register") for one in last)
+    assert not any("favicon" in one.path for one in hs.delivery.wire.since(0, 0)[1])
 
 
 def test_an_exchange_opens_to_headers_and_bodies_without_any_token(linked):
