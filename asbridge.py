@@ -8798,11 +8798,11 @@ class Inspector:
         if worker is None:
             return {"state": "nothing is sent", "failures": 0, **dict.fromkeys(("down_since", "next_attempt", "open", "latency_ms"))}
         now, opened, left = self.world.clock.now(), worker.transaction, worker.next_attempt - self.world.clock.monotonic()
-        answered = (one.ms for one in reversed(worker.attempts) if one.status is not None)
+        answered = [one.ms for one in list(worker.attempts) if one.status is not None][-1:]
         return {"state": worker.state, "failures": worker.failures, "down_since": worker.down_since,
                 "next_attempt": now + int(left * 1000) if opened and left > 0 else None,
                 "open": {"txn_id": str(opened.txn_id), "events": opened.events} if opened else None,
-                "latency_ms": next(answered, None)}
+                "latency_ms": answered[0] if answered else None}
 
     # -- what was pushed
 
@@ -9997,7 +9997,7 @@ def post_people(call: Call) -> Any:
 
 def post_say(call: Call) -> Any:
     """As if the person's client had sent it, and so it looks on the wire."""
-    body, wire, txn_id = call.body, call.api.delivery.wire, secrets.token_hex(8)
+    body, wire, txn_id, began = call.body, call.api.delivery.wire, secrets.token_hex(8), time.monotonic()
     who, room_id = inspector(call).check_person(field(body, "user_id", str)), field(body, "room_id", str)
     content = {"msgtype": "m.text", "body": field(body, "body", str)}
     path = f"/_matrix/client/v3/rooms/{urllib.parse.quote(room_id, safe='')}/send/m.room.message/{txn_id}"
@@ -10012,6 +10012,7 @@ def post_say(call: Call) -> Any:
         one.status, one.answer = error.status, to_json(error.body()).encode()
         raise
     finally:
+        one.ms = round((time.monotonic() - began) * 1000, 2)
         wire.end(one)
 
 
