@@ -1513,7 +1513,8 @@ class Registrations:
         """Who claims an ID or maps a URI, and why: each namespace with what it decides (README, The inspector's API)."""
         kind = next((kind for kind, sigil in KINDS.items() if id[:1] == sigil), "uris" if is_uri(id) else None)
         if kind is None:
-            raise MatrixError("M_INVALID_PARAM", f"{shorten(id)!r} is no user ID (@…), alias (#…), room ID (!…) or URI")
+            raise MatrixError("M_INVALID_PARAM", f"{shorten(id)!r} is no user ID (@…), alias (#…), room ID (!…) or URI (irc://…); "
+                              f"@{shorten(id)}:{self.server_name} would be a user ID")
         told: JsonObject = {"id": id, "kind": {"users": "user", "aliases": "alias", "rooms": "room", "uris": "uri"}[kind],
                             "appservices": [], "owner": None, "may_create": [], "query": [], "uris": [], "maps_to": None}
         if kind == "uris":
@@ -2092,7 +2093,8 @@ class Doctor:
                 strangers.append((doctor, example))
         if strangers:
             (doctor, example), *others = strangers
-            self.say("open", doctor.where, regex=doctor.regex, example=example, more=f", and so with {len(others)} more" * bool(others),
+            self.say("open", doctor.where, regex=doctor.regex, example=example,
+                     more="".join([f"; neither does '{other.regex}'" for other, _ in others]),
                      better=f"{doctor.regex.removesuffix(':.*')}:{doctor.escaped}")
 
     def _uris(self, where: str, one: Registration) -> None:
@@ -3157,8 +3159,9 @@ class Reader:
 
     def remembers(self, id: str, tick: int) -> bool:
         """Whether it is still known to which events from this tick on an application service was interested."""
-        first = self.one("SELECT min(tick) FROM outbox WHERE appservice = ?", id)[0]
-        return first is not None and first <= tick
+        first, kept = self.one("SELECT min(tick), (SELECT count(*) FROM transactions WHERE appservice = ?) FROM outbox "
+                               "WHERE appservice = ?", id, id)
+        return kept <= KEPT_TRANSACTIONS or first is None or first <= tick
 
     def reason(self, id: str, tick: int) -> str | None:
         row = self.one("SELECT reason FROM outbox WHERE appservice = ? AND tick = ?", id, tick)
@@ -6733,6 +6736,12 @@ class Exchange:
             return {"type": event["type"], "sender": event["sender"]}
         return None
 
+    @property
+    def failure(self) -> str:
+        """Why it was no success; '' if it was one."""
+        why = self.error or ("" if self.status == 200 else f"it answered {self.status}")
+        return why + (f" (fault: {self.fault})" if why and self.fault else "")
+
     def told(self) -> JsonObject:
         """As the inspector's API has it."""
         return {"n": self.n, "seq": self.seq, "ts": self.ts, "from": self.source, "to": self.target, "kind": self.kind,
@@ -7028,8 +7037,8 @@ def advice(registration: Registration, failure: Answer | BaseException) -> str:
                 "(inside a container, localhost is the container)")
     if isinstance(failure, TimeoutError):
         return "it did not answer in time"
-    if isinstance(failure, ConnectionResetError) and failure.strerror:
-        return failure.strerror
+    if isinstance(failure, ConnectionResetError):
+        return failure.strerror or "it closed the connection without an answer; does its log say why?"
     return f"{type(failure).__name__}: {failure}"
 
 
@@ -8765,6 +8774,7 @@ ROUTES = [Route(method, PREFIXES.get(path[0], path[0]) + path[1:], auth, handler
 # /_asbridge/ (its own, in no specification), and a page that uses nothing else.
 
 MAX_MISSES = 20                  # members that don't match, of those that `why` names
+FAULT_KEYS = ("appservice", "fault", "on", "times", "probability", "seed", "delay_ms", "status")
 NOBODY_MAY = "nobody; people take user names of a-z, 0-9 and ._=/+- only"
 SECRETS = ("authorization", "cookie", "x-access-token")      # headers that are not shown
 
@@ -8809,7 +8819,8 @@ class Inspector:
     def attempts(self, id: str, txn_id: int) -> list[JsonObject]:
         """Those since the start, old to new."""
         worker = self.delivery.worker(id)
-        return [{"ts": one.ts, "status": one.status, "error": one.error or None, "ms": one.ms, "fault": one.fault or None, "n": one.n}
+        return [{"ts": one.ts, "status": one.status, "error": one.error or None, "ms": one.ms, "fault": one.fault or None, "n": one.n,
+                 "failure": one.failure or None}
                 for one in list(worker.attempts if worker else ()) if one.txn_id == txn_id]
 
     def transactions(self, id: str, limit: int = -1) -> list[JsonObject]:
@@ -8852,9 +8863,12 @@ class Inspector:
         def rule(name: str, kind: str, id: str) -> JsonObject:
             return self.world.registrations.rule(registration, name, kind, id)
         target = event.state_key if event.type == "m.room.member" else None
-        members = [rule("member", "users", one.state_key or "") for one in reader.state_at(room.n, event.tick - 1, type="m.room.member")
-                   if one.content.get("membership") == "join"]
-        return [rule("sender", "users", event.sender), *([rule("target", "users", target)] if target else []),
+        state = [(one.content.get("membership"), rule("member", "users", one.state_key or ""))
+                 for one in reader.state_at(room.n, event.tick - 1, type="m.room.member")]
+        members = [one for membership, one in state if membership == "join"]
+        invited = [{**one, "matches": False, "miss": "matches, but it is only invited: who has joined counts"}
+                   for membership, one in state if membership == "invite" and one["matches"]]
+        return [rule("sender", "users", event.sender), *([rule("target", "users", target)] if target else []), *invited,
                 *[one for one in members if one["matches"]], *[one for one in members if not one["matches"]][:MAX_MISSES],
                 *[rule("alias", "aliases", alias) for alias in reader.aliases_of(room.n)], rule("room", "rooms", room.room_id)]
 
@@ -8865,8 +8879,8 @@ class Inspector:
             where = {"waiting": "it waits for the transaction before it", "in a transaction": "it is on its way",
                      "acknowledged": f"{id} has acknowledged it"}[told["state"]]
             attempts = told["transaction"]["attempts"] if told["transaction"] else []
-            failed = [one["error"] or f"it answered {one['status']}" for one in attempts if one["status"] != 200 or one["error"]]
-            return [f"it goes to {id}: {told['reason']}", where, *[f"attempt {n}: {error}" for n, error in enumerate(failed, 1)]]
+            return [f"it goes to {id}: {told['reason']}", where,
+                    *[f"attempt {n}: {one['failure'] or 'acknowledged'}" for n, one in enumerate(attempts, 1)]]
         if registration.url is None:
             return [f"nothing is sent to {id}: its url is null"]
         if forgotten:
@@ -9012,8 +9026,8 @@ class Examiner:
         ("takes ephemeral data",                              "AS: Pushing EDUs",         "_ephemeral"),
         ("takes ephemeral data, by its older name",           "AS: Pushing EDUs",         "_older_ephemeral"),
         ("describes its protocols",                           "AS: Third-party networks", "_protocols"),
-        ("says of an unknown user that there is none",        "AS: Querying",             "_user"),
-        ("says of an unknown alias that there is none",       "AS: Querying",             "_alias"),
+        ("answers when asked for an unknown user",            "AS: Querying",             "_user"),
+        ("answers when asked for an unknown alias",           "AS: Querying",             "_alias"),
     )
 
     def __init__(self, registration: Registration, settings: Settings, queries: bool = False) -> None:
@@ -9040,7 +9054,7 @@ class Examiner:
             self._silent = 0
         except CALL_FAILED as error:
             outcome, seen = "failed", self._plain(advice(self.registration, error))
-            self._silent += 1
+            self._silent += isinstance(error, (TimeoutError, ConnectionRefusedError))
             if self._silent == SILENT_CALLS:
                 self._hopeless = f"it did not answer {SILENT_CALLS} calls in a row"
         return outcome, spec, seen
@@ -9718,7 +9732,7 @@ function serviceCard(appservice) {
   const lose = verb("Lose the next ACK", "faults", "the next acknowledgement will be lost", {fault: "lose_ack", times: 1});
   lose.className = "main"; lose.title = "it answers 200, and the homeserver forgets that";
   const node = h("article", {class: "card", "aria-label": appservice}, bar(title(appservice), state, grow(), lose), url,
-    h("dl", {class: "wide"}, field("since", "since"), field("waiting", "queue"), field("next", "next try"), field("open", "open"),
+    h("dl", {class: "wide"}, field("since", "state"), field("waiting", "queue"), field("next", "next try"), field("open", "open"),
       field("acked", "last ACK"), field("latency", "latency")),
     bar(toggle, verb("Retry now", "retry", "tried at once"), verb("Ping", "ping", got => `pinged in ${took(got.duration_ms)}`),
       verb("Replay last", "replay", sentAs), verb("Replay as new", "replay", sentAs, {new_id: true}), button("Skip …", skip),
@@ -9853,16 +9867,20 @@ function roomsPanel() {
     const got = await post(one => `${one.user_id} is here`, "people", {name: node.person.value.trim()});
     if (got) { node.reset(); await show(); who.value = got.user_id; }
   }, field("person", "a new person's name"), h("button", {}, "Make a person"));
-  $("rooms").append(bar(title("Rooms"), room), events, speak, here, arrive);
+  const enter = form(async node => {
+    const got = await post("", "rooms", {user_id: who.value, room: node.room.value.trim()});
+    if (got) { node.reset(); await show(); room.value = got.room_id; timeline(); }
+  }, field("room", "#alias to join, @user to write to, or a new room's name"), h("button", {}, "Enter"));
+  $("rooms").append(bar(title("Rooms"), room), events, speak, here, enter, arrive);
   async function show() {
     const [{rooms}, {people}] = await Promise.all([get("rooms"), get("people")]);
     const names = new Map(rooms.map(one => [one.room_id, joined(one.name || one.alias || one.room_id, plural(one.members, "member"))]));
     rechoose(room, [...names.keys()], id => names.get(id)); rechoose(who, people, id => "as " + local(id));
-    speak.hidden = !people.length || !rooms.length;
+    speak.hidden = !people.length || !rooms.length; enter.hidden = !people.length;
     await timeline();
   }
   async function timeline() {
-    if (!room.value) { refill(events, null, () => soft("no rooms yet")); return; }
+    if (!room.value) { refill(events, null, () => soft("no rooms yet: make a person, who enters one")); return; }
     const got = await get("timeline", {room: room.value, limit: 50});
     const low = events.scrollHeight - events.scrollTop - events.clientHeight < 40;
     put(here, `here: ${got.members.map(local).join(", ")}`);
@@ -9995,17 +10013,13 @@ def post_people(call: Call) -> Any:
     return {"user_id": call.api.accounts.add_person(field(call.body, "name", str))["user_id"]}
 
 
-def post_say(call: Call) -> Any:
-    """As if the person's client had sent it, and so it looks on the wire."""
-    body, wire, txn_id, began = call.body, call.api.delivery.wire, secrets.token_hex(8), time.monotonic()
-    who, room_id = inspector(call).check_person(field(body, "user_id", str)), field(body, "room_id", str)
-    content = {"msgtype": "m.text", "body": field(body, "body", str)}
-    path = f"/_matrix/client/v3/rooms/{urllib.parse.quote(room_id, safe='')}/send/m.room.message/{txn_id}"
-    one = wire.begin(Exchange(wire.number(), wire.clock.now(), who.user_id, HS, "request", "PUT", path, {},
+def as_client(call: Call, who: Who, method: str, path: str, content: JsonObject, verb: Callable[[], JsonObject]) -> JsonObject:
+    """Does what the person's client would ask for with this request; so it looks on the wire."""
+    wire, began = call.api.delivery.wire, time.monotonic()
+    one = wire.begin(Exchange(wire.number(), wire.clock.now(), who.user_id, HS, "request", method, path, {},
                               to_json(content).encode("utf-8", "replace")[:KEPT_BYTES], client=True))
     try:
-        call.api.rooms.join(who, room_id)                    # who is in it already stays as he is
-        answer = {"event_id": call.api.rooms.send(who, room_id, "m.room.message", content, txn_id)}
+        answer = verb()
         one.status, one.answer = 200, to_json(answer).encode()
         return answer
     except MatrixError as error:
@@ -10016,12 +10030,35 @@ def post_say(call: Call) -> Any:
         wire.end(one)
 
 
+def post_rooms(call: Call) -> Any:
+    """Brings a person into a room: one that is named by alias or ID; a new one with this user; or else a new one of this name."""
+    body, rooms = call.body, call.api.rooms
+    who, room = inspector(call).check_person(field(body, "user_id", str)), field(body, "room", str)
+    if room[:1] in ("#", "!"):
+        path = f"/_matrix/client/v3/join/{urllib.parse.quote(room, safe='')}"
+        return as_client(call, who, "POST", path, {}, lambda: {"room_id": rooms.join(who, room)})
+    options: JsonObject = {"preset": "public_chat", "name": room} if room[:1] != "@" else {
+        "preset": "trusted_private_chat", "is_direct": True, "invite": [check_id("@", room)]}
+    return as_client(call, who, "POST", "/_matrix/client/v3/createRoom", options, lambda: {"room_id": rooms.create(who, options)})
+
+
+def post_say(call: Call) -> Any:
+    """The room may be named by an alias, too; who is not in it joins."""
+    body, rooms, txn_id = call.body, call.api.rooms, secrets.token_hex(8)
+    who, content = inspector(call).check_person(field(body, "user_id", str)), {"msgtype": "m.text", "body": field(body, "body", str)}
+    room_id = rooms.join(who, field(body, "room_id", str))   # who is in it already stays as he is
+    path = f"/_matrix/client/v3/rooms/{urllib.parse.quote(room_id, safe='')}/send/m.room.message/{txn_id}"
+    return as_client(call, who, "PUT", path, content, lambda: {"event_id": rooms.send(who, room_id, "m.room.message", content, txn_id)})
+
+
 def get_faults(call: Call) -> Any:
     return {"faults": call.api.delivery.faults(call.required("appservice")).told()}
 
 
 def post_faults(call: Call) -> Any:
     body = call.body
+    for key in body.keys() - FAULT_KEYS:
+        raise MatrixError("M_BAD_JSON", f"{shorten(key)!r} is no key of a fault; the nearest one is {nearest(key, FAULT_KEYS)!r}")
     probability = body.get("probability")
     if probability is not None and (isinstance(probability, bool) or not isinstance(probability, (int, float))):
         raise MatrixError("M_BAD_JSON", f"'probability' must be a number above 0 and up to 1, not {quoted(probability)}")
@@ -10089,6 +10126,7 @@ ADMIN_ROUTES = [Route("GET", "/", "nobody", get_page, "asbridge: the inspector's
     ("GET",    "explain",      get_explain,      "asbridge: who claims an ID"),
     ("GET",    "why",          get_why,          "asbridge: why an event was pushed"),
     ("GET",    "rooms",        get_rooms,        "asbridge: rooms"),
+    ("POST",   "rooms",        post_rooms,       "asbridge: join one, or make one"),
     ("GET",    "timeline",     get_timeline,     "asbridge: the last events of a room"),
     ("GET",    "people",       get_people,       "asbridge: local people"),
     ("POST",   "people",       post_people,      "asbridge: a new person"),
@@ -12091,8 +12129,9 @@ class Homeserver:
         worker = self.delivery.worker(id)
         if not worker:
             return f"{count} events for {id!r}, to which nothing is sent"
-        last = [one.error or f"it answered {one.status}" for one in list(worker.attempts)[-1:] if one.error or one.status != 200]
-        return "; ".join([f"{count} events for {id!r}, {worker.state}, after {worker.failures} failed attempts", *last])
+        failed = [one.failure for one in list(worker.attempts)[-1:] if one.failure]
+        many = f"{count} event{'s' * (count != 1)}"
+        return "; ".join([f"{many} for {id!r}, {worker.state}, after {worker.failures} failed attempts", *failed])
 
     def wait_for(self, timeout: float = 5.0, **wanted: Any) -> JsonObject:
         """The first event of any room, past or to come, with these values: of `type`, `sender`, `state_key`, `room_id`, or of
@@ -12117,8 +12156,10 @@ class Homeserver:
         seen.reverse()                                       # of those that are equally near, the last
         for event in sorted(seen, key=lambda event: len(differences(event, wanted)))[:3]:
             lines.append(f"  {event['type']} of {event['sender']} ({event['event_id']}): {'; '.join(differences(event, wanted))}")
-            lines += [f"    {self.why(event['event_id'], one.id)['summary'][0]}" for one in self.world.registrations]
-        return "\n".join(lines if seen else [*lines, "  there are no events at all"])
+            lines += [f"    {'; '.join(self.why(event['event_id'], one.id)['summary'][:3])}" for one in self.world.registrations]
+        lines += [f"  no event at all has {key!r}; {', '.join(TOP_KEYS)} are of the event itself, all else of its content"
+                  for key in wanted if not any(key in where for event in seen for where in (event, event["content"]))]
+        return "\n".join(lines if seen else [*lines[:1], "  there are no events at all"])
 
     def transactions(self, id: str) -> list[JsonObject]:
         """What was pushed to an application service, old to new: txn_id, events, acknowledged, acknowledged_ts, and attempts,
@@ -12162,10 +12203,12 @@ class Homeserver:
         return str(self.delivery.replay(id, None if txn_id is None else int(txn_id), new_id))
 
 
+TOP_KEYS = ("type", "sender", "state_key", "room_id", "event_id")
+
+
 def differences(event: JsonObject, wanted: Mapping[str, Any]) -> list[str]:
     """What of an event, or else of its content, is not as it is wanted."""
-    top = ("type", "sender", "state_key", "room_id", "event_id")
-    has = {key: (event if key in top else event["content"]).get(key) for key in wanted}
+    has = {key: (event if key in TOP_KEYS else event["content"]).get(key) for key in wanted}
     return [f"{key} is {shorten(repr(has[key]))}" for key in wanted if has[key] != wanted[key]]
 
 
@@ -12327,19 +12370,22 @@ def parse_args(arguments: Sequence[str]) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", metavar="check | explain | generate | routes")
     explain = commands.add_parser("explain", help="who claims a user ID, alias, room ID or URI, and why")
     explain.add_argument("id")
-    explain.add_argument("--config", metavar="FILE", default=argparse.SUPPRESS)
+    for flag in ("--config", "--server-name", "--database"):
+        explain.add_argument(flag, default=argparse.SUPPRESS)
     explain.add_argument("--json", action="store_true", help="as the inspector's API has it")
     add_check(commands.add_parser("check", help="say what is wrong with registrations, or with the application services behind them"))
     generate = commands.add_parser("generate", help="print a fresh registration")
     generate.add_argument("id")
     generate.add_argument("--url", default="http://127.0.0.1:29300", help="where the application service "
                           "listens")
+    generate.add_argument("--server-name", default=argparse.SUPPRESS, help="of the homeserver (default: localhost)")
     generate.add_argument("--prefix", help="of its users and aliases (default: the ID and '_')")
     commands.add_parser("routes", help="print the table of endpoints")
     return parser.parse_args(arguments)
 
 
 def add_check(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", nargs="?", metavar="FILE", help="the same as --config FILE")
     parser.add_argument("--config", metavar="FILE", default=argparse.SUPPRESS, help="a configuration, or one registration")
     parser.add_argument("--server-name", default=argparse.SUPPRESS, help="of the homeserver that they are for")
     parser.add_argument("--port", type=int, default=argparse.SUPPRESS, help="of that homeserver")
@@ -12350,16 +12396,16 @@ def add_check(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print a list of objects")
 
 
-def generate_registration(id: str, url: str, prefix: str | None = None) -> JsonObject:
+def generate_registration(id: str, url: str, prefix: str | None = None, server_name: str = "localhost") -> JsonObject:
     """A registration with random tokens, ready to be written to a file; ConfigError if it would not be one."""
     prefix = to_localpart((prefix or f"{id}_").lstrip("@#"))
-    escaped = prefix.replace(".", r"\.").replace("+", r"\+")
+    escaped, server = (text.replace(".", r"\.").replace("+", r"\+") for text in (prefix, server_name))
     if not is_base_url(url):
         raise ConfigError([Finding("--url", f"is {quoted(url)}", f"write {REGISTRATION_KEYS['url'][2]}")])
     return {"id": id, "url": url, "as_token": secrets.token_hex(32), "hs_token": secrets.token_hex(32),
             "sender_localpart": f"{prefix}bot", "rate_limited": False,
-            "namespaces": {"users": [{"exclusive": True, "regex": f"@{escaped}.*"}],
-                           "aliases": [{"exclusive": True, "regex": f"#{escaped}.*"}], "rooms": []}}
+            "namespaces": {"users": [{"exclusive": True, "regex": f"@{escaped}.*:{server}"}],
+                           "aliases": [{"exclusive": True, "regex": f"#{escaped}.*:{server}"}], "rooms": []}}
 
 
 def explain_id(config: Config, id: str) -> JsonObject:
@@ -12523,8 +12569,9 @@ def suggestions(hs: Homeserver) -> list[str]:
     port = next((sample.irc_port for sample in hs.samples if isinstance(sample, IrcBridge)), None)
     register = """-d '{"username": "alice", "password": "wonderland", "auth": {"type": "m.login.dummy"}}'"""
     talk = r"(printf 'NICK bob\r\nUSER bob 0 * :Bob\r\nJOIN #lobby\r\nPRIVMSG #lobby :hello from IRC\r\n'; cat)"
-    return [f"irssi -c 127.0.0.1 -p {port} -n bob      # then: /join #lobby", f"{talk} | nc 127.0.0.1 {port}",
-            f"curl -s {hs.url}/_matrix/client/v3/register {register}"] if port else []
+    inspector = [f"open {hs.url}/      # the inspector: it shows all that passes"]
+    return inspector + ([f"irssi -c 127.0.0.1 -p {port} -n bob      # then: /join #lobby", f"{talk} | nc 127.0.0.1 {port}",
+                         f"curl -s {hs.url}/_matrix/client/v3/register {register}"] if port else [])
 
 
 def run(config: Config, args: argparse.Namespace) -> int:
@@ -12569,10 +12616,10 @@ def examine(config: Config, args: argparse.Namespace) -> int:
         hs.start()
         found = [(one.id, *result) for one in hs.world.registrations for result in examination(hs, one, args.queries)]
     except (OSError, DatabaseError, sqlite3.Error, MatrixError) as error:
-        print(why_not_started(error, config), file=sys.stderr)
-        if f":{config.port} " in str(error):
-            print("check --examine takes the homeserver's place: stop the homeserver for that moment. On another port the bridge's "
-                  "own calls do not find us.", file=sys.stderr)
+        taken = f":{config.port} " in str(error)
+        print(f"asbridge: port {config.port} is taken, and check --examine takes the homeserver's place: stop it for that moment. "
+              "If it is asbridge itself, leave it: its inspector has the button Examine." if taken
+              else why_not_started(error, config), file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
@@ -12665,12 +12712,13 @@ def keep_to_one_cpu() -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     args = parse_args(sys.argv[1:] if arguments is None else arguments)
+    args.config = getattr(args, "file", None) or args.config
     try:
         if args.command == "routes":
             print_routes()
             return 0
         if args.command == "generate":
-            print(json.dumps(generate_registration(args.id, args.url, args.prefix), indent=2))
+            print(json.dumps(generate_registration(args.id, args.url, args.prefix, args.server_name or "localhost"), indent=2))
             return 0
         if args.command == "check" and not args.examine:
             return run_check(args)

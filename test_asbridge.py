@@ -1575,7 +1575,7 @@ def test_an_entry_that_stands_twice_is_warned_of():
 
 def test_that_no_server_is_named_is_said_once_with_what_others_would_take():
     finding, = told(registration_for(["@irc_.*", "@x:example\\.org", "@bot:.*"], ["#irc_.*"]))
-    assert finding.level == "warning" and "and so with 2 more" in finding.what and "@irc_:elsewhere" in finding.why and "'@irc_.*:example\\.org'" in finding.right
+    assert finding.level == "warning" and finding.what.count("; neither does ") == 2 and "@irc_:elsewhere" in finding.why and "'@irc_.*:example\\.org'" in finding.right
 
 
 @pytest.mark.parametrize("key", ["as_token", "hs_token"])
@@ -9086,13 +9086,13 @@ def test_why_says_for_which_rule_an_event_was_pushed_and_what_became_of_it(linke
     said = hs.why(event_id, "irc")
     assert said["pushed"] and said["reason"] == f"room {room} matches rooms[0]" and said["state"] == "acknowledged"
     assert said["transaction"]["txn_id"] == r.transactions[-1][0] and [one["status"] for one in said["transaction"]["attempts"]] == [200]
-    assert said["summary"] == [f"it goes to irc: room {room} matches rooms[0]", "irc has acknowledged it"]
+    assert said["summary"] == [f"it goes to irc: room {room} matches rooms[0]", "irc has acknowledged it", "attempt 1: acknowledged"]
     hs.faults("irc").status(status=403)
     late = alice.say(room, "y")
     eventually(lambda: hs.delivery.worker("irc").failures)
     later = alice.say(room, "z")
     assert hs.why(late, "irc")["state"] == "in a transaction" and hs.why(later, "irc")["state"] == "waiting"
-    assert any("attempt 1: it answered 403" in line for line in hs.why(late, "irc")["summary"]) and hs.why(later, "irc")["transaction"] is None
+    assert "attempt 1: it answered 403 (fault: status)" in hs.why(late, "irc")["summary"] and hs.why(later, "irc")["transaction"] is None
 
 
 def test_why_names_every_rule_that_said_no_and_the_nearest_miss(start, recorder):
@@ -9135,6 +9135,17 @@ def test_why_knows_of_a_service_without_a_url_and_of_one_that_came_later(start, 
     for unknown in ("$x", "$" + "A" * 43, ""):
         with refused("M_NOT_FOUND", 404):
             hs.why(unknown, "late")
+
+
+def test_why_is_not_too_long_ago_before_anything_was_pruned(start, recorder):
+    hs = start(registration(url=recorder().url))
+    alice = hs.client("alice")
+    room = alice.create_room()
+    before = alice.say(room, "before")
+    alice.invite(room, "@_irc_bot:localhost")
+    after = alice.say(room, "after")
+    assert "no rule says yes" in hs.why(before, "irc")["summary"][0]
+    assert any("@_irc_bot:localhost" in line and "only invited" in line for line in hs.why(after, "irc")["summary"])
 
 
 def test_why_admits_what_is_too_long_ago(linked, monkeypatch):
@@ -9198,8 +9209,12 @@ def test_rooms_and_people_are_enough_for_a_lesson_without_another_client(linked)
     assert inspect(hs, "GET", "people")[1] == {"people": ["@alice:localhost", "@bob:localhost"]}
     public = alice.create_room(preset="public_chat", name="Town", room_alias_name="town")
     rooms = {one["room_id"]: one for one in inspect(hs, "GET", "rooms")[1]["rooms"]}
+    entered = {room: inspect(hs, "POST", "rooms", {"user_id": "@bob:localhost", "room": room})[1] for room in ("#town:localhost", "Village", alice.user_id)}
+    assert entered["#town:localhost"] == {"room_id": public} and entered[alice.user_id]["room_id"] in alice.sync()["rooms"]["invite"]
+    assert [one["members"] for one in inspect(hs, "GET", "rooms")[1]["rooms"] if one["name"] == "Village"] == [1]
+    assert inspect(hs, "POST", "rooms", {"user_id": "@bob:localhost", "room": "#nowhere:localhost"})[1]["errcode"] == "M_NOT_FOUND"
     assert rooms[public] == {"room_id": public, "name": "Town", "alias": "#town:localhost", "members": 1}
-    assert inspect(hs, "POST", "say", {"room_id": public, "user_id": "@bob:localhost", "body": "hi"})[0] == 200
+    assert inspect(hs, "POST", "say", {"room_id": "#town:localhost", "user_id": "@bob:localhost", "body": "hi"})[0] == 200
     seen = inspect(hs, "GET", f"timeline?room={urllib.parse.quote(public)}&limit=1")[1]
     assert seen["events"][0]["content"] == {"msgtype": "m.text", "body": "hi"} and seen["people"] == seen["members"] == ["@alice:localhost", "@bob:localhost"]
     acting(hs, "irc", "@_irc_ghost:localhost")
@@ -9259,6 +9274,7 @@ def test_whoever_looks_at_what_passes_is_answered_as_soon_as_something_does(link
     ("GET", "why?event=$x", None, "M_MISSING_PARAM"), ("GET", "explain", None, "M_MISSING_PARAM"), ("GET", "explain?id=x", None, "M_INVALID_PARAM"),
     ("GET", "exchanges?since=x", None, "M_INVALID_PARAM"), ("POST", "faults", {"appservice": "irc", "fault": "x"}, "M_INVALID_PARAM"),
     ("POST", "faults", {"appservice": "irc", "fault": "refuse", "probability": "x"}, "M_BAD_JSON"), ("POST", "faults", {"fault": "refuse"}, "M_MISSING_PARAM"),
+    ("POST", "faults", {"appservice": "irc", "fault": "refuse", "time": 3}, "M_BAD_JSON"),
     ("POST", "clock", {"advance": -1}, "M_BAD_JSON"), ("POST", "clock", {"advance": True}, "M_BAD_JSON"), ("POST", "clock", {}, "M_BAD_JSON"),
     ("POST", "replay", {"appservice": "irc", "txn_id": "x"}, "M_INVALID_PARAM"), ("POST", "pause", {"appservice": 5}, "M_BAD_JSON"),
     ("POST", "people", {"name": "Bad Name"}, "M_INVALID_USERNAME"), ("GET", "nothing", None, "M_UNRECOGNIZED"), ("POST", "status", {}, "M_UNRECOGNIZED"),
@@ -9366,7 +9382,7 @@ TAKEN = ["takes an empty transaction", "takes the same transaction again", "take
          "takes an event of an unknown type and shape", "takes an event of a room that it does not know", "takes ephemeral data",
          "takes ephemeral data, by its older name"]
 UNKNOWN = ["says 404 to an unknown path", "says 405 to a wrong method"]
-QUERIES = ["says of an unknown user that there is none", "says of an unknown alias that there is none"]
+QUERIES = ["answers when asked for an unknown user", "answers when asked for an unknown alias"]
 
 
 @pytest.mark.parametrize("fault,fails", [
@@ -10751,12 +10767,12 @@ def sample(**more):
     return {**asbridge.SAMPLE_REGISTRATION, "url": "http://127.0.0.1:0", "asbridge.sample": {"irc_port": 0}, **more}
 
 
-def test_the_program_suggests_three_things_that_can_be_pasted(program):
+def test_the_program_suggests_the_inspector_and_three_things_that_can_be_pasted(program):
     running = program({"registrations": [sample()], "database": ":memory:"})
     code, out, err = running.end()
     tries = [line.partition("try: ")[2] for line in err.splitlines() if "try: " in line]
-    assert code == 0 and out == "" and [line.split()[0] for line in tries] == ["irssi", "(printf", "curl"] and running.url in tries[2]
-    body = re.search(r"-d '(.*)'", tries[2])[1]
+    assert code == 0 and out == "" and [line.split()[0] for line in tries] == ["open", "irssi", "(printf", "curl"] and running.url in tries[3]
+    body = re.search(r"-d '(.*)'", tries[3])[1]
     assert json.loads(body)["auth"] == {"type": "m.login.dummy"}
 
 
@@ -10848,10 +10864,11 @@ def test_the_fixture_in_the_readme_tests_a_bridge_that_runs_by_itself(tmp_path, 
                 self.bot.say(event["room_id"], "hello yourself", txn_id=event["event_id"])
 
     made = asbridge.generate_registration("mybridge", f"http://127.0.0.1:{closed_port()}")
-    (tmp_path / "registration.yaml").write_text(json.dumps(made))
+    (tmp_path / "registration.json").write_text(json.dumps(made))
     monkeypatch.chdir(tmp_path)
     names = {"asbridge": asbridge, "pytest": unittest.mock.Mock(fixture=contextlib.contextmanager)}
-    exec(compile(python_of_the_readme("@pytest.fixture") + python_of_the_readme("def test_my_bridge_hears"), "README.md", "exec"), names)
+    code = python_of_the_readme("@pytest.fixture") + python_of_the_readme("def test_my_bridge_hears")
+    exec(compile(code.replace("port=8008", "port=0"), "README.md", "exec"), names)
     with names["hs"]() as hs:
         bridge = Bridge(asbridge.read_registration(made, "here"), hs.url)
         bridge.start()
@@ -11422,6 +11439,12 @@ def test_wait_for_that_waits_in_vain_prints_the_nearest_events_and_where_they_we
         hs.wait_for(0.01, type="m.room.message", sender=alice.user_id, body="good bye")
     lines = str(caught.value).splitlines()
     assert "body='good bye'" in lines[0] and event_id in lines[1] and "body is 'hello'" in lines[1] and "did not go to irc: no rule says yes" in lines[2]
+
+
+def test_wait_for_says_which_key_no_event_has(three):
+    hs, alice, *_ = three
+    with pytest.raises(AssertionError, match="no event at all has 'typ'"):
+        hs.wait_for(0.01, typ="m.room.message")
 
 
 def test_explain_of_the_command_line_reads_registrations_and_database_and_changes_neither(tmp_path, capsys):
