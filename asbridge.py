@@ -10045,10 +10045,11 @@ def post_rooms(call: Call) -> Any:
 def post_say(call: Call) -> Any:
     """The room may be named by an alias, too; who is not in it joins."""
     body, rooms, txn_id = call.body, call.api.rooms, secrets.token_hex(8)
-    who, content = inspector(call).check_person(field(body, "user_id", str)), {"msgtype": "m.text", "body": field(body, "body", str)}
-    room_id = rooms.join(who, field(body, "room_id", str))   # who is in it already stays as he is
-    path = f"/_matrix/client/v3/rooms/{urllib.parse.quote(room_id, safe='')}/send/m.room.message/{txn_id}"
-    return as_client(call, who, "PUT", path, content, lambda: {"event_id": rooms.send(who, room_id, "m.room.message", content, txn_id)})
+    who, room = inspector(call).check_person(field(body, "user_id", str)), field(body, "room_id", str)
+    content = {"msgtype": "m.text", "body": field(body, "body", str)}
+    path = f"/_matrix/client/v3/rooms/{urllib.parse.quote(room, safe='')}/send/m.room.message/{txn_id}"
+    return as_client(call, who, "PUT", path, content, lambda: {     # who is in it already stays as he is
+        "event_id": rooms.send(who, rooms.join(who, room), "m.room.message", content, txn_id)})
 
 
 def get_faults(call: Call) -> Any:
