@@ -11063,11 +11063,11 @@ def test_an_application_service_finds_its_homeserver_while_it_is_examined(tmp_pa
 def test_examine_says_what_to_do_where_the_port_of_the_homeserver_is_taken(tmp_path, capsys):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         code, out, err = examining(tmp_path, capsys, port=taken.getsockname()[1], registrations=[registration(url="http://127.0.0.1:1")])
-    assert code == 1 and out == "" and "stop the homeserver for that moment" in err and "Traceback" not in err
+    assert code == 1 and out == "" and "stop it for that moment" in err and "Traceback" not in err
     with socket.create_server(("127.0.0.1", 0)) as taken:
         sample = {**asbridge.SAMPLE_REGISTRATION, "url": "http://127.0.0.1:0", "asbridge.sample": {"irc_port": taken.getsockname()[1]}}
         code, out, err = examining(tmp_path, capsys, registrations=[sample])
-    assert code == 1 and out == "" and "asbridge.sample.irc_port" in err and "stop the homeserver" not in err
+    assert code == 1 and out == "" and "asbridge.sample.irc_port" in err and "stop it" not in err
 
 
 def test_examine_can_be_interrupted(tmp_path, capsys, monkeypatch):
