@@ -210,6 +210,11 @@ def shorten(value: object, limit: int = 80) -> str:
     return text if len(text) <= limit else text[:limit] + "…"
 
 
+def printable(text: str) -> str:
+    """What a stranger has written, so that it can't move the cursor of a terminal or begin a line of its own."""
+    return text if text.isprintable() else "".join([char if char.isprintable() else repr(char)[1:-1] for char in text])
+
+
 def quoted(value: object) -> str:
     """The same as JSON, so that 1 and "1" can be told apart."""
     return shorten(json.dumps(value, ensure_ascii=False))
@@ -392,7 +397,7 @@ class Chance:
     whatever others draw meanwhile.
     """
 
-    def __init__(self, seed: int | None = None) -> None:
+    def __init__(self, seed: str | None = None) -> None:
         self.seed = seed
         self._drawn: collections.Counter[str] = collections.Counter()
         self._guard = threading.Lock()                     # guards _drawn
@@ -404,7 +409,7 @@ class Chance:
         with self._guard:
             self._drawn[owner] += 1
             n = self._drawn[owner]
-        drawn = hmac.digest(str(self.seed).encode(), f"{owner}\0{n}".encode("utf-8", "replace"), "sha512")
+        drawn = hmac.digest(self.seed.encode(), f"{owner}\0{n}".encode("utf-8", "replace"), "sha512")
         return "".join([string.ascii_letters[byte % 52] for byte in drawn[:length]])
 
 
@@ -806,17 +811,19 @@ class HttpClient:
         self.base, self._https = parts.path.rstrip("/"), parts.scheme == "https"
         self.host, self.port = parts.hostname or "", parts.port or (443 if self._https else 80)
         self._connection: http.client.HTTPConnection | None = None
+        self._given_up = False                               # by abort(), while it was asked
 
     def request(self, method: str, path: str, body: bytes | None = None,
                 headers: Mapping[str, str] | None = None,
                 seconds: float = 60.0, limit: int = 65_536) -> tuple[int, bytes]:
         """Status and body of the answer, all of it within `seconds`; at most `limit` bytes of body, else ValueError."""
+        self._given_up = False
         kept = self._connection is not None and not self._went_away()
         deadline = time.monotonic() + seconds
         try:
             return self._exchange(method, path, body, headers or {}, deadline, limit)
         except (http.client.RemoteDisconnected, ConnectionResetError, BrokenPipeError):
-            if not kept or method == "POST":                 # a POST may have been done already
+            if not kept or method == "POST" or self._given_up:       # a POST may have been done already
                 raise
         return self._exchange(method, path, body, headers or {}, deadline, limit)
 
@@ -874,7 +881,7 @@ class HttpClient:
 
     def abort(self) -> None:
         """Ends the request that another thread is waiting for."""
-        connection = self._connection
+        connection, self._given_up = self._connection, True
         if connection and connection.sock:
             hang_up(connection.sock)
 
@@ -1135,17 +1142,298 @@ def compile_regex(regex: str) -> re.Pattern[str]:
     return re.compile(BRACKETS.sub(one_bracket, regex))
 
 
+# -- What a regex can match. To be skipped at first reading.
+#
+# Read into a tree, a regex tells in how many ways a text can be matched, which bounds the steps of Python's backtracking, and
+# what remains of it when a character is read, by which a text is found that several regexes match.
+
+Chars = frozenset[str]
+START, END = "start", "end"                                  # what ^ and $ match: any number of these stand around a text
+EDGES: Chars = frozenset({START, END})
+ASCII: Chars = frozenset(map(chr, range(128)))
+BEYOND: Chars = frozenset("é٣\u2003€")                       # stand for all others: letters, digits, spaces, and the rest
+ALPHABET = ASCII | BEYOND
+NOTHING: Chars = frozenset()
+HARMLESS_WAYS, ENDLESS_WAYS = 10**5, 10**9
+TOO_DEEP = "too many brackets in each other"
+MAX_SEARCH, MAX_WORK, MANY = 1000, 20_000, 8                 # steps and reads for a common text; repeats that are counted in it
+
+
+class NotAnalysable(ValueError):
+    """A regex that has what no tree can show; the text says what."""
+
+
+class Exponential(ValueError):
+    """A regex for which each further character multiplies the ways of matching; the text says why."""
+
+
+# Each kind of Tree has: `first`, the characters it can start with; `least`, its shortest length; ways(), in how many ways it can
+# match in one place at most, one of `after` being next; read(), what can remain of it when a character is read.
+
+@dataclass(frozen=True)
+class OneOf:
+    """One character of a set."""
+    first: Chars
+    least: int = 1
+
+    def ways(self, after: Chars) -> int:
+        return 1
+
+    def read(self, char: str) -> set[Tree]:
+        return {Chain(())} if char in self.first else set()
+
+
+@dataclass(frozen=True)
+class Chain:
+    """One part after the other: the ways multiply."""
+    parts: tuple[Tree, ...]
+
+    @functools.cached_property
+    def first(self) -> Chars:
+        return functools.reduce(lambda after, part: opening(part, after), reversed(self.parts), NOTHING)
+
+    @functools.cached_property
+    def least(self) -> int:
+        return sum(part.least for part in self.parts)
+
+    def ways(self, after: Chars) -> int:
+        total = 1
+        for part in reversed(self.parts):
+            total *= part.ways(after)
+            after = opening(part, after)
+        return not_endless(total)
+
+    def read(self, char: str) -> set[Tree]:
+        found: set[Tree] = set()
+        for at, part in enumerate(self.parts):
+            found |= {chain(rest, *self.parts[at + 1:]) for rest in part.read(char)}
+            if part.least:
+                break
+        return found
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One part or another: the ways of those add up that can start with the same character."""
+    parts: tuple[Tree, ...]
+
+    @functools.cached_property
+    def first(self) -> Chars:
+        return NOTHING.union(*(part.first for part in self.parts))
+
+    @functools.cached_property
+    def least(self) -> int:
+        return min(part.least for part in self.parts)
+
+    def ways(self, after: Chars) -> int:
+        options = [(opening(part, after), part.ways(after)) for part in self.parts]
+        sums = [sum(ways for chars, ways in options if char in chars) for char in self.first | after]
+        return max(*sums, *(ways for _, ways in options))
+
+    def read(self, char: str) -> set[Tree]:
+        return {rest for part in self.parts for rest in part.read(char)}
+
+
+@dataclass(frozen=True)
+class Repeat:
+    """A part several times: each length is a way, but where the next character tells whether it goes on."""
+    part: Tree
+    low: int = 0
+    high: float = math.inf       # which it also is where it is more than an ID has characters
+
+    @property
+    def first(self) -> Chars:
+        return self.part.first if self.high else NOTHING
+
+    @property
+    def least(self) -> int:
+        return self.low * self.part.least
+
+    @functools.lru_cache(maxsize=1000)                       # noqa: B019 - equal ones share it
+    def ways(self, after: Chars) -> int:
+        again = self.part.ways(opening(self.part, after) if not self.part.least else self.first) if self.high > 1 else 1
+        if self.high == math.inf and not self.part.least:
+            raise Exponential("it repeats what can be empty")
+        if self.high == math.inf and again > 1:
+            raise Exponential("it repeats what can itself match a text in several ways")
+        if not self.first & after and self.part.ways(self.first | after) == 1:
+            return 1
+        most = int(min(self.high, MAX_ID_BYTES // max(1, self.part.least)))
+        return not_endless(max(1, most - self.low + 1) * int(again ** max(0, most - 1)) * self.part.ways(after))
+
+    def read(self, char: str) -> set[Tree]:
+        again = Repeat(self.part, max(0, self.low - 1), self.high - 1 if self.high <= MANY else math.inf)
+        return {chain(rest, again) for rest in self.part.read(char)} if self.high else set()
+
+
+Tree = OneOf | Chain | Choice | Repeat
+
+
+def not_endless(ways: int) -> int:
+    if ways > ENDLESS_WAYS:
+        raise Exponential(f"it can match a text in more than {ENDLESS_WAYS:,} ways")
+    return ways
+
+
+def opening(tree: Tree, after: Chars) -> Chars:
+    """What can come where it stands, if `after` is what can follow it."""
+    return tree.first if tree.least else tree.first | after
+
+
+def chain(*parts: Tree) -> Chain:
+    """One chain, without chains in it."""
+    return Chain(tuple(one for part in parts for one in (part.parts if isinstance(part, Chain) else (part,))))
+
+
+def leaves(tree: Tree) -> Iterator[Chars]:
+    """The sets of characters in it."""
+    if isinstance(tree, OneOf):
+        yield tree.first
+    else:
+        for part in (tree.part,) if isinstance(tree, Repeat) else tree.parts:
+            yield from leaves(part)
+
+
+def letters(*trees: Tree) -> list[str]:
+    """Of all characters that the trees don't tell apart the plainest one."""
+    sets, groups = {chars for tree in trees for chars in leaves(tree)}, dict[tuple[bool, ...], str]()
+    for char in sorted(ALPHABET | EDGES, key=lambda char: (not char.islower(), char)):
+        groups.setdefault(tuple(char in chars for chars in sets), char)
+    return list(groups.values())
+
+
+def common(*trees: Tree) -> str | None:
+    """A shortest text that all of them match as a whole, or None if there is none; NotAnalysable."""
+    try:
+        return _common(trees)
+    except RecursionError:
+        raise NotAnalysable(TOO_DEEP) from None
+
+
+def _common(trees: Sequence[Tree]) -> str | None:
+    alphabet, work = letters(*trees), 0
+    todo = [tuple(frozenset({tree}) for tree in trees)]
+    texts = {todo[0]: ""}
+    for at in todo:
+        if all(any(not tree.least for tree in rests) for rests in at):
+            return texts[at]
+        shared = frozenset.intersection(*(NOTHING.union(*(tree.first for tree in rests)) for rests in at))
+        for char in filter(shared.__contains__, alphabet):
+            work += sum(len(rests) for rests in at)
+            if len(todo) > MAX_SEARCH or work > MAX_WORK:
+                raise NotAnalysable("too many repeats")
+            then = tuple(frozenset(rest for tree in rests for rest in tree.read(char)) for rests in at)
+            if then not in texts:
+                texts[then] = texts[at] + char * (char not in EDGES)
+                todo.append(then)
+    return None
+
+
+# What Python's parser calls it → what it is called here.
+OPAQUE = {"ASSERT": "a look-around", "ASSERT_NOT": "a look-around", "FAILURE": "a look-around", "GROUPREF": "a back-reference",
+          "GROUPREF_EXISTS": "a condition", "ATOMIC_GROUP": "an atomic group", "POSSESSIVE_REPEAT": "a possessive repeat",
+          "AT": "a word boundary", "SUBPATTERN": "flags in its middle"}
+CATEGORIES = {"DIGIT": r"\d", "NOT_DIGIT": r"\D", "SPACE": r"\s", "NOT_SPACE": r"\S", "WORD": r"\w", "NOT_WORD": r"\W"}
+
+
+def tree_of(pattern: re.Pattern[str]) -> Tree:
+    """The tree of a regex; NotAnalysable. Python's own parser reads it: it is private (re._parser), but has kept its shape for
+    twenty years, and whatever it says that is not known here makes the regex not analysable, no more.
+    """
+    try:
+        return _chain(importlib.import_module("re._parser").parse(pattern.pattern), bool(pattern.flags & re.I))
+    except RecursionError:
+        raise NotAnalysable(TOO_DEEP) from None
+
+
+def _chain(items: Iterable[Any], any_case: bool) -> Chain:
+    return chain(*(_part(str(name), value, any_case) for name, value in items))
+
+
+def _part(name: str, value: Any, any_case: bool) -> Tree:
+    if name in ("LITERAL", "NOT_LITERAL", "ANY", "IN"):
+        return OneOf(_set(name, value, any_case))
+    if name in ("MAX_REPEAT", "MIN_REPEAT"):
+        low, high, items = value
+        return Repeat(_chain(items, any_case), min(int(low), MAX_ID_BYTES + 1), high if high <= MAX_ID_BYTES else math.inf)
+    if name == "BRANCH":
+        return Choice(tuple(_chain(items, any_case) for items in value[1]))
+    if name == "SUBPATTERN" and not value[1] and not value[2]:
+        return _chain(value[3], any_case)
+    if name == "AT" and "BOUNDARY" not in str(value):
+        return OneOf(frozenset({START if "BEGINNING" in str(value) else END}))
+    raise NotAnalysable(OPAQUE.get(name, name))
+
+
+def _set(name: str, value: Any, any_case: bool) -> Chars:
+    """The characters of the alphabet that one character of a regex can be. One beyond ASCII counts as all of those; to be
+    none of it excludes none of them.
+    """
+    if name == "IN":
+        sets = [(str(part), _set(str(part), item, any_case)) for part, item in value if str(part) != "NEGATE"]
+        if str(value[0][0]) != "NEGATE":
+            return NOTHING.union(*(found for _, found in sets))
+        return ALPHABET.difference(*(found if part == "CATEGORY" else found & ASCII for part, found in sets))
+    if name == "ANY":
+        return ALPHABET - {"\n"}
+    if name == "NOT_LITERAL":
+        return ALPHABET - (_set("LITERAL", value, any_case) & ASCII)
+    if name == "CATEGORY":
+        return frozenset(filter(re.compile(CATEGORIES[str(value).removeprefix("CATEGORY_")]).match, ALPHABET))
+    low, high = value if name == "RANGE" else (value, value)
+    found = frozenset(char for char in ASCII if low <= ord(char) <= high) | (BEYOND if high > 127 else NOTHING)
+    return frozenset(one for char in found for one in (char.lower(), char.upper()) if one in ALPHABET) if any_case else found
+
+
+class Cost(NamedTuple):
+    """What a match of 255 characters can cost: "harmless", "heavy", "exponential" or "not analysable", and why."""
+    verdict: str
+    ways: int = 0
+    reason: str = ""
+
+
+def cost_of(pattern: re.Pattern[str]) -> Cost:
+    try:
+        ways = tree_of(pattern).ways(NOTHING)
+    except RecursionError:
+        return Cost("not analysable", 0, TOO_DEEP)
+    except NotAnalysable as error:
+        return Cost("not analysable", 0, str(error))
+    except Exponential as error:
+        return Cost("exponential", 0, str(error))
+    return Cost("harmless" if ways <= HARMLESS_WAYS else "heavy", ways, f"it can match a text in {ways:,} ways")
+
+
+# -- What a namespace claims.
+
+@functools.lru_cache(maxsize=1000)
+def beginnings(regex: str) -> list[tuple[int, re.Pattern[str]]]:
+    """Those of a regex that are regexes, the longest first, each with its length."""
+    found = []
+    for end in range(min(len(regex) - 1, MAX_ID_BYTES), 0, -1):
+        with contextlib.suppress(re.error, RecursionError, OverflowError):
+            found.append((end, compile_regex(regex[:end])))
+    return found
+
+
+@functools.lru_cache(maxsize=1000)
+def without_case(regex: str) -> re.Pattern[str] | None:
+    """The regex for IDs in any case, if it is harmless to ask that."""
+    pattern = re.compile(compile_regex(regex).pattern, re.I)
+    return pattern if cost_of(pattern).verdict == "harmless" else None
+
+
 def nearest_miss(regex: str, id: str) -> tuple[int, str]:
     """Where an ID stops being what the regex wants: after the longest beginning of the regex that it does match. As the
     number of characters that are right, and in words.
     """
-    case = "; it is only the case" if re.compile(compile_regex(regex).pattern, re.I).match(id) else ""
-    for end in range(len(regex) - 1, 0, -1):
-        with contextlib.suppress(re.error, RecursionError, OverflowError):
-            if match := compile_regex(regex[:end]).match(id):
-                there = repr(shorten(id[match.end():], 40)) if id[match.end():] else "nothing"
-                wanted = repr(shorten(regex[end:], 40))
-                return match.end(), f"differs at character {match.end() + 1}: {wanted} is wanted, {there} is there{case}"
+    any_case = without_case(regex)
+    case = "; it is only the case" if any_case and any_case.match(id) else ""
+    for end, beginning in beginnings(regex):
+        if match := beginning.match(id):
+            there = repr(shorten(id[match.end():], 40)) if id[match.end():] else "nothing"
+            wanted = repr(shorten(regex[end:], 40))
+            return match.end(), f"differs at character {match.end() + 1}: {wanted} is wanted, {there} is there{case}"
     return 0, f"differs at character 1: {shorten(regex, 40)!r} is wanted{case}"
 
 
@@ -1360,7 +1648,11 @@ class RegistrationReader:
                        "'@irc_.*:example\\.org'")
             return None
         try:
-            return compile_regex(regex)
+            pattern, cost = compile_regex(regex), cost_of(compile_regex(regex))
+            if cost.verdict == "exponential":
+                self.wrong(f"{path}.regex", f"'{shorten(regex)}' can take for ever: {cost.reason}",
+                           "let there be one way only to match a text: write [a-z_]* for ([a-z]*_*)*")
+            return pattern
         except (re.error, RecursionError, OverflowError) as error:
             self.wrong(f"{path}.regex", f"{shorten(regex)!r} is not a regex: {error}",
                        "write a POSIX extended regex")
@@ -1532,12 +1824,12 @@ class Registrations:
     def rule(self, registration: Registration, rule: str, kind: str, id: str) -> JsonObject:
         """One rule of interest: whether this ID makes events interesting to the application service, or what is nearest to that."""
         claim = self.claim_of(registration, kind, id)
-        misses = [(*nearest_miss(one.regex, id), one) for one in registration.namespaces[kind]]
         told: JsonObject = {"rule": rule, "id": id, "matches": claim is not None, "namespace": None, "miss": None}
         if claim:
             return {**told, "namespace": str(claim.namespace) if claim.namespace else "its sender_localpart user"}
         if kind == "users" and server_of(id) != self.server_name:
             return {**told, "miss": f"is not a user of {self.server_name}; only those count"}
+        misses = [(*nearest_miss(one.regex, id), one) for one in registration.namespaces[kind]]
         if not misses:
             return {**told, "miss": f"can't match, for the registration has no regex for {kind}"}
         _, miss, nearest = max(misses, key=lambda one: one[0])
@@ -1634,248 +1926,6 @@ class Audience:
         return found
 
 
-# -- What a regex can match. To be skipped at first reading.
-#
-# Read into a tree, a regex tells in how many ways a text can be matched, which bounds the steps of Python's backtracking, and
-# what remains of it when a character is read, by which a text is found that several regexes match.
-
-Chars = frozenset[str]
-START, END = "start", "end"                                  # what ^ and $ match: any number of these stand around a text
-EDGES: Chars = frozenset({START, END})
-ALPHABET: Chars = frozenset(map(chr, range(128))) | {"é"}    # é stands for all that is not ASCII
-NOTHING: Chars = frozenset()
-HARMLESS_WAYS, ENDLESS_WAYS = 10**5, 10**9
-MAX_SEARCH, MANY = 1000, 8                                   # steps for a common text; repeats that are counted in it
-
-
-class NotAnalysable(ValueError):
-    """A regex that has what no tree can show; the text says what."""
-
-
-class Exponential(ValueError):
-    """A regex for which each further character multiplies the ways of matching; the text says why."""
-
-
-# Each kind of Tree has: `first`, the characters it can start with; `least`, its shortest length; ways(), in how many ways it can
-# match in one place at most, one of `after` being next; read(), what can remain of it when a character is read.
-
-@dataclass(frozen=True)
-class OneOf:
-    """One character of a set."""
-    first: Chars
-    least: int = 1
-
-    def ways(self, after: Chars) -> int:
-        return 1
-
-    def read(self, char: str) -> set[Tree]:
-        return {Chain(())} if char in self.first else set()
-
-
-@dataclass(frozen=True)
-class Chain:
-    """One part after the other: the ways multiply."""
-    parts: tuple[Tree, ...]
-
-    @functools.cached_property
-    def first(self) -> Chars:
-        return functools.reduce(lambda after, part: opening(part, after), reversed(self.parts), NOTHING)
-
-    @functools.cached_property
-    def least(self) -> int:
-        return sum(part.least for part in self.parts)
-
-    def ways(self, after: Chars) -> int:
-        total = 1
-        for part in reversed(self.parts):
-            total *= part.ways(after)
-            after = opening(part, after)
-        return total
-
-    def read(self, char: str) -> set[Tree]:
-        found: set[Tree] = set()
-        for at, part in enumerate(self.parts):
-            found |= {chain(rest, *self.parts[at + 1:]) for rest in part.read(char)}
-            if part.least:
-                break
-        return found
-
-
-@dataclass(frozen=True)
-class Choice:
-    """One part or another: the ways of those add up that can start with the same character."""
-    parts: tuple[Tree, ...]
-
-    @functools.cached_property
-    def first(self) -> Chars:
-        return NOTHING.union(*(part.first for part in self.parts))
-
-    @functools.cached_property
-    def least(self) -> int:
-        return min(part.least for part in self.parts)
-
-    def ways(self, after: Chars) -> int:
-        options = [(opening(part, after), part.ways(after)) for part in self.parts]
-        sums = [sum(ways for chars, ways in options if char in chars) for char in self.first | after]
-        return max(*sums, *(ways for _, ways in options))
-
-    def read(self, char: str) -> set[Tree]:
-        return {rest for part in self.parts for rest in part.read(char)}
-
-
-@dataclass(frozen=True)
-class Repeat:
-    """A part several times: each length is a way, but where the next character tells whether it goes on."""
-    part: Tree
-    low: int = 0
-    high: float = math.inf       # which it also is where it is more than an ID has characters
-
-    @property
-    def first(self) -> Chars:
-        return self.part.first if self.high else NOTHING
-
-    @property
-    def least(self) -> int:
-        return self.low * self.part.least
-
-    @functools.lru_cache(maxsize=1000)                       # noqa: B019 - equal ones share it
-    def ways(self, after: Chars) -> int:
-        again = self.part.ways(opening(self.part, after) if not self.part.least else self.first) if self.high > 1 else 1
-        if self.high == math.inf and not self.part.least:
-            raise Exponential("it repeats what can be empty")
-        if self.high == math.inf and again > 1:
-            raise Exponential("it repeats what can itself match a text in several ways")
-        if not self.first & after and self.part.ways(self.first | after) == 1:
-            return 1
-        most = int(min(self.high, MAX_ID_BYTES // max(1, self.part.least)))
-        total = max(1, most - self.low + 1) * int(again ** max(0, most - 1)) * self.part.ways(after)
-        if total > ENDLESS_WAYS:
-            raise Exponential(f"it can match a text in more than {ENDLESS_WAYS:,} ways")
-        return total
-
-    def read(self, char: str) -> set[Tree]:
-        again = Repeat(self.part, max(0, self.low - 1), self.high - 1 if self.high <= MANY else math.inf)
-        return {chain(rest, again) for rest in self.part.read(char)} if self.high else set()
-
-
-Tree = OneOf | Chain | Choice | Repeat
-
-
-def opening(tree: Tree, after: Chars) -> Chars:
-    """What can come where it stands, if `after` is what can follow it."""
-    return tree.first if tree.least else tree.first | after
-
-
-def chain(*parts: Tree) -> Chain:
-    """One chain, without chains in it."""
-    return Chain(tuple(one for part in parts for one in (part.parts if isinstance(part, Chain) else (part,))))
-
-
-def leaves(tree: Tree) -> Iterator[Chars]:
-    """The sets of characters in it."""
-    if isinstance(tree, OneOf):
-        yield tree.first
-    else:
-        for part in (tree.part,) if isinstance(tree, Repeat) else tree.parts:
-            yield from leaves(part)
-
-
-def letters(*trees: Tree) -> list[str]:
-    """Of all characters that the trees don't tell apart the plainest one."""
-    sets, groups = {chars for tree in trees for chars in leaves(tree)}, dict[tuple[bool, ...], str]()
-    for char in sorted(ALPHABET | EDGES, key=lambda char: (not char.islower(), char)):
-        groups.setdefault(tuple(char in chars for chars in sets), char)
-    return list(groups.values())
-
-
-def common(*trees: Tree) -> str | None:
-    """A shortest text that all of them match as a whole, or None if there is none; NotAnalysable."""
-    alphabet = letters(*trees)
-    todo = [tuple(frozenset({tree}) for tree in trees)]
-    texts = {todo[0]: ""}
-    for at in todo:
-        if all(any(not tree.least for tree in rests) for rests in at):
-            return texts[at]
-        if len(todo) > MAX_SEARCH:
-            raise NotAnalysable("too many repeats")
-        shared = frozenset.intersection(*(NOTHING.union(*(tree.first for tree in rests)) for rests in at))
-        for char in filter(shared.__contains__, alphabet):
-            then = tuple(frozenset(rest for tree in rests for rest in tree.read(char)) for rests in at)
-            if then not in texts:
-                texts[then] = texts[at] + char * (char not in EDGES)
-                todo.append(then)
-    return None
-
-
-# What Python's parser calls it → what it is called here.
-OPAQUE = {"ASSERT": "a look-around", "ASSERT_NOT": "a look-around", "FAILURE": "a look-around", "GROUPREF": "a back-reference",
-          "GROUPREF_EXISTS": "a condition", "ATOMIC_GROUP": "an atomic group", "POSSESSIVE_REPEAT": "a possessive repeat",
-          "AT": "a word boundary", "SUBPATTERN": "flags in its middle"}
-CATEGORIES = {"DIGIT": r"\d", "NOT_DIGIT": r"\D", "SPACE": r"\s", "NOT_SPACE": r"\S", "WORD": r"\w", "NOT_WORD": r"\W"}
-
-
-def tree_of(pattern: re.Pattern[str]) -> Tree:
-    """The tree of a regex; NotAnalysable. Python's own parser reads it: it is private (re._parser), but has kept its shape for
-    twenty years, and whatever it says that is not known here makes the regex not analysable, no more.
-    """
-    try:
-        return _chain(importlib.import_module("re._parser").parse(pattern.pattern), bool(pattern.flags & re.I))
-    except RecursionError:
-        raise NotAnalysable("too many brackets in each other") from None
-
-
-def _chain(items: Iterable[Any], any_case: bool) -> Chain:
-    return chain(*(_part(str(name), value, any_case) for name, value in items))
-
-
-def _part(name: str, value: Any, any_case: bool) -> Tree:
-    if name in ("LITERAL", "NOT_LITERAL", "ANY", "IN"):
-        return OneOf(_set(name, value, any_case))
-    if name in ("MAX_REPEAT", "MIN_REPEAT"):
-        low, high, items = value
-        return Repeat(_chain(items, any_case), min(int(low), MAX_ID_BYTES + 1), high if high <= MAX_ID_BYTES else math.inf)
-    if name == "BRANCH":
-        return Choice(tuple(_chain(items, any_case) for items in value[1]))
-    if name == "SUBPATTERN" and not value[1] and not value[2]:
-        return _chain(value[3], any_case)
-    if name == "AT" and "BOUNDARY" not in str(value):
-        return OneOf(frozenset({START if "BEGINNING" in str(value) else END}))
-    raise NotAnalysable(OPAQUE.get(name, name))
-
-
-def _set(name: str, value: Any, any_case: bool) -> Chars:
-    """The characters of the alphabet that one character of a regex can be."""
-    if name == "IN":
-        found = NOTHING.union(*(_set(str(part), item, any_case) for part, item in value if str(part) != "NEGATE"))
-        return ALPHABET - found | {"é"} if str(value[0][0]) == "NEGATE" else found
-    if name == "ANY":
-        return ALPHABET - {"\n"}
-    if name == "NOT_LITERAL":
-        return ALPHABET - _set("LITERAL", value, any_case) | {"é"}
-    if name == "CATEGORY":
-        return frozenset(filter(re.compile(CATEGORIES[str(value).removeprefix("CATEGORY_")]).match, ALPHABET))
-    low, high = value if name == "RANGE" else (value, value)
-    found = frozenset(char for char in ALPHABET if low <= ord(char) <= high) | ({"é"} if high > 127 else NOTHING)
-    return frozenset(one for char in found for one in (char.lower(), char.upper()) if one in ALPHABET) if any_case else found
-
-
-class Cost(NamedTuple):
-    """What a match of 255 characters can cost: "harmless", "heavy", "exponential" or "not analysable", and why."""
-    verdict: str
-    ways: int = 0
-    reason: str = ""
-
-
-def cost_of(pattern: re.Pattern[str]) -> Cost:
-    try:
-        ways = tree_of(pattern).ways(NOTHING)
-    except NotAnalysable as error:
-        return Cost("not analysable", 0, str(error))
-    except Exponential as error:
-        return Cost("exponential", 0, str(error))
-    return Cost("harmless" if ways <= HARMLESS_WAYS else "heavy", ways, f"it can match a text in {ways:,} ways")
-
-
 # -- The doctor: what can be used, and is not what was meant.
 
 ID_FORMS = {                                                 # all IDs on a server; those of them that one meets
@@ -1918,9 +1968,7 @@ COMPLAINTS = {
                        "do without it"),
     "heavy": ("warning", "'{regex}' can be slow: {reason}", "while an ID is matched nothing else runs",
               "write sets that can't match what follows them, such as [^_]*_ for .*_"),
-    "exponential": ("error", "'{regex}' can take for ever: {reason}", "an ID that somebody makes up for it stops the whole homeserver",
-                    "let there be one way only to match a text: write [a-z_]* for ([a-z]*_*)*"),
-    "open": ("warning", "'{regex}' names no server{more}", "only users of this server count here, but Dendrite and Conduit also take "
+"open": ("warning", "'{regex}' names no server{more}", "only users of this server count here, but Dendrite and Conduit also take "
              "those of others, such as {example}", "write '{better}' if it is to move there"),
     "token": ("warning", "{looks}", "whoever guesses it can act as every user of this application service, or feed it with events",
               "write a long random text, as `python asbridge.py generate` makes it"),
@@ -1981,6 +2029,8 @@ class NamespaceDoctor:
     def examine(self) -> Iterator[tuple[str, JsonObject]]:
         if self.kind == "rooms" and self.namespace.exclusive:
             yield "exclusive rooms", {}
+        if self.cost.verdict == "exponential":
+            return                                           # the reader has said so
         if self.cost.verdict != "harmless":
             yield self.cost.verdict, {}
         never = list(self.never())
@@ -2028,7 +2078,16 @@ class NamespaceDoctor:
                 yield "unanchored", {"example": within, "better": f"^(?:{self.regex})" if tree.first <= {self.sigil, START} else
                                      re.sub(rf"\|(?![{self.sigil}^])", f"|{self.sigil}", self.regex)}
             if example and not common(usual, chain(BEFORE, tree, BEHIND)):
-                yield "part", {"example": example, "better": self.regex + ".*"}
+                yield "part", {"example": example, "better": self.grouped + ".*"}
+
+    @property
+    def grouped(self) -> str:
+        """So that what is written after it is for all of it."""
+        return f"(?:{self.regex})" if "|" in self.regex else self.regex
+
+    def with_server(self) -> str:
+        tries = (f"{self.grouped.removesuffix(':.*')}:{self.escaped}", re.sub(r":(?:\[\^:\]|\.)[*+]$", f":{self.escaped}", self.regex))
+        return next(filter(self._works, tries), self.prefix)
 
     def stranger(self) -> str | None:
         """A user or alias of another server that it matches."""
@@ -2086,21 +2145,22 @@ class Doctor:
         strangers = []                                       # one finding for all of them, for most regexes match some
         for at, one in enumerate(namespaces):
             doctor = NamespaceDoctor(one, self.server, f"{where}: ")
-            self.findings += doctor.findings(doctor.examine())
+            checks = list(doctor.examine())
+            self.findings += doctor.findings(checks)
             if any((one.kind, one.regex) == (other.kind, other.regex) for other in namespaces[:at]):
                 self.say("twice", doctor.where, regex=one.regex)
-            elif example := doctor.stranger():
+            elif "part" not in dict(checks) and (example := doctor.stranger()):
                 strangers.append((doctor, example))
         if strangers:
             (doctor, example), *others = strangers
             self.say("open", doctor.where, regex=doctor.regex, example=example,
                      more="".join([f"; neither does '{other.regex}'" for other, _ in others]),
-                     better=f"{doctor.regex.removesuffix(':.*')}:{doctor.escaped}")
+                     better=doctor.with_server())
 
     def _uris(self, where: str, one: Registration) -> None:
         for rule in one.uris:
             path, cost = f"{where}: uris.{rule.kind}: '{rule.pattern.pattern}'", cost_of(rule.pattern)
-            if cost.verdict in ("exponential", "heavy"):
+            if cost.verdict == "heavy":
                 self.say(cost.verdict, path, regex=rule.pattern.pattern, reason=cost.reason)
             with contextlib.suppress(NotAnalysable):
                 uri = common(chain(BEFORE, tree_of(rule.pattern), BEHIND))
@@ -4209,7 +4269,7 @@ class World:
     """What all verbs work on."""
 
     def __init__(self, settings: Settings, clock: Clock, registrations: Registrations, database: str,
-                 seed: int | None = None) -> None:
+                 seed: str | None = None) -> None:
         self.settings, self.clock, self.name, self.chance = settings, clock, settings.server_name, Chance(seed)
         self.store = Store(database, settings.server_name, registrations, clock)
         self.stopping = False                                # who waits is to answer
@@ -6699,6 +6759,7 @@ class Answer(NamedTuple):
 
 HS = "hs"                        # the homeserver, where application services stand by ID and clients by user ID
 KEPT_EXCHANGES = 1000
+SHOWN_HEADERS = ("accept", "content-length", "content-type", "host", "origin", "user-agent")     # of others there is the name only
 
 
 @dataclass(slots=True)
@@ -6753,13 +6814,13 @@ class Exchange:
 
     def asked(self) -> str:
         """What is asked, in a few words."""
-        path = urllib.parse.unquote(self.path)
+        path = printable(urllib.parse.unquote(self.path))
         if self.kind == "request":
-            return f"{self.method} {path}" + (f" as {self.acts_as}" if self.acts_as else "")
+            return f"{self.method} {path}" + (f" as {printable(self.acts_as)}" if self.acts_as else "")
         first = self.first if self.events else None
         words = [f"{self.method} {path.removeprefix('/_matrix/app/v1/')}"]
         words += [f"{self.events} event{'s' * (self.events != 1)}"] if self.events is not None else []
-        words += [f"{first['type']} of {first['sender']}"] if first else []
+        words += [printable(f"{first['type']} of {first['sender']}")] if first else []
         return ", ".join(words + ([f"attempt {self.attempt}"] if self.attempt else []))
 
     def answered(self) -> str:
@@ -6767,6 +6828,12 @@ class Exchange:
         words += [self.error] if self.error else []
         words += [f"fault: {self.fault}"] if self.fault else []
         return "; ".join(words + ([self.then] if self.then else []))
+
+
+def shown_headers(headers: Mapping[str, str]) -> dict[str, str]:
+    """As many as can be kept, without what must not be seen."""
+    names = itertools.islice(headers, 30)
+    return {shorten(name, 60): shorten(headers[name], 200) if name.lower() in SHOWN_HEADERS else "…" for name in names}
 
 
 class Wire:
@@ -6828,8 +6895,8 @@ class Wire:
             while True:
                 with self._guard:
                     self._bells.add(ring)
-                    news = [one for one in self._kept.values() if one.seq > seq or seq > self._seq]
                     now = self._seq
+                    news = self._after(0 if seq > now else seq)      # from the future: of another run
                 left = deadline - time.monotonic()
                 if news or left <= 0 or seq > now or self._stopped:
                     return now, news
@@ -6837,6 +6904,10 @@ class Wire:
         finally:
             with self._guard:
                 self._bells.discard(ring)
+
+    def _after(self, seq: int) -> list[Exchange]:
+        """Under the guard. The kept ones stand in the order of their last change."""
+        return list(itertools.takewhile(lambda one: one.seq > seq, reversed(self._kept.values())))[::-1]
 
     def stop(self) -> None:
         """Who looks is to go."""
@@ -6860,6 +6931,7 @@ FAULTS = {
     "duplicate": "it is sent twice, one right after the other",
     "garbage":   "the application service gets it, but the answer that the homeserver sees is 200 and not JSON",
 }
+MAX_DELAY_MS = 86_400_000        # a day
 FAULTS_ON = {"transactions": ("transaction",), "queries": ("query", "thirdparty"), "ping": ("ping",)}
 
 
@@ -6894,8 +6966,9 @@ class Faults:
         for name, value, choice in (("fault", fault, FAULTS), ("on", on, FAULTS_ON)):
             if value not in choice:
                 raise MatrixError("M_INVALID_PARAM", f"{name} must be one of {', '.join(choice)}, not {shorten(value)!r}")
-        if (times is not None and times < 1) or (probability is not None and not 0 < probability <= 1) or delay_ms < 0:
-            raise MatrixError("M_INVALID_PARAM", "times is a number from 1 on, probability one above 0 and up to 1, delay_ms from 0 on")
+        if not ((times is None or times >= 1) and (probability is None or 0 < probability <= 1) and 0 <= delay_ms <= MAX_DELAY_MS):
+            raise MatrixError("M_INVALID_PARAM", "times is a number from 1 on, probability one above 0 and up to 1, delay_ms one "
+                              f"from 0 to {MAX_DELAY_MS}")
         if not 100 <= status <= 599:
             raise MatrixError("M_INVALID_PARAM", "status must be one of HTTP, from 100 to 599")
         if times is None and probability is None:
@@ -6918,16 +6991,17 @@ class Faults:
         with self._guard:
             return [one.told() for one in self._active]
 
-    def take(self, kind: str) -> list[Fault]:
-        """Which act on this exchange; that counts as once."""
-        if not self._active:
-            return []
-        with self._guard:
-            acting = [one for one in self._active if kind in FAULTS_ON[one.on]
-                      and (one.probability is None or one.dice.random() < one.probability)]
-            for one in acting:
-                one.times = None if one.times is None else one.times - 1
-            self._active = [one for one in self._active if one.times != 0]
+    def take(self, kind: str) -> dict[str, Fault]:
+        """Which act on this exchange, of each sort one; that counts as once."""
+        acting: dict[str, Fault] = {}
+        if self._active:
+            with self._guard:
+                for one in self._active:
+                    if one.fault not in acting and kind in FAULTS_ON[one.on] and (
+                            one.probability is None or one.dice.random() < one.probability):
+                        acting[one.fault] = one
+                        one.times = None if one.times is None else one.times - 1
+                self._active = [one for one in self._active if one.times != 0]
         return acting
 
 
@@ -6945,27 +7019,34 @@ class Line:
 
         Raises what CALL_FAILED has. `then` says what comes of the outcome; `about` is what more is known of the exchange.
         """
-        deadline, faults = time.monotonic() + seconds, self.faults.take(kind)
-        outcome, one = self._call(kind, method, path, body, seconds, faults, about)
-        if any(fault.fault == "duplicate" for fault in faults):
+        faults, self._aborted = self.faults.take(kind), False
+        ask = functools.partial(self._ask, kind, method, path, body, time.monotonic() + seconds, about)
+        outcome, one = ask(faults)
+        if "duplicate" in faults:
             self.wire.end(one, "the same once more")
-            again = [fault for fault in faults if fault.fault == "duplicate"]
-            outcome, one = self._call(kind, method, path, body, seconds, again, about)
-        older = next((old + path[len(new):] for new, old in LEGACY_PATHS.items() if path.startswith(new)), None)
-        if (older and not faults and isinstance(outcome, Answer) and outcome.status in FALL_BACK_ON
-                and outcome.errcode in (None, "M_UNRECOGNIZED")):
-            self.wire.end(one, "the older path is tried")
-            second, one = self._call(kind, method, older, body, max(0.001, deadline - time.monotonic()), [], about)
-            if (not isinstance(second, Answer) or (second.status == 200 and second.json is not None)
-                    or (second.status != 200 and second.errcode not in (None, "M_UNRECOGNIZED"))):
-                outcome = second
+            outcome, one = ask({"duplicate": faults["duplicate"]})
+        outcome = self._spoil(one, outcome, faults)
         self.wire.end(one, then(one, outcome))
         if isinstance(outcome, BaseException):
             raise outcome
         return outcome
 
-    def _call(self, kind: str, method: str, path: str, body: bytes | None, seconds: float, faults: Sequence[Fault],
-              about: Mapping[str, Any]) -> tuple[Answer | BaseException, Exchange]:
+    def _ask(self, kind: str, method: str, path: str, body: bytes | None, deadline: float, about: Mapping[str, Any],
+             faults: Mapping[str, Fault]) -> tuple[Answer | BaseException, Exchange]:
+        outcome, one = self._call(kind, method, path, body, deadline, about, faults)
+        older = next((old + path[len(new):] for new, old in LEGACY_PATHS.items() if path.startswith(new)), None)
+        if (older and "status" not in faults and isinstance(outcome, Answer) and outcome.status in FALL_BACK_ON
+                and outcome.errcode in (None, "M_UNRECOGNIZED")):
+            self.wire.end(one, "the older path is tried")
+            after = {name: fault for name, fault in faults.items() if name != "delay"}
+            second, one = self._call(kind, method, older, body, deadline, about, after)
+            if (not isinstance(second, Answer) or (second.status == 200 and second.json is not None)
+                    or (second.status != 200 and second.errcode not in (None, "M_UNRECOGNIZED"))):
+                outcome = second
+        return outcome, one
+
+    def _call(self, kind: str, method: str, path: str, body: bytes | None, deadline: float, about: Mapping[str, Any],
+              faults: Mapping[str, Fault]) -> tuple[Answer | BaseException, Exchange]:
         """The hs_token goes into the header and, for software older than v1.4, into the query."""
         token = self.registration.hs_token
         headers = {"Authorization": f"Bearer {token}", "Content-Type": "application/json",
@@ -6973,34 +7054,46 @@ class Line:
         target = f"{path}{'&' if '?' in path else '?'}access_token={urllib.parse.quote(token, safe='')}"
         one = self.wire.begin(Exchange(self.wire.number(), self.wire.clock.now(), HS, self.registration.id, kind, method,
                                        path.partition("?")[0], headers, (body or b"")[:KEPT_BYTES],
-                                       fault=", ".join([fault.fault for fault in faults]), **about))
+                                       fault=", ".join(faults), **about))
         began = time.monotonic()
         try:
-            outcome: Answer | BaseException = self._faulty(one, faults, seconds, lambda left: Answer(
-                *self._client.request(method, target, body, headers, left)))
+            outcome: Answer | BaseException | None = self._instead(faults, deadline)
+            left = max(0.001, deadline - time.monotonic())
+            outcome = outcome or Answer(*self._client.request(method, target, body, headers, left))
         except CALL_FAILED as error:
             outcome, one.error = error, advice(self.registration, error)
         one.ms = round((time.monotonic() - began) * 1000, 2)
         if isinstance(outcome, Answer):
             one.status, one.answer = outcome.status, outcome.body[:KEPT_BYTES]
+            if token.encode() in outcome.body or b"access_token" in outcome.body:
+                one.answer = without_tokens(self.registration, outcome.body.decode("utf-8", "replace")).encode()[:KEPT_BYTES]
         return outcome, one
 
-    def _faulty(self, one: Exchange, faults: Sequence[Fault], seconds: float, ask: Callable[[float], Answer]) -> Answer:
-        """The answer, after the faults have acted."""
-        acting = {fault.fault: fault for fault in faults}
-        if "refuse" in acting:
+    def _instead(self, faults: Mapping[str, Fault], deadline: float) -> Answer | None:
+        """What faults do before anything is sent, or in place of it."""
+        if "refuse" in faults:
             raise ConnectionRefusedError(errno.ECONNREFUSED, "refused")
-        if "delay" in acting:
-            self._pass(min(acting["delay"].delay_ms / 1000, seconds))
-            if acting["delay"].delay_ms >= seconds * 1000:
+        if "delay" in faults:
+            most, wanted = deadline - time.monotonic(), faults["delay"].delay_ms / 1000
+            self._pass(min(wanted, most))
+            if self._aborted:
+                raise ConnectionAbortedError(errno.ECONNABORTED, "given up while it was delayed")
+            if wanted >= most:
                 raise TimeoutError("delayed for longer than an answer is waited for")
-        if "status" in acting:
-            return Answer(acting["status"].status, b'{"errcode":"M_UNKNOWN","error":"a fault answers for the application service"}')
-        answer = ask(seconds)
-        if "lose_ack" in acting:
-            one.status, one.answer, one.lost = answer.status, answer.body[:KEPT_BYTES], True
-            raise ConnectionResetError(errno.ECONNRESET, "it answered, but the answer was lost on the way")
-        return Answer(200, b"<html>this is not JSON</html>") if "garbage" in acting else answer
+        if "status" in faults:
+            return Answer(faults["status"].status, b'{"errcode":"M_UNKNOWN","error":"a fault answers for the application service"}')
+        return None
+
+    @staticmethod
+    def _spoil(one: Exchange, outcome: Answer | BaseException, faults: Mapping[str, Fault]) -> Answer | BaseException:
+        """What faults make of an answer."""
+        if "lose_ack" in faults and isinstance(outcome, Answer):
+            one.lost, one.error = True, "it answered, but the answer was lost on the way"
+            return ConnectionResetError(errno.ECONNRESET, one.error)
+        if "garbage" in faults and isinstance(outcome, Answer) and outcome.status == 200:
+            one.answer = b"<html>this is not JSON</html>"
+            return Answer(200, one.answer)
+        return outcome
 
     def _pass(self, seconds: float) -> None:
         """Lets time pass, by the clock that can be wound on."""
@@ -7024,14 +7117,12 @@ def advice(registration: Registration, failure: Answer | BaseException) -> str:
     """Why a call failed, and what to do about it."""
     if isinstance(failure, MatrixError):
         return failure.error
+    if isinstance(failure, Answer) and failure.status in (401, 403):
+        return (f"{failure.status}: it rejects the hs_token; is the application service running with the registration "
+                "that the homeserver has?")
     if isinstance(failure, Answer):
-        if failure.status in (401, 403):
-            return (f"{failure.status}: it rejects the hs_token; is the application service running with the registration "
-                    "that the homeserver has?")
-        text = failure.body.decode("utf-8", "replace")
-        for token in (registration.hs_token, urllib.parse.quote(registration.hs_token, safe="")):
-            text = text.replace(token, "(hs_token)")         # some answer with the URL that they were asked
-        return f"it answered {failure.status} {shorten(text, 200)}"
+        text = without_tokens(registration, failure.body.decode("utf-8", "replace"))
+        return printable(f"it answered {failure.status} {shorten(text, 200)}")
     if isinstance(failure, ConnectionRefusedError):
         return (f"nothing listens at {registration.url}; is the application service running? "
                 "(inside a container, localhost is the container)")
@@ -7039,7 +7130,16 @@ def advice(registration: Registration, failure: Answer | BaseException) -> str:
         return "it did not answer in time"
     if isinstance(failure, ConnectionResetError):
         return failure.strerror or "it closed the connection without an answer; does its log say why?"
-    return f"{type(failure).__name__}: {failure}"
+    return printable(without_tokens(registration, f"{type(failure).__name__}: {failure}"))
+
+
+def without_tokens(registration: Registration, text: str) -> str:
+    """Some answer with the URL that they were asked."""
+    for name in ("hs_token", "as_token"):
+        token = getattr(registration, name)
+        for form in (token, urllib.parse.quote(token, safe="")):
+            text = text.replace(form, f"({name})")
+    return text
 
 
 class Worker:
@@ -7060,11 +7160,14 @@ class Worker:
         self.down_since: int | None = None                   # when the first of the failures was
         self.attempts: collections.deque[Exchange] = collections.deque(maxlen=KEPT_EXCHANGES)    # of transactions, since the start
         self._thread: threading.Thread | None = None         # started by the first transaction
+        self._hurry = False                                  # somebody wants no backoff after the attempt that is under way
+        self._guard = threading.Lock()                       # guards changes of transaction
         self._bell, self._stopped = bell(), False
 
     def offer(self, transaction: Transaction) -> None:
         """A transaction was frozen. Called by the writer thread, so it only takes note."""
-        self.transaction = transaction
+        with self._guard:
+            self.transaction = transaction
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name=f"push {self.registration.id}", daemon=True)
             self._thread.start()
@@ -7077,7 +7180,7 @@ class Worker:
 
     def retry(self) -> None:
         """Ends the backoff."""
-        self.next_attempt = 0.0
+        self.next_attempt, self._hurry = 0.0, True
         release(self._bell)
 
     def pause(self, paused: bool = True) -> None:
@@ -7086,10 +7189,13 @@ class Worker:
         release(self._bell)
 
     def drop(self, txn_id: int) -> None:
-        """This one is not to be sent any more."""
-        if self.transaction and self.transaction.txn_id == txn_id:
+        """This one is not to be sent any more. Called by the writer thread."""
+        with self._guard:
+            if not self.transaction or self.transaction.txn_id != txn_id:
+                return
             self.transaction = None
             self.failures, self.next_attempt, self.down_since = 0, 0.0, None
+        self.line.abort()
 
     @property
     def state(self) -> str:
@@ -7115,10 +7221,15 @@ class Worker:
             if transaction is None or self.paused or left > 0:
                 self.world.clock.wait(self._bell, self.next_attempt if transaction and not self.paused else math.inf)
             else:
-                self._settle(transaction, self._push(transaction))
+                try:
+                    self._settle(transaction, self._push(transaction))
+                except Exception:                            # a bug; the transaction is not to wait for ever because of it
+                    log.exception("application service %s: the push failed", self.registration.id)
+                    self._back_off()
         self.line.close()
 
     def _push(self, transaction: Transaction) -> Answer | BaseException:
+        self._hurry = False
         try:
             return self.line.exchange("transaction", "PUT", f"/_matrix/app/v1/transactions/{transaction.txn_id}", transaction.body,
                                       self.world.settings.push_timeout_ms / 1000, self._then, txn_id=transaction.txn_id,
@@ -7131,13 +7242,15 @@ class Worker:
         self.attempts.append(one)
         if isinstance(outcome, Answer) and outcome.status == 200:
             return "" if outcome.json is not None else "an acknowledgement, though it is not JSON"
+        if not self.transaction or self.transaction.txn_id != one.txn_id:
+            return "it was skipped"
         delay = self._back_off()
         return f"attempt {self.failures + 1} in {delay:.1f} s"
 
     def _back_off(self) -> float:
         """Seconds until the next attempt."""
         settings = self.world.settings
-        delay = next_delay(self.failures, settings.retry_first_ms, settings.retry_max_ms)
+        delay = 0.0 if self._hurry else next_delay(self.failures, settings.retry_first_ms, settings.retry_max_ms)
         self.down_since = self.down_since or self.world.clock.now()
         self.failures += 1
         self.next_attempt = self.world.clock.monotonic() + delay
@@ -7146,8 +7259,9 @@ class Worker:
     def _settle(self, transaction: Transaction, outcome: Answer | BaseException) -> None:
         if isinstance(outcome, Answer) and outcome.status == 200:
             try:
-                if self.transaction is transaction:          # the next one comes with the COMMIT of this acknowledgement
-                    self.transaction = None
+                with self._guard:
+                    if self.transaction is transaction:      # the next one comes with the COMMIT of this acknowledgement
+                        self.transaction = None
                 self.world.store.write(lambda tx: tx.acknowledge(transaction.appservice, transaction.txn_id))
                 if self.failures:
                     log.info("application service %s is back; transaction %d went through",
@@ -7155,9 +7269,10 @@ class Worker:
                 self.failures, self.next_attempt, self.down_since = 0, 0.0, None
                 return
             except MatrixError as error:                     # not stored: it will be sent again, with the same ID
-                self.transaction, outcome = transaction, error
+                with self._guard:
+                    self.transaction, outcome = self.transaction or transaction, error
                 self._back_off()
-        if not self._stopped:
+        if not self._stopped and self.transaction is transaction:
             log.warning("application service %s: transaction %d (%d events, attempt %d) did not go through: %s; next "
                         "attempt in %.1f s",
                         transaction.appservice, transaction.txn_id, transaction.events, self.failures,
@@ -7225,12 +7340,14 @@ class Delivery:
         self.world = world
         self.wire = Wire(world.clock)
         self._workers: dict[str, Worker] = {}                # made when first needed
-        self._faults: collections.defaultdict[str, Faults] = collections.defaultdict(Faults)
+        self._faults: dict[str, Faults] = {}                 # made when first needed
+        self._lines: set[Line] = set()                       # over which somebody asks at the moment
+        self._former: dict[str, Worker] = {}                 # whose registration has changed, until there is another
         # In flight: who is asked, kind, ID, patient, which application service asks (or '').
         self._queries: dict[tuple[str, str, str, bool, str], Query] = {}
         # What was said about a protocol, and until when it counts.
         self._protocols: dict[tuple[Registration, str], tuple[JsonObject | None, float]] = {}
-        self._guard = threading.Lock()                       # guards _workers and _queries
+        self._guard = threading.Lock()                       # guards all of these but _protocols
         self._stopped = False
 
     def start(self) -> None:
@@ -7262,7 +7379,11 @@ class Delivery:
         self._stopped = True
         self.wire.stop()
         deadline = time.monotonic() + seconds
-        for worker in list(self._workers.values()):
+        with self._guard:
+            workers, lines = list(self._workers.values()), list(self._lines)
+        for line in lines:
+            line.abort()
+        for worker in workers:
             worker.stop(deadline)
 
     def _offer(self, transaction: Transaction) -> None:
@@ -7274,18 +7395,32 @@ class Delivery:
         registration = self.world.registrations.by_id.get(id)
         if not registration or registration.url is None:
             return None
+        faults = self.faults(id)
         with self._guard:
             worker = self._workers.get(id)
             if worker is None:
-                worker = self._workers[id] = Worker(self.world, self._line(registration))
+                worker = self._workers[id] = Worker(self.world, Line(registration, self.wire, faults))
+                if former := self._former.pop(id, None):
+                    worker.paused, worker.attempts = former.paused, former.attempts
             return worker
 
-    def _line(self, registration: Registration) -> Line:
-        return Line(registration, self.wire, self._faults[registration.id])
+    @contextlib.contextmanager
+    def _calling(self, registration: Registration) -> Iterator[Line]:
+        """A line for a call that somebody waits for; stop() ends it."""
+        line = Line(registration, self.wire, self.faults(registration.id))
+        with self._guard:
+            self._lines.add(line)
+        try:
+            yield line
+        finally:
+            with self._guard:
+                self._lines.discard(line)
+            line.close()
 
     def faults(self, id: str) -> Faults:
         self.registration(id)
-        return self._faults[id]
+        with self._guard:
+            return self._faults.setdefault(id, Faults())
 
     def registration(self, id: str) -> Registration:
         """M_NOT_FOUND if there is no such application service."""
@@ -7331,6 +7466,7 @@ class Delivery:
                        if self.world.registrations.by_id.get(id) is not worker.registration]
             for worker in changed:
                 del self._workers[worker.registration.id]
+                self._former[worker.registration.id] = worker
         self._protocols = {}
         for worker in changed:
             worker.stop(time.monotonic())
@@ -7344,19 +7480,17 @@ class Delivery:
             raise MatrixError("M_URL_NOT_SET", f"the registration of {registration.id!r} has url: null, so "
                               "there is nobody to ping")
         body = to_json({} if transaction_id is None else {"transaction_id": transaction_id}).encode()
-        began, line = time.monotonic(), self._line(registration)
+        began = time.monotonic()
         try:
-            answer = line.exchange("ping", "POST", "/_matrix/app/v1/ping", body,
-                                   self.world.settings.query_timeout_ms / 1000)
+            with self._calling(registration) as line:
+                answer = line.exchange("ping", "POST", "/_matrix/app/v1/ping", body, self.world.settings.query_timeout_ms / 1000)
         except TimeoutError as error:
             raise MatrixError("M_CONNECTION_TIMEOUT", advice(registration, error)) from None
         except CALL_FAILED as error:
             raise MatrixError("M_CONNECTION_FAILED", advice(registration, error)) from None
-        finally:
-            line.close()
         if answer.status != 200:
             raise MatrixError("M_BAD_STATUS", advice(registration, answer), status=answer.status,
-                              body=answer.body.decode("utf-8", "replace"))
+                              body=without_tokens(registration, answer.body.decode("utf-8", "replace")))
         worker = self.worker(registration.id)
         if worker:
             worker.retry()
@@ -7411,10 +7545,9 @@ class Delivery:
 
     def _question(self, registration: Registration, kind: str, id: str, patient: bool) -> bool:
         """Asks until there is an answer below 500: 200 means yes, any other no."""
-        clock, line, why = self.world.clock, self._line(registration), ""
-        path = query_path(kind, id)
+        clock, why, path = self.world.clock, "", query_path(kind, id)
         deadline = clock.monotonic() + QUERY_SECONDS
-        try:
+        with self._calling(registration) as line:
             for attempt in range(QUERY_ATTEMPTS if patient else 1):
                 if attempt:
                     clock.wait(bell(), min(deadline, clock.monotonic() + 0.25 * 2**attempt))
@@ -7422,12 +7555,10 @@ class Delivery:
                 if isinstance(outcome, Answer) and outcome.status in (200, 404):
                     return outcome.status == 200
                 why = advice(registration, outcome)
-                if isinstance(outcome, Answer) and outcome.status < 500:
-                    patient = False
+                patient = patient and not (isinstance(outcome, Answer) and outcome.status < 500)
+                if not patient or self._stopped:
                     break
-        finally:
-            line.close()
-        log.warning("application service %s was asked for %s: %s", registration.id, id, why)
+        log.warning("application service %s was asked for %s: %s", registration.id, printable(id), why)
         if patient:
             raise MatrixError("M_UNKNOWN", f"the application service {registration.id!r} was asked for {id}, but: {why}", 408)
         return False
@@ -7477,9 +7608,10 @@ class Delivery:
 
     def _look_up(self, registration: Registration, path: str, fits: Callable[[Any], bool]) -> Any:
         """Its answer; None, with a line in the log, if it has none that can be used. 404 is an answer."""
-        line, seconds = self._line(registration), self.world.settings.query_timeout_ms / 1000
         try:
-            answer = line.exchange("thirdparty", "GET", "/_matrix/app/v1/thirdparty/" + path, None, seconds)
+            with self._calling(registration) as line:
+                answer = line.exchange("thirdparty", "GET", "/_matrix/app/v1/thirdparty/" + path, None,
+                                       self.world.settings.query_timeout_ms / 1000)
             if answer.status == 404:
                 return None
             value = parse_json(answer.body) if answer.status == 200 else None
@@ -7488,8 +7620,6 @@ class Delivery:
             why = advice(registration, answer)
         except (*CALL_FAILED, MatrixError) as error:
             why = advice(registration, error)
-        finally:
-            line.close()
         log.warning("application service %s was asked for third-party %s: %s", registration.id, path.partition("?")[0], why)
         return None
 
@@ -7583,6 +7713,17 @@ class Call:
 
 
 NOBODY = Who("")
+TOKEN_IN_URL = re.compile(r"""(token=)[^\s&/"'<;\\]+""")
+
+
+def few_headers(headers: Mapping[str, str]) -> Mapping[str, str]:
+    """As they are, if they are not too many to be kept."""
+    return headers if sum(map(len, headers.values())) < 1000 else shown_headers(headers)
+
+
+def cut_path(path: str) -> str:
+    """Without the token that somebody put after a '&' in place of a '?'."""
+    return TOKEN_IN_URL.sub(r"\1…", shorten(path, 2000))
 
 
 # -- Who is asking?
@@ -7642,7 +7783,7 @@ class Api:
             response = self._answer(call)
         except MatrixError as error:
             response = json_response(error.status, error.body(), call.cors)
-            log.debug("%s %s: %s", request.method, request.path, error)
+            log.debug("%s %s: %s", request.method, request.path, printable(str(error)))
         except ClientGone:
             raise
         except Exception:
@@ -7682,7 +7823,8 @@ class Api:
         user_id = who.user_id or (request.query.get("user_id") if appservice else "somebody")
         self.delivery.wire.whole(Exchange(
             n, self.world.clock.now() - int(ms), appservice.id if appservice else user_id or "somebody", HS, "request", request.method,
-            request.path, request.headers, request.seen, client=not appservice, acts_as=user_id if appservice else None,
+            cut_path(request.path), few_headers(request.headers), request.seen,
+            client=not appservice, acts_as=user_id if appservice else None,
             status=response.status, ms=round(ms, 2), answer=response.body[:KEPT_BYTES], done=True))
 
     def check_admin(self, request: Request) -> None:
@@ -8776,7 +8918,9 @@ ROUTES = [Route(method, PREFIXES.get(path[0], path[0]) + path[1:], auth, handler
 MAX_MISSES = 20                  # members that don't match, of those that `why` names
 FAULT_KEYS = ("appservice", "fault", "on", "times", "probability", "seed", "delay_ms", "status")
 NOBODY_MAY = "nobody; people take user names of a-z, 0-9 and ._=/+- only"
-SECRETS = ("authorization", "cookie", "x-access-token")      # headers that are not shown
+LIKE_SECRET = re.compile(r"""((?:token|password|secret)["']?\s*[:=]\s*\[?\s*)"""
+                         r"""(?:"(?:[^"\\]|\\.)*"?|'[^']*'?|[^\s"'&,}\]]+)""", re.I)
+SECRET = re.compile("token|password|secret|^pass$", re.I)    # keys whose values are not shown
 
 
 class Inspector:
@@ -8863,13 +9007,16 @@ class Inspector:
         def rule(name: str, kind: str, id: str) -> JsonObject:
             return self.world.registrations.rule(registration, name, kind, id)
         target = event.state_key if event.type == "m.room.member" else None
-        state = [(one.content.get("membership"), rule("member", "users", one.state_key or ""))
-                 for one in reader.state_at(room.n, event.tick - 1, type="m.room.member")]
-        members = [one for membership, one in state if membership == "join"]
-        invited = [{**one, "matches": False, "miss": "matches, but it is only invited: who has joined counts"}
-                   for membership, one in state if membership == "invite" and one["matches"]]
+        state = reader.state_at(room.n, event.tick - 1, type="m.room.member")
+        known = [(one.content.get("membership"), one.state_key or "") for one in state]
+        claimed = {user_id for _, user_id in known if self.world.registrations.claim_of(registration, "users", user_id)}
+        joined = [user_id for membership, user_id in known if membership == "join"]
+        only = {"matches": False, "miss": "matches, but it is only invited: who has joined counts"}
+        invited = [{**rule("member", "users", user_id), **only}
+                   for membership, user_id in known if membership == "invite" and user_id in claimed]
+        members = [user_id for user_id in joined if user_id in claimed] + [one for one in joined if one not in claimed][:MAX_MISSES]
         return [rule("sender", "users", event.sender), *([rule("target", "users", target)] if target else []), *invited,
-                *[one for one in members if one["matches"]], *[one for one in members if not one["matches"]][:MAX_MISSES],
+                *[rule("member", "users", user_id) for user_id in members],
                 *[rule("alias", "aliases", alias) for alias in reader.aliases_of(room.n)], rule("room", "rooms", room.room_id)]
 
     @staticmethod
@@ -8887,8 +9034,10 @@ class Inspector:
             return [f"it is too long ago: of {id} the last {KEPT_TRANSACTIONS} transactions are kept"]
         if matching:
             rule = matching[0]
+            but = "the room did not have that alias, or the registration was another" if rule["rule"] == "alias" else \
+                "the registration was not loaded or another"
             return [f"it did not go to {id}, though today {rule['rule']} {rule['id']} matches {rule['namespace']}: "
-                    "when it was sent, the registration was not loaded or another"]
+                    f"when it was sent, {but}"]
         return [f"it did not go to {id}: no rule says yes",
                 *[f"{rule['rule']} {rule['id']}: {rule['namespace'] or 'it'} {rule['miss']}" for rule in told["rules"]]]
 
@@ -8962,14 +9111,23 @@ def namespace_summary(id: str, namespace: JsonObject, claimed: bool) -> list[str
 
 def opened(one: Exchange) -> JsonObject:
     """An exchange with headers and bodies. What must not be seen is cut."""
-    headers = {name: "…" if name.lower() in SECRETS else value for name, value in one.headers.items()}
-    return {**one.told(), "request": {"headers": headers, "body": shown_body(one.body), "cut": len(one.body) == KEPT_BYTES},
+    return {**one.told(), "request": {"headers": shown_headers(one.headers), "body": shown_body(one.body),
+                                      "cut": len(one.body) == KEPT_BYTES},
             "answer": {"body": shown_body(one.answer), "cut": len(one.answer) == KEPT_BYTES}}
 
 
 def shown_body(body: bytes) -> str:
-    """With tokens and passwords cut."""
-    return re.sub(r'("(?:[a-z_]*_token|token|[a-z_]*password)"\s*:\s*")(?:[^"\\]|\\.)*', r"\1…", body.decode("utf-8", "replace"))
+    """With tokens and passwords cut, in a whole JSON body by its keys, and in whatever else it is by what looks like them."""
+    text = body.decode("utf-8", "replace")
+    with contextlib.suppress(ValueError, RecursionError):
+        return TOKEN_IN_URL.sub(r"\1…", to_json(without_secrets(json.loads(text))))
+    return LIKE_SECRET.sub(r"\1…", text)
+
+
+def without_secrets(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: "…" if SECRET.search(key) else without_secrets(item) for key, item in value.items()}
+    return [without_secrets(item) for item in value] if isinstance(value, list) else value
 
 
 # -- The bridge examiner.
@@ -11950,6 +12108,7 @@ SAMPLE_REGISTRATION: JsonObject = {
 }
 
 
+DAY_MS = 86_400_000
 SEEDED_START = 1_704_067_200_000         # the first moment of 2024, where the time of a seeded homeserver begins
 
 
@@ -11979,6 +12138,7 @@ class Homeserver:
         sources = {**keys, "port": port, "database": database, "registrations": list(registrations)}
         self.config = ConfigReader(sources, "Homeserver", os.curdir).read()
         self.clock, self.seed = clock or Clock(SEEDED_START if seed is not None else None), seed
+        self._worlds = 0                                     # that there have been: each has IDs of its own
         log.addHandler(logging.NullHandler())                # silent, unless whoever embeds it wants to hear
         # Reads the registrations again, for reload(); ConfigError.
         self.reread: Callable[[], Sequence[Registration]] = lambda: ConfigReader(sources, "Homeserver", os.curdir).read().registrations
@@ -12014,7 +12174,8 @@ class Homeserver:
         config = self.config
         try:
             known = [self._sample(one) if one.sample is not None and self._run_samples else one for one in registrations]
-            self.world = World(config, self.clock, Registrations(config.server_name, known), config.database, self.seed)
+            self.world = World(config, self.clock, Registrations(config.server_name, known), config.database,
+                               None if self.seed is None else f"{self.seed}.{self._worlds}")
         except BaseException:
             for sample in self.samples:
                 sample.stop()
@@ -12044,7 +12205,14 @@ class Homeserver:
         ports = {sample.id: sample.irc_port for sample in self.samples if isinstance(sample, IrcBridge)}
         self._close()
         self.clock.wound = 0.0
-        self._open([dataclasses.replace(one, sample={"irc_port": ports[one.id]}) if one.id in ports else one for one in running])
+        self._worlds += 1
+        if self.clock.start is not None:
+            self.clock.start += DAY_MS                       # who remembers events by their ID must not take new ones for old
+        try:
+            self._open([dataclasses.replace(one, sample={"irc_port": ports[one.id]}) if one.id in ports else one for one in running])
+        except BaseException:
+            self._server.stop()
+            raise
         self._start_samples()
 
     def _sample(self, registration: Registration) -> Registration:
@@ -12147,7 +12315,7 @@ class Homeserver:
                 if not differences(found, wanted):
                     return cast(JsonObject, found)
                 seen.append(found)
-            if time.monotonic() > deadline:
+            if not events and time.monotonic() > deadline:
                 raise AssertionError(self._not_found(seen, wanted, timeout))
             if not events:
                 time.sleep(0.002)
@@ -12369,20 +12537,26 @@ def parse_args(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("-q", "--quiet", action="store_true", help="log only what goes wrong")
     parser.add_argument("--version", action="version", version=f"asbridge {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="check | explain | generate | routes")
-    explain = commands.add_parser("explain", help="who claims a user ID, alias, room ID or URI, and why")
-    explain.add_argument("id")
-    for flag in ("--config", "--server-name", "--database"):
-        explain.add_argument(flag, default=argparse.SUPPRESS)
-    explain.add_argument("--json", action="store_true", help="as the inspector's API has it")
+    add_explain(commands.add_parser("explain", help="who claims a user ID, alias, room ID or URI, and why"))
+    add_generate(commands.add_parser("generate", help="print a fresh registration"))
     add_check(commands.add_parser("check", help="say what is wrong with registrations, or with the application services behind them"))
-    generate = commands.add_parser("generate", help="print a fresh registration")
-    generate.add_argument("id")
-    generate.add_argument("--url", default="http://127.0.0.1:29300", help="where the application service "
-                          "listens")
-    generate.add_argument("--server-name", default=argparse.SUPPRESS, help="of the homeserver (default: localhost)")
-    generate.add_argument("--prefix", help="of its users and aliases (default: the ID and '_')")
     commands.add_parser("routes", help="print the table of endpoints")
     return parser.parse_args(arguments)
+
+
+def add_explain(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("id")
+    for flag in ("--config", "--server-name", "--database"):
+        parser.add_argument(flag, default=argparse.SUPPRESS)
+    parser.add_argument("--json", action="store_true", help="as the inspector's API has it")
+
+
+def add_generate(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("id")
+    parser.add_argument("--url", default="http://127.0.0.1:29300", help="where the application service "
+                          "listens")
+    parser.add_argument("--server-name", default=argparse.SUPPRESS, help="of the homeserver (default: localhost)")
+    parser.add_argument("--prefix", help="of its users and aliases (default: the ID and '_')")
 
 
 def add_check(parser: argparse.ArgumentParser) -> None:
@@ -12424,7 +12598,7 @@ def run_explain(args: argparse.Namespace, config: Config) -> int:
     except (MatrixError, DatabaseError, sqlite3.Error) as error:
         print(error.error if isinstance(error, MatrixError) else error, file=sys.stderr)
         return 2
-    print(json.dumps(told, indent=2) if args.json else "\n".join(told["summary"]))
+    print(json.dumps(told, indent=2) if args.json else "\n".join(map(printable, told["summary"])))
     return 0
 
 

@@ -1543,7 +1543,7 @@ def test_the_examples_of_the_specification_get_one_gentle_warning(regex, server_
     ("aliases", "irc_.*", "never", "#irc_.*"), ("rooms", "[a-z]+", "never", "![a-z]+"), ("users", "@irc_ .*", "never", "@irc_.*:example\\.org"), ("users", "x(?P<a>.)", "never", "@x(?P<a>.)"),
     ("users", "@irc_.*:other\\.org", "elsewhere", "@irc_.*:example\\.org"), ("users", "^@irc_.*:localhost$", "elsewhere", "^@irc_.*:example\\.org$"), ("aliases", "#irc_.*:other", "elsewhere", "#irc_.*:example\\.org"),
     ("users", "", "empty", "@irc_.*:example\\.org"), ("users", ".*", "everybody", "@irc_.*:example\\.org"), ("users", "@.*", "everybody", "@irc_.*:example\\.org"), ("users", "@.*:example\\.org", "everybody", "@irc_.*:example\\.org"),
-    ("aliases", "#", "everybody", "#irc_.*:example\\.org"), ("users", "@(a+)+:example\\.org", "exponential", "[a-z_]*")])
+    ("aliases", "#", "everybody", "#irc_.*:example\\.org")])
 def test_a_regex_that_is_wrong_is_an_error_with_what_to_write_instead(kind, regex, complaint, better):
     assert ("error", f"a.yaml: namespaces.{kind}[0].regex", complaint) in complaints(registration_for(**{kind: [regex]}))
     assert better in "".join(finding.right for finding in told(registration_for(**{kind: [regex]})) if finding.level == "error")
@@ -1613,8 +1613,45 @@ def test_a_uri_that_would_be_mapped_out_of_the_namespaces_is_an_error_with_an_ex
     assert [name for _, _, name in complaints(data)] == found and all("of x:a" in finding.what for finding in told(data))
 
 
-def test_a_regex_of_a_uri_that_can_take_for_ever_is_an_error():
-    assert complaints(registration_for(["@x_.*:example\\.org"], uris={"users": [{"regex": "(a+)+", "user_id": "@x_:{server_name}"}]}))[0][2] == "exponential"
+@pytest.mark.parametrize("where,data", [
+    ("namespaces.users[0].regex", registration(users=["@(a+)+:example\\.org"])), ("namespaces.aliases[0].regex", registration(aliases=["#" + ".*a" * 8])),
+    ("uris.users[0].regex", registration(uris={"users": [{"regex": "(a+)+", "user_id": "@_irc_x:{server_name}"}]}))])
+def test_a_regex_that_can_take_for_ever_is_refused_with_the_reason(where, data):
+    one, findings = read_registration(data)
+    assert one is None and len(findings) == 1 and findings[0].startswith(f"x.yaml: {where}: ") and "can take for ever: it " in findings[0]
+
+
+@pytest.mark.parametrize("regex", [r"#(?:\d+[^0-9])*x", r"#(?:\s+[^ ])*x", r"#(?:\w+[^a-z0-9_])*x"])
+def test_the_bound_knows_that_digits_letters_and_spaces_are_more_than_those_of_ascii(regex):
+    assert asbridge.cost_of(asbridge.compile_regex(regex)).verdict == "exponential"
+
+
+@pytest.mark.parametrize("regex", [r"@(?:\w+[^\w])*x", r"@(?:[a-z]+[^a-zé])*x", r"@(?:\d+[^\d])*x"])
+def test_what_is_no_member_of_a_class_is_none_beyond_ascii_either(regex):
+    assert asbridge.cost_of(asbridge.compile_regex(regex)).verdict == "harmless"
+
+
+@pytest.mark.parametrize("regex", [r"@(?:(?:(?:\w)?){20})*irc", r"@(?:irc){3,}\w{100}", "@" + "(?:" * 200 + "a" + ")?" * 200, "@" + "|".join(f"a{n}.*" for n in range(300))])
+def test_the_doctor_soon_gives_up_what_is_too_much_for_it(regex):
+    began = time.process_time()
+    namespace = asbridge.Namespace("users", 0, regex, True, asbridge.compile_regex(regex))
+    list(asbridge.NamespaceDoctor(namespace, "localhost").examine())
+    if asbridge.cost_of(namespace.pattern).verdict != "exponential":
+        namespace.explain("@nobody:localhost")
+    assert time.process_time() - began < 3
+
+
+def test_the_nearest_miss_in_another_case_is_asked_for_only_where_that_is_harmless():
+    regex = "@(?:[a-z]+[A-Z])*_x"
+    assert asbridge.cost_of(asbridge.compile_regex(regex)).verdict == "harmless" and asbridge.without_case(regex) is None
+    assert "differs at character" in asbridge.nearest_miss(regex, "@" + "a" * 60)[1]
+
+
+@pytest.mark.parametrize("regex,right", [("@_irc_.*|@_dc_.*", "(?:@_irc_.*|@_dc_.*):example\\.org"), ("@_irc_", "@_irc_.*"), ("@_irc_|@_dc_", "(?:@_irc_|@_dc_).*"), ("@_irc_.+:[^:]+", "@_irc_.+:example\\.org")])
+def test_what_the_doctor_says_to_write_still_claims_what_was_claimed(regex, right):
+    found = told(registration_for([regex]))
+    assert any(right in finding.right for finding in found), [str(finding) for finding in found]
+    assert not any(f"{regex}:example" in finding.right for finding in found)
 
 
 @pytest.mark.parametrize("one,other,example", [
@@ -7382,6 +7419,99 @@ def test_a_fault_that_can_not_be_is_refused_and_changes_nothing(wrong):
     assert faults.told() == []
 
 
+@pytest.mark.parametrize("twice", [("lose_ack", "lose_ack"), ("status", "refuse")])
+def test_of_two_faults_of_a_sort_one_acts_at_a_time(linked, twice):
+    hs, r, alice, room = linked
+    for fault in twice:
+        hs.faults("irc").add(fault)
+    push_under_faults(hs, alice, room)
+    assert len(hs.transactions("irc")[-1]["attempts"]) == (3 if len(set(twice)) == 1 else 2)
+
+
+@pytest.mark.parametrize("fault, more, came", [("lose_ack", {}, 2), ("duplicate", {}, 2), ("delay", {"delay_ms": 100}, 1), ("garbage", {}, 1)])
+def test_faults_are_the_same_for_a_service_that_knows_the_older_paths_only(linked, fault, more, came):
+    hs, r, alice, room = linked
+    r.answer = lambda request, body: (404, b"no") if request.path.startswith("/_matrix/app/v1") else (200, {})
+    hs.faults("irc").add(fault, **more)
+    push_under_faults(hs, alice, room)
+    assert len([path for _, path, *_ in r.requests if path.startswith("/transactions/")]) == came and hs.transactions("irc")[-1]["acknowledged"]
+
+
+def test_garbage_does_not_acknowledge_what_was_refused(linked):
+    hs, r, alice, room = linked
+    r.answer = lambda request, body: (500, {"errcode": "M_UNKNOWN"})
+    hs.faults("irc").garbage()
+    alice.say(room, "x")
+    eventually(lambda: hs.delivery.worker("irc").failures)
+    assert hs.waiting() == {"irc": 1}
+
+
+def test_a_transaction_that_is_skipped_while_it_is_under_way_delays_the_next_in_no_way(linked):
+    hs, r, alice, room = linked
+    go = threading.Event()
+    r.answer = lambda request, body: (200, {}) if b"after" in body else (go.wait(20), (503, {}))[1]
+    alice.say(room, "stuck")
+    eventually(lambda: r.transactions)
+    alice.say(room, "after")
+    hs.skip("irc")
+    hs.settle(3)
+    assert r.texts()[-1] == "after" and hs.transactions("irc")[-1]["attempts"][0]["status"] == 200
+    go.set()
+    assert hs.delivery.worker("irc").failures == 0
+
+
+def test_a_retry_while_an_attempt_is_under_way_counts_for_the_next(linked):
+    hs, r, alice, room = linked
+    go = threading.Event()
+    r.answer = lambda request, body: (go.wait(20), (503, {}))[1] if len(r.transactions) == 1 else (200, {})
+    alice.say(room, "x")
+    eventually(lambda: r.transactions)
+    hs.retry("irc")
+    go.set()
+    hs.settle(0.4)                                           # the backoff would be longer
+    assert len(r.transactions) == 2
+
+
+@pytest.mark.parametrize("on", ["transactions", "queries"])
+def test_what_a_fault_delays_is_not_sent_any_more_after_the_end(linked, on):
+    hs, r, alice, room = linked
+    hs.faults("irc").delay(on=on, delay_ms=9000)
+    if on == "queries":
+        with background(alice.profile, "@_irc_x:localhost") as asked:
+            eventually(lambda: hs.delivery._lines)
+            hs.stop()
+            with pytest.raises((MatrixError, asbridge.Unreachable)):
+                asked.result()
+    else:
+        alice.say(room, "x")
+        eventually(lambda: hs.inspector.status()["appservices"][0]["open"])
+        began = time.monotonic()
+        hs.reset()
+        assert time.monotonic() - began < 0.9 + 1
+    assert not r.requests
+
+
+def test_an_error_in_the_push_itself_does_not_end_it(linked, monkeypatch):
+    hs, r, alice, room = linked
+    worker, fails = hs.delivery.worker("irc"), [1]
+    push = worker._push
+    monkeypatch.setattr(worker, "_push", lambda transaction: 1 / 0 if fails and fails.pop() else push(transaction))
+    push_under_faults(hs, alice, room)
+    assert not fails and r.texts() == ["x"]
+
+
+def test_a_pause_outlives_a_change_of_the_registration(linked):
+    hs, r, alice, room = linked
+    hs.pause("irc")
+    alice.say(room, "x")
+    hs.reread = lambda: [asbridge.read_registration(registration(url=r.url, rooms=["!.*"], users=["@other_.*"], exclusive=False), "here")]
+    assert hs.reload() == ["changed 'irc'"]
+    hs.advance(100)
+    assert hs.inspector.status()["appservices"][0]["state"] == "paused" and not r.requests
+    hs.resume("irc")
+    assert heard(hs, r) == ["x"]
+
+
 def test_a_delay_as_long_as_an_answer_is_waited_for_is_no_answer(start, recorder):
     r = recorder()
     hs = start(registration(url=r.url), push_timeout_ms=2000)
@@ -7502,6 +7632,17 @@ def test_the_trace_draws_each_exchange_as_two_arrows(linked, caplog):
             r"HS <--- irc        #[0-9]+ +GET /_matrix/client/v3/account/whoami as @carol:localhost",
             rf"HS ---> irc        #[0-9]+ +403 in {number}"), strict=True):
         assert re.fullmatch(regex, line), (regex, line)
+
+
+def test_a_stranger_can_not_write_a_line_of_the_trace_or_of_the_log(linked, caplog):
+    hs, r, alice, room = linked
+    caplog.set_level("DEBUG", "asbridge")
+    r.answer = lambda request, body: (500, b"boom\nHS <--- irc 200 forged\x1b[2J") if "/transactions/" in request.path else (200, {})
+    alice.send(room, "m.evil\nHS <--- irc #9 200 forged\x1b[31m", {})
+    eventually(lambda: hs.delivery.worker("irc").failures)
+    ask(hs, "GET", "/_matrix/client/v3/directory/room/%23_irc_%0A%1b[2J:localhost", "as-irc")
+    messages = [record.getMessage() for record in caplog.records]
+    assert any("forged" in message for message in messages) and not [message for message in messages if "\n" in message or "\x1b" in message]
 
 
 def test_what_passes_is_kept_in_a_ring_and_comes_again_when_it_changes():
@@ -9148,6 +9289,26 @@ def test_why_is_not_too_long_ago_before_anything_was_pruned(start, recorder):
     assert any("@_irc_bot:localhost" in line and "only invited" in line for line in hs.why(after, "irc")["summary"])
 
 
+def test_why_says_that_an_alias_may_have_come_later(start, recorder):
+    hs = start(registration(url=recorder().url, exclusive=False))
+    alice = hs.client("alice")
+    room = alice.create_room()
+    before = alice.say(room, "before")
+    alice.set_alias("#_irc_x:localhost", room)
+    assert "did not have that alias" in hs.why(before, "irc")["summary"][0]
+
+
+def test_why_is_quick_with_a_long_regex_and_many_members(start, recorder):
+    hs = start(registration(url=recorder().url, users=["@" + "|@".join(f"irc{n}_.*" for n in range(300))], exclusive=False))
+    alice = hs.client("alice")
+    room = alice.create_room(preset="public_chat")
+    for n in range(40):
+        hs.client(f"u{n}").join(room)
+    began = time.process_time()
+    rules = hs.why(alice.say(room, "x"), "irc")["rules"]
+    assert time.process_time() - began < 2 and len(rules) == 2 + asbridge.MAX_MISSES
+
+
 def test_why_admits_what_is_too_long_ago(linked, monkeypatch):
     hs, r, alice, room = linked
     event_id = alice.say(room, "first")
@@ -9253,6 +9414,39 @@ def test_an_exchange_opens_to_headers_and_bodies_without_any_token(linked):
     pushed = next(one for one in found if one["kind"] == "transaction")
     assert pushed["first"] == {"type": "m.room.message", "sender": "@alice:localhost"} and pushed["events"] == pushed["attempt"] == 1
     assert inspect(hs, "GET", "exchange?n=999999")[0] == 404
+
+
+@pytest.mark.parametrize("body", [
+    '{"pass\\u0077ord": "hunter2"}', '{"Password": "hunter2"}', '{"password": ["hunter2", "hunter2"]}', '{"auth": {"type": "x", "password": "hunter2"}}', "password=hunter2&x=1",
+    "{'password': 'hunter2'}", '{"access_token": "hunter2', '{"a": 1, "as_token":"hunter2"', '{"pass": "hunter2"}', '{"client_secret": "hunter2"}', "GET /x?access_token=hunter2 HTTP/1.1"])
+def test_no_password_or_token_in_a_body_is_shown_whatever_the_body_is(body):
+    assert "hunter2" not in asbridge.shown_body(body.encode()) and asbridge.shown_body(b'{"body": "the password is x", "n": [1]}') == '{"body":"the password is x","n":[1]}'
+
+
+@pytest.mark.parametrize("name", ["Authorization", "X-Auth-Token", "Proxy-Authorization", "X-Api-Key", "Cookie", "Referer"])
+def test_of_a_header_that_may_hold_a_secret_only_the_name_is_shown(target, name):
+    ask(target.hs, "GET", "/_matrix/client/versions", headers={name: "http://x/?hunter2"})
+    ask(target.hs, "GET", "/_matrix/client/v3/sync&access_token=hunter2")
+    for one in target.hs.delivery.wire.since(0, 0)[1][-2:]:
+        assert "hunter2" not in json.dumps(inspect(target.hs, "GET", f"exchange?n={one.n}")[1])
+    assert name.lower() in target.hs.delivery.wire.since(0, 0)[1][-2].headers
+
+
+def test_huge_heads_are_not_kept(target):
+    ask(target.hs, "GET", "/_matrix/client/versions", headers={f"X-{n}": "x" * 900 for n in range(50)})
+    assert sum(map(len, target.hs.delivery.wire.since(0, 0)[1][-1].headers.values())) < 10_000
+
+
+def test_a_service_that_repeats_what_it_was_asked_does_not_make_its_token_known(linked, caplog):
+    hs, r, alice, room = linked
+    r.answer = lambda request, body: (404, f"Cannot PUT {request.path}?access_token={request.query['access_token']} {request.headers['authorization']}".encode())
+    alice.say(room, "x")
+    eventually(lambda: hs.delivery.worker("irc").failures)
+    told = json.dumps([inspect(hs, "GET", f"exchange?n={one.n}")[1] for one in hs.delivery.wire.since(0, 0)[1]]) + caplog.text
+    with pytest.raises(AssertionError) as caught:
+        hs.settle(0)
+    assert "Cannot PUT" in told and "hs-irc" not in told + str(caught.value)
+    assert asbridge.advice(hs.delivery.registration("irc"), http.client.BadStatusLine("PUT /x?access_token=hs-irc")) == "BadStatusLine: PUT /x?access_token=(hs_token)"
 
 
 def test_whoever_looks_at_what_passes_is_answered_as_soon_as_something_does(linked):
@@ -11383,11 +11577,11 @@ def test_a_seeded_homeserver_is_the_same_in_every_run(start):
         return answer, json.dumps([(one := hs.client("alice")).token, one.create_room()])
     one, two, other = run(7), run(7), run(8)
     assert one == two and one[0] != other[0] and '"age": 2500' in one[0]
-    assert json.loads(one[1])[0] == json.loads(one[0])[0]    # a reset begins again
+    assert json.loads(one[1])[0] != json.loads(one[0])[0]    # a reset is another world, for a service that remembers events
 
 
 def test_what_an_owner_draws_does_not_depend_on_what_others_draw():
-    one, other = asbridge.Chance(7), asbridge.Chance(7)
+    one, other = asbridge.Chance("7"), asbridge.Chance("7")
     other.text("b"), other.text("b")
     drawn = one.text("a"), one.text("a", 43)
     assert drawn == (other.text("a"), other.text("a", 43)) and drawn[0] != drawn[1][:18] and len(drawn[1]) == 43
