@@ -466,7 +466,7 @@ def json_response(status: int, value: Any, headers: bytes = b"") -> Response:
 class Request:
     """One HTTP request: its head, and its body once somebody asks for it."""
 
-    __slots__ = ("method", "path", "query", "headers", "version", "seen", "_connection", "_unread", "_chunked")
+    __slots__ = ("method", "path", "query", "headers", "version", "seen", "small", "_connection", "_unread", "_chunked")
 
     def __init__(self, head: str, connection: Connection | None = None) -> None:
         line, _, headers = head.partition("\r\n")
@@ -484,6 +484,7 @@ class Request:
         pairs = urllib.parse.parse_qsl(query, keep_blank_values=True) if query else ()
         self.query: dict[str, str] = dict(pairs)
         self.headers = parse_same_headers(headers) if len(headers) < 1024 else parse_headers(headers)
+        self.small = len(head) < 2048                        # so that it can be kept
         self._connection, self._chunked = connection, "transfer-encoding" in self.headers
         self._unread = self._length()
         self.seen = b""                                      # the body's beginning, once somebody has read it
@@ -6842,7 +6843,8 @@ class Wire:
     def __init__(self, clock: Clock) -> None:
         self.clock = clock
         self._count = itertools.count(1)                     # numbers beginnings and changes alike, so that they have one order
-        self._kept: collections.OrderedDict[int, Exchange] = collections.OrderedDict()       # in the order of their last change
+        # By number, in the order of their last change: its number, and what changed or what makes it when somebody looks.
+        self._kept: collections.OrderedDict[int, tuple[int, Exchange | Callable[[], Exchange]]] = collections.OrderedDict()
         self._seq = 0                                        # the last change
         self._bells: set[Any] = set()                        # of those who look
         self._stopped = False
@@ -6851,33 +6853,41 @@ class Wire:
     def number(self) -> int:
         return next(self._count)
 
-    def note(self, one: Exchange) -> None:
+    def note(self, n: int, one: Exchange | Callable[[], Exchange]) -> None:
         """Something about this exchange has changed."""
         with self._guard:
-            self._seq = one.seq = next(self._count)
-            self._kept[one.n] = one
-            self._kept.move_to_end(one.n)
+            self._seq = next(self._count)
+            self._kept.pop(n, None)
+            self._kept[n] = self._seq, one
             if len(self._kept) > KEPT_EXCHANGES:
                 self._kept.popitem(last=False)
             bells = list(self._bells) if self._bells else ()
         for each in bells:
             release(each)
 
+    @staticmethod
+    def _made(seq: int, one: Exchange | Callable[[], Exchange]) -> Exchange:
+        made = one if isinstance(one, Exchange) else one()
+        made.seq = seq
+        return made
+
     def begin(self, one: Exchange) -> Exchange:
-        self.note(one)
+        self.note(one.n, one)
         self._draw(one, back=False)
         return one
 
     def end(self, one: Exchange, then: str = "") -> None:
         one.then, one.done = then, True
-        self.note(one)
+        self.note(one.n, one)
         self._draw(one, back=True)
 
-    def whole(self, one: Exchange) -> None:
-        """One that has begun and ended."""
-        self.note(one)
-        self._draw(one, back=False)
-        self._draw(one, back=True)
+    def whole(self, n: int, make: Callable[[], Exchange]) -> None:
+        """One that has begun and ended; made when somebody looks, for there are many of these."""
+        self.note(n, make)
+        if trace.isEnabledFor(logging.DEBUG):
+            one = make()
+            self._draw(one, back=False)
+            self._draw(one, back=True)
 
     @staticmethod
     def _draw(one: Exchange, back: bool) -> None:
@@ -6899,15 +6909,15 @@ class Wire:
                     news = self._after(0 if seq > now else seq)      # from the future: of another run
                 left = deadline - time.monotonic()
                 if news or left <= 0 or seq > now or self._stopped:
-                    return now, news
+                    return now, [self._made(*one) for one in news]
                 ring.acquire(timeout=left)
         finally:
             with self._guard:
                 self._bells.discard(ring)
 
-    def _after(self, seq: int) -> list[Exchange]:
+    def _after(self, seq: int) -> list[tuple[int, Exchange | Callable[[], Exchange]]]:
         """Under the guard. The kept ones stand in the order of their last change."""
-        return list(itertools.takewhile(lambda one: one.seq > seq, reversed(self._kept.values())))[::-1]
+        return list(itertools.takewhile(lambda one: one[0] > seq, reversed(self._kept.values())))[::-1]
 
     def stop(self) -> None:
         """Who looks is to go."""
@@ -6918,7 +6928,8 @@ class Wire:
 
     def find(self, n: int) -> Exchange | None:
         with self._guard:
-            return self._kept.get(n)
+            one = self._kept.get(n)
+        return self._made(*one) if one else None
 
 
 # -- Faults: what goes wrong on demand.
@@ -7716,11 +7727,6 @@ NOBODY = Who("")
 TOKEN_IN_URL = re.compile(r"""(token=)[^\s&/"'<;\\]+""")
 
 
-def few_headers(headers: Mapping[str, str]) -> Mapping[str, str]:
-    """As they are, if they are not too many to be kept."""
-    return headers if sum(map(len, headers.values())) < 1000 else shown_headers(headers)
-
-
 def cut_path(path: str) -> str:
     """Without the token that somebody put after a '&' in place of a '?'."""
     return TOKEN_IN_URL.sub(r"\1…", shorten(path, 2000))
@@ -7729,10 +7735,14 @@ def cut_path(path: str) -> str:
 # -- Who is asking?
 
 def token_of(request: Request) -> str | None:
+    return token_in(request.headers, request.query)
+
+
+def token_in(headers: Mapping[str, str], query: Mapping[str, str]) -> str | None:
     """The access token, from the header or the query; 401 if they differ. Empty is absent."""
-    header = request.headers.get("authorization", "")
+    header = headers.get("authorization", "")
     in_header = header[7:].strip() if header[:7].lower() == "bearer " else ""
-    in_query = request.query.get("access_token", "")
+    in_query = query.get("access_token", "")
     if in_header and in_query and not hmac.compare_digest(in_header.encode(), in_query.encode()):
         raise MatrixError("M_UNKNOWN_TOKEN", "the tokens in the Authorization header and in access_token "
                           "differ; send one of them")
@@ -7794,7 +7804,11 @@ class Api:
         if log.isEnabledFor(logging.DEBUG):
             log.debug("%s %s %d in %.1f ms", request.method, request.path, response.status, ms)
         if request.path.startswith("/_matrix/"):
-            self._note(call, n, response, ms)
+            kept = (request.path, request.query, request.headers) if request.small else (
+                request.path[:2000], {}, shown_headers(request.headers))
+            self.delivery.wire.whole(n, functools.partial(
+                self._exchange, n, self.world.clock.now() - int(ms), call.who, request.method, *kept, request.seen,
+                response.status, response.body[:KEPT_BYTES], ms))
         return response
 
     def _answer(self, call: Call) -> Response:
@@ -7813,19 +7827,17 @@ class Api:
         answer = route.handler(call)
         return answer if isinstance(answer, Response) else json_response(200, answer, call.cors)
 
-    def _note(self, call: Call, n: int, response: Response, ms: float) -> None:
-        """Remembers the exchange, for the trace and the inspector."""
-        who, request = call.who, call.request
+    def _exchange(self, n: int, ts: int, who: Who, method: str, path: str, query: Mapping[str, str], headers: Mapping[str, str],
+                  body: bytes, status: int, answer: bytes, ms: float) -> Exchange:
+        """A request and its answer, for the trace and the inspector."""
         appservice = who.appservice
-        if who is NOBODY and ("authorization" in request.headers or "access_token" in request.query):
-            with contextlib.suppress(MatrixError):           # it registers a ghost, or was refused as one
-                appservice = self.world.registrations.of_as_token(digest(token_of(request) or ""))
-        user_id = who.user_id or (request.query.get("user_id") if appservice else "somebody")
-        self.delivery.wire.whole(Exchange(
-            n, self.world.clock.now() - int(ms), appservice.id if appservice else user_id or "somebody", HS, "request", request.method,
-            cut_path(request.path), few_headers(request.headers), request.seen,
-            client=not appservice, acts_as=user_id if appservice else None,
-            status=response.status, ms=round(ms, 2), answer=response.body[:KEPT_BYTES], done=True))
+        if who is NOBODY:                                    # it registers a ghost, or was refused as one
+            with contextlib.suppress(MatrixError):
+                appservice = self.world.registrations.of_as_token(digest(token_in(headers, query) or ""))
+        user_id = who.user_id or (query.get("user_id") if appservice else "somebody")
+        return Exchange(n, ts, appservice.id if appservice else user_id or "somebody", HS, "request", method, cut_path(path), headers,
+                        body, client=not appservice, acts_as=user_id if appservice else None, status=status, ms=round(ms, 2),
+                        answer=answer, done=True)
 
     def check_admin(self, request: Request) -> None:
         """Whether the inspector's API may be used: from this machine, by no other site's page, and with the admin_token if

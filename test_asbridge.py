@@ -7655,7 +7655,7 @@ def test_what_passes_is_kept_in_a_ring_and_comes_again_when_it_changes():
     wire.end(first)
     assert wire.since(now, 0)[1] == [first] and first.seq > now and wire.since(now + 100, 0)[1] == [second, first]
     for _ in range(asbridge.KEPT_EXCHANGES):
-        wire.whole(one())
+        wire.whole(wire.number(), one)
     assert len(wire.since(0, 0)[1]) == asbridge.KEPT_EXCHANGES and wire.find(first.n) is None
 
 
