@@ -1621,6 +1621,11 @@ def test_a_regex_that_can_take_for_ever_is_refused_with_the_reason(where, data):
     assert one is None and len(findings) == 1 and findings[0].startswith(f"x.yaml: {where}: ") and "can take for ever: it " in findings[0]
 
 
+@pytest.mark.parametrize("regex", EXPONENTIAL)
+def test_no_exponential_regex_is_taken_for_one_that_needs_no_look(regex):
+    assert asbridge.MAYBE_ENDLESS.search(regex)
+
+
 @pytest.mark.parametrize("regex", [r"#(?:\d+[^0-9])*x", r"#(?:\s+[^ ])*x", r"#(?:\w+[^a-z0-9_])*x"])
 def test_the_bound_knows_that_digits_letters_and_spaces_are_more_than_those_of_ascii(regex):
     assert asbridge.cost_of(asbridge.compile_regex(regex)).verdict == "exponential"
