@@ -325,6 +325,10 @@ def is_a(value: object, type_: Any) -> bool:
     return isinstance(value, type_) and not (isinstance(value, bool) and type_ is int)
 
 
+def is_number(value: object) -> bool:
+    return is_a(value, int) or isinstance(value, float)
+
+
 def field(body: JsonObject, key: str, type_: type[T], default: Any = ...) -> T:
     """One key of a request body; M_BAD_JSON if it has the wrong type, M_MISSING_PARAM if there must be one."""
     value = body.get(key)
@@ -338,6 +342,9 @@ def field(body: JsonObject, key: str, type_: type[T], default: Any = ...) -> T:
 
 
 # -- Time.
+
+DAY_MS = 86_400_000
+
 
 class Clock:
     """Two clocks: now() stamps, wait() delays. advance() winds both on, so that a minute of backoff can pass
@@ -1974,7 +1981,7 @@ COMPLAINTS = {
                        "do without it"),
     "heavy": ("warning", "'{regex}' can be slow: {reason}", "while an ID is matched nothing else runs",
               "write sets that can't match what follows them, such as [^_]*_ for .*_"),
-"open": ("warning", "'{regex}' names no server{more}", "only users of this server count here, but Dendrite and Conduit also take "
+    "open": ("warning", "'{regex}' names no server{more}", "only users of this server count here, but Dendrite and Conduit also take "
              "those of others, such as {example}", "write '{better}' if it is to move there"),
     "token": ("warning", "{looks}", "whoever guesses it can act as every user of this application service, or feed it with events",
               "write a long random text, as `python asbridge.py generate` makes it"),
@@ -2667,7 +2674,7 @@ CREATE TABLE transactions (appservice TEXT, txn_id INTEGER, last_tick INTEGER NO
 
 MAX_EPHEMERAL = 1000             # pieces that wait for one application service
 STALE_TYPING_MS = 30_000
-REMEMBERED_MS = 24 * 3_600_000   # how long a client transaction of messages to devices is remembered
+REMEMBERED_MS = DAY_MS           # how long a client transaction of messages to devices is remembered
 MAX_BATCH = 256                  # jobs in one COMMIT
 MAX_ROWS = 64                    # in one INSERT
 MAX_LOOKING = 4                  # of those who were woken, how many look at a time
@@ -2688,6 +2695,7 @@ EVENT_TABLES = "events e LEFT JOIN events r ON r.tick = e.redacted_by LEFT JOIN 
 # Whether the event e is in one of these ranges of ticks, JSON [[first, last], …].
 VISIBLE = "EXISTS (SELECT 1 FROM json_each(?) v WHERE e.tick BETWEEN json_extract(v.value, '$[0]') AND json_extract(v.value, '$[1]'))"
 ROOMS = "room IN (SELECT value FROM json_each(?))"
+ROOM_ROWS = "SELECT n, room_id, version, published FROM rooms"
 # Those whom the user of this ID ignores.
 IGNORED = ("SELECT key FROM account_data, json_each(account_data.json, '$.ignored_users') "
            "WHERE user_id = ? AND room_id = '' AND account_data.type = 'm.ignored_user_list' AND key IS NOT NULL")
@@ -2876,12 +2884,12 @@ class Reader:
     # -- rooms
 
     def room_row(self, room_id: str) -> RoomRow | None:
-        row = self.one("SELECT n, room_id, version, published FROM rooms WHERE room_id = ?", room_id)
+        row = self.one(f"{ROOM_ROWS} WHERE room_id = ?", room_id)
         return RoomRow(*row) if row else None
 
     def room_of(self, tick: int) -> RoomRow | None:
         """The room of an event."""
-        row = self.one("SELECT n, room_id, version, published FROM rooms JOIN events ON n = room WHERE tick = ?", tick)
+        row = self.one(f"{ROOM_ROWS} JOIN events ON n = room WHERE tick = ?", tick)
         return RoomRow(*row) if row else None
 
     def all_events(self, after: int, limit: int) -> list[Event]:
@@ -2891,7 +2899,7 @@ class Reader:
 
     def all_rooms(self, limit: int) -> list[RoomRow]:
         """The last ones that were made."""
-        return [RoomRow(*row) for row in self.all("SELECT n, room_id, version, published FROM rooms ORDER BY n DESC LIMIT ?", limit)]
+        return [RoomRow(*row) for row in self.all(f"{ROOM_ROWS} ORDER BY n DESC LIMIT ?", limit)]
 
     def people(self) -> list[str]:
         """Users who are no application service's."""
@@ -2900,7 +2908,7 @@ class Reader:
     def published_rooms(self, own: bool, instance_id: str | None, appservices: Iterable[str]) -> list[RoomRow]:
         """Of the homeserver's own directory, and of the third-party network (None: of all) of application services."""
         return [RoomRow(*row) for row in self.all(
-            "SELECT n, room_id, version, published FROM rooms WHERE (published AND ?) OR n IN "
+            f"{ROOM_ROWS} WHERE (published AND ?) OR n IN "
             "(SELECT room FROM network_rooms WHERE (? IS NULL OR appservice || '|' || network = ?) "
             "AND appservice IN (SELECT value FROM json_each(?))) ORDER BY n",
             own, instance_id, instance_id, to_json(list(appservices)))]
@@ -4226,7 +4234,7 @@ def create_schema(db: sqlite3.Connection, path: str, server_name: str) -> None:
 # only: who comes for the application service may skip them.
 
 MAX_SYNC_SECONDS = 600.0
-UNUSED_MEDIA_MS = 24 * 3_600_000 # how long a URI waits for its content
+UNUSED_MEDIA_MS = DAY_MS         # how long a URI waits for its content
 OPENID_SECONDS = 3600            # how long an OpenID token is good
 MAX_SPACE_DEPTH = 10             # levels of rooms below a space in one answer
 MAX_RELATION_DEPTH = 3           # for /relations with recurse, and from an event up to its thread
@@ -6947,7 +6955,7 @@ FAULTS = {
     "duplicate": "it is sent twice, one right after the other",
     "garbage":   "the application service gets it, but the answer that the homeserver sees is 200 and not JSON",
 }
-MAX_DELAY_MS = 86_400_000        # a day
+MAX_DELAY_MS = DAY_MS
 FAULTS_ON = {"transactions": ("transaction",), "queries": ("query", "thirdparty"), "ping": ("ping",)}
 
 
@@ -7149,13 +7157,12 @@ def advice(registration: Registration, failure: Answer | BaseException) -> str:
     return printable(without_tokens(registration, f"{type(failure).__name__}: {failure}"))
 
 
-def without_tokens(registration: Registration, text: str) -> str:
-    """Some answer with the URL that they were asked."""
-    for name in ("hs_token", "as_token"):
-        token = getattr(registration, name)
-        for form in (token, urllib.parse.quote(token, safe="")):
-            text = text.replace(form, f"({name})")
-    return text
+def without_tokens(registration: Registration, text: str, shown: str = "") -> str:
+    """Some answer with what they were asked. In place of a token stands its name, or what is `shown` for both."""
+    forms = {form: name for name in ("hs_token", "as_token") for token in (getattr(registration, name),)
+             for form in (token, urllib.parse.quote(token, safe=""), urllib.parse.quote(token), json.dumps(token)[1:-1])}
+    longest_first = sorted(forms, key=len, reverse=True)
+    return re.sub("|".join(map(re.escape, longest_first)), lambda match: f"({shown or forms[match[0]]})", text)
 
 
 class Worker:
@@ -7210,8 +7217,12 @@ class Worker:
             if not self.transaction or self.transaction.txn_id != txn_id:
                 return
             self.transaction = None
-            self.failures, self.next_attempt, self.down_since = 0, 0.0, None
+            self._forgive()
         self.line.abort()
+
+    def _forgive(self) -> None:
+        """The next attempt is the first one again."""
+        self.failures, self.next_attempt, self.down_since = 0, 0.0, None
 
     @property
     def state(self) -> str:
@@ -7282,7 +7293,7 @@ class Worker:
                 if self.failures:
                     log.info("application service %s is back; transaction %d went through",
                              transaction.appservice, transaction.txn_id)
-                self.failures, self.next_attempt, self.down_since = 0, 0.0, None
+                self._forgive()
                 return
             except MatrixError as error:                     # not stored: it will be sent again, with the same ID
                 with self._guard:
@@ -8977,20 +8988,21 @@ class Inspector:
 
     # -- what was pushed
 
-    def attempts(self, id: str, txn_id: int) -> list[JsonObject]:
-        """Those since the start, old to new."""
-        worker = self.delivery.worker(id)
-        return [{"ts": one.ts, "status": one.status, "error": one.error or None, "ms": one.ms, "fault": one.fault or None, "n": one.n,
-                 "failure": one.failure or None}
-                for one in list(worker.attempts if worker else ()) if one.txn_id == txn_id]
+    def attempts(self, id: str) -> dict[int, list[JsonObject]]:
+        """Those since the start, by transaction, old to new."""
+        worker, found = self.delivery.worker(id), collections.defaultdict[int, list[JsonObject]](list)
+        for one in list(worker.attempts) if worker else ():
+            found[one.txn_id or 0].append({"ts": one.ts, "status": one.status, "error": one.error or None, "ms": one.ms,
+                                           "fault": one.fault or None, "n": one.n, "failure": one.failure or None})
+        return found
 
     def transactions(self, id: str, limit: int = -1) -> list[JsonObject]:
         """Those that are kept, old to new; all of their events."""
         self.delivery.registration(id)
         with self.world.store.read() as reader:
-            rows = reader.transactions(id, limit)
+            rows, attempts = reader.transactions(id, limit), self.attempts(id)
         return [{"txn_id": str(txn_id), "events": json.loads(body)["events"], "acknowledged": acknowledged is not None,
-                 "acknowledged_ts": acknowledged, "attempts": self.attempts(id, txn_id)} for txn_id, body, acknowledged in rows]
+                 "acknowledged_ts": acknowledged, "attempts": attempts[txn_id]} for txn_id, body, acknowledged in rows]
 
     # -- why
 
@@ -9016,7 +9028,7 @@ class Inspector:
         if reason is not None:
             told["state"] = "waiting" if not sent else "in a transaction" if sent[1] is None else "acknowledged"
             told["transaction"] = {"txn_id": str(sent[0]), "acknowledged": sent[1] is not None, "acknowledged_ts": sent[1],
-                                   "attempts": self.attempts(id, sent[0])} if sent else None
+                                   "attempts": self.attempts(id)[sent[0]]} if sent else None
         return {**told, "summary": self._summary(told, registration, forgotten)}
 
     def _rules(self, reader: Reader, registration: Registration, room: RoomRow, event: Event) -> list[JsonObject]:
@@ -9265,9 +9277,7 @@ class Examiner:
 
     def _plain(self, text: str) -> str:
         """Without tokens, and without what would move the cursor of a terminal."""
-        forms = {form for token in (self.registration.hs_token, self.registration.as_token)
-                 for form in (token, urllib.parse.quote(token, safe=""), urllib.parse.quote(token), json.dumps(token)[1:-1])}
-        text = re.sub("|".join(map(re.escape, sorted(forms, key=len, reverse=True))), "(token)", text)
+        text = without_tokens(self.registration, text, "token")
         return " ".join("".join([char if char.isprintable() else " " for char in text]).split())
 
     def _said(self, answer: Answer) -> str:
@@ -10236,7 +10246,7 @@ def post_faults(call: Call) -> Any:
     for key in body.keys() - FAULT_KEYS:
         raise MatrixError("M_BAD_JSON", f"{shorten(key)!r} is no key of a fault; the nearest one is {nearest(key, FAULT_KEYS)!r}")
     probability = body.get("probability")
-    if probability is not None and (isinstance(probability, bool) or not isinstance(probability, (int, float))):
+    if probability is not None and not is_number(probability):
         raise MatrixError("M_BAD_JSON", f"'probability' must be a number above 0 and up to 1, not {quoted(probability)}")
     faults = call.api.delivery.faults(field(body, "appservice", str))
     faults.add(field(body, "fault", str), on=field(body, "on", str, "transactions"), times=field(body, "times", int, None),
@@ -10280,8 +10290,8 @@ def post_ping(call: Call) -> Any:
 
 
 def post_clock(call: Call) -> Any:
-    seconds = call.body.get("advance")
-    if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not 0 <= seconds <= 10**9:
+    seconds: Any = call.body.get("advance")
+    if not is_number(seconds) or not 0 <= seconds <= 10**9:
         raise MatrixError("M_BAD_JSON", f"'advance' must be a number of seconds from 0 on, not {quoted(seconds)}")
     call.api.world.clock.advance(seconds)
     return inspector(call).clock()
@@ -12125,7 +12135,6 @@ SAMPLE_REGISTRATION: JsonObject = {
 }
 
 
-DAY_MS = 86_400_000
 SEEDED_START = 1_704_067_200_000         # the first moment of 2024, where the time of a seeded homeserver begins
 
 
@@ -12482,7 +12491,7 @@ class ConfigReader:
             return value in ROOM_VERSIONS
         if key == "rate_limit":
             return value is None or (value.keys() == {"per_second", "burst"} and all(
-                (is_a(number, int) or isinstance(number, float)) and number > 0 for number in value.values()))
+                is_number(number) and number > 0 for number in value.values()))
         return value > 0 if is_a(value, int) else True
 
     def _registrations(self, sources: Iterable[Any]) -> list[tuple[str, Registration]]:
@@ -12518,8 +12527,8 @@ def config_reader(path: str | None) -> ConfigReader:
     return ConfigReader(data, path, os.path.dirname(path))
 
 
-def read_config(path: str) -> Config:
-    """A configuration file, or a registration alone; ConfigError says everything that is wrong with it."""
+def read_config(path: str | None) -> Config:
+    """The configuration of config_reader(); ConfigError says everything that is wrong with it."""
     return config_reader(path).read()
 
 
@@ -12675,7 +12684,7 @@ def flags_of(args: argparse.Namespace, reader: ConfigReader) -> JsonObject:
 
 def config_of(args: argparse.Namespace) -> Config:
     """The file and the flags, which override it; without a file the sample."""
-    config = config_reader(args.config).read()
+    config = read_config(args.config)
     reader = ConfigReader({}, "command line", "")
     for key, value in flags_of(args, reader).items():
         setattr(config, key, value)
