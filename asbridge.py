@@ -1178,8 +1178,7 @@ class Exponential(ValueError):
 # Each kind of Tree has: `first`, the characters it can start with; `least`, its shortest length; ways(), in how many ways it can
 # match in one place at most, one of `after` being next; read(), what can remain of it when a character is read.
 
-@dataclass(frozen=True)
-class OneOf:
+class OneOf(NamedTuple):
     """One character of a set."""
     first: Chars
     least: int = 1
@@ -1187,7 +1186,7 @@ class OneOf:
     def ways(self, after: Chars) -> int:
         return 1
 
-    def read(self, char: str) -> set[Tree]:
+    def read(self, char: str) -> set[Chain]:
         return {Chain(())} if char in self.first else set()
 
 
@@ -1211,10 +1210,10 @@ class Chain:
             after = opening(part, after)
         return not_endless(total)
 
-    def read(self, char: str) -> set[Tree]:
-        found: set[Tree] = set()
+    def read(self, char: str) -> set[Chain]:
+        found: set[Chain] = set()
         for at, part in enumerate(self.parts):
-            found |= {chain(rest, *self.parts[at + 1:]) for rest in part.read(char)}
+            found |= {Chain(rest.parts + self.parts[at + 1:]) for rest in part.read(char)}
             if part.least:
                 break
         return found
@@ -1238,12 +1237,11 @@ class Choice:
         sums = [sum(ways for chars, ways in options if char in chars) for char in self.first | after]
         return max(*sums, *(ways for _, ways in options))
 
-    def read(self, char: str) -> set[Tree]:
+    def read(self, char: str) -> set[Chain]:
         return {rest for part in self.parts for rest in part.read(char)}
 
 
-@dataclass(frozen=True)
-class Repeat:
+class Repeat(NamedTuple):
     """A part several times: each length is a way, but where the next character tells whether it goes on."""
     part: Tree
     low: int = 0
@@ -1269,9 +1267,9 @@ class Repeat:
         most = int(min(self.high, MAX_ID_BYTES // max(1, self.part.least)))
         return not_endless(max(1, most - self.low + 1) * int(again ** max(0, most - 1)) * self.part.ways(after))
 
-    def read(self, char: str) -> set[Tree]:
+    def read(self, char: str) -> set[Chain]:
         again = Repeat(self.part, max(0, self.low - 1), self.high - 1 if self.high <= MANY else math.inf)
-        return {chain(rest, again) for rest in self.part.read(char)} if self.high else set()
+        return {Chain((*rest.parts, again)) for rest in self.part.read(char)} if self.high else set()
 
 
 Tree = OneOf | Chain | Choice | Repeat
@@ -1319,6 +1317,10 @@ def common(*trees: Tree) -> str | None:
 
 
 def _common(trees: Sequence[Tree]) -> str | None:
+    @functools.cache                                         # the same rests come again beside others
+    def read(rests: frozenset[Tree], char: str) -> frozenset[Tree]:
+        return frozenset(rest for tree in rests for rest in tree.read(char))
+
     alphabet, work = letters(*trees), 0
     todo = [tuple(frozenset({tree}) for tree in trees)]
     texts = {todo[0]: ""}
@@ -1330,7 +1332,7 @@ def _common(trees: Sequence[Tree]) -> str | None:
             work += sum(len(rests) for rests in at)
             if len(todo) > MAX_SEARCH or work > MAX_WORK:
                 raise NotAnalysable("too many repeats")
-            then = tuple(frozenset(rest for tree in rests for rest in tree.read(char)) for rests in at)
+            then = tuple(read(rests, char) for rests in at)
             if then not in texts:
                 texts[then] = texts[at] + char * (char not in EDGES)
                 todo.append(then)

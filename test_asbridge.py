@@ -10783,14 +10783,15 @@ PROGRAM = os.path.join(HERE, "asbridge.py")
 
 
 class Running:
-    """asbridge.py as a program: its process, and the URL that it announced."""
+    """asbridge.py as a program: its process, and the URL that it announced. As a module (compiled once) it starts sooner."""
 
-    def __init__(self, folder, config=None, *flags, port="0"):
-        arguments = [sys.executable, PROGRAM, "--port", port, *flags]
+    def __init__(self, folder, config=None, *flags, port="0", path=("-m", "asbridge")):
+        arguments = [sys.executable, *path, "--port", port, *flags]
         if config is not None:
             (folder / "config.json").write_text(json.dumps(config))
             arguments += ["--config", str(folder / "config.json")]
-        self.process = subprocess.Popen(arguments, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        self.process = subprocess.Popen(arguments, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                                        env={**os.environ, "PYTHONPATH": HERE})
         self.ready = self.process.stdout.readline()
         self.url = self.ready.rpartition(" ")[2].strip()
 
@@ -10947,7 +10948,7 @@ def test_flags_override_the_file(tmp_path):
 
 
 def test_the_program_announces_itself_in_one_line_and_ends_with_0_on_sigterm(program, tmp_path):
-    running = program({"registrations": [registration()]}, "--port-file", str(tmp_path / "port"))
+    running = program({"registrations": [registration()]}, "--port-file", str(tmp_path / "port"), path=(PROGRAM,))
     assert re.fullmatch(r"asbridge ready at http://127\.0\.0\.1:[0-9]+\n", running.ready)
     assert running.url.endswith(":" + (tmp_path / "port").read_text().strip()) and ask_url(running, "/_matrix/client/versions")
     code, out, err = running.end()
