@@ -4250,7 +4250,8 @@ TIMELINE = 10                    # events in a /sync timeline, unless a filter s
 MAX_UNREAD = 500                 # the newest events of a room that are looked at, to count what is unread
 MAX_TALLIES = 5000               # counts that are kept in memory, each of one user and room
 MAX_RULES_BYTES = 262_144        # of all push rules of a user
-PASSWORDS = threading.Semaphore(2)   # scrypt takes 16 MiB and 50 ms: two at a time
+SCRYPT = {"n": 16_384, "r": 8, "p": 1}   # 16 MiB and 50 ms for a password:
+PASSWORDS = threading.Semaphore(2)       # two at a time
 
 
 @dataclass
@@ -4323,7 +4324,7 @@ def digest(token: str) -> bytes:
 def hash_password(password: str, salt: bytes | None = None) -> str:
     salt = salt or secrets.token_bytes(16)
     with PASSWORDS:
-        key = hashlib.scrypt(password.encode("utf-8", "replace"), salt=salt, n=16_384, r=8, p=1)
+        key = hashlib.scrypt(password.encode("utf-8", "replace"), salt=salt, **SCRYPT)
     return f"scrypt${salt.hex()}${key.hex()}"
 
 

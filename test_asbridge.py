@@ -11,6 +11,7 @@ import ast
 import contextlib
 import copy
 import functools
+import hashlib
 import http.client
 import itertools
 import json
@@ -126,6 +127,14 @@ def start():
     yield make
     for hs in made:
         hs.stop()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cheap_passwords():
+    """A password costs a thousandth here of what it does else; yields the parameters as they are else."""
+    as_they_are = dict(asbridge.SCRYPT)
+    with unittest.mock.patch.dict(asbridge.SCRYPT, n=16):
+        yield as_they_are
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -3433,6 +3442,14 @@ def test_a_password_logs_in_by_localpart_or_whole_id_and_a_wrong_one_does_not(st
     for user, password in (("alice", "x"), ("nobody", "wonderland")):
         with refused("M_FORBIDDEN", 403):
             client.call("POST", V3 + "/login", {"type": "m.login.password", "user": user, "password": password})
+
+
+def test_a_password_is_kept_as_scrypt_has_it_with_a_salt_of_its_own(cheap_passwords):
+    with unittest.mock.patch.dict(asbridge.SCRYPT, cheap_passwords):
+        stored = asbridge.hash_password("secret")
+    name, salt, key = stored.split("$")
+    assert (name, len(salt)) == ("scrypt", 32) and asbridge.hash_password("secret").split("$")[1] != salt
+    assert key == hashlib.scrypt(b"secret", salt=bytes.fromhex(salt), n=16_384, r=8, p=1).hex()
 
 
 def test_somebody_without_a_password_cannot_log_in_with_one(start):
