@@ -898,6 +898,18 @@ class DatabaseError(Exception):
     """The database can't be used; the text says why and what to do."""
 
 
+def at_once(fn: Callable[[S], T], items: Sequence[S]) -> list[T]:
+    """fn of each, on threads of their own, so that who does not answer holds up nobody. fn raises nothing."""
+    results: dict[int, T] = {}
+    threads = [threading.Thread(target=lambda n=n, item=item: results.__setitem__(n, fn(item)), daemon=True)
+               for n, item in enumerate(items)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return [results[n] for n in range(len(items))]
+
+
 def open_sqlite(path: str, durable: bool = True, read_only: bool = False) -> sqlite3.Connection:
     """A connection in autocommit mode on a write-ahead log: one writes while others read. DatabaseError if there is none.
 
@@ -4247,6 +4259,8 @@ ECHO_SECONDS = 0.005             # how long one's own relation waits for the ans
 SLICE_SECONDS = 0.001            # how long a look works until it lets others in
 ROOMS_AT_ONCE = 50               # that it asks about together
 TIMELINE = 10                    # events in a /sync timeline, unless a filter says otherwise
+MAX_FIRST_EVENTS = 1000          # that a createRoom asks for: everybody waits while they are made
+MAX_ASKED = 50                   # unknown users in one request for whom application services are asked
 MAX_UNREAD = 500                 # the newest events of a room that are looked at, to count what is unread
 MAX_TALLIES = 5000               # counts that are kept in memory, each of one user and room
 MAX_RULES_BYTES = 262_144        # of all push rules of a user
@@ -4297,6 +4311,11 @@ class World:
     @property
     def registrations(self) -> Registrations:
         return self.store.registrations
+
+    def ask_for_users(self, user_ids: Iterable[str], by: Registration | None) -> None:
+        """Asks for those that don't exist yet, once and at the same time."""
+        unknown = [user_id for user_id in user_ids if user_id not in self.store.users and server_of(user_id) == self.name]
+        at_once(lambda user_id: self.ask("users", user_id, by, False), unknown[:MAX_ASKED])
 
     def use(self, registrations: Registrations) -> None:
         """From here on these. Queues are kept; the tokens of what is gone are no tokens any more."""
@@ -4772,8 +4791,7 @@ class Rooms:
     def create(self, who: Who, options: JsonObject) -> str:
         """A new room (createRoom): its first events in the order of the spec, all or none; the room ID."""
         plan = RoomPlan(self.world, who, options)
-        for user_id in plan.invite:
-            self.world.ask("users", user_id, who.appservice, False)
+        self.world.ask_for_users(plan.invite, who.appservice)
 
         def job(tx: Tx) -> str:
             room = tx.add_room(f"!{self.world.chance.text(who.user_id)}:{self.world.name}", plan.version)
@@ -4852,7 +4870,7 @@ class Rooms:
 
     def invite(self, who: Who, room_id: str, user_id: str, extra: JsonObject | None = None) -> None:
         """Invites; a ghost that does not exist yet is asked for first, and invited whatever the answer was."""
-        self.world.ask("users", user_id, who.appservice, False)
+        self.world.ask_for_users([user_id], who.appservice)
         self.set_membership(who, room_id, user_id, "invite", extra)
 
     def set_membership(self, who: Who, room_id: str, user_id: str, membership: str,
@@ -5315,6 +5333,10 @@ class RoomPlan:
             raise MatrixError("M_INVALID_PARAM", f"visibility must be public or private, preset one of "
                               f"{', '.join(PRESETS)}")
         self.invite = [check_id("@", user_id, world.name) for user_id in field(options, "invite", list, [])]
+        self.initial_state = field(options, "initial_state", list, [])
+        if len(self.invite) + len(self.initial_state) > MAX_FIRST_EVENTS:
+            raise MatrixError("M_TOO_LARGE", f"invite and initial_state may have {MAX_FIRST_EVENTS} entries together; send "
+                              "the others when the room is there")
         self.is_direct = field(options, "is_direct", bool, False)
         localpart = field(options, "room_alias_name", str, "")
         self.alias = check_id("#", f"#{localpart}:{world.name}") if localpart else ""
@@ -5338,7 +5360,7 @@ class RoomPlan:
         yield Draft("m.room.join_rules", sender, {"join_rule": join_rule}, "")
         yield Draft("m.room.history_visibility", sender, {"history_visibility": visibility}, "")
         yield Draft("m.room.guest_access", sender, {"guest_access": guests}, "")
-        for event in field(self.options, "initial_state", list, []):
+        for event in self.initial_state:
             if not isinstance(event, dict):
                 raise MatrixError("M_BAD_JSON", "initial_state must be a list of objects with type, state_key "
                                   "and content")
@@ -7329,18 +7351,6 @@ class Query:
         return self.created
 
 
-def at_once(fn: Callable[[S], T], items: Sequence[S]) -> list[T]:
-    """fn of each, on threads of their own, so that who does not answer holds up nobody. fn raises nothing."""
-    results: dict[int, T] = {}
-    threads = [threading.Thread(target=lambda n=n, item=item: results.__setitem__(n, fn(item)), daemon=True)
-               for n, item in enumerate(items)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return [results[n] for n in range(len(items))]
-
-
 PROTOCOL_KEYS = {"user_fields": list, "location_fields": list, "icon": str, "field_types": dict}
 THIRD_PARTY_IDS = {"user": "userid", "location": "alias"}    # what a look-up finds, and the key of its Matrix ID
 
@@ -7668,7 +7678,6 @@ INSPECTOR = "/_asbridge/"        # where its API is, which no web client may use
 ANONYMOUS_BODY = 65_536          # bytes of body that are read without a token
 VERSIONS = Raw(to_json({"versions": ["r0.5.0", "r0.6.0", "r0.6.1", *(f"v1.{n}" for n in range(1, 16))],
                         "unstable_features": {"fi.mau.msc2659.stable": True}}))
-MAX_ASKED = 50                   # unknown users in one request for whom application services are asked
 LOGIN_APPSERVICE = "m.login.application_service"
 IDENTITY = ("user_id", "device_id", "org.matrix.msc3202.device_id")      # in the query of an application service
 
@@ -8319,10 +8328,8 @@ def by_user(call: Call, key: str, kind: type[T]) -> dict[str, T]:
 
 
 def query_keys(call: Call) -> Any:
-    """An unknown ghost's application service is asked to create it."""
-    world, asker, wanted = call.api.world, call.asker, by_user(call, "device_keys", list)
-    unknown = [user_id for user_id in wanted if user_id not in world.store.users and server_of(user_id) == world.name]
-    at_once(lambda user_id: world.ask("users", user_id, asker, False), unknown[:MAX_ASKED])
+    wanted = by_user(call, "device_keys", list)
+    call.api.world.ask_for_users(wanted, call.asker)
     return call.api.keys.query(call.who, wanted)
 
 

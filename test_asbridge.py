@@ -7901,6 +7901,26 @@ def test_equal_questions_in_flight_are_shared(start, recorder):
     assert len(queries(r)) == 1
 
 
+def test_those_who_are_invited_to_a_new_room_are_asked_for_at_the_same_time_and_only_so_many(start, recorder):
+    service, all_here = recorder(), threading.Barrier(asbridge.MAX_ASKED)
+    def answer(request, body):
+        if "/users/" in request.path:
+            all_here.wait(5)
+        return 404, {"errcode": "M_NOT_FOUND"}
+    service.answer = answer
+    alice = start(registration(url=service.url)).client("alice")
+    alice.create_room(invite=[f"@_irc_{n}:localhost" for n in range(asbridge.MAX_ASKED + 20)])
+    assert len({where for _, where, *_ in service.requests if "/users/" in where}) == asbridge.MAX_ASKED
+
+
+@pytest.mark.parametrize("options", [{"invite": [f"@u{n}:localhost" for n in range(600)], "initial_state": [{"type": "x", "content": {}}] * 401},
+                                     {"invite": ["@bob:localhost"] * 1001}], ids=["both", "invite"])
+def test_a_room_that_would_begin_with_too_many_events_is_refused_and_told_what_else_to_do(start, options):
+    hs = start()
+    status, answer = ask(hs, "POST", V3 + "/createRoom", hs.client("alice").token, options)
+    assert (status, answer["errcode"]) == (413, "M_TOO_LARGE") and "1000" in answer["error"] and "when the room is there" in answer["error"]
+
+
 def test_a_service_is_never_asked_about_its_own_and_others_are(start, recorder):
     r, other = recorder(), recorder()
     other.answer = lambda request, body: (404, {"errcode": "M_NOT_FOUND"})
