@@ -2334,6 +2334,10 @@ class RoomState:
         event = self.events.get((type, state_key))
         return event.content if event else {}
 
+    def knows(self, user_id: str) -> bool:
+        """Whether the user ever had to do with the room, and so may know that there is one."""
+        return ("m.room.member", user_id) in self.events
+
     def membership(self, user_id: str) -> str:
         return str(self.content("m.room.member", user_id).get("membership", "leave"))
 
@@ -4690,7 +4694,12 @@ def view_of(reader: Reader, user_id: str, room_id: str) -> View:
         memberships = [] if not own or own[2] else reader.changes([row.n], *MEMBERSHIP, user_id)[row.n]
         if view := view_by(row.n, room_id, memberships, reader.changes([row.n], *HISTORY_VISIBILITY)[row.n]):
             return view
-    raise forbidden(f"{user_id} is not in the room {shorten(room_id)}")
+    raise not_in(user_id, room_id)
+
+
+def not_in(user_id: str, room_id: str) -> MatrixError:
+    """The same whether there is such a room or not, so that nobody finds out by asking."""
+    return forbidden(f"{user_id} is not in the room {shorten(room_id)}")
 
 
 def view_by(room: int, room_id: str, memberships: Sequence[tuple[int, str]], visibilities: Sequence[tuple[int, str]]) -> View | None:
@@ -4701,9 +4710,15 @@ def view_by(room: int, room_id: str, memberships: Sequence[tuple[int, str]], vis
         return View(room, room_id, membership, ranges, FOREVER, memberships)
     left = [tick for (tick, _), (_, before) in zip(memberships[1:], memberships, strict=False)
             if before == "join"]
-    if ranges or membership in ("invite", "knock"):
+    if ranges:
         return View(room, room_id, membership, ranges, left[-1] if left else -1, memberships)
     return None
+
+
+def sees(tx: Tx, room: Room, user_id: str, tick: int) -> bool:
+    """Whether a member may see an event of the room. What came after the own join is not looked up."""
+    member = room.events["m.room.member", user_id]
+    return tick >= member.tick or view_of(tx, user_id, room.room_id).sees(tick)
 
 
 def thread_of(reader: Reader, tick: int) -> int:
@@ -4755,11 +4770,12 @@ class Rooms:
     def __init__(self, world: World) -> None:
         self.world, self.store = world, world.store
 
-    def _room(self, tx: Tx, who: Who, room_id: str) -> Room:
-        """The room, for a job of `who`."""
+    @staticmethod
+    def _room(tx: Tx, who: Who, room_id: str, joined: bool = False) -> Room:
+        """The room, for a job of `who`: who has or had to do with it, or is in it. For anybody else there is none."""
         room = tx.room(room_id)
-        if not room:
-            raise forbidden(f"{who.user_id} is not in the room {shorten(room_id)}")
+        if not room or not room.knows(who.user_id) or (joined and who.user_id not in room.joined):
+            raise not_in(who.user_id, room_id)
         return room
 
     def _append(self, tx: Tx, room: Room, draft: Draft, ts: int | None = None, device_id: str | None = None,
@@ -4780,10 +4796,12 @@ class Rooms:
         relation = found if isinstance(found, dict) else {}
         kind, event_id = relation.get("rel_type"), relation.get("event_id")
         parent = tx.event(room.n, event_id) if kind in ("m.thread", "m.annotation") and isinstance(event_id, str) else None
-        if parent and kind == "m.thread" and tx.ancestors(parent.tick, 1):
+        if not parent or draft.sender not in room.joined or not sees(tx, room, draft.sender, parent.tick):
+            return
+        if kind == "m.thread" and tx.ancestors(parent.tick, 1):
             raise MatrixError("M_UNKNOWN", f"a thread can't start from {parent.event_id}, which itself relates to "
                               "another event; name the root of that one", 400)
-        if parent and kind == "m.annotation" and tx.has_annotated(parent.tick, draft.sender, draft.type, relation.get("key")):
+        if kind == "m.annotation" and tx.has_annotated(parent.tick, draft.sender, draft.type, relation.get("key")):
             raise MatrixError("M_DUPLICATE_ANNOTATION", f"{draft.sender} has annotated {parent.event_id} with this key already")
 
     # -- creating
@@ -4835,16 +4853,26 @@ class Rooms:
         """Joins a room; the room ID. An unknown alias's application service is asked. `extra` goes into the event."""
         room_id = self._id_of(room_id_or_alias, who)
 
-        def job(tx: Tx) -> str:
-            room = tx.room(room_id)
-            if not room:
-                raise MatrixError("M_NOT_FOUND", f"there is no room {shorten(room_id)}")
+        def come(tx: Tx, room: Room) -> str:
             if who.user_id not in room.joined:
                 content = self._member_content(tx, who.user_id, "join",
                                                {**(extra or {}), **self._voucher(tx, room, who.user_id)})
                 self._append(tx, room, Draft("m.room.member", who.user_id, content, who.user_id))
             return room_id
-        return self.store.write(job, who.token)
+        return self.store.write(lambda tx: self._from_outside(tx, who, room_id, come), who.token)
+
+    @staticmethod
+    def _from_outside(tx: Tx, who: Who, room_id: str, come: Callable[[Tx, Room], str]) -> str:
+        """For who wants in. Who is refused and never had to do with the room is not told whether there is one."""
+        room = tx.room(room_id)
+        try:
+            if not room:
+                raise forbidden("")
+            return come(tx, room)
+        except MatrixError as error:
+            if error.errcode in ("M_FORBIDDEN", "M_BAD_JSON") and not (room and room.knows(who.user_id)):
+                raise forbidden(f"there is no room {shorten(room_id)} that {who.user_id} may join or knock at uninvited") from None
+            raise
 
     def _id_of(self, room_id_or_alias: str, who: Who) -> str:
         return self.resolve(room_id_or_alias, who.appservice) if room_id_or_alias[:1] == "#" else room_id_or_alias
@@ -4865,8 +4893,12 @@ class Rooms:
 
     def knock(self, who: Who, room_id_or_alias: str, extra: JsonObject | None = None) -> str:
         room_id = self._id_of(room_id_or_alias, who)
-        self.set_membership(who, room_id, who.user_id, "knock", extra)
-        return room_id
+
+        def come(tx: Tx, room: Room) -> str:
+            content = self._member_content(tx, who.user_id, "knock", extra)
+            self._append(tx, room, Draft("m.room.member", who.user_id, content, who.user_id))
+            return room_id
+        return self.store.write(lambda tx: self._from_outside(tx, who, room_id, come), who.token)
 
     def invite(self, who: Who, room_id: str, user_id: str, extra: JsonObject | None = None) -> None:
         """Invites; a ghost that does not exist yet is asked for first, and invited whatever the answer was."""
@@ -4875,9 +4907,9 @@ class Rooms:
 
     def set_membership(self, who: Who, room_id: str, user_id: str, membership: str,
                        extra: JsonObject | None = None, check: Callable[[str], object] = lambda current: None) -> None:
-        """invite, leave (oneself or another), ban, knock. `check` may refuse by the membership that there is now."""
+        """invite, leave (oneself or another), ban. `check` may refuse by the membership that there is now."""
         def job(tx: Tx) -> None:
-            room = self._room(tx, who, room_id)
+            room = self._room(tx, who, room_id, joined=user_id != who.user_id)
             check(room.membership(user_id))
             content = self._member_content(tx, user_id, membership, extra)
             self._append(tx, room, Draft("m.room.member", who.user_id, content, user_id))
@@ -4898,10 +4930,11 @@ class Rooms:
 
     def forget(self, who: Who, room_id: str) -> None:
         def job(tx: Tx) -> None:
-            room = self._room(tx, who, room_id)
-            if room.membership(who.user_id) not in ("leave", "ban"):
+            room = tx.room(room_id)                          # of a room that there is not, there is nothing to forget
+            if room and room.membership(who.user_id) not in ("leave", "ban"):
                 raise MatrixError("M_UNKNOWN", f"{who.user_id} is still in the room; leave it first", 400)
-            tx.forget_room(who.user_id, room.n)
+            if room:
+                tx.forget_room(who.user_id, room.n)
         self.store.write(job, who.token)
 
     def joined(self, who: Who) -> list[str]:
@@ -4941,8 +4974,7 @@ class Rooms:
         if type == "m.room.member" and content.get("membership") == "invite":
             self.world.ask("users", state_key, who.appservice, False)
 
-        def job(tx: Tx) -> str:
-            room = self._room(tx, who, room_id)
+        def put(tx: Tx, room: Room) -> str:
             chosen = content
             if type == "m.room.canonical_alias":
                 self._check_canonical_alias(tx, room, content)
@@ -4955,6 +4987,11 @@ class Rooms:
                 event = tx.state_event(room.n, type, state_key)
                 return event.event_id if event else ""
             return self._append(tx, room, draft, ts)
+
+        def job(tx: Tx) -> str:
+            if (type, state_key) == ("m.room.member", who.user_id):
+                return self._from_outside(tx, who, room_id, put)
+            return put(tx, self._room(tx, who, room_id, joined=True))
         return self.store.write(job, who.token)
 
     @staticmethod
@@ -4975,13 +5012,14 @@ class Rooms:
 
         def find(tx: Tx, room: Room) -> Event:
             event = tx.event(room.n, event_id)
+            may = event and (event.sender == who.user_id or room.power(who.user_id) >= room.needed("redact"))
             if who.user_id not in room.joined:
-                raise forbidden(f"{who.user_id} is not in the room")
-            if not event:
+                raise not_in(who.user_id, room_id)
+            if not event or not (may or sees(tx, room, who.user_id, event.tick)):
                 raise MatrixError("M_NOT_FOUND", f"there is no event {shorten(event_id)} in this room")
             if event.type == "m.room.create":
                 raise forbidden("the creation of a room can't be redacted")
-            if event.sender != who.user_id and room.power(who.user_id) < room.needed("redact"):
+            if not may:
                 raise forbidden(f"{who.user_id} has power {room.power(who.user_id)}; to redact others' events "
                                 f"needs {room.needed('redact')}")
             return event
@@ -4991,9 +5029,14 @@ class Rooms:
     # -- reading
 
     @contextlib.contextmanager
-    def viewing(self, who: Who, room_id: str) -> Iterator[tuple[Reader, View]]:
+    def viewing(self, who: Who, room_id: str, errcode: str = "M_FORBIDDEN") -> Iterator[tuple[Reader, View]]:
+        """`errcode`: for whom there is nothing to see."""
         with self.store.read() as reader:
-            yield reader, view_of(reader, who.user_id, room_id)
+            try:
+                view = view_of(reader, who.user_id, room_id)
+            except MatrixError as error:
+                raise MatrixError(errcode, error.error) from None
+            yield reader, view
 
     def render(self, who: Who, events: Iterable[Event]) -> list[Raw]:
         now = self.world.clock.now()
@@ -5008,11 +5051,8 @@ class Rooms:
 
     def event(self, who: Who, room_id: str, event_id: str) -> Raw:
         """M_NOT_FOUND also for what may not be seen."""
-        try:
-            with self.viewing(who, room_id) as (reader, view):
-                return self.bundle(who, reader, view, [self._visible(reader, view, event_id)])[0]
-        except MatrixError as error:
-            raise MatrixError("M_NOT_FOUND", error.error) from None
+        with self.viewing(who, room_id, "M_NOT_FOUND") as (reader, view):
+            return self.bundle(who, reader, view, [self._visible(reader, view, event_id)])[0]
 
     @staticmethod
     def _visible(reader: Reader, view: View, event_id: str) -> Event:
@@ -5048,8 +5088,10 @@ class Rooms:
         """Member events, as they are or were at the tick `upto`."""
         with self.viewing(who, room_id) as (reader, view):
             self._check_state_visible(view)
-            events = reader.state_at(view.room, min(view.state_upto, upto if upto is not None else FOREVER),
-                                     0, "m.room.member")
+            upto = view.state_upto if upto is None else min(view.state_upto, upto)
+            if not (view.sees(upto) or view.sees(upto + 1)):         # or right before what may be seen: prev_batch of /sync
+                raise forbidden(f"{who.user_id} may not see what there was in the room {view.room_id} at {upto}")
+            events = reader.state_at(view.room, upto, 0, "m.room.member")
         wanted = [event for event in events if membership in (None, event.content.get("membership"))
                   and (not_membership is None or not_membership != event.content.get("membership"))]
         return self.render(who, wanted)
@@ -5060,7 +5102,7 @@ class Rooms:
             row = reader.room_row(room_id)
             users = reader.members(row.n) if row else []
             if not row or (who.user_id not in users and not self._has_user_among(who.appservice, users)):
-                raise forbidden(f"{who.user_id} is not in the room")
+                raise not_in(who.user_id, room_id)
             events = [reader.state_event(row.n, "m.room.member", user_id)
                       for user_id in users]
         contents = {event.state_key or "": event.content for event in events if event}
@@ -5090,8 +5132,9 @@ class Rooms:
         """One room as it is, with its last messages (deprecated; old software begins so). `presence`: tells that of members."""
         page = self.messages(who, room_id, None, True, limit, EVERYTHING)
         with self.viewing(who, room_id) as (reader, view):
-            data, members = reader.account_data_since(who.user_id, 0), reader.members(view.room)
-            receipts = receipts_event(reader.receipts_since([view.room], 0)[view.room], who.user_id)
+            inside = view.membership == "join"               # who has left is not told how it went on
+            data, members = reader.account_data_since(who.user_id, 0), reader.members(view.room) if inside else []
+            receipts = receipts_event(reader.receipts_since([view.room], 0)[view.room] if inside else [], who.user_id)
             published = cast(RoomRow, reader.room_row(room_id)).published
         chunk = page["chunk"][::-1]
         return {"room_id": room_id, "membership": view.membership, "visibility": "public" if published else "private",
@@ -5108,7 +5151,7 @@ class Rooms:
             after = view.events(reader, event.tick, FOREVER, limit - limit // 2, False, filter)
             last = after[-1].tick if after else event.tick
             speakers = {one.sender for one in (event, *before, *after)}
-            state = [one for one in reader.state_at(view.room, last)
+            state = [one for one in reader.state_at(view.room, min(last, view.state_upto))
                      if not lazy or one.type != "m.room.member" or one.state_key in speakers]
             bundled = self.bundle(who, reader, view, [event, *before, *after])
         first = before[-1].tick if before else event.tick
@@ -5121,7 +5164,7 @@ class Rooms:
                   stop: int | None, backwards: bool, limit: int, recurse: bool) -> JsonObject:
         """A page of the events that relate to one."""
         depth = MAX_RELATION_DEPTH if recurse else 1
-        with self.viewing(who, room_id) as (reader, view):
+        with self.viewing(who, room_id, "M_NOT_FOUND") as (reader, view):
             parent = self._visible(reader, view, event_id).tick
             start = (reader.position() if backwards else 0) if start is None else start
             events, end = view.page(lambda *window: reader.related(parent, depth, rel_type, type, *window),
@@ -5157,10 +5200,8 @@ class Rooms:
 
     def add_alias(self, who: Who, alias: str, room_id: str) -> None:
         def job(tx: Tx) -> None:
-            room = self._room(tx, who, room_id)
-            if not who.appservice and who.user_id not in room.joined:
-                raise forbidden(f"{who.user_id} is not in the room")
-            self._add_alias(tx, who, alias, room, "M_UNKNOWN")
+            found = tx.room(room_id) if who.appservice else None     # to any room: its aliases are its own affair
+            self._add_alias(tx, who, alias, found or self._room(tx, who, room_id, joined=True), "M_UNKNOWN")
         self.store.write(job, who.token)
 
     def _add_alias(self, tx: Tx, who: Who, alias: str, room: Room, taken: str) -> None:
@@ -5177,30 +5218,37 @@ class Rooms:
         def job(tx: Tx) -> None:
             self.world.registrations.check_may_create("aliases", alias, who.appservice)
             row = tx.alias(alias)
-            room = self._room(tx, who, row[0]) if row else None
+            room = tx.room(row[0]) if row else None
             if not room:
                 raise MatrixError("M_NOT_FOUND", f"there is no room alias {shorten(alias)}")
             needed = room.needed_to_send("m.room.canonical_alias", True)
             may = who.user_id in room.joined and room.power(who.user_id) >= needed
             if not (may or who.appservice or row[1] == who.user_id):
-                raise forbidden(f"{alias} may be deleted by {row[1]} or with power {needed} in the room")
+                raise forbidden(f"{alias} may be deleted by who made it, or by who may change the canonical alias of its room")
             tx.delete_alias(alias, room)
         self.store.write(job, who.token)
 
     def aliases(self, who: Who, room_id: str) -> list[str]:
         with self.viewing(who, room_id) as (reader, view):
+            if view.state_upto < FOREVER:                    # those that there are now
+                raise not_in(who.user_id, room_id)
             return reader.aliases_of(view.room)
 
-    def is_published(self, room_id: str) -> bool:
+    def is_published(self, who: Who, room_id: str) -> bool:
+        """M_NOT_FOUND also for a room that is neither listed nor open, if the asker has nothing to do with it."""
         with self.store.read() as reader:
             row = reader.room_row(room_id)
-        if not row:
-            raise MatrixError("M_NOT_FOUND", f"there is no room {shorten(room_id)}")
+            known = row and (row.published or open_to_all(public_entry(reader, row)) or reader.membership(who.user_id, row.n)
+                             or self._has_user_among(who.appservice, reader.members(row.n)))
+        if not row or not known:
+            raise MatrixError("M_NOT_FOUND", f"there is no room {shorten(room_id)} in the directory")
         return bool(row.published)
 
     def publish(self, who: Who, room_id: str, published: bool) -> None:
         def job(tx: Tx) -> None:
-            room = self._room(tx, who, room_id)
+            room = tx.room(room_id)
+            if not room or not room.knows(who.user_id):
+                raise MatrixError("M_NOT_FOUND", f"there is no room {shorten(room_id)} that {who.user_id} is in")
             needed = room.needed_to_send("m.room.canonical_alias", True)
             if who.user_id not in room.joined or room.power(who.user_id) < needed:
                 raise forbidden(f"to list the room in the directory, {who.user_id} must be in it with power "
@@ -5261,8 +5309,7 @@ class Rooms:
         if not row:
             return None
         entry, own = public_entry(reader, row), reader.membership(who.user_id, row.n)
-        open_to_all = entry["join_rule"] in ("public", "knock", "knock_restricted") or entry["world_readable"]
-        if not (open_to_all or (own and own[0] in ("join", "invite")) or reader.may_join_by_another(who.user_id, row.n)):
+        if not (open_to_all(entry) or (own and own[0] in ("join", "invite")) or reader.may_join_by_another(who.user_id, row.n)):
             return None
         children = [event for event in reader.state_at(row.n, type="m.space.child") if isinstance(event.content.get("via"), list)
                     and (event.content.get("suggested") is True or not suggested_only)]
@@ -5287,9 +5334,7 @@ class Rooms:
                 raise MatrixError("M_INVALID_PARAM", f"{shorten(event_id)!r} is no event ID")
 
         def job(tx: Tx) -> None:
-            room = self._room(tx, who, room_id)
-            if who.user_id not in room.joined:
-                raise forbidden(f"{who.user_id} is not in the room")
+            room = self._room(tx, who, room_id, joined=True)
             for type, event_id in types.items():
                 if type == "m.fully_read":
                     tx.set_account_data(who.user_id, room_id, type, to_json({"event_id": event_id}))
@@ -5302,6 +5347,8 @@ class Rooms:
         no event of the room says nothing, and is no error either.
         """
         event = tx.event(room.n, event_id)
+        if event and not sees(tx, room, who.user_id, event.tick):
+            event = None
         if event and thread_id and not in_thread(tx, event.tick, thread_id):
             raise MatrixError("M_INVALID_PARAM", f"{event_id} is not in the thread {shorten(thread_id)}")
         if event and event.tick > tick_of(tx.receipt(room.n, type, who.user_id, thread_id) or ""):
@@ -5420,6 +5467,11 @@ def public_entry(reader: Reader, row: RoomRow) -> JsonObject:
     return {key: value for key, value in entry.items() if value is not None}
 
 
+def open_to_all(entry: JsonObject) -> bool:
+    """Whether anybody may know of the room with this entry, listed or not: to join it, to knock at it, or to read in it."""
+    return entry["join_rule"] in ("public", "knock", "knock_restricted") or bool(entry["world_readable"])
+
+
 # -- What passes: typing and presence, kept in memory only.
 
 class Timer:
@@ -5479,7 +5531,7 @@ class Typing:
         def job(tx: Tx) -> None:
             room = tx.room(room_id)
             if not room or who.user_id not in room.joined:
-                raise forbidden(f"{who.user_id} is not in the room {shorten(room_id)}")
+                raise not_in(who.user_id, room_id)
             self._change(tx, room, {who.user_id: until})
         self.world.store.write(job, who.token)
         self.timer.set(math.inf if until is None else until)
@@ -8565,7 +8617,7 @@ def delete_alias(call: Call) -> Any:
 
 
 def get_visibility(call: Call) -> Any:
-    return {"visibility": "public" if call.api.rooms.is_published(call["roomId"]) else "private"}
+    return {"visibility": "public" if call.api.rooms.is_published(call.who, call["roomId"]) else "private"}
 
 
 def wants_public(call: Call) -> bool:
@@ -8665,7 +8717,7 @@ def get_events(call: Call) -> Any:
     """The same as a plain list (deprecated): what happens after `from`, or from now on."""
     start, room_id = call.integer("from", call.api.world.store.position), call.query("room_id")
     if room_id and room_id not in call.api.rooms.joined(call.who):
-        raise forbidden(f"{call.who.user_id} is not in the room {shorten(room_id)}")
+        raise not_in(call.who.user_id, room_id)
     source = {"room": {"timeline": {"limit": MAX_PAGE}, **({"rooms": [room_id]} if room_id else {})}}
     who = dataclasses.replace(call.who, device_id=None)      # messages to the device are for its /sync: here they would be lost
     answer = call.api.sync.sync(who, start, SyncFilter(source), call.integer("timeout", 0) / 1000)

@@ -3787,8 +3787,8 @@ def test_a_join_carries_the_profile_and_the_reason(three):
 
 
 def test_what_does_not_exist_cannot_be_joined(three):
-    for room in ("!nowhere:localhost", "#nowhere:localhost"):
-        with refused("M_NOT_FOUND", 404):
+    for room, errcode in (("!nowhere:localhost", "M_FORBIDDEN"), ("#nowhere:localhost", "M_NOT_FOUND")):
+        with refused(errcode):
             three[2].join(room)
     with refused("M_INVALID_PARAM", 400):
         three[2].join("#nothing")
@@ -3799,7 +3799,7 @@ def test_a_private_room_is_joined_by_those_invited_only(three):
     room = alice.create_room()
     alice.invite(room, bob.user_id, "come")
     assert bob.join(room) == room
-    with refused("M_FORBIDDEN", 403, "not invited"):
+    with refused("M_FORBIDDEN", 403, "uninvited"):
         carol.join(room)
 
 
@@ -4356,8 +4356,7 @@ def test_who_is_invited_sees_neither_the_state_nor_the_timeline_of_a_shared_room
     hs, alice, bob, _, _ = three
     room = alice.create_room(invite=[bob.user_id])
     alice.say(room, "x")
-    assert bob.messages(room)["chunk"] == []
-    for look in (lambda: bob.all_state(room), lambda: bob.state(room, "m.room.name"), lambda: bob.members(room)):
+    for look in (lambda: bob.messages(room), lambda: bob.all_state(room), lambda: bob.state(room, "m.room.name"), lambda: bob.members(room)):
         with refused("M_FORBIDDEN", 403):
             look()
 
@@ -4374,6 +4373,125 @@ def test_what_was_said_between_leaving_and_coming_back_stays_hidden_in_a_joined_
     assert bodies(all_messages(bob, room)) == ["one", "three"]
     with refused("M_NOT_FOUND", 404):
         bob.event(room, hidden)
+
+
+class History:
+    """A room's events, all of them in order, and what the specification lets somebody see of them."""
+
+    def __init__(self, events, user_id):
+        self.events, self.ids = events, [event["event_id"] for event in events]
+        def changes(type, key, name):
+            return [(n, event["content"][name]) for n, event in enumerate(events, 1) if (event["type"], event.get("state_key")) == (type, key)]
+        self.visibilities = changes("m.room.history_visibility", "", "history_visibility")
+        self.memberships = [(0, "leave"), *changes("m.room.member", user_id, "membership")]
+        self.seen = [n for n in range(1, len(events) + 1) if spec_may_see(n, self.visibilities, self.memberships)]
+        self.now, self.open = self.memberships[-1][1], self.visibilities[-1][1] == "world_readable"
+        left = [n for (n, _), (_, before) in zip(self.memberships[1:], self.memberships, strict=False) if before == "join"]
+        self.upto = len(events) if self.now == "join" or self.open else left[-1] if left else 0      # as when the state may be seen; 0: not at all
+
+    def seen_ids(self):
+        return [self.ids[n - 1] for n in self.seen]
+
+    def state(self, upto, type=None):
+        found = {(event["type"], event["state_key"]): event["event_id"] for event in self.events[:upto] if "state_key" in event}
+        return {event_id for (kind, _), event_id in found.items() if type in (None, kind)}
+
+    def children(self, parent):
+        return [self.ids[n - 1] for n in self.seen if self.events[n - 1]["content"].get("m.relates_to", {}).get("event_id") == parent]
+
+
+def happens(dice, alice, bob, room):
+    """Some events, between which the visibility changes and bob comes and goes."""
+    said = [alice.say(room, "first")]
+    for n in range(16):
+        what = dice.choice(["say", "say", "reply", "visibility", "visibility", "topic", "come", "come", "go", "put out", "invite"])
+        with contextlib.suppress(MatrixError):               # not everything is possible always
+            if what == "say":
+                said.append(alice.say(room, str(n)))
+            elif what == "reply":
+                alice.send(room, "m.room.message", {"body": "r", "m.relates_to": {"rel_type": "m.thread", "event_id": dice.choice(said)}})
+            elif what == "visibility":
+                alice.set_state(room, "m.room.history_visibility", {"history_visibility": dice.choice(["world_readable", "shared", "invited", "joined"])})
+            elif what == "topic":
+                alice.set_state(room, "m.room.topic", {"topic": str(n)})
+            elif what == "invite":
+                alice.invite(room, bob.user_id)
+            elif what == "put out":
+                dice.choice([alice.kick, alice.ban])(room, bob.user_id)
+            elif what == "go":
+                bob.leave(room)
+            else:
+                with contextlib.suppress(MatrixError):
+                    alice.ask("POST", "rooms", room, "unban", body={"user_id": bob.user_id})
+                bob.join(room)
+    return said
+
+
+def ids(events):
+    return [event["event_id"] for event in events]
+
+
+def readable(client, *where, **query):
+    """What this way to read answers; None if it is refused."""
+    try:
+        return client.ask("GET", *where, **query)
+    except MatrixError as error:
+        assert error.errcode in ("M_FORBIDDEN", "M_NOT_FOUND"), error
+        return None
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_each_way_to_read_a_room_shows_what_the_history_visibility_lets_one_see(three, seed):
+    hs, alice, bob, carol, _ = three
+    dice = asbridge.random.Random(seed)
+    room = alice.create_room(preset="public_chat")
+    start, said = bob.sync()["next_batch"], happens(dice, alice, bob, room)
+    history = History(all_messages(alice, room), bob.user_id)
+    seen, refused_all = history.seen_ids(), not history.seen and not history.upto
+    for dir in "fb":
+        page = readable(bob, "rooms", room, "messages", dir=dir, limit=100, filter='{"lazy_load_members":true}')
+        assert (page is None) == refused_all and ids(page["chunk"] if page else []) == (seen if dir == "f" else seen[::-1])
+        assert page is None or {*ids(page.get("state", []))} <= history.state(history.upto)
+    for n, event_id in enumerate(history.ids, 1):
+        may = n in history.seen
+        assert (readable(bob, "rooms", room, "event", event_id) is not None) == may
+        around = readable(bob, "rooms", room, "context", event_id, limit=100)
+        assert (around is not None) == may
+        if around:
+            assert [*ids(around["events_before"][::-1]), event_id, *ids(around["events_after"])] == seen
+            assert {*ids(around["state"])} == history.state(min(history.seen[-1], history.upto))
+        then, members = min(n, history.upto), readable(bob, "rooms", room, "members", at=asbridge.tick_of(event_id))
+        assert (members is not None) == (then in history.seen) or (then and then + 1 in history.seen)        # right before what one sees, too
+        assert members is None or {*ids(members["chunk"])} == history.state(then, "m.room.member")
+    for root in said:
+        page = readable(bob, "rooms", room, "relations", root, "m.thread")
+        assert (page is not None) == (root in seen) and ids(page["chunk"] if page else []) == (history.children(root)[::-1] if root in seen else [])
+    page = readable(bob, "rooms", room, "threads")
+    threads = {event["event_id"]: event["unsigned"]["m.relations"]["m.thread"] for event in page["chunk"]} if page else {}
+    assert {root: (one["count"], one["latest_event"]["event_id"]) for root, one in threads.items()} == {
+        root: (len(children), children[-1]) for root in said if root in seen and (children := history.children(root))}
+    for where, type in (("state", None), ("members", "m.room.member")):
+        page = readable(bob, "rooms", room, where)
+        assert {*ids(page["chunk"] if isinstance(page, dict) else page or [])} == history.state(history.upto, type) and (page is not None) == bool(history.upto)
+    topic = next((event for event in history.events[history.upto - 1::-1] if event["type"] == "m.room.topic"), None) if history.upto else None
+    assert readable(bob, "rooms", room, "state", "m.room.topic") == (topic and topic["content"])
+    assert (readable(bob, "rooms", room, "joined_members") is not None) == (readable(bob, "events", room_id=room) is not None) == (history.now == "join")
+    first = readable(bob, "rooms", room, "initialSync", limit=100)
+    assert (first is not None) == bool(history.upto)
+    if first:
+        assert ids(first["messages"]["chunk"]) == seen and {*ids(first["state"])} == history.state(history.upto)
+        assert history.now == "join" or not (first["presence"] or first["receipts"])
+    for since in (None, start):
+        rooms = bob.sync(since, filter={"room": {"rooms": [room], "include_leave": True, "timeline": {"limit": 100}}}).get("rooms", {})
+        section = {"join": "join", "invite": "invite"}.get(history.now, "leave")
+        entry = rooms.get(section, {}).get(room)
+        assert list(rooms) == ([section] if len(history.memberships) > 1 else [])
+        if section == "invite" or not entry:
+            continue
+        shown, own = ids(entry["timeline"]["events"]), [history.ids[history.memberships[-1][0] - 1]]
+        assert shown == own or shown == (seen if since is None else seen[-len(shown):])
+        state = {*ids(entry["state"]["events"])}
+        assert state == history.state(min(history.ids.index(shown[0]), history.upto)) if since is None and shown != own else state <= {*history.ids[:history.upto]}
 
 
 # -- Aliases and the directory.
@@ -8998,33 +9116,377 @@ def test_a_path_of_the_table_has_a_handler_and_is_found(start):
         assert found.handler is route.handler and list(params) == re.findall(r"{(\w+)}", route.path)
 
 
-# -- Every row of the table: who may not, and what is of the wrong type.
+# -- Every row of the table: who may, and what is told to those who may not.
+
+ASKERS = {   # who asks: token and query, and what rows for a user, for a service and for anybody ("maybe") say; None: what they say to all
+    "no token":                                ("", "", "M_MISSING_TOKEN", "M_MISSING_TOKEN", None),
+    "a wrong token":                           ("nonsense", "", "M_UNKNOWN_TOKEN", "M_UNKNOWN_TOKEN", "M_UNKNOWN_TOKEN"),
+    "a token that was logged out":             ("{logged out}", "", "M_UNKNOWN_TOKEN", "M_UNKNOWN_TOKEN", "M_UNKNOWN_TOKEN"),
+    "the token of somebody deactivated":       ("{deactivated}", "", "M_UNKNOWN_TOKEN", "M_UNKNOWN_TOKEN", "M_UNKNOWN_TOKEN"),
+    "a service's hs_token":                    ("hs-irc", "", "M_UNKNOWN_TOKEN", "M_UNKNOWN_TOKEN", "M_UNKNOWN_TOKEN"),
+    "a service as a person":                   ("as-irc", "user_id=@alice:localhost", "M_FORBIDDEN", "M_FORBIDDEN", None),
+    "a service as another's user":             ("as-irc", "user_id=@_other_bot:localhost", "M_FORBIDDEN", "M_FORBIDDEN", None),
+    "a service as a ghost that there is not":  ("as-irc", "user_id=@_irc_nobody:localhost", "M_FORBIDDEN", "M_FORBIDDEN", None),
+    "a service as a user of another server":   ("as-irc", "user_id=@_irc_x:elsewhere", "M_FORBIDDEN", "M_FORBIDDEN", None),
+    "a service as what is no user ID":         ("as-irc", "user_id=nonsense", "M_FORBIDDEN", "M_FORBIDDEN", None),
+    "a service as a ghost that is deactivated": ("as-irc", "user_id=@_irc_gone:localhost", "M_USER_DEACTIVATED", "M_USER_DEACTIVATED", None),
+    "a service as a device that there is not": ("as-irc", "device_id=GONE", "M_UNKNOWN_DEVICE", "M_UNKNOWN_DEVICE", None),
+    "the same, as some still write it":        ("as-irc", "org.matrix.msc3202.device_id=GONE", "M_UNKNOWN_DEVICE", "M_UNKNOWN_DEVICE", None),
+    "a person":                                ("{person}", "", "may", "M_FORBIDDEN", None),
+}
+TO_ALL = {   # what the rows for which no user is needed answer to whoever asks, with every variable 'x' and an empty body
+    "GET /_matrix/client/versions": 200, "GET /.well-known/matrix/client": 200, "GET C/login": 200, "GET C/publicRooms": 200,
+    "GET C/register/available": "M_MISSING_PARAM", "POST C/register": 401, "POST C/login": "M_MISSING_PARAM", "GET /_matrix/federation/v1/openid/userinfo": "M_MISSING_TOKEN",
+    "GET C/profile/{userId}": "M_NOT_FOUND", "GET C/profile/{userId}/{keyName}": "M_UNRECOGNIZED", "GET C/directory/room/{roomAlias}": "M_INVALID_PARAM",
+    "GET L/room/{roomId}": "M_NOT_FOUND", "GET M/download/{serverName}/{mediaId}": "M_NOT_FOUND", "GET M/download/{serverName}/{mediaId}/{fileName}": "M_NOT_FOUND",
+    "GET M/thumbnail/{serverName}/{mediaId}": "M_MISSING_PARAM", "GET A/user": "M_MISSING_PARAM", "GET A/alias": "M_MISSING_PARAM",
+}
+
+
+def row_of(text):
+    """(method, path) of a row that is written as in the table."""
+    method, path = text.split()
+    return method, asbridge.PREFIXES.get(path[0], path[0]) + path[1:]
+
 
 def quote(text):
     return urllib.parse.quote(text, safe="")
 
 
-def test_each_row_of_the_table_that_needs_a_user_refuses_everybody_who_is_none(start):
-    hs = start(registration(), registration("other", users=("@_other_.*",), aliases=()))
-    alice, gone = hs.client("alice"), acting(hs, "irc", "@_irc_gone:localhost")
-    gone.ask("POST", "account", "deactivate", body={})
-    position, client, failed = hs.world.store.position, asbridge.HttpClient(hs.url), []
-    strangers = [(None, "", 401, "M_MISSING_TOKEN"), ("nonsense", "", 401, "M_UNKNOWN_TOKEN"), ("hs-irc", "", 401, "M_UNKNOWN_TOKEN"),
-                 ("as-irc", "user_id=@alice:localhost", 403, "M_FORBIDDEN"), ("as-irc", "user_id=@_other_bot:localhost", 403, "M_FORBIDDEN"),
-                 ("as-irc", "user_id=@_irc_nobody:localhost", 403, "M_FORBIDDEN"), ("as-irc", "user_id=@_irc_x:elsewhere", 403, "M_FORBIDDEN"),
-                 ("as-irc", "user_id=nonsense", 403, "M_FORBIDDEN"), ("as-irc", "user_id=@_irc_gone:localhost", 403, "M_USER_DEACTIVATED"),
-                 ("as-irc", "device_id=GONE", 400, "M_UNKNOWN_DEVICE"), ("as-irc", "org.matrix.msc3202.device_id=GONE", 400, "M_UNKNOWN_DEVICE")]
-    rows = [route for route in asbridge.ROUTES if route.auth in ("user", "appservice")]
-    for route in rows:
-        where = re.sub(r"{\w+}", "x", route.path)
-        person = [(alice.token, "", 403, "M_FORBIDDEN")] if route.auth == "appservice" else []
-        for token, query, status, errcode in strangers + person:
-            got, answer = client.request(route.method, f"{where}?{query}", b"{}" if route.method != "GET" else None, {"Authorization": f"Bearer {token}"} if token else {})
-            if (got, json.loads(answer)["errcode"]) != (status, errcode):
-                failed.append((route.method, route.path, token, query, got, answer[:80]))
-    client.close()
-    assert failed == [] and len(rows) > 90 and hs.world.store.position == position
+class Asking:
+    """Requests over one connection, each with a token: (status, answer)."""
 
+    def __init__(self, hs):
+        self.http = asbridge.HttpClient(hs.url)
+
+    def __call__(self, method, where, token, body=b"{}"):
+        data = None if method == "GET" else body if isinstance(body, bytes) else json.dumps(body).encode()
+        return self.http.request(method, where, data, {"Authorization": f"Bearer {token}"} if token else {})
+
+
+@pytest.fixture
+def asking(start):
+    hs = start(registration(), registration("other", users=("@_other_.*",), aliases=()))
+    asked = Asking(hs)
+    yield hs, asked
+    asked.http.close()
+
+
+def test_each_row_of_the_table_refuses_whoever_may_not_ask_it(asking):
+    hs, asked = asking
+    people = {"person": hs.client("person"), "logged out": hs.client("loggedout"), "deactivated": hs.client("deactivated", "w")}
+    acting(hs, "irc", "@_irc_gone:localhost").ask("POST", "account", "deactivate", body={})
+    people["logged out"].ask("POST", "logout"), people["deactivated"].ask("POST", "account", "deactivate", body=confirmed())
+    to_all, position, wrong = {row_of(text): answer for text, answer in TO_ALL.items()}, hs.world.store.position, []
+    for route, (token, query, *says) in itertools.product(asbridge.ROUTES, ASKERS.values()):
+        says = dict(zip(("user", "appservice", "maybe"), says, strict=True)).get(route.auth) or to_all[route.method, route.path]
+        if says == 401 and token == "as-irc":                # a service registers in another way
+            says = "M_MISSING_PARAM"
+        if says == "may":
+            continue
+        token = people[token[1:-1]].token if token[:1] == "{" else token
+        status, answer = asked(route.method, re.sub(r"{\w+}", "x", route.path) + f"?{query}", token)
+        got = json.loads(answer).get("errcode", status)
+        if got != says or (isinstance(says, str) and status != asbridge.ERRORS[says]):
+            wrong.append((route.method, route.path, token, query, status, answer[:80]))
+    assert wrong == [] and hs.world.store.position == position
+    assert {(route.method, route.path) for route in asbridge.ROUTES if route.auth in ("nobody", "maybe")} == to_all.keys()
+
+
+# What a person is told who puts another's where the own should stand. It is the same for what there is not.
+ANOTHERS = {"userId": "M_FORBIDDEN", "deviceId": "M_NOT_FOUND", "filterId": "M_NOT_FOUND", "version": "M_NOT_FOUND"}
+ANOTHERS_BUT = {"DELETE C/devices/{deviceId}": 200}          # of one's devices those that there are go
+TOLD = {     # the specification wants it told whether there is such
+    "GET C/profile/{userId}": (200, "M_NOT_FOUND"), "GET C/profile/{userId}/{keyName}": (200, "M_NOT_FOUND"), "PUT M/upload/{serverName}/{mediaId}": ("M_FORBIDDEN", "M_NOT_FOUND"),
+    **{f"GET {prefix}/{where}": (200, "M_NOT_FOUND") for prefix in "MD" for where in ("download/{serverName}/{mediaId}", "download/{serverName}/{mediaId}/{fileName}",
+                                                                                    "thumbnail/{serverName}/{mediaId}")}}
+
+
+def whole_body(path):
+    """A body that the row with this path takes."""
+    if "room_keys/version" in path:
+        return {"algorithm": "x", "auth_data": {}}
+    if "room_keys" in path:
+        return SESSION if "{sessionId}" in path else {"sessions": {}} if "{roomId}" in path else {"rooms": {}}
+    return confirmed() if "{deviceId}" in path else {"displayname": "x", "membership": "join"}
+
+
+def test_each_row_of_the_table_keeps_from_a_person_what_is_anothers_and_whether_there_is_such(asking):
+    hs, asked = asking
+    alice, bob = hs.client("alice", "w"), hs.client("bob")
+    def belongings(who):
+        return {"userId": who.user_id, "deviceId": device_of(who), "filterId": who.ask("POST", "user", who.user_id, "filter", body={})["filter_id"],
+                "version": who.ask("POST", "room_keys", "version", body=whole_body("room_keys/version"))["version"]}
+    own, others = belongings(alice), belongings(bob)
+    none = {"userId": "@none:localhost", "deviceId": "NONE", "filterId": "9999", "version": "9999", "mediaId": "none"}
+    waiting = bob.call("POST", "/_matrix/media/v3/create")["content_uri"].rpartition("/")[2]
+    filled = hs.api.media.upload(asbridge.Who(bob.user_id), b"x", "image/png", None).rpartition("/")[2]
+    common = {"serverName": "localhost", "fileName": "x", "keyName": "displayname", "type": "x", "tag": "x", "roomId": "!x:localhost", "sessionId": "s"}
+    told, but, wrong = {row_of(row): says for row, says in TOLD.items()}, {row_of(row): says for row, says in ANOTHERS_BUT.items()}, []
+    for method, where, *_ in asbridge.ROUTES:
+        keys = where + ("?version={version}" if "room_keys/keys" in where else "?width=1&height=1")
+        for name in set(re.findall(r"{(\w+)}", keys)) & none.keys():
+            media = waiting if method == "PUT" else filled
+            rows = [{**common, "mediaId": media, **own, **({} if name == "mediaId" else {name: others[name]})}, {**common, "mediaId": media, **own, name: none[name]}]
+            answers = [asked(method, keys.format(**{key: quote(value) for key, value in row.items()}), alice.token, whole_body(where)) for row in rows]
+            got = tuple(status if status < 300 else json.loads(answer)["errcode"] for status, answer in answers)
+            same = len({answer.decode("latin-1").replace(row[name], "…") for row, (_, answer) in zip(rows, answers, strict=True)}) == 1
+            says = told.get((method, where)) or (but.get((method, where), ANOTHERS.get(name)),) * 2
+            if got != says or (not same and (method, where) not in told):
+                wrong.append((method, where, name, got, answers))
+    assert wrong == [] and bob.whoami()
+
+
+# A known and an unknown user in a body.
+NAMED = [("POST", "C/keys/query", {"device_keys": {"{user}": []}}), ("POST", "C/keys/claim", {"one_time_keys": {"{user}": {"D": "signed_curve25519"}}}),
+         ("POST", "C/keys/signatures/upload", {"{user}": {"D": {"user_id": "{user}", "signatures": {}}}}), ("PUT", "C/sendToDevice/x/{n}", {"messages": {"{user}": {"*": {}, "D": {}}}}),
+         ("POST", "R/kick", {"user_id": "{user}"}), ("POST", "R/unban", {"user_id": "{user}"}), ("POST", "R/invite", {"user_id": "{user}"}), ("POST", "R/ban", {"user_id": "{user}"}),
+         ("PUT", "R/state/m.room.member/{user}", {"membership": "invite"}), ("PUT", "R/state/m.room.member/{user}", {"membership": "join"}), ("PUT", "R/typing/{user}", {"typing": True}),
+         ("POST", "C/user_directory/search", {"search_term": "{user}"}), ("PUT", "U/account_data/m.ignored_user_list", {"ignored_users": {"{user}": {}}}),
+         ("POST", "C/createRoom", {"invite": ["{user}"], "preset": "trusted_private_chat"}), ("PUT", "R/state/m.room.power_levels", {"users": {"@alice:localhost": 100, "{user}": 50}}),
+         ("POST", "C/delete_devices", {"devices": ["{device}"], **confirmed()})]
+
+
+def test_no_row_tells_whether_a_user_that_a_body_names_is_there(asking):
+    hs, asked = asking
+    alice, bob = hs.client("alice", "w"), hs.client("bob")
+    for n, (method, where, body) in enumerate(NAMED):
+        answers = []
+        for user_id, device_id in ((bob.user_id, device_of(bob)), ("@none:localhost", "NONE")):
+            def filled(text, values):
+                return functools.reduce(lambda so_far, name: so_far.replace("{" + name + "}", values[name]), values, text)
+            values = {"user": user_id, "device": device_id, "n": f"{n}{device_id}", "roomId": alice.create_room()}
+            status, answer = asked(method, filled(row_of(f"{method} {where}")[1], {**values, "userId": "@alice:localhost"}), alice.token, filled(json.dumps(body), values).encode())
+            answers.append((status, re.sub(rb'("(?:room|event)_id":|not in the room )[^,}]*', rb"\1", answer).replace(user_id.encode(), b"")))
+        assert answers[0] == answers[1], (method, where)
+    assert bob.whoami()
+
+
+def test_a_ping_for_another_service_does_not_tell_whether_there_is_such(asking):
+    _, asked = asking
+    told = [asked("POST", f"/_matrix/client/v1/appservice/{id}/ping", "as-irc") for id in ("other", "none")]
+    assert told[0][0] == told[1][0] == 403 and told[0][1].replace(b"other", b"none") == told[1][1]
+
+
+def test_a_login_says_the_same_of_a_wrong_password_and_of_whom_there_is_not_and_works_as_long_for_it(asking, monkeypatch):
+    hs, asked = asking
+    hs.client("alice", "w"), hs.client("nopassword"), acting(hs, "irc", "@_irc_bob:localhost")
+    hashed = []
+    monkeypatch.setattr(asbridge, "hash_password", lambda *args: hashed.append(args) or "x")
+    for user in ("alice", "@alice:localhost", "nopassword", "_irc_bob", "none", "@none:localhost", "@alice:elsewhere", "@", "x" * 300):
+        status, answer = asked("POST", V3 + "/login", None, {"type": "m.login.password", "identifier": {"type": "m.id.user", "user": user}, "password": "x"})
+        assert (status, json.loads(answer)) == (403, {"errcode": "M_FORBIDDEN", "error": "wrong user name or password"}), user
+    assert len(hashed) == 9
+
+
+# -- Every row of the table that leads to a room: for whom.
+
+# 200; 403 M_FORBIDDEN, 404 M_NOT_FOUND; ban: 403 M_BAD_STATE; in: 400 M_UNKNOWN, still in it. `member` has no power; `peek` is in a
+# world-readable room, which it may not join; the others are in a room for those invited, with shared history, or were.
+ROOM_ROWS = """
+                                              member  never  none  peek  left  kicked  banned  invited  knocked  forgot
+    POST   C/join/{roomId}                    200     403    403   403   403   403     ban     200      403      403
+    POST   R/join                             200     403    403   403   403   403     ban     200      403      403
+    POST   C/knock/{roomId}                   403     403    403   403   403   403     403     403      403      403
+    POST   R/invite                           200     403    403   403   403   403     403     403      403      403
+    POST   R/leave                            200     403    403   403   403   403     403     200      200      403
+    POST   R/kick                             403     403    403   403   403   403     403     403      403      403
+    POST   R/ban                              403     403    403   403   403   403     403     403      403      403
+    POST   R/unban                            403     403    403   403   403   403     403     403      403      403
+    POST   R/forget                           in      200    200   200   200   200     200     in       in       200
+    PUT    R/send/{eventType}/{txnId}         200     403    403   403   403   403     403     403      403      403
+    PUT    R/redact/{eventId}/{txnId}         403     403    403   403   403   403     403     403      403      403
+    GET    R/state                            200     403    403   200   200   200     200     403      403      403
+    GET    R/state/{eventType}                200     403    403   200   200   200     200     403      403      403
+    GET    R/state/{eventType}/{stateKey}     200     403    403   200   200   200     200     403      403      403
+    PUT    R/state/{eventType}                200     403    403   403   403   403     403     403      403      403
+    PUT    R/state/{eventType}/{stateKey}     200     403    403   403   403   403     403     403      403      403
+    GET    R/event/{eventId}                  200     404    404   200   200   200     200     404      404      404
+    GET    R/members                          200     403    403   200   200   200     200     403      403      403
+    GET    R/joined_members                   200     403    403   403   403   403     403     403      403      403
+    GET    R/messages                         200     403    403   200   200   200     200     403      403      403
+    GET    R/context/{eventId}                200     403    403   200   200   200     200     403      403      403
+    GET    N/{eventId}                        200     404    404   200   200   200     200     404      404      404
+    GET    N/{eventId}/{relType}              200     404    404   200   200   200     200     404      404      404
+    GET    N/{eventId}/{relType}/{eventType}  200     404    404   200   200   200     200     404      404      404
+    GET    V/rooms/{roomId}/threads           200     403    403   200   200   200     200     403      403      403
+    PUT    R/typing/{userId}                  200     403    403   403   403   403     403     403      403      403
+    POST   R/receipt/{receiptType}/{eventId}  200     403    403   403   403   403     403     403      403      403
+    POST   R/read_markers                     200     403    403   403   403   403     403     403      403      403
+    GET    R/initialSync                      200     403    403   200   200   200     200     403      403      403
+    GET    R/aliases                          200     403    403   200   403   403     403     403      403      403
+    GET    V/rooms/{roomId}/hierarchy         200     403    403   200   403   403     403     200      403      403
+    GET    L/room/{roomId}                    200     404    404   200   200   200     200     200      200      200
+    PUT    L/room/{roomId}                    403     404    404   404   403   403     403     403      403      403
+    PUT    L/appservice/{networkId}/{roomId}  403     403    403   403   403   403     403     403      403      403
+    PUT    C/directory/room/{roomAlias}       200     403    403   403   403   403     403     403      403      403
+    GET    C/events                           200     403    403   403   403   403     403     403      403      403
+    GET    C/sync                             join    -      -     -     leave leave   leave   invite   knock    -
+    GET    U/rooms/{roomId}/account_data/{type} 404   404    404   404   404   404     404     404      404      404
+    PUT    U/rooms/{roomId}/account_data/{type} 200   200    200   200   200   200     200     200      200      200
+    GET    U/rooms/{roomId}/tags              200     200    200   200   200   200     200     200      200      200
+    PUT    U/rooms/{roomId}/tags/{tag}        200     200    200   200   200   200     200     200      200      200
+    DELETE U/rooms/{roomId}/tags/{tag}        200     200    200   200   200   200     200     200      200      200
+    PUT    K/keys/{roomId}                    404     404    404   404   404   404     404     404      404      404
+    GET    K/keys/{roomId}                    404     404    404   404   404   404     404     404      404      404
+    DELETE K/keys/{roomId}                    404     404    404   404   404   404     404     404      404      404
+    PUT    K/keys/{roomId}/{sessionId}        404     404    404   404   404   404     404     404      404      404
+    GET    K/keys/{roomId}/{sessionId}        404     404    404   404   404   404     404     404      404      404
+    DELETE K/keys/{roomId}/{sessionId}        404     404    404   404   404   404     404     404      404      404
+"""
+ROOM_CODES = {"403": (403, "M_FORBIDDEN"), "404": (404, "M_NOT_FOUND"), "ban": (403, "M_BAD_STATE"), "in": (400, "M_UNKNOWN"), "200": (200, None)}
+STANDINGS = ROOM_ROWS.split("\n")[1].split()
+
+
+class House:
+    """A room in which everybody stands as their name says, and one into which everybody may look."""
+
+    def __init__(self, hs):
+        self.hs, self.rooms, self.n = hs, hs.api.rooms, 0
+        self.clients = {name: hs.client(name) for name in ("alice", *STANDINGS)}
+        self.who = {name: asbridge.Who(client.user_id) for name, client in self.clients.items()}
+        self.open, self.open_event = self.build("world_readable"), self.say()
+        self.room = self.build()
+
+    def build(self, visibility="shared"):
+        alice, rooms = self.who["alice"], self.rooms
+        state = [{"type": "m.room.join_rules", "content": {"join_rule": "knock"}}, {"type": "m.room.history_visibility", "content": {"history_visibility": visibility}}]
+        self.room = room = rooms.create(alice, {"initial_state": state, "power_level_content_override": {"users": {alice.user_id: 100}, "events": {"org.x": 0}, "redact": 100}})
+        self.early = self.say()
+        inside = [] if visibility == "world_readable" else ["member", "left", "kicked", "banned", "forgot"]
+        for name in inside and [*inside, "invited"]:
+            rooms.invite(alice, room, self.who[name].user_id)
+        for name in inside:
+            rooms.join(self.who[name], room)
+        if inside:
+            rooms.knock(self.who["knocked"], room)
+            rooms.set_membership(self.who["left"], room, self.who["left"].user_id, "leave")
+            rooms.kick(alice, room, self.who["kicked"].user_id)
+            rooms.set_membership(alice, room, self.who["banned"].user_id, "ban")
+            rooms.set_membership(self.who["forgot"], room, self.who["forgot"].user_id, "leave")
+            rooms.forget(self.who["forgot"], room)
+        rooms.set_state(alice, room, "m.room.join_rules", "", {"join_rule": "invite"})
+        self.late = self.say()
+        return room
+
+    def say(self):
+        self.n += 1
+        return self.rooms.send(self.who["alice"], self.room, "m.room.message", {"body": str(self.n)}, str(self.n))
+
+    def place(self, standing):
+        """The room ID and an event in it."""
+        if standing == "none":
+            return "!" + "x" * 18 + ":localhost", "$" + "x" * 43
+        return (self.open, self.open_event) if standing == "peek" else (self.room, self.early)
+
+    def ask(self, asked, method, path, standing, event_id=None):
+        """(status, answer) of a row for somebody who stands so to the room."""
+        self.n += 1
+        room, event = self.place(standing)
+        values = {"roomId": room, "eventId": event_id or event, "userId": self.who[standing].user_id, "eventType": "org.x" if method == "PUT" else "m.room.create", "txnId": f"t{self.n}",
+                  "stateKey": "", "relType": "m.thread", "receiptType": "m.read", "networkId": "n", "roomAlias": f"#x{self.n}:localhost", "type": "x", "tag": "x", "sessionId": "s"}
+        filter = {"room": {"rooms": [room], "include_leave": True}}
+        query = {"sync": {"filter": json.dumps(filter)}, "events": {"room_id": room}, "keys": {"version": "1"}}.get(path.split("/")[4 if "room_keys" not in path else 5], {})
+        body = whole_body(path) if "room_keys" in path else {"room_id": room, "user_id": self.who["left"].user_id, "m.read": event, "typing": True, "visibility": "public"}
+        if path.endswith("/unban"):
+            body["user_id"] = self.who["banned"].user_id
+        return asked(method, path.format(**{key: quote(value) for key, value in values.items()}) + "?" + urllib.parse.urlencode(query), self.clients[standing].token, body)
+
+
+def test_each_row_that_leads_to_a_room_is_for_those_whom_it_concerns_and_tells_others_nothing(asking):
+    hs, asked = asking
+    house, wrong, rows = House(hs), [], [line.split() for line in ROOM_ROWS.split("\n")[2:-1]]
+    for method, where, *cells in rows:
+        path, answers = row_of(f"{method} {where}")[1], {}
+        for standing, says in zip(STANDINGS, cells, strict=True):
+            status, answer = answers[standing] = house.ask(asked, method, path, standing)
+            told = json.loads(answer)
+            got = next(iter(told.get("rooms", {"-": 0})), "-") if path.endswith("/sync") else (status, told.get("errcode") if status >= 400 else None)
+            if got != ROOM_CODES.get(says, says):
+                wrong.append((method, where, standing, says, status, answer[:100]))
+            if "{eventId}" in path and standing in ("left", "kicked", "banned", "member"):
+                late = house.late if standing != "member" else house.open_event
+                hidden = [house.ask(asked, method, path, standing, event_id) for event_id in (late, "$" + "y" * 43)]
+                if hidden[0][0] != hidden[1][0] or hidden[0][1].replace(late.encode(), b"$" + b"y" * 43) != hidden[1][1]:
+                    wrong.append((method, where, standing, "an event", hidden))
+        if not path.endswith(("/sync", "/events")):          # to somebody who was never there, as if there were no room
+            bare = [answers[name][1].replace(house.place(name)[0].encode(), b"").replace(house.who[name].user_id.encode(), b"") for name in ("never", "none")]
+            if bare[0] != bare[1]:
+                wrong.append((method, where, *bare))
+        if method != "GET" and "200" in cells and "/user/" not in path:
+            house.build()
+    assert wrong == []
+
+
+def test_each_row_that_names_a_room_or_an_event_is_in_the_table_of_rooms():
+    asked = {row_of(" ".join(line.split()[:2])) for line in ROOM_ROWS.split("\n")[2:-1]}
+    assert not [route.path for route in asbridge.ROUTES if re.search("{roomId}|{eventId}", route.path) and (route.method, route.path) not in asked]
+
+
+PUTS = [  # what else one may try to put into a room, to see whether there is one, who is in it, and what has been there
+    ("state/m.room.create/", {}), ("state/m.room.canonical_alias/", {"alias": "#none:localhost"}), ("state/" + "x" * 300, {}), ("send/" + "x" * 300 + "/1", {}),
+    ("send/x/2", {"body": "x" * 70_000}), ("send/m.room.redaction/3", {"redacts": "{event}"}), ("send/x/4", {"m.relates_to": {"rel_type": "m.thread", "event_id": "{event}"}}),
+    ("state/m.room.power_levels", {"users": 5}), ("state/m.room.member/nobody", {"membership": "join"}),
+    *((f"state/m.room.member/{target}", {"membership": membership}) for target in ("{own}", "{member}") for membership in ("join", "knock", "leave", "invite", "ban", "x", 5))]
+
+
+def test_whatever_a_stranger_puts_into_a_room_is_answered_as_if_there_were_none(asking):
+    hs, asked = asking
+    house = House(hs)
+    def told(standing, where, body):
+        room, event = house.place(standing)
+        names = {"{own}": house.who["never"].user_id, "{member}": house.who["member"].user_id, "{event}": event}
+        where, body = (functools.reduce(lambda text, name: text.replace(name, names[name]), names, text) for text in (where, json.dumps(body)))
+        status, answer = asked("PUT", f"{V3}/rooms/{room}/{where}", house.clients["never"].token, body.encode())
+        return status, answer.replace(room.encode(), b"").replace(event.encode(), b"")
+    for where, body in PUTS:
+        assert told("never", where, body) == told("none", where, body), (where, body)
+
+
+@pytest.mark.parametrize("standing", ["left", "kicked", "banned", "invited", "knocked", "forgot", "never"])
+def test_who_is_not_in_a_room_does_not_find_out_who_is(asking, standing):
+    hs, asked = asking
+    house = House(hs)
+    for how, body in (("kick", {}), ("ban", {}), ("unban", {}), ("invite", {}), ("state/m.room.member/{}", {"membership": "leave"}), ("state/m.room.member/{}", {"membership": "invite"})):
+        told = set()
+        for target in ("@alice:localhost", "@banned:localhost" if standing != "banned" else "@kicked:localhost", "@none:localhost"):
+            method, where = ("PUT", how.format(target)) if "{}" in how else ("POST", how)
+            told.add(asked(method, f"{V3}/rooms/{house.room}/{where}", house.clients[standing].token, {"user_id": target, **body}))
+        assert len(told) == 1 and next(iter(told))[0] == 403, (how, told)
+
+
+def test_a_member_does_not_find_out_whether_there_was_an_event_before_the_own_join_where_that_is_hidden(asking):
+    hs, asked = asking
+    alice, bob = hs.client("alice"), hs.client("bob")
+    def events_in(visibility):
+        room = alice.create_room(preset="public_chat", initial_state=[{"type": "m.room.history_visibility", "content": {"history_visibility": visibility}}])
+        root = alice.say(room, "root")
+        events = [alice.send(room, "m.room.message", {"body": "x", "m.relates_to": {"rel_type": "m.thread", "event_id": root}}), "$" + "y" * 43]
+        bob.join(room)
+        return room, events
+    tries = [("POST", "receipt/m.read/{e}", {}), ("POST", "receipt/m.read/{e}", {"thread_id": "main"}), ("POST", "receipt/m.read/{e}", {"thread_id": "$z"}), ("PUT", "redact/{e}/1", {}),
+             ("PUT", "send/m.room.redaction/2", {"redacts": "{e}"}), ("PUT", "send/m.room.message/3", {"m.relates_to": {"rel_type": "m.thread", "event_id": "{e}"}}),
+             *(("GET", where, {}) for where in ("event/{e}", "context/{e}", "relations/{e}", "relations/{e}/m.thread"))]
+    found = {}
+    for visibility in ("joined", "shared"):
+        room, events = events_in(visibility)
+        same = []
+        for method, where, body in tries:
+            told = [asked(method, f"{V3}/rooms/{room}/{where.replace('{e}', event)}", bob.token, json.dumps(body).replace("{e}", event).encode()) for event in events]
+            same.append(len({(status, re.sub(rb"\$[\w-]{43}", b"", answer)) for status, answer in told}) == 1)
+        found[visibility] = same, "m.receipt" in types(joined(bob.sync(), room).get("ephemeral", {"events": []})["events"])
+    assert found == {"joined": ([True] * len(tries), False), "shared": ([True, *[False] * (len(tries) - 1)], True)}      # where it may be seen, it is told
+
+
+def test_a_stranger_joins_by_a_state_event_only_where_one_may_join(three):
+    hs, alice, bob, _, room = three
+    bob.set_state(room, "m.room.member", {"membership": "join", "displayname": "B"}, bob.user_id)
+    assert bob.user_id in alice.joined_members(room)
+    with refused("M_FORBIDDEN", 403, "uninvited"):
+        bob.set_state(alice.create_room(), "m.room.member", {"membership": "join"}, bob.user_id)
+
+
+# -- Every row of the table: what is of the wrong type.
 
 WRONG = (None, 2**70, "x\0", [None], {}, {"x": {"x": 5}}, True)
 
