@@ -10029,6 +10029,27 @@ def test_an_admin_token_is_asked_for_where_there_is_one_and_needed_beyond_this_m
     assert ask(hs, "GET", "/_asbridge/status", "hunter2", headers={"Host": "a.example", "Origin": "http://b.example"})[0] == 403
 
 
+ADMIN_ASKERS = {  # who asks: token and headers, and what each row says if there is an admin_token, and if there is none; None: it may
+    "no token": (None, {}, "M_MISSING_TOKEN", None), "a wrong one": ("x", {}, "M_UNKNOWN_TOKEN", None), "a person": ("{alice}", {}, "M_UNKNOWN_TOKEN", None),
+    "a service": ("as-irc", {}, "M_UNKNOWN_TOKEN", None), "an hs_token": ("hs-irc", {}, "M_UNKNOWN_TOKEN", None), "the owner": ("hunter2", {}, None, None),
+    "another site's page": ("hunter2", {"Origin": "http://evil.example"}, "M_FORBIDDEN", "M_FORBIDDEN"), "another name": ("hunter2", {"Host": "evil.example"}, "M_FORBIDDEN", "M_FORBIDDEN")}
+
+
+@pytest.mark.parametrize("admin_token", ["hunter2", None])
+def test_each_row_of_the_inspector_is_for_the_owner_of_the_homeserver_alone(start, admin_token):
+    hs = start(registration(), **({"admin_token": admin_token} if admin_token else {}))
+    alice, http_client, wrong = hs.client("alice").token, asbridge.HttpClient(hs.url), []
+    for route, (token, headers, *says) in itertools.product(asbridge.ADMIN_ROUTES, ADMIN_ASKERS.values()):
+        token = {"{alice}": alice}.get(token, token)
+        status, answer = http_client.request(route.method, route.path, None if route.method == "GET" else b"{}", {**headers, **({"Authorization": f"Bearer {token}"} if token else {})})
+        says = says[admin_token is None] if route.auth != "nobody" else None
+        got = status, json.loads(answer)["errcode"] if status in (401, 403) else None
+        if got != (asbridge.ERRORS[says], says) if says else status in (401, 403) or (route.auth == "nobody" and status != 200):
+            wrong.append((route.method, route.path, token, headers, status, answer[:80]))
+    http_client.close()
+    assert wrong == [] and {route.auth for route in asbridge.ADMIN_ROUTES[1:]} == {"admin"}
+
+
 # -- The bridge examiner.
 
 def answering(*faults):
@@ -10433,6 +10454,21 @@ def test_an_application_service_refuses_a_wrong_hs_token_with_403(service, metho
     status, answer = as_request(service, method, path, some_events() if method == "PUT" else b"", token="other")
     assert (status, answer["errcode"]) == (403, "M_FORBIDDEN")
     assert "hs-secret" not in str(answer)
+
+
+AS_ROWS = {"_put_transaction": (PUSH + "1", "/transactions/1"), "_get_existence": ("/_matrix/app/v1/users/%40_irc_none%3Atest", "/rooms/%23_irc_none%3Atest"),
+           "_post_ping": ("/_matrix/app/v1/ping",), "_get_third_party": ("/_matrix/app/v1/thirdparty/protocol/x", "/_matrix/app/unstable/thirdparty/user")}
+
+
+def test_each_endpoint_of_an_application_service_is_for_the_homeserver_alone(service):
+    for method, _, handler in asbridge.AppService.ROUTES:
+        for where in AS_ROWS[handler]:                       # a new row must be put in here
+            for token, in_query, says in ((None, None, (401, "M_MISSING_TOKEN")), ("other", None, (403, "M_FORBIDDEN")), ("as-secret", None, (403, "M_FORBIDDEN")),
+                                          (None, "other", (403, "M_FORBIDDEN")), ("hs-secret", "other", (403, "M_FORBIDDEN")), ("other", "hs-secret", (403, "M_FORBIDDEN"))):
+                status, answer = as_request(service, method, where, some_events("$1"), token, in_query)
+                assert (status, answer["errcode"]) == says, (method, where, token, in_query)
+            assert as_request(service, method, where, some_events("$1"))[0] not in (401, 403)
+    assert service.events == ["$1"]
 
 
 def test_an_application_service_takes_the_hs_token_from_the_query(service):
