@@ -173,7 +173,7 @@ class MatrixError(Exception):
 STRICT_LOCALPART = re.compile(r"[a-z0-9._=/+-]+")           # what people may register
 HISTORICAL_LOCALPART = re.compile(r"[\x21-\x39\x3b-\x7e]+")  # what an AS may register, too
 SERVER_NAME = re.compile(r"(?:[A-Za-z0-9.-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{1,5})?")
-MAX_ID_BYTES = 255
+MAX_ID_BYTES, MAX_URI_BYTES = 255, 2048
 KINDS = {"users": "@", "aliases": "#", "rooms": "!"}         # the namespaces and their sigils
 
 
@@ -186,7 +186,8 @@ def server_of(id: str) -> str:
 
 
 def is_uri(text: str) -> bool:
-    return bool(re.fullmatch(r"[A-Za-z][A-Za-z0-9+.-]*:[^\s\x00-\x1f]+", text)) and len(text.encode("utf-8", "replace")) <= 2048
+    return len(text.encode("utf-8", "replace")) <= MAX_URI_BYTES and bool(
+        re.fullmatch(r"[A-Za-z][A-Za-z0-9+.-]*:[^\s\x00-\x1f]+", text))
 
 
 def check_id(sigil: str, text: object, server_name: str | None = None) -> str:
@@ -1174,7 +1175,7 @@ ASCII: Chars = frozenset(map(chr, range(128)))
 BEYOND: Chars = frozenset("é٣\u2003€")                       # stand for all others: letters, digits, spaces, and the rest
 ALPHABET = ASCII | BEYOND
 NOTHING: Chars = frozenset()
-HARMLESS_WAYS, ENDLESS_WAYS = 10**5, 10**9
+HARMLESS_WAYS, ENDLESS_WAYS = 10**5, 2 * 10**7
 TOO_DEEP = "too many brackets in each other"
 MAX_SEARCH, MAX_WORK, MANY = 1000, 20_000, 8                 # steps and reads for a common text; repeats that are counted in it
 
@@ -1188,14 +1189,15 @@ class Exponential(ValueError):
 
 
 # Each kind of Tree has: `first`, the characters it can start with; `least`, its shortest length; ways(), in how many ways it can
-# match in one place at most, one of `after` being next; read(), what can remain of it when a character is read.
+# match in one place of a text of this length at most, one of `after` being next; read(), what can remain of it when a character
+# is read.
 
 class OneOf(NamedTuple):
     """One character of a set."""
     first: Chars
     least: int = 1
 
-    def ways(self, after: Chars) -> int:
+    def ways(self, after: Chars, length: int) -> int:
         return 1
 
     def read(self, char: str) -> set[Chain]:
@@ -1215,10 +1217,10 @@ class Chain:
     def least(self) -> int:
         return sum(part.least for part in self.parts)
 
-    def ways(self, after: Chars) -> int:
+    def ways(self, after: Chars, length: int) -> int:
         total = 1
         for part in reversed(self.parts):
-            total *= part.ways(after)
+            total *= part.ways(after, length)
             after = opening(part, after)
         return not_endless(total)
 
@@ -1244,8 +1246,8 @@ class Choice:
     def least(self) -> int:
         return min(part.least for part in self.parts)
 
-    def ways(self, after: Chars) -> int:
-        options = [(opening(part, after), part.ways(after)) for part in self.parts]
+    def ways(self, after: Chars, length: int) -> int:
+        options = [(opening(part, after), part.ways(after, length)) for part in self.parts]
         sums = [sum(ways for chars, ways in options if char in chars) for char in self.first | after]
         return max(*sums, *(ways for _, ways in options))
 
@@ -1268,16 +1270,16 @@ class Repeat(NamedTuple):
         return self.low * self.part.least
 
     @functools.lru_cache(maxsize=1000)                       # noqa: B019 - equal ones share it
-    def ways(self, after: Chars) -> int:
-        again = self.part.ways(opening(self.part, after) if not self.part.least else self.first) if self.high > 1 else 1
+    def ways(self, after: Chars, length: int) -> int:
+        again = self.part.ways(opening(self.part, after) if not self.part.least else self.first, length) if self.high > 1 else 1
         if self.high == math.inf and not self.part.least:
             raise Exponential("it repeats what can be empty")
         if self.high == math.inf and again > 1:
             raise Exponential("it repeats what can itself match a text in several ways")
-        if not self.first & after and self.part.ways(self.first | after) == 1:
+        if not self.first & after and self.part.ways(self.first | after, length) == 1:
             return 1
-        most = int(min(self.high, MAX_ID_BYTES // max(1, self.part.least)))
-        return not_endless(max(1, most - self.low + 1) * int(again ** max(0, most - 1)) * self.part.ways(after))
+        most = int(min(self.high, length // max(1, self.part.least)))
+        return not_endless(max(1, most - self.low + 1) * int(again ** max(0, most - 1)) * self.part.ways(after, length))
 
     def read(self, char: str) -> set[Chain]:
         again = Repeat(self.part, max(0, self.low - 1), self.high - 1 if self.high <= MANY else math.inf)
@@ -1355,6 +1357,7 @@ def _common(trees: Sequence[Tree]) -> str | None:
 OPAQUE = {"ASSERT": "a look-around", "ASSERT_NOT": "a look-around", "FAILURE": "a look-around", "GROUPREF": "a back-reference",
           "GROUPREF_EXISTS": "a condition", "ATOMIC_GROUP": "an atomic group", "POSSESSIVE_REPEAT": "a possessive repeat",
           "AT": "a word boundary", "SUBPATTERN": "flags in its middle"}
+NEAR_ASCII = {"\u0130": "i", "\u0131": "i", "\u017f": "s", "\u212a": "k"}     # the same letter where case does not count
 CATEGORIES = {"DIGIT": r"\d", "NOT_DIGIT": r"\D", "SPACE": r"\s", "NOT_SPACE": r"\S", "WORD": r"\w", "NOT_WORD": r"\W"}
 
 
@@ -1363,64 +1366,70 @@ def tree_of(pattern: re.Pattern[str]) -> Tree:
     twenty years, and whatever it says that is not known here makes the regex not analysable, no more.
     """
     try:
-        return _chain(importlib.import_module("re._parser").parse(pattern.pattern), bool(pattern.flags & re.I))
+        if pattern.flags & (re.ASCII | re.MULTILINE):
+            raise NotAnalysable("the flag a or m")
+        return _chain(importlib.import_module("re._parser").parse(pattern.pattern), pattern.flags)
     except RecursionError:
         raise NotAnalysable(TOO_DEEP) from None
 
 
-def _chain(items: Iterable[Any], any_case: bool) -> Chain:
-    return chain(*(_part(str(name), value, any_case) for name, value in items))
+def _chain(items: Iterable[Any], flags: int) -> Chain:
+    return chain(*(_part(str(name), value, flags) for name, value in items))
 
 
-def _part(name: str, value: Any, any_case: bool) -> Tree:
+def _part(name: str, value: Any, flags: int) -> Tree:
     if name in ("LITERAL", "NOT_LITERAL", "ANY", "IN"):
-        return OneOf(_set(name, value, any_case))
+        return OneOf(_set(name, value, flags))
     if name in ("MAX_REPEAT", "MIN_REPEAT"):
         low, high, items = value
-        return Repeat(_chain(items, any_case), min(int(low), MAX_ID_BYTES + 1), high if high <= MAX_ID_BYTES else math.inf)
+        return Repeat(_chain(items, flags), min(int(low), MAX_ID_BYTES + 1), high if high <= MAX_ID_BYTES else math.inf)
     if name == "BRANCH":
-        return Choice(tuple(_chain(items, any_case) for items in value[1]))
+        return Choice(tuple(_chain(items, flags) for items in value[1]))
     if name == "SUBPATTERN" and not value[1] and not value[2]:
-        return _chain(value[3], any_case)
+        return _chain(value[3], flags)
     if name == "AT" and "BOUNDARY" not in str(value):
         return OneOf(frozenset({START if "BEGINNING" in str(value) else END}))
     raise NotAnalysable(OPAQUE.get(name, name))
 
 
-def _set(name: str, value: Any, any_case: bool) -> Chars:
+def _set(name: str, value: Any, flags: int) -> Chars:
     """The characters of the alphabet that one character of a regex can be. One beyond ASCII counts as all of those; to be
     none of it excludes none of them.
     """
     if name == "IN":
-        sets = [(str(part), _set(str(part), item, any_case)) for part, item in value if str(part) != "NEGATE"]
+        sets = [(str(part), _set(str(part), item, flags)) for part, item in value if str(part) != "NEGATE"]
         if str(value[0][0]) != "NEGATE":
             return NOTHING.union(*(found for _, found in sets))
         return ALPHABET.difference(*(found if part == "CATEGORY" else found & ASCII for part, found in sets))
     if name == "ANY":
-        return ALPHABET - {"\n"}
+        return ALPHABET - ({"\n"} if not flags & re.DOTALL else NOTHING)
     if name == "NOT_LITERAL":
-        return ALPHABET - (_set("LITERAL", value, any_case) & ASCII)
+        return ALPHABET - (_set("LITERAL", value, flags) & ASCII)
     if name == "CATEGORY":
         return frozenset(filter(re.compile(CATEGORIES[str(value).removeprefix("CATEGORY_")]).match, ALPHABET))
     low, high = value if name == "RANGE" else (value, value)
     found = frozenset(char for char in ASCII if low <= ord(char) <= high) | (BEYOND if high > 127 else NOTHING)
-    return frozenset(one for char in found for one in (char.lower(), char.upper()) if one in ALPHABET) if any_case else found
+    if flags & re.I:
+        found |= frozenset(ascii for char, ascii in NEAR_ASCII.items() if low <= ord(char) <= high)
+    return frozenset(one for char in found for one in (char.lower(), char.upper()) if one in ALPHABET) if flags & re.I else found
 
 
-# A regex without a group that is repeated, and with few repeats, needs no look: a thousand registrations are to be read at once.
-MAYBE_ENDLESS = re.compile(r"\)[*+?{]|(?:[*+{].*){4}", re.S)
+# A regex without any of these is harmless, so that a thousand plain registrations are read at once: a group that is repeated, a
+# look-around or flag, a back-reference or word boundary, a possessive repeat, three places where there is a choice.
+DESERVES_A_LOOK = re.compile(r"\)\s*[*+?{]|\(\?(?!:|P<)|\\[1-9bB]|[*+?}]\+|(?:[*+?{|].*){3}", re.S)
 
 
 class Cost(NamedTuple):
-    """What a match of 255 characters can cost: "harmless", "heavy", "exponential" or "not analysable", and why."""
+    """What a match can cost: "harmless", "heavy", "exponential" or "not analysable", and why."""
     verdict: str
     ways: int = 0
     reason: str = ""
 
 
-def cost_of(pattern: re.Pattern[str]) -> Cost:
+def cost_of(pattern: re.Pattern[str], uri: bool = False) -> Cost:
+    """Of the start of 255 characters, or of a URI as a whole."""
     try:
-        ways = tree_of(pattern).ways(NOTHING)
+        ways = tree_of(pattern).ways(ALPHABET, MAX_URI_BYTES) if uri else tree_of(pattern).ways(NOTHING, MAX_ID_BYTES)
     except RecursionError:
         return Cost("not analysable", 0, TOO_DEEP)
     except NotAnalysable as error:
@@ -1675,7 +1684,8 @@ class RegistrationReader:
             return None
         try:
             pattern = compile_regex(regex)
-            cost = cost_of(pattern) if MAYBE_ENDLESS.search(regex) else Cost("harmless")
+            uri = path.startswith("uris")
+            cost = cost_of(pattern, uri) if uri or DESERVES_A_LOOK.search(regex) else Cost("harmless")
             if cost.verdict == "exponential":
                 self.wrong(f"{path}.regex", f"'{shorten(regex)}' can take for ever: {cost.reason}",
                            "let there be one way only to match a text: write [a-z_]* for ([a-z]*_*)*")
@@ -1769,7 +1779,7 @@ class Registrations:
         self.by_id = {registration.id: registration for registration in registrations}
         self._by_token = {hashlib.sha256(r.as_token.encode()).digest(): r for r in registrations}
         self._hs_tokens = {hashlib.sha256(r.hs_token.encode()).digest(): r for r in registrations}
-        self.claims = functools.lru_cache(maxsize=100_000)(self._claims)
+        self.known = functools.lru_cache(maxsize=100_000)(self._claims)
 
     def __iter__(self) -> Iterator[Registration]:
         return iter(self.by_id.values())
@@ -1780,8 +1790,13 @@ class Registrations:
     def of_hs_token(self, token_digest: bytes) -> Registration | None:
         return self._hs_tokens.get(token_digest)
 
+    def claims(self, kind: str, id: str) -> tuple[Claim, ...]:
+        """Every application service that has to do with this ID, each with its first reason. Only local users count, and only
+        what is short enough to be an ID.
+        """
+        return self.known(kind, id) if len(id) <= MAX_ID_BYTES else ()
+
     def _claims(self, kind: str, id: str) -> tuple[Claim, ...]:
-        """Every application service that has to do with this ID, each with its first reason. Only local users count."""
         if kind == "users" and server_of(id) != self.server_name:
             return ()
         found = []
@@ -1831,7 +1846,7 @@ class Registrations:
     def explain(self, id: str) -> JsonObject:
         """Who claims an ID or maps a URI, and why: each namespace with what it decides (README, The inspector's API)."""
         kind = next((kind for kind, sigil in KINDS.items() if id[:1] == sigil), "uris" if is_uri(id) else None)
-        if kind is None:
+        if kind is None or (kind != "uris" and len(id) > MAX_ID_BYTES):
             raise MatrixError("M_INVALID_PARAM", f"{shorten(id)!r} is no user ID (@…), alias (#…), room ID (!…) or URI (irc://…); "
                               f"@{shorten(id)}:{self.server_name} would be a user ID")
         told: JsonObject = {"id": id, "kind": {"users": "user", "aliases": "alias", "rooms": "room", "uris": "uri"}[kind],
@@ -2045,7 +2060,6 @@ class NamespaceDoctor:
         self.namespace, self.kind, self.regex, self.pattern = namespace, namespace.kind, namespace.regex, namespace.pattern
         self.sigil, self.server, self.escaped = KINDS[self.kind], server_name, re.sub(r"([.\[\]])", r"\\\1", server_name)
         self.where = f"{where}namespaces.{self.kind}[{namespace.index}].regex"
-        self.cost = cost_of(self.pattern)
         self.prefix, self.with_sigil = f"{self.sigil}irc_.*:{self.escaped}", re.sub(r"^\^?(?:\\?[@#!])?", self.sigil, self.regex)
 
     def findings(self, checks: Iterable[tuple[str, JsonObject]]) -> list[Finding]:
@@ -2053,13 +2067,21 @@ class NamespaceDoctor:
             "regex": self.regex, "noun": NOUNS[self.kind], "sigil": self.sigil, "server": self.server, "reason": self.cost.reason,
             "better": self.prefix, **words}) for name, words in checks]
 
+    @functools.cached_property
+    def cost(self) -> Cost:
+        return cost_of(self.pattern)
+
+    def slow(self) -> Iterator[tuple[str, JsonObject]]:
+        """Whether a match can take long, or nobody can tell."""
+        if DESERVES_A_LOOK.search(self.regex) and self.cost.verdict in ("heavy", "not analysable"):
+            yield self.cost.verdict, {}
+
     def examine(self) -> Iterator[tuple[str, JsonObject]]:
         if self.kind == "rooms" and self.namespace.exclusive:
             yield "exclusive rooms", {}
         if self.cost.verdict == "exponential":
             return                                           # the reader has said so
-        if self.cost.verdict != "harmless":
-            yield self.cost.verdict, {}
+        yield from self.slow()
         never = list(self.never())
         everybody = all(self.pattern.match(f"{self.sigil}{name}:{self.server}") for name in ("alice", "x.7", "_-z", "0"))
         if not self.regex:
@@ -2121,6 +2143,11 @@ class NamespaceDoctor:
         with contextlib.suppress(NotAnalysable):
             return self.match("elsewhere", usual=True) if self.regex and self.kind != "rooms" and self.match(self.escaped) else None
         return None
+
+
+def slow_uri(rule: UriRule, where: str) -> list[Finding]:
+    cost = cost_of(rule.pattern, uri=True)
+    return [complaint(cost.verdict, where, regex=rule.pattern.pattern, reason=cost.reason)] if cost.verdict != "harmless" else []
 
 
 class Doctor:
@@ -2186,9 +2213,8 @@ class Doctor:
 
     def _uris(self, where: str, one: Registration) -> None:
         for rule in one.uris:
-            path, cost = f"{where}: uris.{rule.kind}: '{rule.pattern.pattern}'", cost_of(rule.pattern)
-            if cost.verdict == "heavy":
-                self.say(cost.verdict, path, regex=rule.pattern.pattern, reason=cost.reason)
+            path = f"{where}: uris.{rule.kind}: '{rule.pattern.pattern}'"
+            self.findings += slow_uri(rule, path)
             with contextlib.suppress(NotAnalysable):
                 uri = common(chain(BEFORE, tree_of(rule.pattern), BEHIND))
                 id = uri and rule.apply(uri, self.server)
@@ -2210,10 +2236,13 @@ class Doctor:
                     self.say("overlap", f"{where}: namespaces", mine=mine, example=id, theirs=f"{theirs} of {other_where}")
 
 
-def never_matching(registration: Registration, server_name: str) -> list[Finding]:
-    """Of the doctor's findings those that make a start useless without anybody noticing."""
+def said_at_start(registration: Registration, server_name: str, thorough: bool) -> list[Finding]:
+    """Of the doctor's findings those that are said at the start: what can be slow and, which takes time to find out, what
+    makes the start useless without anybody noticing.
+    """
     doctors = [NamespaceDoctor(one, server_name) for kind in KINDS for one in registration.namespaces[kind]]
-    return [finding for doctor in doctors for finding in doctor.findings(doctor.never())]
+    found = [finding for doctor in doctors for finding in doctor.findings((*doctor.slow(), *(doctor.never() if thorough else ())))]
+    return found + [finding for rule in registration.uris for finding in slow_uri(rule, f"uris.{rule.kind}")]
 
 
 # ============================================================================
@@ -12808,11 +12837,16 @@ def describe(hs: Homeserver) -> None:
         log.info("application service %s at %s (%s): %s; events that wait: %d; %s", registration.id,
                  registration.url, reachable(registration.url),
                  registration.sender(hs.world.name), waiting.get(registration.id, 0), names)
-        for key in registration.unknown:
-            log.warning("application service %s: nobody reads the key %r of its registration; the nearest one is %r",
-                        registration.id, key, nearest(key, KNOWN_KEYS))
-        for finding in never_matching(registration, hs.world.name) if len(hs.config.registrations) <= 20 else ():     # it takes time
-            log.warning("application service %s: %s", registration.id, finding)
+        warn_of(hs, registration)
+
+
+def warn_of(hs: Homeserver, registration: Registration) -> None:
+    """Says of a registration that is used what may not be as it is meant."""
+    for key in registration.unknown:
+        log.warning("application service %s: nobody reads the key %r of its registration; the nearest one is %r",
+                    registration.id, key, nearest(key, KNOWN_KEYS))
+    for finding in said_at_start(registration, hs.world.name, thorough=len(hs.config.registrations) <= 20):   # it takes time
+        log.warning("application service %s: %s", registration.id, finding)
 
 
 def reachable(url: str | None) -> str:
@@ -12913,8 +12947,11 @@ def print_examination(found: Sequence[tuple[str, str, str, str, str]], as_json: 
 
 
 def reload(hs: Homeserver) -> None:
+    before = set(hs.world.registrations)
     try:
         hs.reload()
+        for registration in set(hs.world.registrations) - before:
+            warn_of(hs, registration)
     except ConfigError as error:
         log.error("the registrations are not read again, for something is wrong with them:\n%s", error)
 

@@ -1250,7 +1250,7 @@ def test_an_exclusive_entry_counts_before_one_that_is_not():
 def test_what_an_id_matches_is_remembered():
     some = registrations_of(registration())
     assert some.claims("users", "@_irc_a:localhost") is some.claims("users", "@_irc_a:localhost")
-    assert some.claims.cache_info().maxsize
+    assert some.known.cache_info().maxsize
 
 
 def test_the_owner_is_who_claims_exclusively():
@@ -1353,10 +1353,10 @@ def test_interest_ends_with_the_last_that_it_hangs_on():
 def test_a_message_in_a_busy_room_costs_no_regex():
     one = audience(registration(), members=["@_irc_a:localhost", "@alice:localhost"])
     one.interested("@alice:localhost", None)
-    misses = one.registrations.claims.cache_info().misses
+    misses = one.registrations.known.cache_info().misses
     for _ in range(10):
         one.interested("@alice:localhost", None)
-    assert one.registrations.claims.cache_info().misses == misses
+    assert one.registrations.known.cache_info().misses == misses
 
 
 # -- URIs
@@ -1433,7 +1433,14 @@ def steps(tree, text):
 HARMLESS = [
     "@_irc_.*", "@_irc_.*:example\\.org", "^@_irc_.*:localhost$", "@x_([a-z]+_)*[0-9]+", "@(?P<name>[^:]+):localhost", "@([a-z0-9.]+_)+bot", "@irc_(?:a|b|cd)*:x", "@.*_.*:x",
     "(?i)@IRC_[a-z]*[0-9]", "@[[:alnum:]]+_[[:digit:]]+:x", "", ".*", "@a?b?c?", "@(?:irc|xmpp|telegram)_.*", "@_irc_[^_]*_.*:x", "@a{2,5}b", "@(ab|ac)*d", r"@\w+:x", "@.{1,64}:x", "[^ -~]+é", "(?i)(a|A)*b"]
-EXPONENTIAL = ["(a+)+$", "(a|a)*b", "@(.*)*:x", "([a-z]+)*[0-9]", "(a*)*b", "(a|ab?)*c", "(?:a|aa)+$", "([a-z]*_?)*:", "(.*a){30}b", "(?:[a-z]+)+[0-9]", "(\\w+\\d?)*!", "(a?){40}b"]
+EXPONENTIAL = ["(a+)+$", "(a|a)*b", "@(.*)*:x", "([a-z]+)*[0-9]", "(a*)*b", "(a|ab?)*c", "(?:a|aa)+$", "([a-z]*_?)*:", "(.*a){30}b", "(?:[a-z]+)+[0-9]", "(\\w+\\d?)*!", "(a?){40}b",
+               "a?" * 30 + "b", "(?:a|b?a)" * 30 + "c", "(?x)(a+) *b", "(?s)(?:.|\n)*b", "(?i)(?:k|\u212ax?)*b"]
+# What bridges put into their registrations, and what is written by hand for them.
+OF_BRIDGES = [
+    "^@whatsapp_.*:example\\.org$", "^@whatsappbot:example\\.org$", "^@signal_[0-9a-f-]{36}:example\\.org$", "@telegram_[0-9]+:example\\.org", "#telegram_.*:example\\.org", "^@.*:example\\.org$", "@hbirc_.*",
+    "^@heisenbridge:example\\.org$", "@irc_.*:example\\.org", "#irc_.*:example\\.org", "@irc\\.example\\.org_.*", "@_github_.*:example\\.org", "#github_(.+)_(.+):example\\.org", "#github_disc_(.+)_(.+)_([0-9]+):example\\.org",
+    "@_webhooks_.*", "#jira_.*:example\\.org", "@_discordpuppet_.*:example\\.org", "@_mx_puppet_slack_.*", "@_discord_.*", "#_discord_[0-9]+_[0-9]+:example\\.org", "@!discord_.*", "@slack_[a-zA-Z0-9]+_U[A-Z0-9]+:.*", "@gitter_.*", "#gitter_.*",
+    "@_xmpp_.*", "#_bifrost_[^_]+_.*", "@_(?:facebook|instagram)_.*", "@(?:heisenbridge|hbirc_.*):example\\.org", "#twitter_@.*", "@_irc_[[:alnum:]_]+:example\\.org", ".*:example\\.org", "!.*"]
 
 
 @pytest.mark.parametrize("regex", HARMLESS)
@@ -1446,6 +1453,13 @@ def test_a_harmless_regex_costs_little_for_255_characters_whatever_they_are(rege
             before = time.thread_time()
             pattern.match(text)
             assert time.thread_time() - before < 0.05
+
+
+def test_the_regexes_of_bridges_in_use_are_harmless():
+    kinds = {"users": [], "aliases": [], "rooms": []}
+    for regex in OF_BRIDGES:
+        kinds[{"#": "aliases", "!": "rooms"}.get(regex[0], "users")].append(regex)
+    assert [regex for regex in OF_BRIDGES if asbridge.cost_of(asbridge.compile_regex(regex)).verdict != "harmless"] == [] and read_registration(registration(**kinds))[0]
 
 
 @pytest.mark.parametrize("regex", EXPONENTIAL)
@@ -1476,7 +1490,7 @@ def test_the_ways_of_a_regex_multiply_in_a_row_add_up_in_a_choice_and_are_one_wh
 
 @pytest.mark.parametrize("regex,what", [("@(?=a).*", "a look-around"), ("@(?!a).*", "a look-around"), ("(?<=@)a", "a look-around"), ("(?<!@)a", "a look-around"), ("(?!)", "a look-around"),
                                         (r"@(.)\1", "a back-reference"), ("(?P<a>.)(?P=a)", "a back-reference"), ("(@)?(?(1)a|b)", "a condition"), ("@(?>a+)b", "an atomic group"),
-                                        ("@a++b", "a possessive repeat"), (r"@a\b", "a word boundary"), ("@(?i:a)", "flags in its middle"), ("(" * 60 + "a" + "?)" * 60, None)])
+                                        ("@a++b", "a possessive repeat"), (r"@a\b", "a word boundary"), ("@(?i:a)", "flags in its middle"), ("(?a)(?:\\W|é)*b", "the flag a or m"), ("(?m)(?:^a\n|a\n)*b", "the flag a or m"), ("(" * 60 + "a" + "?)" * 60, None)])
 def test_what_no_tree_can_show_is_not_analysable_and_named(regex, what):
     cost = asbridge.cost_of(asbridge.compile_regex(regex))
     assert (cost.verdict, cost.reason) == ("not analysable", what) if what else cost.verdict != "not analysable"
@@ -1630,9 +1644,29 @@ def test_a_regex_that_can_take_for_ever_is_refused_with_the_reason(where, data):
     assert one is None and len(findings) == 1 and findings[0].startswith(f"x.yaml: {where}: ") and "can take for ever: it " in findings[0]
 
 
+def test_a_uri_is_longer_than_an_id_and_matched_as_a_whole_so_that_its_regex_has_to_be_plainer():
+    cost = [asbridge.cost_of(asbridge.compile_regex("x:(.*),(.*),(.*)"), uri).verdict for uri in (False, True)]
+    assert cost == ["harmless", "exponential"] and asbridge.cost_of(asbridge.compile_regex("x:([^,]*),([^,]*),(.*)"), uri=True) == ("harmless", 2049, "it can match a text in 2,049 ways")
+    one, findings = read_registration(registration(uris={"users": [{"regex": "x:(.*),(.*),(.*)", "user_id": "@_irc_x:{server_name}"}]}))
+    assert one is None and "uris.users[0].regex" in findings[0] and "can take for ever" in findings[0]
+
+
+@pytest.mark.parametrize("regex", ["@.*_.*_.*:x", r"@a\b", "@(?=a).*", r"@(.)\1", "(?m)@a", "@a++b", "@a?+b", "(?:a|b|ab|ba){0,16}c"])
+def test_no_regex_of_which_is_warned_is_taken_for_one_that_needs_no_look(regex):
+    assert asbridge.DESERVES_A_LOOK.search(regex) and asbridge.cost_of(asbridge.compile_regex(regex)).verdict in ("heavy", "not analysable")
+
+
+def test_what_is_longer_than_an_id_is_held_against_no_regex_and_not_remembered():
+    some = registrations_of(registration(users=["@_irc_.*"]))
+    long = "@_irc_" + "x" * 240 + ":localhost"
+    assert some.claims("users", long) == () and some.claims("users", long[:6] + long[7:]) and some.known.cache_info().currsize == 1
+    with refused("M_INVALID_PARAM"):
+        some.explain(long)
+
+
 @pytest.mark.parametrize("regex", EXPONENTIAL)
 def test_no_exponential_regex_is_taken_for_one_that_needs_no_look(regex):
-    assert asbridge.MAYBE_ENDLESS.search(regex)
+    assert asbridge.DESERVES_A_LOOK.search(regex)
 
 
 @pytest.mark.parametrize("regex", [r"#(?:\d+[^0-9])*x", r"#(?:\s+[^ ])*x", r"#(?:\w+[^a-z0-9_])*x"])
@@ -11906,6 +11940,19 @@ def test_at_the_start_the_log_warns_of_a_namespace_that_can_never_match_and_of_n
         "application service irc: namespaces.users[0].regex: '_irc_.*' matches no user ID; write '@_irc_.*'",
         "application service irc: namespaces.aliases[0].regex: '#irc:other' matches no alias of localhost; "
         "write '#irc:localhost', or give the other name as server_name (--server-name)"]
+
+
+def test_at_the_start_and_when_registrations_are_read_again_the_log_warns_of_a_regex_that_can_be_slow_or_can_not_be_analysed(start, caplog, tmp_path):
+    (tmp_path / "r.json").write_text(json.dumps(registration(users=["@_irc_.*_.*_.*:x"], aliases=["#(?=_irc).*"], uris={"users": [{"regex": "x:(.*),(.*)", "user_id": "@_irc_x:{server_name}"}]})))
+    hs = start(str(tmp_path / "r.json"), server_name="x")
+    told = ["namespaces.users[0].regex: '@_irc_.*_.*_.*:x' can be slow: it can match a text in 16,777,216 ways", "namespaces.aliases[0].regex: '#(?=_irc).*' can't be analysed, for it has a look-around",
+            "uris.users: 'x:(.*),(.*)' can be slow: it can match a text in 4,198,401 ways"]
+    for say in (lambda: asbridge.describe(hs), lambda: asbridge.reload(hs)):
+        caplog.clear(), say()
+        assert [record.getMessage().split("; ")[0] for record in caplog.records if record.levelname == "WARNING"] == [f"application service irc: {one}" for one in told]
+        (tmp_path / "r.json").write_text((tmp_path / "r.json").read_text().replace("as-irc", "as-other"))
+    caplog.clear(), asbridge.reload(hs)                      # nothing new, nothing said
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
 
 
 def test_version_is_printed(capsys):
