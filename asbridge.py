@@ -2826,7 +2826,7 @@ class Filter(NamedTuple):
 
     def passes(self, event: Event) -> bool:
         def any_type(types: Sequence[str]) -> bool:
-            return any(fnmatch.fnmatchcase(event.type, glob_of(one)) for one in types)
+            return any(one == event.type or ("*" in one and type_matcher(one)(event.type)) for one in types)
         if self.contains_url is not None and isinstance(event.content.get("url"), str) != self.contains_url:
             return False
         return ((self.types is None or any_type(self.types)) and not any_type(self.not_types)
@@ -2856,6 +2856,12 @@ EVERYTHING = Filter()
 def glob_of(pattern: str) -> str:
     """A type in which only '*' is special, as SQLite's GLOB."""
     return re.sub(r"[\[?]", lambda m: f"[{m[0]}]", pattern)
+
+
+@functools.lru_cache(maxsize=4096)
+def type_matcher(pattern: str) -> Callable[[str], object]:
+    """The same out of SQL. What stands before a '*' is found once and never looked for again, so that no pattern takes long."""
+    return re.compile(fnmatch.translate(glob_of(pattern))).match
 
 
 class Reader:
@@ -4296,7 +4302,10 @@ MAX_FIRST_EVENTS = 1000          # that a createRoom asks for: everybody waits w
 MAX_ASKED = 50                   # unknown users in one request for whom application services are asked
 MAX_UNREAD = 500                 # the newest events of a room that are looked at, to count what is unread
 MAX_TALLIES = 5000               # counts that are kept in memory, each of one user and room
-MAX_RULES_BYTES = 262_144        # of all push rules of a user
+MAX_RULES_BYTES = 65_536         # of all push rules of a user
+MAX_LOOKS = 5 * 10**9            # bytes of a user's own rules times bytes of events that are held against them in one go
+MAX_PATTERN = 255                # characters that a push rule looks for
+MAX_NAMES = 5000                 # types, senders or rooms in one list of a filter
 SCRYPT = {"n": 16_384, "r": 8, "p": 1}   # 16 MiB and 50 ms for a password:
 PASSWORDS = threading.Semaphore(2)       # two at a time
 
@@ -6139,6 +6148,9 @@ def default_rules(user_id: str) -> Raw:
     return Raw(re.sub(r"{(user_id|localpart)}", lambda m: _encode(names[m[1]])[1:-1], _encode({"global": rules})))
 
 
+DEFAULT_RULES_BYTES = len(default_rules("@alice:localhost"))
+
+
 def push_rules(reader: Reader, user_id: str) -> Raw:
     return reader.account_data(user_id, "", "m.push_rules") or default_rules(user_id)
 
@@ -6178,6 +6190,9 @@ class Notifications:
         if id[:1] == "." or "/" in id or "\\" in id:
             raise MatrixError("M_INVALID_PARAM", f"{shorten(id)!r} is no rule ID for a user: it may not begin with '.', which is for "
                               "the server's rules, and may have no '/' and no '\\'")
+        for condition in conditions_of(kind, {"rule_id": id, **parts}):
+            if len(str(condition.get("pattern", ""))) > MAX_PATTERN:
+                raise MatrixError("M_INVALID_PARAM", f"a pattern may have {MAX_PATTERN} characters at most")
 
         def change(content: JsonObject) -> None:
             rules = content["global"][kind]
@@ -6209,8 +6224,11 @@ class Notifications:
 def glob_matcher(pattern: str, words: bool) -> Callable[[str], object]:
     """Whether a text in lower case matches: as a whole, or a part of it that begins and ends at a word boundary.
 
-    What stands before a '*' is found as early as can be and never looked for again, so that no pattern takes long.
+    What stands before a '*' is found as early as can be and never looked for again, so that no pattern takes long. One that is too
+    long itself, as a display name may be, or a rule that is older than the limit, matches nothing.
     """
+    if len(pattern) > MAX_PATTERN:
+        return lambda text: False
     first, *rest = [re.escape(part).replace(r"\?", ".") for part in re.split(r"\*+", pattern.lower())]
     begin, end = (r".*?(?<![a-z0-9_])", r"(?![a-z0-9_])") if words else ("", r"\Z")
     *settled, last = [begin + first, *(f".*?{part}" for part in rest)]
@@ -6378,7 +6396,7 @@ class PushRules:
 
     def __init__(self, content: str) -> None:
         ruleset = json.loads(content)["global"]
-        self.content = content
+        self.content, self.weight = content, 100 + max(0, len(content) - DEFAULT_RULES_BYTES)
         self._rules = [ready_rule(kind, rule) for kind in RULE_KINDS for rule in ruleset[kind] if rule["enabled"]]
         self._by_type: dict[str, list[ReadyRule]] = {}
         # Whether comings and goings may notify. Who has joined is not invited.
@@ -6477,6 +6495,8 @@ class Unread:
         """What notifies, with what is new. Who sends something has `read` what stands before it in its thread."""
         notes, facts = dict(tally.notes), RoomFacts(reader, room, tally.displayname)
         rows = reader.notable(room, user_id, max(tally.upto, read[-1]), now, MAX_UNREAD, tally.rules.members)
+        sizes = itertools.accumulate(len(row[4]) for row in rows)
+        rows = rows[:1 + sum(size * tally.rules.weight < MAX_LOOKS for size in sizes)]       # the newest ones
         for tick, type, state_key, sender, text, relates_to, rel_type in reversed(rows):
             own, rule = sender == user_id, None
             if type == "m.room.redaction":
@@ -6535,6 +6555,8 @@ def names_in(source: JsonObject, key: str) -> list[str] | None:
     names = source.get(key)
     if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
         raise MatrixError("M_BAD_JSON", f"{key!r} in a filter must be a list of texts, not {shorten(names)}")
+    if names and (len(names) > MAX_NAMES or len(max(names, key=len)) > MAX_ID_BYTES):
+        raise MatrixError("M_INVALID_PARAM", f"{key!r} in a filter may have {MAX_NAMES:,} texts of {MAX_ID_BYTES} characters at most")
     return names
 
 

@@ -4316,6 +4316,25 @@ def test_a_filter_may_name_thousands_of_types(three, where):
         assert alice.messages(room, filter=json.dumps(many))["chunk"] == []
 
 
+@pytest.mark.parametrize("names", [["*a" * 200], ["x" * 256], ["*" * 300], ["x"] * 5001])
+def test_a_filter_has_a_largest_size(three, names):
+    hs, alice, _, _, room = three
+    for use in (lambda: alice.messages(room, filter=json.dumps({"types": names})), lambda: alice.ask("POST", "user", alice.user_id, "filter", body={"room": {"timeline": {"not_types": names}}})):
+        with refused("M_INVALID_PARAM", 400, "255 characters"):
+            use()
+
+
+def test_no_filter_takes_long(three):
+    hs, alice, _, _, room = three
+    event_id = alice.send(room, "a" * 255, {})
+    hostile = {"types": ["*a" * 127 + "b", "*a*a*a*a*a*a*a*b"] * 100, "not_types": [f"*a*{n}*b" for n in range(4000)]}
+    began = time.thread_time()
+    with hs.world.store.read() as reader:
+        assert not asbridge.event_filter(hostile).passes(reader.event(1, event_id))
+        assert reader.events(1, 0, 2**62, 100, False, asbridge.event_filter(hostile)) == []
+    assert time.thread_time() - began < 1
+
+
 @pytest.mark.parametrize("contains,expected", [(True, ["i"]), (False, ["t"])])
 def test_a_filter_may_ask_for_events_with_a_url(three, contains, expected):
     hs, alice, _, _, room = three
@@ -4998,7 +5017,7 @@ def test_all_rules_together_have_a_size_that_is_bounded(three, monkeypatch):
     alice = three[1]
     monkeypatch.setattr(asbridge, "MAX_RULES_BYTES", 10_000)
     with refused("M_TOO_LARGE", 413):
-        alice.call("PUT", f"{RULES}/content/x", {"pattern": "x" * 9000, "actions": []})
+        alice.call("PUT", f"{RULES}/content/x", {"pattern": "x", "actions": [{"set_tweak": "x" * 9000}]})
     assert rule_ids(alice, "content") == [".m.rule.contains_user_name"]
 
 
@@ -5125,6 +5144,36 @@ def test_no_pattern_takes_long():
     for words in (True, False):
         assert not asbridge.glob_matcher("*".join("a" * 30) + "*b", words)("a " * 30_000)
     assert time.monotonic() - began < 2
+
+
+@pytest.mark.parametrize("pattern", ["*a" * 60 + "*b", "a?" * 127 + "b", "?" * 255, "!?" * 127 + "b", "a" * 127 + "?" + "a" * 126 + "b"])
+@pytest.mark.parametrize("body", ["a" * 60_000, "!" * 60_000])
+def test_one_pattern_and_one_body_of_the_largest_size_take_no_second(pattern, body):
+    began = time.thread_time()
+    asbridge.glob_matcher(pattern, True)(body), asbridge.glob_matcher(pattern, False)(body)
+    assert time.thread_time() - began < 0.5
+
+
+def test_what_is_unread_is_counted_in_no_more_events_than_one_s_own_rules_leave_time_for(three, monkeypatch):
+    hs, alice, bob, _, room = three
+    bob.join(room)
+    said = [alice.say(room, "x") for _ in range(10)]
+    with hs.world.store.read() as reader:
+        size = len(reader.event(1, said[0]).json)
+    monkeypatch.setattr(asbridge, "MAX_LOOKS", 1000 * size)
+    assert unread(bob, room)[0][0] == 10
+    bob.call("PUT", f"{RULES}/content/x", {"pattern": "?" * 250, "actions": []})
+    assert unread(bob, room)[0][0] in (2, 3, 4)
+
+
+def test_a_pattern_has_a_largest_length_and_what_is_longer_matches_nothing(three):
+    hs, alice, *_ = three
+    for kind, parts in (("content", {"pattern": "x" * 256}), ("override", {"conditions": [{"kind": "event_match", "key": "type", "pattern": "*" * 256}]})):
+        with refused("M_INVALID_PARAM", 400, "255"):
+            alice.call("PUT", f"{RULES}/{kind}/long", {"actions": [], **parts})
+    alice.call("PUT", f"{RULES}/content/fits", {"actions": [], "pattern": "x" * 255})
+    name = "Al?ce " * 50                                     # a display name is no shorter than people make it
+    assert decides({"body": name + "!"}, displayname=name) == ("message", True, False)
 
 
 # -- Notifications: what is unread.
