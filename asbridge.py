@@ -156,7 +156,7 @@ class MatrixError(Exception):
     `extra` goes into the body beside `errcode` and `error`.
     """
 
-    def __init__(self, errcode: str, error: str, http_status: int | None = None, **extra: Any) -> None:
+    def __init__(self, errcode: str, error: str, http_status: int | None = None, /, **extra: Any) -> None:
         super().__init__(error)
         self.errcode, self.error, self.extra = errcode, error, extra
         self.status = http_status or ERRORS.get(errcode, 400)
@@ -291,7 +291,17 @@ def parse_json(data: bytes | str) -> Any:
             _encode(value).encode("utf-8")
         return value
     except (ValueError, RecursionError) as error:
-        raise MatrixError("M_NOT_JSON", f"the body is not JSON in UTF-8: {shorten(str(error), 200)}") from None
+        raise MatrixError("M_NOT_JSON", f"the body is not JSON in UTF-8: {why_not_json(data, error)}") from None
+
+
+def why_not_json(data: bytes | str, error: Exception) -> str:
+    if isinstance(error, RecursionError):
+        return f"nested deeper than {MAX_DEPTH} levels"
+    if isinstance(data, bytes) and (data[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\0" in data[:4]):
+        return "it is UTF-16 or UTF-32"
+    if data[:3] == b"\xef\xbb\xbf" or data[:1] == "\ufeff":
+        return "it begins with a byte order mark, which has no place there"
+    return shorten(str(error), 200)
 
 
 def parse_object(data: bytes) -> JsonObject:
@@ -3093,9 +3103,10 @@ class Reader:
                         user_id, to_json(parents), visible, user_id)
 
     def has_annotated(self, parent: int, sender: str, type: str, key: Any) -> bool:
+        # Of several paths json_extract makes a list of JSON; of a single one a text, which may end at a NUL in it.
         return self.one("SELECT 1 FROM events WHERE relates_to = ? AND rel_type = 'm.annotation' AND sender = ? AND type = ? "
-                        "AND json_extract(json, '$.content.\"m.relates_to\".key') = ?",
-                        parent, sender, type, key if isinstance(key, str) else None) is not None
+                        "AND json_extract(json, '$.content.\"m.relates_to\".key', '$.type') = ?",
+                        parent, sender, type, to_json([key, type]) if isinstance(key, str) else None) is not None
 
     def latest_edit(self, event: Event, visible: str) -> Event | None:
         """The most recent valid replacement of an event that is not redacted (Event replacements, Validity)."""
@@ -3150,9 +3161,10 @@ class Reader:
 
     def own_memberships(self, room: int, user_id: str) -> list[Any]:
         """(tick, membership, displayname) of each change, old to new."""
-        return self.all("SELECT tick, json_extract(json, '$.content.membership'), json_extract(json, '$.content.displayname') "
+        rows = self.all("SELECT tick, json_extract(json, '$.content.membership', '$.content.displayname') "
                         "FROM events WHERE room = ? AND type = 'm.room.member' AND state_key = ? AND state_key IS NOT NULL "
                         "ORDER BY tick", room, user_id)
+        return [(tick, *json.loads(both)) for tick, both in rows]
 
     # -- keys and messages to devices (end-to-end encryption)
 
@@ -12129,7 +12141,7 @@ class IrcBridge(AppService):
         relation = relation if isinstance(relation, dict) else {}
         if relation.get("rel_type") == "m.replace" and isinstance(content.get("m.new_content"), dict):
             content, mark = content["m.new_content"], "* "
-        kind = content.get("msgtype") if event["type"] == "m.room.message" else event["type"]
+        kind = str(content.get("msgtype")) if event["type"] == "m.room.message" else event["type"]
         text = CONTROL.sub("", str(content.get("body", "")).replace("\r\n", "\n").replace("\t", " "))
         if kind == "m.room.encrypted":
             return "NOTICE", "(an encrypted message, which the bridge can't read)", False
@@ -12146,14 +12158,14 @@ class IrcBridge(AppService):
     def _reply(self, text: str, to: Any) -> str:
         """'bob: yes', as one answers on IRC."""
         text, user_id = strip_quote(text)
-        nick, _ = self.said.get(to.get("event_id", "") if isinstance(to, dict) else "", ("", ""))
+        nick, _ = self.said.get(str(to.get("event_id", "") if isinstance(to, dict) else ""), ("", ""))
         nick = nick or (self.nick_of(user_id) if user_id else "")
         return f"{nick}: {text}" if nick else text
 
     def _on_redaction(self, event: JsonObject, channel: Channel | None) -> None:
         """Says whose and which, but does not repeat what somebody wanted to be gone."""
         if not self.is_ours(event["sender"]):
-            nick, at = self.said.get(event.get("redacts") or event["content"].get("redacts", ""), ("", ""))
+            nick, at = self.said.get(str(event.get("redacts") or event["content"].get("redacts", "")), ("", ""))
             what = f"{nick}'s message of {at}" if nick else "a message"
             self._relay(event, channel, "PRIVMSG", f"deletes {what}", True)
 

@@ -233,12 +233,30 @@ def test_an_error_is_rendered_as_the_standard_error_response():
     assert MatrixError("M_FORBIDDEN", "", 418).status == 418 and MatrixError("ORG.EXAMPLE", "").status == 400
 
 
+def test_an_error_may_have_any_further_keys():
+    extra = {"self": 1, "http_status": 2, "extra": 3}
+    assert MatrixError("M_X", "x", 400, **extra).body() == {"errcode": "M_X", "error": "x", **extra}
+
+
 @pytest.mark.parametrize("data", [
     b"{", b"nope", b"NaN", b'{"a":Infinity}', b"[-Infinity]", b"\xff", b'"\xed\xa0\x80"', b'"\\ud800"', b'{"\\udfff":1}', b'["\\uD83D x"]', b"\xef\xbb\xbf{}",
     pytest.param(b"[" * 100_000, id="deep list"), pytest.param(b'{"a":' * 100_000, id="deep object"), pytest.param(b"1" * 5000, id="long number"), b'{"a":1,}', b"'a'", b'"\n"', b"{} {}", b" "])
 def test_what_is_not_json_is_refused(data):
     with refused("M_NOT_JSON", 400):
         asbridge.parse_json(data)
+
+
+@pytest.mark.parametrize("data,why", [
+    (b"[" * 100_000, "nested deeper than 100 levels"), (b"[" * 101 + b"]" * 101, "nested deeper than 100 levels"), (b'{"a":NaN}', "NaN is no number"), (b"[-Infinity]", "-Infinity is no number"),
+    (b"1e400", "1e400 is no number"), (b'"\\ud800"', "surrogates not allowed"), ("{}".encode("utf-16"), "it is UTF-16"), ("{}".encode("utf-16-le"), "it is UTF-16"), ("{}".encode("utf-16-be"), "it is UTF-16"),
+    ("{}".encode("utf-32"), "it is UTF-16 or UTF-32"), (b"\xef\xbb\xbf{}", "byte order mark"), ("\ufeff{}", "byte order mark"), (b'{"a":1,}', "line 1 column 8")])
+def test_what_is_not_json_is_told_why(data, why):
+    with refused("M_NOT_JSON", 400, why):
+        asbridge.parse_json(data)
+
+
+def test_of_a_key_that_stands_twice_the_last_value_counts():
+    assert asbridge.parse_object(b'{"a": 1, "b": {"x": 1, "x": 2}, "a": 3}') == {"a": 3, "b": {"x": 2}}
 
 
 def test_surrogates_in_pairs_are_one_character():
@@ -8401,6 +8419,7 @@ def test_a_change_of_devices_while_a_service_is_down_comes_after_a_restart(start
 
 # -- Third-party networks.
 
+OTHERS = [b"", b"[" * 100_000, b"NaN", b"1e400", b'"\\ud800"', b"\xff\xfe[\0]\0", b'[{"userid":"@a:b","protocol":"irc","fields":{"' + b"k" * 1_000_000 + b'":1}}]']     # answers that are no value of a wrong type
 IRC_PROTOCOL = {"user_fields": ["network", "nickname"], "location_fields": ["network", "channel"], "icon": "mxc://x/y",
                 "field_types": {"nickname": {"regexp": ".*", "placeholder": "nick"}},
                 "instances": [{"network_id": "libera", "desc": "Libera", "fields": {"network": "irc.libera.chat"}}]}
@@ -8462,6 +8481,30 @@ def test_a_service_that_fails_or_tells_nonsense_of_a_protocol_is_left_out(start,
     found = third_party(hs.client("alice"), "protocols")
     assert [one["instance_id"] for one in found["irc"]["instances"]] == ["good|libera"]
     assert [record.args[0] for record in caplog.records if "third-party" in record.message] == ["bad"]
+
+
+def test_no_value_of_a_wrong_type_in_the_answers_of_a_service_makes_the_homeserver_fail(start, recorder):
+    r = recorder()
+    hs = start(registration(url=r.url, protocols=["irc"]))
+    alice, client = hs.client("alice"), asbridge.HttpClient(hs.url)
+    people = [{"userid": "@_irc_bob:localhost", "protocol": "irc", "fields": {"nickname": "bob"}}]
+    places = [{"alias": "#_irc_x:localhost", "protocol": "irc", "fields": {"channel": "#x"}}]
+    for where, right in (("protocols", IRC_PROTOCOL), ("user/irc", people), ("location/irc", places), ("user?userid=@_irc_bob:localhost", people)):
+        for answer in (*WRONG, *some(mutations(right)), *OTHERS):
+            r.answer = lambda request, body, answer=answer: (200, answer)
+            hs.advance(61)                                   # what it said about a protocol is forgotten
+            status, found = client.request("GET", f"{V3}/thirdparty/{where}", None, {"Authorization": f"Bearer {alice.token}"})
+            assert status == 200 or (status, json.loads(found)["errcode"]) == (404, "M_NOT_FOUND"), (where, answer, status, found)
+    client.close()
+
+
+@pytest.mark.parametrize("status,answer", [(200, b"["), (200, b"\xff\0"), (200, b"null"), (200, b"[" * 100_000), (404, b"\xff"), (404, b"[]"), (404, {"errcode": 5, "error": ["x"]})])
+def test_an_answer_to_a_query_is_its_status_whatever_its_body_says(start, recorder, status, answer):
+    r = recorder()
+    hs = start(registration(url=r.url))
+    r.answer = lambda request, body: (status, answer)
+    assert ask(hs, "GET", f"{V3}/profile/@_irc_bob:localhost", hs.client("alice").token) == (404, {"errcode": "M_NOT_FOUND", "error": "there is no user @_irc_bob:localhost"})
+    assert ask(hs, "POST", "/_matrix/client/v1/appservice/irc/ping", "as-irc", {})[0] == (200 if status == 200 else 502)
 
 
 @pytest.mark.parametrize("garbage", [500, b"no json", b"5", {}, [{}], [5], [{"userid": 5, "protocol": "irc", "fields": {}}], [{"userid": "@a:b", "protocol": "irc"}],
@@ -9146,6 +9189,66 @@ def test_a_body_that_is_no_object_is_refused(start, body, errcode):
     assert ask(hs, "POST", V3 + "/createRoom", hs.client("alice").token, body)[1]["errcode"] == errcode
 
 
+NUL, LONG_KEY = b'{"a":"\\u0000b","\\u0000":"\\u0001"}', b'{"' + b"k" * 1_000_000 + b'":1}'
+SHAPES = [                                                   # JSON, what an event makes of it, what all else does, and a word of the text that says why not
+    (b'{"a":' * 100_000, "M_NOT_JSON", "M_NOT_JSON", "nested deeper than 100 levels"), (b'{"a":NaN}', "M_NOT_JSON", "M_NOT_JSON", "NaN is no number"),
+    (b'{"a":[-Infinity]}', "M_NOT_JSON", "M_NOT_JSON", "-Infinity is no number"), (b'{"a":1e400}', "M_NOT_JSON", "M_NOT_JSON", "1e400 is no number"),
+    (b'{"a":"\\udc00"}', "M_NOT_JSON", "M_NOT_JSON", "surrogates"), (b'{"\\ud800":1}', "M_NOT_JSON", "M_NOT_JSON", "surrogates"), (b'{"a":"\0"}', "M_NOT_JSON", "M_NOT_JSON", "control character"),
+    (b'{"a":9007199254740992}', "M_BAD_JSON", None, "(2^53)-1"), (b'{"a":[-9007199254740992]}', "M_BAD_JSON", None, "(2^53)-1"), (b'{"a":0.5}', "M_BAD_JSON", None, "numbers are integers"), (b'{"a":1e2}', "M_BAD_JSON", None, "numbers are integers"),
+    (LONG_KEY, "M_TOO_LARGE", None, "65536"), (NUL, None, None, ""), (b'{"a":1,"a":{"b":1,"b":2}}', None, None, ""), (b'{"a":9007199254740991,"b":-9007199254740991}', None, None, ""),
+    (b'{"a":' * 90 + b"1" + b"}" * 90, None, None, ""), ('{"é":"\U0001f600\u2028"}'.encode(), None, None, "")]
+BODY_SHAPES = [(b"[]", "M_BAD_JSON", "object, not []"), (b"null", "M_BAD_JSON", "object, not null"), (b'"{}"', "M_BAD_JSON", "object, not"), ("{}".encode("utf-16"), "M_NOT_JSON", "UTF-16"),
+               ("{}".encode("utf-16-le"), "M_NOT_JSON", "UTF-16"), (b"\xef\xbb\xbf{}", "M_NOT_JSON", "byte order mark"), (b"\xff", "M_NOT_JSON", "UTF-8"), (b"{} {}", "M_NOT_JSON", "Extra data")]
+
+
+def endpoints_that_store(alice, room):
+    """Name → method, path, and what a body is put into."""
+    return {"event": ("PUT", path("rooms", room, "send", "org.x", secrets.token_hex(4)), b"%b"), "state": ("PUT", path("rooms", room, "state", "org.x", "k"), b"%b"),
+            "account data": ("PUT", path("user", alice.user_id, "account_data", "org.x"), b"%b"), "data of a room": ("PUT", path("user", alice.user_id, "rooms", room, "account_data", "org.x"), b"%b"),
+            "filter": ("POST", path("user", alice.user_id, "filter"), b"%b"), "profile": ("PUT", path("profile", alice.user_id, "displayname"), b'{"displayname":"x","other":%b}'),
+            "to-device": ("PUT", path("sendToDevice", "org.x", secrets.token_hex(4)), b'{"messages":{"@alice:localhost":{"*":%b}}}')}
+
+
+def what_was_stored(alice, room, name, answer):
+    if name == "filter":
+        return alice.ask("GET", "user", alice.user_id, "filter", answer["filter_id"])
+    if name == "to-device":
+        return [event["content"] for event in alice.sync()["to_device"]["events"]][-1]
+    return {"event": lambda: alice.event(room, answer["event_id"])["content"], "state": lambda: alice.call("GET", path("rooms", room, "state", "org.x", "k")),
+            "account data": lambda: alice.account_data("org.x"), "data of a room": lambda: alice.account_data("org.x", room)}[name]()
+
+
+@pytest.mark.parametrize("name", ["event", "state", "account data", "data of a room", "filter", "profile", "to-device"])
+def test_every_shape_of_json_is_refused_with_the_reason_or_comes_back_as_it_was(three, name):
+    hs, alice, _, _, room = three
+    for data, in_event, elsewhere, why in SHAPES:
+        method, where, around = endpoints_that_store(alice, room)[name]
+        errcode = in_event if name in ("event", "state") else elsewhere
+        status, answer = ask(hs, method, where, alice.token, around % data)
+        assert (status, answer.get("errcode")) == ((200, None) if errcode is None else (413 if errcode == "M_TOO_LARGE" else 400, errcode)), data[:50]
+        assert why in answer["error"] if errcode else name == "profile" or repr(sorted(what_was_stored(alice, room, name, answer).items())) == repr(sorted(json.loads(data).items()))
+    for data, errcode, why in BODY_SHAPES:
+        status, answer = ask(hs, *endpoints_that_store(alice, room)[name][:2], alice.token, data)
+        assert (status, answer["errcode"]) == (400, errcode) and why in answer["error"], data
+
+
+def test_a_nul_in_a_text_is_a_character_like_others_wherever_it_is_stored_and_looked_for(three):
+    hs, alice, bob, _, room = three
+    bob.join(room)
+    event_id = alice.say(room, "a\0b")
+    assert bob.messages(room)["chunk"][0]["content"]["body"] == joined(bob.sync(), room)["timeline"]["events"][-1]["content"]["body"] == "a\0b"
+    for key in ("+\0a", "+\0b"):                             # one is not the other
+        bob.send(room, "m.reaction", {"m.relates_to": {"rel_type": "m.annotation", "event_id": event_id, "key": key}})
+    with refused("M_DUPLICATE_ANNOTATION"):
+        bob.send(room, "m.reaction", {"m.relates_to": {"rel_type": "m.annotation", "event_id": event_id, "key": "+\0a"}})
+    renamed(bob, "B\0b")
+    assert joined(alice.sync(), room)["timeline"]["events"][-1]["content"]["displayname"] == "B\0b"
+    assert [one["user_id"] for one in alice.ask("POST", "user_directory", "search", body={"search_term": "b\0b"})["results"]] == [bob.user_id]
+    read = bob.sync()["next_batch"]
+    alice.say(room, "B is a part of the name only")
+    assert unread(bob, room, read)[0][1] == 0
+
+
 def test_an_empty_body_is_an_empty_object(three):
     hs, alice, bob, _, room = three
     for where in (path("join", room), path("rooms", room, "leave"), path("rooms", room, "forget"), V3 + "/createRoom", V3 + "/logout"):
@@ -9585,6 +9688,11 @@ def mutations(body):
             changed = copy.deepcopy(body)
             functools.reduce(lambda value, key: value[key], where[:-1], changed)[where[-1]] = wrong
             yield changed
+
+
+def some(mutations):
+    """Every third of them: another wrong value in each place, and in the end all of them in some."""
+    return itertools.islice(mutations, 0, None, 3)
 
 
 RELATED = {"rel_type": "m.thread", "event_id": "{event}", "key": "+", "is_falling_back": True, "m.in_reply_to": {"event_id": "{event}"}}
@@ -10063,6 +10171,28 @@ def test_whoever_looks_at_what_passes_is_answered_as_soon_as_something_does(link
 def test_nonsense_to_the_api_is_refused_in_the_form_of_the_specification(target, method, path, body, errcode):
     status, answer = inspect(target.hs, method, path, body)
     assert answer["errcode"] == errcode and answer["error"] and 400 <= status < 500
+
+
+ADMIN_BODIES = [
+    ("rooms", {"user_id": "@alice:localhost", "room": "new"}), ("rooms", {"user_id": "@alice:localhost", "room": "#none:localhost"}), ("rooms", {"user_id": "@alice:localhost", "room": "@carol:localhost"}),
+    ("people", {"name": "erin"}), ("say", {"user_id": "@alice:localhost", "room_id": "!x:localhost", "body": "x"}), ("clock", {"advance": 1}), ("examine", {"appservice": "irc", "queries": False}),
+    ("faults", {"appservice": "irc", "fault": "status", "on": "transactions", "times": 1, "probability": 0.5, "seed": 1, "delay_ms": 1, "status": 500}),
+    ("pause", {"appservice": "irc"}), ("resume", {"appservice": "irc"}), ("retry", {"appservice": "irc"}), ("skip", {"appservice": "irc"}), ("ping", {"appservice": "irc"}),
+    ("replay", {"appservice": "irc", "txn_id": "1", "new_id": True})]
+ADMIN_QUERIES = ["exchanges?since={}", "exchanges?timeout={}", "exchange?n={}", "transactions?appservice=irc&limit={}", "transactions?appservice={}", "explain?id={}", "why?event={}&appservice=irc",
+                 "why?event=$x&appservice={}", "timeline?room={}", "timeline?room=!x:localhost&limit={}", "faults?appservice={}"]
+
+
+def test_no_value_of_a_wrong_type_makes_the_inspector_fail(start):
+    target = Target(start(registration()))
+    asked = [("POST", where, body) for where, right in ADMIN_BODIES for body in (right, *WRONG, *some(mutations(right)))]
+    asked += [("GET", where.format(value if value[:1] == "%" else quote(value)), None) for where in ADMIN_QUERIES for value in (*WRONG_QUERIES, "@" + "x" * 300, "x:" + "y" * 3000, "@a:b\0")]
+    failed = [(*one, status) for one in asked for status, answer in [inspect(target.hs, *one)]
+              if (status >= 500 and answer["errcode"] == "M_UNKNOWN") or (status >= 400 and not (answer.get("errcode") and answer.get("error")))]
+    assert failed == []
+    assert {path for path, _ in ADMIN_BODIES} == {route.path.removeprefix("/_asbridge/") for route in asbridge.ADMIN_ROUTES if route.method == "POST"}
+    target.hs.faults("irc").clear()
+    target.reads()
 
 
 @pytest.mark.parametrize("headers", [
@@ -10667,6 +10797,42 @@ def test_a_transaction_id_that_is_used_again_for_other_events_does_not_swallow_t
     for events in (some_events("$one"), some_events("$two"), some_events("$one", "$two")):
         assert as_request(service, "PUT", PUSH + "1", events)[0] == 200
     assert service.events == ["$one", "$two"]
+
+
+EVENT = {"event_id": "$1", "type": "m.room.member", "room_id": "!room:test", "sender": "@alice:test", "state_key": "@_irc_bob:test", "origin_server_ts": 5,
+         "content": {"membership": "invite", "displayname": "x"}, "unsigned": {"age": 5}}
+PUSHED = {"events": [EVENT], "ephemeral": [{"type": "m.receipt", "room_id": "!room:test", "content": {"$1": {"m.read": {"@alice:test": {"ts": 1}}}}}],
+          "de.sorunome.msc2409.to_device": [{"type": "m.x", "sender": "@alice:test", "content": {}, "to_user_id": "@_irc_bob:test", "to_device_id": "D"}],
+          "org.matrix.msc3202.device_lists": {"changed": ["@alice:test"], "left": []}, "org.matrix.msc3202.device_one_time_keys_count": {"@_irc_bob:test": {"D": {"signed_curve25519": 5}}}}
+
+
+WRITTEN = ("membership", "displayname", "body", "msgtype", "url", "m.relates_to", "m.new_content", "name", "topic", "alias", "aliases", "redacts", "replacement_room")
+
+
+@pytest.mark.parametrize("kind", ["an application service", "the IRC bridge"])
+def test_no_value_of_a_wrong_type_in_what_a_homeserver_sends_makes_a_service_fail(fake, request, caplog, kind):
+    service = request.getfixturevalue("service" if kind == "an application service" else "bridge")
+    if kind == "the IRC bridge":
+        bob = Irc(service, "bob", "#lobby")
+        channel_is_known(service)
+    types = ("m.room.message", "m.room.name", "m.room.topic", "m.room.aliases", "m.room.canonical_alias", "m.room.redaction", "m.room.tombstone")
+    message = {"msgtype": "m.text", "body": "x", "url": "mxc://x/y", "m.relates_to": {"rel_type": "m.replace", "event_id": "$0", "m.in_reply_to": {"event_id": "$0"}}, "m.new_content": {"body": "y", "msgtype": "m.text"}}
+    contents = [(type, dict.fromkeys(WRITTEN, wrong)) for type, wrong in itertools.product(types, WRONG)] + [("m.room.message", one) for one in mutations(message)]
+    written = [{"events": [{**EVENT, "type": type, "content": content}]} for type, content in contents if isinstance(content, dict)]
+    for n, body in enumerate((*WRONG, *some(mutations(PUSHED)), *written)):
+        if body is written[0]:
+            caplog.clear()                                   # from here on as any homeserver may send it: nothing to be logged as failed
+        status, answer = as_request(service, "PUT", f"{PUSH}w{n}", json.dumps(body).replace("$1", f"$w{n}").encode())
+        assert status == 200 or (status, answer["errcode"]) == (400, "M_BAD_JSON"), (body, status, answer)
+    for body in WRONG:
+        assert as_request(service, "POST", "/_matrix/app/v1/ping", json.dumps(body).encode())[0] in (200, 400)
+    for kind, segment in itertools.product(("users", "rooms", "thirdparty/protocol", "thirdparty/user", "thirdparty/location"), WRONG_SEGMENTS):
+        status, answer = as_request(service, "GET", f"/_matrix/app/v1/{kind}/{segment}")
+        assert (status, answer["errcode"]) in ((404, "M_NOT_FOUND"), (404, "M_UNRECOGNIZED"), (400, "M_INVALID_PARAM")), (kind, segment, status, answer)
+    assert as_request(service, "PUT", PUSH + "last", some_events("$last")) == (200, {}) and not [record for record in caplog.records if record.exc_info]
+    if kind == "the IRC bridge":
+        message(service, "still here")
+        bob.wait("still here")
 
 
 def test_an_event_that_needs_a_homeserver_that_is_away_is_pushed_again(tmp_path):
