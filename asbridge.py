@@ -810,13 +810,49 @@ def hang_up(sock: socket.socket) -> None:
 
 
 class _TimedSocket(socket.socket):
-    """A socket whose reads all end by one deadline, however slowly the bytes trickle in."""
+    """A socket whose reads all end by one deadline, however slowly the bytes trickle in, and after so many bytes."""
 
-    deadline = 0.0
+    deadline, left = 0.0, 0
+    quiet = False                                            # nothing more is to be received
 
     def recv_into(self, *args: Any) -> int:
+        if self.quiet:
+            raise BlockingIOError(errno.EAGAIN, "not now")
         self.settimeout(max(0.001, self.deadline - time.monotonic()))
-        return super().recv_into(*args)
+        count = super().recv_into(*args)
+        self.left -= count
+        if self.left < 0:
+            raise ValueError("the answer does not end")
+        return count
+
+
+@functools.cache
+def _timed_tls() -> type[_TimedSocket]:
+    """The same over TLS, which not every Python has."""
+    return type("_TimedTls", (_TimedSocket, importlib.import_module("ssl").SSLSocket), {})
+
+
+class _Reply(http.client.HTTPResponse):
+    """An answer, after those that only say that there will be one (1xx), and whether more than it has come."""
+
+    def __init__(self, sock: _TimedSocket, *args: Any, **keys: Any) -> None:
+        super().__init__(sock, *args, **keys)
+        self.sock, self.more = sock, False
+
+    def _read_status(self) -> tuple[str, int, str]:
+        while True:
+            version, status, reason = super()._read_status()  # type: ignore[misc]
+            if status >= 200:
+                return version, status, reason
+            http.client.parse_headers(self.fp)
+
+    def _close_conn(self) -> None:
+        """When all of it is read. What stands behind it in the buffer, nobody asked for."""
+        self.sock.quiet = True
+        with contextlib.suppress(OSError):                   # a read that failed before fails again
+            self.more = bool(self.fp.peek())
+        self.sock.quiet = False
+        super()._close_conn()  # type: ignore[misc]
 
 
 class HttpClient:
@@ -850,14 +886,15 @@ class HttpClient:
                   deadline: float, limit: int) -> tuple[int, bytes]:
         if self._connection is None:
             self._connection = self._connect(deadline)
-        connection = self._connection                        # where abort() finds it, too
+        connection: Any = self._connection                   # where abort() finds it, too
         try:
             connection.sock.settimeout(max(0.001, deadline - time.monotonic()))
-            if isinstance(connection.sock, _TimedSocket):
-                connection.sock.deadline = deadline
-            connection.request(method, self.base + path, body, dict(headers))
+            connection.sock.deadline, connection.sock.left = deadline, MAX_HEAD_BYTES + 8 * limit     # chunks of a byte have six
+            taken = self._send(connection, method, self.base + path, body, dict(headers))
             response = connection.getresponse()
             data = response.read(limit + 1)
+            if not taken and response.status < 400:
+                raise ConnectionResetError(errno.ECONNRESET, f"it answered {response.status} and closed before it had the request")
             if len(data) > limit and self.cut:
                 self.close()
                 return response.status, data[:limit]
@@ -868,17 +905,30 @@ class HttpClient:
         except BaseException:
             self.close()                                     # what else comes on it would be taken for the next answer
             raise
-        if response.will_close:
+        if response.will_close or response.more or not taken:
             self.close()
         return response.status, data
 
+    @staticmethod
+    def _send(connection: http.client.HTTPConnection, *request: Any) -> bool:
+        """Whether the server took all of it; if not, it may have said why before it closed."""
+        try:
+            connection.request(*request)
+            return True
+        except (BrokenPipeError, ConnectionResetError):
+            return False
+
     def _connect(self, deadline: float) -> http.client.HTTPConnection:
-        kind = http.client.HTTPSConnection if self._https else http.client.HTTPConnection
-        connection = kind(self.host, self.port, timeout=max(0.001, deadline - time.monotonic()))
+        seconds = max(0.001, deadline - time.monotonic())
+        connection = http.client.HTTPConnection(self.host, self.port, timeout=seconds)
+        if self._https:
+            context = importlib.import_module("ssl").create_default_context()
+            context.sslsocket_class = _timed_tls()
+            connection = http.client.HTTPSConnection(self.host, self.port, timeout=seconds, context=context)
         connection.connect()
-        # TLS keeps its own socket, with a time-out for each read
         if not self._https:
             connection.sock = _TimedSocket(fileno=connection.sock.detach())
+        connection.response_class = _Reply
         connection.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         return connection
 
@@ -7292,9 +7342,14 @@ def advice(registration: Registration, failure: Answer | BaseException) -> str:
                 "(inside a container, localhost is the container)")
     if isinstance(failure, TimeoutError):
         return "it did not answer in time"
-    if isinstance(failure, ConnectionResetError):
+    if isinstance(failure, (ConnectionResetError, BrokenPipeError)):
         return failure.strerror or "it closed the connection without an answer; does its log say why?"
-    return printable(without_tokens(registration, f"{type(failure).__name__}: {failure}"))
+    text = printable(without_tokens(registration, f"{type(failure).__name__}: {shorten(str(failure), 200)}"))
+    if isinstance(failure, http.client.IncompleteRead):
+        return "it closed the connection, or said a wrong length, in the middle of its answer; does its log say why?"
+    if isinstance(failure, http.client.HTTPException):
+        return f"what it answered is not HTTP/1.1 ({text})"
+    return text
 
 
 def without_tokens(registration: Registration, text: str, shown: str = "") -> str:

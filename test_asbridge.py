@@ -868,6 +868,83 @@ def test_an_answer_that_is_not_http_is_an_http_exception(scripted, client, answe
         client(scripted(says(answer))).request("GET", "/", seconds=5)
 
 
+@pytest.mark.parametrize("early", [b"HTTP/1.1 100 Continue\r\n\r\n", b"HTTP/1.1 102 Processing\r\nX: y\r\n\r\n" * 3,
+                                   b"HTTP/1.1 103 Early Hints\r\nLink: </x>\r\n\r\n"])
+def test_an_answer_may_be_announced_by_others(scripted, client, early):
+    one = client(scripted(says(early + OK_ANSWER, 2)))
+    assert [one.request("GET", "/", seconds=5) for _ in range(2)] == [(200, b"ok")] * 2
+
+
+@pytest.mark.parametrize("answer", [
+    b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok, and more", OK_ANSWER * 2, b"HTTP/1.1 204 No\r\n\r\nbody", b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\nok",
+    b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\nHTTP/1.1 500 No\r\nContent-Length: 0\r\n\r\n"])
+def test_what_comes_behind_an_answer_is_not_taken_for_the_next_one(scripted, client, answer):
+    """The connection is left, though the server would keep it: the rest may come when the next request is under way."""
+    one = client(scripted(says(answer, 2), says(OK_ANSWER)))
+    assert one.request("GET", "/", seconds=5)[0] in (200, 204) and one._connection is None
+    assert one.request("GET", "/", seconds=5) == (200, b"ok")
+
+
+@pytest.mark.parametrize("start_of_answer, more", [
+    (b"", b"HTTP/1.1 100 Continue\r\n\r\n" * 100), (b"HTTP/1.1 200 OK\r\n", b"X: " + b"y" * 60_000 + b"\r\n"), (b"", b"H" * 5000),
+    (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n-1\r\n", b"x" * 5000),
+    (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n", b"1;" + b"e" * 5000 + b"\r\nx\r\n"),
+    (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n", b"X: trailer\r\n" * 100)])
+def test_of_an_answer_that_does_not_end_little_is_read(scripted, client, start_of_answer, more):
+    sent = []
+
+    def floods(sock):
+        sock.recv(65_536)
+        sock.sendall(start_of_answer)
+        while True:
+            sock.sendall(more)
+            sent.append(len(more))
+    one = client(scripted(floods))
+    with pytest.raises((ValueError, asbridge.http.client.HTTPException)):
+        one.request("GET", "/", seconds=5, limit=1000)
+    assert one._connection is None and sum(sent) < 20_000_000        # what the kernel's buffers hold is no matter of ours
+
+
+@pytest.mark.parametrize("answer, seen", [(b"HTTP/1.1 413 Too Large\r\nContent-Length: 2\r\n\r\nno", (413, b"no")), (OK_ANSWER, None)])
+def test_a_server_that_answers_and_closes_before_it_has_the_request_is_heard_if_it_refuses(scripted, client, answer, seen):
+    def hasty(sock):
+        sock.recv(100)
+        sock.sendall(answer)
+    one, body = client(scripted(hasty)), b"x" * 30_000_000
+    if seen:
+        assert one.request("PUT", "/", body, seconds=5) == seen and one._connection is None
+    else:
+        with pytest.raises(ConnectionResetError, match="200 and closed before it had the request"):
+            one.request("PUT", "/", body, seconds=5)
+
+
+def test_over_tls_too_an_answer_that_trickles_has_one_deadline(scripted, client, monkeypatch):
+    """Without certificates, which nobody wants to renew here."""
+    ssl, over = pytest.importorskip("ssl"), threading.Event()
+
+    def context(protocol):
+        made = ssl.SSLContext(protocol)
+        made.check_hostname, made.verify_mode, made.maximum_version = False, ssl.CERT_NONE, ssl.TLSVersion.TLSv1_2
+        made.set_ciphers("AECDH-AES256-SHA:@SECLEVEL=0")
+        return made
+    monkeypatch.setattr(ssl, "create_default_context", lambda: context(ssl.PROTOCOL_TLS_CLIENT))
+
+    def serve(sock):
+        with context(ssl.PROTOCOL_TLS_SERVER).wrap_socket(sock, server_side=True) as tls:
+            tls.recv(65_536)
+            tls.sendall(OK_ANSWER)
+            tls.recv(65_536)
+            while not over.wait(0.01):
+                tls.sendall(b"H")
+    one = client(scripted(serve).replace("http:", "https:"))
+    assert one.request("GET", "/", seconds=5) == (200, b"ok")
+    began = time.monotonic()
+    with pytest.raises(TimeoutError):
+        one.request("POST", "/", b"", seconds=0.1)
+    over.set()
+    assert 0.09 <= time.monotonic() - began < 1 and one._connection is None
+
+
 def test_the_client_keeps_the_path_of_the_url_and_uses_no_proxy(serve, client, monkeypatch):
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
     one = client(f"http://127.0.0.1:{serve().port}/as/irc/")
