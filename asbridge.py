@@ -889,7 +889,7 @@ class HttpClient:
         connection: Any = self._connection                   # where abort() finds it, too
         try:
             connection.sock.settimeout(max(0.001, deadline - time.monotonic()))
-            connection.sock.deadline, connection.sock.left = deadline, MAX_HEAD_BYTES + 8 * limit     # chunks of a byte have six
+            connection.sock.deadline, connection.sock.left = deadline, MAX_HEAD_BYTES + 2 * limit     # for the sizes of chunks
             taken = self._send(connection, method, self.base + path, body, dict(headers))
             response = connection.getresponse()
             data = response.read(limit + 1)
@@ -7344,12 +7344,10 @@ def advice(registration: Registration, failure: Answer | BaseException) -> str:
         return "it did not answer in time"
     if isinstance(failure, (ConnectionResetError, BrokenPipeError)):
         return failure.strerror or "it closed the connection without an answer; does its log say why?"
-    text = printable(without_tokens(registration, f"{type(failure).__name__}: {shorten(str(failure), 200)}"))
     if isinstance(failure, http.client.IncompleteRead):
         return "it closed the connection, or said a wrong length, in the middle of its answer; does its log say why?"
-    if isinstance(failure, http.client.HTTPException):
-        return f"what it answered is not HTTP/1.1 ({text})"
-    return text
+    text = printable(without_tokens(registration, f"{type(failure).__name__}: {shorten(str(failure), 200)}"))
+    return f"what it answered is not HTTP/1.1 ({text})" if isinstance(failure, (http.client.HTTPException, ValueError)) else text
 
 
 def without_tokens(registration: Registration, text: str, shown: str = "") -> str:
@@ -7714,20 +7712,26 @@ class Delivery:
         Not asked: what exists already, and an application service about itself (`by`). Patient: three attempts,
         then 408.
         """
-        with self.world.store.read() as reader:
-            if reader.user(id) if kind == "users" else reader.alias(id):
-                return False
+        if self._exists(kind, id):
+            return False
         unanswered: MatrixError | None = None
         for claim in self.world.registrations.claims(kind, id):
             if claim.namespace and claim.registration is not by and claim.registration.url is not None:
                 try:
                     if self._ask_one(claim.registration, kind, id, by, patient):
+                        if not self._exists(kind, id):
+                            log.warning("application service %s was asked for %s: it answered 200, as if it had created it, but it "
+                                        "has not", claim.registration.id, printable(id))
                         return True
                 except MatrixError as error:                 # another may know
                     unanswered = error
         if unanswered:
             raise unanswered
         return False
+
+    def _exists(self, kind: str, id: str) -> bool:
+        with self.world.store.read() as reader:
+            return bool(reader.user(id) if kind == "users" else reader.alias(id))
 
     def _ask_one(self, registration: Registration, kind: str, id: str, by: Registration | None,
                  patient: bool) -> bool:
