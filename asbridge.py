@@ -4887,6 +4887,15 @@ class Rooms:
         return tx.append(room, draft, self.world.clock.now() if ts is None else ts, device_id, txn_id,
                          self.world.settings.max_event_bytes)
 
+    def _change_state(self, tx: Tx, room: Room, draft: Draft, ts: int | None = None) -> str:
+        """Stores a state event; where nothing would change, it is the event that says so already."""
+        now = room.events.get((draft.type, draft.state_key or ""))
+        if not now or (now.sender, now.content) != (draft.sender, draft.content):
+            return self._append(tx, room, draft, ts)
+        authorise(room, draft)
+        event = tx.state_event(room.n, draft.type, draft.state_key or "")
+        return event.event_id if event else ""
+
     @staticmethod
     def _check_relation(tx: Tx, room: Room, draft: Draft) -> None:
         """A thread can't start from an event that itself relates to another (Threading, Validation), and nobody says the
@@ -5012,7 +5021,7 @@ class Rooms:
             room = self._room(tx, who, room_id, joined=user_id != who.user_id)
             check(room.membership(user_id))
             content = self._member_content(tx, user_id, membership, extra)
-            self._append(tx, room, Draft("m.room.member", who.user_id, content, user_id))
+            self._change_state(tx, room, Draft("m.room.member", who.user_id, content, user_id))
         self.store.write(job, who.token)
 
     def kick(self, who: Who, room_id: str, user_id: str, extra: JsonObject | None = None) -> None:
@@ -5081,12 +5090,7 @@ class Rooms:
             elif type == "m.room.member":                    # who vouches for a join is for the homeserver to say
                 chosen = {key: value for key, value in content.items() if key != "join_authorised_via_users_server"}
                 chosen |= self._voucher(tx, room, state_key) if content.get("membership") == "join" else {}
-            draft, now = Draft(type, who.user_id, chosen, state_key), room.events.get((type, state_key))
-            if now and (now.sender, now.content) == (who.user_id, chosen):
-                authorise(room, draft)                       # nothing would change: the event that says so already
-                event = tx.state_event(room.n, type, state_key)
-                return event.event_id if event else ""
-            return self._append(tx, room, draft, ts)
+            return self._change_state(tx, room, Draft(type, who.user_id, chosen, state_key), ts)
 
         def job(tx: Tx) -> str:
             if (type, state_key) == ("m.room.member", who.user_id):

@@ -3998,6 +3998,18 @@ def test_a_kick_does_not_lift_a_ban(three):
     assert alice.state(room, "m.room.member", bob.user_id)["membership"] == "ban"
 
 
+def test_an_invitation_and_a_ban_that_say_nothing_new_are_no_second_event(three):
+    hs, alice, bob, carol, room = three
+    bob.join(room)
+    alice.call("PUT", path("rooms", room, "state", "m.room.power_levels"), {**alice.state(room, "m.room.power_levels"), "users": {alice.user_id: 100, bob.user_id: 100}})
+    for verb, name in (("invite", "invite"), ("ban", "ban")):
+        for client, extra in ((alice, {}), (alice, {}), (alice, {"reason": "new"}), (alice, {"reason": "new"}), (bob, {"reason": "new"})):
+            client.call("POST", path("rooms", room, verb), {"user_id": carol.user_id, **extra})
+    seen = [(one["content"]["membership"], one["content"].get("reason"), one["sender"]) for one in all_messages(alice, room) if one.get("state_key") == carol.user_id]
+    assert sorted(seen, key=str) == sorted([(name, reason, who) for name in ("invite", "ban")
+                                            for reason, who in ((None, alice.user_id), ("new", alice.user_id), ("new", bob.user_id))], key=str)
+
+
 def test_a_ban_keeps_out_until_it_is_lifted(three):
     hs, alice, bob, _, room = three
     bob.join(room)

@@ -379,6 +379,250 @@ def test_whatever_a_service_answers_the_examiner_comes_to_an_end(services):
 # Many at once
 # ============================================================================
 
+MANY = 50
+
+
+def at_once(*fns):
+    """Calls all of these at the same moment, each on a thread of its own; what each returned, or (status, errcode)."""
+    gate = threading.Barrier(len(fns))
+
+    def run(fn):
+        gate.wait(20)
+        return outcome(fn)[1]
+    with ThreadPoolExecutor(len(fns)) as pool:
+        return list(pool.map(run, fns))
+
+
+def many(fn):
+    """fn(0), fn(1) … at once."""
+    return at_once(*[lambda n=n: fn(n) for n in range(MANY)])
+
+
+def one_wins(answers, loser):
+    """All but one were answered with this error; the answer of the one."""
+    won = [one for one in answers if one != loser]
+    assert len(won) == 1 and not isinstance(won[0], tuple), won
+    return won[0]
+
+
+@pytest.fixture
+def server(program, recorder, tmp_path):
+    """A homeserver with a service that hears every room."""
+    config = {"registrations": [registration(recorder.url)], "database": str(tmp_path / "a.db"), "retry_first_ms": 5}
+    running = program(config, "--role", "homeserver")
+    assert running.ready
+    return running
+
+
+def again(client, **acting):
+    """The same user with connections of its own."""
+    made = asbridge.Client(client.url, client.token, client.acts_as)
+    made.call = lambda *args, **keys: asbridge.Client.call(made, *args, **{**acting, **keys})
+    return made
+
+
+def members(client, room, user_id):
+    """The memberships that this user has had there, in order."""
+    events = client.ask("GET", "rooms", room, "messages", dir="f", limit=1000)["chunk"]
+    return [one["content"]["membership"] for one in events if one["type"] == "m.room.member" and one["state_key"] == user_id]
+
+
+def messages(client, room):
+    return [one["event_id"] for one in client.ask("GET", "rooms", room, "messages", dir="f", limit=1000)["chunk"] if one["type"] == "m.room.message"]
+
+
+def pushed_ids(recorder):
+    return [event["event_id"] for _, body in dict(recorder.taken).items() for event in json.loads(body)["events"]]
+
+
+def test_of_many_who_register_one_name_one_gets_it(server):
+    form, some = {"username": "carol", "auth": {"type": "m.login.dummy"}}, range(5)              # scrypt takes its time
+    answers = many(lambda n: asbridge.Client(server.url).call("POST", V3 + "/register", form | ({"password": f"secret {n}"} if n in some else {})))
+    won = one_wins(answers, (400, "M_USER_IN_USE"))
+    assert asbridge.Client(server.url, won["access_token"]).whoami()["device_id"] == won["device_id"]
+    proof = {"type": "m.login.password", "identifier": {"type": "m.id.user", "user": "carol"}}
+    logins = [outcome(asbridge.Client(server.url).call, "POST", V3 + "/login", {**proof, "password": f"secret {n}"})[1] for n in some]
+    assert [isinstance(one, dict) for one in logins] == [one is won for one in answers[:len(some)]]
+    ghost = {"type": "m.login.application_service", "username": "_as_x"}
+    one_wins(many(lambda n: asbridge.Client(server.url, "as-as").call("POST", V3 + "/register", ghost)), (400, "M_USER_IN_USE"))
+
+
+def test_of_many_who_want_one_alias_one_gets_it_and_nothing_is_left_of_the_others(server):
+    alice = person(server.url)
+    rooms = [alice.create_room() for _ in range(MANY)]
+    where = f"{V3}/directory/room/{urllib.parse.quote('#tea:localhost')}"
+    answers = many(lambda n: again(alice).call("PUT", where, {"room_id": rooms[n]}))
+    one_wins(answers, (409, "M_UNKNOWN"))
+    winner = rooms[next(n for n, one in enumerate(answers) if one == {})]
+    assert alice.resolve("#tea:localhost") == winner
+    one_wins(many(lambda n: again(alice).ask("DELETE", "directory", "room", "#tea:localhost")), (404, "M_NOT_FOUND"))
+    made = one_wins(many(lambda n: again(alice).ask("POST", "createRoom", body={"room_alias_name": "coffee"})), (400, "M_ROOM_IN_USE"))
+    assert alice.resolve("#coffee:localhost") == made["room_id"] and sorted(alice.joined_rooms()) == sorted([*rooms, made["room_id"]])
+
+
+def test_one_who_joins_and_leaves_many_times_at_once_does_so_once(server, recorder):
+    alice, bob = person(server.url), person(server.url, "bob")
+    room = alice.create_room(preset="public_chat")
+    assert many(lambda n: again(bob).join(room)) == [room] * MANY
+    assert members(alice, room, bob.user_id) == ["join"]
+    assert set(map(str, many(lambda n: again(bob).ask("POST", "rooms", room, "leave", body={})))) <= {"{}", "(403, 'M_FORBIDDEN')"}
+    assert members(alice, room, bob.user_id) == ["join", "leave"]
+    for verb, then, late in (("invite", "invite", "M_FORBIDDEN"), ("kick", "leave", "M_FORBIDDEN"), ("ban", "ban", "M_FORBIDDEN"), ("unban", "leave", "M_BAD_STATE")):
+        answers = many(lambda n, verb=verb: again(alice).ask("POST", "rooms", room, verb, body={"user_id": bob.user_id}))
+        assert {} in answers and {str(one) for one in answers} <= {"{}", f"(403, '{late}')"}, (verb, answers)
+        assert members(alice, room, bob.user_id)[-1] == then
+    seen = members(alice, room, bob.user_id)
+    assert seen == ["join", "leave", "invite", "leave", "ban", "leave"]
+    last = alice.say(room, "x")
+    ids = eventually(lambda: (found := pushed_ids(recorder)) and last in found and found)
+    assert ids == [one["event_id"] for one in alice.ask("GET", "rooms", room, "messages", dir="f", limit=1000)["chunk"]]
+
+
+def test_many_who_join_at_once_are_all_there_once(server):
+    alice = person(server.url)
+    room = alice.create_room(preset="public_chat")
+    people = [person(server.url, f"p{n}") for n in range(MANY)]
+    since = alice.sync()["next_batch"]
+    assert many(lambda n: people[n].join(room)) == [room] * MANY
+    assert len(alice.ask("GET", "rooms", room, "joined_members")["joined"]) == MANY + 1
+    entry = alice.sync(since)["rooms"]["join"][room]
+    assert entry["summary"]["m.joined_member_count"] == MANY + 1
+    assert all(members(alice, room, one.user_id) == ["join"] for one in people)
+    half = MANY // 2
+    answers = at_once(*[lambda one=one: one.leave(room) for one in people[:half]], *[lambda one=one: one.say(room, "here") for one in people[half:]])
+    assert answers[:half] == [None] * half and sorted(answers[half:]) == sorted(messages(alice, room))
+    assert len(alice.ask("GET", "rooms", room, "joined_members")["joined"]) == MANY - half + 1
+
+
+def test_what_comes_many_times_with_one_transaction_id_happens_once(server, recorder):
+    alice = person(server.url)
+    room = alice.create_room()
+    sent = many(lambda n: again(alice).ask("PUT", "rooms", room, "send", "m.room.message", "t", body={"msgtype": "m.text", "body": f"n{n}"})["event_id"])
+    assert set(sent) == set(messages(alice, room)) and len(set(sent)) == 1
+    assert len(set(many(lambda n: again(alice).ask("PUT", "rooms", room, "redact", sent[0], "t", body={})["event_id"]))) == 1
+    bot = asbridge.Client(server.url, "as-as")
+    other = bot.create_room()
+    assert len(set(many(lambda n: again(bot).ask("PUT", "rooms", other, "send", "m.room.message", "t", body={"body": "x"})["event_id"]))) == 1
+    bob = person(server.url, "bob")
+    device = bob.whoami()["device_id"]
+    assert many(lambda n: again(alice).ask("PUT", "sendToDevice", "x", "t", body={"messages": {bob.user_id: {device: {"n": n}}}})) == [{}] * MANY
+    assert len(bob.sync()["to_device"]["events"]) == 1
+    ids = eventually(lambda: [one for one in pushed_ids(recorder) if one == sent[0]])
+    assert len(ids) == 1
+
+
+def test_each_key_goes_to_one_and_when_there_are_none_left_the_fallback_key_to_all(server):
+    alice, bob = person(server.url), person(server.url, "bob")
+    device = alice.whoami()["device_id"]
+    keys = {f"signed_curve25519:k{n}": {"key": f"{n}"} for n in range(MANY // 2)}
+    alice.ask("POST", "keys", "upload", body={"one_time_keys": keys, "fallback_keys": {"signed_curve25519:last": {"key": "last", "fallback": True}}})
+    wanted = {"one_time_keys": {alice.user_id: {device: "signed_curve25519"}}}
+    claimed = [next(iter(one["one_time_keys"][alice.user_id][device])) for one in many(lambda n: again(bob).ask("POST", "keys", "claim", body=wanted))]
+    assert sorted(claimed) == sorted([*keys, *["signed_curve25519:last"] * (MANY - len(keys))])
+
+
+def test_state_that_many_set_at_once_is_what_the_last_of_them_set(server):
+    alice = person(server.url)
+    room = alice.create_room()
+    levels = alice.state(room, "m.room.power_levels")
+    answers = many(lambda n: again(alice).ask("PUT", "rooms", room, "state", "m.room.power_levels", body={**levels, "events_default": n + 1})["event_id"])
+    assert len(set(answers)) == MANY
+    timeline = [one for one in alice.ask("GET", "rooms", room, "messages", dir="f", limit=1000)["chunk"] if one["type"] == "m.room.power_levels"]
+    assert {one["event_id"] for one in timeline[1:]} == set(answers)
+    assert alice.state(room, "m.room.power_levels")["events_default"] == timeline[-1]["content"]["events_default"]
+    for before, after in zip(timeline, timeline[1:]):
+        assert after["unsigned"]["prev_content"] == before["content"]
+
+
+def test_who_gives_up_the_last_power_at_once_with_others_leaves_what_the_rules_allow(server):
+    """Two of equal power demote each other at the same time: the one who came second could not any more."""
+    alice, bob = person(server.url), person(server.url, "bob")
+    room = alice.create_room(preset="public_chat")
+    bob.join(room)
+    for _ in range(10):
+        levels = alice.state(room, "m.room.power_levels")
+        alice.ask("PUT", "rooms", room, "state", "m.room.power_levels", body={**levels, "users": {alice.user_id: 100, bob.user_id: 99}})
+        down = {**levels, "users": {alice.user_id: 100}}
+        answers = at_once(lambda down=down: again(alice).ask("PUT", "rooms", room, "state", "m.room.power_levels", body=down),
+                          lambda: again(bob).ask("PUT", "rooms", room, "state", "m.room.name", body={"name": "bob was here"}))
+        assert "event_id" in answers[0] and (answers[1] == (403, "M_FORBIDDEN") or "event_id" in answers[1])
+        order = [one["type"] for one in alice.ask("GET", "rooms", room, "messages", dir="b", limit=2)["chunk"]]
+        assert (order[0] == "m.room.power_levels") if "event_id" in answers[1] else ("m.room.name" not in order)
+
+
+def test_a_session_that_ends_while_it_is_used_does_nothing_afterwards(server):
+    """What was answered before is there, and nothing else; by logging out, and by deactivation."""
+    admin = person(server.url)
+    room = admin.create_room(preset="public_chat")
+    proof = {"type": "m.login.password", "identifier": {"type": "m.id.user", "user": "carl"}, "password": "secret"}
+    for name, end in (("bob", lambda one: one.call("POST", V3 + "/logout", {})),
+                      ("carl", lambda one: one.call("POST", V3 + "/account/deactivate", {"auth": proof}))):
+        user = asbridge.Client(server.url)
+        user.token = user.call("POST", V3 + "/register", {"username": name, "password": "secret", "auth": {"type": "m.login.dummy"}})["access_token"]
+        user.join(room)
+        before = set(messages(admin, room))
+        answers = at_once(*[lambda: again(user).say(room, "still here")] * MANY, *[lambda: end(again(user))] * 3)
+        said = [one for one in answers[:MANY] if isinstance(one, str)]
+        assert {one for one in answers[:MANY] if isinstance(one, tuple)} <= {(401, "M_UNKNOWN_TOKEN"), (403, "M_FORBIDDEN"), (403, "M_USER_DEACTIVATED")}
+        assert set(messages(admin, room)) - before == set(said), name
+        assert outcome(again(user).whoami)[1] == (401, "M_UNKNOWN_TOKEN"), answers[MANY:]
+        assert outcome(again(user).say, room, "again")[1] == (401, "M_UNKNOWN_TOKEN")
+        assert set(messages(admin, room)) - before == set(said)
+
+
+def test_small_things_that_many_change_at_once_are_all_kept(server):
+    alice = person(server.url)
+    me, device = alice.user_id, alice.whoami()["device_id"]
+    filters = many(lambda n: again(alice).ask("POST", "user", me, "filter", body={"room": {"timeline": {"limit": n + 1}}})["filter_id"])
+    assert [alice.ask("GET", "user", me, "filter", one)["room"]["timeline"]["limit"] for one in filters] == list(range(1, MANY + 1))
+    assert len(set(many(lambda n: again(alice).ask("POST", "user", me, "filter", body={"presence": {"limit": 1}})["filter_id"]))) <= MANY
+    rules = many(lambda n: again(alice).ask("PUT", "pushrules", "global", "content", f"r{n}", body={"pattern": f"p{n}", "actions": ["notify"]}))
+    told = alice.ask("GET", "pushrules")["global"]["content"]
+    assert rules == [{}] * MANY and {one["rule_id"] for one in told} >= {f"r{n}" for n in range(MANY)}
+    assert many(lambda n: again(alice).ask("PUT", "user", me, "account_data", f"org.example.{n}", body={"n": n})) == [{}] * MANY
+    assert all(alice.account_data(f"org.example.{n}") == {"n": n} for n in range(MANY))
+    assert many(lambda n: again(alice).ask("PUT", "devices", device, body={"display_name": f"n{n}"})) == [{}] * MANY
+    mxc = alice.call("POST", "/_matrix/media/v1/create", {})["content_uri"]
+    where = "/_matrix/media/v3/upload/" + mxc.removeprefix("mxc://")
+    answers = many(lambda n: again(alice).call("PUT", where, {"n": n}))
+    one_wins(answers, (409, "M_CANNOT_OVERWRITE_MEDIA"))
+    kept = alice.call("GET", "/_matrix/client/v1/media/download/" + mxc.removeprefix("mxc://"))
+    assert answers[kept["n"]] == {}
+
+
+def test_a_backup_that_many_write_at_once_has_the_keys_of_all_of_them(server):
+    alice = person(server.url)
+    def create():
+        return again(alice).ask("POST", "room_keys", "version", body={"algorithm": "m.megolm_backup.v1.curve25519-aes-sha2", "auth_data": {}})["version"]
+    versions = at_once(*[create] * MANY)
+    assert len(set(versions)) == MANY
+    current = alice.ask("GET", "room_keys", "version")["version"]
+    assert current in versions and int(current) == max(map(int, versions))
+    key = {"first_message_index": 1, "forwarded_count": 0, "is_verified": False, "session_data": {}}
+    where = f"{V3}/room_keys/keys/{urllib.parse.quote('!r:localhost')}"
+    answers = many(lambda n: again(alice).call("PUT", f"{where}/s{n}", key, version=current))
+    assert max(one["count"] for one in answers) == MANY and len({one["etag"] for one in answers}) == MANY
+    now = alice.ask("GET", "room_keys", "version")
+    assert now["count"] == MANY and now["etag"] in {one["etag"] for one in answers}
+    old = str(min(map(int, versions)))
+    assert set(many(lambda n: again(alice).call("PUT", f"{where}/s{n}", key, version=old))) == {(403, "M_WRONG_ROOM_KEYS_VERSION")}
+    answers = many(lambda n: again(alice).call("PUT", f"{where}/same", {**key, "first_message_index": n}, version=current))
+    assert alice.call("GET", f"{where}/same", version=current)["first_message_index"] == 0      # the best of them
+
+
+def test_a_password_that_many_change_at_once_is_one_of_theirs(server):
+    form = {"username": "dora", "password": "first", "auth": {"type": "m.login.dummy"}}
+    dora = asbridge.Client(server.url)
+    dora.token = dora.call("POST", V3 + "/register", form)["access_token"]
+    proof = {"type": "m.login.password", "identifier": {"type": "m.id.user", "user": "dora"}, "password": "first"}
+    change = {"logout_devices": False, "auth": proof}
+    some = range(8)                                          # scrypt takes its time
+    answers = at_once(*[lambda n=n: again(dora).call("POST", V3 + "/account/password", {**change, "new_password": f"new {n}"}) for n in some])
+    assert {} in answers and all(one == {} or one[0] == 401 for one in answers)
+    logins = [outcome(asbridge.Client(server.url).call, "POST", V3 + "/login", {**proof, "password": f"new {n}"})[1] for n in some]
+    assert answers[some[[isinstance(one, dict) for one in logins].index(True)]] == {}
+    one_wins(logins, (403, "M_FORBIDDEN"))
+
 
 # ============================================================================
 # Faults of the machine
