@@ -7465,6 +7465,9 @@ def test_the_log_says_whose_failure_it_was():
     told = asbridge.read_registration(registration(url="http://127.0.0.1:1"), "here")
     for failure, text in ((asbridge.Answer(403, b"{}"), "403: it rejects the hs_token"), (asbridge.Answer(500, b"oops hs-irc"), "it answered 500 oops (hs_token)"),
                           (ConnectionRefusedError(), "nothing listens at http://127.0.0.1:1"), (TimeoutError(), "it did not answer in time"),
+                          (BrokenPipeError(), "it closed the connection"), (asbridge.http.client.IncompleteRead(b""), "it closed the connection, or said a wrong length"),
+                          (asbridge.http.client.BadStatusLine("SSH-2.0"), "what it answered is not HTTP/1.1 (BadStatusLine: SSH-2.0)"),
+                          (ValueError("the answer does not end"), "what it answered is not HTTP/1.1 (ValueError: the answer does not end)"),
                           (MatrixError("M_NOT_JSON", "the body is not JSON"), "the body is not JSON"),
                           (MatrixError("M_UNKNOWN", "the homeserver could not store this"), "the homeserver could not store this")):
         assert asbridge.advice(told, failure).startswith(text)
@@ -7534,6 +7537,8 @@ def test_any_200_is_an_acknowledgement(start, recorder, body):
     hs.client("alice").create_room()
     hs.settle()
     assert len({push[0] for push in r.transactions}) == len(r.transactions)
+    one = hs.delivery.worker("irc").attempts[0]
+    assert one.answered().endswith("an acknowledgement, though it is not JSON") == (body in (b"", b"OK"))
 
 
 def test_an_acknowledgement_that_is_lost_brings_the_same_again(start):
@@ -8163,6 +8168,14 @@ def test_a_404_is_not_found_at_once(start, recorder, look):
     with refused("M_NOT_FOUND", 404):
         look(start(registration(url=r.url)).client("alice"))
     assert len(queries(r)) == 1
+
+
+@pytest.mark.parametrize("look", [lambda client: client.profile("@_irc_x:localhost"), lambda client: client.join("#_irc_x:localhost")])
+def test_a_200_to_a_question_creates_nothing_by_itself_and_the_log_says_so(start, recorder, caplog, look):
+    hs = start(registration(url=recorder().url))
+    with refused("M_NOT_FOUND", 404):
+        look(hs.client("alice"))
+    assert [record.message for record in caplog.records if "as if it had created it, but it has not" in record.message and "application service irc was asked" in record.message]
 
 
 @pytest.mark.parametrize("look", [lambda client: client.profile("@_irc_x:localhost"), lambda client: client.join("#_irc_x:localhost")])
