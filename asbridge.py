@@ -7350,7 +7350,7 @@ def advice(registration: Registration, failure: Answer | BaseException) -> str:
         return failure.strerror or "it closed the connection without an answer; does its log say why?"
     if isinstance(failure, http.client.IncompleteRead):
         return "it closed the connection, or said a wrong length, in the middle of its answer; does its log say why?"
-    text = printable(without_tokens(registration, f"{type(failure).__name__}: {shorten(str(failure), 200)}"))
+    text = printable(shorten(without_tokens(registration, f"{type(failure).__name__}: {failure}"), 200))
     return f"what it answered is not HTTP/1.1 ({text})" if isinstance(failure, (http.client.HTTPException, ValueError)) else text
 
 
