@@ -826,10 +826,13 @@ class _TimedSocket(socket.socket):
         return count
 
 
-@functools.cache
-def _timed_tls() -> type[_TimedSocket]:
-    """The same over TLS, which not every Python has."""
-    return type("_TimedTls", (_TimedSocket, importlib.import_module("ssl").SSLSocket), {})
+def _tls_context() -> Any:
+    """For the same over TLS, which not every Python has."""
+    ssl = importlib.import_module("ssl")
+    context = ssl.create_default_context()
+    context.set_alpn_protocols(["http/1.1"])
+    context.sslsocket_class = type("_TimedTls", (_TimedSocket, ssl.SSLSocket), {})
+    return context
 
 
 class _Reply(http.client.HTTPResponse):
@@ -922,9 +925,7 @@ class HttpClient:
         seconds = max(0.001, deadline - time.monotonic())
         connection = http.client.HTTPConnection(self.host, self.port, timeout=seconds)
         if self._https:
-            context = importlib.import_module("ssl").create_default_context()
-            context.sslsocket_class = _timed_tls()
-            connection = http.client.HTTPSConnection(self.host, self.port, timeout=seconds, context=context)
+            connection = http.client.HTTPSConnection(self.host, self.port, timeout=seconds, context=_tls_context())
         connection.connect()
         if not self._https:
             connection.sock = _TimedSocket(fileno=connection.sock.detach())
