@@ -108,7 +108,7 @@ MANY = ["a", "b", "ab", "c", ".", "[^a]", "[a-z]", "[^b_]", "_", "1", r"\w", r"\
         "[[:alpha:]]", "[[:punct:]]"]
 
 
-def random_regex(rng, atoms, depth):  # noqa: F811
+def random_regex(rng, atoms, depth):
     kind = rng.random() if depth else 0
     if kind < 0.3:
         return rng.choice(atoms)
@@ -120,13 +120,13 @@ def random_regex(rng, atoms, depth):  # noqa: F811
     return f"(?:{random_regex(rng, atoms, depth - 1)}){repeat}"
 
 
-def random_text(rng, alphabet):  # noqa: F811
+def random_text(rng, alphabet):
     """A short text again and again, and an end at which most matches fail."""
     pumped = "".join([rng.choice(alphabet) for _ in range(rng.randint(1, 4))])
     return ("".join(rng.choices("ab1_", k=rng.randint(0, 2))) + pumped * 32)[:32] + "!"
 
 
-def test_no_random_regex_takes_more_steps_than_it_is_thought_to(rng, say):  # noqa: F811
+def test_no_random_regex_takes_more_steps_than_it_is_thought_to(rng, say):
     verdicts, end = collections.Counter(), time.monotonic() + 20
     while time.monotonic() < end:
         atoms, whole = rng.choice([FEW, MANY]), rng.random() < 0.3
