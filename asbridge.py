@@ -11119,11 +11119,17 @@ IRC_NAME = "irc.asbridge"
 LINE_BYTES = 510                   # without CRLF (RFC 2812, 2.3)
 NICK_LENGTH, CHANNEL_BYTES, TOPIC_BYTES = 30, 64, 390
 MAX_CHANNELS, MAX_TARGETS = 50, 10 # of one client; of one PRIVMSG
-MAX_CLIENTS = 1_000
+MAX_CLIENTS, MAX_ROOMS = 1_000, 10_000 # connected; channels that there are, with somebody in them or not
 MAX_LINES = 200                    # that one Matrix message may become
-SEND_QUEUE = 4_096                 # lines that wait for one client; past it the client is dropped
+MAX_LISTED = 400                   # lines in answer to one LIST or WHO
+SEND_BYTES = 262_144               # that wait for one client; past it the client is dropped
+PIECE_BYTES = 16_384               # of them that are sent at once
+MAX_SPOOLED = 100_000              # jobs that wait for the homeserver; past it what makes more is refused
+REGISTER_SECONDS = 30.0            # from the connection to NICK and USER
 IDLE_PING_SECONDS = 90.0           # silence until a PING, and from there to the end
+CLOSING_SECONDS = 2.0              # for the last words to be read
 BURST, LINES_PER_SECOND = 200, 50  # a client that writes faster is read more slowly
+NICK_COST = 50                     # lines that a change of nick counts for: it may make a new user on Matrix
 MAX_FAILURES = 10                  # answers 500, or bugs, until a job is given up
 KEPT_SAID = 2_000                  # messages that a reply or a redaction can be about
 
@@ -11148,7 +11154,8 @@ NUMERICS = {
     323: "End of LIST",                        421: "Unknown command",               482: "Matrix decides on rights",
     331: "No topic is set",                    431: "No nickname given",             501: "Unknown mode flag",
     366: "End of NAMES list",                  432: "Erroneous nickname",            502: "Only your own mode, please",
-    368: "End of channel ban list",            376: "End of MOTD",
+    368: "End of channel ban list",            376: "End of MOTD",                   437: "Not available now; try again later",
+    407: f"Too many recipients: this one and the rest were not told ({MAX_TARGETS} at most)",
 }
 
 
@@ -11185,10 +11192,12 @@ COMMANDS = {
     "ISON":      Command(1, False),  # which of these nicks are here
     "VERSION":   Command(0, False),  # what this is
 }
+FOR_MATRIX = ("NICK", "JOIN", "TOPIC", "INVITE", "PRIVMSG", "NOTICE")     # what is refused while too much waits for Matrix
 
 FEATURES = ("CASEMAPPING=rfc1459", "CHANTYPES=#", "PREFIX=", "CHANMODES=b,,,n", f"NICKLEN={NICK_LENGTH}",
             f"CHANNELLEN={CHANNEL_BYTES}", f"TOPICLEN={TOPIC_BYTES}", f"CHANLIMIT=#:{MAX_CHANNELS}",
-            f"MAXTARGETS={MAX_TARGETS}", "NETWORK=asbridge")
+            f"MAXTARGETS={MAX_TARGETS}", f"TARGMAX=NAMES:{MAX_TARGETS},WHOIS:{MAX_TARGETS},PRIVMSG:{MAX_TARGETS},NOTICE:{MAX_TARGETS}",
+            "NETWORK=asbridge")
 
 
 def fold(name: str) -> str:
@@ -11209,7 +11218,7 @@ def parse_line(line: str) -> tuple[str, list[str]]:
     while line[:1] in ("@", ":"):
         line = line.partition(" ")[2].lstrip(" ")
     middle, colon, trailing = line.partition(" :")
-    words = middle.split()
+    words = [word for word in middle.split(" ") if word]     # other white space is text (RFC 2812, 2.3.1)
     return (words[0].upper(), words[1:] + ([trailing] if colon else [])) if words else ("", [])
 
 
@@ -11260,6 +11269,11 @@ def as_user(text: str) -> str:
 def one_line(text: object) -> str:
     """A field of a Matrix event, such as a topic, as IRC can show it."""
     return CONTROL.sub("", str(text or "")).replace("\n", " ")
+
+
+def several(names: str) -> list[str]:
+    """The names in a list with commas, each once."""
+    return list({fold(name): name for name in names.split(",") if name}.values())
 
 
 def is_channel(name: str) -> bool:
@@ -11337,53 +11351,68 @@ class Channel:
 
 
 class IrcClient(Person):
-    """One IRC connection: one thread reads commands, another writes what is queued. Nobody waits for it."""
+    """One IRC connection: one thread reads commands, another writes what waits for it. Nobody else waits for it."""
 
     def __init__(self, bridge: IrcBridge, sock: socket.socket, host: str) -> None:
         super().__init__("", "", host, "")
         self.bridge, self.sock = bridge, sock
         self.registered = self.negotiating = False           # negotiating: between CAP LS and CAP END
-        self.fate = ""                                       # why the connection ends
-        self.queue: queue.Queue[bytes | None] = queue.Queue(SEND_QUEUE)
+        self.waiting = bytearray()                           # lines that are still to be sent
+        self.fate = ""                                       # why the connection ends; nothing is said after that
+        self.guard = threading.Lock()                        # guards waiting and fate
+        self.news = bell()                                   # one of them has changed
+        self.writer = threading.Thread(target=self.write, name=f"irc to {host}", daemon=True)
+        self.register_by = time.monotonic() + REGISTER_SECONDS
         self.pause = bell()                                  # what a client that writes too fast waits on
         self.paid_until = 0.0                                # moved on by each line; may not pass the clock
+        self.cost = 0.0                                      # of the line in hand: its jobs, and a tenth for each numeric
 
     # -- The connection.
 
     def start(self) -> None:
-        self.sock.settimeout(IDLE_PING_SECONDS)
-        for work in (self.read, self.write):
-            threading.Thread(target=work, name=f"irc {self.host}", daemon=True).start()
+        self.sock.settimeout(REGISTER_SECONDS)
+        self.writer.start()
+        threading.Thread(target=self.read, name=f"irc from {self.host}", daemon=True).start()
 
     def read(self) -> None:
         try:
             for raw in self.lines():
-                self.slow_down()
+                self.cost = 0.0
                 with self.bridge.lock:
                     self.obey(decode_line(raw))
                 if self.fate:
                     break
+                self.slow_down()
         except OSError:
             pass                                             # the client went away
         except Exception:
             if not self.bridge.stopping:
                 log.exception("the IRC client %s is dropped", self.nick)
+            self.close("The server failed; its log says why")
         finally:
-            with self.bridge.lock:
-                self.bridge.quit(self, self.fate or "Connection closed")
-            self.close("Connection closed")
+            self.end()
+
+    def end(self) -> None:
+        with self.bridge.lock:
+            self.bridge.quit(self, self.fate or "Connection closed")
+        self.close("Connection closed")
+        self.writer.join(CLOSING_SECONDS)
+        hang_up(self.sock)
+        with self.bridge.lock:
+            self.bridge.clients.discard(self)
 
     def lines(self) -> Iterator[bytes]:
         buffer, pinged = b"", False
-        while True:
+        while not self.is_late():
+            self.sock.settimeout(IDLE_PING_SECONDS if self.registered else max(0.001, self.register_by - time.monotonic()))
             try:
                 data = self.sock.recv(4096)
             except TimeoutError:
-                if pinged or not self.registered:
-                    self.close("Ping timeout")
-                    return
-                pinged = True
-                self.tell(f"PING :{IRC_NAME}")
+                if pinged:
+                    return self.close("Ping timeout")
+                if self.registered:
+                    pinged = True
+                    self.tell(f"PING :{IRC_NAME}")
                 continue
             if not data:
                 return
@@ -11392,40 +11421,64 @@ class IrcClient(Person):
             yield from whole
             buffer = buffer[:2 * LINE_BYTES]
 
+    def is_late(self) -> bool:
+        """Closes a connection that has not registered in time; whether it did."""
+        late = not self.registered and time.monotonic() >= self.register_by
+        if late:
+            self.close("Not registered in time: NICK and USER are wanted")
+        return late
+
     def slow_down(self) -> None:
         now = self.bridge.clock.monotonic()
-        self.paid_until = max(self.paid_until, now - BURST / LINES_PER_SECOND) + 1 / LINES_PER_SECOND
+        self.paid_until = max(self.paid_until, now - BURST / LINES_PER_SECOND) + max(1.0, self.cost) / LINES_PER_SECOND
         if self.paid_until > now:
             self.bridge.clock.wait(self.pause, self.paid_until)
 
     def write(self) -> None:
         with contextlib.suppress(OSError):                   # the reader notices, too
-            while (line := self.queue.get()) is not None:
-                self.sock.sendall(line)
+            while piece := self.next_piece():
+                self.sock.sendall(piece)
         hang_up(self.sock)
         self.sock.close()
 
+    def next_piece(self) -> bytes:
+        """Some whole lines, once there are any; nothing when there will be no more."""
+        while True:
+            with self.guard:
+                end = self.waiting.rfind(b"\n", 0, PIECE_BYTES) + 1
+                piece = bytes(self.waiting[:end])
+                del self.waiting[:end]
+                if piece or self.fate:
+                    return piece
+            self.news.acquire()
+
     def tell(self, line: str) -> None:
-        """Queues one line for the client; never waits."""
+        """One line for the client; never waits. With too many that wait already the connection ends."""
         data = line.translate(ONE_LINE).encode("utf-8", "replace")[:LINE_BYTES]
-        whole = data.decode("utf-8", "ignore").encode()      # no half character at the end
-        try:
-            self.queue.put_nowait(whole + b"\r\n")
-        except queue.Full:
-            self.fate = self.fate or "Too slow to read"
-            hang_up(self.sock)
+        whole = data.decode("utf-8", "ignore").encode() + b"\r\n"           # no half character at the end
+        with self.guard:
+            full = len(self.waiting) + len(whole) > SEND_BYTES
+            if full and not self.fate:
+                self.waiting.clear()
+            elif not self.fate:
+                self.waiting += whole
+        if full:
+            self.close("Too slow to read")
+            with contextlib.suppress(OSError):
+                self.sock.shutdown(socket.SHUT_RD)           # wakes the reader; the last words may still be taken
+        release(self.news)
 
     def close(self, fate: str) -> None:
-        if not self.fate:
-            self.fate = fate
-            self.tell(f"ERROR :Closing link: {fate}")
-        try:
-            self.queue.put_nowait(None)
-        except queue.Full:
-            hang_up(self.sock)
+        line = f"ERROR :Closing link: {fate}".translate(ONE_LINE).encode()[:LINE_BYTES] + b"\r\n"
+        with self.guard:
+            if not self.fate:
+                self.fate = fate
+                self.waiting += line
+        release(self.news)
 
     def reply(self, number: int, *params: str) -> None:
         """A numeric; what NUMERICS has for it comes last."""
+        self.cost += 0.1
         *middle, last = [*params, NUMERICS[number]] if number in NUMERICS else params
         self.tell(" ".join([f":{IRC_NAME} {number:03} {self.nick or '*'}", *middle, f":{last}"]))
 
@@ -11438,20 +11491,25 @@ class IrcClient(Person):
     def obey(self, line: str) -> None:
         name, params = parse_line(line.rstrip("\r"))
         command = COMMANDS.get(name)
-        if not name:
+        if not name or self.is_late():
             return
-        if not self.registered and not (command and command.early):
+        if not self.registered and line.rstrip("\r").endswith((" HTTP/1.1", " HTTP/1.0")):
+            self.close("This is IRC, not HTTP")              # a web page may try to speak for its reader
+        elif not self.registered and not (command and command.early):
             self.reply(451)
         elif command is None:
             self.reply(421, name)
         elif len(params) < command.least:
             self.reply(461, name)
+        elif self.registered and name in FOR_MATRIX and self.bridge.is_behind():
+            self.reply(437, *params[:1])
         else:
             getattr(self, f"do_{name.lower()}")(*params[:15])
 
-    def spool(self, do: str, channel: Channel, **job: Any) -> None:
-        """What this client did on a channel is to be done on Matrix."""
-        self.bridge.spool(do, nick=self.nick, to=channel.name, **job)
+    def spool(self, do: str, to: str, nick: str = "", **job: Any) -> None:
+        """What this client did is to be done on Matrix. `to`: a channel or a user ID."""
+        self.cost += 1
+        self.bridge.spool(do, nick=nick or self.nick, to=to, **job)
 
     # -- Registering. A method do_x is the command X.
 
@@ -11481,7 +11539,7 @@ class IrcClient(Person):
             self.reply(431)
         elif not NICK.fullmatch(nick):
             self.reply(432, nick)
-        elif holder not in (None, self):
+        elif holder not in (None, self) or self.bridge.is_bot(nick):
             self.reply(433, nick)
         elif self.registered:
             self.bridge.rename(self, nick)
@@ -11544,9 +11602,11 @@ class IrcClient(Person):
                 self.reply(403, name)
             elif len(self.channels) >= MAX_CHANNELS:
                 self.reply(405, name)
+            elif not self.bridge.may_open(name):
+                self.reply(437, name)
             elif self not in (channel := self.bridge.channel(name)).people:
                 channel.enter(self)
-                self.spool("join", channel)
+                self.spool("join", channel.name)
                 if channel.topic:
                     self.tell_topic(channel)
                 self.do_names(channel.name)
@@ -11555,7 +11615,7 @@ class IrcClient(Person):
         for name in filter(None, names.split(",")):
             if channel := self.own_channel(name):
                 channel.exit(self, f":{self.prefix} PART {channel.name} :{reason}")
-                self.spool("leave", channel, reason=reason)
+                self.spool("leave", channel.name, reason=reason)
 
     def do_topic(self, name: str, text: str | None = None, *_: str) -> None:
         if not (channel := self.own_channel(name)):
@@ -11564,7 +11624,7 @@ class IrcClient(Person):
             return self.tell_topic(channel)
         now = self.bridge.clock.now()
         channel.change_topic(self.prefix, text, now)
-        self.spool("topic", channel, topic=FORMATTING.sub("", text), ts=now)
+        self.spool("topic", channel.name, topic=FORMATTING.sub("", text), ts=now)
 
     def tell_topic(self, channel: Channel) -> None:
         if not channel.topic:
@@ -11574,7 +11634,7 @@ class IrcClient(Person):
             self.reply(333, channel.name, channel.topic_by, str(channel.topic_at))
 
     def do_names(self, names: str = "*", *_: str) -> None:
-        for name in filter(None, names.split(",")):
+        for name in several(names)[:MAX_TARGETS]:
             if channel := self.bridge.channels.get(fold(name)):
                 self.reply_list(353, "=", channel.name, words=sorted(person.nick for person in channel.people))
             self.reply(366, channel.name if channel else name)
@@ -11582,10 +11642,15 @@ class IrcClient(Person):
     def do_list(self, names: str = "", *_: str) -> None:
         wanted = {fold(name) for name in names.split(",") if is_channel(name)}
         self.reply(321, "Channel", "Users  Name")
-        for key, channel in sorted(self.bridge.channels.items()):
-            if not wanted or key in wanted:
-                self.reply(322, channel.name, str(len(channel.people)), channel.topic)
+        found = [channel for key, channel in sorted(self.bridge.channels.items()) if not wanted or key in wanted]
+        for channel in found[:MAX_LISTED]:
+            self.reply(322, channel.name, str(len(channel.people)), channel.topic)
+        self.and_more(len(found))
         self.reply(323)
+
+    def and_more(self, count: int) -> None:
+        if count > MAX_LISTED:
+            self.tell(f":{IRC_NAME} NOTICE {self.nick} :and {count - MAX_LISTED} more")
 
     def do_mode(self, target: str, changes: str = "", *_: str) -> None:
         channel = self.bridge.channels.get(fold(target))
@@ -11616,7 +11681,7 @@ class IrcClient(Person):
             self.reply(341, person.nick, channel.name)
             person.tell(f":{self.prefix} INVITE {person.nick} :{channel.name}")
             if person.user_id:
-                self.spool("invite", channel, user=person.user_id)
+                self.spool("invite", channel.name, user=person.user_id)
 
     def do_kick(self, name: str, *_: str) -> None:
         if channel := self.own_channel(name):
@@ -11625,16 +11690,18 @@ class IrcClient(Person):
     # -- Talking.
 
     def do_privmsg(self, targets: str = "", text: str = "", *_: str) -> None:
-        if not targets:
+        if not (names := several(targets)):
             return self.reply(411)
         if not text:
             return self.reply(412)
-        for target in targets.split(",")[:MAX_TARGETS]:
+        for target in names[:MAX_TARGETS]:
             self.speak("PRIVMSG", target, text)
+        if len(names) > MAX_TARGETS:
+            self.reply(407, names[MAX_TARGETS])
 
     def do_notice(self, targets: str = "", text: str = "", *_: str) -> None:
         """As PRIVMSG, but never answered (RFC 2812, 3.3.2)."""
-        for target in targets.split(",")[:MAX_TARGETS] if text else ():
+        for target in several(targets)[:MAX_TARGETS] if text else ():
             self.speak("NOTICE", target, text)
 
     def speak(self, command: str, target: str, text: str) -> None:
@@ -11642,11 +11709,11 @@ class IrcClient(Person):
         words, action = parse_action(text)
         if channel and self in channel.people:
             channel.hear(self.prefix, command, words, action, but=self)
-            self.bridge.from_irc(self.nick, command, channel.name, words, action)
+            self.bridge.from_irc(self, command, channel.name, words, action)
         elif person:
             person.hear(self.prefix, command, words, action)
             if person.user_id:
-                self.bridge.from_irc(self.nick, command, person.user_id, words, action)
+                self.bridge.from_irc(self, command, person.user_id, words, action)
             elif person.away and command == "PRIVMSG":
                 self.reply(301, person.nick, person.away)
         elif command == "PRIVMSG":
@@ -11661,13 +11728,14 @@ class IrcClient(Person):
     def do_who(self, mask: str = "*", *_: str) -> None:
         channel, person = self.bridge.channels.get(fold(mask)), self.bridge.people.get(fold(mask))
         people = channel.people if channel else [person] if person else []
-        for each in sorted(people, key=lambda each: each.nick):
+        for each in sorted(people, key=lambda each: each.nick)[:MAX_LISTED]:
             self.reply(352, channel.name if channel else "*", each.user, each.host, IRC_NAME, each.nick,
                        "G" if each.away else "H", f"0 {each.realname}")
+        self.and_more(len(people))
         self.reply(315, mask)
 
     def do_whois(self, *params: str) -> None:
-        for nick in params[-1].split(",")[:MAX_TARGETS]:
+        for nick in several(params[-1])[:MAX_TARGETS]:
             if person := self.bridge.people.get(fold(nick)):
                 self.describe(person)
             else:
@@ -11809,7 +11877,14 @@ class IrcBridge(AppService):
             with self.lock:
                 full = len(self.clients) >= MAX_CLIENTS
                 self.clients.add(client)
-            client.start()
+            try:
+                client.start()
+            except RuntimeError as error:                    # no more threads, say
+                log.warning("%s: an IRC client is sent away: %s", self.id, error)
+                client.close("No more threads")
+                sock.close()
+                with self.lock:
+                    self.clients.discard(client)
             if full:
                 client.close("Too many clients")
 
@@ -11825,10 +11900,15 @@ class IrcBridge(AppService):
         return f"#{self.prefix}{fold(name)[1:]}:{self.server_name}"
 
     def is_ghost(self, user_id: str) -> bool:
-        return user_id.startswith(f"@{self.prefix}") and server_of(user_id) == self.server_name
+        return (user_id.startswith(f"@{self.prefix}") and server_of(user_id) == self.server_name
+                and user_id != self.bot.user_id)             # which may be called like a ghost
 
     def is_ours(self, user_id: str) -> bool:
         return self.is_ghost(user_id) or user_id == self.bot.user_id
+
+    def is_bot(self, nick: str) -> bool:
+        """Whether the ghost of this nick would be our own user."""
+        return self.prefix + to_localpart(nick) == self.registration.sender_localpart
 
     def ghost_nick(self, user_id: str) -> str:
         """The nick that a ghost's ID has, or ''."""
@@ -11861,6 +11941,9 @@ class IrcBridge(AppService):
         client = self.client_of(user_id)
         return client.nick if client else self.ghost_nick(user_id) or self.person(user_id).nick
 
+    def may_open(self, name: str) -> bool:
+        return fold(name) in self.channels or len(self.channels) < MAX_ROOMS
+
     def channel(self, name: str) -> Channel:
         if fold(name) not in self.channels:
             self.channels[fold(name)] = Channel(name, self.clock.now() // 1000)
@@ -11874,12 +11957,17 @@ class IrcBridge(AppService):
                  txn or secrets.token_hex(8), to_json({"do": do, **job}))
         release(self.work)
 
-    def from_irc(self, nick: str, command: str, to: str, words: str, action: bool) -> None:
+    def is_behind(self) -> bool:
+        """Whether so much waits for the homeserver that no more is taken."""
+        [(waiting,)] = self.sql("SELECT (SELECT max(n) FROM irc_spool) - (SELECT min(n) FROM irc_spool)")
+        return bool(waiting and waiting >= MAX_SPOOLED)
+
+    def from_irc(self, client: IrcClient, command: str, to: str, words: str, action: bool) -> None:
         body = FORMATTING.sub("", words)
         if words.startswith("\x01") or not body:
             return                                           # another CTCP: between IRC clients only
         msgtype = "m.emote" if action else "m.notice" if command == "NOTICE" else "m.text"
-        self.spool("say", nick=nick, to=to, msgtype=msgtype, body=body, ts=self.clock.now())
+        client.spool("say", to, msgtype=msgtype, body=body, ts=self.clock.now())
 
     def rename(self, client: IrcClient, nick: str) -> None:
         old, line = client.nick, f":{client.prefix} NICK :{nick}"
@@ -11887,13 +11975,13 @@ class IrcBridge(AppService):
         client.tell_neighbours(line)
         del self.people[fold(old)]
         self.people[fold(nick)], client.nick = client, nick
+        client.cost += NICK_COST
         for channel in client.channels:
-            client.spool("join", channel)
+            client.spool("join", channel.name)
             if to_localpart(old) != to_localpart(nick):      # else only the display name changes
-                self.spool("leave", nick=old, to=channel.name, reason=f"is now known as {nick}")
+                client.spool("leave", channel.name, old, reason=f"is now known as {nick}")
 
     def quit(self, client: IrcClient, reason: str) -> None:
-        self.clients.discard(client)
         if not client.registered:
             return
         del self.people[fold(client.nick)]
@@ -11902,7 +11990,7 @@ class IrcBridge(AppService):
         for channel in channels:
             channel.exit(client)
         for channel in channels if not self.stopping else ():    # else the sweep at the next start does it
-            client.spool("leave", channel, reason=reason)
+            client.spool("leave", channel.name, reason=reason)
 
     # -- The sender. The only thread that asks the homeserver for anything, but for the two queries below.
 
@@ -12074,7 +12162,7 @@ class IrcBridge(AppService):
     def _do_leave(self, job: JsonObject) -> None:
         """A nick leaves a channel, or a ghost any room."""
         ghost = self.intent(job.get("ghost") or self.ghost_id(job["nick"]))
-        ghost.leave(self.room_of(job), job["reason"])
+        ghost.leave(self.room_of(job), FORMATTING.sub("", job["reason"]))
 
     def _do_say(self, job: JsonObject) -> None:
         nick = job["to"] if job["to"].startswith("#") else job["nick"] + ",isnick"
@@ -12134,7 +12222,7 @@ class IrcBridge(AppService):
 
     def on_alias_query(self, alias: str) -> bool:
         name = self.channel_of(alias)
-        if not name:
+        if not name or not self.may_open(name):
             return False
         room_id = self.channel_room(name)
         if name != fold(name):
@@ -12212,36 +12300,36 @@ class IrcBridge(AppService):
         if kind in MEDIA:
             file = content.get("file")
             url = content.get("url") or (file.get("url") if isinstance(file, dict) else "")
-            return "PRIVMSG", f"{mark}{MEDIA[kind]}: {text} {url}", False
+            return "PRIVMSG", f"{mark}{MEDIA[kind]}: {text} {one_line(url)}", False
         if "m.in_reply_to" in relation and not relation.get("is_falling_back"):
             text = self._reply(text, relation["m.in_reply_to"])
         if kind == "m.location":
-            text = f"{text} {content.get('geo_uri', '')}"
+            text = f"{text} {one_line(content.get('geo_uri'))}"
         return "NOTICE" if kind == "m.notice" else "PRIVMSG", mark + text, kind == "m.emote"
 
     def _reply(self, text: str, to: Any) -> str:
         """'bob: yes', as one answers on IRC."""
         text, user_id = strip_quote(text)
-        nick, _ = self.said.get(str(to.get("event_id", "") if isinstance(to, dict) else ""), ("", ""))
+        nick, _ = self.said.get(str(to.get("event_id")) if isinstance(to, dict) else "", ("", ""))
         nick = nick or (self.nick_of(user_id) if user_id else "")
         return f"{nick}: {text}" if nick else text
 
     def _on_redaction(self, event: JsonObject, channel: Channel | None) -> None:
         """Says whose and which, but does not repeat what somebody wanted to be gone."""
         if not self.is_ours(event["sender"]):
-            nick, at = self.said.get(str(event.get("redacts") or event["content"].get("redacts", "")), ("", ""))
+            nick, at = self.said.get(str(event.get("redacts") or event["content"].get("redacts")), ("", ""))
             what = f"{nick}'s message of {at}" if nick else "a message"
             self._relay(event, channel, "PRIVMSG", f"deletes {what}", True)
 
     def _on_topic(self, event: JsonObject, channel: Channel | None) -> None:
-        if channel and not self.is_ours(event["sender"]):
+        if channel and event.get("state_key") == "" and not self.is_ours(event["sender"]):     # else it is no topic
             topic, at = one_line(event["content"].get("topic")), event.get("origin_server_ts", 0)
             channel.change_topic(self.person(event["sender"]).prefix, topic, at)
 
     def _on_member(self, event: JsonObject, channel: Channel | None) -> None:
-        target, membership = event["state_key"], event["content"].get("membership")
-        if self.is_ours(target) and self.is_ours(event["sender"]):
-            return                                           # our own doing
+        target, membership = event.get("state_key"), event["content"].get("membership")
+        if not isinstance(target, str) or (self.is_ours(target) and self.is_ours(event["sender"])):
+            return                                           # no membership, or our own doing
         if membership in ("leave", "ban") and not channel:
             self._forget_direct(event)
         elif self.is_ours(target):
@@ -12278,7 +12366,7 @@ class IrcBridge(AppService):
         elif membership in ("leave", "ban") and channel and client:
             self._gone(event, channel, client)
             # What was spooled before may bring the ghost back; this comes after it.
-            client.spool("leave", channel, reason="was kicked", txn=txn)
+            client.spool("leave", channel.name, reason="was kicked", txn=txn)
 
     def _forget_direct(self, event: JsonObject) -> None:
         """One of the two has left: the ghost leaves, too, and the next word opens a new room."""

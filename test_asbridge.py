@@ -11106,6 +11106,10 @@ def test_a_line_is_a_command_and_parameters(line, command, params):
     assert asbridge.parse_line(line) == (command, params)
 
 
+def test_only_spaces_part_the_words_of_a_line():
+    assert asbridge.parse_line("JOIN #a\u2003b\xa0c\x1dd\x0b") == ("JOIN", ["#a\u2003b\xa0c\x1dd\x0b"])
+
+
 def test_names_fold_as_rfc_1459_says():
     assert asbridge.fold("Foo[]\\~") == "foo{}|^"
 
@@ -11256,7 +11260,7 @@ def test_an_overlong_line_is_cut_and_what_is_relayed_fits_512_bytes(bridge):
 
 
 def test_a_slow_reader_is_dropped_and_the_others_do_not_wait(bridge, monkeypatch):
-    monkeypatch.setattr(asbridge, "SEND_QUEUE", 64)
+    monkeypatch.setattr(asbridge, "SEND_BYTES", 20_000)
     slow, eve = Irc(bridge, "slow", "#lobby"), Irc(bridge, "eve", "#lobby")
     channel_is_known(bridge)
     client = bridge.people["slow"]
@@ -11268,7 +11272,10 @@ def test_a_slow_reader_is_dropped_and_the_others_do_not_wait(bridge, monkeypatch
         eve.wait("PRIVMSG")
         eve.never("QUIT :Excess")
         return client.fate
-    assert eventually(dropped) == "Too slow to read"
+    assert eventually(dropped) == "Too slow to read" and len(client.waiting) <= 20_000
+    eve.wait("^:slow!slow@127.0.0.1 QUIT :Too slow to read")
+    slow.wait("^ERROR :Closing link: Too slow to read$")     # it may still read why; each line before it is a whole one
+    assert slow.closed()
 
 
 def test_an_idle_client_is_pinged_and_a_dead_one_dropped(bridge, monkeypatch):
@@ -11279,6 +11286,136 @@ def test_an_idle_client_is_pinged_and_a_dead_one_dropped(bridge, monkeypatch):
     bob.wait("^PING")
     bob.wait("^ERROR :.*Ping timeout")
     assert bob.closed()
+
+
+def test_who_does_not_register_in_time_is_told_and_dropped(bridge, monkeypatch):
+    monkeypatch.setattr(asbridge, "REGISTER_SECONDS", 0.1)
+    silent, busy = Irc(bridge), Irc(bridge)
+    busy.send("CAP LS 302", "NICK busy", "USER busy 0 * :busy never ends CAP")
+    with contextlib.suppress(OSError):
+        while True:
+            busy.send("PONG x")
+    silent.wait("^ERROR :Closing link: Not registered in time: NICK and USER are wanted$")
+    assert silent.closed() and busy.closed()
+    eventually(lambda: not bridge.clients)
+
+
+def test_past_the_most_clients_one_is_told_and_dropped_and_the_others_stay(bridge, monkeypatch):
+    monkeypatch.setattr(asbridge, "MAX_CLIENTS", 1)
+    bob, late = Irc(bridge, "bob"), Irc(bridge)
+    late.wait("^ERROR :Closing link: Too many clients$")
+    assert late.closed()
+    bob.never("ERROR")
+    bob.send("QUIT")
+    assert bob.closed()
+    eventually(lambda: not bridge.clients)
+    Irc(bridge, "next")
+
+
+@pytest.mark.parametrize("line", ["POST /x HTTP/1.1", "GET http://127.0.0.1:6667/ HTTP/1.0"])
+def test_a_web_page_cannot_speak_irc_for_its_reader(bridge, line):
+    page = Irc(bridge)
+    page.send(line, "Host: 127.0.0.1:6667", "", "NICK bob", "USER bob 0 * :bob", "JOIN #lobby")
+    page.wait("^ERROR :Closing link: This is IRC, not HTTP$")
+    assert page.closed() and not bridge.people
+
+
+NONSENSE = [
+    b"", b"\0", b"\r", b"\x16\x03\x01\x02\0\x01\0\x01\xfc\x03\x03", b"\xff\xfe\xfd", b":", b"@", b"@tag", b":x", b": :", b"@a :b  ", b"x" * 5_000,
+    b"NICK", b"NICK :", b"NICK \0", b"USER", b"USER : : : :", b"USER \xff \0 \x01 :\xff", b"CAP", b"CAP :", b"CAP \x01", b"CAP REQ", b"PING", b"PING :",
+    b"JOIN :", b"JOIN ,", b"JOIN #", b"JOIN #a\0b", b"JOIN #a:b", b"JOIN #a b c", b"JOIN &x", b"JOIN #" + b"x" * 64, b"JOIN \x07", b"PART ,,,", b"PART :#x,#y",
+    b"TOPIC #", b"TOPIC : :", b"NAMES ,", b"NAMES \0", b"LIST \0", b"LIST #,#x", b"MODE :", b"MODE #", b"MODE # " + b"+o" * 200, b"MODE bob " + b"+" * 400,
+    b"INVITE : :", b"INVITE bob #", b"KICK : :", b"PRIVMSG , :x", b"PRIVMSG :", b"PRIVMSG \0 \0", b"PRIVMSG bob :\x01", b"NOTICE , :x", b"NOTICE",
+    b"AWAY :\x01\0", b"WHO :", b"WHO \0", b"WHO * o", b"WHOIS :", b"WHOIS ,,", b"WHOIS a b c", b"USERHOST " + b"bob " * 100, b"ISON :", b"ISON " + b"bob " * 100,
+    b"VERSION x y z", b"do_join", b"__init__ x", b"SPOOL x", b"\xe2\x80\xa8"]
+
+
+@pytest.mark.parametrize("registered", [False, True])
+def test_no_line_whatever_it_is_makes_the_server_fail_or_drop_who_sent_it(bridge, caplog, monkeypatch, registered):
+    monkeypatch.setattr(asbridge, "LINES_PER_SECOND", 5000)
+    bob = Irc(bridge, *["bob"] * registered)
+    bob.sock.sendall(b"\r\n".join([*NONSENSE, b""]))
+    bob.never("^ERROR")
+    assert bool(bridge.people) == registered and not [record for record in caplog.records if record.exc_info]
+
+
+def test_a_line_without_an_end_is_forgotten_but_for_its_beginning(bridge):
+    bob, eve = Irc(bridge, "bob", "#lobby"), Irc(bridge, "eve", "#lobby")
+    bob.sock.sendall(b"PRIVMSG #lobby :" + b"\0\xff" * 500_000)
+    bob.sock.sendall(b"\nPRIVMSG #lobby :after\n")           # LF alone ends a line, too
+    assert len(eve.wait("PRIVMSG #lobby :").encode()) <= 510
+    eve.wait("PRIVMSG #lobby :after$")
+    bob.never("ERROR")
+
+
+def test_more_channels_than_a_client_may_have_are_refused_by_405(bridge, monkeypatch):
+    monkeypatch.setattr(asbridge, "MAX_CHANNELS", 3)
+    bob = Irc(bridge, "bob")
+    bob.send("JOIN " + ",".join(f"#{n}" for n in range(5)))
+    bob.wait(" 405 bob #3 ")
+    bob.wait(" 405 bob #4 ")
+    bob.send("PART #0", "JOIN #4")
+    bob.wait(" 366 bob #4 ")
+
+
+def test_more_channels_than_there_may_be_are_refused_by_437_and_on_matrix_too(fake, bridge, monkeypatch):
+    monkeypatch.setattr(asbridge, "MAX_ROOMS", 1)
+    bob = Irc(bridge, "bob", "#one")
+    bob.send("JOIN #two")
+    bob.wait(" 437 bob #two ")
+    assert as_request(bridge, "GET", "/_matrix/app/v1/rooms/%23_irc_two%3Atest")[0] == 404
+    assert as_request(bridge, "GET", "/_matrix/app/v1/rooms/%23_irc_one%3Atest")[0] == 200
+    Irc(bridge, "eve", "#one")
+
+
+def test_what_makes_work_for_matrix_is_refused_by_437_while_too_much_waits(fake, bridge, monkeypatch):
+    monkeypatch.setattr(asbridge, "MAX_SPOOLED", 3)
+    fake.fail = lambda request: asbridge.MatrixError("M_UNKNOWN", "away", 503)
+    bob = Irc(bridge, "bob", "#lobby")
+    bob.send(*[f"PRIVMSG #lobby :{n}" for n in range(5)], "JOIN #other", "NICK rob", "TOPIC #lobby :x")
+    for what in ("#lobby", "#lobby", "#other", "rob", "#lobby"):
+        bob.wait(f" 437 bob {what} ")
+    bob.send("PART #lobby :bye")                             # who is in may always leave
+    bob.wait("PART #lobby :bye")
+    fake.fail = None
+    eventually(lambda: bridge.ring() or len(fake.said()) == 3)
+    eventually(lambda: not bridge.is_behind())
+    bob.send("JOIN #other")
+    bob.wait(" 366 ")
+
+
+def test_of_too_many_recipients_the_rest_is_named_by_407_and_each_is_told_once(bridge):
+    bob, eve = Irc(bridge, "bob"), Irc(bridge, "eve")
+    bob.send(f"PRIVMSG eve,EVE,{','.join(f'n{n}' for n in range(60))} :hello")
+    eve.wait("PRIVMSG eve :hello")
+    eve.never("PRIVMSG")
+    bob.wait(" 401 bob n8 ")
+    bob.wait(" 407 bob n9 ")
+
+
+def test_a_list_may_be_long_but_not_endless(bridge, monkeypatch):
+    monkeypatch.setattr(asbridge, "MAX_LISTED", 3)
+    bob = Irc(bridge, "bob", *[f"#{n}" for n in range(5)])
+    with bridge.lock:
+        for n in range(5):
+            bridge.channels["#0"].enter(bridge.person(f"@m{n}:test"))
+    bob.send("LIST", "WHO #0")
+    for pattern in (" 322 bob #2 ", "NOTICE bob :and 2 more", " 323 ", " 352 bob #0 .* m1 ", "NOTICE bob :and 3 more", " 315 "):
+        bob.wait(pattern)
+
+
+def test_what_makes_much_work_slows_its_client_more(bridge):
+    bob = Irc(bridge, "bob", "#lobby")
+    client = bridge.people["bob"]
+
+    def cost(line):
+        before = client.paid_until
+        bob.send(line)
+        eventually(lambda: client.paid_until > before)
+        return round((client.paid_until - before) * asbridge.LINES_PER_SECOND, 1)
+    client.paid_until = bridge.clock.monotonic() - 1
+    assert cost("PING x") == 1 and cost("PRIVMSG #lobby :x") == 1 and cost("JOIN " + ",".join(f"#{n}" for n in range(9))) > 9
+    assert cost("NICK rob") >= asbridge.NICK_COST + 20       # of ten channels one ghost leaves, and another comes
 
 
 def test_a_flood_is_slowed_and_kills_nobody(bridge, monkeypatch):
@@ -11350,6 +11487,147 @@ def test_a_line_that_is_refused_for_good_is_told_and_dropped(fake, bridge):
     fake.fail = None
     bob.send("PRIVMSG #lobby :two")
     eventually(lambda: fake.said()[-1] == "two")
+
+
+def test_ctcp_stays_on_irc_but_for_what_me_sends(fake, bridge):
+    bob, eve = Irc(bridge, "bob", "#lobby"), Irc(bridge, "eve", "#lobby")
+    for text in ("\x01VERSION\x01", "\x01DCC SEND x 1 2 3\x01", "\x01", "\x01\x01", "\x01ACTION\x01", "\x01PING"):
+        bob.send(f"PRIVMSG #lobby :{text}")
+        eve.wait(f"PRIVMSG #lobby :{text}$")
+    bob.send("PRIVMSG #lobby :\x01ACTION has no end", "PRIVMSG #lobby :no \x01VERSION\x01 in the middle")
+    eventually(lambda: len(fake.said()) == 2)
+    assert [(asked[3]["msgtype"], asked[3]["body"]) for asked in fake.paths("/send/")] == [
+        ("m.emote", "has no end"), ("m.text", "no VERSION in the middle")]
+
+
+def test_no_control_character_of_irc_comes_to_matrix(fake, bridge):
+    bob = Irc(bridge, "bob", "#lobby")
+    channel_is_known(bridge)
+    hostile = "a\0b\rc\x01d\x1be\x7f"
+    bob.send(f"PRIVMSG #lobby :{hostile}", f"TOPIC #lobby :{hostile}", f"PART #lobby :{hostile}")
+    eventually(lambda: fake.paths("/leave"))
+    assert fake.said() == ["abcde"] and fake.paths("/m.room.topic")[-1][3] == {"topic": "abcde"} and fake.paths("/leave")[0][3] == {"reason": "abcde"}
+
+
+def test_nobody_on_irc_is_the_services_own_user(fake, tmp_path):
+    fake_bot = {"sender_localpart": "_irc_bot"}
+    bridge = asbridge.IrcBridge(bridge_registration(**fake_bot), fake.url)
+    bridge.start()
+    for nick in ("bot", "BoT"):
+        bob = Irc(bridge)
+        bob.send("USER bob 0 * :bob", f"NICK {nick}")
+        bob.wait(f" 433 . {nick} ")
+    bob.send("NICK bots")
+    bob.wait(" 001 bots ")
+    bob.send("NICK bot")
+    bob.wait(" 433 bots bot ")
+    bridge.stop()
+
+
+def test_two_have_never_the_same_nick_whatever_its_case_and_whether_on_irc_or_matrix(bridge):
+    _others = Irc(bridge, "x[]\\^"), Irc(bridge, "bob", "#lobby")
+    channel_is_known(bridge)
+    push(bridge, "m.room.member", {"membership": "join", "displayname": "alic"}, state_key="@alice:test")
+    new = Irc(bridge, "new")
+    for nick in ("BOB", "x{}|^", "X[]\\^", "alice", "ALICE"):
+        new.send(f"NICK {nick}")
+        new.wait(f" 433 new {re.escape(nick)} ")
+    new.send("NICK alic", "NICK alice_m", "NICK Alic")       # a display name is nobody's nick
+    new.wait("^:alice_m!new@127.0.0.1 NICK :Alic$")
+
+
+def test_different_nicks_are_different_ghosts_and_a_ghost_tells_its_nick(bridge):
+    letters = [chr(n) for n in range(0x21, 0x7f)]
+    nicks = [nick for pair in itertools.product(letters, ["", *letters]) if asbridge.NICK.fullmatch(nick := "".join(pair))]
+    ghosts = {bridge.ghost_id(nick): nick.lower() for nick in nicks}
+    assert len(ghosts) == len({nick.lower() for nick in nicks})
+    assert all(bridge.ghost_nick(ghost) == nick and asbridge.STRICT_LOCALPART.fullmatch(asbridge.localpart_of(ghost)) for ghost, nick in ghosts.items())
+
+
+ALIKE = ["#a", "#A", "#a{", "#a[", "#a~", "#a^", "#a/b", "#a%2Fb", "#a%2fb", "#a=2fb", "#\xe4", "#a\u0308", "#\u0430", "#a#b", "#a?b", "#a\u2003b", "#a\xa0b",
+         "#a.b", "#a@b", "#a\u202eb", "##", "###", "#\U0001f600", "#_irc_a", "#a+b", "#a&b", "#'\"<>"]
+
+
+def test_two_channels_never_have_the_same_alias_unless_irc_takes_them_for_one(bridge):
+    for one, other in itertools.combinations(ALIKE, 2):
+        assert (bridge.channel_alias(one) == bridge.channel_alias(other)) == (asbridge.fold(one) == asbridge.fold(other)), (one, other)
+    for name in ALIKE:
+        assert asbridge.is_channel(name) and bridge.channel_of(bridge.channel_alias(name)) == asbridge.fold(name)
+        asbridge.check_id("#", bridge.channel_alias(name), "test")
+
+
+def test_each_channel_is_asked_for_by_its_own_name(fake, bridge):
+    bob = Irc(bridge, "bob")
+    bob.send(*[f"JOIN {name}" for name in ALIKE])
+    eventually(lambda: len(fake.paths("/createRoom")) == len(set(map(asbridge.fold, ALIKE))))
+    made = {asked[3]["room_alias_name"] for asked in fake.paths("/createRoom")}
+    assert made == {"_irc_" + asbridge.fold(name)[1:] for name in ALIKE}
+
+
+INJECTED = "x\r\nQUIT :y\nPRIVMSG bob :\x01DCC z\x01\0\r:irc.asbridge KILL bob\x01"
+
+
+HOSTILE_EVENTS = [
+    ("m.room.message", {"msgtype": "m.text", "body": INJECTED}, {}), ("m.room.message", {"msgtype": "m.emote", "body": INJECTED}, {}),
+    ("m.room.message", {"msgtype": "m.notice", "body": INJECTED}, {}), ("m.room.message", {"msgtype": INJECTED, "body": INJECTED}, {}),
+    ("m.room.message", {"msgtype": "m.image", "body": INJECTED, "url": INJECTED}, {}),
+    ("m.room.message", {"msgtype": "m.file", "body": "x", "file": {"url": "\n\x01DCC SEND\x01"}}, {}),
+    ("m.room.message", {"msgtype": "m.location", "body": "x", "geo_uri": "\n\x01DCC SEND\x01"}, {}),
+    ("m.room.message", {"msgtype": "m.text", "body": f"> <@{INJECTED}:x> a\n\n{INJECTED}", "m.relates_to": {"m.in_reply_to": {"event_id": "$x"}}}, {}),
+    ("m.sticker", {"body": INJECTED, "url": INJECTED}, {}), ("m.room.topic", {"topic": INJECTED}, {"state_key": ""}),
+    ("m.room.member", {"membership": "join", "displayname": INJECTED}, {"state_key": "@new:test"}),
+    ("m.room.member", {"membership": "leave", "reason": INJECTED}, {"state_key": "@alice:test"}),
+    ("m.room.member", {"membership": "ban", "reason": INJECTED}, {"state_key": "@_irc_eve:test"}),
+    ("m.room.redaction", {"redacts": INJECTED, "reason": INJECTED}, {})]
+
+
+def test_nothing_that_comes_from_matrix_is_a_command_on_irc(bridge):
+    bob, _eve = Irc(bridge, "bob", "#lobby"), Irc(bridge, "eve", "#lobby")
+    channel_is_known(bridge)
+    for type, content, other in HOSTILE_EVENTS:
+        push(bridge, "m.room.member", {"membership": "join"}, state_key="@alice:test")
+        push(bridge, type, content, **other)
+    message(bridge, "the end", sender="@carol:test")
+    bob.send("WHOIS new", "NAMES #lobby", "LIST", "PING end")
+    while not any("the end" in line for line in bob.lines) or not any("PONG" in line for line in bob.lines):
+        bob.wait_more()
+    assert len(bob.lines) > 40 and any("KICK #lobby eve" in line for line in bob.lines) and any(" 311 bob new " in line for line in bob.lines)
+    for line in bob.lines:
+        assert re.match(r":(eve!eve@127.0.0.1|(alice!alice|carol!carol|new!new)@test) (PRIVMSG|NOTICE|JOIN|PART|TOPIC|KICK) #lobby"
+                        r"|:irc.asbridge (\d{3}|PONG) ", line), line
+        assert not re.search(r"[\r\n\0]", line) and ("\x01" not in line or re.search(r" :\x01ACTION [^\x01]*\x01$", line)), line
+
+
+ODD = [None, 5, 1.5, True, [], {}, [[]], "", "\ud83d\ude00", {"event_id": []}]
+
+
+def test_an_event_of_any_shape_is_read_without_failing(bridge, caplog):
+    _bob = Irc(bridge, "bob", "#lobby")
+    channel_is_known(bridge)
+    for odd in ODD:
+        contents = [{"msgtype": odd, "body": odd, "url": odd, "file": odd, "geo_uri": odd, "m.relates_to": odd}, {"msgtype": "m.location", "body": odd, "geo_uri": odd},
+                    {"msgtype": "m.image", "body": odd, "url": odd, "file": odd}, {"body": "> <@x:y> z\n", "m.relates_to": {"m.in_reply_to": odd}},
+                    {"body": "x", "m.relates_to": {"rel_type": odd, "m.in_reply_to": {"event_id": odd}}, "m.new_content": odd},
+                    {"m.relates_to": {"rel_type": "m.replace"}, "m.new_content": {"msgtype": odd, "body": odd}}, odd]
+        events = [("m.room.message", {"content": content}) for content in contents]
+        events += [("m.room.redaction", {"content": {"redacts": odd}}), ("m.room.redaction", {"redacts": odd}), ("m.room.topic", {"state_key": odd}),
+                   ("m.room.topic", {"content": {"topic": odd}, "state_key": ""}), ("m.room.member", {})]
+        events += [("m.room.member", {"content": {"membership": membership, "displayname": odd, "reason": odd}, "state_key": "@odd:test"})
+                   for membership in ("join", odd, "leave")]
+        events = [{"event_id": "$" + secrets.token_hex(8), "type": type, "sender": "@alice:test", "room_id": "!room:test", "origin_server_ts": 2**53 - 1,
+                   "content": {}, **other} for type, other in events]
+        assert as_request(bridge, "PUT", PUSH + secrets.token_hex(8), {"events": events}) == (200, {})
+        assert not [record.getMessage() for record in caplog.records if record.exc_info], odd
+
+
+def test_what_is_no_state_event_sets_no_topic(bridge):
+    bob = Irc(bridge, "bob", "#lobby")
+    channel_is_known(bridge)
+    push(bridge, "m.room.topic", {"topic": "spoofed"}), push(bridge, "m.room.topic", {"topic": "spoofed"}, state_key="x")
+    push(bridge, "m.room.topic", {"topic": "tea"}, state_key="")
+    bob.wait("TOPIC #lobby :tea")
+    assert bridge.channels["#lobby"].topic == "tea"
+    bob.never("spoofed")
 
 
 def test_matrix_people_are_seen_on_irc(bridge):
@@ -11649,6 +11927,18 @@ def test_many_lines_arrive_once_and_in_order(world):
     assert texts(alice, room_id) == [str(n) for n in range(50)]
 
 
+def test_a_channel_with_a_strange_name_is_one_room_from_either_side(world):
+    alice, bob = world.client("alice"), Irc(world.bridge, unique("bob"))
+    for name in ("#a%2Fb", "#a/b", "#a?b#\u2003"):
+        name += unique("n")
+        bob.send(f"JOIN {name}")
+        bob.wait(f" 366 {bob.nick} {re.escape(name)} ")
+        room_id = alice.join(alias_of(world, name))
+        bob.wait(f"^:alice!alice@localhost JOIN {re.escape(name)}$")
+        alice.say(room_id, "hello")
+        assert bob.wait("PRIVMSG") == f":alice!alice@localhost PRIVMSG {name} :hello"
+
+
 def test_a_bridge_that_is_started_again_finds_its_rooms_and_its_ghosts_leave(world):
     alice, channel, nick = world.client(unique("alice")), "#" + unique("again"), unique("bob")
     bob = Irc(world.bridge, nick, channel)
@@ -11657,6 +11947,7 @@ def test_a_bridge_that_is_started_again_finds_its_rooms_and_its_ghosts_leave(wor
     world.restart_bridge()
     ghost = world.bridge.ghost_id(nick)
     alice.wait_for(member(ghost, "leave"))
+    assert world.bridge.bot.user_id in alice.joined_members(room_id)      # though it is called like a ghost
     bob = Irc(world.bridge, nick, channel)
     alice.say(room_id, "welcome back")
     bob.wait("PRIVMSG .* :welcome back")
