@@ -216,6 +216,15 @@ def printable(text: str) -> str:
     return text if text.isprintable() else "".join([char if char.isprintable() else repr(char)[1:-1] for char in text])
 
 
+TOKEN_IN_URL = re.compile(r"""(token(?:=|%3D))[^\s&/"'<;\\]+""", re.I)
+SECRET_KEY = re.compile("token|password|secret|^pass$", re.I)    # keys whose values are not shown
+
+
+def cut_path(path: str) -> str:
+    """Without the token that somebody put after a '&' in place of a '?'. For error texts, too, which repeat what was asked."""
+    return TOKEN_IN_URL.sub(r"\1…", shorten(path, 2000))
+
+
 def quoted(value: object) -> str:
     """The same as JSON, so that 1 and "1" can be told apart."""
     return shorten(json.dumps(value, ensure_ascii=False))
@@ -308,7 +317,7 @@ def parse_object(data: bytes) -> JsonObject:
     """A JSON object from a request body; an empty body is {}."""
     value = parse_json(data) if data else {}
     if not isinstance(value, dict):
-        raise MatrixError("M_BAD_JSON", f"the body must be a JSON object, not {quoted(value)}")
+        raise MatrixError("M_BAD_JSON", f"the body must be a JSON object, not {TYPE_NAMES[type(value)]}")
     return value
 
 
@@ -325,8 +334,8 @@ def check_canonical(value: Any) -> None:
                           "-(2^53)+1 to (2^53)-1")
 
 
-TYPE_NAMES = {str: "a string", int: "an integer", bool: "true or false", dict: "an object", list: "a list",
-              type(None): "null"}
+TYPE_NAMES = {str: "a string", int: "an integer", float: "a number", bool: "true or false", dict: "an object",
+              list: "a list", type(None): "null"}
 S = TypeVar("S")
 T = TypeVar("T")
 
@@ -348,7 +357,8 @@ def field(body: JsonObject, key: str, type_: type[T], default: Any = ...) -> T:
             raise MatrixError("M_MISSING_PARAM", f"the body must have {key!r}: {TYPE_NAMES[type_]}")
         return cast(T, default)
     if not is_a(value, type_):
-        raise MatrixError("M_BAD_JSON", f"{key!r} must be {TYPE_NAMES[type_]}, not {quoted(value)}")
+        shown = TYPE_NAMES[type(value)] if SECRET_KEY.search(key) else quoted(value)
+        raise MatrixError("M_BAD_JSON", f"{key!r} must be {TYPE_NAMES[type_]}, not {shown}")
     return cast(T, value)
 
 
@@ -491,11 +501,11 @@ class Request:
         try:
             self.method, target, self.version = line.split(" ")
         except ValueError:
-            raise bad_request(f"the request line {shorten(line)!r} is not 'METHOD target "
+            raise bad_request(f"the request line {shorten(cut_path(line))!r} is not 'METHOD target "
                               "HTTP/1.1'") from None
         if (self.version not in ("HTTP/1.1", "HTTP/1.0") or not TOKEN.fullmatch(self.method)
                 or CONTROLS.search(target)):
-            raise bad_request(f"{shorten(line)!r} is not an HTTP/1.1 request")
+            raise bad_request(f"{shorten(cut_path(line))!r} is not an HTTP/1.1 request")
         if target[:1] != "/" and "://" in target:            # the absolute form, as to a proxy
             target = "/" + target.split("://", 1)[1].partition("/")[2]
         self.path, _, query = target.partition("?")
@@ -576,7 +586,8 @@ def parse_headers(text: str) -> Mapping[str, str]:
     for line in lines:
         name, colon, value = line.partition(":")
         if not colon or not TOKEN.fullmatch(name) or "\n" in value or "\r" in value or "\0" in value:
-            raise bad_request(f"{shorten(line)!r} is not a header line 'Name: value'")
+            known = re.match(r"[ \t]*[\w-]+(?=[ \t]*[:=])", line)      # the value may be a token
+            raise bad_request(f"{shorten(known[0]) + '…' if known else 'what stands there'!r} is not a header line 'Name: value'")
         name, value = name.lower(), value.strip(" \t")
         headers[name] = f"{headers[name]}, {value}" if name in headers else value
     return headers
@@ -4389,7 +4400,7 @@ class Settings:
     query_timeout_ms: int = 10_000
     rate_limit: Mapping[str, float] | None = None            # per_second, burst
     bind: str = "127.0.0.1"
-    admin_token: str | None = None
+    admin_token: str | None = dataclasses.field(default=None, repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -6981,8 +6992,8 @@ class Exchange:
     kind: str                            # "transaction", "query", "thirdparty", "ping"; what the homeserver is asked: "request"
     method: str
     path: str                            # without its query
-    headers: Mapping[str, str]
-    body: bytes = b""                    # the first KEPT_BYTES of it; the same for `answer`
+    headers: Mapping[str, str] = dataclasses.field(repr=False)
+    body: bytes = dataclasses.field(default=b"", repr=False)     # the first KEPT_BYTES of it; the same for `answer`
     client: bool = False                 # whether the other one is a client
     acts_as: str | None = None           # the user as whom an application service asks
     txn_id: int | None = None
@@ -6991,7 +7002,7 @@ class Exchange:
     fault: str = ""                      # the faults that acted
     status: int | None = None
     ms: float | None = None
-    answer: bytes = b""
+    answer: bytes = dataclasses.field(default=b"", repr=False)
     error: str = ""                      # why there is no answer
     lost: bool = False                   # there was one, but a fault made the homeserver forget it
     then: str = ""                       # what comes of it
@@ -7284,7 +7295,7 @@ class Line:
         one.ms = round((time.monotonic() - began) * 1000, 2)
         if isinstance(outcome, Answer):
             one.status, one.answer = outcome.status, outcome.body[:KEPT_BYTES]
-            if token.encode() in outcome.body or b"access_token" in outcome.body:
+            if any(each.encode() in outcome.body for each in (token, self.registration.as_token, "access_token")):
                 one.answer = without_tokens(self.registration, outcome.body.decode("utf-8", "replace")).encode()[:KEPT_BYTES]
         return outcome, one
 
@@ -7497,7 +7508,7 @@ class Worker:
                 with self._guard:
                     self.transaction, outcome = self.transaction or transaction, error
                 self._back_off()
-        if not self._stopped and self.transaction is transaction:
+        if not (self._stopped or self.world.stopping) and self.transaction is transaction:
             log.warning("application service %s: transaction %d (%d events, attempt %d) did not go through: %s; next "
                         "attempt in %.1f s",
                         transaction.appservice, transaction.txn_id, transaction.events, self.failures,
@@ -7777,7 +7788,8 @@ class Delivery:
                 patient = patient and not (isinstance(outcome, Answer) and outcome.status < 500)
                 if not patient or self._stopped:
                     break
-        log.warning("application service %s was asked for %s: %s", registration.id, printable(id), why)
+        log.log(logging.DEBUG if self.world.stopping else logging.WARNING,
+                "application service %s was asked for %s: %s", registration.id, printable(id), why)
         if patient:
             raise MatrixError("M_UNKNOWN", f"the application service {registration.id!r} was asked for {id}, but: {why}", 408)
         return False
@@ -7931,12 +7943,6 @@ class Call:
 
 
 NOBODY = Who("")
-TOKEN_IN_URL = re.compile(r"""(token=)[^\s&/"'<;\\]+""")
-
-
-def cut_path(path: str) -> str:
-    """Without the token that somebody put after a '&' in place of a '?'."""
-    return TOKEN_IN_URL.sub(r"\1…", shorten(path, 2000))
 
 
 # -- Who is asking?
@@ -7999,17 +8005,18 @@ class Api:
         try:
             response = self._answer(call)
         except MatrixError as error:
+            error.error = cut_path(error.error)
             response = json_response(error.status, error.body(), call.cors)
-            log.debug("%s %s: %s", request.method, request.path, printable(str(error)))
+            log.debug("%s %s: %s", request.method, printable(cut_path(request.path)), printable(str(error)))
         except ClientGone:
             raise
         except Exception:
-            log.exception("%s %s failed", request.method, request.path)
+            log.exception("%s %s failed", request.method, printable(cut_path(request.path)))
             failed = MatrixError("M_UNKNOWN", "the homeserver failed; its log says why")
             response = json_response(failed.status, failed.body(), call.cors)
         ms = (time.monotonic() - began) * 1000
         if log.isEnabledFor(logging.DEBUG):
-            log.debug("%s %s %d in %.1f ms", request.method, request.path, response.status, ms)
+            log.debug("%s %s %d in %.1f ms", request.method, printable(cut_path(request.path)), response.status, ms)
         if request.path.startswith("/_matrix/"):
             kept = (request.path, request.query, request.headers) if request.small else (
                 request.path[:2000], {}, shown_headers(request.headers))
@@ -8052,9 +8059,11 @@ class Api:
         """
         settings, host = self.world.settings, request.headers.get("host", "")
         name = host.rpartition(":")[0] if re.search(r":[0-9]+$", host) else host
-        origin = request.headers.get("origin")
+        origin, site = request.headers.get("origin"), request.headers.get("sec-fetch-site", "none")
         if origin is not None and origin not in (f"http://{host}", f"https://{host}"):
             raise forbidden(f"the page of another site ({shorten(origin)}) may not use the inspector")
+        if site not in ("same-origin", "none"):              # a link, an image or a script, which have no Origin
+            raise forbidden(f"the page of another site may not use the inspector (Sec-Fetch-Site: {shorten(site)})")
         if settings.admin_token is None and not is_loopback(settings.bind):
             raise forbidden(f"bound to {settings.bind}, the inspector needs an admin_token in the configuration")
         if is_loopback(settings.bind) and not is_loopback(name):
@@ -9137,7 +9146,6 @@ FAULT_KEYS = ("appservice", "fault", "on", "times", "probability", "seed", "dela
 NOBODY_MAY = "nobody; people take user names of a-z, 0-9 and ._=/+- only"
 LIKE_SECRET = re.compile(r"""((?:token|password|secret)["']?\s*[:=]\s*\[?\s*)"""
                          r"""(?:"(?:[^"\\]|\\.)*"?|'[^']*'?|[^\s"'&,}\]]+)""", re.I)
-SECRET = re.compile("token|password|secret|^pass$", re.I)    # keys whose values are not shown
 
 
 class Inspector:
@@ -9344,7 +9352,7 @@ def shown_body(body: bytes) -> str:
 
 def without_secrets(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: "…" if SECRET.search(key) else without_secrets(item) for key, item in value.items()}
+        return {key: "…" if SECRET_KEY.search(key) else without_secrets(item) for key, item in value.items()}
     return [without_secrets(item) for item in value] if isinstance(value, list) else value
 
 
@@ -10935,7 +10943,9 @@ class AppService:
 
     @property
     def url(self) -> str:
-        """Where we listen; the registration's, but with the real port."""
+        """Where we listen; the registration's, but with the real port. '' if its url is null."""
+        if self.registration.url is None:
+            return ""
         host = f"[{self._where.hostname}]" if ":" in (self._where.hostname or "") else self._where.hostname
         return f"{self._where.scheme}://{host}:{self.port}{self._where.path.rstrip('/')}"
 
@@ -12701,7 +12711,7 @@ CONFIG_KEYS: dict[str, tuple[Any, str]] = {
     "registrations":     (list,               "a list of paths, relative to this file, or of registrations"),
     "open_registration": (bool,               "true or false"),
     "public_url":        (str,                "'http://host:port', as clients reach it"),
-    "admin_token":       ((str, type(None)),  "a long random text"),
+    "admin_token":       ((str, type(None)),  "a long random text of printable ASCII"),
     "max_event_bytes":   (int,                "a number of bytes"),
     "max_request_bytes": (int,                "a number of bytes"),
     "max_upload_bytes":  (int,                "a number of bytes"),
@@ -12745,6 +12755,9 @@ class ConfigReader:
         sources = self.data.get("registrations", [])
         registrations = self._registrations(sources if self._check("registrations", sources) else [])
         self.findings += check_together(registrations)
+        first, most = (values.get(key, getattr(Settings, key)) for key in ("retry_first_ms", "retry_max_ms"))
+        if first > most:
+            self.wrong("retry_first_ms", f"is {first}, more than retry_max_ms, which is {most}", "write a smaller number")
         return values, registrations
 
     def _check(self, key: str, value: Any) -> bool:
@@ -12755,7 +12768,7 @@ class ConfigReader:
         good = any(is_a(value, one) for one in (type_ if isinstance(type_, tuple)
                                                 else (type_,))) and self._fits(key, value)
         if not good:
-            self.wrong(key, f"is {quoted(value)}", f"write {right}")
+            self.wrong(key, "is none" if SECRET_KEY.search(key) else f"is {quoted(value)}", f"write {right}")
         return good
 
     @staticmethod
@@ -12764,6 +12777,10 @@ class ConfigReader:
             return bool(SERVER_NAME.fullmatch(value)) and len(value) <= 230
         if key == "port":
             return 0 <= int(value) <= 65535
+        if key == "public_url":
+            return value == "" or is_base_url(value)
+        if key == "admin_token":
+            return value is None or bool(re.fullmatch(r"[!-~]([ -~]*[!-~])?", value))
         if key == "room_version":
             return value in ROOM_VERSIONS
         if key == "rate_limit":
@@ -13020,8 +13037,8 @@ def describe(hs: Homeserver) -> None:
     for registration in hs.world.registrations:
         names = ", ".join(str(namespace) for kind in KINDS
                           for namespace in registration.namespaces[kind]) or "no namespaces"
-        log.info("application service %s at %s (%s): %s; events that wait: %d; %s", registration.id,
-                 registration.url, reachable(registration.url),
+        log.info("application service %s %s (%s): %s; events that wait: %d; %s", registration.id,
+                 f"at {registration.url}" if registration.url else "without a url", reachable(registration.url),
                  registration.sender(hs.world.name), waiting.get(registration.id, 0), names)
         warn_of(hs, registration)
 
@@ -13161,7 +13178,7 @@ def run_samples(config: Config, homeserver: str, stop: Any) -> int:
         print(why_not_started(error, config), file=sys.stderr)
         return 1
     try:
-        print("asbridge ready at " + ", ".join(f"{sample.url} (IRC on port {sample.irc_port})"
+        print("asbridge ready at " + ", ".join(f"{sample.url or 'no url'} (IRC on port {sample.irc_port})"
                                                for sample in samples), flush=True)
         until_rung(stop)
     finally:

@@ -324,6 +324,17 @@ def test_a_field_of_another_type_is_bad_json(value, type_):
         asbridge.field({"key": value}, "key", type_, None)
 
 
+@pytest.mark.parametrize("value", [["hunter2"], {"a": "hunter2"}, 5771932, 5771932.5, True])
+@pytest.mark.parametrize("key", ["password", "new_password", "access_token", "client_secret", "pass"])
+def test_no_error_repeats_a_secret_that_is_of_the_wrong_type(key, value):
+    with refused("M_BAD_JSON", 400, f"'{key}' must be a string, not ") as caught:
+        asbridge.field({key: value}, key, str)
+    assert not re.search("hunter2|5771932", caught.value.error)
+    with refused("M_BAD_JSON", 400, "a JSON object") as caught:
+        asbridge.parse_object(json.dumps([{key: value}]).encode())
+    assert not re.search("hunter2|5771932", caught.value.error)
+
+
 @pytest.mark.parametrize("body", [{}, {"key": None}])
 def test_a_field_that_is_not_there_is_missing_unless_it_has_a_default(body):
     assert asbridge.field(body, "key", str, "else") == "else" and asbridge.field(body, "key", str, None) is None
@@ -547,6 +558,16 @@ def test_a_request_line_has_no_control_characters(serve, target):
 
 def test_a_content_length_of_any_length_is_answered(serve):
     assert talk(serve(), b"POST / HTTP/1.1\r\nContent-Length: " + b"9" * 5000 + b"\r\n\r\n").startswith((b"HTTP/1.1 400 ", b"HTTP/1.1 413 "))
+
+
+@pytest.mark.parametrize("head", [
+    "GET /x?access_token=hunter2 y HTTP/1.1", "GET /x?access_token=hunter2 HTTP/9.9", "GET /x HTTP/1.1\r\nAuthorization : Bearer hunter2",
+    "GET /x HTTP/1.1\r\nAuthorization= Bearer hunter2", "GET /x HTTP/1.1\r\nHost: x\r\n Authorization: Bearer hunter2", "GET /x HTTP/1.1\r\nAuthorization:\r\n hunter2",
+    "GET /x HTTP/1.1\r\nhunter2"])
+def test_what_is_wrong_with_a_head_is_said_without_the_token_in_it(head):
+    with refused("M_UNKNOWN", 400) as caught:
+        asbridge.Request(head)
+    assert "hunter2" not in caught.value.error
 
 
 def test_a_head_whose_lines_end_in_bare_lf_is_refused_at_once(serve):
@@ -3581,6 +3602,25 @@ def test_a_password_is_kept_as_scrypt_has_it_with_a_salt_of_its_own(cheap_passwo
     assert key == hashlib.scrypt(b"secret", salt=bytes.fromhex(salt), n=16_384, r=8, p=1).hex()
 
 
+def test_two_with_the_same_password_have_it_stored_differently_and_a_guess_costs_the_same_for_whoever_it_is(start, monkeypatch, cheap_passwords):
+    hs, calls = start(registration()), []
+    monkeypatch.setitem(asbridge.SCRYPT, "n", cheap_passwords["n"])
+
+    def scrypt(password, salt, **how):
+        calls.append((how["n"], how["r"], how["p"]))
+        return asbridge.hashlib.sha256(salt + password).digest()
+    monkeypatch.setattr(asbridge.hashlib, "scrypt", scrypt)
+    hs.client("alice", "w"), hs.client("bob", "w"), hs.client("carol"), acting(hs, "irc", "@_irc_bob:localhost")
+    with hs.world.store.read() as reader:
+        stored = [reader.user(f"@{name}:localhost")[0].split("$") for name in ("alice", "bob")]
+    assert all(kind == "scrypt" and len(salt) == 32 for kind, salt, _ in stored) and stored[0][1] != stored[1][1] and stored[0][2] != stored[1][2]
+    calls.clear()
+    for name in ("alice", "carol", "_irc_bob", "nobody", "@nobody:localhost", "@x:elsewhere"):
+        with refused("M_FORBIDDEN", 403, "wrong user name or password"):
+            hs.api.accounts.login(name, "x")
+    assert calls == [(16_384, 8, 1)] * 6                     # 16 MiB each
+
+
 def test_somebody_without_a_password_cannot_log_in_with_one(start):
     hs = start(registration())
     hs.client("alice")
@@ -3750,6 +3790,26 @@ def test_a_deactivated_account_leaves_its_rooms_and_keeps_nothing_but_its_name(s
         for table in ("devices", "sessions", "account_data", "device_keys", "one_time_keys", "cross_signing", "backups"):
             assert reader.all(f"SELECT * FROM {table} WHERE user_id = '@alice:localhost'") == []
         assert reader.all("SELECT * FROM backup_keys") == []
+
+
+def test_deactivation_ends_what_waits_in_sync_and_nobody_acts_as_the_account_any_more(start):
+    hs = start(registration(users=["@alice:.*"], exclusive=False))
+    alice, acting_as = hs.client("alice", "w"), asbridge.Client(hs.url, "as-irc", "@alice:localhost")
+    other = asbridge.Client(hs.url, hs.api.accounts.login("alice", "w")["access_token"])
+    acting_as.whoami()
+    since = alice.sync()["next_batch"]
+    with ThreadPoolExecutor() as pool:
+        looks = [pool.submit(one.sync, since, 30_000) for one in (alice, other)]
+        eventually(lambda: len(hs.world.store.waiters._bells.get("@alice:localhost", ())) == 2)
+        asbridge.Client(hs.url, alice.token).call("POST", V3 + "/account/deactivate", confirmed())
+        for look in looks:
+            with refused("M_UNKNOWN_TOKEN", 401):
+                look.result(5)
+    for one in (alice, other):
+        with refused("M_UNKNOWN_TOKEN", 401):
+            one.sync(since)
+    with refused("M_USER_DEACTIVATED", 403):
+        acting_as.whoami()
 
 
 def test_an_account_stays_deactivated_over_a_restart(start, tmp_path):
@@ -9398,6 +9458,19 @@ def test_an_error_shows_neither_a_traceback_nor_a_token(start):
     assert (status, answer["errcode"]) == (500, "M_UNKNOWN") and "division" not in answer["error"]
 
 
+@pytest.mark.parametrize("path", [
+    "/sync?access_token=hunter2", "/sync&access_token=hunter2", "/sync%3Faccess_token=hunter2", "/sync%26access_token%3Dhunter2", "/access_token=hunter2", "/sync/?access_token=hunter2",
+    "/sync;access_token=hunter2", "/rooms/x&access_token=hunter2/state", "/rooms/x%26access_token%3Dhunter2/state", "/events?limit=1&from=x%26access_token=hunter2",
+    "/sync?timeout=1%26access_token%3Dhunter2", "/rooms/!x%0Aaccess_token=hunter2/join?access_token=hunter2"])
+def test_a_token_in_a_url_stands_in_no_error_and_in_no_line_of_the_log(target, caplog, path):
+    caplog.set_level(logging.DEBUG, "asbridge")
+    for method in ("GET", "POST", "PATCH"):
+        for token in (None, target.hs.client(f"u{secrets.token_hex(4)}").token):
+            answer = ask(target.hs, method, V3 + path, token, {} if method == "POST" else None)
+            assert "hunter2" not in str(answer) and answer[0] >= 400
+    assert caplog.text.count(V3) >= 6 and "hunter2" not in caplog.text and all("\n" not in record.getMessage() for record in caplog.records)
+
+
 def test_a_path_of_the_table_has_a_handler_and_is_found(start):
     for route in asbridge.ROUTES:
         found, params = asbridge.Router(asbridge.ROUTES).find(route.method, re.sub(r"{\w+}", "x", route.path))
@@ -10302,10 +10375,26 @@ def test_no_value_of_a_wrong_type_makes_the_inspector_fail(start):
 
 @pytest.mark.parametrize("headers", [
     {"Host": "evil.example"}, {"Host": "evil.example:8008"}, {"Host": "127.0.0.1.evil.example"}, {"Host": "192.168.0.7"},
-    {"Origin": "http://evil.example"}, {"Origin": "null"}, {"Origin": "http://localhost:1"}, {"Origin": "file://"}])
+    {"Host": ""}, {"Host": "localhost.evil.example"}, {"Host": "127.0.0.1.nip.io:8008"}, {"Host": "localhost@evil.example"}, {"Host": "evil.example#localhost"},
+    {"Host": "localhost:1, evil.example"}, {"Host": "evil.example:localhost"}, {"Host": "[::1].evil.example"}, {"Host": "[fe80::1]:8008"}, {"Host": "0.0.0.0"},
+    {"Host": "0x7f.1"}, {"Host": "2130706433"}, {"Host": "127.1"}, {"Host": "localhost:8008x"}, {"Host": "//localhost"}, {"Host": "l\u00f6calhost"},
+    {"Origin": "http://evil.example"}, {"Origin": "null"}, {"Origin": "http://localhost:1"}, {"Origin": "file://"}, {"Origin": ""}, {"Origin": "http://127.0.0.1.evil.example"},
+    {"Sec-Fetch-Site": "cross-site"}, {"Sec-Fetch-Site": "same-site"}, {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "navigate", "Sec-Fetch-Dest": "iframe"},
+    {"Origin": "http://evil.example", "Upgrade": "websocket", "Connection": "Upgrade", "Sec-WebSocket-Version": "13", "Sec-WebSocket-Key": "AAAAAAAAAAAAAAAAAAAAAA=="},
+    {"Origin": "http://evil.example", "Content-Type": "text/plain"}, {"Origin": "http://evil.example", "Content-Type": "application/x-www-form-urlencoded"},
+    {"Origin": "http://evil.example", "Access-Control-Request-Method": "POST"}, {"Origin": "null", "Content-Type": "multipart/form-data; boundary=x"}])
 def test_the_inspector_answers_to_no_other_host_name_and_to_no_other_sites_page(target, headers):
-    status, answer = inspect(target.hs, "GET", "status", **headers)
-    assert (status, answer["errcode"]) == (403, "M_FORBIDDEN")
+    for method, path, body in (("GET", "status", None), ("POST", "clock", {"advance": 3600}), ("POST", "people", {"name": "mallory"})):
+        status, answer = inspect(target.hs, method, path, body, **headers)
+        assert (status, answer["errcode"]) == (403, "M_FORBIDDEN")
+    assert target.hs.clock.wound == 0 and "@mallory:localhost" not in target.hs.inspector.people()
+
+
+@pytest.mark.parametrize("headers", [
+    {}, {"Host": "localhost"}, {"Host": "127.0.0.1:1"}, {"Host": "[::1]:8008"}, {"Host": "127.8.8.8"}, {"Sec-Fetch-Site": "none"},
+    {"Host": "localhost:1", "Origin": "http://localhost:1", "Sec-Fetch-Site": "same-origin"}, {"Upgrade": "websocket", "Connection": "Upgrade"}])
+def test_the_inspector_answers_to_its_own_page_and_to_programs_on_this_machine(target, headers):
+    assert inspect(target.hs, "GET", "status", **headers)[0] == 200
 
 
 def test_the_inspector_has_no_cors_headers_and_its_own_page_may_ask(target):
@@ -10331,6 +10420,25 @@ def test_the_page_runs_its_own_script_only_loads_nothing_from_elsewhere_and_stan
         pages.append(nonce)
     assert pages[0] != pages[1]
     assert not re.search(r"""(?:src|href)\s*=|url\(|@import|https?://|innerHTML|insertAdjacentHTML|document\.write|\son\w+="|\sstyle=\"""", asbridge.PAGE)
+
+
+def test_what_is_printed_of_an_object_has_no_secret_in_it(start, recorder):
+    r = recorder()
+    hs = start(registration(url=r.url, rooms=["!.*"], as_token="SECRET-A", hs_token="SECRET-H"), admin_token="SECRET-ADMIN")
+    alice = hs.client("alice", "SECRET-PW")
+    alice.say(alice.create_room(), "x"), hs.appservice("irc").whoami()
+    ask(hs, "POST", V3 + "/login", body={"type": "m.login.password", "user": "alice", "password": "SECRET-PW"})
+    hs.settle()
+    exchanges = hs.delivery.wire.since(0, 0)[1]
+    shown = repr([hs, hs.config, hs.world.settings, hs.world.registrations.by_id, hs.delivery.worker("irc").attempts, exchanges, alice, hs.appservice("irc")])
+    assert len(exchanges) > 4 and "SECRET" not in shown and alice.token not in shown and "/v3/login" in shown
+
+
+def test_of_a_service_that_repeats_its_other_token_neither_is_kept(linked):
+    hs, r, alice, room = linked
+    r.answer = lambda request, body: (500, b"you are as-irc and hs-irc")
+    alice.say(room, "x")
+    assert eventually(lambda: [one.answer for one in hs.delivery.worker("irc").attempts if one.status == 500])[0] == b"you are (as_token) and (hs_token)"
 
 
 def test_an_admin_token_is_asked_for_where_there_is_one_and_needed_beyond_this_machine(start):
@@ -12015,12 +12123,32 @@ def configured(tmp_path, capsys, text):
 
 @pytest.mark.parametrize("key,value", [
     ("server_name", ""), ("server_name", "a b"), ("server_name", 5), ("bind", 5), ("port", "8008"), ("port", 65536), ("port", -1), ("port", True), ("database", 5),
-    ("registrations", {}), ("open_registration", "yes"), ("open_registration", 1), ("public_url", 5), ("admin_token", 5), ("max_event_bytes", 0), ("max_event_bytes", "1"),
+    ("registrations", {}), ("open_registration", "yes"), ("open_registration", 1), ("public_url", 5), ("public_url", "foo"), ("public_url", "http://"),
+    ("public_url", "https://x/?y"), ("admin_token", 5), ("admin_token", ""), ("admin_token", " "), ("admin_token", "gehe\u00edm"), ("admin_token", "a\nb"), ("max_event_bytes", 0), ("max_event_bytes", "1"),
     ("max_request_bytes", -1), ("max_upload_bytes", 1.5), ("retry_first_ms", 0), ("retry_max_ms", None), ("push_timeout_ms", "1"), ("query_timeout_ms", 0),
     ("room_version", "1"), ("room_version", 11), ("rate_limit", 5), ("rate_limit", {"per_second": 1}), ("rate_limit", {"per_second": 0, "burst": 1}), ("rate_limit", {"per_second": 1, "burst": "2"})])
 def test_a_key_with_a_wrong_value_is_named_with_what_would_be_right(tmp_path, capsys, key, value):
     code, err = configured(tmp_path, capsys, {key: value})
     assert code == 2 and f"c.json: {key}: is " in err and "write " in err and len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("value", [5771932, ["5771932"], " 5771932", {"a": "5771932"}])
+def test_no_finding_repeats_the_admin_token(tmp_path, capsys, value):
+    code, err = configured(tmp_path, capsys, {"admin_token": value})
+    assert code == 2 and "admin_token: is none; write a long random text" in err and "5771932" not in err
+
+
+@pytest.mark.parametrize("keys", [{"retry_first_ms": 9000, "retry_max_ms": 8999}, {"retry_first_ms": 60_001}, {"retry_max_ms": 499}])
+def test_the_first_pause_between_attempts_is_not_longer_than_the_last(tmp_path, capsys, keys):
+    code, err = configured(tmp_path, capsys, keys)
+    assert code == 2 and re.search(r"c.json: retry_first_ms: is \d+, more than retry_max_ms, which is \d+; write a smaller number\n$", err)
+
+
+@pytest.mark.parametrize("keys", [{"public_url": ""}, {"public_url": "https://matrix.example.org/x"}, {"admin_token": None}, {"admin_token": "open sesame"},
+                                  {"retry_first_ms": 5, "retry_max_ms": 5}])
+def test_what_is_right_is_no_finding(keys):
+    config = asbridge.ConfigReader(keys, "x", "").read()
+    assert {key: getattr(config, key) for key in keys} == keys
 
 
 @pytest.mark.parametrize("key", ["as_token", "hs_token", "sender_localpart", "namespaces"])
@@ -12164,6 +12292,31 @@ def test_at_the_start_the_log_says_of_each_service_what_waits_for_it(program):
     err = program(config).end()[2]
     line = next(line for line in err.splitlines() if "application service irc at" in line)
     assert "does not answer" in line and re.search(r"\bevents that wait: [1-9]", line) and "@_irc_.*" in line
+
+
+def test_of_a_service_without_a_url_the_log_says_so(start, caplog):
+    caplog.set_level(logging.INFO, "asbridge")
+    asbridge.describe(start(registration()))
+    assert "application service irc without a url (nothing is sent): " in caplog.text and "None" not in caplog.text
+    assert asbridge.IrcBridge(bridge_registration(url=None), "http://127.0.0.1:1").url == ""
+
+
+def test_to_stop_while_a_service_has_an_event_in_hand_is_no_failure(start, recorder, caplog):
+    r, busy = recorder(), threading.Event()
+    hs = start(registration(url=r.url, rooms=["!.*"]))
+
+    def answer(request, body):
+        busy.set()
+        eventually(lambda: hs.world.stopping)
+        return 503, {"errcode": "M_UNKNOWN", "error": "the application service stops"}
+    r.answer = answer
+    hs.client("alice").create_room()
+    assert busy.wait(5)
+    worker = hs.delivery.worker("irc")
+    stopping = hs.delivery.stop
+    hs.delivery.stop = lambda: (eventually(lambda: worker.failures), stopping())
+    hs.stop()
+    assert worker.failures == 1 and not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
 
 def test_a_port_that_is_taken_is_named_with_the_way_out(program):
