@@ -9,19 +9,23 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import http.client
+import io
 import itertools
 import json
+import logging
 import re
+import secrets
 import socket
+import subprocess
+import sys
 import threading
 import time
 import urllib.parse
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from test_durability import V3, asbridge, eventually, linux, person, program, recorder, registration, rng, say  # noqa: F401
-
-import asbridge
+from test_durability import PROGRAM, V3, asbridge, eventually, linux, person, program, recorder, registration, rng, say  # noqa: F401
 
 # ============================================================================
 # HTTP: a hundred thousand requests that should not be
@@ -487,6 +491,331 @@ def test_a_homeserver_that_stops_waits_for_no_service_that_it_asks(program):
 # ============================================================================
 # IRC clients that misbehave
 # ============================================================================
+
+SAMPLE = {**asbridge.SAMPLE_REGISTRATION, "url": "http://127.0.0.1:0", "asbridge.sample": {"irc_port": 0}}
+HOSTILE = 200
+
+
+def irc(port, nick=None):
+    sock = socket.create_connection(("127.0.0.1", port), 10)
+    if nick:
+        sock.sendall(f"NICK {nick}\r\nUSER {nick} 0 * :{nick}\r\n".encode())
+    return sock
+
+
+def until(sock, pattern, seconds=10.0):
+    """What comes, up to a line that matches."""
+    data, deadline = b"", time.monotonic() + seconds
+    while not re.search(pattern, data):
+        sock.settimeout(max(0.01, deadline - time.monotonic()))
+        more = sock.recv(65_536)
+        assert more, data[-300:]
+        data += more
+    return data
+
+
+#: Each a way to be a nuisance: what one connection sends, without ever reading.
+NUISANCES = [
+    lambda n: b"\0" * 100_000,                                                               # a line without an end, and no nick
+    lambda n: b"NICK n%d\r\n" % n * 2000,                                                    # never registers
+    lambda n: b"NICK a%d\r\nUSER a 0 * :a\r\n" % n + b"PING :%s\r\n" % (b"x" * 490) * 2000,
+    lambda n: b"NICK b%d\r\nUSER b 0 * :b\r\n" % n + b"LIST\r\nWHO #busy\r\nNAMES #busy\r\n" * 1000,
+    lambda n: b"NICK c%d\r\nUSER c 0 * :c\r\n" % n + b"".join(b"JOIN #j%d-%d\r\n" % (n % 3, m) for m in range(2000)),
+    lambda n: b"NICK d%d\r\nUSER d 0 * :d\r\nJOIN #busy\r\n" % n + b"".join(b"NICK d%dx%d\r\n" % (n, m) for m in range(2000)),
+    lambda n: b"NICK e%d\r\nUSER e 0 * :e\r\nJOIN #busy\r\n" % n + b"PRIVMSG #busy :%s\r\n" % (b"y" * 450) * 2000,
+    lambda n: b"NICK f%d\r\nUSER f 0 * :f\r\nJOIN #busy\r\n" % n + b"JOIN 0\r\nJOIN #busy\r\nMODE #busy +o f\r\n" * 700,
+    lambda n: bytes(range(256)) * 400,
+    lambda n: b"\r\n" * 50_000,
+]
+
+
+@linux
+def test_two_hundred_hostile_irc_clients_cost_little_memory_and_do_not_keep_the_others_from_talking(program, say):
+    running = program({"registrations": [SAMPLE], "database": ":memory:"})
+    assert running.ready
+    port = int(eventually(lambda: re.search(r"irssi -c 127.0.0.1 -p (\d+)", running.log.read_text()))[1])
+    alice, bob = person(running.url), irc(port, "bob")
+    until(bob, b" 376 ")
+    bob.sendall(b"JOIN #calm\r\n")
+    until(bob, b" 366 ")
+    room = alice.join("#_irc_calm:localhost")
+    before, hostile = running.resident(), []
+    for n in range(HOSTILE):
+        sock = irc(port)
+        sock.setblocking(False)
+        hostile.append((sock, memoryview(NUISANCES[n % len(NUISANCES)](n))))
+    deadline, waits, most = time.monotonic() + 10, [], 0
+    while time.monotonic() < deadline:
+        for at, (sock, data) in enumerate(hostile):          # as much as it takes, again and again, and read nothing
+            with contextlib.suppress(OSError):
+                hostile[at] = sock, data[sock.send(data):] if data else data
+        began = time.monotonic()
+        bob.sendall(b"PING :still\r\n")
+        until(bob, b"PONG irc.asbridge :still")
+        waits.append(time.monotonic() - began)
+        most = max(most, running.resident())
+    began = time.monotonic()
+    alice.say(room, "can you hear me")
+    until(bob, b"PRIVMSG #calm :can you hear me", 30)
+    say(f"\n{HOSTILE} hostile IRC clients: {(most - before) / 2**20:.0f} MB more; a PING is answered in "
+        f"{sorted(waits)[len(waits) // 2] * 1000:.0f} ms, at worst {max(waits) * 1000:.0f} ms; "
+        f"Matrix to IRC in {(time.monotonic() - began) * 1000:.0f} ms")
+    assert most - before < HOSTILE * asbridge.SEND_BYTES + 100 * 2**20 and max(waits) < 5
+    for sock, _ in hostile:
+        sock.close()
+    bob.sendall(b"PING :after\r\n")
+    until(bob, b"PONG irc.asbridge :after", 30)
+
+
+def test_of_ten_thousand_joins_fifty_are_taken_and_each_other_is_refused(monkeypatch):
+    monkeypatch.setattr(asbridge, "LINES_PER_SECOND", 100_000)
+    with asbridge.Homeserver([SAMPLE]) as hs:
+        bob = irc(hs.samples[0].irc_port, "bob")
+        names = [f"#j{n}" for n in range(10_000)]
+        for at in range(0, len(names), 50):
+            bob.sendall(f"JOIN {','.join(names[at:at + 50])}\r\n".encode())
+            until(bob, b" (366|405) bob #j%d[ :]" % (at + 49))
+        bridge = hs.samples[0]
+        assert len(bridge.channels) == len(bridge.people["bob"].channels) == asbridge.MAX_CHANNELS
+        eventually(lambda: not bridge.sql("SELECT * FROM irc_spool"))
+        assert len(hs.appservice("irc").joined_rooms()) == asbridge.MAX_CHANNELS
+
+
+def test_no_random_lines_make_the_irc_server_fail(monkeypatch, caplog, rng):
+    monkeypatch.setattr(asbridge, "LINES_PER_SECOND", 100_000)
+    words = ["#a", "#A", "#b,#a", "bob", "EVE", "eve,bob,#a", "alice", "*", "0", ":", ",", "-1", "+b", "#" + "x" * 70,
+             "\x01ACTION x\x01", "\0", "\xff", "\u2028", ":a b c", " ", "x" * 600]
+    commands = [*sorted(set(asbridge.COMMANDS) - {"QUIT"}), "X", "privmsg"]
+    with asbridge.Homeserver([SAMPLE]) as hs:
+        bridge, alice = hs.samples[0], hs.client("alice")
+        bob, eve = irc(bridge.irc_port, "bob"), irc(bridge.irc_port, "eve")
+        eve.sendall(b"JOIN #a\r\n")
+        alice.join("#_irc_a:localhost")
+        for _ in range(150):
+            lines = [" ".join([rng.choice(commands), *rng.choices(words, k=rng.randrange(5))]) for _ in range(20)]
+            with contextlib.suppress(OSError):
+                encoding = "latin-1" if rng.random() < 0.1 else "utf-8"
+                bob.sendall("\r\n".join([*lines, "PING :round", ""]).encode(encoding, "replace"))
+                data = until(bob, b"PONG irc.asbridge :round")
+                assert all(len(line) <= asbridge.LINE_BYTES and line[:1] in (b":", b"P", b"E", b"") for line in data.split(b"\r\n"))
+            eve.sendall(b"PING :eve\r\n")
+            until(eve, b"PONG irc.asbridge :eve")
+        eventually(lambda: not bridge.sql("SELECT * FROM irc_spool"), 60)
+        hs.settle(60)
+        assert not [record.getMessage() for record in caplog.records if record.exc_info]
+
+
+# ============================================================================
+# Secrets
+# ============================================================================
+
+def secret(name):
+    return f"SECRET-{name}-{secrets.token_hex(6)}"
+
+
+class Looker:
+    """Asks a homeserver, and keeps every word that it says."""
+
+    def __init__(self, url):
+        self.url, self.said = url, []
+
+    def ask(self, method, path, token=None, body=None, **headers):
+        client = asbridge.HttpClient(self.url)
+        with contextlib.closing(client):
+            data = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
+            headers |= {"Authorization": f"Bearer {token}"} if token else {}
+            status, answer = client.request(method, path, data, headers, limit=10**7)
+        self.said.append((f"{method} {path[:80]} {status}", answer.decode()))
+        with contextlib.suppress(ValueError):
+            return json.loads(answer)
+
+    def told(self, *args):
+        """The same, for an answer that is a secret by its purpose."""
+        answer = self.ask(*args)
+        self.said.pop()
+        return answer
+
+    def raw(self, head):
+        host, port = urllib.parse.urlsplit(self.url).netloc.split(":")
+        with socket.create_connection((host, int(port)), 10) as sock, contextlib.suppress(OSError):
+            sock.sendall(head.encode() + b"\r\n\r\n")
+            sock.shutdown(socket.SHUT_WR)
+            while data := sock.recv(65_536):
+                self.said.append((head[:60], data.decode("latin-1")))
+
+
+def leaks(kept, said):
+    return sorted({(name, where, text[max(0, text.index(form) - 80):][:160]) for where, text in said for name, value in kept.items()
+                   for form in {value, urllib.parse.quote(value, safe="")} if form in text})
+
+
+ECHOES = {
+    "page":            lambda told: (404, f"<html>{told}</html>"),
+    "error":           lambda told: (500, json.dumps({"errcode": "M_UNKNOWN", "error": told})),
+    "refusal":         lambda told: (403, told),
+    "acknowledgement": lambda told: (200, told),
+    "object":          lambda told: (200, json.dumps([{"userid": told}])),
+    "none":            lambda told: (200, "{}")}
+
+
+def wrong_in_every_way(look, kept):
+    """Log-ins, confirmations and bodies that are wrong, with what a careless client may write in them."""
+    bad, token = kept["guess"], kept["session"]
+    for value in (bad, [bad], {"a": bad}, None):
+        auth = {"type": "m.login.password", "password": value, "identifier": {"type": "m.id.user", "user": "alice"}}
+        look.ask("POST", V3 + "/login", None, auth)
+        look.ask("POST", V3 + "/register", None, {"username": "Bad Name", "password": value})
+        look.ask("POST", V3 + "/login", None, {"type": "m.login.token", "token": value, "password": value})
+        for path in ("/account/password", "/account/deactivate", "/delete_devices", "/keys/device_signing/upload"):
+            look.ask("POST", V3 + path, token, {"new_password": kept["new"], "devices": ["x"], "auth": auth})
+        look.ask("POST", V3 + "/account/password", token, {"new_password": value})
+    for raw in (f'{{"password": "{bad}"', f'"{bad}"', f'[{{"password": "{bad}"}}]', f"password={bad}", f"{{'password': '{bad}'}}",
+                f'{{"password": {bad}}}'):
+        for path in ("/login", "/register", "/account/password", "/delete_devices", "/keys/upload"):
+            look.ask("POST", V3 + path, token, raw.encode())
+
+
+def tokens_in_every_url(look, kept):
+    """On every row of the table, for the right and for wrong methods, where a token belongs and where it does not."""
+    ends = re.compile("/deactivate$|/logout|/sync$|/events$|exchanges$")
+    rows = [route for route in asbridge.ROUTES + asbridge.ADMIN_ROUTES if not ends.search(route.path)]
+    paths = [(route.method, re.sub(r"{\w+}", "x", route.path)) for route in rows]
+    for method, path in paths:
+        body = None if method == "GET" else {}
+        for name in ("guess", "hs_token", "as_token", "other session", "admin_token"):
+            look.ask(method, f"{path}?access_token={kept[name]}", None, body)
+        for between in ("&access_token=", "%3Faccess_token=", "%26access_token%3D", "/?access_token%3D", ";access_token="):
+            look.ask(method, path + between + kept["session"], None, body)
+        look.ask("PATCH", f"{path}?access_token={kept['session']}", None, {})
+    for name in ("session", "as_token", "hs_token", "admin_token"):
+        token = kept[name]
+        for header in (token, f"Basic {token}", f"Bearer: {token}", f"Bearer {token} x"):
+            look.ask("GET", V3 + "/account/whoami", Authorization=header)
+        look.ask("GET", f"{V3}/account/whoami?access_token={kept['guess']}", token)
+        for head in (f"GET {V3}/sync?access_token={token} x HTTP/1.1", f"GET {V3}/sync?access_token={token} HTTP/9.1",
+                     f"GET /x HTTP/1.1\r\nAuthorization : Bearer {token}", f"GET {V3}/sync?access_token={token} HTTP/1.1",
+                     f"GET /x HTTP/1.1\r\nHost: x\r\n Authorization: Bearer {token}"):
+            look.raw(head)
+
+
+def a_service_that_repeats_everything(hs, look, kept, service):
+    """It is pushed to, asked, and pinged, and answers with whatever it was told."""
+    def told(request):
+        target = f"{request.path}?{urllib.parse.urlencode(request.query)}"
+        return f"{request.method} {target} {dict(request.headers)} {request.query} {kept['as_token']}"
+    alice = asbridge.Client(hs.url, kept["session"])
+    room = alice.create_room()
+    for name, echo in ECHOES.items():
+        def answer(request, echo=echo):
+            request.body(10**7)
+            status, body = echo(told(request))
+            return asbridge.Response(status, body.encode())
+        service.app = answer
+        alice.say(room, name)
+        with contextlib.suppress(asbridge.MatrixError):
+            alice.invite(room, f"@_irc_{name}:localhost")
+        for path in ("thirdparty/protocol/irc", "thirdparty/user/irc?x=y", "thirdparty/location?alias=%23x:localhost",
+                     f"directory/room/%23_irc_{name}:localhost", f"profile/@_irc_q{name}:localhost"):
+            look.ask("GET", f"{V3}/{path}", kept["session"])
+        look.ask("POST", "/_matrix/client/v1/appservice/irc/ping", kept["as_token"], {"transaction_id": "x"})
+        look.ask("GET", f"{V3}/account/whoami?user_id=@nobody:localhost&access_token={kept['as_token']}")
+        try:
+            hs.settle(0.2)
+        except AssertionError as error:
+            look.said.append(("settle", str(error)))
+        hs.retry("irc")
+    hs.settle()
+    return alice, room
+
+
+def all_that_the_inspector_shows(look, kept, event_id):
+    def show(path, method="GET", body=None):
+        return look.ask(method, f"/_asbridge/{path}", kept["admin_token"], body)
+    since = 0
+    while (news := show(f"exchanges?since={since}"))["exchanges"]:
+        since = news["next"]
+        for one in news["exchanges"]:
+            show(f"exchange?n={one['n']}")
+    why = f"why?appservice=irc&event={urllib.parse.quote(event_id)}"
+    for path in ("status", why, "explain?id=@_irc_bob:localhost", "transactions?appservice=irc", "rooms", "people"):
+        show(path)
+    show("examine", "POST", {"appservice": "irc"})
+    look.ask("GET", f"/?access_token={kept['admin_token']}")
+
+
+def test_nothing_that_a_homeserver_says_logs_shows_or_stores_has_a_secret_in_it(tmp_path):
+    kept = {name: secret(name.replace(" ", "-")) for name in ("password", "new", "guess", "as_token", "hs_token", "admin_token")}
+    service = asbridge.HttpServer(("127.0.0.1", 0), lambda request: asbridge.Response(200, b"{}"))
+    service.start()
+    log, handlers = io.StringIO(), []
+    for formatter in (asbridge.Lines(True), asbridge.JsonLines()):
+        handlers.append(logging.StreamHandler(log))
+        handlers[-1].setFormatter(formatter)
+        asbridge.log.addHandler(handlers[-1])
+    levels = asbridge.log.level, asbridge.trace.level
+    asbridge.log.setLevel(logging.DEBUG), asbridge.trace.setLevel(logging.DEBUG)
+    tokens = {key: kept[key] for key in ("as_token", "hs_token")}
+    bridge = {**SAMPLE, **tokens, "url": f"http://127.0.0.1:{service.port}", "receive_ephemeral": True}
+    bridge.pop("asbridge.sample")
+    try:
+        with asbridge.Homeserver([bridge], database=str(tmp_path / "hs.db"), admin_token=kept["admin_token"]) as hs:
+            look = Looker(hs.url)
+            account = {"username": "alice", "password": kept["password"], "auth": {"type": "m.login.dummy"}}
+            kept["session"] = look.told("POST", V3 + "/register", None, account)["access_token"]
+            login = {"type": "m.login.password", "user": "alice", "password": kept["password"]}
+            kept["other session"] = look.told("POST", V3 + "/login", None, login)["access_token"]
+            ghost = {"type": "m.login.application_service", "username": "_irc_bob"}
+            kept["session of a ghost"] = look.told("POST", V3 + "/register", kept["as_token"], ghost)["access_token"]
+            kept["openid"] = look.told("POST", V3 + "/user/@alice:localhost/openid/request_token", kept["session"], {})["access_token"]
+            look.ask("GET", f"/_matrix/federation/v1/openid/userinfo?access_token={kept['openid']}")
+            wrong_in_every_way(look, kept)
+            tokens_in_every_url(look, kept)
+            alice, room = a_service_that_repeats_everything(hs, look, kept, service)
+            all_that_the_inspector_shows(look, kept, alice.messages(room)["chunk"][0]["event_id"])
+            shown = repr([hs.config, hs.world.registrations.by_id, hs.delivery.worker("irc").attempts,
+                          hs.delivery.wire.since(0, 0), alice])
+            files = [(path.name, path.read_bytes().decode("latin-1")) for path in tmp_path.iterdir()]
+        files += [(path.name, path.read_bytes().decode("latin-1")) for path in tmp_path.iterdir()]
+    finally:
+        asbridge.log.setLevel(levels[0]), asbridge.trace.setLevel(levels[1])
+        for handler in handlers:
+            asbridge.log.removeHandler(handler)
+        service.stop()
+    said = [*look.said, *(("log", line) for line in log.getvalue().splitlines()), ("repr", shown), *files]
+    assert len(look.said) > 2000 and len(said) > 6000 and {name for name, _ in files} >= {"hs.db", "hs.db-wal"}
+    assert leaks(kept, said) == []
+    assert leaks({**kept, "x": "M_UNKNOWN_TOKEN"}, look.said)        # it would find them
+
+
+def test_nothing_that_the_program_prints_has_a_secret_in_it_but_what_generate_is_for(program, tmp_path):
+    kept = {name: secret(name) for name in ("as_token", "hs_token", "admin_token", "password")}
+    good = {**SAMPLE, "as_token": kept["as_token"], "hs_token": kept["hs_token"]}
+    config = {"registrations": [good], "admin_token": kept["admin_token"]}
+    bad = {**config, "registrations": [{**good, "namespaces": {"users": [{"regex": "@_irc_.*("}]}}]}
+    worse = {**config, "admin_token": [kept["admin_token"]], "prot": 1}
+    running = program(config, "--trace", "-v")
+    alice = person(running.url)
+    alice.join("#_irc_lobby:localhost")
+    for wrong in (kept["hs_token"], kept["admin_token"], kept["password"]):
+        with contextlib.suppress(asbridge.MatrixError):
+            asbridge.Client(running.url, wrong).whoami()
+        with contextlib.suppress(http.client.HTTPException, OSError):
+            asbridge.HttpClient(running.url).request("GET", f"{V3}/sync?access_token={wrong}")
+    said = [("ready", running.ready)]
+    running.end()
+    for name, data in (("good", config), ("bad", bad), ("worse", worse)):
+        (tmp_path / f"{name}.json").write_text(json.dumps(data))
+        where = ["--config", str(tmp_path / f"{name}.json")]
+        for command in (["check"], ["check", "--json"], ["check", "--examine", "--port", "0"], ["explain", "@_irc_bob:localhost"],
+                        ["explain", "--json", "#_irc_x:localhost"]):
+            done = subprocess.run([sys.executable, PROGRAM, *command, *where], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+            said.append((f"{command} {name}", done.stdout + done.stderr))
+    said.append(("log", running.log.read_text()))
+    said += [(path.name, path.read_bytes().decode("latin-1")) for path in tmp_path.iterdir() if ".db" in path.name]
+    assert "PUT transactions/" in running.log.read_text() and sum(bool(text) for _, text in said) >= 18
+    assert leaks({**kept, "session": alice.token}, said) == []
+    made = subprocess.run([sys.executable, PROGRAM, "generate", "x"], capture_output=True, text=True, timeout=60)
+    assert len(json.loads(made.stdout)["as_token"]) == 64 and not made.stderr
 
 
 # ============================================================================
