@@ -461,11 +461,18 @@ IDLE_SECONDS = 10.0                # how often a silent connection looks whether
 LINGER_SECONDS = 2.0               # before a connection is closed on somebody who is still sending
 ANSWER_SECONDS = 30.0              # for an answer to be taken
 BODY_BYTES_PER_SECOND = 20_000     # a body may take HEAD_SECONDS and its size at this rate
+SPARE_HANDLES = 100                # not for connections of clients: for the database, application services, IRC
 MAX_HEAD_BYTES = 65_536
 MAX_HEADERS = 100
 KEPT_BYTES = 4096                  # of a body, to be looked at
 TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")   # RFC 9110, 5.6.2
+METHOD = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]{1,32}")
 CONTROLS = re.compile(r"[\x00-\x20\x7f]")
+STRAY = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")         # what no line may have in it
+AUTHORITY = r"(?:[\w.~!$&'()*+;=%-]+|\[[\w:.%~-]+\])(?::[0-9]*)?"
+HOST = re.compile(f"(?:{AUTHORITY})?", re.ASCII)
+ABSOLUTE = re.compile(rf"https?://({AUTHORITY})((?:[/?].*)?)", re.ASCII | re.IGNORECASE)
+CHUNK = re.compile(r"([0-9A-Fa-f]{1,8})[ \t]*(?:;.*)?")      # its size, and extensions
 BARE_LF = re.compile(rb"(?<!\r)\n")
 
 
@@ -503,26 +510,35 @@ class Request:
         except ValueError:
             raise bad_request(f"the request line {shorten(cut_path(line))!r} is not 'METHOD target "
                               "HTTP/1.1'") from None
-        if (self.version not in ("HTTP/1.1", "HTTP/1.0") or not TOKEN.fullmatch(self.method)
+        if (self.version not in ("HTTP/1.1", "HTTP/1.0") or not METHOD.fullmatch(self.method)
                 or CONTROLS.search(target)):
             raise bad_request(f"{shorten(cut_path(line))!r} is not an HTTP/1.1 request")
-        if target[:1] != "/" and "://" in target:            # the absolute form, as to a proxy
-            target = "/" + target.split("://", 1)[1].partition("/")[2]
-        self.path, _, query = target.partition("?")
-        pairs = urllib.parse.parse_qsl(query, keep_blank_values=True) if query else ()
-        self.query: dict[str, str] = dict(pairs)
         self.headers = parse_same_headers(headers) if len(headers) < 1024 else parse_headers(headers)
+        if self.version == "HTTP/1.1" and "host" not in self.headers:
+            raise bad_request("a request of HTTP/1.1 must have a Host header")
+        self.path, _, query = (target if target[:1] == "/" else self._origin_form(target)).partition("?")
+        self.query = parse_query(query) if query else {}
         self.small = len(head) < 2048                        # so that it can be kept
         self._connection, self._chunked = connection, "transfer-encoding" in self.headers
         self._unread = self._length()
         self.seen = b""                                      # the body's beginning, once somebody has read it
 
+    def _origin_form(self, target: str) -> str:
+        """Path and query of a target in another form (RFC 9112, 3.2): as to a proxy, or the * of OPTIONS."""
+        if absolute := ABSOLUTE.fullmatch(target):
+            self.headers = {**self.headers, "host": absolute[1]}     # it counts, whatever Host says
+            return absolute[2] if absolute[2][:1] == "/" else "/" + absolute[2]
+        if target == "*" and self.method == "OPTIONS":
+            return target
+        raise bad_request(f"the target of a request is a path that begins with /, not {shorten(target)!r}")
+
     def _length(self) -> int:
         """Bytes of body that are still to be read; -1: chunked, not known."""
         lengths = set(self.headers.get("content-length", "0").split(", "))
         if self._chunked:
-            if "content-length" in self.headers or self.headers["transfer-encoding"].lower() != "chunked":
-                raise bad_request("only Transfer-Encoding: chunked is taken, and never beside a Content-Length")
+            if ("content-length" in self.headers or self.headers["transfer-encoding"].lower() != "chunked"
+                    or self.version == "HTTP/1.0"):
+                raise bad_request("only Transfer-Encoding: chunked is taken, in HTTP/1.1, and never beside a Content-Length")
             return -1
         length = lengths.pop()
         if lengths or not (length.isascii() and length.isdigit() and len(length) < 16):
@@ -532,6 +548,11 @@ class Request:
     @property
     def client_ip(self) -> str | None:
         return self._connection.client_address[0] if self._connection else None
+
+    def check_client(self) -> None:
+        """ClientGone if nobody waits for the answer any more."""
+        if self._connection:
+            self._connection.check_there()
 
     @property
     def keep_alive(self) -> bool:
@@ -546,7 +567,7 @@ class Request:
         if unread > limit:
             self._unread = unread
             raise too_large(limit)
-        if self.headers.get("expect", "").lower() == "100-continue":
+        if self.headers.get("expect", "").lower() == "100-continue" and self.version == "HTTP/1.1":
             self._connection.send(b"HTTP/1.1 100 Continue\r\n\r\n")
         self._unread = -1                                    # until it is here
         body = self._connection.read(unread, body_deadline(unread)) if unread > 0 else self._connection.read_chunks(limit)
@@ -577,19 +598,43 @@ def too_large(limit: int) -> MatrixError:
     return MatrixError("M_TOO_LARGE", f"the body may have {limit} bytes at most here")
 
 
+def parse_query(text: str) -> dict[str, str]:
+    """Names and values, percent-encoded UTF-8. What can't be decoded is refused: replaced, two IDs could be one."""
+    try:
+        text = text if text.isascii() else text.encode("latin-1").decode("utf-8")
+        return dict(urllib.parse.parse_qsl(text, keep_blank_values=True, errors="strict"))
+    except ValueError:
+        raise MatrixError("M_INVALID_PARAM", "the query is not percent-encoded UTF-8") from None
+
+
+def decode_segment(segment: str) -> str:
+    """One segment of a path: decoded after splitting, so that %2F is no separator."""
+    if "%" not in segment and segment.isascii():
+        return segment
+    try:
+        return urllib.parse.unquote_to_bytes(segment.encode("latin-1")).decode("utf-8")
+    except ValueError:
+        raise MatrixError("M_INVALID_PARAM", f"{shorten(segment)} in the path is not percent-encoded "
+                          "UTF-8") from None
+
+
 def parse_headers(text: str) -> Mapping[str, str]:
-    """Names in lower case; what comes twice is joined by ', '. Folding, bare LF, space before the colon: refused."""
+    """Names in lower case; what comes twice is joined by ', '. Refused: folding, bare LF, space before the colon, controls,
+    and a Host that is none or comes twice.
+    """
     lines = text.split("\r\n") if text else []
     if len(lines) > MAX_HEADERS:
         raise bad_request(f"more than {MAX_HEADERS} headers", 431)
     headers: dict[str, str] = {}
     for line in lines:
         name, colon, value = line.partition(":")
-        if not colon or not TOKEN.fullmatch(name) or "\n" in value or "\r" in value or "\0" in value:
+        if not colon or not TOKEN.fullmatch(name) or STRAY.search(value):
             known = re.match(r"[ \t]*[\w-]+(?=[ \t]*[:=])", line)      # the value may be a token
             raise bad_request(f"{shorten(known[0]) + '…' if known else 'what stands there'!r} is not a header line 'Name: value'")
         name, value = name.lower(), value.strip(" \t")
         headers[name] = f"{headers[name]}, {value}" if name in headers else value
+    if not HOST.fullmatch(headers.get("host", "")):
+        raise bad_request(f"Host is one name or address, with a port or without, not {shorten(headers['host'])!r}")
     return headers
 
 
@@ -650,9 +695,11 @@ class Connection(http.server.BaseHTTPRequestHandler):
     def read_head(self) -> bytes | None:
         """The next head, without its empty line; None when the client has closed."""
         deadline = time.monotonic() + HEAD_SECONDS if self.buffer else None
-        while (end := self.skip_empty_lines().find(b"\r\n\r\n")) < 0 and len(self.buffer) <= MAX_HEAD_BYTES:
-            if BARE_LF.search(self.buffer):
+        seen = 0                                             # so far there is no end in it, and no bare LF
+        while (end := self.skip_empty_lines().find(b"\r\n\r\n", seen)) < 0 and len(self.buffer) <= MAX_HEAD_BYTES:
+            if BARE_LF.search(self.buffer, seen):
                 raise bad_request("the lines of a head end in CRLF, not in LF alone")
+            seen = max(0, len(self.buffer) - 3)
             if not self.receive(deadline):
                 return None
             deadline = deadline or time.monotonic() + HEAD_SECONDS
@@ -686,51 +733,67 @@ class Connection(http.server.BaseHTTPRequestHandler):
 
     def read(self, size: int, deadline: float) -> bytes:
         if len(self.buffer) < size:
-            parts, have = [self.buffer], len(self.buffer)
-            while have < size:
+            have = bytearray(self.buffer)                    # not a list: a part of one byte would take fifty
+            while len(have) < size:
                 self.buffer = b""
-                if not self.receive(deadline, min(65_536, size - have)):
+                if not self.receive(deadline, min(65_536, size - len(have))):
                     raise ClientGone("closed inside a body")
-                parts.append(self.buffer)
-                have += len(self.buffer)
-            self.buffer = b"".join(parts)
+                have += self.buffer
+            self.buffer = bytes(have)
         data, self.buffer = self.buffer[:size], self.buffer[size:]
         return data
 
-    def read_line(self, deadline: float) -> bytes:
+    def read_line(self, deadline: float) -> str:
+        """One line between chunks. With a CR or LF of its own in it another reader would see two."""
         while (end := self.buffer.find(b"\r\n")) < 0:
             if len(self.buffer) > 4096 or not self.receive(deadline):
                 raise bad_request("a chunk of the body does not start with its size")
-        line, self.buffer = self.buffer[:end], self.buffer[end + 2:]
+        line, self.buffer = self.buffer[:end].decode("latin-1"), self.buffer[end + 2:]
+        if STRAY.search(line):
+            raise bad_request("a line of a body in chunks has a control character in it")
         return line
 
     def read_chunks(self, limit: int) -> bytes:
-        parts: list[bytes] = []
-        left, began = limit, body_deadline(0)
+        body, began = bytearray(), body_deadline(0)
         while True:
-            deadline = began + (limit - left) / BODY_BYTES_PER_SECOND
-            size = self.read_line(deadline).partition(b";")[0].strip()
-            if not re.fullmatch(rb"[0-9A-Fa-f]{1,8}", size):
+            deadline = began + len(body) / BODY_BYTES_PER_SECOND
+            if not (size := CHUNK.fullmatch(self.read_line(deadline))):
                 raise bad_request("a chunk of the body does not start with its size")
-            if not (count := int(size, 16)):
-                break
-            left -= count
-            if left < 0:
+            if not (count := int(size[1], 16)):
+                self.skip_trailers(deadline)
+                return bytes(body)
+            if len(body) + count > limit:
                 raise too_large(limit)
-            parts.append(self.read(count, deadline))
+            body += self.read(count, deadline)
             if self.read(2, deadline) != b"\r\n":
                 raise bad_request("a chunk of the body is longer than it says")
-        while self.read_line(deadline):
-            pass                                             # trailers
-        return b"".join(parts)
+
+    def skip_trailers(self, deadline: float) -> None:
+        for _ in range(MAX_HEADERS + 1):
+            if not self.read_line(deadline):
+                return
+        raise bad_request(f"more than {MAX_HEADERS} trailers", 431)
 
     def send(self, data: bytes) -> None:
-        if len(data) > 65_536:                               # may not fit: give a slow reader its time
-            time_limit(self.request, ANSWER_SECONDS + len(data) / BODY_BYTES_PER_SECOND)
-            self.request.sendall(data)
+        """All of it. OSError when the client takes nothing for ANSWER_SECONDS, or the whole too slowly."""
+        sent = self.request.send(data)
+        if sent < len(data):                                 # it does not fit: give a slow reader its time
+            left, deadline = memoryview(data)[sent:], time.monotonic() + ANSWER_SECONDS + len(data) / BODY_BYTES_PER_SECOND
+            while left:
+                time_limit(self.request, min(ANSWER_SECONDS, max(0.001, deadline - time.monotonic())))
+                left = left[self.request.send(left):]
             time_limit(self.request, IDLE_SECONDS)
-        else:
-            self.request.sendall(data)
+
+    def check_there(self) -> None:
+        """ClientGone if the client has hung up while it waits for its answer."""
+        try:
+            there = not hasattr(socket, "MSG_DONTWAIT") or self.request.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return
+        except OSError as error:
+            raise ClientGone(str(error)) from None
+        if not there:
+            raise ClientGone("hung up while it waited")
 
 
 class HttpServer(http.server.ThreadingHTTPServer):
@@ -745,7 +808,7 @@ class HttpServer(http.server.ThreadingHTTPServer):
 
     def __init__(self, address: tuple[str, int], app: Callable[[Request], Response],
                  max_connections: int = 10_000) -> None:
-        self.app, self.max_connections = app, max_connections
+        self.app, self.max_connections = app, min(max_connections, max(10, most_handles() - SPARE_HANDLES))
         self.connections: set[Connection] = set()
         self.stopping = self.started = False
         if ":" in address[0]:
@@ -760,6 +823,16 @@ class HttpServer(http.server.ThreadingHTTPServer):
     @property
     def port(self) -> int:
         return self.server_address[1]
+
+    def get_request(self) -> Any:
+        """Without a handle for the next connection it makes room: else it would be told of that one again and again."""
+        try:
+            return super().get_request()
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                self.close_longest_idle()
+                time.sleep(0.01)                             # until that one's thread has let go of it
+            raise
 
     def process_request(self, request: Any, client_address: Any) -> None:
         if len(self.connections) >= self.max_connections and not self.close_longest_idle():
@@ -794,6 +867,12 @@ class HttpServer(http.server.ThreadingHTTPServer):
         self.server_close()
         for connection in list(self.connections):
             hang_up(connection.request)
+
+
+def most_handles() -> int:
+    """How many files and sockets this process may have open at once."""
+    limit = os.sysconf("SC_OPEN_MAX") if hasattr(os, "sysconf") else -1
+    return limit if limit > 0 else 1_000_000
 
 
 @contextlib.contextmanager
@@ -8193,17 +8272,6 @@ class Router:
         return route, {name: decode_segment(value) for name, value in zip(names, values, strict=True)}
 
 
-def decode_segment(segment: str) -> str:
-    """Percent-decoded after splitting, so that %2F is no separator."""
-    if "%" not in segment and segment.isascii():
-        return segment
-    try:
-        return urllib.parse.unquote_to_bytes(segment.encode("latin-1")).decode("utf-8")
-    except ValueError:
-        raise MatrixError("M_INVALID_PARAM", f"{shorten(segment)} in the path is not percent-encoded "
-                          "UTF-8") from None
-
-
 # -- Handlers: accounts.
 
 def versions(call: Call) -> Any:
@@ -11039,7 +11107,7 @@ class AppService:
             if match := re.fullmatch(regex, path):
                 if method != request.method:
                     raise MatrixError("M_UNRECOGNIZED", f"this path takes {method}, not {request.method}", 405)
-                return handler, [urllib.parse.unquote(group or "") for group in match.groups()]
+                return handler, [decode_segment(group or "") for group in match.groups()]
         raise MatrixError("M_UNRECOGNIZED", f"{shorten(request.path)} is no path of an application service")
 
     def _check_token(self, request: Request) -> None:
@@ -13213,6 +13281,16 @@ def keep_to_one_cpu() -> None:
         sys.setswitchinterval(0.0005)                        # to pass it on costs little there
 
 
+def raise_handles() -> None:
+    """Many systems give a process 1,024 handles until it asks for more, which is too few for 2,000 clients."""
+    with contextlib.suppress(ImportError, OSError, ValueError):
+        limits = importlib.import_module("resource")         # not on Windows
+        soft, hard = limits.getrlimit(limits.RLIMIT_NOFILE)
+        wanted = 10_240 if hard == limits.RLIM_INFINITY else min(hard, 10_240)
+        if soft != limits.RLIM_INFINITY and soft < wanted:
+            limits.setrlimit(limits.RLIMIT_NOFILE, (wanted, hard))
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     args = parse_args(sys.argv[1:] if arguments is None else arguments)
     args.config = getattr(args, "file", None) or args.config
@@ -13237,6 +13315,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             log.setLevel(logging.ERROR)                      # what it finds is what it says
         return examine(config, args)
     set_up_log(args)
+    raise_handles()
     gc.freeze()                                              # what there is now stays: not to be looked at again and again
     if config.one_cpu:
         keep_to_one_cpu()                                    # before there are threads

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import copy
+import errno
 import functools
 import hashlib
 import http.client
@@ -474,14 +475,14 @@ def test_a_connection_is_kept_alive(serve):
 
 
 def test_requests_may_come_before_the_answer_to_the_last_one(serve):
-    data = talk(serve(), b"POST /1 HTTP/1.1\r\nContent-Length: 3\r\n\r\nabcGET /2 HTTP/1.1\r\n\r\n"
-                         b"POST /3 HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n1\r\nx\r\n0\r\n\r\nGET /4 HTTP/1.1\r\n\r\n")
+    data = talk(serve(), b"POST /1 HTTP/1.1\r\nHost: h\r\nContent-Length: 3\r\n\r\nabcGET /2 HTTP/1.1\r\nHost: h\r\n\r\n"
+                         b"POST /3 HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\n\r\n1\r\nx\r\n0\r\n\r\nGET /4 HTTP/1.1\r\nHost: h\r\n\r\n")
     assert [(answer["path"], answer["body"]) for _, _, answer in answers_in(data)] == [("/1", "abc"), ("/2", ""), ("/3", "x"), ("/4", "")]
 
 
 def test_a_body_that_the_application_does_not_read_is_skipped(serve):
     server = serve(lambda request: asbridge.json_response(200, request.path))
-    data = talk(server, b"POST /1 HTTP/1.1\r\nContent-Length: 20\r\n\r\nGET /x HTTP/1.1\r\n\r\n_" + b"GET /2 HTTP/1.1\r\n\r\n")
+    data = talk(server, b"POST /1 HTTP/1.1\r\nHost: h\r\nContent-Length: 29\r\n\r\nGET /x HTTP/1.1\r\nHost: h\r\n\r\n_" + b"GET /2 HTTP/1.1\r\nHost: h\r\n\r\n")
     assert [answer for _, _, answer in answers_in(data)] == ["/1", "/2"]
 
 
@@ -489,34 +490,48 @@ def test_a_body_that_the_application_does_not_read_is_skipped(serve):
 def test_after_a_body_that_is_too_long_to_skip_the_connection_is_closed(serve, head):
     server = serve(lambda request: asbridge.json_response(200, request.path))
     with connect(server) as sock:
-        sock.sendall(b"POST /1 HTTP/1.1\r\n" + head + b"\r\n\r\n")
+        sock.sendall(b"POST /1 HTTP/1.1\r\nHost: h\r\n" + head + b"\r\n\r\n")
         (status, headers, _), = answers_in(read_all(sock))
     assert status == 200 and headers["connection"] == "close"
 
 
 def test_the_answer_to_head_has_the_length_of_the_body_but_no_body(serve):
     server = serve(lambda request: asbridge.Response(200, b"12345", "text/plain", b"X-More: 1\r\n"))
-    data = talk(server, b"HEAD / HTTP/1.1\r\n\r\n")
+    data = talk(server, b"HEAD / HTTP/1.1\r\nHost: h\r\n\r\n")
     assert data == b"HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\nContent-Length: 5\r\nX-More: 1\r\n\r\n"
 
 
 @pytest.mark.parametrize("body", [
     b"5\r\nhello\r\n0\r\n\r\n", b"2\r\nhe\r\n3;name=value\r\nllo\r\n0\r\nTrailer: x\r\n\r\n", b"00005\r\nhello\r\n000\r\n\r\n", b"5 \r\nhello\r\n0\r\n\r\n"])
 def test_a_body_may_come_in_chunks(serve, body):
-    (_, _, answer), = answers_in(talk(serve(), b"POST / HTTP/1.1\r\nTransfer-Encoding: Chunked\r\n\r\n" + body))
+    (_, _, answer), = answers_in(talk(serve(), b"POST / HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: Chunked\r\n\r\n" + body))
     assert answer["body"] == "hello"
 
 
-@pytest.mark.parametrize("body", [b"x\r\n", b"-1\r\n", b"0x5\r\nhello\r\n", b"5\r\nhelloo\r\n0\r\n\r\n", b"5\nhello\n0\n\n", b"FFFFFFFFF\r\n", b"\r\n", pytest.param(b"5" * 5000, id="long")])
+@pytest.mark.parametrize("body", [b"x\r\n", b"-1\r\n", b"0x5\r\nhello\r\n", b"5\r\nhelloo\r\n0\r\n\r\n", b"5\nhello\n0\n\n", b"FFFFFFFFF\r\n", b"\r\n", pytest.param(b"5" * 5000, id="long"),
+                                  b" 5\r\nhello\r\n0\r\n\r\n", b"+5\r\nhello\r\n0\r\n\r\n", b"1_0\r\n", b"5\n\r\nhello\r\n0\r\n\r\n", b"\n5\r\nhello\r\n0\r\n\r\n",
+                                  b"5;a\nb\r\nhello\r\n0\r\n\r\n", b"5;a\rb\r\nhello\r\n0\r\n\r\n", b"5;\0\r\nhello\r\n0\r\n\r\n", b"5 a\r\nhello\r\n0\r\n\r\n",
+                                  b"5\r\nhello\n0\r\n\r\n", b"5\r\nhello0\r\n\r\n", b"0\r\nA: b\n\r\n\r\n", b"0\r\nA\rB: c\r\n\r\n", b"0\n\r\n\r\n"])
 def test_a_chunk_that_is_not_what_it_says_is_refused(serve, body):
-    data = talk(serve(), b"POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n" + body + b"GET /evil HTTP/1.1\r\n\r\n")
+    data = talk(serve(), b"POST / HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\n\r\n" + body + b"GET /evil HTTP/1.1\r\nHost: h\r\n\r\n")
     (status, headers, _), = answers_in(data)
     assert status == 400 and headers["connection"] == "close"
 
 
+def test_a_body_in_chunks_has_100_trailers_at_most(serve):
+    for trailers, status in ((100, 200), (101, 431)):
+        body = b"0\r\n" + b"A: b\r\n" * trailers + b"\r\n"
+        assert answers_in(talk(serve(), b"POST / HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\n\r\n" + body))[0][0] == status
+
+
+def test_a_client_of_http_1_0_does_not_know_of_100_continue(serve):
+    answers = answers_in(talk(serve(), b"POST / HTTP/1.0\r\nContent-Length: 2\r\nExpect: 100-continue\r\n\r\nok"))
+    assert [(status, answer["body"]) for status, _, answer in answers] == [(200, "ok")]
+
+
 def test_who_expects_100_continue_gets_it_before_the_body_is_read(serve):
     with connect(serve()) as sock:
-        sock.sendall(b"POST / HTTP/1.1\r\nContent-Length: 2\r\nExpect: 100-Continue\r\n\r\n")
+        sock.sendall(b"POST / HTTP/1.1\r\nHost: h\r\nContent-Length: 2\r\nExpect: 100-Continue\r\n\r\n")
         assert sock.recv(100) == b"HTTP/1.1 100 Continue\r\n\r\n"
         sock.sendall(b"ok")
         (status, _, answer), = answers_in(sock.recv(65_536))
@@ -525,13 +540,13 @@ def test_who_expects_100_continue_gets_it_before_the_body_is_read(serve):
 
 def test_who_expects_100_continue_for_too_large_a_body_is_told_so_instead(serve):
     with connect(serve()) as sock:
-        sock.sendall(b"POST / HTTP/1.1\r\nContent-Length: 200000\r\nExpect: 100-continue\r\n\r\n")
+        sock.sendall(b"POST / HTTP/1.1\r\nHost: h\r\nContent-Length: 200000\r\nExpect: 100-continue\r\n\r\n")
         (status, headers, answer), = answers_in(read_all(sock))
     assert (status, answer["errcode"], headers["connection"]) == (413, "M_TOO_LARGE", "close")
 
 
 @pytest.mark.parametrize("head, kept", [
-    (b"GET / HTTP/1.1\r\n", True), (b"GET / HTTP/1.1\r\nConnection: close\r\n", False), (b"GET / HTTP/1.1\r\nConnection: Keep-Alive, Close\r\n", False),
+    (b"GET / HTTP/1.1\r\nHost: h\r\n", True), (b"GET / HTTP/1.1\r\nHost: h\r\nConnection: close\r\n", False), (b"GET / HTTP/1.1\r\nHost: h\r\nConnection: Keep-Alive, Close\r\n", False),
     (b"GET / HTTP/1.0\r\n", False), (b"GET / HTTP/1.0\r\nConnection: keep-alive\r\n", True)])
 def test_http_1_0_closes_unless_asked_not_to_and_http_1_1_the_other_way_round(serve, head, kept):
     answers = answers_in(talk(serve(), (head + b"\r\n") * 2))
@@ -539,25 +554,34 @@ def test_http_1_0_closes_unless_asked_not_to_and_http_1_1_the_other_way_round(se
 
 
 @pytest.mark.parametrize("head", [
-    b"GET / HTTP/1.1\r\nA: b\nC: d", b"GET / HTTP/1.1\r\nA: b\r\n c", b"GET / HTTP/1.1\r\nA: b\r\n\tc", b"GET / HTTP/1.1\r\nA : b", b"GET / HTTP/1.1\r\nA",
-    b"GET / HTTP/1.1\r\n: b", b"GET / HTTP/1.1\r\nA: b\rc", b"GET / HTTP/1.1\r\nA: b\0", b"GET / HTTP/1.1\r\nA\xe9: b", b"GET / HTTP/1.1\r\n A: b",
-    b"GET / HTTP/1.1\r\nContent-Length: 5\r\nContent-Length: 6", b"GET / HTTP/1.1\r\nContent-Length: 5, 6", b"GET / HTTP/1.1\r\nContent-Length: -1",
-    b"GET / HTTP/1.1\r\nContent-Length: +5", b"GET / HTTP/1.1\r\nContent-Length: 0x5", b"GET / HTTP/1.1\r\nContent-Length: ", b"GET / HTTP/1.1\r\nContent-Length: \xb2",
-    b"GET / HTTP/1.1\r\nContent-Length: 1_0", b"GET / HTTP/1.1\r\nTransfer-Encoding: chunked\r\nContent-Length: 5", b"GET / HTTP/1.1\r\nTransfer-Encoding: gzip",
-    b"GET / HTTP/1.1\r\nTransfer-Encoding: gzip, chunked", b"GET / HTTP/1.1\r\nTransfer-Encoding: chunked\r\nTransfer-Encoding: chunked",
+    b"GET / HTTP/1.1\r\nHost: h\r\nA: b\nC: d", b"GET / HTTP/1.1\r\nHost: h\r\nA: b\r\n c", b"GET / HTTP/1.1\r\nHost: h\r\nA: b\r\n\tc", b"GET / HTTP/1.1\r\nHost: h\r\nA : b", b"GET / HTTP/1.1\r\nHost: h\r\nA",
+    b"GET / HTTP/1.1\r\nHost: h\r\n: b", b"GET / HTTP/1.1\r\nHost: h\r\nA: b\rc", b"GET / HTTP/1.1\r\nHost: h\r\nA: b\0", b"GET / HTTP/1.1\r\nHost: h\r\nA\xe9: b", b"GET / HTTP/1.1\r\nHost: h\r\n A: b",
+    b"GET / HTTP/1.1\r\nHost: h\r\nContent-Length: 5\r\nContent-Length: 6", b"GET / HTTP/1.1\r\nHost: h\r\nContent-Length: 5, 6", b"GET / HTTP/1.1\r\nHost: h\r\nContent-Length: -1",
+    b"GET / HTTP/1.1\r\nHost: h\r\nContent-Length: +5", b"GET / HTTP/1.1\r\nHost: h\r\nContent-Length: 0x5", b"GET / HTTP/1.1\r\nHost: h\r\nContent-Length: ", b"GET / HTTP/1.1\r\nHost: h\r\nContent-Length: \xb2",
+    b"GET / HTTP/1.1\r\nHost: h\r\nContent-Length: 1_0", b"GET / HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\nContent-Length: 5", b"GET / HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: gzip",
+    b"GET / HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: gzip, chunked", b"GET / HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\nTransfer-Encoding: chunked",
+    b"GET / HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked, identity", b"GET / HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: xchunked",
+    b"GET / HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: identity", b"GET / HTTP/1.1\r\nHost: h\r\nTransfer-Encoding:", b"GET / HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked;q=1",
+    b"GET / HTTP/1.1\r\nHost: h\r\nTransfer-Encoding : chunked", b"GET / HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: \x0bchunked", b"GET / HTTP/1.1\r\nHost: h\r\nTransfer-Encoding:\r\n chunked",
+    b"GET / HTTP/1.0\r\nTransfer-Encoding: chunked", b"GET / HTTP/1.1\r\nHost: h\r\nContent-Length: 5\x0b", b"GET / HTTP/1.1\r\nHost: h\r\nContent-Length: 5 5",
+    b"GET / HTTP/1.1\r\nHost: h\r\nContent-Length: 5,5", b"GET / HTTP/1.1\r\nHost: h\r\nA: b\x01", b"GET / HTTP/1.1\r\nHost: h\r\nA: b\x7f", b"GET / HTTP/1.1\r\nHost: h\r\nA: b\x1b[31m",
+    b"GET / HTTP/1.1", b"GET / HTTP/1.1\r\nhosts: h", b"GET / HTTP/1.1\r\nHost: h\r\nHost: h", b"GET / HTTP/1.1\r\nHost: h\r\nhost: evil", b"GET / HTTP/1.0\r\nHost: h\r\nHost: h",
+    b"GET / HTTP/1.1\r\nHost: h/x", b"GET / HTTP/1.1\r\nHost: h, i", b"GET / HTTP/1.1\r\nHost: u@h", b"GET / HTTP/1.1\r\nHost: h:x", b"GET / HTTP/1.1\r\nHost: h i", b"GET / HTTP/1.1\r\nHost: http://h",
+    b"GET x HTTP/1.1\r\nHost: h", b"GET x?y=://h/z HTTP/1.1\r\nHost: h", b"GET * HTTP/1.1\r\nHost: h", b"CONNECT h:80 HTTP/1.1\r\nHost: h", b"GET ftp://h/ HTTP/1.1\r\nHost: h",
+    b"GET http:/// HTTP/1.1\r\nHost: h", b"GET http://u@h/ HTTP/1.1\r\nHost: h", b"GET http://h:x/ HTTP/1.1\r\nHost: h", b"GET \\x HTTP/1.1\r\nHost: h", b"G" * 33 + b" / HTTP/1.1\r\nHost: h",
     b"GET /", b"GET / x HTTP/1.1", b"GET  / HTTP/1.1", b"GET / HTTP/2.0", b"GET / http/1.1", b"G(T / HTTP/1.1", b"\x16\x03\x01", b"GET / HTTP/1.1 "])
 def test_a_head_that_two_readers_could_read_differently_is_refused_and_the_connection_closed(serve, head):
-    (status, headers, answer), = answers_in(talk(serve(), head + b"\r\n\r\nGET /evil HTTP/1.1\r\n\r\n"))
+    (status, headers, answer), = answers_in(talk(serve(), head + b"\r\n\r\nGET /evil HTTP/1.1\r\nHost: h\r\n\r\n"))
     assert (status, answer["errcode"], headers["connection"]) == (400, "M_UNKNOWN", "close")
 
 
 @pytest.mark.parametrize("target", [b"/a\nX:y", b"/a\rX:y", b"/a\0"])
 def test_a_request_line_has_no_control_characters(serve, target):
-    assert talk(serve(), b"GET " + target + b" HTTP/1.1\r\n\r\n").startswith(b"HTTP/1.1 400 ")
+    assert talk(serve(), b"GET " + target + b" HTTP/1.1\r\nHost: h\r\n\r\n").startswith(b"HTTP/1.1 400 ")
 
 
 def test_a_content_length_of_any_length_is_answered(serve):
-    assert talk(serve(), b"POST / HTTP/1.1\r\nContent-Length: " + b"9" * 5000 + b"\r\n\r\n").startswith((b"HTTP/1.1 400 ", b"HTTP/1.1 413 "))
+    assert talk(serve(), b"POST / HTTP/1.1\r\nHost: h\r\nContent-Length: " + b"9" * 5000 + b"\r\n\r\n").startswith((b"HTTP/1.1 400 ", b"HTTP/1.1 413 "))
 
 
 @pytest.mark.parametrize("head", [
@@ -579,47 +603,86 @@ def test_a_head_whose_lines_end_in_bare_lf_is_refused_at_once(serve):
 
 @pytest.mark.parametrize("extra", [b"\r\n", b"\r\n\r\n"])
 def test_empty_lines_before_the_first_request_are_ignored(serve, extra):
-    assert [status for status, _, _ in answers_in(talk(serve(), extra + b"GET / HTTP/1.1\r\n\r\n"))] == [200]
+    assert [status for status, _, _ in answers_in(talk(serve(), extra + b"GET / HTTP/1.1\r\nHost: h\r\n\r\n"))] == [200]
 
 
 def test_an_empty_line_after_a_body_is_ignored(serve):
-    data = talk(serve(), b"POST / HTTP/1.1\r\nContent-Length: 1\r\n\r\nx\r\nGET / HTTP/1.1\r\n\r\n")
+    data = talk(serve(), b"POST / HTTP/1.1\r\nHost: h\r\nContent-Length: 1\r\n\r\nx\r\nGET / HTTP/1.1\r\nHost: h\r\n\r\n")
     assert [status for status, _, _ in answers_in(data)] == [200, 200]
 
 
 def test_a_content_length_that_comes_twice_alike_is_taken(serve):
-    (_, _, answer), = answers_in(talk(serve(), b"POST / HTTP/1.1\r\nContent-Length: 2\r\nContent-Length: 2\r\n\r\nok"))
+    (_, _, answer), = answers_in(talk(serve(), b"POST / HTTP/1.1\r\nHost: h\r\nContent-Length: 2\r\nContent-Length: 2\r\n\r\nok"))
     assert answer["body"] == "ok"
 
 
 def test_a_request_says_its_method_path_query_and_headers(serve):
-    (_, _, answer), = answers_in(talk(serve(), b"PUT http://h:1/a%2Fb/?x=1&y=%C3%A9&z=&x=2 HTTP/1.1\r\nX-A: \t 1 \r\nx-a:2\r\n\r\n"))
+    (_, _, answer), = answers_in(talk(serve(), b"PUT http://h:1/a%2Fb/?x=1&y=%C3%A9&z=&x=2 HTTP/1.1\r\nHost: h\r\nX-A: \t 1 \r\nx-a:2\r\n\r\n"))
     assert (answer["method"], answer["path"], answer["query"]) == ("PUT", "/a%2Fb/", {"x": "2", "y": "é", "z": ""})
-    assert answer["headers"] == {"x-a": "1, 2"}
+    assert answer["headers"] == {"host": "h:1", "x-a": "1, 2"}
+
+
+@pytest.mark.parametrize("host", ["h", "EXAMPLE.org.", "my_bridge:8008", "127.0.0.1:8008", "[::1]:8008", "[fe80::1%25eth0]", "xn--e1afmkfd.example:", ""])
+def test_a_host_has_any_name(serve, host):
+    (status, _, answer), = answers_in(talk(serve(), b"GET / HTTP/1.1\r\nHost: " + host.encode() + b"\r\n\r\n"))
+    assert status == 200 and answer["headers"]["host"] == host
+
+
+def test_only_http_1_0_needs_no_host(serve):
+    assert talk(serve(), b"GET / HTTP/1.0\r\n\r\n").startswith(b"HTTP/1.1 200 ")
+
+
+@pytest.mark.parametrize("target,path", [(b"http://real:1/a", "/a"), (b"HTTPS://real:1", "/"), (b"http://real:1?x=/y", "/")])
+def test_a_target_with_a_host_of_its_own_overrides_the_header(serve, target, path):
+    server = serve()
+    for _ in range(2):                                       # the same headers are not taken for read already
+        (_, _, first), (_, _, second) = answers_in(talk(server, b"GET " + target + b" HTTP/1.1\r\nHost: localhost\r\n\r\nGET / HTTP/1.1\r\nHost: localhost\r\n\r\n"))
+        assert (first["path"], first["headers"]["host"], second["headers"]["host"]) == (path, "real:1", "localhost")
+
+
+def test_options_may_ask_about_the_server_as_a_whole(serve):
+    (status, _, answer), = answers_in(talk(serve(), b"OPTIONS * HTTP/1.1\r\nHost: h\r\n\r\n"))
+    assert (status, answer["path"]) == (200, "*")
+
+
+def test_what_is_odd_in_a_head_and_can_be_read_in_one_way_only_is_taken(serve):
+    head = b"GET /{}|^[] HTTP/1.1\r\nHost: h\r\nX_under: a\tb\r\nEmpty:\r\nLatin: caf\xe9\r\nTransfer_Encoding: chunked\r\nContent-Length: 000\r\n\r\n"
+    (status, _, answer), = answers_in(talk(serve(), head))
+    assert (status, answer["path"]) == (200, "/{}|^[]")
+    assert answer["headers"] == {"host": "h", "x_under": "a\tb", "empty": "", "latin": "caf\xe9", "transfer_encoding": "chunked", "content-length": "000"}
+
+
+def test_a_query_is_utf_8_percent_encoded_or_not_and_anything_else_is_refused_and_not_replaced(serve):
+    server = serve()
+    (_, _, answer), = answers_in(talk(server, "GET /?a=%C3%A9&b=é&%C3%A9=%2B+%2526 HTTP/1.1\r\nHost: h\r\n\r\n".encode()))
+    assert answer["query"] == {"a": "é", "b": "é", "é": "+ %26"}
+    for query in (b"%FF", b"a=%FE", b"a=\xff", b"%ED%A0%80=1", b"a=%C0%AF"):
+        (status, _, answer), = answers_in(talk(server, b"GET /?" + query + b" HTTP/1.1\r\nHost: h\r\n\r\n"))
+        assert (status, answer["errcode"]) == (400, "M_INVALID_PARAM")
 
 
 def test_too_large_a_head_is_431(serve):
     server = serve()
     many, long = b"A: b\r\n" * 101, b"A: " + b"b" * 200_000 + b"\r\n"
     for headers in (many, long):
-        assert talk(server, b"GET / HTTP/1.1\r\n" + headers + b"\r\n").startswith(b"HTTP/1.1 431 ")
-    assert talk(server, b"GET / HTTP/1.1\r\n" + b"A: b\r\n" * 100 + b"\r\n").startswith(b"HTTP/1.1 200 ")
+        assert talk(server, b"GET / HTTP/1.1\r\nHost: h\r\n" + headers + b"\r\n").startswith(b"HTTP/1.1 431 ")
+    assert talk(server, b"GET / HTTP/1.1\r\nHost: h\r\n" + b"A: b\r\n" * 99 + b"\r\n").startswith(b"HTTP/1.1 200 ")
 
 
 def test_a_head_has_65536_bytes_at_most(serve):
-    head = b"GET / HTTP/1.1\r\nA: "
+    head = b"GET / HTTP/1.1\r\nHost: h\r\nA: "
     assert talk(serve(), head + b"b" * (asbridge.MAX_HEAD_BYTES - len(head) + 10) + b"\r\n\r\n").startswith(b"HTTP/1.1 431 ")
 
 
 @pytest.mark.parametrize("head, body", [(b"Content-Length: 100001", b""), (b"Transfer-Encoding: chunked", b"186A1\r\n"),
                                         (b"Transfer-Encoding: chunked", b"C350\r\n" + b"x" * 50_000 + b"\r\nC351\r\n")], ids=["length", "first chunk", "second chunk"])
 def test_too_large_a_body_is_413(serve, head, body):
-    (status, headers, answer), = answers_in(talk(serve(), b"POST / HTTP/1.1\r\n" + head + b"\r\n\r\n" + body))
+    (status, headers, answer), = answers_in(talk(serve(), b"POST / HTTP/1.1\r\nHost: h\r\n" + head + b"\r\n\r\n" + body))
     assert (status, answer["errcode"], headers["connection"]) == (413, "M_TOO_LARGE", "close") and "100000 bytes" in answer["error"]
 
 
 def test_a_body_of_just_the_limit_is_taken(serve):
-    (status, _, answer), = answers_in(talk(serve(), b"POST / HTTP/1.1\r\nContent-Length: 100000\r\n\r\n" + b"x" * 100_000))
+    (status, _, answer), = answers_in(talk(serve(), b"POST / HTTP/1.1\r\nHost: h\r\nContent-Length: 100000\r\n\r\n" + b"x" * 100_000))
     assert status == 200 and len(answer["body"]) == 100_000
 
 
@@ -631,14 +694,50 @@ def test_a_client_that_sends_too_large_a_body_gets_to_read_the_413(serve):
 
 def test_a_large_answer_arrives_whole(serve):
     server = serve(lambda request: asbridge.Response(200, b"x" * 3_000_000))
-    assert talk(server, b"GET / HTTP/1.1\r\n\r\n").endswith(b"\r\n\r\n" + b"x" * 3_000_000)
+    assert talk(server, b"GET / HTTP/1.1\r\nHost: h\r\n\r\n").endswith(b"\r\n\r\n" + b"x" * 3_000_000)
 
 
-@pytest.mark.parametrize("data", [b"", b"GET / HT", b"POST / HTTP/1.1\r\nContent-Length: 9\r\n\r\nabc"])
+@pytest.mark.parametrize("reads", [0, 1000])
+def test_a_client_that_does_not_read_its_answer_or_too_slowly_is_given_up(serve, monkeypatch, caplog, reads):
+    monkeypatch.setattr(asbridge, "ANSWER_SECONDS", 0.05)
+    monkeypatch.setattr(asbridge, "IDLE_SECONDS", 0.05)
+    monkeypatch.setattr(asbridge, "BODY_BYTES_PER_SECOND", 10**9)
+    server = serve(lambda request: asbridge.Response(200, b"x" * 30_000_000))
+    with socket.socket() as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        sock.settimeout(0.01)
+        sock.connect(("127.0.0.1", server.port))
+        sock.sendall(b"GET / HTTP/1.1\r\nHost: h\r\n\r\n")
+        eventually(lambda: server.connections)
+
+        def given_up():
+            with contextlib.suppress(OSError):
+                sock.recv(reads) if reads else None
+            return not server.connections
+        assert eventually(given_up) and not caplog.records
+
+
+def test_an_answer_that_is_read_slowly_arrives_whole(serve, monkeypatch):
+    patient, limit = threading.Event(), asbridge.time_limit
+
+    def time_limit(sock, seconds):
+        limit(sock, seconds)
+        if seconds == asbridge.ANSWER_SECONDS:
+            patient.set()
+    monkeypatch.setattr(asbridge, "IDLE_SECONDS", 0.01)      # what does not fit has ANSWER_SECONDS
+    monkeypatch.setattr(asbridge, "time_limit", time_limit)
+    server = serve(lambda request: asbridge.Response(200, b"x" * 15_000_000))
+    with connect(server) as sock:
+        sock.sendall(b"GET / HTTP/1.1\r\nHost: h\r\nConnection: close\r\n\r\n")
+        assert patient.wait(5)
+        assert read_all(sock).count(b"x") >= 15_000_000
+
+
+@pytest.mark.parametrize("data", [b"", b"GET / HT", b"POST / HTTP/1.1\r\nHost: h\r\nContent-Length: 9\r\n\r\nabc"])
 def test_a_client_that_goes_away_leaves_nothing_behind(serve, caplog, data):
     server = serve()
     assert talk(server, data) == b"" and eventually(lambda: not server.connections)
-    assert talk(server, b"GET / HTTP/1.1\r\n\r\n").startswith(b"HTTP/1.1 200 ") and not caplog.records
+    assert talk(server, b"GET / HTTP/1.1\r\nHost: h\r\n\r\n").startswith(b"HTTP/1.1 200 ") and not caplog.records
 
 
 def test_a_client_that_does_not_wait_for_its_answer_harms_nobody(serve, caplog):
@@ -650,22 +749,22 @@ def test_a_client_that_does_not_wait_for_its_answer_harms_nobody(serve, caplog):
         return asbridge.Response(200, b"x" * 1_000_000)
     server = serve(app)
     with connect(server) as sock:
-        sock.sendall(b"GET / HTTP/1.1\r\n\r\n")
+        sock.sendall(b"GET / HTTP/1.1\r\nHost: h\r\n\r\n")
         assert reached.wait(5)
     gone.set()
     assert eventually(lambda: not server.connections)
-    assert talk(server, b"GET / HTTP/1.1\r\n\r\n").startswith(b"HTTP/1.1 200 ") and not caplog.records
+    assert talk(server, b"GET / HTTP/1.1\r\nHost: h\r\n\r\n").startswith(b"HTTP/1.1 200 ") and not caplog.records
 
 
 def test_after_a_body_that_did_not_come_in_time_the_rest_of_it_is_no_request(serve, monkeypatch):
     monkeypatch.setattr(asbridge, "HEAD_SECONDS", 0.05)
     monkeypatch.setattr(asbridge, "IDLE_SECONDS", 0.02)
     with connect(serve()) as sock:
-        sock.sendall(b"POST / HTTP/1.1\r\nContent-Length: 500\r\n\r\nabc")
+        sock.sendall(b"POST / HTTP/1.1\r\nHost: h\r\nContent-Length: 500\r\n\r\nabc")
         answer = b""
         while data := sock.recv(65_536):
             if not answer:
-                sock.sendall(b"GET /smuggled HTTP/1.1\r\n\r\n")
+                sock.sendall(b"GET /smuggled HTTP/1.1\r\nHost: h\r\n\r\n")
             answer += data
     assert answer.startswith(b"HTTP/1.1 408 ") and answer.count(b"HTTP/1.1 ") == 1 and b"smuggled" not in answer
 
@@ -674,7 +773,7 @@ def test_a_head_has_a_deadline(serve, monkeypatch):
     monkeypatch.setattr(asbridge, "HEAD_SECONDS", 0.05)
     monkeypatch.setattr(asbridge, "IDLE_SECONDS", 0.02)
     with connect(serve()) as sock:
-        sock.sendall(b"GET / HTTP/1.1\r\nA: ")
+        sock.sendall(b"GET / HTTP/1.1\r\nHost: h\r\nA: ")
         (status, headers, _), = answers_in(read_all(sock))
     assert status == 408 and headers["connection"] == "close"
 
@@ -687,7 +786,7 @@ def test_a_silent_connection_may_stay(serve, monkeypatch):
         sock.settimeout(0.05)
         with pytest.raises(TimeoutError):
             sock.recv(1)
-        sock.sendall(b"GET / HTTP/1.1\r\n\r\n")
+        sock.sendall(b"GET / HTTP/1.1\r\nHost: h\r\n\r\n")
         sock.settimeout(5)
         assert sock.recv(100).startswith(b"HTTP/1.1 200 ")
 
@@ -696,7 +795,7 @@ def test_a_body_in_chunks_has_one_deadline(serve, monkeypatch):
     monkeypatch.setattr(asbridge, "HEAD_SECONDS", 0.1)
     monkeypatch.setattr(asbridge, "BODY_BYTES_PER_SECOND", 10**9)
     with connect(serve()) as sock:
-        sock.sendall(b"POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n")
+        sock.sendall(b"POST / HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\n\r\n")
         sock.settimeout(0.01)
         for _ in range(40):
             with contextlib.suppress(TimeoutError):
@@ -710,19 +809,41 @@ def test_at_the_cap_the_connection_that_is_idle_for_longest_goes(serve):
     server = serve(max_connections=2)
     with connect(server) as first, connect(server) as second:
         for sock in (second, first):
-            sock.sendall(b"GET / HTTP/1.1\r\n\r\n")
+            sock.sendall(b"GET / HTTP/1.1\r\nHost: h\r\n\r\n")
             assert answers_in(sock.recv(65_536))[0][0] == 200
             eventually(lambda: all(connection.idle_since for connection in server.connections))
-        assert talk(server, b"GET / HTTP/1.1\r\n\r\n").startswith(b"HTTP/1.1 200 ")
+        assert talk(server, b"GET / HTTP/1.1\r\nHost: h\r\n\r\n").startswith(b"HTTP/1.1 200 ")
         assert read_all(second) == b""
-        first.sendall(b"GET / HTTP/1.1\r\n\r\n")
+        first.sendall(b"GET / HTTP/1.1\r\nHost: h\r\n\r\n")
         assert answers_in(first.recv(65_536))[0][0] == 200
+
+
+def test_without_a_handle_for_the_next_connection_the_one_that_is_idle_for_longest_goes(serve, monkeypatch):
+    server, take, missing = serve(), socket.socket.accept, [errno.EMFILE, errno.EMFILE]
+    with connect(server) as idle:
+        idle.sendall(b"GET / HTTP/1.1\r\nHost: h\r\n\r\n")
+        assert idle.recv(65_536)
+        eventually(lambda: all(connection.idle_since for connection in server.connections))
+
+        def accept(sock):
+            if sock is server.socket and missing:
+                raise OSError(missing.pop(), "too many open files")
+            return take(sock)
+        monkeypatch.setattr(socket.socket, "accept", accept)
+        assert talk(server, b"GET / HTTP/1.1\r\nHost: h\r\n\r\n").startswith(b"HTTP/1.1 200 ")
+        assert read_all(idle) == b"" and not missing
+
+
+def test_connections_leave_handles_for_the_rest(serve, monkeypatch):
+    for limit, cap in ((250, 150), (50, 10), (-1, 10_000), (1_000_000, 10_000)):
+        monkeypatch.setattr(os, "sysconf", lambda name, limit=limit: {"SC_OPEN_MAX": limit}[name])
+        assert serve().max_connections == cap
 
 
 def test_stopping_ends_idle_connections(serve):
     server = serve()
     with connect(server) as sock:
-        sock.sendall(b"GET / HTTP/1.1\r\n\r\n")
+        sock.sendall(b"GET / HTTP/1.1\r\nHost: h\r\n\r\n")
         assert sock.recv(100).startswith(b"HTTP/1.1 200 ")
         server.stop()
         assert read_all(sock)[-1:] in (b"", b"}") and eventually(lambda: not server.connections)
@@ -6338,7 +6459,7 @@ def test_account_data_of_a_room_that_was_set_before_joining_comes_with_the_join(
 def test_a_change_of_a_session_that_has_ended_is_refused_though_it_was_asked_before(start):
     hs = start()
     alice = hs.client("alice")
-    who = hs.api.identify(asbridge.Request(f"GET / HTTP/1.1\r\nAuthorization: Bearer {alice.token}"), "user")
+    who = hs.api.identify(asbridge.Request(f"GET / HTTP/1.1\r\nHost: h\r\nAuthorization: Bearer {alice.token}"), "user")
     hs.api.accounts.logout(who)
     for change in (lambda: hs.api.accounts.set_account_data(who, "", "x", {}), lambda: hs.api.accounts.add_filter(who, {}),
                    lambda: hs.api.accounts.set_tag(who, "!r:localhost", "u.x", {}), lambda: hs.api.rooms.create(who, {}),
@@ -10397,6 +10518,11 @@ def test_the_inspector_answers_to_its_own_page_and_to_programs_on_this_machine(t
     assert inspect(target.hs, "GET", "status", **headers)[0] == 200
 
 
+def test_the_inspector_goes_by_the_host_that_is_asked_for_whichever_way_a_request_says_it(target):
+    for line, host, status in (("/", "localhost", 200), ("http://evil.example/", "localhost", 403), ("http://localhost/", "evil.example", 200), ("/", "localhost\r\nHost: evil.example", 400)):
+        assert talk(target.hs, f"GET {line}_asbridge/status HTTP/1.1\r\nHost: {host}\r\n\r\n".encode()).startswith(f"HTTP/1.1 {status} ".encode())
+
+
 def test_the_inspector_has_no_cors_headers_and_its_own_page_may_ask(target):
     with contextlib.closing(http.client.HTTPConnection("127.0.0.1", target.hs.port)) as connection:
         for method in ("GET", "OPTIONS"):
@@ -10863,7 +10989,7 @@ def test_a_homeserver_that_goes_away_inside_a_transaction_is_no_failure_of_the_s
     service._server.start()
     try:
         with connect(service._server) as sock:
-            sock.sendall(b"PUT /_matrix/app/v1/transactions/1 HTTP/1.1\r\nAuthorization: Bearer hs-irc\r\nContent-Length: 99\r\n\r\n{")
+            sock.sendall(b"PUT /_matrix/app/v1/transactions/1 HTTP/1.1\r\nHost: h\r\nAuthorization: Bearer hs-irc\r\nContent-Length: 99\r\n\r\n{")
         assert eventually(lambda: not service._server.connections) and not caplog.records
     finally:
         service.stop()
@@ -10904,6 +11030,21 @@ def test_an_application_service_takes_the_hs_token_from_the_query(service):
 def test_an_application_service_refuses_two_tokens_that_differ(service):
     assert as_request(service, "PUT", PUSH + "1", some_events("$1"), path_token="other")[0] == 403
     assert as_request(service, "PUT", PUSH + "1", some_events("$1"), path_token="hs-secret")[0] == 200
+
+
+def test_the_endpoint_of_an_application_service_answers_strangers_as_the_homeserver_does(service, caplog):
+    own, long = b"Host: h\r\nAuthorization: Bearer hs-secret\r\n", b"x" * 10_000
+    for head, status, errcode in (
+            (b"GET /_matrix/app/v1/users/%FF HTTP/1.1\r\n" + own, 400, "M_INVALID_PARAM"), (b"GET /_matrix/app/v1/users/%00 HTTP/1.1\r\n" + own, 404, "M_NOT_FOUND"),
+            (b"GET /_matrix/app/v1/users/.. HTTP/1.1\r\n" + own, 404, "M_NOT_FOUND"), (b"GET /_matrix/app/v1/users/" + long + b" HTTP/1.1\r\n" + own, 404, "M_NOT_FOUND"),
+            (b"GET /_matrix/app/v1/rooms/a/b HTTP/1.1\r\n" + own, 404, "M_UNRECOGNIZED"), (b"GET /{} HTTP/1.1\r\n" + own, 404, "M_UNRECOGNIZED"), (b"OPTIONS * HTTP/1.1\r\n" + own, 404, "M_UNRECOGNIZED"),
+            (b"PATCH " + PUSH.encode() + b"1 HTTP/1.1\r\n" + own, 405, "M_UNRECOGNIZED"), (b"PUT " + PUSH.encode() + b"1?access_token=%FF HTTP/1.1\r\n" + own, 400, "M_INVALID_PARAM"),
+            (b"PUT " + PUSH.encode() + b"1 HTTP/1.1\r\n" + own, 400, "M_BAD_JSON"), (b"PUT " + PUSH.encode() + b"1 HTTP/1.1\r\nContent-Length: 1\r\n" + own, 400, "M_NOT_JSON"),
+            (b"PUT " + PUSH.encode() + b"1 HTTP/1.1\r\nTransfer-Encoding: chunked\r\nContent-Length: 1\r\n" + own, 400, "M_UNKNOWN"),
+            (b"PUT " + PUSH.encode() + b"1 HTTP/1.1\r\nContent-Length: 99999999999\r\n" + own, 413, "M_TOO_LARGE"), (b"GET / HTTP/1.1\r\nA: " + long * 7 + b"\r\n", 431, "M_UNKNOWN")):
+        got, _, answer = answers_in(talk(service._server, head + b"\r\n["))[0]
+        assert (got, answer["errcode"]) == (status, errcode), head
+    assert service.events == [] and not [record for record in caplog.records if record.exc_info]
 
 
 def test_events_are_handled_in_order_on_the_new_and_the_old_path(service):
