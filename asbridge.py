@@ -205,6 +205,11 @@ def check_id(sigil: str, text: object, server_name: str | None = None) -> str:
     return text
 
 
+def number_in(text: str) -> int | None:
+    """The number in an ID that is one. Spelled otherwise (01, in Arabic digits) it is another ID, which nothing has."""
+    return int(text) if re.fullmatch("0|[1-9][0-9]{0,14}", text) else None
+
+
 def shorten(value: object, limit: int = 80) -> str:
     """A value as it can stand in an error text."""
     text = value if isinstance(value, str) else json.dumps(value)
@@ -289,7 +294,7 @@ def nests_deeper(value: Any, limit: int) -> bool:
     return bool(level)
 
 
-def parse_json(data: bytes | str) -> Any:
+def parse_json(data: bytes | str, what: str = "the body") -> Any:
     """The value of a JSON text; M_NOT_JSON if it is none. A lone surrogate is not text and is refused, too."""
     try:
         text = data if isinstance(data, str) else data.decode("utf-8")
@@ -300,7 +305,7 @@ def parse_json(data: bytes | str) -> Any:
             _encode(value).encode("utf-8")
         return value
     except (ValueError, RecursionError) as error:
-        raise MatrixError("M_NOT_JSON", f"the body is not JSON in UTF-8: {why_not_json(data, error)}") from None
+        raise MatrixError("M_NOT_JSON", f"{what} is not JSON in UTF-8: {why_not_json(data, error)}") from None
 
 
 def why_not_json(data: bytes | str, error: Exception) -> str:
@@ -313,11 +318,11 @@ def why_not_json(data: bytes | str, error: Exception) -> str:
     return shorten(str(error), 200)
 
 
-def parse_object(data: bytes) -> JsonObject:
+def parse_object(data: bytes | str, what: str = "the body") -> JsonObject:
     """A JSON object from a request body; an empty body is {}."""
-    value = parse_json(data) if data else {}
+    value = parse_json(data, what) if data else {}
     if not isinstance(value, dict):
-        raise MatrixError("M_BAD_JSON", f"the body must be a JSON object, not {TYPE_NAMES[type(value)]}")
+        raise MatrixError("M_BAD_JSON", f"{what} must be a JSON object, not {TYPE_NAMES[type(value)]}")
     return value
 
 
@@ -4440,6 +4445,7 @@ def create_schema(db: sqlite3.Connection, path: str, server_name: str) -> None:
 # only: who comes for the application service may skip them.
 
 MAX_SYNC_SECONDS = 600.0
+LOOK_SECONDS = 30.0              # how often a long poll looks whether its client is still there
 UNUSED_MEDIA_MS = DAY_MS         # how long a URI waits for its content
 OPENID_SECONDS = 3600            # how long an OpenID token is good
 MAX_SPACE_DEPTH = 10             # levels of rooms below a space in one answer
@@ -4819,8 +4825,8 @@ class Accounts:
 
     def filter(self, who: Who, filter_id: str) -> JsonObject:
         with self.store.read() as reader:
-            known = filter_id.isdecimal() and len(filter_id) < 16
-            row = reader.filter(who.user_id, int(filter_id)) if known else None
+            number = number_in(filter_id)
+            row = None if number is None else reader.filter(who.user_id, number)
         if not row:
             raise MatrixError("M_NOT_FOUND", f"{who.user_id} has no filter {shorten(filter_id)}")
         return cast(JsonObject, json.loads(row[0]))
@@ -5075,7 +5081,9 @@ class Rooms:
             raise
 
     def _id_of(self, room_id_or_alias: str, who: Who) -> str:
-        return self.resolve(room_id_or_alias, who.appservice) if room_id_or_alias[:1] == "#" else room_id_or_alias
+        if room_id_or_alias[:1] == "#":
+            return self.resolve(room_id_or_alias, who.appservice)
+        return check_id("!", room_id_or_alias)
 
     def _voucher(self, tx: Tx, room: Room, user_id: str) -> JsonObject:
         """For a restricted room: a member with the power to invite, if the user is in a room that it names."""
@@ -5525,7 +5533,7 @@ class Rooms:
                 raise MatrixError("M_INVALID_PARAM", f"a receipt is m.read, m.read.private or m.fully_read, not {shorten(type)}")
             if type == "m.fully_read" and thread_id:
                 raise MatrixError("M_INVALID_PARAM", "m.fully_read is for the whole room and takes no thread_id")
-            if event_id[:1] != "$":
+            if event_id[:1] != "$" or len(event_id.encode()) > MAX_ID_BYTES:
                 raise MatrixError("M_INVALID_PARAM", f"{shorten(event_id)!r} is no event ID")
 
         def job(tx: Tx) -> None:
@@ -6173,8 +6181,8 @@ class Backups:
     @staticmethod
     def _find(reader: Reader, who: Who, version: str | None) -> Any:
         """The row of this version, or of the last; M_NOT_FOUND."""
-        wrong = version is not None and not re.fullmatch("[0-9]{1,15}", version)
-        row = None if wrong else reader.backup(who.user_id, None if version is None else int(version))
+        number = None if version is None else number_in(version)
+        row = None if number is None and version is not None else reader.backup(who.user_id, number)
         if not row:
             which = f"key backup of version {shorten(version)}" if version else "key backup"
             raise MatrixError("M_NOT_FOUND", f"{who.user_id} has no {which}")
@@ -6697,7 +6705,7 @@ class SyncFilter:
 @functools.lru_cache(128)
 def inline_filter(text: str) -> SyncFilter:
     """One that a client sends with each request."""
-    return SyncFilter(parse_object(text.encode()))
+    return SyncFilter(parse_object(text, "filter"))
 
 
 def event_filter(source: JsonObject) -> Filter:
@@ -6725,10 +6733,11 @@ class Sync:
         self.handed: set[tuple[str, str]] = set()            # user and device that have been given messages, to be dropped next time
 
     def sync(self, who: Who, since: int | None, filter: SyncFilter, timeout: float = 0.0, full_state: bool = False,
-             state_after: str = "", set_presence: str = "online") -> JsonObject:
+             state_after: str = "", set_presence: str = "online", check_client: Callable[[], None] = lambda: None) -> JsonObject:
         """Waits up to `timeout` seconds until there is something new after the tick `since`.
 
-        `state_after`: the key for the state at the end of each timeline, in place of `state` at its start.
+        `state_after`: the key for the state at the end of each timeline, in place of `state` at its start. `check_client`:
+        raises if nobody waits any more; asked now and then.
         """
         clock = self.world.clock
         timeout = min(timeout, MAX_SYNC_SECONDS)
@@ -6749,7 +6758,10 @@ class Sync:
                         break
                     del window, answer                       # and hold nothing while it waits: many may
                 self.store.check_session(who.token)
-                self.store.waiters.wait(waiting, deadline)
+                look = clock.monotonic() + LOOK_SECONDS
+                self.store.waiters.wait(waiting, min(deadline, look))
+                if look <= clock.monotonic():
+                    check_client()
         finally:
             self.store.waiters.leave(who.user_id, waiting)
         self.store.check_session(who.token)
@@ -7948,6 +7960,7 @@ INSPECTOR = "/_asbridge/"        # where its API is, which no web client may use
 ANONYMOUS_BODY = 65_536          # bytes of body that are read without a token
 VERSIONS = Raw(to_json({"versions": ["r0.5.0", "r0.6.0", "r0.6.1", *(f"v1.{n}" for n in range(1, 16))],
                         "unstable_features": {"fi.mau.msc2659.stable": True}}))
+MEMBERSHIPS = ("join", "invite", "knock", "leave", "ban")
 LOGIN_APPSERVICE = "m.login.application_service"
 IDENTITY = ("user_id", "device_id", "org.matrix.msc3202.device_id")      # in the query of an application service
 
@@ -8002,6 +8015,12 @@ class Call:
             raise MatrixError("M_INVALID_PARAM", f"{name} must be a number from {least} to {most}, not "
                               f"{shorten(text)!r}")
         return int(text)
+
+    def limit(self, default: int, least: int = 0) -> int:
+        """How many are asked for: MAX_PAGE if it is more, however much."""
+        if re.fullmatch("[0-9]{10,}", self.request.query.get("limit", "")):
+            return MAX_PAGE
+        return min(self.integer("limit", default, least), MAX_PAGE)
 
     @property
     def ts(self) -> int | None:
@@ -8232,13 +8251,14 @@ class Router:
     """Finds routes by walking the path's segments. r0, v1 and v3 spellings of a route are one."""
 
     VERSION = re.compile(r"r0|v[0-9]+|unstable")
+    VARIABLE, ANY_VERSION = "/{}", "/v"                      # no segment has a slash in it
 
     def __init__(self, routes: Sequence[Route]) -> None:
-        self._root: dict[str, Any] = {}  # segment, or '{}' for a variable → the like; '' → {method: route}
+        self._root: dict[str, Any] = {}  # segment, or VARIABLE → the like; None → {method: route}
         for route in routes:
             node = self._root
             for segment in self._segments(route.path):
-                node = node.setdefault("{}" if segment[:1] == "{" else segment, {})
+                node = node.setdefault(self.VARIABLE if segment[:1] == "{" else segment, {})
             names = re.findall(r"{(\w+)}", route.path)
             node.setdefault(None, {})[route.method] = route, names       # type: ignore[call-overload]
 
@@ -8246,7 +8266,7 @@ class Router:
     def _segments(cls, path: str) -> list[str]:
         segments = path.split("/")[1:]
         if len(segments) > 2 and segments[0] == "_matrix" and cls.VERSION.fullmatch(segments[2]):
-            segments[2] = "*"
+            segments[2] = cls.ANY_VERSION
         return segments
 
     def find(self, method: str, path: str) -> tuple[Route, dict[str, str]]:
@@ -8255,7 +8275,7 @@ class Router:
         for segment in self._segments(path):
             if (literal := node.get(segment)) is not None:
                 node = literal
-            elif (variable := node.get("{}")) is not None:
+            elif (variable := node.get(self.VARIABLE)) is not None:
                 node = variable
                 values.append(segment)
             else:
@@ -8317,8 +8337,17 @@ def register_available(call: Call) -> Any:
     return {"available": True}
 
 
+def new_device_id(device_id: str) -> str:
+    """One that can be named later: in a query, where the empty one is none; in a message to devices, where * is all."""
+    if device_id in ("", "*") or not device_id.isprintable() or len(device_id.encode()) > MAX_ID_BYTES:
+        raise MatrixError("M_INVALID_PARAM", f"{quoted(device_id)} can't be the ID of a device: it may be any printable text of "
+                          f"{MAX_ID_BYTES} bytes at most, but * alone")
+    return device_id
+
+
 def device_of(call: Call, body: JsonObject) -> JsonObject:
-    return {"device_id": field(body, "device_id", str, None), "ip": call.request.client_ip,
+    device_id = field(body, "device_id", str, None)
+    return {"device_id": new_device_id(device_id) if device_id else None, "ip": call.request.client_ip,
             "display_name": field(body, "initial_device_display_name", str, None)}
 
 
@@ -8329,7 +8358,7 @@ def register(call: Call) -> Any:
     options = {**device_of(call, body), "inhibit_login": field(body, "inhibit_login", bool, False)}
     if body.get("type") == LOGIN_APPSERVICE:
         return accounts.register_ghost(call.api.appservice(call.request), username, **options)
-    if call.query("kind") == "guest":
+    if call.choice("kind", ("user", "guest"), "user") == "guest":
         raise forbidden("there are no guests here; register as a user")
     token = token_of(call.request)
     if token and call.api.world.registrations.of_as_token(digest(token)):
@@ -8405,7 +8434,8 @@ def get_device(call: Call) -> Any:
 
 
 def put_device(call: Call) -> Any:
-    created = call.api.accounts.set_device(call.who, call["deviceId"], field(call.body, "display_name", str, None))
+    device_id = new_device_id(call["deviceId"]) if call.who.appservice else call["deviceId"]
+    created = call.api.accounts.set_device(call.who, device_id, field(call.body, "display_name", str, None))
     return json_response(201 if created else 200, {}, CORS)
 
 
@@ -8459,35 +8489,40 @@ def profile_key(call: Call) -> str:
     return call["keyName"]
 
 
+def data_room(call: Call) -> str:
+    """The room that account data is for; "" if it is for none."""
+    return check_id("!", call["roomId"]) if "roomId" in call.params else ""
+
+
 def get_account_data(call: Call) -> Any:
     call.own(call["userId"])
     if call["type"] == "m.push_rules" and "roomId" not in call.params:
         return call.api.notifications.rules(call.who)
-    return call.api.accounts.account_data(call.who, call.params.get("roomId", ""), call["type"])
+    return call.api.accounts.account_data(call.who, data_room(call), call["type"])
 
 
 def put_account_data(call: Call) -> Any:
     call.own(call["userId"])
     if call["type"] in ("m.fully_read", "m.push_rules"):
         raise MatrixError("M_BAD_JSON", f"{call['type']} is set by its own endpoint", 405)
-    call.api.accounts.set_account_data(call.who, call.params.get("roomId", ""), call["type"], call.body)
+    call.api.accounts.set_account_data(call.who, data_room(call), call["type"], call.body)
     return {}
 
 
 def get_tags(call: Call) -> Any:
     call.own(call["userId"])
-    return call.api.accounts.tags(call.who, call["roomId"])
+    return call.api.accounts.tags(call.who, data_room(call))
 
 
 def put_tag(call: Call) -> Any:
     call.own(call["userId"])
-    call.api.accounts.set_tag(call.who, call["roomId"], call["tag"], call.body)
+    call.api.accounts.set_tag(call.who, data_room(call), call["tag"], call.body)
     return {}
 
 
 def delete_tag(call: Call) -> Any:
     call.own(call["userId"])
-    call.api.accounts.set_tag(call.who, call["roomId"], call["tag"], None)
+    call.api.accounts.set_tag(call.who, data_room(call), call["tag"], None)
     return {}
 
 
@@ -8747,7 +8782,8 @@ def put_state(call: Call) -> Any:
 def get_state_event(call: Call) -> Any:
     event = call.api.rooms.state_event(call.who, call["roomId"], call["eventType"],
                                        call.params.get("stateKey", ""))
-    return call.api.rooms.render(call.who, [event])[0] if call.query("format") == "event" else event.content
+    whole = call.choice("format", ("content", "event"), "content") == "event"
+    return call.api.rooms.render(call.who, [event])[0] if whole else event.content
 
 
 def get_state(call: Call) -> Any:
@@ -8760,7 +8796,8 @@ def get_event(call: Call) -> Any:
 
 def get_members(call: Call) -> Any:
     return {"chunk": call.api.rooms.members(call.who, call["roomId"], call.integer("at", None),
-                                            call.query("membership"), call.query("not_membership"))}
+                                            *(call.choice(name, MEMBERSHIPS, "") if call.query(name) else None
+                                              for name in ("membership", "not_membership")))}
 
 
 def get_joined_members(call: Call) -> Any:
@@ -8769,13 +8806,13 @@ def get_joined_members(call: Call) -> Any:
 
 def query_filter(call: Call) -> tuple[Filter, JsonObject]:
     """The event filter in the query, as JSON."""
-    source = parse_object((call.query("filter") or "").encode())
+    source = parse_object(call.query("filter") or "", "filter")
     return event_filter(source), source
 
 
 def get_messages(call: Call) -> Any:
     filter, source = query_filter(call)
-    limit = call.integer("limit", field(source, "limit", int, 10), 0, 2**31)
+    limit = call.limit(field(source, "limit", int, 10))
     backwards = call.choice("dir", ("b", "f"), "b") == "b"
     return call.api.rooms.messages(call.who, call["roomId"], call.integer("from", None), backwards, limit,
                                    filter, call.integer("to", None), field(source, "lazy_load_members", bool, False))
@@ -8784,7 +8821,7 @@ def get_messages(call: Call) -> Any:
 def get_context(call: Call) -> Any:
     filter, source = query_filter(call)
     return call.api.rooms.context(call.who, call["roomId"], call["eventId"],
-                                  min(call.integer("limit", 10), MAX_PAGE), filter, field(source, "lazy_load_members", bool, False))
+                                  call.limit(10), filter, field(source, "lazy_load_members", bool, False))
 
 
 def get_relations(call: Call) -> Any:
@@ -8792,13 +8829,13 @@ def get_relations(call: Call) -> Any:
     return call.api.rooms.relations(
         call.who, call["roomId"], call["eventId"], call.params.get("relType"), call.params.get("eventType"),
         call.integer("from", None), call.integer("to", None), call.choice("dir", ("b", "f"), "b") == "b",
-        min(call.integer("limit", 50, 1), MAX_PAGE), recurse)
+        call.limit(50, 1), recurse)
 
 
 def get_threads(call: Call) -> Any:
     participated = call.choice("include", ("all", "participated"), "all") == "participated"
     return call.api.rooms.threads(call.who, call["roomId"], participated, call.integer("from", None),
-                                  min(call.integer("limit", 50, 1), MAX_PAGE))
+                                  call.limit(50, 1))
 
 
 def room_aliases(call: Call) -> Any:
@@ -8845,7 +8882,7 @@ def get_hierarchy(call: Call) -> Any:
     suggested_only = call.choice("suggested_only", ("true", "false"), "false") == "true"
     max_depth = min(call.integer("max_depth", MAX_SPACE_DEPTH), MAX_SPACE_DEPTH)
     return call.api.rooms.hierarchy(call.who, call["roomId"], suggested_only, max_depth, call.integer("from", 0),
-                                    min(call.integer("limit", 50, 1), MAX_PAGE))
+                                    call.limit(50, 1))
 
 
 def search_users(call: Call) -> Any:
@@ -8862,13 +8899,15 @@ def own_directory(call: Call) -> None:
 
 def get_public_rooms(call: Call) -> Any:
     own_directory(call)
-    return call.api.rooms.public(call.integer("since", 0), call.integer("limit", 100))
+    return call.api.rooms.public(call.integer("since", 0), call.limit(100))
 
 
 def search_public_rooms(call: Call) -> Any:
     own_directory(call)
     body = call.body
-    since, filter = field(body, "since", str, "0"), field(body, "filter", dict, {})
+    since, filter = number_in(field(body, "since", str, "") or "0"), field(body, "filter", dict, {})
+    if since is None:
+        raise MatrixError("M_INVALID_PARAM", f"since is a next_batch or prev_batch of another answer, not {quoted(body['since'])}")
     types, network = field(filter, "room_types", list, []), field(body, "third_party_instance_id", str, "")
     if not all(one is None or isinstance(one, str) for one in types):
         raise MatrixError("M_BAD_JSON", f"room_types must be texts or null, not {quoted(types)}")
@@ -8876,7 +8915,7 @@ def search_public_rooms(call: Call) -> Any:
     if everywhere and network:
         raise MatrixError("M_INVALID_PARAM", "it is either include_all_networks or one third_party_instance_id")
     return call.api.rooms.public(
-        int(since) if since.isdecimal() and len(since) < 16 else 0, max(field(body, "limit", int, 100), 0),
+        since, max(field(body, "limit", int, 100), 0),
         field(filter, "generic_search_term", str, ""), types, None if everywhere else network)
 
 
@@ -8914,7 +8953,7 @@ def get_sync(call: Call) -> Any:
     state_after = next((prefix + "state_after" for prefix in ("", "org.matrix.msc4222.")
                         if call.query(f"{prefix}use_state_after") == "true"), "")
     return call.api.sync.sync(call.who, call.integer("since", None), filter, timeout, full_state, state_after,
-                              call.choice("set_presence", PRESENCES, "online"))
+                              call.choice("set_presence", PRESENCES, "online"), call.request.check_client)
 
 
 def get_events(call: Call) -> Any:
@@ -8924,7 +8963,8 @@ def get_events(call: Call) -> Any:
         raise not_in(call.who.user_id, room_id)
     source = {"room": {"timeline": {"limit": MAX_PAGE}, **({"rooms": [room_id]} if room_id else {})}}
     who = dataclasses.replace(call.who, device_id=None)      # messages to the device are for its /sync: here they would be lost
-    answer = call.api.sync.sync(who, start, SyncFilter(source), call.integer("timeout", 0) / 1000)
+    timeout = call.integer("timeout", 0) / 1000
+    answer = call.api.sync.sync(who, start, SyncFilter(source), timeout, check_client=call.request.check_client)
     rooms = json.loads(to_json(answer.get("rooms", {})))     # /sync has them written already
     chunk = [*answer.get("presence", {}).get("events", [])]
     for room_id, entry in rooms.get("invite", {}).items():
@@ -8937,7 +8977,7 @@ def get_events(call: Call) -> Any:
 
 
 def get_initial_sync(call: Call) -> Any:
-    return call.api.rooms.initial_sync(call.who, call["roomId"], call.integer("limit", 10, 0, MAX_PAGE), call.api.presence.events)
+    return call.api.rooms.initial_sync(call.who, call["roomId"], call.limit(10), call.api.presence.events)
 
 
 def get_presence(call: Call) -> Any:

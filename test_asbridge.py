@@ -4986,12 +4986,11 @@ def test_a_network_is_not_listed_while_its_service_is_gone(start):
         assert directory(alice, third_party_instance_id="two|net") == directory(alice, include_all_networks=True) == found
 
 
-def test_a_place_in_the_directory_that_is_none_does_not_make_the_homeserver_fail(three):
-    with contextlib.suppress(MatrixError):
-        assert three[1].call("POST", V3 + "/publicRooms", {"since": "1"})
-        three[1].call("POST", V3 + "/publicRooms", {"since": "9" * 5000})
-        return
-    pytest.fail("refused, or failed")
+@pytest.mark.parametrize("since", ["9" * 5000, "x", "-1", "01", "\u0661"])
+def test_a_place_in_the_directory_that_is_none_is_refused(three, since):
+    assert three[1].call("POST", V3 + "/publicRooms", {"since": "1"})
+    with refused("M_INVALID_PARAM", 400, "since"):
+        three[1].call("POST", V3 + "/publicRooms", {"since": since})
 
 
 def test_who_leaves_stops_typing(three):
@@ -9464,6 +9463,182 @@ def test_a_segment_is_decoded_after_splitting(three):
     alice.set_state(room, "org.x", {"v": 1}, "a/b ü%+")
     assert ask(hs, "GET", f"{V3}/rooms/{room}/state/org.x/a%2Fb%20%C3%BC%25+", alice.token) == (200, {"v": 1})
     assert ask(hs, "GET", f"{V3}/rooms/{room}/state/org.x/%FF", alice.token)[1]["errcode"] == "M_INVALID_PARAM"
+
+
+def test_braces_in_a_path_are_letters_like_others(start):
+    hs = start()
+    token = hs.client("alice").token
+    for where, status in (("/profile/{}", 404), ("/profile/{userId}", 404), ("/joined_rooms/{}", 404), ("/rooms/{}/state", 403), ("/{}", 404)):
+        assert ask(hs, "GET", V3 + where, token)[0] == status
+
+
+def test_an_endpoint_has_no_other_spelling(start):
+    hs = start()
+    token = hs.client("alice").token
+    for where in ("/_matrix/client/*/joined_rooms", "/_matrix/client/%72%30/joined_rooms", "/_matrix/client/V3/joined_rooms", "/_matrix/client//joined_rooms", "/_MATRIX/client/v3/joined_rooms",
+                  "/_matrix/client/v3/../v3/joined_rooms", "/_matrix/client/v3/joined%5Frooms", "/_matrix/client/v3/joined_rooms%2F"):
+        status, answer = ask(hs, "GET", where, token)
+        assert (status, answer["errcode"]) == (404, "M_UNRECOGNIZED")
+
+
+# Each is another name than the others, however alike they look.
+NAMES = ["x", "X", "\u0445", "\uff58", "x.", "x ", " x", "x\u200b", "\u00e9", "e\u0301", "x/y", "x%2Fy", "x\\y", ".", "..", "%2E", "{}", "*", "%", "+", "?", "#", "'", '"', "x\n", "x" * 240]
+
+
+@pytest.mark.parametrize("where", ["rooms/{room}/state/org.x/{}", "rooms/{room}/state/{}/key", "user/{user}/account_data/{}", "user/{user}/rooms/{room}/account_data/{}",
+                                   "room_keys/keys/{}/s", "room_keys/keys/{room}/{}"])
+def test_what_is_stored_under_an_odd_name_is_found_under_it_and_under_no_other(three, where):
+    hs, alice, _, _, room = three
+    before, _, after = [segment.format(room=room, user=alice.user_id) for segment in where.partition("{}")[0].split("/")], None, where.partition("{}")[2]
+    before, after, query = before[:-1], [segment for segment in after.split("/") if segment], {}
+    if before[0] == "room_keys":
+        query = {"version": alice.ask("POST", "room_keys", "version", body={"algorithm": "x", "auth_data": {}})["version"]}
+    contents = {name: {"first_message_index": n, "forwarded_count": 0, "is_verified": False, "session_data": {"n": n}} for n, name in enumerate(NAMES)}
+    for name, content in contents.items():
+        alice.call("PUT", asbridge.client_path(*before, name, *after), content, **query)
+    assert {name: alice.ask("GET", *before, name, *after, **query) for name in NAMES} == contents
+
+
+def test_two_aliases_that_look_alike_are_two(three):
+    hs, alice, _, _, room = three
+    aliases, before = [f"#{name}:localhost" for name in NAMES], alice.ask("GET", "rooms", room, "aliases")["aliases"]
+    for alias in aliases:
+        alice.set_alias(alias, room)
+    assert sorted(alice.ask("GET", "rooms", room, "aliases")["aliases"]) == sorted(aliases + before)
+    for alias in aliases:
+        assert alice.resolve(alias) == room
+        alice.delete_alias(alias)
+    assert alice.ask("GET", "rooms", room, "aliases")["aliases"] == before
+
+
+def like(id):
+    """What looks like this ID and is not it, percent-encoded."""
+    sigil, rest = urllib.parse.quote(id[0]), id[1:]
+    found = [sigil + other for other in (rest.upper(), rest + ".", rest + "%00", rest + "%20", "%20" + rest, rest + "%2F", rest + ":8448", rest.replace("localhost", "elsewhere"),
+                                        rest.replace("localhost", "LOCALHOST"), rest.replace("l", "%D3%8F"), rest + "%E2%80%8B", rest + "x" * 10_000, sigil + rest)]
+    found += [rest, "%EF%BC%A0" + rest, "%2525" + rest, quote(quote(id))]
+    return [each for each in found if urllib.parse.unquote(each) != id]
+
+
+def test_what_looks_like_the_id_of_a_user_a_room_or_an_event_is_none(three):
+    hs, alice, bob, _, room = three
+    event, wrong, client = alice.say(room, "x"), [], asbridge.HttpClient(hs.url)
+    alice.call("PUT", path("user", alice.user_id, "account_data", "x"), {"secret": 1})
+    digits = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_"
+    bits = event[:-1] + digits[digits.index(event[-1]) ^ 1]       # the same bytes in base64
+    for ids, where, statuses in ((like(alice.user_id), "profile/{}", {404, 400}), (like(alice.user_id), "user/{}/account_data/x", {403}), (like(alice.user_id), "presence/{}/status", {403, 404, 400}),
+                                 (like(room), "rooms/{}/state", {403}), (like(room), "rooms/{}/messages", {403}), (like(room), "rooms/{}/joined_members", {403, 404}),
+                                 ([*like(event), bits], f"rooms/{room}/event/{{}}", {404}), ([*like(event), bits], f"rooms/{room}/context/{{}}", {404})):
+        for id in ids:
+            status, answer = client.request("GET", f"{V3}/{where.format(id)}", None, {"Authorization": f"Bearer {alice.token}"})
+            if status not in statuses or json.loads(answer)["errcode"] not in ("M_NOT_FOUND", "M_FORBIDDEN", "M_INVALID_PARAM"):
+                wrong.append((where, id[:60], status, answer[:100]))
+    for id in like(room):
+        status, answer = client.request("POST", f"{V3}/join/{id}", b"{}", {"Authorization": f"Bearer {alice.token}"})
+        if (status, json.loads(answer)["errcode"]) not in ((403, "M_FORBIDDEN"), (400, "M_INVALID_PARAM")):
+            wrong.append(("join", id[:60], status, answer[:100]))
+    client.close()
+    assert wrong == [] and alice.joined_rooms() == [room]
+
+
+NO_NUMBER = ["x", "-1", "1.5", "1e3", "0x1", "%20" + "1", "1%00", "%D9%A3", "1_0", "9" * 20, "9007199254740992", "NaN", "[]", "{}", "9" * 4000]
+ANY = ["", "0", "1", "9007199254740991"]
+MUCH = ["9007199254740992", "9" * 20, "9" * 4000]
+NO_WORD = ["x", "%20", "%00", "TRUE", "1", "x" * 4000]
+INVALID = (400, "M_INVALID_PARAM")
+PARAMETERS = [                           # of a GET by alice: what is right, what is not and how that is answered
+    ("C/sync", "since", ANY, NO_NUMBER, INVALID), ("C/sync", "timeout", ["", "0", "1"], NO_NUMBER, INVALID), ("C/sync", "full_state", ["", "true"], NO_WORD, INVALID),
+    ("C/sync", "set_presence", ["", "offline", "unavailable"], [*NO_WORD, "busy"], INVALID), ("C/sync", "filter", ["", "{}", "0"[:0]], ["x", "-1", "01", "%D9%A1", "9" * 4000, "[]"], (404, "M_NOT_FOUND")),
+    ("C/sync", "filter", ['{"room":{"timeline":{"limit":-5}}}', '{"room":{"timeline":{"limit":99999999999999999999}}}', '{"event_format":"client","x":1}'],
+     ['{"room":5}', '{"room":{"timeline":{"limit":"x"}}}', '{"room":{"timeline":{"limit":1.5}}}', '{"room":{"rooms":[5]}}', '{"room":{"timeline":{"types":"x"}}}'], (400, "M_BAD_JSON")),
+    ("C/sync", "filter", [], ["{", "{'a':1}", '{"a":NaN}', '{"a":"\\ud800"}', '{"a":' + "[" * 200 + "]" * 200 + "}", "{\0}"], (400, "M_NOT_JSON")),
+    ("C/events", "from", ANY, NO_NUMBER, INVALID), ("C/events", "timeout", ["", "0"], NO_NUMBER, INVALID), ("C/events", "room_id", ["", "{room}"], ["x", "@alice:localhost"], (403, "M_FORBIDDEN")),
+    ("R/messages", "from", ANY, NO_NUMBER, INVALID), ("R/messages", "to", ANY, NO_NUMBER, INVALID), ("R/messages", "dir", ["", "b", "f"], [*NO_WORD, "B", "forwards"], INVALID),
+    ("R/messages", "limit", [*ANY, *MUCH], NO_NUMBER[:9], INVALID), ("R/messages", "filter", ["", "{}", '{"limit":-5}', '{"limit":99999999999999999999}'], ["5", "[]", '"x"', '{"limit":"x"}', '{"types":[5]}', '{"rooms":{}}'], (400, "M_BAD_JSON")),
+    ("R/messages", "filter", [], ["x", "{", "%00", "{" * 200], (400, "M_NOT_JSON")),
+    ("R/context/{event}", "limit", [*ANY, *MUCH], NO_NUMBER[:9], INVALID), ("R/initialSync", "limit", [*ANY, *MUCH], NO_NUMBER[:9], INVALID),
+    ("R/members", "at", ANY, NO_NUMBER, INVALID), ("R/members", "membership", ["", "join", "ban"], [*NO_WORD, "Join"], INVALID), ("R/members", "not_membership", ["", "leave"], NO_WORD, INVALID),
+    ("R/state/m.room.create/", "format", ["", "event", "content"], [*NO_WORD, "Event"], INVALID),
+    *(row for where in ("N/{event}", "V/rooms/{room}/threads", "V/rooms/{room}/hierarchy") for row in (
+        (where, "from", ANY[:3], NO_NUMBER, INVALID), (where, "limit", ["", *ANY[2:], *MUCH], ["0", *NO_NUMBER[:9]], INVALID))),
+    ("N/{event}", "dir", ["", "b"], NO_WORD, INVALID), ("N/{event}", "recurse", ["", "true"], NO_WORD, INVALID), ("V/rooms/{room}/threads", "include", ["", "all", "participated"], NO_WORD, INVALID),
+    ("V/rooms/{room}/hierarchy", "max_depth", ANY, NO_NUMBER, INVALID), ("V/rooms/{room}/hierarchy", "suggested_only", ["", "true"], NO_WORD, INVALID),
+    ("C/publicRooms", "since", ANY, NO_NUMBER, INVALID), ("C/publicRooms", "limit", [*ANY, *MUCH], NO_NUMBER[:9], INVALID), ("C/publicRooms", "server", ["", "localhost"], ["LOCALHOST", "localhost.", "elsewhere"], (403, "M_FORBIDDEN")),
+    ("M/download/localhost/{media}", "timeout_ms", ["", "0", "120000"], [*NO_NUMBER, "120001"], INVALID), ("M/thumbnail/localhost/{media}?height=5", "width", ["1"], ["0", *NO_NUMBER], INVALID),
+    ("C/user/{user}/filter/{filter}", "x", [""], ["%FF", "%C0%AF", "%ED%A0%80"], INVALID),
+]
+
+
+def test_each_parameter_of_a_query_is_taken_or_refused_by_name(three):
+    hs, alice, _, _, room = three
+    values = {"room": room, "user": alice.user_id, "event": alice.say(room, "x"), "filter": alice.ask("POST", "user", alice.user_id, "filter", body={})["filter_id"],
+              "media": hs.api.media.upload(asbridge.Who(alice.user_id), b"x", "image/png", None).rpartition("/")[2]}
+    client, wrong = asbridge.HttpClient(hs.url), []
+    for where, name, right, refused_ones, (status, errcode) in PARAMETERS:
+        for value in right + refused_ones:
+            target = target_of(where, values) + ("&" if "?" in where else "?") + f"{name}=" + (value if value[:1] != "{" and "%" in value else quote(value.replace("{room}", room)))
+            got, answer = client.request("GET", target, None, {"Authorization": f"Bearer {alice.token}"}, limit=10**7)
+            expected = (200, None) if value in right else (status, errcode)
+            if (got, json.loads(answer).get("errcode") if "M/" not in where or got != 200 else None) != expected or (got != 200 and len(answer) > 500):
+                wrong.append((where, name, value, got, answer[:100]))
+    client.close()
+    assert wrong == []
+
+
+def target_of(where, values):
+    return pattern_of(where).format(**{name: quote(value) for name, value in values.items()})
+
+
+def test_a_limit_that_is_too_large_is_the_largest_there_is(three, monkeypatch):
+    hs, alice, _, _, room = three
+    monkeypatch.setattr(asbridge, "MAX_PAGE", 3)
+    for limit in (4, 10**10, 10**4000):
+        assert len(alice.messages(room, limit=limit)["chunk"]) == 3
+
+
+@pytest.mark.parametrize("method,where,ids,status,errcode", [
+    ("GET", "C/directory/room/{}", ["x", "@x:localhost", "%23x", "%23:localhost", "%23x:", "%23x:local%20host", "%23x%00:localhost", "%23" + "x" * 255 + ":localhost", "%23x%FF:localhost", ".."], 400, "M_INVALID_PARAM"),
+    ("GET", "C/directory/room/{}", ["%23x:elsewhere", "%23X:localhost", "%23x:localhost."], 404, "M_NOT_FOUND"),
+    ("PUT", "C/directory/room/{}", ["x", "%23x:elsewhere", "%23x:LOCALHOST", "%23x:localhost.", "%23x%00:localhost", "%23" + "x" * 255 + ":localhost"], 400, "M_INVALID_PARAM"),
+    ("POST", "C/join/{}", ["", "x", "..", "@x:localhost", "$x", "%21" + "x" * 255, "!x%00:localhost", "!%FF", "%23x"], 400, "M_INVALID_PARAM"),
+    ("POST", "C/join/{}", ["!x:localhost", "!x:elsewhere", "!" + "x" * 200], 403, "M_FORBIDDEN"), ("POST", "C/join/{}", ["%23x:localhost", "%23x:elsewhere"], 404, "M_NOT_FOUND"),
+    ("PUT", "C/user/{user}/rooms/{}/account_data/x", ["", "x", "..", "@x:localhost", "%23x:localhost", "!%00", "!" + "x" * 255], 400, "M_INVALID_PARAM"),
+    ("PUT", "C/user/{user}/rooms/{}/tags/x", ["", "x", "%23x:localhost"], 400, "M_INVALID_PARAM"),
+    ("PUT", "C/devices/{}", ["", "*", "%00", "a%0Ab", "%1B%5B2J", "%E2%80%AE", "x" * 256, "x" * 10_000, "%FF"], 400, "M_INVALID_PARAM"),
+    ("GET", "C/presence/{}/status", ["", "x", "%23x:localhost", "@x", "@x:", "@:localhost", "@x%00:localhost", "@" + "x" * 255 + ":localhost"], 400, "M_INVALID_PARAM"),
+    ("GET", "C/user/{user}/filter/{}", ["", "x", "-1", "01", "1%20", "%D9%A1", "9" * 100], 404, "M_NOT_FOUND"), ("GET", "C/room_keys/version/{}", ["", "x", "-1", "01", "%D9%A1", "9" * 100], 404, "M_NOT_FOUND"),
+    ("GET", "M/download/localhost/{}", ["", "..", "%2F", "%2E%2E%2Fx", "%00", "x" * 10_000], 404, "M_NOT_FOUND"),
+    ("PUT", "R/state/{}/x", ["x" * 256, "%C3%A9" * 128, "%FF"], 400, "M_INVALID_PARAM"), ("PUT", "R/state/x/{}", ["x" * 256, "%C3%A9" * 128, "%FF"], 400, "M_INVALID_PARAM"),
+    ("PUT", "R/send/{}/t", ["x" * 256, "%FF"], 400, "M_INVALID_PARAM"), ("POST", "R/receipt/m.read/{}", ["", "x", "@x:localhost", "$" + "x" * 255], 400, "M_INVALID_PARAM")])
+def test_an_id_that_is_none_is_refused_where_it_would_be_stored_and_found_nowhere(target, method, where, ids, status, errcode):
+    for id in ids:
+        body = {"room_id": target.room} if "directory" in where else {}
+        got, answer = target.ask(method, target.filled(pattern_of(where), quote).replace("{}", id), json.dumps(body).encode() if method != "GET" else None)
+        assert (got, json.loads(answer)["errcode"]) == (status, errcode) and len(answer) < 500, (id, got, answer)
+
+
+def test_neither_a_login_nor_a_registration_creates_a_device_that_cannot_be_named(start):
+    hs = start(registration())
+    bodies = [("login", {**AS_LOGIN, "user": "_irc_bot"}), ("register", {**AS_LOGIN, "username": "_irc_bob"}), ("register", {"username": "bob", "auth": {"type": "m.login.dummy"}})]
+    for (where, body), device_id in itertools.product(bodies, ["*", "a\0", "a\nb", "x" * 256]):
+        status, answer = ask(hs, "POST", f"{V3}/{where}", "as-irc" if "type" in body else None, {**body, "device_id": device_id})
+        assert (status, answer["errcode"]) == (400, "M_INVALID_PARAM")
+
+
+def test_a_client_that_hangs_up_in_a_long_poll_is_noticed_and_one_that_waits_goes_on(three):
+    hs, alice, _, _, room = three
+    since = alice.sync()["next_batch"]
+    head = f"GET {V3}/sync?timeout=600000&since={since} HTTP/1.1\r\nHost: h\r\nAuthorization: Bearer {alice.token}\r\n\r\n".encode()
+    before, asleep = set(hs._server.connections), hs.world.store.waiters._asleep
+    with connect(hs) as waiting, connect(hs) as gone:
+        for n, sock in enumerate((waiting, gone)):
+            sock.sendall(head)
+            eventually(lambda n=n: len(asleep) > n)
+        gone.close()
+        hs.advance(asbridge.LOOK_SECONDS)
+        assert eventually(lambda: len(hs._server.connections - before) == 1)
+        alice.say(room, "still there?")
+        assert b"still there?" in waiting.recv(65_536)
 
 
 @pytest.mark.parametrize("body,errcode", [(b"{", "M_NOT_JSON"), (b"[]", "M_BAD_JSON"), (b"5", "M_BAD_JSON"), (b"\xff", "M_NOT_JSON")])
