@@ -667,12 +667,13 @@ class Connection(http.server.BaseHTTPRequestHandler):
         self.server.connections.discard(self)
 
     def handle(self) -> None:
+        head: bytes | None = None
         try:
             while (head := self.read_head()) is not None and self.exchange(head):
                 self.idle_since = time.monotonic()
         except MatrixError as error:
             with contextlib.suppress(OSError):
-                self.send(json_response(error.status, error.body()).render(close=True))
+                self.send(json_response(error.status, error.body()).render(head is not None and head[:5] == b"HEAD ", close=True))
                 self.linger()
         except OSError:
             pass                                             # the client went away
@@ -684,7 +685,9 @@ class Connection(http.server.BaseHTTPRequestHandler):
         response = self.server.app(request)
         read = request.finish()
         keep = read and request.keep_alive and not self.server.stopping
-        self.send(response.render(request.method == "HEAD", close=not keep))
+        data = response.render(request.method == "HEAD", close=not keep)
+        del response                                         # a slow reader is to hold it once only
+        self.send(data)
         if not read:
             self.linger()
         return keep
@@ -836,7 +839,7 @@ class HttpServer(http.server.ThreadingHTTPServer):
         except OSError as error:
             if error.errno in (errno.EMFILE, errno.ENFILE):
                 self.close_longest_idle()
-                time.sleep(0.01)                             # until that one's thread has let go of it
+                time.sleep(0.001)                            # that one's thread is to let go of it
             raise
 
     def process_request(self, request: Any, client_address: Any) -> None:

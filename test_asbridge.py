@@ -501,6 +501,11 @@ def test_the_answer_to_head_has_the_length_of_the_body_but_no_body(serve):
     assert data == b"HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\nContent-Length: 5\r\nX-More: 1\r\n\r\n"
 
 
+def test_a_head_that_is_refused_has_no_body_in_its_answer_either(serve):
+    data = talk(serve(), b"HEAD /?%FF HTTP/1.1\r\nHost: h\r\n\r\n")
+    assert data.startswith(b"HTTP/1.1 400 ") and data.endswith(b"\r\n\r\n") and b"Content-Length: 0" not in data
+
+
 @pytest.mark.parametrize("body", [
     b"5\r\nhello\r\n0\r\n\r\n", b"2\r\nhe\r\n3;name=value\r\nllo\r\n0\r\nTrailer: x\r\n\r\n", b"00005\r\nhello\r\n000\r\n\r\n", b"5 \r\nhello\r\n0\r\n\r\n"])
 def test_a_body_may_come_in_chunks(serve, body):
@@ -667,6 +672,33 @@ def test_too_large_a_head_is_431(serve):
     for headers in (many, long):
         assert talk(server, b"GET / HTTP/1.1\r\nHost: h\r\n" + headers + b"\r\n").startswith(b"HTTP/1.1 431 ")
     assert talk(server, b"GET / HTTP/1.1\r\nHost: h\r\n" + b"A: b\r\n" * 99 + b"\r\n").startswith(b"HTTP/1.1 200 ")
+
+
+def in_pieces(*pieces):
+    """What reads a head that comes like this."""
+    connection, left = asbridge.Connection.__new__(asbridge.Connection), list(pieces)
+    connection.buffer = b""
+
+    def receive(deadline):
+        connection.buffer += left.pop(0)
+        return True
+    connection.receive = receive
+    return connection.read_head
+
+
+def test_a_head_is_the_same_in_whatever_pieces_it_comes():
+    right, wrong = b"GET / HTTP/1.1\r\nHost: h\r\nA: b\r\n\r\n", b"GET / HTTP/1.1\r\nHost: h\nA: b\r\n"
+    for cut in range(1, len(right)):
+        assert in_pieces(b"\r\n", right[:cut], right[cut:])() == right[:-4]
+    for cut in range(1, len(wrong)):
+        with refused("M_UNKNOWN", 400, "CRLF"):
+            in_pieces(wrong[:cut], wrong[cut:])()
+
+
+def test_a_head_that_comes_byte_by_byte_is_looked_through_once(monkeypatch):
+    looked, head = [], b"GET / HTTP/1.1\r\nHost: h\r\nA: " + b"x" * 5000 + b"\r\n\r\n"
+    monkeypatch.setattr(asbridge, "BARE_LF", unittest.mock.Mock(search=lambda data, start=0: looked.append(len(data) - start)))
+    assert in_pieces(*(head[n:n + 1] for n in range(len(head))))() == head[:-4] and sum(looked) < 6 * len(head)
 
 
 def test_a_head_has_65536_bytes_at_most(serve):

@@ -14,9 +14,14 @@ import io
 import itertools
 import json
 import logging
+import os
+import pathlib
+import random
 import re
+import resource
 import secrets
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -25,11 +30,384 @@ import urllib.parse
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from test_durability import PROGRAM, V3, asbridge, eventually, linux, person, program, recorder, registration, rng, say  # noqa: F401
+from test_durability import HERE, PROGRAM, V3, asbridge, eventually, linux, person, program, recorder, registration, rng, say  # noqa: F401
 
 # ============================================================================
 # HTTP: a hundred thousand requests that should not be
 # ============================================================================
+
+
+SAMPLE = {**asbridge.SAMPLE_REGISTRATION, "url": "http://127.0.0.1:0", "asbridge.sample": {"irc_port": 0}}
+
+
+def with_deadlines(**seconds):
+    """What stands before the program so that it has other deadlines."""
+    code = f"import sys; sys.path.insert(0, {HERE!r}); import asbridge; vars(asbridge).update({seconds!r}); sys.exit(asbridge.main(sys.argv[3:]))"
+    return (sys.executable, "-c", code)
+
+
+def limited(limit):
+    """The program with no more handles than that; "1024:" may be raised."""
+    return ("sh", "-c", f'ulimit {"-S " if limit[-1:] == ":" else ""}-n {limit.rstrip(":")}; exec "$@"', "sh")
+
+
+def connected(one, source=None):
+    return socket.create_connection(("127.0.0.1", one.port), 20, (source, 0) if source else None)
+
+
+def deaf(one):
+    """A connection that takes hardly anything."""
+    sock = socket.socket()
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    sock.connect(("127.0.0.1", one.port))
+    return sock
+
+
+def rest_of(sock):
+    """What comes until the other side closes; a reset is an end, too."""
+    parts = []
+    with contextlib.suppress(ConnectionError):
+        while data := sock.recv(65_536):
+            parts.append(data)
+    return b"".join(parts)
+
+
+def answers_of(data):
+    """(status, body) of each answer in a stream of them."""
+    while data:
+        head, _, data = data.partition(b"\r\n\r\n")
+        size = int(re.search(rb"Content-Length: (\d+)", head)[1])
+        yield int(head[9:12]), data[:size]
+        data = data[size:]
+
+
+class Held:
+    """Handles, threads and memory of a process, to be compared with what it holds later."""
+
+    def __init__(self, one):
+        self.one, (self.handles, self.threads, self.memory) = one, self.now(one)
+
+    @staticmethod
+    def now(one):
+        proc = pathlib.Path(f"/proc/{one.process.pid}")
+        return len(os.listdir(proc / "fd")), len(os.listdir(proc / "task")), one.resident()
+
+    def comes_back(self, megabytes, seconds=15.0):
+        """A few may stay: eight connections to the database, two handles each."""
+        deadline = time.monotonic() + seconds
+        while True:
+            handles, threads, memory = self.now(self.one)
+            if handles <= self.handles + 20 and threads <= self.threads + 8 and memory <= self.memory + megabytes * 2**20:
+                return (memory - self.memory) / 2**20
+            assert time.monotonic() < deadline, (vars(self), handles, threads, memory)
+            time.sleep(0.01)
+
+
+class Polite(threading.Thread):
+    """A client that goes on asking, and how long it waited each time."""
+
+    def __init__(self, one, path="/_matrix/client/versions", headers=None):
+        super().__init__(daemon=True)
+        self.http, self.path, self.headers, self.waits, self.over = asbridge.HttpClient(one.url), path, headers or {}, [], threading.Event()
+        self.failed = None
+        self.start()
+
+    def run(self):
+        try:
+            while not self.over.wait(0.002):
+                began = time.monotonic()
+                status, _ = self.http.request("GET", self.path, None, self.headers)
+                assert status in (200, 404), status
+                self.waits.append(time.monotonic() - began)
+        except Exception as error:
+            self.failed = error
+
+    def p99(self):
+        """In seconds. It must have been answered every time."""
+        self.over.set()
+        self.join(10)
+        self.http.close()
+        assert self.failed is None and len(self.waits) > 20, (self.failed, len(self.waits))
+        return sorted(self.waits)[len(self.waits) * 99 // 100]
+
+
+class Hostile:
+    """Requests that should not be. A seed gives the same ones again. `evil` is what must never be carried out."""
+
+    HEADS = [                                                # each is refused: 400 or 431, and the connection closed
+        "GET {p} HTTP/1.1", "GET {p} HTTP/1.1\r\nHost: h\r\nHost: h", "GET {p} HTTP/1.1\r\nHost: h, h", "GET {p} HTTP/1.1\r\nHost: u@h/x", "GET {p} HTTP/2.0\r\nHost: h", "GET {p}\r\nHost: h",
+        "GET  {p} HTTP/1.1\r\nHost: h", "{p} GET HTTP/1.1\r\nHost: h", "GET x{p} HTTP/1.1\r\nHost: h", "GET x?://h{p} HTTP/1.1\r\nHost: h", "GET {p}\x00 HTTP/1.1\r\nHost: h", "CONNECT h:1 HTTP/1.1\r\nHost: h",
+        "G(T {p} HTTP/1.1\r\nHost: h", "GGGGGGGGGGGGGGGGGGGGGGGGGGGGGGGGGGGGGGGGGGGG {p} HTTP/1.1\r\nHost: h", "\x16\x03\x01\x02\x00\x01", "PRI * HTTP/2.0", "GET {p} HTTP/1.1\nHost: h\n\n", "GET {p} HTTP/1.1\r\nHost: h\r\nA: b\nC: d",
+        *("POST {p} HTTP/1.1\r\nHost: h\r\n" + more for more in (
+            "A : b", " A: b", "A: b\r\n c", "A: b\r\n\tc", "A", ": b", "A: b\x01", "A: b\x7f", "A: b\rc", "A: b\x00", "\xe9: b", "A(: b", "A: b\r\n" * 101 + "A: b", "A: " + "x" * 66_000, "x" * 300 + "\x01: y",
+            "Content-Length: 5\r\nContent-Length: 6", "Content-Length: 5, 6", "Content-Length: -5", "Content-Length: +5", "Content-Length: 0x5", "Content-Length: 5 5", "Content-Length: \x0b5", "Content-Length: 5\xa0",
+            "Content-Length:", "Content-Length : 5", "Content-Length: 5\r\nTransfer-Encoding: chunked", "Transfer-Encoding: chunked\r\nContent-Length: 5", "Content-Length: 99999999999999999999",
+            "Transfer-Encoding: xchunked", "Transfer-Encoding: chunked, identity", "Transfer-Encoding: identity", "Transfer-Encoding: gzip, chunked", "Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked",
+            "Transfer-Encoding : chunked", "Transfer-Encoding: \x0bchunked", "Transfer-Encoding:\r\n chunked", "Transfer-Encoding: chunked;q=1", "Transfer-Encoding:")),
+        "POST {p} HTTP/1.0\r\nTransfer-Encoding: chunked"]
+    CHUNKS = [" 5\r\nhello\r\n", "+5\r\nhello\r\n", "0x5\r\nhello\r\n", "5\n\r\nhello\r\n", "\n5\r\nhello\r\n", "5;a\nb\r\nhello\r\n", "5;a\rb\r\nhello\r\n", "5\r\nhelloo\r\n", "5\r\nhello\n0\r\n", "FFFFFFFFF\r\n", "x\r\n", "\r\n",
+              "5 a\r\nhello\r\n", "0\r\nA: b\n\r\n\r\n", "0\r\n" + "A: b\r\n" * 101, ";" * 9000, "2\r\n{}\r\nFFFFFFFF\r\n"]
+    PLACES = ["/_matrix/client/v3/login", "/_matrix/client/v3/register", "/_matrix/client/v3/createRoom", "/_matrix/client/v3/profile/{}", "/_matrix/client/v3/profile/{}/displayname", "/_matrix/client/v3/rooms/{}/send/{}/{}",
+              "/_matrix/client/v3/rooms/{}/state/{}/{}", "/_matrix/client/v3/join/{}", "/_matrix/client/v3/rooms/{}/messages", "/_matrix/client/v3/sync", "/_matrix/client/v3/directory/room/{}", "/_matrix/client/v3/user/{}/filter/{}",
+              "/_matrix/client/v3/user/{}/account_data/{}", "/_matrix/client/v3/publicRooms", "/_matrix/client/v1/rooms/{}/relations/{}", "/_matrix/media/v3/download/{}/{}", "/_matrix/media/v3/thumbnail/{}/{}", "/_matrix/client/v3/keys/query",
+              "/_matrix/client/v3/devices/{}", "/_matrix/app/v1/transactions/{}", "/_matrix/app/v1/users/{}", "/_matrix/app/v1/rooms/{}", "/_matrix/app/v1/thirdparty/user/{}", "/_asbridge/{}", "/_asbridge/why", "/{}/{}", "//{}", "/_matrix/client/*/sync"]
+    IDS = ["", ".", "..", "%2E%2E", "%2F", "%2f..%2f", "%00", "%FF", "%C0%AF", "%ED%A0%80", "%", "%zz", "{}", "*", "@alice:localhost", "@ALICE:localhost", "@alice:elsewhere", "@alice:localhost.", "%EF%BC%A0alice:localhost", "%D0%B0", "\xff", "\xc3\xa9",
+           "!x:localhost", "%23x:localhost", "$x", "$" + "A" * 43, "x" * 10_000, "%41" * 2000, "'%22;--", "-1", "9" * 400, "%E2%80%AE", "%1B%5B2J", "%0D%0AX:%20y"]
+    NAMES = ["ts", "limit", "timeout_ms", "since", "from", "to", "filter", "dir", "at", "user_id", "device_id", "access_token", "kind", "format", "width", "membership", "set_presence", "x", ""]
+    BODIES = [b"", b"{", b"[]", b"null", b"\xff\xfe", b"{}", b'{"a":' * 500, b"[" * 5000, b'{"user_id":5,"username":[],"type":{},"identifier":1}', b'{"a":1e999}', b'{"a":"\\ud800"}', b'{"a":"\\u0000"}', b"9" * 5000, b" " * 70_000, b'{"events":[null,5,{"event_id":5}]}']
+
+    def __init__(self, rng, token):
+        self.rng, self.token = rng, token
+        evil = '{"room_alias_name":"smuggled"}'
+        self.evil = ("POST /_matrix/client/v3/createRoom HTTP/1.1\r\nHost: h\r\n"
+                     f"Authorization: Bearer {token}\r\nContent-Length: {len(evil)}\r\n\r\n{evil}" * 2).encode()
+
+    def path(self):
+        choice = self.rng.choice
+        path = re.sub("{}", lambda _: choice(self.IDS), choice(self.PLACES))
+        query = "&".join(f"{choice(self.NAMES)}={choice(self.IDS)}" for _ in range(self.rng.choice((0, 0, 1, 2))))
+        return (path + ("?" + query if query else ""))[:40_000]
+
+    def refused(self):
+        """One that is refused for its shape, with what would be carried out if it were read otherwise."""
+        if self.rng.random() < 0.3:
+            head = f"POST {self.rng.choice(('/_matrix/client/v3/login', '/_matrix/app/v1/transactions/1'))} HTTP/1.1\r\nHost: h\r\nAuthorization: Bearer {self.token}\r\nTransfer-Encoding: chunked\r\n\r\n"
+            return (head.replace("POST /_matrix/app", "PUT /_matrix/app") + self.rng.choice(self.CHUNKS)).encode("latin-1") + self.evil
+        head = self.rng.choice(self.HEADS).replace("{p}", "/_matrix/client/versions")
+        return head.encode("latin-1") + b"\r\n\r\n" + self.evil
+
+    def read(self):
+        """One that is well-formed HTTP, with nonsense in it; and its method."""
+        method, body = self.rng.choice(("GET", "GET", "HEAD", "OPTIONS", "POST", "PUT", "DELETE", "PATCH", "X")), b""
+        head = f"{method} {self.path()} HTTP/1.1\r\nHost: h\r\n" + self.rng.choice(("", f"Authorization: Bearer {self.token}\r\n", "Authorization: Bearer x\r\n", "Authorization: \r\n", "A: " + "x" * 3000 + "\r\n"))
+        if method not in ("GET", "HEAD", "OPTIONS"):
+            body = self.rng.choice(self.BODIES)
+            if self.rng.random() < 0.3:
+                head, body = head + "Transfer-Encoding: chunked\r\n", (b"%x;x=y\r\n%b\r\n" % (len(body), body) if body else b"") + b"0\r\nT: x\r\n\r\n"
+            else:
+                head += f"Content-Length: {len(body)}\r\n" * self.rng.choice((1, 1, 2))
+        return method, head.encode("latin-1") + b"\r\n" + body
+
+    def cut_off(self):
+        """One whose client goes away in the middle of it."""
+        _, data = self.read()
+        return data[:self.rng.randrange(len(data))]
+
+
+class Attack(threading.Thread):
+    """Some thousands of these against one server, and what should not have come back."""
+
+    def __init__(self, one, hostile, count, source):
+        super().__init__(daemon=True)
+        self.one, self.hostile, self.count, self.source, self.wrong, self.done = one, hostile, count, source, [], 0
+        self.start()
+
+    def run(self):
+        try:
+            while self.done < self.count and not self.wrong:
+                kind = self.hostile.rng.random()
+                (self.refused if kind < 0.7 else self.cut_off if kind < 0.8 else self.many)()
+        except Exception as error:
+            self.wrong.append(repr(error))
+
+    def refused(self):
+        data = self.hostile.refused()
+        with connected(self.one, self.source) as sock:
+            with contextlib.suppress(ConnectionError):       # closed while we still send
+                sock.sendall(data)
+            answer = rest_of(sock)
+        if answer and (not answer.startswith(b"HTTP/1.1 4") or len(re.findall(rb"HTTP/1.1 [0-9]", answer)) != 1 or b"Connection: close" not in answer):
+            self.wrong.append((data[:300], answer[:300]))
+        self.done += 1
+
+    def cut_off(self):
+        with connected(self.one, self.source) as sock:
+            if self.hostile.rng.random() < 0.5:              # with a reset
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            sock.sendall(self.hostile.cut_off())
+        self.done += 1
+
+    def many(self):
+        """One after the other, none of which waits for the answer to the last."""
+        with connected(self.one, self.source) as sock:
+            asked = [self.hostile.read() for _ in range(40)]
+            sender = threading.Thread(target=self.send, args=(sock, b"".join([data for _, data in asked])), daemon=True)
+            sender.start()
+            self.check(asked, rest_of(sock))
+            sender.join()
+
+    @staticmethod
+    def send(sock, data):
+        with contextlib.suppress(OSError):
+            sock.sendall(data)
+            sock.shutdown(socket.SHUT_WR)
+
+    def check(self, asked, data):
+        for method, request in asked:
+            head, _, data = data.partition(b"\r\n\r\n")
+            if not head:
+                return                                       # closed after one that is too large: the rest is not read
+            size = int(re.search(rb"Content-Length: (\d+)", head)[1]) if method != "HEAD" else 0
+            body, data = data[:size], data[size:]
+            self.done += 1
+            if not b"200" <= head[9:12] < b"500" or (body and head[9:10] == b"4" and b'"errcode"' not in body and b'"flows"' not in body):
+                self.wrong.append((request[:300], head[:200], body[:200]))
+
+
+def attacked(one, rng, token, count):
+    """That many by four at once; how many there were."""
+    attacks = [Attack(one, Hostile(random.Random(rng.random()), token), count // 4, f"127.0.0.{2 + n}") for n in range(4)]
+    for attack in attacks:
+        attack.join()
+    assert [wrong for attack in attacks for wrong in attack.wrong[:3]] == []
+    return sum(attack.done for attack in attacks)
+
+
+@linux
+@pytest.mark.parametrize("which", ["homeserver", "application service"])
+def test_a_hundred_thousand_hostile_requests_leave_nothing_behind(program, rng, say, which):
+    if which == "homeserver":
+        one, count = program({"registrations": [registration()]}), 100_000
+        alice = person(one.url)
+        token, path, headers = alice.token, "/_matrix/client/v3/joined_rooms", {"Authorization": f"Bearer {alice.token}"}
+    else:
+        hs = program({"registrations": [SAMPLE]}, "--role", "homeserver")
+        one, count = program({"registrations": [SAMPLE]}, "--role", "appservice", "--homeserver", hs.url), 10_000
+        token, path, headers = SAMPLE["hs_token"], "/_matrix/app/v1/thirdparty/protocol/x", {"Authorization": f"Bearer {SAMPLE['hs_token']}"}
+    assert one.port
+    attacked(one, rng, token, count // 10)                   # caches fill
+    held, polite, began = Held(one), Polite(one, path, headers), time.monotonic()
+    done = attacked(one, rng, token, count)
+    took, p99 = time.monotonic() - began, polite.p99()
+    grown = held.comes_back(30)
+    say(f"{which}: {done} hostile requests in {took:.0f} s; memory +{grown:.1f} MiB; p99 of a polite client meanwhile {p99 * 1000:.0f} ms")
+    log = one.log.read_text()
+    assert done >= count and p99 < 1 and "Traceback" not in log and " failed" not in log, log[-2000:]
+    if which == "homeserver":
+        with pytest.raises(asbridge.MatrixError, match="M_NOT_FOUND"):     # no request was carried out that stood inside another
+            alice.resolve("#smuggled:localhost")
+
+
+
+class Trickle(threading.Thread):
+    """Sends a byte now and then on many connections, until the other side has closed all."""
+
+    def __init__(self, socks, data, pause=0.1):
+        super().__init__(daemon=True)
+        self.open, self.data, self.pause, self.answers, self.longest = set(socks), data, pause, [], 0.0
+        for sock in socks:
+            sock.settimeout(0)
+        self.start()
+
+    def run(self):
+        began = time.monotonic()
+        for byte in itertools.cycle(self.data):
+            for sock in list(self.open):
+                with contextlib.suppress(BlockingIOError):
+                    try:
+                        sock.send(bytes([byte]))
+                        if answer := sock.recv(1000):
+                            self.answers.append(answer)
+                            continue
+                    except ConnectionError:
+                        pass
+                    self.open.discard(sock)                  # closed from there
+                    self.longest = time.monotonic() - began
+            if not self.open or time.monotonic() - began > 60:
+                return
+            time.sleep(self.pause)
+
+
+@linux
+def test_who_sends_a_byte_now_and_then_or_never_reads_is_dropped_in_time_and_others_are_answered(program, say):
+    one = program({}, before=with_deadlines(HEAD_SECONDS=1.0, IDLE_SECONDS=0.5, ANSWER_SECONDS=1.0, LINGER_SECONDS=0.5))
+    alice, size, n = person(one.url), 8_000_000, 12
+    where = alice.call("POST", "/_matrix/media/v3/create")["content_uri"].removeprefix("mxc://")
+    with contextlib.closing(asbridge.HttpClient(one.url)) as http:
+        authorization = {"Authorization": f"Bearer {alice.token}"}
+        assert http.request("PUT", f"/_matrix/media/v3/upload/{where}", b"x" * size, authorization)[0] == 200
+    head = b"Host: h\r\nAuthorization: Bearer %b\r\n" % alice.token.encode()
+    kinds = {"head": (b"", b"GET / HTTP/1.1\r\n" + b"A: b\r\n" * 1000), "body": (b"POST /_matrix/client/v3/createRoom HTTP/1.1\r\nContent-Length: 9\r\n" + head + b"\r\n{", b" "),
+             "chunks": (b"POST /_matrix/client/v3/createRoom HTTP/1.1\r\nTransfer-Encoding: chunked\r\n" + head + b"\r\n", b"1\r\n \r\n"),
+             "nothing read": (f"GET /_matrix/media/v3/download/{where} HTTP/1.1\r\n".encode() + head + b"\r\n", b"")}
+    kinds["pipeline"] = (b"GET /_matrix/client/v3/pushrules/ HTTP/1.1\r\n" + head + b"\r\n") * 2000, b""
+    held, polite, memory = Held(one), Polite(one), []
+    for _ in range(2):
+        socks = {kind: [(connected if data else deaf)(one) for _ in range(n)] for kind, (_, data) in kinds.items()}
+        for kind, (first, _) in kinds.items():
+            for sock in socks[kind]:
+                sock.settimeout(0.03 if kind == "pipeline" else 20)
+                with contextlib.suppress(TimeoutError, ConnectionError):
+                    sock.sendall(first)
+        trickles = [Trickle(socks[kind], data) for kind, (_, data) in kinds.items() if data]
+        for trickle in trickles:
+            trickle.join()
+            assert trickle.longest < 20 and not trickle.open
+            assert all(answer.startswith((b"HTTP/1.1 408 ", b"HTTP/1.1 400 ")) for answer in trickle.answers)
+        held.comes_back(10_000)
+        memory.append(one.resident() / 2**20)
+        for each in socks.values():
+            for sock in each:
+                sock.close()
+    p99 = polite.p99()
+    most = held.memory / 2**20 + n * size * 2 / 2**20 + 64   # what they held at once; the allocator may keep as much for the next ones
+    say(f"{n * len(kinds)} slow clients, twice: the last gone after {trickle.longest:.1f} s, p99 of a polite one meanwhile "
+        f"{p99 * 1000:.0f} ms, memory {', '.join(f'{each:.0f}' for each in memory)} MiB of {most:.0f}")
+    assert memory[-1] < most and p99 < 1 and "Traceback" not in one.log.read_text()
+
+
+def processor_seconds(one):
+    fields = pathlib.Path(f"/proc/{one.process.pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+@linux
+def test_who_vanishes_in_a_long_poll_leaves_neither_a_thread_nor_a_handle(program, say):
+    one = program({}, before=with_deadlines(LOOK_SECONDS=0.5))
+    alice = person(one.url)
+    since = alice.sync()["next_batch"]
+    held = Held(one)
+    asked = f"GET /_matrix/client/v3/sync?timeout=600000&since={since} HTTP/1.1\r\nHost: h\r\nAuthorization: Bearer {alice.token}\r\n\r\n".encode()
+    socks = [connected(one) for _ in range(300)]
+    for sock in socks:
+        sock.sendall(asked)
+    eventually(lambda: Held.now(one)[1] >= held.threads + 300)
+    for n, sock in enumerate(socks):
+        if n % 2:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        sock.close()
+    say(f"300 long polls whose clients are gone: memory {held.comes_back(60):+.1f} MiB after it")
+
+
+@linux
+@pytest.mark.parametrize("limit", ["1024:", "300"])
+def test_two_thousand_idle_connections_hinder_nobody(program, say, limit):
+    """Past the handles that there are, the connections that were idle for longest go."""
+    handles = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if handles[1] != resource.RLIM_INFINITY and handles[1] < 2500:
+        pytest.skip("this needs 2,500 handles")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(handles[0], 2500), handles[1]))
+    one = program({}, before=limited(limit))
+    alice, held, socks = person(one.url), Held(one), []
+    try:
+        for n in range(2000):
+            socks.append(connected(one))
+            if n % 3 == 0:
+                socks[-1].sendall(b"GET /_matrix/client/versions HTTP/1.1\r\nHost: h\r\n\r\n")
+        before, polite = processor_seconds(one), Polite(one)
+        room = alice.create_room()
+        for n in range(200):
+            alice.say(room, str(n))
+        p99, used = polite.p99(), processor_seconds(one) - before
+        left, memory = Held.now(one)[0] - held.handles, (one.resident() - held.memory) / 2**20
+        say(f"2,000 idle connections, {limit.rstrip(':')} handles to begin with: {left} are kept, with {memory:.0f} MiB; p99 of a polite client {p99 * 1000:.0f} ms, {used:.1f} s of processor")
+        assert (left >= 2000) == (limit == "1024:") and p99 < 1 and len(alice.messages(room)["chunk"]) == 100
+    finally:
+        for sock in socks:
+            sock.close()
+        resource.setrlimit(resource.RLIMIT_NOFILE, handles)
+    held.comes_back(100)
+    assert "Traceback" not in one.log.read_text()
 
 
 # ============================================================================
