@@ -734,7 +734,7 @@ def test_a_client_that_does_not_read_its_answer_or_too_slowly_is_given_up(serve,
     monkeypatch.setattr(asbridge, "ANSWER_SECONDS", 0.05)
     monkeypatch.setattr(asbridge, "IDLE_SECONDS", 0.05)
     monkeypatch.setattr(asbridge, "BODY_BYTES_PER_SECOND", 10**9)
-    server = serve(lambda request: asbridge.Response(200, b"x" * 30_000_000))
+    server = serve(lambda request: asbridge.Response(200, b"x" * 15_000_000))
     with socket.socket() as sock:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         sock.settimeout(0.01)
