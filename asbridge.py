@@ -3191,10 +3191,14 @@ class Reader:
                         f"ORDER BY e.tick {'DESC' if newest else 'ASC'} LIMIT ?", room, after, upto, *values, limit)
         return [Event(*row) for row in rows]
 
-    def state_event(self, room: int, type: str, state_key: str) -> Event | None:
+    def state_event(self, room: int, type: str, state_key: str, upto: int = FOREVER) -> Event | None:
+        """The one that there is, or was at `upto`."""
         row = self.one(f"SELECT {EVENT_COLUMNS} FROM state s JOIN {EVENT_TABLES} "
                        "WHERE s.room = ? AND s.type = ? AND s.state_key = ? "
                        "AND e.tick = s.tick", room, type, state_key)
+        if row and row[0] > upto:
+            row = self.one(f"SELECT {EVENT_COLUMNS} FROM {EVENT_TABLES} WHERE e.room = ? AND e.type = ? AND e.state_key = ? "
+                           "AND e.state_key IS NOT NULL AND e.tick <= ? ORDER BY e.tick DESC LIMIT 1", room, type, state_key, upto)
         return Event(*row) if row else None
 
     def state_at(self, room: int, upto: int = FOREVER, after: int = 0, type: str = "*") -> list[Event]:
@@ -4778,8 +4782,11 @@ class Accounts:
             for room in tx.joined_rooms(user_id):
                 before = room.content("m.room.member", user_id)
                 content = {k: v for k, v in {**before, key: value}.items() if v is not None}
-                if content != before:
-                    tx.append(room, Draft("m.room.member", user_id, content, user_id), self.world.clock.now())
+                draft = Draft("m.room.member", user_id, content, user_id)
+                with contextlib.suppress(MatrixError):       # where the rules let nobody join any more, the old name stays
+                    authorise(room, draft)
+                    if content != before:
+                        tx.append(room, draft, self.world.clock.now())
         self.store.write(job, who.token)
 
     def search(self, who: Who, term: str, limit: int) -> JsonObject:
@@ -4990,7 +4997,7 @@ class Rooms:
     def _change_state(self, tx: Tx, room: Room, draft: Draft, ts: int | None = None) -> str:
         """Stores a state event; where nothing would change, it is the event that says so already."""
         now = room.events.get((draft.type, draft.state_key or ""))
-        if not now or (now.sender, now.content) != (draft.sender, draft.content):
+        if not now or now.sender != draft.sender or canonical_json(now.content) != canonical_json(draft.content):      # true is not 1
             return self._append(tx, room, draft, ts)
         authorise(room, draft)
         event = tx.state_event(room.n, draft.type, draft.state_key or "")
@@ -5090,7 +5097,7 @@ class Rooms:
 
     def _voucher(self, tx: Tx, room: Room, user_id: str) -> JsonObject:
         """For a restricted room: a member with the power to invite, if the user is in a room that it names."""
-        if room.join_rule not in ("restricted", "knock_restricted") or room.membership(user_id) == "invite":
+        if room.join_rule not in ("restricted", "knock_restricted") or room.membership(user_id) in ("invite", "join"):
             return {}
         allow = room.content("m.room.join_rules").get("allow")
         rules = [entry for entry in allow if isinstance(entry, dict)] if isinstance(allow, list) else []
@@ -5280,10 +5287,7 @@ class Rooms:
     def state_event(self, who: Who, room_id: str, type: str, state_key: str) -> Event:
         with self.viewing(who, room_id) as (reader, view):
             self._check_state_visible(view)
-            event = reader.state_event(view.room, type, state_key)
-            if event and event.tick > view.state_upto:
-                older = reader.state_at(view.room, view.state_upto, 0, type)
-                event = next((one for one in older if one.state_key == state_key), None)
+            event = reader.state_event(view.room, type, state_key, view.state_upto)
         if not event:
             raise MatrixError("M_NOT_FOUND", f"the room has no state {shorten(type)} with the key "
                               f"{shorten(state_key)!r}")
@@ -5327,10 +5331,10 @@ class Rooms:
             filter = filter.in_room(room_id)._replace(ignored=reader.ignored(who.user_id))
             events, _ = view.page(lambda *window: reader.events(view.room, window[0], window[1], window[2], window[3], filter),
                                   start, stop, backwards, min(limit, MAX_PAGE))
-            members = [reader.state_event(view.room, "m.room.member", sender)
+            members = [reader.state_event(view.room, "m.room.member", sender, view.state_upto)
                        for sender in sorted({event.sender for event in events} if lazy else ())]
             chunk = self.bundle(who, reader, view, events)
-        state = self.render(who, [event for event in members if event and event.tick <= view.state_upto])
+        state = self.render(who, [event for event in members if event])
         end = {"end": str(events[-1].tick - backwards)} if events else {}    # also with the last: clients ask on until none comes
         return {"start": str(start), "chunk": chunk, **end, **({"state": state} if state else {})}
 
@@ -6830,11 +6834,11 @@ class Window:
         shown = [one for one in self.memberships if self._concerns(*one)]
         for start in range(0, len(shown), ROOMS_AT_ONCE):
             self._ask(shown[start:start + ROOMS_AT_ONCE])
-            for room, room_id, membership, tick, _ in shown[start:start + ROOMS_AT_ONCE]:
+            for room, room_id, membership, tick, forgotten in shown[start:start + ROOMS_AT_ONCE]:
                 if time.monotonic() > pause:                 # a thousand rooms: let others to the interpreter's lock
                     time.sleep(0.0001)
                     pause = time.monotonic() + SLICE_SECONDS
-                section, entry = self._room(room, room_id, membership, tick)
+                section, entry = self._room(room, room_id, membership, tick, forgotten)
                 if entry:
                     rooms.setdefault(section, {})[room_id] = Raw(to_json(entry))     # written piece by piece, too
         return rooms
@@ -6844,7 +6848,7 @@ class Window:
         if not self.filter.rooms.wants(room_id):
             return False
         if membership in ("leave", "ban"):
-            return not forgotten and (self.filter.include_leave if self.initial else tick > self.since)
+            return tick > self.since if not self.initial else self.filter.include_leave and not forgotten
         return tick > self.since or (membership == "join" and (
             self.full_state or room_id in self.data or self.store.moved_since(room, self.since)))
 
@@ -6895,13 +6899,13 @@ class Window:
             account.append({"type": "m.push_rules", "content": push_rules(self.reader, self.who.user_id)})
         return found
 
-    def _room(self, room: int, room_id: str, membership: str, tick: int) -> tuple[str, JsonObject]:
+    def _room(self, room: int, room_id: str, membership: str, tick: int, forgotten: int) -> tuple[str, JsonObject]:
         if membership == "join":
             return "join", self._joined(room, room_id, tick)
         if membership in ("invite", "knock"):
             events = self._stripped(room)
             return membership, {} if events[-1]["sender"] in self.ignored else {f"{membership}_state": {"events": events}}
-        return "leave", self._left(room, room_id)
+        return "leave", self._left(room, room_id, tick, forgotten)
 
     def _joined(self, room: int, room_id: str, tick: int) -> JsonObject:
         view = self._view(room, room_id)
@@ -6954,25 +6958,32 @@ class Window:
             return None
         return max((tick for tick, value in changes if value in ("leave", "ban")), default=0)
 
-    def _left(self, room: int, room_id: str) -> JsonObject:
-        """The room up to the leave; of an invitation that was declined or withdrawn, that event alone."""
-        view = self._view(room, room_id)
-        if view and (entry := self._timeline(room, room_id, view, self.since)):
+    def _left(self, room: int, room_id: str, tick: int, forgotten: int) -> JsonObject:
+        """The room up to the leave, which is told in any case: also if it was of an invitation, or if the room has been
+        forgotten since, of which other devices do not know.
+        """
+        view = (None if forgotten else self._view(room, room_id)) or View(room, room_id, "leave", [], -1, self.own[room])
+        if not view.sees(tick):
+            view = view._replace(ranges=[*(one for one in view.ranges if one[1] < tick), (tick, tick)])
+        if entry := self._timeline(room, room_id, view, self.since, upto=tick):
             return entry
-        own = self.reader.state_event(room, "m.room.member", self.who.user_id)
-        return {"timeline": {"events": self._render([own] if own else []), "limited": False, "prev_batch": str(self.now)},
+        own = self.reader.event_at(tick)                     # the filter wants nothing of it
+        return {"timeline": {"events": self._render([own]), "limited": False, "prev_batch": str(tick)},
                 self.state_after or "state": {"events": []}}
 
     def _timeline(self, room: int, room_id: str, view: View | None, after: int, fresh: bool = False,
-                  heroes: Iterable[str] = ()) -> JsonObject:
-        """timeline, and the state that leads to it or follows from it. Without a view all is visible."""
-        read = view.events if view else lambda reader, *rest: reader.events(room, *rest)
+                  heroes: Iterable[str] = (), upto: int = FOREVER) -> JsonObject:
+        """timeline, and the state that leads to it or follows from it. Without a view all is visible. A timeline has no gaps:
+        what changed unseen between two of its events would be in no state.
+        """
+        upto = min(upto, self.now)
+        seen = [max(after + 1, first) for first, last in view.ranges if last > after and first <= upto] if view else [after + 1]
         filter = self.filter.timeline.in_room(room_id)._replace(ignored=self.ignored)
-        events = read(self.reader, after, self.now, self.filter.limit + 1, True, filter)
-        limited = len(events) > self.filter.limit or (fresh and after > self.since)
+        events = self.reader.events(room, seen[-1] - 1, upto, self.filter.limit + 1, True, filter)
+        limited = len(events) > self.filter.limit or len(seen) > 1 or (fresh and after > self.since)
         events = events[:self.filter.limit][::-1]
         whole = self.full_state or fresh or not after
-        last = min(self.now, view.state_upto) if view else self.now
+        last = min(upto, view.state_upto) if view else upto
         state = self._state(room, 0 if whole else after, last, events, whole or limited)
         state = self._chosen(room, room_id, state, events, last, whole, heroes)
         if not events and not state:
@@ -6981,7 +6992,7 @@ class Window:
         more = aggregations(self.reader, self.who, events, visible, self.clock_now) if limited else {}
         then = view.then if view else lambda tick: '"membership":"join"'
         shown = self._render(events, lambda tick: (then(tick), *more.get(tick, ())))
-        prev_batch = events[0].tick - 1 if events else self.now
+        prev_batch = (events[0].tick if events else seen[-1]) - 1 if limited or events else upto
         return {"timeline": {"events": shown, "limited": limited, "prev_batch": str(prev_batch)},
                 self.state_after or "state": {"events": self._render(state)}}
 
@@ -7006,8 +7017,8 @@ class Window:
             state = [event for event in state if not whole or event.type != "m.room.member" or event.state_key in speakers]
             shown = state if self.state_after else [*state, *timeline]
             known = {event.state_key for event in shown if event.type == "m.room.member"}
-            members = [self.reader.state_event(room, "m.room.member", user_id) for user_id in sorted(speakers - known)]
-            state += [event for event in members if event and event.tick <= last]
+            members = [self.reader.state_event(room, "m.room.member", user_id, last) for user_id in sorted(speakers - known)]
+            state += [event for event in members if event]
         filter = self.filter.state.in_room(room_id)
         return state if filter == EVERYTHING else [event for event in state if filter.passes(event)]
 

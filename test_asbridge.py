@@ -4239,6 +4239,15 @@ def test_a_ban_keeps_out_until_it_is_lifted(three):
         bob.ban(room, alice.user_id)
 
 
+def test_nobody_from_outside_is_told_who_is_banned_or_in_the_room(three):
+    hs, alice, bob, carol, room = three
+    alice.ban(room, carol.user_id)
+    for change in (bob.unban, bob.kick, bob.ban, bob.invite):
+        for user in (alice.user_id, carol.user_id):
+            with refused("M_FORBIDDEN", 403, f"{bob.user_id} is not in the room"):
+                change(room, user)
+
+
 def test_a_room_is_forgotten_only_after_leaving_and_then_gives_nothing_away(three):
     hs, alice, bob, _, room = three
     bob.join(room)
@@ -4273,11 +4282,31 @@ def test_a_knock_is_answered_by_an_invitation(three, rule):
 def test_one_cannot_knock_at_a_room_that_does_not_take_it(three):
     with refused("M_FORBIDDEN", 403, "knock"):
         three[2].call("POST", path("knock", three[4]), {})
+    with refused("M_NOT_FOUND", 404):
+        three[2].call("POST", path("knock", "!none:localhost"), {})
 
 
 def restricted(alice, other, type="m.room_membership", version="11"):
     return alice.create_room(room_version=version, initial_state=[
         {"type": "m.room.join_rules", "content": {"join_rule": "restricted", "allow": [{"type": type, "room_id": other}]}}])
+
+
+def test_who_is_in_a_restricted_room_needs_nobody_to_vouch_for_a_new_name(three):
+    hs, alice, bob, _, room = three
+    other = restricted(alice, room)
+    bob.join(room), bob.join(other)
+    assert bob.state(other, "m.room.member", bob.user_id)["join_authorised_via_users_server"] == alice.user_id
+    bob.set_state(other, "m.room.member", {"membership": "join", "displayname": "Bob"}, bob.user_id)
+    assert bob.state(other, "m.room.member", bob.user_id) == {"membership": "join", "displayname": "Bob"}
+
+
+def test_a_new_name_goes_only_into_rooms_whose_rules_take_it(three):
+    hs, alice, bob, _, room = three
+    closed = alice.create_room(invite=[bob.user_id])
+    bob.join(room), bob.join(closed)
+    alice.set_state(closed, "m.room.join_rules", {"join_rule": "private"})           # by which nobody may send a join, not even who is in it
+    bob.set_displayname("Bob")
+    assert [alice.state(one, "m.room.member", bob.user_id)["displayname"] for one in (room, closed)] == ["Bob", "bob"]
 
 
 @pytest.mark.parametrize("version", ["10", "11", "12"])
@@ -4610,7 +4639,7 @@ def test_messages_with_lazy_loading_come_with_the_members_who_speak(three):
     assert [event["state_key"] for event in page["state"]] == [alice.user_id, bob.user_id] and page["state"][1]["content"]["membership"] == "join"
     assert "state" not in alice.messages(room, limit=2)
     carol.leave(room), bob.set_displayname("Bob")            # which carol does not see any more
-    assert [event["state_key"] for event in carol.messages(room, limit=3, filter='{"lazy_load_members": true}')["state"]] == [alice.user_id, carol.user_id]
+    assert [event["content"].get("displayname") for event in carol.messages(room, limit=3, filter='{"lazy_load_members": true}')["state"]] == ["alice", "bob", None]
 
 
 @pytest.mark.parametrize("query", [{"dir": "x"}, {"limit": "x"}, {"limit": -1}, {"from": "x"}, {"to": "-1"}, {"filter": "{"}, {"filter": '{"types":5}'}, {"filter": '{"limit":"1"}'}])
@@ -5746,6 +5775,38 @@ def test_a_room_that_one_has_left_comes_once_with_what_was_until_then(three, how
     assert bodies(bob.sync(filter={"room": {"include_leave": True}})["rooms"]["leave"][room]["timeline"]["events"]) == ["last words"]
 
 
+def test_the_timeline_of_a_room_that_one_has_left_ends_with_that_though_the_rest_could_be_read(three):
+    hs, alice, bob, _, room = three
+    alice.set_state(room, "m.room.history_visibility", {"history_visibility": "world_readable"})
+    bob.join(room)
+    since = bob.sync()["next_batch"]
+    bob.leave(room), alice.set_state(room, "m.room.topic", {"topic": "later"}), alice.say(room, "later")
+    entry = bob.sync(since)["rooms"]["leave"][room]
+    assert [event.get("state_key") for event in entry["timeline"]["events"]] == [bob.user_id] and entry["state"]["events"] == []
+    assert bodies(all_messages(bob, room)) == ["later"]
+
+
+def test_another_device_is_told_of_a_leave_after_which_the_room_was_forgotten(three):
+    hs, alice, bob, _, room = three
+    bob.join(room)
+    since = bob.sync()["next_batch"]
+    alice.say(room, "history"), bob.leave(room), bob.call("POST", path("rooms", room, "forget"), {})
+    answer = bob.sync(since)
+    assert [event["content"]["membership"] for event in answer["rooms"]["leave"][room]["timeline"]["events"]] == ["leave"]
+    assert "rooms" not in bob.sync(answer["next_batch"])
+
+
+def test_a_timeline_begins_after_what_one_may_not_see_so_that_no_state_is_missing(three):
+    hs, alice, bob, carol, room = three
+    since = bob.sync()["next_batch"]
+    alice.say(room, "seen"), alice.set_state(room, "m.room.history_visibility", {"history_visibility": "joined"})
+    carol.join(room), bob.join(room)
+    entry = joined(bob.sync(since), room)
+    timeline, state = entry["timeline"], {event["state_key"] for event in entry["state"]["events"] if event["type"] == "m.room.member"}
+    assert [event["state_key"] for event in timeline["events"]] == [bob.user_id] and timeline["limited"] and carol.user_id in state
+    assert bodies(bob.messages(room, "b", **{"from": timeline["prev_batch"]})["chunk"]) == ["seen"]
+
+
 def test_a_declined_invitation_comes_as_a_room_that_one_has_left(three):
     hs, alice, bob, _, _ = three
     room = alice.create_room(invite=[bob.user_id])
@@ -6471,6 +6532,7 @@ def test_state_that_says_nothing_new_is_the_event_that_said_it_first(start):
     first = alice.set_state(room, "m.room.topic", {"topic": "tea"})
     assert alice.set_state(room, "m.room.topic", {"topic": "tea"}) == first
     assert alice.set_state(room, "m.room.topic", {"topic": "cake"}) != first
+    assert alice.set_state(room, "x.flag", {"is": True}) != alice.set_state(room, "x.flag", {"is": 1})
     alice.set_displayname("Alice")
     before = len(alice.messages(room)["chunk"])
     alice.set_displayname("Alice")
