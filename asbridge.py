@@ -6980,12 +6980,14 @@ class Window:
         seen = [max(after + 1, first) for first, last in view.ranges if last > after and first <= upto] if view else [after + 1]
         filter = self.filter.timeline.in_room(room_id)._replace(ignored=self.ignored)
         events = self.reader.events(room, seen[-1] - 1, upto, self.filter.limit + 1, True, filter)
-        limited = len(events) > self.filter.limit or len(seen) > 1 or (fresh and after > self.since)
+        away = fresh and after > self.since                  # the client may not know that the user was out of the room meanwhile
+        limited = len(events) > self.filter.limit or len(seen) > 1 or away
         events = events[:self.filter.limit][::-1]
         whole = self.full_state or fresh or not after
         last = min(upto, view.state_upto) if view else upto
         state = self._state(room, 0 if whole else after, last, events, whole or limited)
-        state = self._chosen(room, room_id, state, events, last, whole, heroes)
+        unknown = 0 if not whole else self.since if away else FOREVER
+        state = self._chosen(room, room_id, state, events, last, unknown, heroes)
         if not events and not state:
             return {}
         visible = view.visible if view else to_json([(0, self.now)])     # an unlimited timeline has what relates to its events
@@ -7006,15 +7008,15 @@ class Window:
             state += [event for event in more if event.tick not in shown]
         return state
 
-    def _chosen(self, room: int, room_id: str, state: list[Event], timeline: list[Event], last: int, whole: bool,
+    def _chosen(self, room: int, room_id: str, state: list[Event], timeline: list[Event], last: int, unknown: int,
                 heroes: Iterable[str]) -> list[Event]:
         """Of the state, what the filter wants. With lazy loading, of the members: who speaks, and by whom a room without
-        a name is known; but all changes, for the client keeps a list.
+        a name is known; but all changes after the tick `unknown`, for the client keeps a list. 0: these are changes only.
         """
         if self.filter.lazy:
             named = any(self.reader.contents(room, ("m.room.name", "m.room.canonical_alias")).values()) if heroes else True
-            speakers = {*(event.sender for event in timeline), *(() if named else heroes), *([self.who.user_id] if whole else ())}
-            state = [event for event in state if not whole or event.type != "m.room.member" or event.state_key in speakers]
+            speakers = {*(event.sender for event in timeline), *(() if named else heroes), *([self.who.user_id] if unknown else ())}
+            state = [event for event in state if event.tick > unknown or event.type != "m.room.member" or event.state_key in speakers]
             shown = state if self.state_after else [*state, *timeline]
             known = {event.state_key for event in shown if event.type == "m.room.member"}
             members = [self.reader.state_event(room, "m.room.member", user_id, last) for user_id in sorted(speakers - known)]

@@ -6014,6 +6014,17 @@ def test_lazy_loading_tells_all_changes_of_members_in_a_gap(three):
     assert {event["state_key"]: event["content"]["membership"] for event in entry["state"]["events"]} == {bob.user_id: "join", carol.user_id: "leave", alice.user_id: "join"}
 
 
+def test_lazy_loading_tells_who_comes_back_between_two_syncs_who_has_left_meanwhile(three):
+    hs, alice, bob, carol, room = three
+    lazy = {"room": {"state": {"lazy_load_members": True}}}
+    bob.join(room), carol.join(room)
+    since = bob.sync(filter=lazy)["next_batch"]
+    carol.leave(room), bob.leave(room), bob.join(room)
+    entry = joined(bob.sync(since, filter=lazy), room)
+    assert entry["timeline"]["limited"]
+    assert {event["state_key"]: event["content"]["membership"] for event in entry["state"]["events"] if event["type"] == "m.room.member"} == {carol.user_id: "leave", bob.user_id: "leave"}
+
+
 def test_lazy_loading_gives_those_by_whom_a_room_without_a_name_is_known(three):
     hs, alice, bob, carol, _ = three
     lazy = {"room": {"state": {"lazy_load_members": True}, "timeline": {"limit": 1}}}
