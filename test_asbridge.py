@@ -6117,6 +6117,798 @@ def test_timelines_put_together_are_the_history_none_twice_none_missing(three):
     assert seen == history and len(set(seen)) == len(seen) >= 132
 
 
+# -- The rules a second time: a model of rooms, written from the specification alone (room versions 10 to 12: Authorisation rules, Redactions;
+# Client-Server API: Room membership, Room history visibility; Application Service API: Pushing events). A homeserver is led through a random
+# walk beside it. It must accept what the model allows, refuse what it forbids, and show and push what the model says, no more and no less.
+
+SERVER = "localhost"
+BEGINNING_LEVELS = {"users_default": 0, "events_default": 0, "state_default": 50, "ban": 50, "kick": 50, "redact": 50, "invite": 0, "historical": 100,
+                    "events": {"m.room.name": 50, "m.room.avatar": 50, "m.room.canonical_alias": 50, "m.room.power_levels": 100, "m.room.history_visibility": 100,
+                               "m.room.encryption": 100, "m.room.server_acl": 100, "m.room.tombstone": 100}}
+BEGINNINGS = {"private_chat": ("invite", "can_join"), "trusted_private_chat": ("invite", "can_join"), "public_chat": ("public", "forbidden")}
+KEPT = {"m.room.member": {"membership", "join_authorised_via_users_server"}, "m.room.join_rules": {"join_rule", "allow"}, "m.room.create": {"creator"},
+        "m.room.history_visibility": {"history_visibility"},
+        "m.room.power_levels": {"ban", "events", "events_default", "kick", "redact", "state_default", "users", "users_default"}}
+KEPT_SINCE_11 = {**KEPT, "m.room.power_levels": KEPT["m.room.power_levels"] | {"invite"}, "m.room.redaction": {"redacts"}}
+FACE = {f"m.room.{what}" for what in ("create", "name", "avatar", "topic", "join_rules", "canonical_alias", "encryption", "member")}     # what who is invited is shown
+
+
+class Refused(Exception):
+    """The model forbids it, with this errcode."""
+
+
+def allow(condition, errcode="M_FORBIDDEN"):
+    if not condition:
+        raise Refused(errcode)
+
+
+class Fact:
+    """One event of a room."""
+
+    def __init__(self, type, sender, content, state_key=None):
+        self.type, self.sender, self.content, self.state_key = type, sender, content, state_key
+        self.sent = content                                  # as it was before a redaction
+        self.event_id = ""                                   # when the homeserver has told it
+        self.vouchers = set()                                # one of these lets the sender in (Restricted rooms)
+
+
+class ModelRoom:
+    """One room: its history, and the state that follows from it."""
+
+    def __init__(self, version):
+        self.version, self.room_id, self.aliases = int(version), "", {}      # alias → who made it
+        self.history, self.state = [], {}
+        self.moment = "shared", {}                           # visibility, user → membership
+        self.told = 0                                        # so many events of the history the homeserver has told
+        self.changed, self.joined, self.left = {}, {}, {}    # user → where in the history the last own member event is, the last join, the last end of one
+
+    # what the state says
+
+    def content(self, type, state_key=""):
+        return self.state[type, state_key].content if (type, state_key) in self.state else {}
+
+    def membership(self, user):
+        return self.content("m.room.member", user).get("membership", "leave")
+
+    def members(self, membership="join"):
+        return {user for type, user in self.state if type == "m.room.member" and self.membership(user) == membership}
+
+    @property
+    def visibility(self):
+        value = self.content("m.room.history_visibility").get("history_visibility")
+        return value if value in ("world_readable", "shared", "invited", "joined") else "shared"
+
+    @property
+    def creators(self):
+        create = self.state["m.room.create", ""]
+        return {create.sender, *(create.content.get("additional_creators", ()) if self.version >= 12 else ())}
+
+    def level(self, user):
+        levels = self.content("m.room.power_levels")
+        if self.version >= 12 and user in self.creators:
+            return float("inf")
+        if ("m.room.power_levels", "") not in self.state:
+            return 100 if user in self.creators else 0
+        return levels.get("users", {}).get(user, levels.get("users_default", 0))
+
+    def may(self, user, action):
+        return self.level(user) >= self.content("m.room.power_levels").get(action, 0 if action == "invite" else 50)
+
+    def needed(self, type, is_state):
+        levels = self.content("m.room.power_levels")
+        default = levels.get("state_default", 50) if is_state else levels.get("events_default", 0)
+        return levels.get("events", {}).get(type, default) if ("m.room.power_levels", "") in self.state else 0
+
+    # Authorisation rules, numbered as in room version 12
+
+    def check(self, fact):
+        if fact.type == "m.room.create":                                                                                    # 1
+            return
+        if fact.type == "m.room.member":                                                                                    # 5
+            return self.check_member(fact)
+        allow(self.membership(fact.sender) == "join")                                                                       # 6
+        allow(self.level(fact.sender) >= self.needed(fact.type, fact.state_key is not None))                                # 8
+        allow(fact.state_key in (None, fact.sender) or not fact.state_key.startswith("@"))                                  # 9
+        if fact.type == "m.room.power_levels":                                                                              # 10
+            self.check_levels(fact)
+
+    def check_member(self, fact):
+        sender, target, wish = fact.sender, fact.state_key, fact.content["membership"]
+        mine, theirs, itself = self.membership(sender), self.membership(target), sender == target
+        rule, above = self.content("m.room.join_rules").get("join_rule", "invite"), self.level(sender) > self.level(target)
+        if len(self.history) == 1:                                                                                          # 5.3.1
+            return allow(itself and sender == self.history[0].sender)
+        allow(wish in ("join", "invite", "leave", "ban", "knock"), "M_BAD_JSON")
+        allow(not (wish == "join" and itself and theirs == "ban"), "M_BAD_STATE")
+        allow({
+            "join":   itself and (rule == "public"
+                                  or (theirs in ("join", "invite") and rule in ("invite", "knock", "restricted", "knock_restricted"))
+                                  or (bool(fact.vouchers) and rule in ("restricted", "knock_restricted"))),                 # 5.3
+            "invite": mine == "join" and theirs not in ("join", "ban") and self.may(sender, "invite"),                      # 5.4
+            "leave":  theirs in ("join", "invite", "knock") if itself else
+                      mine == "join" and above and self.may(sender, "kick") and (theirs != "ban" or self.may(sender, "ban")),   # 5.5
+            "ban":    mine == "join" and above and self.may(sender, "ban"),                                                 # 5.6
+            "knock":  itself and theirs not in ("ban", "invite", "join") and rule in ("knock", "knock_restricted"),         # 5.7
+        }[wish])
+
+    def check_levels(self, fact):
+        old, new, mine = self.content("m.room.power_levels"), fact.content, self.level(fact.sender)
+        allow(self.version < 12 or not self.creators & new.get("users", {}).keys())                                         # 10.4
+        if ("m.room.power_levels", "") not in self.state:                                                                   # 10.5
+            return
+        changes = [(old.get(key), new.get(key), mine) for key in ("users_default", "events_default", "state_default", "ban", "redact", "kick", "invite")]
+        for group in ("events", "notifications", "users"):
+            before, after = old.get(group, {}), new.get(group, {})
+            changes += [(before.get(key), after.get(key), mine - 1 if group == "users" and key != fact.sender else mine) for key in before | after]
+        for before, after, most in changes:                                                                                 # 10.6 to 10.10
+            allow(before == after or ((before is None or before <= most) and (after is None or after <= mine)))
+
+    # what happens
+
+    def append(self, fact):
+        self.check(fact)
+        fact.before = fact.after = self.moment
+        if fact.state_key is not None:
+            self.state[fact.type, fact.state_key] = fact
+            if fact.type in ("m.room.member", "m.room.history_visibility"):
+                self.moment = fact.after = self.visibility, {user: self.membership(user) for type, user in self.state if type == "m.room.member"}
+        if fact.type == "m.room.member":
+            user, at = fact.state_key, len(self.history)
+            self.changed[user] = at
+            if self.membership(user) == "join":
+                self.joined[user] = at
+            elif fact.before[1].get(user) == "join":
+                self.left[user] = at
+        self.history.append(fact)
+        return fact
+
+    def redact(self, fact):
+        """Redactions. What is left of it is also what is left of the state, if it is the state."""
+        if fact.type != "m.room.create" or self.version < 11:
+            kept = (KEPT if self.version < 11 else KEPT_SINCE_11).get(fact.type, set())
+            fact.content = {key: value for key, value in fact.content.items() if key in kept}
+
+    # who may see it
+
+    def may_see(self, user, at):
+        """Room history visibility, Server behaviour. An own member event and one of the visibility are seen if one side of them is."""
+        later = at < self.joined.get(user, -1)
+        return any(visibility == "world_readable" or members.get(user) == "join" or (visibility == "shared" and later)
+                   or (visibility == "invited" and members.get(user) == "invite") for visibility, members in (self.history[at].before, self.history[at].after))
+
+    def seen_by(self, user, upto=None):
+        """The events that a user may see of the first `upto`."""
+        return [fact for at, fact in enumerate(self.history[:upto]) if self.may_see(user, at)]
+
+    def state_after(self, upto):
+        return {(fact.type, fact.state_key): fact for fact in self.history[:upto] if fact.state_key is not None}
+
+
+class Service:
+    """An application service: what its registration claims, by the start of the ID."""
+
+    def __init__(self, id, users=(), aliases=(), rooms=(), own=(), exclusive=True):
+        self.id, self.users, self.aliases, self.rooms, self.exclusive = id, tuple(users), tuple(aliases), tuple(rooms), exclusive
+        self.bot = f"@_{id}_bot:{SERVER}"
+
+    def registration(self, url):
+        return registration(self.id, url, self.users, self.aliases, self.rooms, self.exclusive)
+
+    def claims(self, id):
+        kinds = {"@": self.users, "#": self.aliases, "!": self.rooms}
+        return id == self.bot or any(re.match(regex, id) for regex in kinds[id[0]])
+
+
+class Model:
+    """Users, rooms and application services. Its verbs are those of asbridge.Client, with who does it before: each does what the homeserver has
+    to do, or is Refused.
+    """
+
+    def __init__(self, services):
+        self.services, self.rooms, self.names, self.forgotten = services, {}, {}, set()
+
+    def service_of(self, user):
+        """The application service through which a user speaks."""
+        return next((service for service in self.services if service.claims(user)), None)
+
+    def room_of(self, alias):
+        return next((room for room in self.rooms.values() if alias in room.aliases), None)
+
+    def hearers(self, room, fact):
+        """Pushing events: who is interested in the sender, in the target, in a member or an alias of the room, or in the room."""
+        ids = {fact.sender, *room.members(), *room.aliases} | ({fact.state_key} if fact.type == "m.room.member" else set())
+        return {service.id for service in self.services if any(map(service.claims, ids))}
+
+    def _append(self, room, fact):
+        hearers = self.hearers(room, fact)
+        room.append(fact)
+        fact.hearers = hearers
+        if fact.type == "m.room.member":
+            self.forgotten.discard((fact.state_key, room.room_id))
+        return fact
+
+    def _member(self, room, sender, user, membership, reason=None):
+        content = {"membership": membership, **({"reason": reason} if reason else {})}
+        if membership in ("join", "invite", "knock") and user in self.names:
+            content["displayname"] = self.names[user]
+        fact = Fact("m.room.member", sender, content, user)
+        fact.vouchers = self.vouchers(room, user) if membership == "join" else set()
+        return self._append(room, fact)
+
+    def vouchers(self, room, user):
+        """Restricted rooms: who may let the user in that is in one of the rooms which the join rule names."""
+        rules = room.content("m.room.join_rules")
+        others = [self.rooms.get(rule["room_id"]) for rule in rules.get("allow", ())]
+        needs = rules.get("join_rule") in ("restricted", "knock_restricted") and room.membership(user) not in ("join", "invite")
+        entitled = needs and any(other and other.membership(user) == "join" for other in others)
+        return {member for member in room.members() if room.may(member, "invite")} if entitled else set()
+
+    def _known(self, room_id, errcode="M_FORBIDDEN"):
+        allow(room_id in self.rooms, errcode)
+        return self.rooms[room_id]
+
+    def _resolve(self, room_or_alias):
+        if room_or_alias.startswith("#"):
+            room = self.room_of(room_or_alias)
+            allow(room, "M_NOT_FOUND")
+            return room
+        return self._known(room_or_alias, "M_NOT_FOUND")
+
+    # creation
+
+    def create_room(self, user, room_version, preset, invite=(), room_alias_name=None, initial_state=(), power_level_content_override=None, name=None, creation_content=None):
+        room, alias = ModelRoom(room_version), f"#{room_alias_name}:{SERVER}" if room_alias_name else None
+        if alias:
+            self._may_own(user, alias)
+        create, trusted = {"room_version": room_version, **(creation_content or {})}, invite if preset == "trusted_private_chat" else ()
+        levels = {**copy.deepcopy(BEGINNING_LEVELS), "users": {}, **(power_level_content_override or {})}
+        if room.version >= 12:
+            creators = {*create.get("additional_creators", ()), *trusted} - {user}
+            if trusted or "additional_creators" in create:
+                create["additional_creators"] = sorted(creators)
+            levels["events"] = {**BEGINNING_LEVELS["events"], "m.room.tombstone": 150} if levels["events"] == BEGINNING_LEVELS["events"] else levels["events"]
+        elif "users" not in (power_level_content_override or {}):
+            levels["users"] = dict.fromkeys([user, *trusted], 100)
+        allow(room.version >= 12 or user in levels["users"], "M_BAD_JSON")
+        if room.version < 11:
+            create["creator"] = user
+        allow(not (alias and self.room_of(alias)), "M_ROOM_IN_USE")
+        join_rule, guests = BEGINNINGS[preset]
+        first = [Fact("m.room.create", user, create, ""), None, Fact("m.room.power_levels", user, levels, ""), *([Fact("m.room.canonical_alias", user, {"alias": alias}, "")] if alias else ()),
+                 Fact("m.room.join_rules", user, {"join_rule": join_rule}, ""), Fact("m.room.history_visibility", user, {"history_visibility": "shared"}, ""),
+                 Fact("m.room.guest_access", user, {"guest_access": guests}, ""),
+                 *(Fact(event["type"], user, event["content"], event["state_key"]) for event in initial_state), *([Fact("m.room.name", user, {"name": name}, "")] if name else ())]
+        try:
+            for fact in first:
+                self._append(room, fact) if fact else self._member(room, user, user, "join")
+                if fact is first[0] and alias:
+                    room.aliases[alias] = user
+            for other in invite:
+                self._member(room, user, other, "invite")
+        except Refused as refused:
+            raise Refused("M_INVALID_ROOM_STATE" if refused.args == ("M_FORBIDDEN",) else refused.args[0]) from None
+        return room
+
+    # membership
+
+    def join(self, user, room_or_alias):
+        room = self._resolve(room_or_alias)
+        if room.membership(user) != "join":
+            self._member(room, user, user, "join")
+
+    def knock(self, user, room_or_alias, reason):
+        self._member(self._resolve(room_or_alias), user, user, "knock", reason)
+
+    def leave(self, user, room_id, reason):
+        self._member(self._known(room_id), user, user, "leave", reason)
+
+    def invite(self, user, room_id, other, reason):
+        self._member(self._known(room_id), user, other, "invite", reason)
+
+    def ban(self, user, room_id, other, reason):
+        self._member(self._known(room_id), user, other, "ban", reason)
+
+    def kick(self, user, room_id, other, reason):
+        room = self._known(room_id)
+        allow((user == other or room.membership(user) == "join") and room.membership(other) in ("join", "invite", "knock"))
+        self._member(room, user, other, "leave", reason)
+
+    def unban(self, user, room_id, other, reason):
+        room = self._known(room_id)
+        allow(user == other or room.membership(user) == "join")
+        allow(room.membership(other) == "ban", "M_BAD_STATE")
+        self._member(room, user, other, "leave", reason)
+
+    def forget(self, user, room_id):
+        room = self._known(room_id)
+        allow(room.membership(user) in ("leave", "ban"), "M_UNKNOWN")
+        if user in room.changed:
+            self.forgotten.add((user, room_id))
+
+    def set_displayname(self, user, name):
+        """Goes into the rooms that the user is in, as far as their rules let it."""
+        self.names[user] = name
+        for room in self.rooms.values():
+            if room.membership(user) == "join" and room.content("m.room.member", user).get("displayname") != name:
+                with contextlib.suppress(Refused):
+                    fact = Fact("m.room.member", user, {**room.content("m.room.member", user), "displayname": name}, user)
+                    fact.vouchers = room.state["m.room.member", user].vouchers
+                    self._append(room, fact)
+
+    def deactivate(self, user):
+        for room in self.rooms.values():
+            if room.membership(user) in ("join", "invite", "knock"):
+                self._member(room, user, user, "leave")
+        self.names.pop(user, None)
+
+    # events
+
+    def say(self, user, room_id, text):
+        return self._append(self._known(room_id), Fact("m.room.message", user, {"msgtype": "m.text", "body": text}))
+
+    def send(self, user, room_id, type, content):
+        return self._append(self._known(room_id), Fact(type, user, content))
+
+    def set_state(self, user, room_id, type, content, state_key=""):
+        room, fact = self._known(room_id), Fact(type, user, content, state_key)
+        if type == "m.room.canonical_alias":
+            old = room.content(type)
+            for alias in [content.get("alias"), *content.get("alt_aliases", ())]:
+                allow(not alias or alias in [old.get("alias"), *old.get("alt_aliases", ())] or alias in room.aliases, "M_BAD_ALIAS")
+        if type == "m.room.member" and content.get("membership") == "join":
+            fact.vouchers = self.vouchers(room, state_key)
+        now = room.state.get((type, state_key))
+        if now and now.sender == user and not fact.vouchers and json.dumps(now.content, sort_keys=True) == json.dumps(content, sort_keys=True):
+            room.check(fact)
+            return now                                       # nothing would change: the event that says so already
+        return self._append(room, fact)
+
+    def redact(self, user, room_id, event_id, reason):
+        room = self._known(room_id)
+        allow(room.membership(user) == "join")
+        target = next((fact for fact in room.history if fact.event_id == event_id), None)
+        allow(target, "M_NOT_FOUND")
+        allow(target.type != "m.room.create" and (target.sender == user or room.may(user, "redact")))
+        fact = self._append(room, Fact("m.room.redaction", user, {"redacts": event_id, "reason": reason}))
+        room.redact(target)
+        return fact
+
+    # aliases
+
+    def _may_own(self, user, alias):
+        service = self.service_of(user)
+        allow(not service or service.claims(alias), "M_EXCLUSIVE")
+        allow(not any(other.exclusive and other is not service and other.claims(alias) for other in self.services), "M_EXCLUSIVE")
+
+    def set_alias(self, user, alias, room_id):
+        room = self._known(room_id)
+        allow(self.service_of(user) or room.membership(user) == "join")
+        self._may_own(user, alias)
+        allow(not self.room_of(alias), "M_UNKNOWN")
+        room.aliases[alias] = user
+
+    def delete_alias(self, user, alias):
+        self._may_own(user, alias)
+        room = self.room_of(alias)
+        allow(room, "M_NOT_FOUND")
+        powerful = room.membership(user) == "join" and room.level(user) >= room.needed("m.room.canonical_alias", True)
+        allow(powerful or self.service_of(user) or room.aliases[alias] == user)
+        del room.aliases[alias]
+
+
+class Walker(asbridge.Client):
+    """A client with the verbs that the model has and asbridge.Client has not."""
+
+    def knock(self, room_or_alias, reason):
+        self.ask("POST", "knock", room_or_alias, body={"reason": reason})
+
+    def forget(self, room_id):
+        self.ask("POST", "rooms", room_id, "forget", body={})
+
+    def deactivate(self):
+        by_password = {"type": "m.login.password", "identifier": {"type": "m.id.user", "user": self.user_id}, "password": "secret"}
+        self.ask("POST", "account", "deactivate", body={} if self.acts_as else {"auth": by_password})
+
+
+class Listener:
+    """What an application service is sent; a transaction that comes again is the same, and counts once."""
+
+    def __init__(self, recorder):
+        self.events, self.bodies = [], {}
+        self.url, recorder.answer = recorder.url, self.take
+
+    def take(self, request, body):
+        if "/transactions/" in request.path:
+            if request.path not in self.bodies:
+                self.events += json.loads(body)["events"]
+            assert self.bodies.setdefault(request.path, body) == body
+        return 200, {}
+
+
+class Follower:
+    """A client of one user that keeps what /sync tells: of each room the timeline and the state."""
+
+    def __init__(self, model, client, rng, limit=10, lazy=False, include_leave=False, ignored=(), after=False):
+        """`after`: it asks for the state at the end of each timeline, in place of that at its start."""
+        self.model, self.client, self.rng, self.user, self.lazy, self.include_leave, self.ignored = model, client, rng, client.user_id, lazy, include_leave, ignored
+        self.filter = {"room": {"timeline": {"limit": limit}, "state": {"lazy_load_members": lazy}, "include_leave": include_leave}}
+        self.since, self.at = None, {}                       # room → how long its history was at the last look
+        self.timelines, self.states, self.inside, self.counts = {}, {}, set(), {}
+        self.after, self.full = "org.matrix.msc4222.state_after" if after else "", False
+        if ignored:
+            client.set_account_data("m.ignored_user_list", {"ignored_users": {user: {} for user in ignored}})
+
+    def hears(self, fact):
+        """Ignoring users: their messages are left out, their state is not."""
+        return fact.state_key is not None or fact.sender not in self.ignored
+
+    def expected(self, room, upto=None):
+        return [fact.event_id for fact in room.seen_by(self.user, upto) if self.hears(fact)]
+
+    def look(self):
+        self.full = self.rng.random() < 0.1
+        more = {"org.matrix.msc4222.use_state_after": "true"} if self.after else {}
+        answer = self.client.ask("GET", "sync", since=self.since, filter=json.dumps(self.filter), full_state="true" if self.full else None, **more)
+        found = {room_id: (section, entry) for section, rooms in answer.get("rooms", {}).items() for room_id, entry in rooms.items()}
+        assert sum(map(len, answer.get("rooms", {}).values())) == len(found)
+        for room in self.model.rooms.values():
+            self.check_section(room, found.get(room.room_id, ("", {}))[0])
+        for room_id, (section, entry) in found.items():
+            getattr(self, f"take_{section}")(self.model.rooms[room_id], entry)
+        self.since, self.at = answer["next_batch"], {room.room_id: len(room.history) for room in self.model.rooms.values()}
+
+    def check_section(self, room, section):
+        """Where the room stands in the answer; '' is nowhere."""
+        since, membership = self.at.get(room.room_id, 0), room.membership(self.user)
+        changed = room.changed.get(self.user, -1) >= since
+        if membership == "join":
+            news = changed or any(self.hears(fact) for fact in room.history[since:])
+            assert section == "join" or (section == "" and not news), (section, membership)
+        elif membership in ("invite", "knock"):
+            shown = changed and room.state["m.room.member", self.user].sender not in self.ignored
+            assert section == (membership if shown else ""), (section, membership)
+        else:
+            shown = changed and (self.since is not None or (self.include_leave and (self.user, room.room_id) not in self.model.forgotten))
+            assert section == ("leave" if shown else ""), (section, membership)
+
+    def take_join(self, room, entry):
+        self.take(room, entry, len(room.history))
+        self.inside.add(room.room_id)
+        if "summary" in entry:
+            self.counts[room.room_id] = [entry["summary"][f"m.{membership}_member_count"] for membership in ("joined", "invited")]
+        assert self.counts[room.room_id] == [len(room.members("join")), len(room.members("invite"))]
+
+    def take_leave(self, room, entry):
+        """Up to the point where the user has left, and that last event even to whom may see no other."""
+        last, gone = room.changed[self.user], (self.user, room.room_id) in self.model.forgotten
+        events, own = [event["event_id"] for event in entry["timeline"]["events"]], room.history[last].event_id
+        assert events[-1] == own and not set(events) - {own, *([] if gone else self.expected(room, last + 1))}
+        if not gone and room.left.get(self.user) == last and (room.room_id in self.inside or self.since is None):
+            self.take(room, entry, last + 1)
+        self.inside.discard(room.room_id)
+
+    def take_invite(self, room, entry, key="invite_state"):
+        self.inside.discard(room.room_id)
+        events = entry[key]["events"]
+        shown = {(event["type"], event["state_key"]): (event["sender"], event["content"]) for event in events}
+        assert all(event.keys() == {"type", "state_key", "sender", "content"} and event["type"] in FACE for event in events) and len(shown) == len(events)
+        assert {("m.room.create", ""), ("m.room.join_rules", ""), ("m.room.member", self.user)} <= shown.keys()
+        assert shown == {key: (room.state[key].sender, room.state[key].content) for key in shown}
+
+    def take_knock(self, room, entry):
+        self.take_invite(room, entry, "knock_state")
+
+    def take(self, room, entry, upto):
+        """Puts the timeline and the state to what is there. Who comes in reads back to the beginning."""
+        fresh = room.room_id not in self.inside
+        timeline, old, state = entry.get("timeline", {"events": [], "limited": False}), self.timelines.get(room.room_id, []), {} if fresh or self.full else self.states[room.room_id]
+        known = [] if fresh else old
+        gap = self.gap(room, timeline["prev_batch"], set(known)) if fresh or timeline["limited"] else []
+        whole = [*known, *gap, *(event["event_id"] for event in timeline["events"])]
+        assert whole == self.expected(room, upto) and set(old) <= set(whole)
+        self.check_then(room, timeline["events"])
+        changes = entry.get(self.after, timeline)["events"] if self.after else [*entry.get("state", timeline)["events"], *timeline["events"]]
+        state.update({(event["type"], event["state_key"]): event["event_id"] for event in changes if "state_key" in event})
+        self.timelines[room.room_id], self.states[room.room_id] = whole, state
+        self.check_state(room, state, {event["sender"] for event in timeline["events"]}, upto)
+
+    def gap(self, room, token, known):
+        """What /messages has before this token, down to what is known."""
+        found = []
+        while True:
+            page = self.client.messages(room.room_id, "b", self.rng.choice([1, 2, 5, 50]), **{"from": token})
+            ids = [event["event_id"] for event in page["chunk"]]
+            found += itertools.takewhile(lambda id: id not in known, ids)
+            if known & set(ids) or "end" not in page:
+                return found[::-1]
+            token = page["end"]
+
+    def check_then(self, room, events):
+        """unsigned.membership: what the user was at the event, and with it."""
+        facts = {fact.event_id: fact for fact in room.history}
+        assert all(event["unsigned"]["membership"] == facts[event["event_id"]].after[1].get(self.user, "leave") for event in events)
+
+    def check_state(self, room, state, speakers, upto):
+        """All of it; with lazy loading of the members at least those who speak."""
+        right = {key: fact.event_id for key, fact in room.state_after(upto).items()}
+        if self.lazy:
+            assert speakers <= {key for type, key in state if type == "m.room.member"}
+            right = {(type, key): id for (type, key), id in right.items() if type != "m.room.member" or (type, key) in state}
+        assert state == right
+
+    def check_all(self):
+        """After a look: everything that was put together, and the same asked for."""
+        for room_id in self.inside:
+            assert self.timelines[room_id] == self.expected(self.model.rooms[room_id])
+        assert set(self.client.joined_rooms()) == self.inside == {id for id, room in self.model.rooms.items() if room.membership(self.user) == "join"}
+        for room in self.model.rooms.values():
+            self.check_room(room)
+
+    def check_room(self, room):
+        gone = (self.user, room.room_id) in self.model.forgotten
+        user, membership = None if gone else self.user, room.membership(self.user)
+        visible = [(fact.event_id, fact.content) for fact in room.seen_by(user) if self.hears(fact)]
+        now = membership == "join" or room.visibility == "world_readable"
+        upto = len(room.history) if now else room.left.get(user, -1) + 1
+        with contextlib.nullcontext() if visible or now or upto or (membership in ("invite", "knock") and not gone) else refused("M_FORBIDDEN", 403):
+            assert [(event["event_id"], event["content"]) for event in all_messages(self.client, room.room_id)] == visible
+        one = self.rng.choice(room.history)
+        with contextlib.nullcontext() if one in room.seen_by(user) else refused("M_NOT_FOUND", 404):
+            assert self.client.event(room.room_id, one.event_id)["content"] == one.content
+        with contextlib.nullcontext() if upto else refused("M_FORBIDDEN", 403):
+            state = room.state_after(upto)
+            assert {(event["type"], event["state_key"]): (event["event_id"], event["content"]) for event in self.client.all_state(room.room_id)} == {
+                key: (fact.event_id, fact.content) for key, fact in state.items()}
+            assert {event["event_id"] for event in self.client.members(room.room_id)} == {fact.event_id for (type, _), fact in state.items() if type == "m.room.member"}
+        service = self.model.service_of(self.user)
+        with contextlib.nullcontext() if self.user in room.members() or (service and any(map(service.claims, room.members()))) else refused("M_FORBIDDEN", 403):
+            assert self.client.joined_members(room.room_id).keys() == room.members()
+
+
+SERVICES = (Service("irc", ["@_irc_.*"], ["#_irc_.*"]), Service("pub", ["@dave:.*", "@_pub_.*"], ["#pub_.*"], ["![A-Ma-m].*"], exclusive=False),
+            Service("log", rooms=["!.*"], exclusive=False))
+PEOPLE = ("alice", "bob", "carol", "erin")
+VERBS = {"say": 20, "join": 16, "invite": 8, "set_state": 20, "leave": 3, "kick": 5, "ban": 5, "unban": 4, "knock": 3, "redact": 6, "send": 2, "forget": 1, "set_alias": 3,
+         "delete_alias": 2, "create_room": 1.5, "set_displayname": 1, "deactivate": 0.3}
+
+
+class Walk:
+    """Some people and application services in some rooms. `server` has a url, and restart()."""
+
+    def __init__(self, seed, server, listeners, leavers=()):
+        """`leavers`: people who may deactivate their account, as two of the ghosts may."""
+        self.rng, self.server, self.listeners, self.model = random.Random(seed), server, listeners, Model(SERVICES)
+        self.numbers, self.heard, self.leavers = itertools.count(1), 0, {f"@{name}:{SERVER}" for name in (*leavers, "_irc_b", "_irc_c")}
+        tokens = {f"@{name}:{SERVER}": (self.register(name, {"password": "secret"} if name in leavers else {}), None) for name in (*PEOPLE, "dave", *leavers)}
+        for name in ("irc_a", "irc_b", "irc_c", "pub_a"):
+            asbridge.Client(server.url, f"as-{name[:3]}").call("POST", f"{V3}/register", {"type": "m.login.application_service", "username": f"_{name}", "inhibit_login": True})
+        for service, localpart in (("pub", "dave"), ("irc", "_irc_a"), ("irc", "_irc_b"), ("irc", "_irc_c"), ("irc", "_irc_bot"), ("pub", "_pub_a")):
+            tokens[f"@{localpart}:{SERVER}"] = f"as-{service}", f"@{localpart}:{SERVER}"
+        self.clients = {user: Walker(server.url, token, acts_as) for user, (token, acts_as) in tokens.items()}
+        self.users = [*self.clients]
+        self.model.names = {user: user[1:].partition(":")[0] for user in self.users}
+        self.everybody = [*self.users, f"@_irc_unknown:{SERVER}", f"@nobody:{SERVER}"]
+        self.followers = [self.follower(f"@{name}:{SERVER}", **how) for name, how in (
+            ("alice", {"limit": 3}), ("alice", {"limit": 100}), ("bob", {"limit": 1, "lazy": True}), ("carol", {"limit": 7, "ignored": [f"@bob:{SERVER}"]}),
+            ("dave", {"limit": 5, "after": True}), ("erin", {"limit": 2, "include_leave": True}), ("_irc_a", {"limit": 4}))]
+
+    def register(self, name, more):
+        return asbridge.Client(self.server.url).call("POST", f"{V3}/register", {"username": name, "auth": {"type": "m.login.dummy"}, **more})["access_token"]
+
+    def follower(self, user, **how):
+        return Follower(self.model, self.clients[user], self.rng, **how)
+
+    def go(self, steps, restarts=()):
+        for step in range(steps):
+            if step in restarts:
+                self.restart()
+            self.step()
+            if self.rng.random() < 0.15:
+                self.hear()
+                self.rng.choice(self.followers).look()
+            if self.rng.random() < 0.01:                     # another device, which knows nothing yet
+                old = self.followers.pop(self.rng.randrange(len(self.followers)))
+                self.followers.append(self.follower(old.user, limit=self.rng.choice([1, 2, 5, 100]), lazy=self.rng.random() < 0.5, include_leave=self.rng.random() < 0.5, ignored=old.ignored,
+                                                    after=self.rng.random() < 0.3))
+        self.restart()
+        self.hear()
+        for follower in self.followers:
+            follower.look()
+            follower.check_all()
+
+    def restart(self):
+        self.server.restart()
+        for client in self.clients.values():
+            client.close()
+            client.url = self.server.url
+
+    def step(self):
+        """One verb of one user, in the model and over HTTP."""
+        verb = self.rng.choices([*VERBS], [*VERBS.values()])[0] if len(self.model.rooms) > 2 else "create_room"
+        verb = "say" if verb == "deactivate" and not self.leavers.intersection(self.users) else verb
+        room = self.any_room()
+        user = self.any_user(verb, room)
+        args, keys = self.any(verb, user, room)
+        self.number = str(next(self.numbers))
+        try:
+            allowed, expected = getattr(self.model, verb)(user, *args, **keys), "allowed"
+        except Refused as refused:
+            allowed, expected = None, refused.args[0]
+        answer, got = self.ask(user, verb, args, keys)
+        assert got == expected, f"the homeserver: {got} ({answer}), the model: {expected}, for {user} {verb} {args} {keys}"
+        if verb == "create_room" and allowed:
+            allowed.room_id, self.model.rooms[answer] = answer, allowed
+        elif verb == "deactivate":
+            self.users.remove(user)
+        elif isinstance(allowed, Fact):                      # an event ID is answered
+            assert allowed.event_id in ("", answer)
+            allowed.event_id = answer
+
+    def ask(self, user, verb, args, keys):
+        client = self.clients[user]
+        client.new_txn_id = lambda: self.number
+        try:
+            return getattr(client, verb)(*args, **keys), "allowed"
+        except MatrixError as error:
+            return error, error.errcode
+
+    def hear(self):
+        """What the application services are sent: first the one that hears every room, in the order in which things were written."""
+        log = self.listeners["log"].events
+        waiting = sum(len(room.history) - room.told for room in self.model.rooms.values())
+        eventually(lambda: len(log) >= self.heard + waiting)
+        for event in log[self.heard:]:
+            room = self.model.rooms[event["room_id"]]
+            self.check_told(room.history[room.told], event)
+            room.told += 1
+        self.heard += waiting
+        assert len(log) == self.heard
+        facts = {fact.event_id: (room, fact) for room in self.model.rooms.values() for fact in room.history}
+        order = [facts[event["event_id"]] for event in log]
+        for service in self.model.services:
+            wanted = [fact.event_id for room, fact in order if service.id in fact.hearers or service.claims(room.room_id)]
+            found = self.listeners[service.id].events
+            eventually(lambda: len(found) >= len(wanted))
+            assert [event["event_id"] for event in found] == wanted
+
+    def check_told(self, fact, event):
+        told = dict(event["content"])
+        voucher = told.pop("join_authorised_via_users_server", None)
+        assert (event["type"], event["sender"], event.get("state_key")) == (fact.type, fact.sender, fact.state_key)
+        if voucher and "join_authorised_via_users_server" not in fact.content:
+            assert voucher in fact.vouchers
+            told = event["content"]
+            fact.content = {**fact.content, "join_authorised_via_users_server": voucher}
+        assert event["content"] in (fact.content, fact.sent) and fact.event_id in ("", event["event_id"])
+        fact.event_id = event["event_id"]
+
+    # what somebody might do
+
+    def any_room(self):
+        """Mostly one of the last."""
+        rooms = [*self.model.rooms.values()]
+        return self.rng.choice(rooms[-self.rng.choice([3, 3, 3, 3, 6, 50]):]) if rooms else None
+
+    def any_user(self, verb, room):
+        """Mostly one to whom it is open: from outside for what one does there, else somebody in the room, often with some power."""
+        if verb == "deactivate":
+            return self.rng.choice(sorted(self.leavers.intersection(self.users)))
+        inside = [user for user in self.users if room and room.membership(user) == "join"]
+        if verb in ("join", "knock", "forget"):
+            outside = [user for user in self.users if user not in inside]
+            inside = [user for user in outside if room.membership(user) == "invite"] or outside
+        powers = [user for user in inside if room.level(user) > 0] if verb in ("kick", "ban", "unban", "set_state", "invite", "redact") else inside
+        return self.rng.choice(self.rng.choices([powers or inside or self.users, inside or self.users, self.users], [4, 4, 2])[0])
+
+    def any_alias(self):
+        return self.rng.choice([f"#{name}{n}:{SERVER}" for name in ("town", "_irc_", "pub_") for n in "12"])
+
+    def any(self, verb, user, room):
+        """Arguments for a verb."""
+        rng, reason, other = self.rng, str(next(self.numbers)), self.rng.choice(self.everybody)
+        if verb == "create_room":
+            return self.any_creation(user)
+        if verb in ("kick", "ban", "unban", "invite"):
+            here = sorted(room.members({"kick": "join", "unban": "ban", "ban": "join", "invite": "knock"}[verb]))
+            return (room.room_id, rng.choice(here) if here and rng.random() < 0.7 else other, reason), {}
+        if verb in ("join", "knock"):
+            where = rng.choices([room.room_id, self.any_alias(), f"!none:{SERVER}"], [90, 10, 1])[0]
+            return (where, *([reason] if verb == "knock" else [])), {}
+        return {"say": lambda: (room.room_id, reason), "send": lambda: (room.room_id, rng.choice(["m.sticker", "x.high", "m.room.topic"]), {"body": reason}),
+                "leave": lambda: (room.room_id, reason), "forget": lambda: (room.room_id,), "set_displayname": lambda: (reason,), "deactivate": lambda: (),
+                "set_alias": lambda: (self.any_alias(), room.room_id), "delete_alias": lambda: (self.any_alias(),),
+                "redact": lambda: (room.room_id, self.any_event(room), reason), "set_state": lambda: (room.room_id, *self.any_state(room, user, other))}[verb](), {}
+
+    def any_event(self, room):
+        known = [fact.event_id for fact in room.history if fact.event_id]
+        states = [fact.event_id for fact in room.state.values() if fact.event_id]
+        return self.rng.choice(states if self.rng.random() < 0.4 and states else known or ["$none"])
+
+    def any_creation(self, user):
+        rng = self.rng
+        options = {"room_version": rng.choice(["10", "11", "12"]), "preset": rng.choice([*BEGINNINGS])}
+        if rng.random() < 0.8:
+            options["invite"] = rng.sample([other for other in self.everybody if other != user], rng.choice([1, 3, 5]))
+        if rng.random() < 0.3:
+            options["room_alias_name"] = self.any_alias()[1:].partition(":")[0]
+        if rng.random() < 0.3:
+            options["initial_state"] = [{"type": type, "state_key": "", "content": self.any_content(type, user)} for type in ("m.room.join_rules", "m.room.history_visibility")]
+        if rng.random() < 0.3:
+            options["power_level_content_override"] = {rng.choice(["invite", "state_default", "events_default", "kick"]): rng.choice([0, 50, 100]),
+                                                       **({"users": {user: 100, rng.choice(self.users): 50}} if rng.random() < 0.4 else {})}
+        if rng.random() < 0.3:
+            options["name"] = "a name"
+        if rng.random() < 0.2 and options["room_version"] == "12":
+            options["creation_content"] = {"additional_creators": [rng.choice(self.users)]}
+        return (), options
+
+    def any_state(self, room, user, other):
+        """Type, content and state key."""
+        rng = self.rng
+        type = rng.choice(["m.room.power_levels", "m.room.power_levels", "m.room.join_rules", "m.room.join_rules", "m.room.history_visibility", "m.room.history_visibility",
+                           "m.room.member", "m.room.topic", "m.room.name", "m.room.canonical_alias", "m.room.guest_access", "m.room.tombstone", "x.flag", "x.own"])
+        if type == "m.room.member":
+            target = rng.choice([user, other])
+            return type, {"membership": rng.choice(["join", "leave", "ban", "invite", "knock", "sleep"])}, target
+        if type == "x.own":
+            return type, self.any_content(type, user), rng.choice([user, other, "key"])
+        if type == "m.room.power_levels":
+            return type, self.any_levels(room), ""
+        if type == "m.room.canonical_alias" and room.aliases and rng.random() < 0.8:
+            return type, {"alias": rng.choice([*room.aliases])}, ""
+        return type, self.any_content(type, user), ""
+
+    def any_content(self, type, user):
+        rng = self.rng
+        return {"m.room.join_rules": lambda: {"join_rule": rng.choice(["public", "public", "public", "invite", "knock", "restricted", "knock_restricted", "knock_restricted", "private"]),
+                                              "allow": [{"type": "m.room_membership", "room_id": room_id} for room_id in rng.sample([*self.model.rooms], min(2, len(self.model.rooms)))]},
+                "m.room.history_visibility": lambda: {"history_visibility": rng.choice(["shared", "shared", "invited", "joined", "joined", "world_readable", "x.none"])},
+                "m.room.canonical_alias": lambda: {"alias": self.any_alias(), "alt_aliases": [self.any_alias()] if rng.random() < 0.3 else []},
+                "m.room.guest_access": lambda: {"guest_access": rng.choice(["can_join", "forbidden"])},
+                "m.room.tombstone": lambda: {"body": "moved", "replacement_room": rng.choice([*self.model.rooms])},
+                }.get(type, lambda: {"is": rng.choice([True, 1, False, 0, "text"])})()
+
+    def any_levels(self, room):
+        """The levels as they are, but for one or two."""
+        rng, levels = self.rng, copy.deepcopy(room.content("m.room.power_levels"))
+        for _ in range(rng.choice([1, 1, 2])):
+            level, group = rng.choice([-10, 0, 0, 25, 50, 50, 50, 75, 100, 101]), rng.choice(["", "users", "users", "users", "users", "events", "notifications"])
+            place = levels.setdefault(group, {}) if group else levels
+            key = rng.choice({"": ["users_default", "events_default", "state_default", "ban", "redact", "kick", "invite"], "users": sorted(room.members()) or self.everybody,
+                              "events": ["m.room.message", "m.room.topic", "m.room.redaction", "m.room.join_rules", "x.high"], "notifications": ["room"]}[group])
+            if rng.random() < 0.25:
+                place.pop(key, None)
+            else:
+                place[key] = level
+        return levels
+
+
+class Embedded:
+    """A homeserver in this process, with its database on disk."""
+
+    def __init__(self, database, registrations, **keys):
+        self.start = lambda: asbridge.Homeserver(copy.deepcopy(registrations), database=str(database), **keys).start()
+        self.hs = self.start()
+
+    @property
+    def url(self):
+        return self.hs.url
+
+    def restart(self):
+        self.hs.stop()
+        self.hs = self.start()
+
+
+@pytest.mark.parametrize("seed", [1, 3])
+def test_a_walk_beside_a_model_of_the_rules_meets_no_difference(seed, recorder, tmp_path):
+    listeners = {service.id: Listener(recorder()) for service in SERVICES}
+    server = Embedded(tmp_path / "walk.db", [service.registration(listeners[service.id].url) for service in SERVICES])
+    try:
+        Walk(seed, server, listeners).go(250, restarts=[100])
+    finally:
+        server.hs.stop()
+
+
 # -- Presence.
 
 def presence_of(client, user):

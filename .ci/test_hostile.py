@@ -32,6 +32,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from test_durability import HERE, PROGRAM, V3, asbridge, eventually, linux, person, program, recorder, registration, rng, say  # noqa: F401
 
+import test_asbridge
+
 # ============================================================================
 # HTTP: a hundred thousand requests that should not be
 # ============================================================================
@@ -534,6 +536,61 @@ def test_no_random_regex_takes_more_steps_than_it_is_thought_to(rng, say):
 # ============================================================================
 # Rules of rooms: a long walk beside a model
 # ============================================================================
+
+class Mortal:
+    """asbridge.py as a program. It is started again on its database, after an end or a kill."""
+
+    def __init__(self, program, registrations, rng):
+        self.start = lambda: program({"port": 0, "database": "walk.db", "registrations": registrations}, "-q")
+        self.rng, self.running = rng, self.start()
+
+    @property
+    def url(self):
+        return self.running.url
+
+    def kill(self):
+        self.running.kill()
+
+    def restart(self):
+        if self.running.process.poll() is None:
+            self.rng.choice([self.running.kill, self.running.end])()
+        self.running = self.start()
+
+
+class MortalWalk(test_asbridge.Walk):
+    """A walk in which the homeserver is killed at times while it is asked. What has an ID of its own is then asked again, and
+    has happened once.
+    """
+
+    def ask(self, user, verb, args, keys):
+        if verb not in ("say", "send", "redact", "set_state") or self.rng.random() > 0.01:
+            return super().ask(user, verb, args, keys)
+        killer = threading.Timer(self.rng.random() * 0.003, self.server.kill)
+        killer.start()
+        try:
+            answer = super().ask(user, verb, args, keys)
+        except asbridge.Unreachable:
+            answer = None
+        killer.join()
+        self.restart()
+        again = super().ask(user, verb, args, keys)
+        assert answer is None or str(answer) == str(again)   # what was answered is kept
+        return again
+
+
+@pytest.mark.parametrize("which", [1, 2])
+def test_a_long_walk_beside_a_model_of_the_rules_with_restarts_and_kills_meets_no_difference(which, program, rng, tmp_path, say):
+    recorders = {service.id: test_asbridge.Recorder() for service in test_asbridge.SERVICES}
+    listeners = {id: test_asbridge.Listener(recorder) for id, recorder in recorders.items()}
+    registrations = [service.registration(listeners[service.id].url) for service in test_asbridge.SERVICES]
+    server = Mortal(program, registrations, rng)
+    try:
+        walk = MortalWalk(f"{which} {rng.random()}", server, listeners, leavers=("frank", "grace"))
+        walk.go(1500, restarts=[500, 1000])
+    finally:
+        for recorder in recorders.values():
+            recorder.stop()
+    say(f"{walk.heard} events in {len(walk.model.rooms)} rooms")
 
 
 # ============================================================================
