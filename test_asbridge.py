@@ -2329,8 +2329,33 @@ def test_a_file_that_is_no_database_is_refused(open_store, tmp_path):
 
 
 def test_a_database_in_no_directory_is_refused(open_store):
-    with pytest.raises(asbridge.DatabaseError, match="can't be opened"):
+    with pytest.raises(asbridge.DatabaseError, match="a.db can't be used as a database: there is no directory .*nowhere"):
         open_store("nowhere/a.db")
+
+
+@pytest.mark.parametrize("kind, text", [("text", "not a database"), ("directory", "is a directory"), ("foreign", "not a database of this"), ("wal", "not a database of this"),
+                                        ("unwritable", "may only be read"), ("folder", "nothing may be written in")])
+def test_a_refused_database_is_named_with_the_reason_and_nothing_is_left_beside_it(open_store, tmp_path, monkeypatch, kind, text):
+    path = tmp_path / "a.db"
+    if kind == "directory":
+        path.mkdir()
+    elif kind == "text":
+        path.write_bytes(b"dear diary " * 100)
+    else:
+        with contextlib.closing(sqlite3.connect(path)) as db:
+            db.executescript(f"PRAGMA journal_mode = {'WAL' if kind == 'wal' else 'DELETE'}; CREATE TABLE somebody_elses (x);")
+    refusing = {"unwritable": str(path), "folder": str(tmp_path)}.get(kind)
+    monkeypatch.setattr(os, "access", lambda where, mode: where != refusing)              # who is root may all
+    with pytest.raises(asbridge.DatabaseError, match=f"a.db .*{text}"):
+        open_store("a.db")
+    assert os.listdir(tmp_path) == ["a.db"]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="elsewhere there are no such names")
+@pytest.mark.parametrize("name", ["a?mode=ro", "a#b%20c", "ä 日\n", b"\xff".decode("utf-8", "surrogateescape"), "'; --"])
+def test_a_database_may_have_any_name(open_store, tmp_path, name):
+    make_room(open_store(name))
+    assert {os.fsencode(one) for one in os.listdir(tmp_path)} == {os.fsencode(name + end) for end in ("", "-wal", "-shm", "-lock")}
 
 
 def test_a_refused_database_is_let_go(open_store):
@@ -2593,6 +2618,178 @@ def test_when_the_commit_keeps_failing_each_job_is_told_so_and_the_next_is_store
     assert [result.error.status for result in results] == [500, 500] and store.write(lambda tx: say(tx, body="yes")) and texts_in(store) == ["yes"]
     with store.read() as reader:
         assert store.position == reader.position()
+
+
+class FailingAt:
+    """A connection whose n-th statement fails from now on, and if `lasting` each one after it but ROLLBACK. If it is `undone`,
+    SQLite has rolled the whole transaction back by itself, as it does where the disk is full.
+    """
+
+    def __init__(self, db, n, code, undone=False, lasting=False):
+        self.db, self.left, self.code, self.undone, self.lasting, self.failed = db, n, code, undone, lasting, ""
+
+    def execute(self, sql, *values):
+        self.left -= 1
+        if (self.left == 0 or (self.left < 0 and self.lasting)) and sql != "ROLLBACK":
+            self.failed = self.failed or sql
+            if self.undone and self.db.in_transaction:
+                self.db.execute("ROLLBACK")
+            error = sqlite3.OperationalError("the disk is on fire")
+            error.sqlite_errorcode = self.code
+            raise error
+        return self.db.execute(sql, *values)
+
+    def __getattr__(self, name):
+        return getattr(self.db, name)
+
+
+def jobs_of_all_kinds(n, since):
+    """Each with whether what it does is there, asked of a reader."""
+    ghost, person, room_id = f"@_irc_g{n}:localhost", f"@p{n}:localhost", f"!new{n}:localhost"
+
+    def said(text):
+        return lambda reader: reader.one("SELECT 1 FROM events WHERE tick > ? AND instr(json, ?)", since, f'"{text} {n}"')
+
+    def account(tx):
+        tx.add_user(person, None, None, 5)
+        tx.add_session(person, "DEV", None, b"%d" % n, 5, None)
+        tx.put_device_keys(person, "DEV", "{}")
+
+    def new_room(tx):
+        room = tx.add_room(room_id, asbridge.ROOM_VERSIONS["11"])
+        for member in (ALICE, ghost):
+            tx.append(room, asbridge.Draft("m.room.member", member, {"membership": "join"}, member), 5)
+        tx.add_alias(f"#_irc_{n}:localhost", room, ALICE)
+
+    def refused_late(tx):
+        say(tx, body=f"never {n}")
+        tx.append(tx.room("!r:localhost"), asbridge.Draft("m.room.topic", ALICE, {"topic": f"never {n}"}, ""), 5)
+        raise MatrixError("M_FORBIDDEN", "no")
+
+    def acknowledge(tx):
+        box = tx.boxes.get("irc")
+        tx.acknowledge("irc", box.open.txn_id if box and box.open else 0)
+        say(tx, body=f"acknowledged {n}")
+
+    def receipt(tx):
+        event_id = say(tx, body=f"read {n}", sender=GHOST)
+        tx.add_receipt(tx.room("!r:localhost"), "m.read", ALICE, "", event_id, n)
+
+    def topic(tx):
+        tx.append(tx.room("!r:localhost"), asbridge.Draft("m.room.topic", ALICE, {"topic": f"{n}"}, ""), 5)
+    return [(lambda tx: say(tx, body=f"said {n}"), said("said")),
+            (account, lambda reader: reader.user(person) and reader.device_keys(person, "DEV")), (refused_late, said("never")),
+            (new_room, lambda reader: reader.room_row(room_id) and reader.memberships_of(ghost)), (acknowledge, said("acknowledged")),
+            (topic, lambda reader: f"{n}" in [event.content.get("topic") for event in reader.state_at(1)]),
+            (receipt, said("read"))]
+
+
+def check_caches(store):
+    """What the store remembers is what the database says."""
+    store.write(lambda tx: None)
+    tx = store._tx
+    with store.read() as reader:
+        assert (tx.boxes, tx.tick_now, store.position) == (reader.outboxes(), reader.position(), reader.position())
+        assert store.users == {id for (id,) in reader.all("SELECT user_id FROM users")}
+        assert store.sessions == {token: (user, device) for token, user, device in reader.all("SELECT * FROM sessions")}
+        for room in tx.rooms.values():
+            assert {key: one.tick for key, one in room.events.items()} == {
+                (type, key): tick for type, key, tick in reader.all("SELECT type, state_key, tick FROM state WHERE room = ?", room.n)}
+            assert room.joined == {*reader.members(room.n)} and room.room_id == reader.room_row(room.room_id).room_id
+            if room.audience:
+                fresh = asbridge.Audience(store.registrations, room.room_id, room.joined, reader.aliases_of(room.n))
+                assert room.audience.interested(ALICE, None).keys() == fresh.interested(ALICE, None).keys()
+
+
+@pytest.mark.parametrize("code, undone, lasting", [
+    (sqlite3.SQLITE_CORRUPT, False, False), (sqlite3.SQLITE_FULL, True, False), (sqlite3.SQLITE_IOERR, True, True), (sqlite3.SQLITE_READONLY, False, True)])
+def test_whichever_statement_of_a_batch_fails_what_is_answered_is_what_is_stored_and_remembered(open_store, code, undone, lasting):
+    store, failed = open_store(None, registration(url="http://127.0.0.1:1", receive_ephemeral=True)), []
+    make_room(store, GHOST)
+    real = store._tx.db
+    for n in itertools.count(1):
+        jobs = jobs_of_all_kinds(n, store.position)
+        store._tx.db = faulty = FailingAt(real, n + 3, code, undone, lasting)     # three are of the batch before
+        results = in_one_batch(store, *[job for job, _ in jobs])
+        store._tx.db = real
+        if not faulty.failed:
+            break
+        failed.append(faulty.failed.split(" ")[0])
+        with store.read() as reader:
+            done = [bool(there(reader)) for _, there in jobs]
+            receipts = {event_id for (event_id,) in reader.all("SELECT event_id FROM receipts")}
+        assert done == [not result.error for result in results], (n, faulty.failed, [result.error for result in results])
+        assert {result.error.status for result in results if result.error} <= {500, 403} and done.count(False) in ((1,) if not lasting else range(8))
+        kept = [list(data["content"]) for _, data in store._tx.ephemeral.get("irc", {}).values()]
+        assert {id for (id,) in kept} <= receipts
+        check_caches(store)
+    assert {"INSERT", "UPDATE", "DELETE", "SELECT", "SAVEPOINT", "RELEASE", "COMMIT", "BEGIN"} <= {*failed} and len(failed) > 40
+
+
+def test_on_a_full_disk_what_fits_is_stored_and_the_rest_of_the_batch_is_refused_wherever_it_became_full(open_store):
+    store, seen = open_store(), set()
+    make_room(store, GHOST)
+    for pages in range(12):
+        store._tx.db.execute(f"PRAGMA max_page_count = {store._tx.db.execute('PRAGMA page_count').fetchone()[0] + pages}")
+        large = [lambda tx, n=n: say(tx, body=f"{pages}.{n} " + "x" * 6000) for n in range(4)]
+        large[2:2] = [lambda tx: (say(tx, body="never"), tx.put_media(f"m{pages}", "", None, ALICE, 1, b"x" * 30_000))]       # in a savepoint
+        results = in_one_batch(store, *large)
+        store._tx.db.execute("PRAGMA max_page_count = 1000000")
+        with store.read() as reader:
+            stored = [reader.event(1, one.value) is not None for one in results if isinstance(one.value, str) and not one.error]
+            assert bool(reader.media(f"m{pages}")) == (not results[2].error)
+        assert all(stored) and {one.error.status for one in results if one.error} <= {500}
+        assert [text[:text.index(" ")] for text in texts_in(store) if text.startswith(f"{pages}.")] == [
+            f"{pages}.{n}" for n, one in zip((0, 1, None, 2, 3), results, strict=True) if n is not None and not one.error]
+        seen.add(len(stored))
+        check_caches(store)
+    assert len(seen) > 2 and {0, 4} <= seen
+
+
+def test_a_question_that_fails_is_answered_so_and_the_next_one_is_not(open_store, caplog):
+    store = open_store()
+    make_room(store)
+    for statement in ("SELECT", "COMMIT", "BEGIN"):
+        with store.read():
+            pass
+        store._readers.put(FaultyDb(store._readers.get(), statement, 1))
+        with refused("M_UNKNOWN", 500, "could not read"), store.read() as reader:
+            reader.room_row("!r:localhost")
+        assert texts_in(store) == [] and caplog.text.count("disk I/O error") == 1
+        caplog.clear()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="elsewhere what is open can't be moved")
+def test_nothing_is_stored_in_a_database_that_was_deleted_or_replaced_and_it_goes_on_when_it_is_back(open_store, tmp_path, caplog):
+    store, away = open_store("a.db"), tmp_path / "away"
+    make_room(store)
+    assert texts_in(store) == []
+    away.mkdir()
+    for other in (False, True):
+        for end in ("", "-wal", "-shm"):
+            os.rename(tmp_path / f"a.db{end}", away / f"a.db{end}")
+            if other:
+                (tmp_path / f"a.db{end}").touch()
+        with refused("M_UNKNOWN", 500):
+            store.write(say)
+        with store.read(), refused("M_UNKNOWN", 500), store.read():
+            pass                                             # another connection would see another database
+        assert "deleted, moved or replaced" in caplog.text and "Traceback" not in caplog.text
+        for end in ("", "-wal", "-shm"):
+            os.replace(away / f"a.db{end}", tmp_path / f"a.db{end}")
+    assert store.write(say) and texts_in(store) == ["hello"]
+
+
+@pytest.mark.parametrize("fails", ["SELECT token", "SELECT appservice FROM outbox", "UPDATE meta"])
+def test_a_store_that_can_not_be_opened_leaves_nothing_open(tmp_path, monkeypatch, fails):
+    opened, real = [], asbridge.open_sqlite
+    monkeypatch.setattr(asbridge, "open_sqlite", lambda *args, **more: opened.append(FaultyDb(real(*args, **more), fails, 1)) or opened[-1])
+    for path in (str(tmp_path / "a.db"), ":memory:"):
+        with pytest.raises((sqlite3.Error, asbridge.DatabaseError)):
+            asbridge.Store(path, "localhost", registrations_of(registration()), asbridge.Clock())
+        with pytest.raises(sqlite3.ProgrammingError, match="closed"):
+            opened[-1].db.execute("SELECT 1")
+    asbridge.hold_database(str(tmp_path / "a.db")).close()
 
 
 def test_where_another_process_has_locked_the_database_a_batch_waits_once_and_all_its_jobs_are_refused(open_store, tmp_path, monkeypatch):
@@ -9738,6 +9935,9 @@ class Irc:
 
     def send(self, *lines):
         self.sock.sendall("".join(line + "\r\n" for line in lines).encode())
+
+    def __del__(self):
+        self.sock.close()
 
     def wait(self, pattern, seconds=10.0):
         """The first line, old or new, that matches; it and what came before is used up."""
