@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import copy
+import errno
 import functools
 import http.client
 import itertools
@@ -24,6 +25,7 @@ import socket
 import sqlite3
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import unittest.mock
@@ -669,6 +671,53 @@ def test_at_the_cap_the_connection_that_is_idle_for_longest_goes(serve):
         assert read_all(second) == b""
         first.sendall(b"GET / HTTP/1.1\r\n\r\n")
         assert answers_in(first.recv(65_536))[0][0] == 200
+
+
+def test_where_no_handle_is_left_the_connection_that_is_idle_for_longest_goes_and_it_is_said_once(serve, monkeypatch, caplog):
+    server, left = serve(), [3]
+
+    def get_request():
+        if left[0]:
+            left[0] -= 1
+            raise OSError(errno.EMFILE, "Too many open files")
+        return real()
+    with connect(server) as first:
+        first.sendall(b"GET / HTTP/1.1\r\n\r\n")
+        assert first.recv(65_536)
+        real = server.socket.accept
+        monkeypatch.setattr(asbridge.socketserver.TCPServer, "get_request", lambda self: get_request())
+        assert talk(server, b"GET / HTTP/1.1\r\n\r\n").startswith(b"HTTP/1.1 200 ")
+        assert read_all(first) == b"" and left == [0]
+    assert [record.getMessage() for record in caplog.records] == [
+        f"no more connections can be taken on port {server.port}: Too many open files; there are 1 (ulimit -n and -u say what a process may have)"]
+
+
+def test_where_no_thread_is_left_a_connection_is_closed_and_the_next_is_served(serve, monkeypatch, caplog):
+    server, left = serve(), [3]
+
+    def start_new_thread(*args):
+        if left[0]:
+            left[0] -= 1
+            raise RuntimeError("can't start new thread")
+        return real(*args)
+    real = asbridge._thread.start_new_thread
+    monkeypatch.setattr(asbridge._thread, "start_new_thread", start_new_thread)
+    for _ in range(3):
+        with connect(server) as sock:
+            assert read_all(sock) == b""
+    assert talk(server, b"GET / HTTP/1.1\r\n\r\n").startswith(b"HTTP/1.1 200 ")
+    assert len(caplog.records) == 1 and "can't start new thread" in caplog.text and "Traceback" not in caplog.text
+
+
+def test_a_server_can_be_stopped_where_no_handle_or_thread_is_left(serve, monkeypatch):
+    for name, error in (("create_connection", OSError(errno.EMFILE, "Too many open files")), (None, RuntimeError("can't start new thread"))):
+        server = serve()
+        with monkeypatch.context() as patch:
+            patch.setattr(*((socket, name) if name else (threading.Thread, "start")), unittest.mock.Mock(side_effect=error))
+            server.stop()
+        with pytest.raises(OSError):
+            connect(server).close()
+        server.stop = lambda: None
 
 
 def test_stopping_ends_idle_connections(serve):
@@ -7342,6 +7391,48 @@ def test_the_log_says_whose_failure_it_was():
         assert asbridge.advice(told, failure).startswith(text)
 
 
+def no_threads_named(monkeypatch, prefix):
+    """Threads whose names begin so can't be started any more."""
+    real = threading.Thread.start
+
+    def start_thread(thread):
+        if thread.name.startswith(prefix):
+            raise RuntimeError("can't start new thread")
+        real(thread)
+    monkeypatch.setattr(threading.Thread, "start", start_thread)
+
+
+def test_what_could_not_be_pushed_for_want_of_a_thread_is_pushed_when_there_is_one(start, recorder, monkeypatch, caplog):
+    r = recorder()
+    with monkeypatch.context() as patch:
+        no_threads_named(patch, "push")
+        hs = start(registration(url=r.url, rooms=["!.*"]))
+        alice = hs.client("alice")
+        room = alice.create_room()
+        alice.say(room, "first")
+        assert hs.waiting()["irc"] > 1 and not r.transactions
+    alice.say(room, "second")
+    hs.settle()
+    assert r.texts() == ["first", "second"]
+    said = [record.getMessage() for record in caplog.records]
+    assert said == ["application service irc: nothing can be pushed: can't start new thread"]
+
+
+def test_who_typed_stops_when_there_is_a_thread_for_it_again(start, monkeypatch):
+    hs = start()
+    alice = hs.client("alice")
+    room = alice.create_room()
+    with monkeypatch.context() as patch:
+        no_threads_named(patch, "typing")
+        alice.typing(room, timeout=1000)
+    bob = hs.client("bob")
+    alice.invite(room, bob.user_id)
+    bob.join(room)
+    bob.typing(room, timeout=30_000)
+    hs.advance(2)
+    eventually(lambda: hs.api.typing._rooms[1][1].keys() == {bob.user_id})
+
+
 def test_a_push_has_the_client_event_format_and_what_old_software_reads(start, recorder):
     r = recorder()
     hs = start(registration(url=r.url, rooms=["!.*"]))
@@ -8196,6 +8287,23 @@ def test_a_private_receipt_is_for_the_service_of_its_user_only(start, recorder):
     hs.settle()
     kinds = lambda r: [next(iter(data["content"][event_id])) for data in ephemeral_of(r)]  # noqa: E731
     assert kinds(other) == ["m.read"] and sorted(kinds(mine)) == ["m.read", "m.read.private"]
+
+
+def test_typing_is_stale_after_half_a_minute_though_the_clock_of_the_machine_goes_back(start, recorder, monkeypatch):
+    r = recorder()
+    r.answer = lambda request, body: (500, {"errcode": "M_UNKNOWN"})
+    hs = start(registration(url=r.url, rooms=["!.*"], receive_ephemeral=True))
+    alice = hs.client("alice")
+    room = alice.create_room()
+    eventually(lambda: r.transactions)
+    alice.typing(room, timeout=100_000)
+    monkeypatch.setattr(hs.clock, "now", lambda: int(time.time() * 1000) - 3_600_000)
+    hs.advance(60)
+    r.answer = lambda request, body: (200, {})
+    hs.advance(0)
+    hs.settle()
+    assert alice.say(room, "x") and hs.settle() is None
+    assert not [data for data in ephemeral_of(r) if data["type"] == "m.typing" and data["content"]["user_ids"]]
 
 
 def test_ephemeral_data_that_waits_is_the_latest_of_each_kind_and_stale_typing_is_dropped(start, recorder):
@@ -11358,6 +11466,36 @@ def test_sighup_reads_the_registrations_again(tmp_path):
         finally:
             process.terminate()
         assert process.wait(10) == 0
+
+
+def open_files():
+    """Of this process: how many of each, but for those of the tests."""
+    return sorted(os.readlink(f"/proc/self/fd/{n}").partition(":[")[0] for n in os.listdir("/proc/self/fd") if os.path.islink(f"/proc/self/fd/{n}"))
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="open files are looked up in /proc")
+@pytest.mark.parametrize("fails", ["port", "IRC port", "database", "disk", "thread of http", "thread of the writer"])
+def test_a_start_that_fails_half_way_leaves_no_thread_no_open_file_and_can_be_tried_again(tmp_path, monkeypatch, fails):
+    (tmp_path / "text").write_text("dear diary " * 100)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    (tmp_path / "tmp").mkdir()
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = {fails: taken.getsockname()[1]}
+        sample = {**asbridge.SAMPLE_REGISTRATION, "url": "http://127.0.0.1:0", "asbridge.sample": {"irc_port": port.get("IRC port", 0)}}
+        before, files = {*threading.enumerate()}, open_files()
+        with monkeypatch.context() as patch:
+            if fails.startswith("thread"):
+                no_threads_named(patch, fails.split()[-1])
+            if fails == "disk":
+                patch.setattr(asbridge.World, "add_senders", unittest.mock.Mock(side_effect=MatrixError("M_UNKNOWN", "full")))
+            hs = asbridge.Homeserver([sample], port=port.get("port", 0), database=str(tmp_path / "text") if fails == "database" else ":memory:")
+            with pytest.raises((OSError, asbridge.DatabaseError, MatrixError, RuntimeError)):
+                hs.start()
+        eventually(lambda: {*threading.enumerate()} <= before)
+        assert open_files() == files and os.listdir(tmp_path / "tmp") == []
+        hs.stop()                                            # is no error
+    if fails != "database":
+        hs.start().stop()
 
 
 def test_a_homeserver_that_was_stopped_starts_again(tmp_path):
