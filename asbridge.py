@@ -12344,6 +12344,8 @@ class Homeserver:
     def _open(self, registrations: Sequence[Registration]) -> None:
         """The world, and what answers and pushes in it."""
         config = self.config
+        if config.database != ":memory:":
+            look_first(config.database, config.server_name)          # before the samples make files beside it
         with contextlib.ExitStack() as undo:
             undo.callback(self._stop_samples)
             known = [self._sample(one) if one.sample is not None and self._run_samples else one for one in registrations]
@@ -12638,6 +12640,8 @@ class ConfigReader:
             return bool(SERVER_NAME.fullmatch(value)) and len(value) <= 230
         if key == "port":
             return 0 <= int(value) <= 65535
+        if key == "database":
+            return value != "" and "\0" not in value
         if key == "room_version":
             return value in ROOM_VERSIONS
         if key == "rate_limit":
@@ -12947,17 +12951,39 @@ def run(config: Config, args: argparse.Namespace) -> int:
             signal.signal(signal.SIGHUP, lambda number, frame: release(again))
         threading.Thread(target=describe, args=(hs,), name="describe", daemon=True).start()
         for line in suggestions(hs) if not args.quiet else ():
-            log.info("try: %s", line) if args.log_format == "json" else sys.stderr.write(f"  try: {line}\n")
+            log.info("try: %s", line) if args.log_format == "json" else complain(f"  try: {line}")
         if args.port_file:
-            write_whole(args.port_file, f"{hs.port}\n")
-        print(f"asbridge ready at {hs.url}", flush=True)
+            with failing(f"--port-file {args.port_file}"):
+                write_whole(args.port_file, f"{hs.port}\n")
+        say_ready(hs.url)
         until_rung(stop)
     except OSError as error:
-        print(f"asbridge: --port-file {args.port_file}: {error.strerror}", file=sys.stderr)
+        complain(f"asbridge: {error.strerror}")
         return 1
     finally:
         hs.stop()
     return 0
+
+
+def say_ready(what: str) -> None:
+    """Who waits for this line would wait for ever if it could not be written, so that is an error."""
+    with failing("what is printed can't be written"):
+        print(f"asbridge ready at {what}", flush=True)
+
+
+@contextlib.contextmanager
+def failing(what: str) -> Iterator[None]:
+    """An OSError says of what it is."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, f"{what}: {error.strerror}") from None
+
+
+def complain(line: str) -> None:
+    """To stderr, which may be full or have no reader."""
+    with contextlib.suppress(OSError):
+        print(line, file=sys.stderr)
 
 
 def examine(config: Config, args: argparse.Namespace) -> int:
@@ -13034,9 +13060,11 @@ def run_samples(config: Config, homeserver: str, stop: Any) -> int:
         print(why_not_started(error, config), file=sys.stderr)
         return 1
     try:
-        print("asbridge ready at " + ", ".join(f"{sample.url} (IRC on port {sample.irc_port})"
-                                               for sample in samples), flush=True)
+        say_ready(", ".join(f"{sample.url} (IRC on port {sample.irc_port})" for sample in samples))
         until_rung(stop)
+    except OSError as error:
+        complain(f"asbridge: {error.strerror}")
+        return 1
     finally:
         for sample in samples:
             sample.stop()
@@ -13067,6 +13095,16 @@ def keep_to_one_cpu() -> None:
         allowed = sorted(os.sched_getaffinity(0))
         os.sched_setaffinity(0, {allowed[os.getpid() % len(allowed)]})      # several of us spread
         sys.setswitchinterval(0.0005)                        # to pass it on costs little there
+
+
+def fill_standard_files() -> None:
+    """Whoever starts us may have closed stdin, stdout or stderr: nothing else is to be opened in their place, and written to."""
+    while (number := os.open(os.devnull, os.O_RDWR)) < 3:
+        os.set_inheritable(number, True)
+    os.close(number)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))      # noqa: SIM115
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -13101,6 +13139,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 if __name__ == "__main__":
     try:
+        fill_standard_files()
         sys.exit(main())
     except BrokenPipeError:                                  # "routes | head", say
         os._exit(1)

@@ -11141,7 +11141,7 @@ def configured(tmp_path, capsys, text):
 
 
 @pytest.mark.parametrize("key,value", [
-    ("server_name", ""), ("server_name", "a b"), ("server_name", 5), ("bind", 5), ("port", "8008"), ("port", 65536), ("port", -1), ("port", True), ("database", 5),
+    ("server_name", ""), ("server_name", "a b"), ("server_name", 5), ("bind", 5), ("port", "8008"), ("port", 65536), ("port", -1), ("port", True), ("database", 5), ("database", ""), ("database", "a\0b"),
     ("registrations", {}), ("open_registration", "yes"), ("open_registration", 1), ("public_url", 5), ("admin_token", 5), ("max_event_bytes", 0), ("max_event_bytes", "1"),
     ("max_request_bytes", -1), ("max_upload_bytes", 1.5), ("retry_first_ms", 0), ("retry_max_ms", None), ("push_timeout_ms", "1"), ("query_timeout_ms", 0),
     ("room_version", "1"), ("room_version", 11), ("rate_limit", 5), ("rate_limit", {"per_second": 1}), ("rate_limit", {"per_second": 0, "burst": 1}), ("rate_limit", {"per_second": 1, "burst": "2"})])
