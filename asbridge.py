@@ -715,6 +715,10 @@ class Connection(http.server.BaseHTTPRequestHandler):
 NO_ROOM = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 
+class Stopped(Exception):
+    """Ends the thread that accepts connections."""
+
+
 class Seldom:
     """Whether to say again what may happen again and again: once a minute."""
 
@@ -743,7 +747,8 @@ class HttpServer(http.server.ThreadingHTTPServer):
                  max_connections: int = 10_000) -> None:
         self.app, self.max_connections = app, max_connections
         self.connections: set[Connection] = set()
-        self.stopping = self.started = False
+        self.stopping = False
+        self._thread: threading.Thread | None = None
         self._seldom = Seldom()
         if ":" in address[0]:
             self.address_family = socket.AF_INET6
@@ -759,12 +764,19 @@ class HttpServer(http.server.ThreadingHTTPServer):
         return self.server_address[1]
 
     def get_request(self) -> tuple[Any, Any]:
+        """What comes while it stops ends the thread."""
         try:
-            return super().get_request()
+            request, client_address = super().get_request()
         except OSError as error:
+            if self.stopping:
+                raise Stopped from None
             if error.errno in NO_ROOM:
                 self.make_room(error.strerror)
             raise
+        if self.stopping:
+            request.close()
+            raise Stopped
+        return request, client_address
 
     def process_request(self, request: Any, client_address: Any) -> None:
         if len(self.connections) >= self.max_connections and not self.close_longest_idle():
@@ -794,23 +806,24 @@ class HttpServer(http.server.ThreadingHTTPServer):
         log.exception("a connection failed")
 
     def start(self) -> None:
-        threading.Thread(target=self.serve_forever, args=(None,), name="http", daemon=True).start()
-        self.started = True
+        thread = threading.Thread(target=self._serve, name="http", daemon=True)
+        thread.start()
+        self._thread = thread
+
+    def _serve(self) -> None:
+        with contextlib.suppress(Stopped):
+            self.serve_forever(3600)                         # it looks up when somebody calls
 
     def stop(self) -> None:
         """Takes no more connections and ends those that there are."""
         self.stopping = True
-        closer = threading.Thread(target=self.shutdown, daemon=True)
-        if self.started:
-            with contextlib.suppress(RuntimeError):          # no more threads: then the listener is closed under it
-                closer.start()
         own = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.server_name, self.server_name)
-        while closer.is_alive():                             # serve_forever sleeps until somebody calls
+        while self._thread and self._thread.is_alive():      # it sleeps until somebody calls
             try:
                 socket.create_connection((own, self.port), 1).close()
             except OSError:                                  # no handle is left, say
                 hang_up(self.socket)
-            closer.join(0.01)
+            self._thread.join(0.01)
         self.server_close()
         for connection in list(self.connections):
             hang_up(connection.request)

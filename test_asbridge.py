@@ -10045,7 +10045,8 @@ class Irc:
         self.sock.sendall("".join(line + "\r\n" for line in lines).encode())
 
     def __del__(self):
-        self.sock.close()
+        if hasattr(self, "sock"):                            # else nobody listened
+            self.sock.close()
 
     def wait(self, pattern, seconds=10.0):
         """The first line, old or new, that matches; it and what came before is used up."""

@@ -266,7 +266,7 @@ def test_a_process_that_was_stopped_for_a_while_goes_on_and_has_lost_nothing(pro
     eventually(lambda: all(len(sender.answered) > before + 20 for sender, before in zip(senders, many, strict=True)))
     for sender in senders:
         sender.stop()
-    assert not [refusal for sender in senders for refusal in sender.refused]
+    assert {status for sender in senders for status, _ in sender.refused} <= {408}      # it was stopped inside a request
     eventually(lambda: not waiting(tmp_path / "asbridge.db"))
     check_all(tmp_path / "asbridge.db", senders, recorder)
     assert running.end()[0] == 0
