@@ -7418,6 +7418,11 @@ def test_what_could_not_be_pushed_for_want_of_a_thread_is_pushed_when_there_is_o
     assert said == ["application service irc: nothing can be pushed: can't start new thread"]
 
 
+def test_what_is_asked_of_several_at_once_is_asked_one_after_the_other_where_there_is_no_thread(monkeypatch):
+    no_threads_named(monkeypatch, "")
+    assert asbridge.at_once(lambda n: n * n, [1, 2, 3]) == [1, 4, 9]
+
+
 def test_who_typed_stops_when_there_is_a_thread_for_it_again(start, monkeypatch):
     hs = start()
     alice = hs.client("alice")
@@ -10577,6 +10582,25 @@ def bridge(fake):
     it.start()
     yield it
     it.stop()
+
+
+@pytest.mark.parametrize("allowed", [0, 1])
+def test_an_irc_client_for_which_there_is_no_thread_is_closed_and_the_next_is_taken(bridge, monkeypatch, caplog, allowed):
+    left, real = [allowed], threading.Thread.start
+
+    def start_thread(thread):
+        if thread.name.startswith("irc 127"):
+            left[0] -= 1
+            if left[0] < 0:
+                raise RuntimeError("can't start new thread")
+        real(thread)
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", start_thread)
+        assert Irc(bridge).closed()
+        eventually(lambda: not bridge.clients)
+    assert Irc(bridge, "bob", "#lobby") and len(bridge.clients) == 1
+    assert [record.getMessage() for record in caplog.records if record.levelname == "ERROR"] == [
+        "irc: no more IRC clients can be taken: can't start new thread; there are 0"]
 
 
 def push(bridge, type, content, sender="@alice:test", room_id="!room:test", **other):
