@@ -804,6 +804,28 @@ class Connection(http.server.BaseHTTPRequestHandler):
             raise ClientGone("hung up while it waited")
 
 
+#: What accept() says when there is no room for another connection.
+NO_ROOM = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+
+
+class Stopped(Exception):
+    """Ends the thread that accepts connections."""
+
+
+class Seldom:
+    """Whether to say again what may happen again and again: once a minute."""
+
+    def __init__(self) -> None:
+        self._next = 0.0
+
+    def __call__(self) -> bool:
+        now = time.monotonic()
+        if now < self._next:
+            return False
+        self._next = now + 60
+        return True
+
+
 class HttpServer(http.server.ThreadingHTTPServer):
     """Serves `app`, a function from Request to Response that raises nothing but ClientGone. start() and stop() may be
     called once each.
@@ -818,7 +840,9 @@ class HttpServer(http.server.ThreadingHTTPServer):
                  max_connections: int = 10_000) -> None:
         self.app, self.max_connections = app, min(max_connections, max(10, most_handles() - SPARE_HANDLES))
         self.connections: set[Connection] = set()
-        self.stopping = self.started = False
+        self.stopping = False
+        self._thread: threading.Thread | None = None
+        self._seldom = Seldom()
         if ":" in address[0]:
             self.address_family = socket.AF_INET6
         super().__init__(address, Connection)
@@ -832,21 +856,38 @@ class HttpServer(http.server.ThreadingHTTPServer):
     def port(self) -> int:
         return self.server_address[1]
 
-    def get_request(self) -> Any:
-        """Without a handle for the next connection it makes room: else it would be told of that one again and again."""
+    def get_request(self) -> tuple[Any, Any]:
+        """What comes while it stops ends the thread."""
         try:
-            return super().get_request()
+            request, client_address = super().get_request()
         except OSError as error:
-            if error.errno in (errno.EMFILE, errno.ENFILE):
-                self.close_longest_idle()
-                time.sleep(0.001)                            # that one's thread is to let go of it
+            if self.stopping:
+                raise Stopped from None
+            if error.errno in NO_ROOM:
+                self.make_room(error.strerror)
             raise
+        if self.stopping:
+            request.close()
+            raise Stopped
+        return request, client_address
 
     def process_request(self, request: Any, client_address: Any) -> None:
         if len(self.connections) >= self.max_connections and not self.close_longest_idle():
             self.shutdown_request(request)                   # all are busy
-        else:
+            return
+        try:
             _thread.start_new_thread(self.process_request_thread, (request, client_address))
+        except RuntimeError as error:                        # no more threads
+            self.shutdown_request(request)
+            self.make_room(error)
+
+    def make_room(self, why: object) -> None:
+        """The machine has nothing left for another connection: who is idle for longest has to go, and those to come wait."""
+        if self._seldom():
+            log.error("no more connections can be taken on port %d: %s; there are %d (ulimit -n and -u say what a process may have)",
+                      self.port, why, len(self.connections))
+        self.close_longest_idle()
+        time.sleep(0.05)                                     # it is known again at once
 
     def close_longest_idle(self) -> bool:
         idle = [(c.idle_since, id(c), c) for c in list(self.connections) if c.idle_since is not None]
@@ -858,20 +899,24 @@ class HttpServer(http.server.ThreadingHTTPServer):
         log.exception("a connection failed")
 
     def start(self) -> None:
-        self.started = True
-        threading.Thread(target=self.serve_forever, args=(None,), name="http", daemon=True).start()
+        thread = threading.Thread(target=self._serve, name="http", daemon=True)
+        thread.start()
+        self._thread = thread
+
+    def _serve(self) -> None:
+        with contextlib.suppress(Stopped):
+            self.serve_forever(3600)                         # it looks up when somebody calls
 
     def stop(self) -> None:
         """Takes no more connections and ends those that there are."""
         self.stopping = True
-        closer = threading.Thread(target=self.shutdown, daemon=True)
-        if self.started:
-            closer.start()
         own = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.server_name, self.server_name)
-        while closer.is_alive():                             # serve_forever sleeps until somebody calls
-            with contextlib.suppress(OSError):
+        while self._thread and self._thread.is_alive():      # it sleeps until somebody calls
+            try:
                 socket.create_connection((own, self.port), 1).close()
-            closer.join(0.01)
+            except OSError:                                  # no handle is left, say
+                hang_up(self.socket)
+            self._thread.join(0.01)
         self.server_close()
         for connection in list(self.connections):
             hang_up(connection.request)
@@ -962,11 +1007,12 @@ class HttpClient:
     Raises OSError (TimeoutError among them) or http.client.HTTPException. Follows no redirect and uses no proxy.
     """
 
+    _connection: http.client.HTTPConnection | None = None
+
     def __init__(self, url: str, cut: bool = False) -> None:
         parts, self.cut = urllib.parse.urlsplit(url), cut    # cut: a longer answer is shortened, no error
         self.base, self._https = parts.path.rstrip("/"), parts.scheme == "https"
         self.host, self.port = parts.hostname or "", parts.port or (443 if self._https else 80)
-        self._connection: http.client.HTTPConnection | None = None
         self._given_up = False                               # by abort(), while it was asked
 
     def request(self, method: str, path: str, body: bytes | None = None,
@@ -1047,6 +1093,10 @@ class HttpClient:
         if connection:
             connection.close()
 
+    def __del__(self) -> None:
+        """Who keeps it no more need not have closed it: a Client makes as many as it has threads."""
+        self.close()
+
     def abort(self) -> None:
         """Ends the request that another thread is waiting for."""
         connection, self._given_up = self._connection, True
@@ -1064,27 +1114,55 @@ def at_once(fn: Callable[[S], T], items: Sequence[S]) -> list[T]:
     threads = [threading.Thread(target=lambda n=n, item=item: results.__setitem__(n, fn(item)), daemon=True)
                for n, item in enumerate(items)]
     for thread in threads:
-        thread.start()
+        try:
+            thread.start()
+        except RuntimeError:                                 # no more threads: then one after the other
+            thread.run()
     for thread in threads:
-        thread.join()
+        if thread.ident:
+            thread.join()
     return [results[n] for n in range(len(items))]
 
 
-def open_sqlite(path: str, durable: bool = True, read_only: bool = False) -> sqlite3.Connection:
+def open_sqlite(path: str, durable: bool = True, read_only: bool = False, closed: bool = False) -> sqlite3.Connection:
     """A connection in autocommit mode on a write-ahead log: one writes while others read. DatabaseError if there is none.
 
-    Durable: a COMMIT returns when the log is on the disk. May be used from any thread, by one at a time.
+    Durable: a COMMIT returns when the log is on the disk. Closed: nobody has it open, so no file is made beside it to read it.
+    May be used from any thread, by one at a time.
     """
-    where = urllib.parse.quote(os.path.abspath(path)) + ("?mode=ro" if read_only else "")
-    try:
+    where = urllib.parse.quote(os.fsencode(os.path.abspath(path))) + ("?mode=ro" if read_only else "") + "&immutable=1" * closed
+    with unusable(path), contextlib.ExitStack() as undo:
         db = sqlite3.connect(f"file:{where}", uri=True, isolation_level=None, check_same_thread=False, timeout=LOCKED_MS / 1000,
                              cached_statements=STATEMENTS)
+        undo.callback(db.close)
         if not read_only:
             db.execute("PRAGMA journal_mode=WAL")
             db.execute(f"PRAGMA synchronous={'FULL' if durable else 'OFF'}")
-        return db
+        undo.pop_all()
+    return db
+
+
+@contextlib.contextmanager
+def unusable(path: str) -> Iterator[None]:
+    """Makes of SQLite's error one that names the file, and why it is so where that can be seen."""
+    try:
+        yield
     except sqlite3.Error as error:
-        raise DatabaseError(f"{path} can't be used as a database: {error}") from None
+        raise DatabaseError(f"{path} can't be used as a database: {trouble_with(path) or error}") from None
+
+
+def trouble_with(path: str) -> str:
+    """Why no database can be written there, if that can be seen from outside."""
+    folder = os.path.dirname(os.path.abspath(path))
+    if os.path.isdir(path):
+        return "it is a directory"
+    if not os.path.isdir(folder):
+        return f"there is no directory {folder}"
+    if os.path.exists(path) and not os.access(path, os.W_OK):
+        return "it may only be read, not written"
+    if not os.access(folder, os.W_OK):
+        return f"nothing may be written in {folder}, and it needs files beside it"
+    return ""
 
 
 # ============================================================================
@@ -2879,7 +2957,7 @@ CREATE TABLE transactions (appservice TEXT, txn_id INTEGER, last_tick INTEGER NO
 """
 
 MAX_EPHEMERAL = 1000             # pieces that wait for one application service
-STALE_TYPING_MS = 30_000
+STALE_TYPING_SECONDS = 30.0
 REMEMBERED_MS = DAY_MS           # how long a client transaction of messages to devices is remembered
 MAX_BATCH = 256                  # jobs in one COMMIT
 MAX_ROWS = 64                    # in one INSERT
@@ -3471,22 +3549,32 @@ class Tx(Reader):
         self.rooms: collections.OrderedDict[str, Room] = collections.OrderedDict()
         self.boxes: dict[str, Outbox] = {}                   # the same for the outboxes
         self.ready: set[str] = set()                         # of these, the ones that freeze() is to look at
-        # Ephemeral data that waits, by application service: what it replaces → since when, data. In memory only.
-        self.ephemeral: dict[str, dict[Any, tuple[int, JsonObject]]] = {}
+        # Ephemeral data that waits, by application service: what it replaces → since when (monotonic), data. In memory only.
+        self.ephemeral: dict[str, dict[Any, tuple[float, JsonObject]]] = {}
         # Application services that may have messages to devices or news of keys waiting, and the users among their own
         # whose key counts they should hear.
         self.news: dict[str, set[str]] = {}
+        self.new_batch()
         self.forget()
 
-    def forget(self) -> None:
-        """Drops what is cached: after a rollback it may be wrong. Outside a batch only."""
+    def undo(self) -> None:
+        """After a rollback: what is cached may be wrong, and is read anew before the next job."""
+        for id, key, before in reversed(self._replaced):
+            self.ephemeral[id].pop(key, None)
+            if before:
+                self.ephemeral[id][key] = before
         self.new_batch()
+        self.stale = True
+
+    def forget(self) -> None:
+        """Reads anew what is cached. Before the first job of a batch only."""
         self.rooms.clear()
         self.boxes = self.outboxes()
         self.ready = set(self.boxes)
         self.news.clear()
         self.hear_anew()
         self.tick_now = self.position()
+        self.stale = False
 
     def new_batch(self) -> None:
         self.after: list[Callable[[], object]] = []          # to be done after COMMIT, in this order
@@ -3496,6 +3584,7 @@ class Tx(Reader):
         self.moved: dict[int, int] = {}                      # room → its last tick
         self._rows: dict[str, list[tuple[Any, ...]]] = {}    # table → rows that are still to be inserted
         self._unseen: set[tuple[str, str]] = set()           # sender and client transaction ID of such events
+        self._replaced: list[tuple[str, Any, Any]] = []      # application service, key of ephemeral data, what was there before
         self.new_job()
 
     def new_job(self) -> None:
@@ -3522,8 +3611,8 @@ class Tx(Reader):
             self.ready.add(id)
         for id, key, data in self._job_ephemeral:
             waiting = self.ephemeral.setdefault(id, {})
-            waiting.pop(key, None)                           # the latest for each kind, room and user
-            waiting[key] = (self.store.clock.now(), data)
+            self._replaced.append((id, key, waiting.pop(key, None)))     # the latest for each kind, room and user
+            waiting[key] = (self.store.clock.monotonic(), data)
             if len(waiting) > MAX_EPHEMERAL:
                 del waiting[next(iter(waiting))]
             self.ready.add(id)
@@ -3986,11 +4075,11 @@ class Tx(Reader):
                 self._freeze(id, box)
         self.ready.clear()
 
-    def _frozen_ephemeral(self, id: str, now: int) -> str:
+    def _frozen_ephemeral(self, id: str) -> str:
         """The part of a transaction for what waits; typing that has become stale is dropped."""
-        waiting = self.ephemeral.get(id, {})
+        waiting, now = self.ephemeral.get(id, {}), self.store.clock.monotonic()
         self.after.append(functools.partial(self.ephemeral.pop, id, None))       # not if the COMMIT fails
-        data = [data for at, data in waiting.values() if data["type"] != "m.typing" or now - at < STALE_TYPING_MS]
+        data = [data for at, data in waiting.values() if data["type"] != "m.typing" or now - at < STALE_TYPING_SECONDS]
         text = to_json(data)
         registration = self.store.registrations.by_id.get(id)
         keys = registration.ephemeral_keys if registration and data else ()
@@ -4034,7 +4123,7 @@ class Tx(Reader):
                         "WHERE o.appservice = ? AND o.tick > ? AND e.tick = o.tick "
                         "ORDER BY o.tick LIMIT ?", id, box.frozen_to, MAX_TRANSACTION_EVENTS)
         now = self.store.clock.now()
-        more = self._frozen_ephemeral(id, now) + self._frozen_news(id)
+        more = self._frozen_ephemeral(id) + self._frozen_news(id)
         if not rows and not more:
             return
         body = '{"events":[' + ",".join([Event(*row).for_appservice(now) for row in rows]) + f"]{more}}}"
@@ -4173,34 +4262,44 @@ class Store:
         self.clock, self.registrations = clock, registrations
         self._temporary = tempfile.mkdtemp(prefix="asbridge-") if path == ":memory:" else None
         self.path = os.path.join(self._temporary, "memory.db") if self._temporary else path
-        self._lock = None if self._temporary else hold_database(self.path)
-        try:
-            db = open_database(self.path, server_name, durable=self._temporary is None)
-        except DatabaseError:
-            if self._lock:
-                self._lock.close()
-            raise
         self._readers: queue.LifoQueue[sqlite3.Connection | None] = queue.LifoQueue()
         for _ in range(READERS):
             self._readers.put(None)                          # opened when first needed
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
-        # What is published after each COMMIT, for all threads to read:
-        sessions = db.execute("SELECT token, user_id, device_id FROM sessions")
-        self.sessions = {token: (user_id, device_id) for token, user_id, device_id in sessions}
-        self.users = {user_id for (user_id,) in db.execute("SELECT user_id FROM users WHERE NOT deactivated")}
         self._moved: dict[int, int] = {}                     # room → its last tick, if it moved since the start
-        self._tx = Tx(self, db)
-        self.started_at = self.position = self._tx.tick_now  # the last tick that readers may see
         self.waiters = Waiters(clock)
         # Called on the writer thread after COMMIT: with each frozen transaction; with room, user and tick of a join or leave.
         self.on_frozen: Callable[[Transaction], object] = lambda transaction: None
         self.on_membership: Callable[[int, str, int], object] = lambda room, user_id, tick: None
+        self.late: list[Callable[[], object]] = []           # what there was no thread for: tried again after the next COMMIT
         self._log, self._log_limit = os.path.realpath(self.path) + "-wal", MAX_LOG_BYTES
         self._closed = False
+        self._seldom = Seldom()
         self._door = threading.Lock()                        # guards taking from _readers: who holds it lets nobody in
         self._gate = threading.Lock()                        # guards _closed against a job that comes too late
         self._thread = threading.Thread(target=self._run, name="writer", daemon=True)
-        self._thread.start()
+        with contextlib.ExitStack() as undo:
+            db = self._open(undo, server_name)
+            # What is published after each COMMIT, for all threads to read:
+            sessions = db.execute("SELECT token, user_id, device_id FROM sessions")
+            self.sessions = {token: (user_id, device_id) for token, user_id, device_id in sessions}
+            self.users = {user_id for (user_id,) in db.execute("SELECT user_id FROM users WHERE NOT deactivated")}
+            self._tx = Tx(self, db)
+            self.started_at = self.position = self._tx.tick_now          # the last tick that readers may see
+            self._file = os.stat(self._log)
+            self._thread.start()
+            self._opened = undo.pop_all()                  # what close() undoes
+
+    def _open(self, undo: contextlib.ExitStack, server_name: str) -> sqlite3.Connection:
+        """The writer's connection; what is to be undone when it is done with goes onto the stack."""
+        if self._temporary:
+            undo.callback(shutil.rmtree, self._temporary, ignore_errors=True)
+        else:
+            look_first(self.path, server_name)
+            undo.callback(hold_database(self.path).close)
+        db = open_database(self.path, server_name, durable=self._temporary is None)
+        undo.callback(db.close)
+        return db
 
     def began(self) -> int:
         """A tick for the start of this process, after which every room counts as moved once."""
@@ -4228,14 +4327,35 @@ class Store:
         try:
             if self._closed:
                 raise MatrixError("M_UNKNOWN", "the homeserver has stopped", 503)
-            db = db or open_sqlite(self.path, read_only=True)
+            db = db or self._open_reader()
             db.execute("BEGIN")
             try:
                 yield Reader(db)
             finally:
                 db.execute("COMMIT")
+        except (DatabaseError, sqlite3.Error) as error:
+            if db:
+                db.close()                                   # nobody knows what has become of its transaction
+                db = None
+            log.error("a question to the database failed: %s", error)
+            raise MatrixError("M_UNKNOWN", "the homeserver could not read its database; its log says why") from error
         finally:
             self._readers.put(db)
+
+    def _open_reader(self) -> sqlite3.Connection:
+        self._check_file()
+        return open_sqlite(self.path, read_only=True)
+
+    def _check_file(self) -> int:
+        """How long the write-ahead log is. DatabaseError if it is not the one that was opened: what is written into a deleted
+        file is gone with the process.
+        """
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            found = os.stat(self._log)
+            if os.path.samestat(found, self._file):
+                return found.st_size
+        raise DatabaseError(f"{self.path} was deleted, moved or replaced while it was in use; stop asbridge before you touch it, and "
+                            "put it back now to go on")
 
     def write(self, fn: Callable[[Tx], T], token: bytes | None = None) -> T:
         """Runs fn on the writer thread and returns its result when it is durable, or raises what it raised.
@@ -4264,11 +4384,7 @@ class Store:
             if db:
                 db.close()
             self._readers.put(None)
-        self._tx.db.close()
-        if self._lock:
-            self._lock.close()
-        if self._temporary:
-            shutil.rmtree(self._temporary, ignore_errors=True)
+        self._opened.close()
 
     # -- the writer thread
 
@@ -4281,14 +4397,14 @@ class Store:
                 if len(batch) < MAX_BATCH:
                     self._jobs.put(None)                     # it was None: stop after this batch
             self._do(batch)
-            with contextlib.suppress(OSError, sqlite3.Error, queue.Empty):
+            with contextlib.suppress(OSError, sqlite3.Error, queue.Empty, DatabaseError):
                 self._shorten_log()
 
     def _shorten_log(self) -> None:
         """Starts the write-ahead log anew when it has become long. SQLite does it by itself when nobody reads, a moment that
         never comes where readers overlap: so here nobody is let in until the last of them is done, or for LOG_SECONDS.
         """
-        size = os.path.getsize(self._log)
+        size = self._check_file()
         if size < self._log_limit:
             return
         self._log_limit = 2 * size                           # if somebody reads for longer: not again at once
@@ -4319,7 +4435,7 @@ class Store:
                 for job in batch:
                     self._do([job])
                 return
-            log.error("a change could not be stored: %s", error, exc_info=not isinstance(error, sqlite3.Error))
+            log.error("a change could not be stored: %s", error, exc_info=not isinstance(error, (sqlite3.Error, DatabaseError)))
             for job in batch:
                 job.error = MatrixError("M_UNKNOWN", "the homeserver could not store this; its log says why")
         else:
@@ -4330,7 +4446,10 @@ class Store:
 
     def _commit(self, batch: list[_Job]) -> None:
         tx = self._tx
+        self._check_file()
         tx.db.execute("BEGIN IMMEDIATE")
+        if tx.stale:
+            tx.forget()
         for job in batch:
             self._try(tx, job)
         tx.freeze()
@@ -4349,7 +4468,8 @@ class Store:
 
     def _publish(self, tx: Tx) -> None:
         """What is durable becomes visible. Nothing here can undo it any more, so an error is logged and no more."""
-        for change in tx.after:
+        late, self.late = self.late, []
+        for change in (*late, *tx.after):
             try:
                 change()
             except Exception:
@@ -4363,28 +4483,33 @@ class Store:
             tx.woken |= self.waiters.among(room.joined)
         waiting = self.waiters.users() if tx.woken_around else []
         for user_id in tx.woken_around:
-            tx.woken |= tx.met_by(user_id, waiting)
+            try:
+                tx.woken |= tx.met_by(user_id, waiting)
+            except sqlite3.Error:                            # then everybody looks
+                tx.woken.update(waiting)
         if tx.woken:
             self.waiters.wake(tx.woken)
         tx.new_batch()
 
     def _roll_back(self) -> None:
-        with contextlib.suppress(sqlite3.Error):
+        with contextlib.suppress(sqlite3.Error):             # then the next BEGIN fails, and it is tried again
             if self._tx.db.in_transaction:
                 self._tx.db.execute("ROLLBACK")
-        with contextlib.suppress(sqlite3.Error):
-            self._tx.forget()
+        self._tx.undo()
 
 
 def hold_database(path: str) -> sqlite3.Connection:
     """Keeps a second process off the database: by a lock on a small file beside it, which ends with this process."""
+    where = os.path.realpath(path) + "-lock"
     try:
-        where = os.path.realpath(path) + "-lock"
-        lock = sqlite3.connect(where, isolation_level=None, check_same_thread=False, timeout=0)
-        lock.execute("PRAGMA journal_mode=MEMORY")
-        lock.execute("BEGIN EXCLUSIVE")
+        with contextlib.ExitStack() as undo:
+            lock = sqlite3.connect(where, isolation_level=None, check_same_thread=False, timeout=0)
+            undo.callback(lock.close)
+            lock.execute("PRAGMA journal_mode=MEMORY")
+            lock.execute("BEGIN EXCLUSIVE")
+            undo.pop_all()
     except sqlite3.Error as error:
-        why = f"can't be opened: {error}"
+        why = f"can't be locked with {where}: {error}"
         if "locked" in str(error):
             why = "is in use by another asbridge; stop that one or name another --database"
         raise DatabaseError(f"the database {path} {why}") from None
@@ -4393,52 +4518,53 @@ def hold_database(path: str) -> sqlite3.Connection:
 
 def open_database(path: str, server_name: str, durable: bool) -> sqlite3.Connection:
     """The database for the writer, with its tables; DatabaseError if it is not ours."""
-    with contextlib.ExitStack() as undo:
-        try:
-            look_first(path)
-            db = open_sqlite(path, durable)
-            undo.callback(db.close)
-            create_schema(db, path, server_name)
-            db.execute("UPDATE meta SET value = value WHERE key = 'position'")           # it may be locked, or the disk full
-        except sqlite3.Error as error:
-            raise DatabaseError(f"{path} can't be used as a database: {error}") from None
+    with unusable(path), contextlib.ExitStack() as undo:
+        db = open_sqlite(path, durable)
+        undo.callback(db.close)
+        create_schema(db, path, server_name)
+        db.execute("UPDATE meta SET value = value WHERE key = 'position'")   # it may be locked, or the disk full
         undo.pop_all()
     return db
 
 
-def look_first(path: str) -> None:
-    """Refuses a database that is not ours before it is changed. One whose first start was cut short only a writer can read."""
+def look_first(path: str, server_name: str) -> None:
+    """Refuses a database that can't be ours before it is changed, or a file made beside it. One that was not closed only a
+    writer can read.
+    """
+    if trouble := trouble_with(path):
+        raise DatabaseError(f"{path} can't be used as a database: {trouble}")
     if os.path.exists(path):
-        with contextlib.closing(open_sqlite(path, read_only=True)) as db:
+        closed = not any(os.path.exists(os.path.realpath(path) + end) for end in ("-wal", "-journal"))
+        with unusable(path), contextlib.closing(open_sqlite(path, read_only=True, closed=closed)) as db:
             try:
-                check_version(db, path)
+                check_ours(db, path, server_name)
             except sqlite3.OperationalError as error:
                 if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_READONLY:
                     raise
 
 
-def check_version(db: sqlite3.Connection, path: str) -> tuple[int, bool]:
+def check_ours(db: sqlite3.Connection, path: str, server_name: str) -> tuple[int, bool]:
     """Which version of the tables there is, and whether there is none; DatabaseError if they are not ours."""
     version = db.execute("PRAGMA user_version").fetchone()[0]
     empty = not db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
     if version > SCHEMA_VERSION or (version == 0 and not empty):
         raise DatabaseError(f"{path} is not a database of this asbridge (its user_version is {version}, "
                             f"not {SCHEMA_VERSION}); name another --database")
+    made_for = None if empty else db.execute("SELECT value FROM meta WHERE key = 'server_name'").fetchone()[0]
+    if made_for not in (None, server_name):
+        raise DatabaseError(f"{path} was made for the server name {made_for!r}, not {server_name!r}; "
+                            "name another --database or that server_name")
     return version, empty
 
 
 def create_schema(db: sqlite3.Connection, path: str, server_name: str) -> None:
     """Makes the tables that a new or an older database lacks, all at once; refuses one that is not ours."""
-    version, empty = check_version(db, path)
+    version, empty = check_ours(db, path, server_name)
     if version < SCHEMA_VERSION:
         first = f"INSERT INTO meta VALUES ('server_name', '{server_name}'), ('position', 0);" if empty else ""
         gone = "".join([sql for since, sql in OUTGROWN.items() if version < since])
         lacking = re.sub("^CREATE (TABLE|INDEX)", r"CREATE \1 IF NOT EXISTS", SCHEMA, flags=re.MULTILINE)
         db.executescript(f"BEGIN; {gone} {lacking} {first} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
-    made_for = db.execute("SELECT value FROM meta WHERE key = 'server_name'").fetchone()[0]
-    if made_for != server_name:
-        raise DatabaseError(f"{path} was made for the server name {made_for!r}, not {server_name!r}; "
-                            "name another --database or that server_name")
 
 
 # ============================================================================
@@ -5700,8 +5826,10 @@ class Timer:
         if at < self._due:
             with self._guard:
                 if self._thread is None and not self._stopped:
-                    self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
-                    self._thread.start()
+                    thread = threading.Thread(target=self._run, name=self._name, daemon=True)
+                    with contextlib.suppress(RuntimeError):  # no more threads: the next one may have one
+                        thread.start()
+                        self._thread = thread
             release(self._bell)
 
     def _run(self) -> None:
@@ -7501,16 +7629,26 @@ class Worker:
         self._thread: threading.Thread | None = None         # started by the first transaction
         self._hurry = False                                  # somebody wants no backoff after the attempt that is under way
         self._guard = threading.Lock()                       # guards changes of transaction
-        self._bell, self._stopped = bell(), False
+        self._bell, self._stopped, self._seldom = bell(), False, Seldom()
 
     def offer(self, transaction: Transaction) -> None:
         """A transaction was frozen. Called by the writer thread, so it only takes note."""
         with self._guard:
             self.transaction = transaction
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name=f"push {self.registration.id}", daemon=True)
-            self._thread.start()
+        self._start()
         release(self._bell)
+
+    def _start(self) -> None:
+        """If it has no thread yet, and there is one to be had."""
+        if self._thread is None and not self._stopped:
+            thread = threading.Thread(target=self._run, name=f"push {self.registration.id}", daemon=True)
+            try:
+                thread.start()
+                self._thread = thread
+            except RuntimeError as error:
+                self.world.store.late.append(self._start)
+                if self._seldom():
+                    log.error("application service %s: nothing can be pushed: %s", self.registration.id, error)
 
     @property
     def fresh(self) -> bool:
@@ -11011,10 +11149,10 @@ class AppService:
         self._db_guard = threading.Lock()                    # guards _db: one statement at a time
         self._db = (sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
                     if database == ":memory:" else open_sqlite(database))
-        try:
+        with unusable(database), contextlib.ExitStack() as undo:
+            undo.callback(self._db.close)
             self._db.executescript(self.SCHEMA)
-        except sqlite3.Error as error:
-            raise DatabaseError(f"{database} can't be used as a database: {error}") from None
+            undo.pop_all()
 
     # -- To override.
 
@@ -11999,28 +12137,34 @@ class IrcBridge(AppService):
         return int(self._listener.getsockname()[1]) if self._listener else 0
 
     def _accept(self, listener: socket.socket) -> None:
+        seldom = Seldom()
         while not self.stopping:
             try:
-                sock, address = listener.accept()
-            except OSError as error:
-                if not isinstance(error, TimeoutError):
-                    time.sleep(0.1)                          # out of file descriptors, say
-                continue
-            host = re.sub("^:", "0:", address[0])            # no parameter may start with ':'
-            client = IrcClient(self, sock, host)
+                self._welcome(*listener.accept())
+            except TimeoutError:
+                pass
+            except (OSError, RuntimeError) as error:         # no more handles or threads
+                if not self.stopping and seldom():
+                    log.error("%s: no more IRC clients can be taken: %s; there are %d", self.id, error, len(self.clients))
+                time.sleep(0.1)
+
+    def _welcome(self, sock: socket.socket, address: Any) -> None:
+        host = re.sub("^:", "0:", address[0])                # no parameter may start with ':'
+        client = IrcClient(self, sock, host)
+        with self.lock:
+            full = len(self.clients) >= MAX_CLIENTS
+            self.clients.add(client)
+        try:
+            client.start()
+        except RuntimeError:
             with self.lock:
-                full = len(self.clients) >= MAX_CLIENTS
-                self.clients.add(client)
-            try:
-                client.start()
-            except RuntimeError as error:                    # no more threads, say
-                log.warning("%s: an IRC client is sent away: %s", self.id, error)
-                client.close("No more threads")
-                sock.close()
-                with self.lock:
-                    self.clients.discard(client)
-            if full:
-                client.close("Too many clients")
+                self.clients.discard(client)
+            client.close("No more threads")                  # ends the one thread that there may be
+            hang_up(sock)
+            sock.close()
+            raise
+        if full:
+            client.close("Too many clients")
 
     # -- Names. A ghost has its nick in its user ID; a person on Matrix keeps the nick that it was given first.
 
@@ -12602,35 +12746,42 @@ class Homeserver:
         except BaseException:
             self._server.server_close()
             raise
-        self._server.start()
-        self._start_samples()
+        self._go(self._server.start)
         return self
 
     def _open(self, registrations: Sequence[Registration]) -> None:
         """The world, and what answers and pushes in it."""
         config = self.config
-        try:
+        if config.database != ":memory:":
+            look_first(config.database, config.server_name)          # before the samples make files beside it
+        with contextlib.ExitStack() as undo:
+            undo.callback(self._stop_samples)
             known = [self._sample(one) if one.sample is not None and self._run_samples else one for one in registrations]
             self.world = World(config, self.clock, Registrations(config.server_name, known), config.database,
                                None if self.seed is None else f"{self.seed}.{self._worlds}")
-        except BaseException:
-            for sample in self.samples:
-                sample.stop()
-            raise
-        self.world.add_senders()
-        self.delivery = Delivery(self.world)
-        self.api = Api(self.world, self.delivery, ROUTES + ADMIN_ROUTES)
-        self.inspector = Inspector(self.world, self.delivery)
-        self.delivery.start()                                # before the first request can freeze a transaction
+            undo.callback(self.world.store.close)
+            self.world.add_senders()
+            self.delivery = Delivery(self.world)
+            self.api = Api(self.world, self.delivery, ROUTES + ADMIN_ROUTES)
+            self.inspector = Inspector(self.world, self.delivery)
+            undo.callback(self.delivery.stop)
+            self.delivery.start()                            # before the first request can freeze a transaction
+            undo.pop_all()
         self._started = True
 
-    def _start_samples(self) -> None:
+    def _go(self, first: Callable[[], object] = lambda: None) -> None:
+        """`first` and the samples start, or everything stops."""
         try:
+            first()
             for sample in self.samples:
                 sample.start()
         except BaseException:
             self.stop()
             raise
+
+    def _stop_samples(self) -> None:
+        while self.samples:
+            self.samples.pop().stop()
 
     def reset(self) -> None:
         """A new world behind the same port, with the same registrations: nobody and nothing is in it, and no time is wound on.
@@ -12650,7 +12801,7 @@ class Homeserver:
         except BaseException:
             self._server.stop()
             raise
-        self._start_samples()
+        self._go()
 
     def _sample(self, registration: Registration) -> Registration:
         """Makes the sample application service of a registration listen; the registration with its real port."""
@@ -12684,8 +12835,7 @@ class Homeserver:
     def _close(self, then: Callable[[], object] = lambda: None) -> None:
         """`then` comes before the database is closed."""
         self._started, self.world.stopping = False, True
-        while self.samples:
-            self.samples.pop().stop()
+        self._stop_samples()
         self.delivery.stop()
         self.world.store.waiters.wake()
         then()
@@ -12905,6 +13055,8 @@ class ConfigReader:
             return value == "" or is_base_url(value)
         if key == "admin_token":
             return value is None or bool(re.fullmatch(r"[!-~]([ -~]*[!-~])?", value))
+        if key == "database":
+            return value != "" and "\0" not in value
         if key == "room_version":
             return value in ROOM_VERSIONS
         if key == "rate_limit":
@@ -13214,20 +13366,44 @@ def run(config: Config, args: argparse.Namespace) -> int:
         return 1
     try:
         if hasattr(signal, "SIGHUP"):
-            signal.signal(signal.SIGHUP, lambda number, frame: threading.Thread(target=reload, args=(hs,)).start())
+            again = bell()
+            threading.Thread(target=reload_when_rung, args=(hs, again), name="reload", daemon=True).start()
+            signal.signal(signal.SIGHUP, lambda number, frame: release(again))
         threading.Thread(target=describe, args=(hs,), name="describe", daemon=True).start()
         for line in suggestions(hs) if not args.quiet else ():
-            log.info("try: %s", line) if args.log_format == "json" else sys.stderr.write(f"  try: {line}\n")
+            log.info("try: %s", line) if args.log_format == "json" else complain(f"  try: {line}")
         if args.port_file:
-            write_whole(args.port_file, f"{hs.port}\n")
-        print(f"asbridge ready at {hs.url}", flush=True)
+            with failing(f"--port-file {args.port_file}"):
+                write_whole(args.port_file, f"{hs.port}\n")
+        say_ready(hs.url)
         until_rung(stop)
     except OSError as error:
-        print(f"asbridge: --port-file {args.port_file}: {error.strerror}", file=sys.stderr)
+        complain(f"asbridge: {error.strerror}")
         return 1
     finally:
         hs.stop()
     return 0
+
+
+def say_ready(what: str) -> None:
+    """Who waits for this line would wait for ever if it could not be written, so that is an error."""
+    with failing("what is printed can't be written"):
+        print(f"asbridge ready at {what}", flush=True)
+
+
+@contextlib.contextmanager
+def failing(what: str) -> Iterator[None]:
+    """An OSError says of what it is."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, f"{what}: {error.strerror}") from None
+
+
+def complain(line: str) -> None:
+    """To stderr, which may be full or have no reader."""
+    with contextlib.suppress(OSError):
+        print(line, file=sys.stderr)
 
 
 def examine(config: Config, args: argparse.Namespace) -> int:
@@ -13281,6 +13457,15 @@ def reload(hs: Homeserver) -> None:
             warn_of(hs, registration)
     except ConfigError as error:
         log.error("the registrations are not read again, for something is wrong with them:\n%s", error)
+    except MatrixError as error:
+        log.error("the registrations can't be taken: %s", error)
+
+
+def reload_when_rung(hs: Homeserver, again: Any) -> None:
+    """One after the other, and once for signals that come together."""
+    while True:
+        again.acquire()
+        reload(hs)
 
 
 def until_rung(stop: Any) -> None:
@@ -13302,9 +13487,11 @@ def run_samples(config: Config, homeserver: str, stop: Any) -> int:
         print(why_not_started(error, config), file=sys.stderr)
         return 1
     try:
-        print("asbridge ready at " + ", ".join(f"{sample.url or 'no url'} (IRC on port {sample.irc_port})"
-                                               for sample in samples), flush=True)
+        say_ready(", ".join(f"{sample.url or 'no url'} (IRC on port {sample.irc_port})" for sample in samples))
         until_rung(stop)
+    except OSError as error:
+        complain(f"asbridge: {error.strerror}")
+        return 1
     finally:
         for sample in samples:
             sample.stop()
@@ -13347,6 +13534,16 @@ def raise_handles() -> None:
             limits.setrlimit(limits.RLIMIT_NOFILE, (wanted, hard))
 
 
+def fill_standard_files() -> None:
+    """Whoever starts us may have closed stdin, stdout or stderr: nothing else is to be opened in their place, and written to."""
+    while (number := os.open(os.devnull, os.O_RDWR)) < 3:
+        os.set_inheritable(number, True)
+    os.close(number)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))      # noqa: SIM115
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     args = parse_args(sys.argv[1:] if arguments is None else arguments)
     args.config = getattr(args, "file", None) or args.config
@@ -13380,6 +13577,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 if __name__ == "__main__":
     try:
+        fill_standard_files()
         sys.exit(main())
     except BrokenPipeError:                                  # "routes | head", say
         os._exit(1)

@@ -26,6 +26,7 @@ import socket
 import sqlite3
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import unittest.mock
@@ -870,6 +871,53 @@ def test_connections_leave_handles_for_the_rest(serve, monkeypatch):
     for limit, cap in ((250, 150), (50, 10), (-1, 10_000), (1_000_000, 10_000)):
         monkeypatch.setattr(os, "sysconf", lambda name, limit=limit: {"SC_OPEN_MAX": limit}[name])
         assert serve().max_connections == cap
+
+
+def test_where_no_handle_is_left_the_connection_that_is_idle_for_longest_goes_and_it_is_said_once(serve, monkeypatch, caplog):
+    server, left = serve(), [3]
+
+    def get_request():
+        if left[0]:
+            left[0] -= 1
+            raise OSError(errno.EMFILE, "Too many open files")
+        return real()
+    with connect(server) as first:
+        first.sendall(b"GET / HTTP/1.1\r\nHost: h\r\n\r\n")
+        assert first.recv(65_536)
+        real = server.socket.accept
+        monkeypatch.setattr(asbridge.socketserver.TCPServer, "get_request", lambda self: get_request())
+        assert talk(server, b"GET / HTTP/1.1\r\nHost: h\r\n\r\n").startswith(b"HTTP/1.1 200 ")
+        assert read_all(first) == b"" and left == [0]
+    assert [record.getMessage() for record in caplog.records] == [
+        f"no more connections can be taken on port {server.port}: Too many open files; there are 1 (ulimit -n and -u say what a process may have)"]
+
+
+def test_where_no_thread_is_left_a_connection_is_closed_and_the_next_is_served(serve, monkeypatch, caplog):
+    server, left = serve(), [3]
+
+    def start_new_thread(*args):
+        if left[0]:
+            left[0] -= 1
+            raise RuntimeError("can't start new thread")
+        return real(*args)
+    real = asbridge._thread.start_new_thread
+    monkeypatch.setattr(asbridge._thread, "start_new_thread", start_new_thread)
+    for _ in range(3):
+        with connect(server) as sock:
+            assert read_all(sock) == b""
+    assert talk(server, b"GET / HTTP/1.1\r\nHost: h\r\n\r\n").startswith(b"HTTP/1.1 200 ")
+    assert len(caplog.records) == 1 and "can't start new thread" in caplog.text and "Traceback" not in caplog.text
+
+
+def test_a_server_can_be_stopped_where_no_handle_or_thread_is_left(serve, monkeypatch):
+    for name, error in (("create_connection", OSError(errno.EMFILE, "Too many open files")), (None, RuntimeError("can't start new thread"))):
+        server = serve()
+        with monkeypatch.context() as patch:
+            patch.setattr(*((socket, name) if name else (threading.Thread, "start")), unittest.mock.Mock(side_effect=error))
+            server.stop()
+        with pytest.raises(OSError):
+            connect(server).close()
+        server.stop = lambda: None
 
 
 def test_stopping_ends_idle_connections(serve):
@@ -2641,8 +2689,33 @@ def test_a_file_that_is_no_database_is_refused(open_store, tmp_path):
 
 
 def test_a_database_in_no_directory_is_refused(open_store):
-    with pytest.raises(asbridge.DatabaseError, match="can't be opened"):
+    with pytest.raises(asbridge.DatabaseError, match="a.db can't be used as a database: there is no directory .*nowhere"):
         open_store("nowhere/a.db")
+
+
+@pytest.mark.parametrize("kind, text", [("text", "not a database"), ("directory", "is a directory"), ("foreign", "not a database of this"), ("wal", "not a database of this"),
+                                        ("unwritable", "may only be read"), ("folder", "nothing may be written in")])
+def test_a_refused_database_is_named_with_the_reason_and_nothing_is_left_beside_it(open_store, tmp_path, monkeypatch, kind, text):
+    path = tmp_path / "a.db"
+    if kind == "directory":
+        path.mkdir()
+    elif kind == "text":
+        path.write_bytes(b"dear diary " * 100)
+    else:
+        with contextlib.closing(sqlite3.connect(path)) as db:
+            db.executescript(f"PRAGMA journal_mode = {'WAL' if kind == 'wal' else 'DELETE'}; CREATE TABLE somebody_elses (x);")
+    refusing = {"unwritable": str(path), "folder": str(tmp_path)}.get(kind)
+    monkeypatch.setattr(os, "access", lambda where, mode: where != refusing)              # who is root may all
+    with pytest.raises(asbridge.DatabaseError, match=f"a.db .*{text}"):
+        open_store("a.db")
+    assert os.listdir(tmp_path) == ["a.db"]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="elsewhere there are no such names")
+@pytest.mark.parametrize("name", ["a?mode=ro", "a#b%20c", "ä 日\n", b"\xff".decode("utf-8", "surrogateescape"), "'; --"])
+def test_a_database_may_have_any_name(open_store, tmp_path, name):
+    make_room(open_store(name))
+    assert {os.fsencode(one) for one in os.listdir(tmp_path)} == {os.fsencode(name + end) for end in ("", "-wal", "-shm", "-lock")}
 
 
 def test_a_refused_database_is_let_go(open_store):
@@ -2905,6 +2978,178 @@ def test_when_the_commit_keeps_failing_each_job_is_told_so_and_the_next_is_store
     assert [result.error.status for result in results] == [500, 500] and store.write(lambda tx: say(tx, body="yes")) and texts_in(store) == ["yes"]
     with store.read() as reader:
         assert store.position == reader.position()
+
+
+class FailingAt:
+    """A connection whose n-th statement fails from now on, and if `lasting` each one after it but ROLLBACK. If it is `undone`,
+    SQLite has rolled the whole transaction back by itself, as it does where the disk is full.
+    """
+
+    def __init__(self, db, n, code, undone=False, lasting=False):
+        self.db, self.left, self.code, self.undone, self.lasting, self.failed = db, n, code, undone, lasting, ""
+
+    def execute(self, sql, *values):
+        self.left -= 1
+        if (self.left == 0 or (self.left < 0 and self.lasting)) and sql != "ROLLBACK":
+            self.failed = self.failed or sql
+            if self.undone and self.db.in_transaction:
+                self.db.execute("ROLLBACK")
+            error = sqlite3.OperationalError("the disk is on fire")
+            error.sqlite_errorcode = self.code
+            raise error
+        return self.db.execute(sql, *values)
+
+    def __getattr__(self, name):
+        return getattr(self.db, name)
+
+
+def jobs_of_all_kinds(n, since):
+    """Each with whether what it does is there, asked of a reader."""
+    ghost, person, room_id = f"@_irc_g{n}:localhost", f"@p{n}:localhost", f"!new{n}:localhost"
+
+    def said(text):
+        return lambda reader: reader.one("SELECT 1 FROM events WHERE tick > ? AND instr(json, ?)", since, f'"{text} {n}"')
+
+    def account(tx):
+        tx.add_user(person, None, None, 5)
+        tx.add_session(person, "DEV", None, b"%d" % n, 5, None)
+        tx.put_device_keys(person, "DEV", "{}")
+
+    def new_room(tx):
+        room = tx.add_room(room_id, asbridge.ROOM_VERSIONS["11"])
+        for member in (ALICE, ghost):
+            tx.append(room, asbridge.Draft("m.room.member", member, {"membership": "join"}, member), 5)
+        tx.add_alias(f"#_irc_{n}:localhost", room, ALICE)
+
+    def refused_late(tx):
+        say(tx, body=f"never {n}")
+        tx.append(tx.room("!r:localhost"), asbridge.Draft("m.room.topic", ALICE, {"topic": f"never {n}"}, ""), 5)
+        raise MatrixError("M_FORBIDDEN", "no")
+
+    def acknowledge(tx):
+        box = tx.boxes.get("irc")
+        tx.acknowledge("irc", box.open.txn_id if box and box.open else 0)
+        say(tx, body=f"acknowledged {n}")
+
+    def receipt(tx):
+        event_id = say(tx, body=f"read {n}", sender=GHOST)
+        tx.add_receipt(tx.room("!r:localhost"), "m.read", ALICE, "", event_id, n)
+
+    def topic(tx):
+        tx.append(tx.room("!r:localhost"), asbridge.Draft("m.room.topic", ALICE, {"topic": f"{n}"}, ""), 5)
+    return [(lambda tx: say(tx, body=f"said {n}"), said("said")),
+            (account, lambda reader: reader.user(person) and reader.device_keys(person, "DEV")), (refused_late, said("never")),
+            (new_room, lambda reader: reader.room_row(room_id) and reader.memberships_of(ghost)), (acknowledge, said("acknowledged")),
+            (topic, lambda reader: f"{n}" in [event.content.get("topic") for event in reader.state_at(1)]),
+            (receipt, said("read"))]
+
+
+def check_caches(store):
+    """What the store remembers is what the database says."""
+    store.write(lambda tx: None)
+    tx = store._tx
+    with store.read() as reader:
+        assert (tx.boxes, tx.tick_now, store.position) == (reader.outboxes(), reader.position(), reader.position())
+        assert store.users == {id for (id,) in reader.all("SELECT user_id FROM users")}
+        assert store.sessions == {token: (user, device) for token, user, device in reader.all("SELECT * FROM sessions")}
+        for room in tx.rooms.values():
+            assert {key: one.tick for key, one in room.events.items()} == {
+                (type, key): tick for type, key, tick in reader.all("SELECT type, state_key, tick FROM state WHERE room = ?", room.n)}
+            assert room.joined == {*reader.members(room.n)} and room.room_id == reader.room_row(room.room_id).room_id
+            if room.audience:
+                fresh = asbridge.Audience(store.registrations, room.room_id, room.joined, reader.aliases_of(room.n))
+                assert room.audience.interested(ALICE, None).keys() == fresh.interested(ALICE, None).keys()
+
+
+@pytest.mark.parametrize("code, undone, lasting", [
+    (sqlite3.SQLITE_CORRUPT, False, False), (sqlite3.SQLITE_FULL, True, False), (sqlite3.SQLITE_IOERR, True, True), (sqlite3.SQLITE_READONLY, False, True)])
+def test_whichever_statement_of_a_batch_fails_what_is_answered_is_what_is_stored_and_remembered(open_store, code, undone, lasting):
+    store, failed = open_store(None, registration(url="http://127.0.0.1:1", receive_ephemeral=True)), []
+    make_room(store, GHOST)
+    real = store._tx.db
+    for n in itertools.count(1):
+        jobs = jobs_of_all_kinds(n, store.position)
+        store._tx.db = faulty = FailingAt(real, n + 3, code, undone, lasting)     # three are of the batch before
+        results = in_one_batch(store, *[job for job, _ in jobs])
+        store._tx.db = real
+        if not faulty.failed:
+            break
+        failed.append(faulty.failed.split(" ")[0])
+        with store.read() as reader:
+            done = [bool(there(reader)) for _, there in jobs]
+            receipts = {event_id for (event_id,) in reader.all("SELECT event_id FROM receipts")}
+        assert done == [not result.error for result in results], (n, faulty.failed, [result.error for result in results])
+        assert {result.error.status for result in results if result.error} <= {500, 403} and done.count(False) in ((1,) if not lasting else range(8))
+        kept = [list(data["content"]) for _, data in store._tx.ephemeral.get("irc", {}).values()]
+        assert {id for (id,) in kept} <= receipts
+        check_caches(store)
+    assert {"INSERT", "UPDATE", "DELETE", "SELECT", "SAVEPOINT", "RELEASE", "COMMIT", "BEGIN"} <= {*failed} and len(failed) > 40
+
+
+def test_on_a_full_disk_what_fits_is_stored_and_the_rest_of_the_batch_is_refused_wherever_it_became_full(open_store):
+    store, seen = open_store(), set()
+    make_room(store, GHOST)
+    for pages in range(12):
+        store._tx.db.execute(f"PRAGMA max_page_count = {store._tx.db.execute('PRAGMA page_count').fetchone()[0] + pages}")
+        large = [lambda tx, n=n: say(tx, body=f"{pages}.{n} " + "x" * 6000) for n in range(4)]
+        large[2:2] = [lambda tx: (say(tx, body="never"), tx.put_media(f"m{pages}", "", None, ALICE, 1, b"x" * 30_000))]       # in a savepoint
+        results = in_one_batch(store, *large)
+        store._tx.db.execute("PRAGMA max_page_count = 1000000")
+        with store.read() as reader:
+            stored = [reader.event(1, one.value) is not None for one in results if isinstance(one.value, str) and not one.error]
+            assert bool(reader.media(f"m{pages}")) == (not results[2].error)
+        assert all(stored) and {one.error.status for one in results if one.error} <= {500}
+        assert [text[:text.index(" ")] for text in texts_in(store) if text.startswith(f"{pages}.")] == [
+            f"{pages}.{n}" for n, one in zip((0, 1, None, 2, 3), results, strict=True) if n is not None and not one.error]
+        seen.add(len(stored))
+        check_caches(store)
+    assert len(seen) > 2 and {0, 4} <= seen
+
+
+def test_a_question_that_fails_is_answered_so_and_the_next_one_is_not(open_store, caplog):
+    store = open_store()
+    make_room(store)
+    for statement in ("SELECT", "COMMIT", "BEGIN"):
+        with store.read():
+            pass
+        store._readers.put(FaultyDb(store._readers.get(), statement, 1))
+        with refused("M_UNKNOWN", 500, "could not read"), store.read() as reader:
+            reader.room_row("!r:localhost")
+        assert texts_in(store) == [] and caplog.text.count("disk I/O error") == 1
+        caplog.clear()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="elsewhere what is open can't be moved")
+def test_nothing_is_stored_in_a_database_that_was_deleted_or_replaced_and_it_goes_on_when_it_is_back(open_store, tmp_path, caplog):
+    store, away = open_store("a.db"), tmp_path / "away"
+    make_room(store)
+    assert texts_in(store) == []
+    away.mkdir()
+    for other in (False, True):
+        for end in ("", "-wal", "-shm"):
+            os.rename(tmp_path / f"a.db{end}", away / f"a.db{end}")
+            if other:
+                (tmp_path / f"a.db{end}").touch()
+        with refused("M_UNKNOWN", 500):
+            store.write(say)
+        with store.read(), refused("M_UNKNOWN", 500), store.read():
+            pass                                             # another connection would see another database
+        assert "deleted, moved or replaced" in caplog.text and "Traceback" not in caplog.text
+        for end in ("", "-wal", "-shm"):
+            os.replace(away / f"a.db{end}", tmp_path / f"a.db{end}")
+    assert store.write(say) and texts_in(store) == ["hello"]
+
+
+@pytest.mark.parametrize("fails", ["SELECT token", "SELECT appservice FROM outbox", "UPDATE meta"])
+def test_a_store_that_can_not_be_opened_leaves_nothing_open(tmp_path, monkeypatch, fails):
+    opened, real = [], asbridge.open_sqlite
+    monkeypatch.setattr(asbridge, "open_sqlite", lambda *args, **more: opened.append(FaultyDb(real(*args, **more), fails, 1)) or opened[-1])
+    for path in (str(tmp_path / "a.db"), ":memory:"):
+        with pytest.raises((sqlite3.Error, asbridge.DatabaseError)):
+            asbridge.Store(path, "localhost", registrations_of(registration()), asbridge.Clock())
+        with pytest.raises(sqlite3.ProgrammingError, match="closed"):
+            opened[-1].db.execute("SELECT 1")
+    asbridge.hold_database(str(tmp_path / "a.db")).close()
 
 
 def test_where_another_process_has_locked_the_database_a_batch_waits_once_and_all_its_jobs_are_refused(open_store, tmp_path, monkeypatch):
@@ -4282,7 +4527,7 @@ def test_a_knock_is_answered_by_an_invitation(three, rule):
 def test_one_cannot_knock_at_a_room_that_does_not_take_it(three):
     with refused("M_FORBIDDEN", 403, "knock"):
         three[2].call("POST", path("knock", three[4]), {})
-    with refused("M_NOT_FOUND", 404):
+    with refused("M_FORBIDDEN", 403, "there is no room"):
         three[2].call("POST", path("knock", "!none:localhost"), {})
 
 
@@ -6170,6 +6415,10 @@ class ModelRoom:
     def membership(self, user):
         return self.content("m.room.member", user).get("membership", "leave")
 
+    def knows(self, user):
+        """Whether the user may know that there is such a room, other than by joining or knocking."""
+        return ("m.room.member", user) in self.state
+
     def members(self, membership="join"):
         return {user for type, user in self.state if type == "m.room.member" and self.membership(user) == membership}
 
@@ -6343,8 +6592,8 @@ class Model:
         entitled = needs and any(other and other.membership(user) == "join" for other in others)
         return {member for member in room.members() if room.may(member, "invite")} if entitled else set()
 
-    def _known(self, room_id, errcode="M_FORBIDDEN"):
-        allow(room_id in self.rooms, errcode)
+    def _known(self, room_id):
+        allow(room_id in self.rooms)
         return self.rooms[room_id]
 
     def _resolve(self, room_or_alias):
@@ -6352,7 +6601,7 @@ class Model:
             room = self.room_of(room_or_alias)
             allow(room, "M_NOT_FOUND")
             return room
-        return self._known(room_or_alias, "M_NOT_FOUND")
+        return self._known(room_or_alias)
 
     # creation
 
@@ -6415,7 +6664,7 @@ class Model:
 
     def unban(self, user, room_id, other, reason):
         room = self._known(room_id)
-        allow(user == other or room.membership(user) == "join")
+        allow(room.membership(user) == "join" or (user == other and room.knows(user)))
         allow(room.membership(other) == "ban", "M_BAD_STATE")
         self._member(room, user, other, "leave", reason)
 
@@ -6451,6 +6700,10 @@ class Model:
 
     def set_state(self, user, room_id, type, content, state_key=""):
         room, fact = self._known(room_id), Fact(type, user, content, state_key)
+        if (type, state_key) == ("m.room.member", user):
+            allow(room.knows(user) or content.get("membership") in ("join", "knock"))
+        else:
+            allow(room.membership(user) == "join")
         if type == "m.room.canonical_alias":
             old = room.content(type)
             for alias in [content.get("alias"), *content.get("alt_aliases", ())]:
@@ -6467,8 +6720,9 @@ class Model:
         room = self._known(room_id)
         allow(room.membership(user) == "join")
         target = next((fact for fact in room.history if fact.event_id == event_id), None)
-        allow(target, "M_NOT_FOUND")
-        allow(target.type != "m.room.create" and (target.sender == user or room.may(user, "redact")))
+        may = target and (target.sender == user or room.may(user, "redact"))
+        allow(target and (may or target in room.seen_by(user)), "M_NOT_FOUND")
+        allow(may and target.type != "m.room.create")
         fact = self._append(room, Fact("m.room.redaction", user, {"redacts": event_id, "reason": reason}))
         room.redact(target)
         return fact
@@ -6650,7 +6904,7 @@ class Follower:
         visible = [(fact.event_id, fact.content) for fact in room.seen_by(user) if self.hears(fact)]
         now = membership == "join" or room.visibility == "world_readable"
         upto = len(room.history) if now else room.left.get(user, -1) + 1
-        with contextlib.nullcontext() if visible or now or upto or (membership in ("invite", "knock") and not gone) else refused("M_FORBIDDEN", 403):
+        with contextlib.nullcontext() if visible or now or upto else refused("M_FORBIDDEN", 403):
             assert [(event["event_id"], event["content"]) for event in all_messages(self.client, room.room_id)] == visible
         one = self.rng.choice(room.history)
         with contextlib.nullcontext() if one in room.seen_by(user) else refused("M_NOT_FOUND", 404):
@@ -8550,6 +8804,53 @@ def test_the_log_says_whose_failure_it_was():
         assert asbridge.advice(told, failure).startswith(text)
 
 
+def no_threads_named(monkeypatch, prefix):
+    """Threads whose names begin so can't be started any more."""
+    real = threading.Thread.start
+
+    def start_thread(thread):
+        if thread.name.startswith(prefix):
+            raise RuntimeError("can't start new thread")
+        real(thread)
+    monkeypatch.setattr(threading.Thread, "start", start_thread)
+
+
+def test_what_could_not_be_pushed_for_want_of_a_thread_is_pushed_when_there_is_one(start, recorder, monkeypatch, caplog):
+    r = recorder()
+    with monkeypatch.context() as patch:
+        no_threads_named(patch, "push")
+        hs = start(registration(url=r.url, rooms=["!.*"]))
+        alice = hs.client("alice")
+        room = alice.create_room()
+        alice.say(room, "first")
+        assert hs.waiting()["irc"] > 1 and not r.transactions
+    alice.say(room, "second")
+    hs.settle()
+    assert r.texts() == ["first", "second"]
+    said = [record.getMessage() for record in caplog.records]
+    assert said == ["application service irc: nothing can be pushed: can't start new thread"]
+
+
+def test_what_is_asked_of_several_at_once_is_asked_one_after_the_other_where_there_is_no_thread(monkeypatch):
+    no_threads_named(monkeypatch, "")
+    assert asbridge.at_once(lambda n: n * n, [1, 2, 3]) == [1, 4, 9]
+
+
+def test_who_typed_stops_when_there_is_a_thread_for_it_again(start, monkeypatch):
+    hs = start()
+    alice = hs.client("alice")
+    room = alice.create_room()
+    with monkeypatch.context() as patch:
+        no_threads_named(patch, "typing")
+        alice.typing(room, timeout=1000)
+    bob = hs.client("bob")
+    alice.invite(room, bob.user_id)
+    bob.join(room)
+    bob.typing(room, timeout=30_000)
+    hs.advance(2)
+    eventually(lambda: hs.api.typing._rooms[1][1].keys() == {bob.user_id})
+
+
 def test_a_push_has_the_client_event_format_and_what_old_software_reads(start, recorder):
     r = recorder()
     hs = start(registration(url=r.url, rooms=["!.*"]))
@@ -9434,6 +9735,23 @@ def test_a_private_receipt_is_for_the_service_of_its_user_only(start, recorder):
     hs.settle()
     kinds = lambda r: [next(iter(data["content"][event_id])) for data in ephemeral_of(r)]  # noqa: E731
     assert kinds(other) == ["m.read"] and sorted(kinds(mine)) == ["m.read", "m.read.private"]
+
+
+def test_typing_is_stale_after_half_a_minute_though_the_clock_of_the_machine_goes_back(start, recorder, monkeypatch):
+    r = recorder()
+    r.answer = lambda request, body: (500, {"errcode": "M_UNKNOWN"})
+    hs = start(registration(url=r.url, rooms=["!.*"], receive_ephemeral=True))
+    alice = hs.client("alice")
+    room = alice.create_room()
+    eventually(lambda: r.transactions)
+    alice.typing(room, timeout=100_000)
+    monkeypatch.setattr(hs.clock, "now", lambda: int(time.time() * 1000) - 3_600_000)
+    hs.advance(60)
+    r.answer = lambda request, body: (200, {})
+    hs.advance(0)
+    hs.settle()
+    assert alice.say(room, "x") and hs.settle() is None
+    assert not [data for data in ephemeral_of(r) if data["type"] == "m.typing" and data["content"]["user_ids"]]
 
 
 def test_ephemeral_data_that_waits_is_the_latest_of_each_kind_and_stale_typing_is_dropped(start, recorder):
@@ -11883,6 +12201,10 @@ class Irc:
     def send(self, *lines):
         self.sock.sendall("".join(line + "\r\n" for line in lines).encode())
 
+    def __del__(self):
+        if hasattr(self, "sock"):                            # else nobody listened
+            self.sock.close()
+
     def wait(self, pattern, seconds=10.0):
         """The first line, old or new, that matches; it and what came before is used up."""
         deadline = time.monotonic() + seconds
@@ -12482,6 +12804,25 @@ def bridge(fake):
     it.start()
     yield it
     it.stop()
+
+
+@pytest.mark.parametrize("allowed", [0, 1])
+def test_an_irc_client_for_which_there_is_no_thread_is_closed_and_the_next_is_taken(bridge, monkeypatch, caplog, allowed):
+    left, real = [allowed], threading.Thread.start
+
+    def start_thread(thread):
+        if thread.name in ("irc to 127.0.0.1", "irc from 127.0.0.1"):
+            left[0] -= 1
+            if left[0] < 0:
+                raise RuntimeError("can't start new thread")
+        real(thread)
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", start_thread)
+        assert Irc(bridge).closed()
+        eventually(lambda: not bridge.clients)
+    assert Irc(bridge, "bob", "#lobby") and len(bridge.clients) == 1
+    assert [record.getMessage() for record in caplog.records if record.levelname == "ERROR"] == [
+        "irc: no more IRC clients can be taken: can't start new thread; there are 0"]
 
 
 def push(bridge, type, content, sender="@alice:test", room_id="!room:test", **other):
@@ -13335,7 +13676,7 @@ def configured(tmp_path, capsys, text):
 
 
 @pytest.mark.parametrize("key,value", [
-    ("server_name", ""), ("server_name", "a b"), ("server_name", 5), ("bind", 5), ("port", "8008"), ("port", 65536), ("port", -1), ("port", True), ("database", 5),
+    ("server_name", ""), ("server_name", "a b"), ("server_name", 5), ("bind", 5), ("port", "8008"), ("port", 65536), ("port", -1), ("port", True), ("database", 5), ("database", ""), ("database", "a\0b"),
     ("registrations", {}), ("open_registration", "yes"), ("open_registration", 1), ("public_url", 5), ("public_url", "foo"), ("public_url", "http://"),
     ("public_url", "https://x/?y"), ("admin_token", 5), ("admin_token", ""), ("admin_token", " "), ("admin_token", "gehe\u00edm"), ("admin_token", "a\nb"), ("max_event_bytes", 0), ("max_event_bytes", "1"),
     ("max_request_bytes", -1), ("max_upload_bytes", 1.5), ("retry_first_ms", 0), ("retry_max_ms", None), ("push_timeout_ms", "1"), ("query_timeout_ms", 0),
@@ -13705,6 +14046,36 @@ def test_sighup_reads_the_registrations_again(tmp_path):
         finally:
             process.terminate()
         assert process.wait(10) == 0
+
+
+def open_files():
+    """Of this process: how many of each, but for those of the tests."""
+    return sorted(os.readlink(f"/proc/self/fd/{n}").partition(":[")[0] for n in os.listdir("/proc/self/fd") if os.path.islink(f"/proc/self/fd/{n}"))
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="open files are looked up in /proc")
+@pytest.mark.parametrize("fails", ["port", "IRC port", "database", "disk", "thread of http", "thread of the writer"])
+def test_a_start_that_fails_half_way_leaves_no_thread_no_open_file_and_can_be_tried_again(tmp_path, monkeypatch, fails):
+    (tmp_path / "text").write_text("dear diary " * 100)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    (tmp_path / "tmp").mkdir()
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = {fails: taken.getsockname()[1]}
+        sample = {**asbridge.SAMPLE_REGISTRATION, "url": "http://127.0.0.1:0", "asbridge.sample": {"irc_port": port.get("IRC port", 0)}}
+        before, files = {*threading.enumerate()}, open_files()
+        with monkeypatch.context() as patch:
+            if fails.startswith("thread"):
+                no_threads_named(patch, fails.split()[-1])
+            if fails == "disk":
+                patch.setattr(asbridge.World, "add_senders", unittest.mock.Mock(side_effect=MatrixError("M_UNKNOWN", "full")))
+            hs = asbridge.Homeserver([sample], port=port.get("port", 0), database=str(tmp_path / "text") if fails == "database" else ":memory:")
+            with pytest.raises((OSError, asbridge.DatabaseError, MatrixError, RuntimeError)):
+                hs.start()
+        eventually(lambda: {*threading.enumerate()} <= before)
+        assert open_files() == files and os.listdir(tmp_path / "tmp") == []
+        hs.stop()                                            # is no error
+    if fails != "database":
+        hs.start().stop()
 
 
 def test_a_homeserver_that_was_stopped_starts_again(tmp_path):

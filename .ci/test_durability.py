@@ -206,6 +206,8 @@ class Sender(threading.Thread):
     def run(self):
         connection = None
         while not self.stopping:
+            if connection is not None and connection.port != self.where():
+                connection.close()
             port, number = self.where(), len(self.answered)
             if connection is None or connection.port != port:
                 connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
@@ -219,6 +221,7 @@ class Sender(threading.Thread):
                 answer = connection.getresponse()
                 body = json.loads(answer.read())
             except (OSError, http.client.HTTPException):
+                connection.close()
                 connection = None
                 time.sleep(0.005)
                 continue
@@ -230,6 +233,8 @@ class Sender(threading.Thread):
                 time.sleep(0.005)
             if self.pause:
                 time.sleep(self.pause)
+        if connection is not None:
+            connection.close()
 
     def stop(self):
         self.stopping = True
@@ -246,6 +251,10 @@ class Irc:
         self.wait(" 376 ")
         self.send(f"JOIN {channel}")
         self.wait(f" 366 {nick} {channel} ")
+
+    def __del__(self):
+        if hasattr(self, "socket"):
+            self.socket.close()
 
     def send(self, *lines):
         self.socket.sendall("".join(line + "\r\n" for line in lines).encode())
