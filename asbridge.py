@@ -309,11 +309,12 @@ def parse_json(data: bytes | str, what: str = "the body") -> Any:
 
 
 def why_not_json(data: bytes | str, error: Exception) -> str:
+    start = data[:4] if isinstance(data, bytes) else data[:4].encode("utf-8", "replace")
     if isinstance(error, RecursionError):
         return f"nested deeper than {MAX_DEPTH} levels"
-    if isinstance(data, bytes) and (data[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\0" in data[:4]):
+    if start.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in start:
         return "it is UTF-16 or UTF-32"
-    if data[:3] == b"\xef\xbb\xbf" or data[:1] == "\ufeff":
+    if start.startswith(b"\xef\xbb\xbf"):
         return "it begins with a byte order mark, which has no place there"
     return shorten(str(error), 200)
 
@@ -886,8 +887,7 @@ class HttpServer(http.server.ThreadingHTTPServer):
         if self._seldom():
             log.error("no more connections can be taken on port %d: %s; there are %d (ulimit -n and -u say what a process may have)",
                       self.port, why, len(self.connections))
-        self.close_longest_idle()
-        time.sleep(0.05)                                     # it is known again at once
+        time.sleep(0.001 if self.close_longest_idle() else 0.05)     # until its thread lets go of it; what waits is known again at once
 
     def close_longest_idle(self) -> bool:
         idle = [(c.idle_since, id(c), c) for c in list(self.connections) if c.idle_since is not None]

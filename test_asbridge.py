@@ -12043,12 +12043,12 @@ TAKEN = ["takes an empty transaction", "takes the same transaction again", "take
          "takes an event of an unknown type and shape", "takes an event of a room that it does not know", "takes ephemeral data",
          "takes ephemeral data, by its older name"]
 UNKNOWN = ["says 404 to an unknown path", "says 405 to a wrong method"]
-QUERIES = ["answers when asked for an unknown user", "answers when asked for an unknown alias"]
+UNKNOWN_ONES = ["answers when asked for an unknown user", "answers when asked for an unknown alias"]
 
 
 @pytest.mark.parametrize("fault,fails", [
     ("none", []), ("takes any token", REFUSALS), ("breaks", ["refuses broken JSON, and is not broken by it"]), ("answers no JSON", ["answers a ping", *TAKEN]),
-    ("answers with pages", [*UNKNOWN, *QUERIES]), ("says no errcode", REFUSALS), ("creates", []), ("reads the query only", ["takes the hs_token from the header alone"]),
+    ("answers with pages", [*UNKNOWN, *UNKNOWN_ONES]), ("says no errcode", REFUSALS), ("creates", []), ("reads the query only", ["takes the hs_token from the header alone"]),
     ("is strict", [TAKEN[3], TAKEN[4], TAKEN[6], TAKEN[7]]), ("knows the legacy paths only", ["answers a ping", "takes an empty transaction"])])
 def test_the_examiner_finds_each_fault_of_an_application_service_and_no_other(recorder, fault, fails):
     service = recorder()
@@ -12059,7 +12059,7 @@ def test_the_examiner_finds_each_fault_of_an_application_service_and_no_other(re
 
 
 def test_every_check_of_the_examiner_can_fail(recorder):
-    shown = {*REFUSALS, *TAKEN, *UNKNOWN, *QUERIES, "answers a ping", "refuses broken JSON, and is not broken by it", "listens at its url", "describes its protocols"}
+    shown = {*REFUSALS, *TAKEN, *UNKNOWN, *UNKNOWN_ONES, "answers a ping", "refuses broken JSON, and is not broken by it", "listens at its url", "describes its protocols"}
     assert {test for test, _, _ in asbridge.Examiner.CHECKS} == shown
 
 
@@ -12076,14 +12076,14 @@ def test_the_examiner_asks_for_unknown_users_and_aliases_only_if_told(recorder):
     service = recorder()
     service.answer = answering("creates")
     found = examined(service.url, queries=False)
-    assert [found[test].outcome for test in QUERIES] == ["skipped"] * 2 and "--queries" in found[QUERIES[0]].seen
+    assert [found[test].outcome for test in UNKNOWN_ONES] == ["skipped"] * 2 and "--queries" in found[UNKNOWN_ONES[0]].seen
     assert not [path for _, path, _, _, _ in service.requests if "/users/" in path or "/rooms/" in path]
     found = examined(service.url)
-    assert [found[test].outcome for test in QUERIES] == ["passed"] * 2
-    assert re.fullmatch(r"#_irc_asbridge-nobody-[0-9a-f]{8}:localhost: 200 \{\}: it says that it created it", found[QUERIES[1]].seen)
+    assert [found[test].outcome for test in UNKNOWN_ONES] == ["passed"] * 2
+    assert re.fullmatch(r"#_irc_asbridge-nobody-[0-9a-f]{8}:localhost: 200 \{\}: it says that it created it", found[UNKNOWN_ONES[1]].seen)
     found = examined(service.url, namespaces={"users": [{"regex": "@(?=x).*", "exclusive": True}]})
-    assert (found[QUERIES[0]].outcome, found[QUERIES[1]].outcome) == ("skipped", "skipped")
-    assert "no ID could be made up for '@(?=x).*'" in found[QUERIES[0]].seen and "claims no aliases" in found[QUERIES[1]].seen
+    assert (found[UNKNOWN_ONES[0]].outcome, found[UNKNOWN_ONES[1]].outcome) == ("skipped", "skipped")
+    assert "no ID could be made up for '@(?=x).*'" in found[UNKNOWN_ONES[0]].seen and "claims no aliases" in found[UNKNOWN_ONES[1]].seen
 
 
 @pytest.mark.parametrize("kind,regex", [

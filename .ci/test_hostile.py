@@ -948,15 +948,19 @@ def test_a_homeserver_that_stops_waits_for_no_service_that_it_asks(program):
 # IRC clients that misbehave
 # ============================================================================
 
-SAMPLE = {**asbridge.SAMPLE_REGISTRATION, "url": "http://127.0.0.1:0", "asbridge.sample": {"irc_port": 0}}
 HOSTILE = 200
 
 
-def irc(port, nick=None):
-    sock = socket.create_connection(("127.0.0.1", port), 10)
-    if nick:
-        sock.sendall(f"NICK {nick}\r\nUSER {nick} 0 * :{nick}\r\n".encode())
-    return sock
+@pytest.fixture
+def irc():
+    """Makes connections to an IRC server; they end with the test."""
+    with contextlib.ExitStack() as made:
+        def make(port, nick=None):
+            sock = made.enter_context(socket.create_connection(("127.0.0.1", port), 10))
+            if nick:
+                sock.sendall(f"NICK {nick}\r\nUSER {nick} 0 * :{nick}\r\n".encode())
+            return sock
+        yield make
 
 
 def until(sock, pattern, seconds=10.0):
@@ -986,7 +990,7 @@ NUISANCES = [
 
 
 @linux
-def test_two_hundred_hostile_irc_clients_cost_little_memory_and_do_not_keep_the_others_from_talking(program, say):
+def test_two_hundred_hostile_irc_clients_cost_little_memory_and_do_not_keep_the_others_from_talking(program, irc, say):
     running = program({"registrations": [SAMPLE], "database": ":memory:"})
     assert running.ready
     port = int(eventually(lambda: re.search(r"irssi -c 127.0.0.1 -p (\d+)", running.log.read_text()))[1])
@@ -1023,7 +1027,7 @@ def test_two_hundred_hostile_irc_clients_cost_little_memory_and_do_not_keep_the_
     until(bob, b"PONG irc.asbridge :after", 30)
 
 
-def test_of_ten_thousand_joins_fifty_are_taken_and_each_other_is_refused(monkeypatch):
+def test_of_ten_thousand_joins_fifty_are_taken_and_each_other_is_refused(irc, monkeypatch):
     monkeypatch.setattr(asbridge, "LINES_PER_SECOND", 100_000)
     with asbridge.Homeserver([SAMPLE]) as hs:
         bob = irc(hs.samples[0].irc_port, "bob")
@@ -1037,7 +1041,7 @@ def test_of_ten_thousand_joins_fifty_are_taken_and_each_other_is_refused(monkeyp
         assert len(hs.appservice("irc").joined_rooms()) == asbridge.MAX_CHANNELS
 
 
-def test_no_random_lines_make_the_irc_server_fail(monkeypatch, caplog, rng):
+def test_no_random_lines_make_the_irc_server_fail(irc, monkeypatch, caplog, rng):
     monkeypatch.setattr(asbridge, "LINES_PER_SECOND", 100_000)
     words = ["#a", "#A", "#b,#a", "bob", "EVE", "eve,bob,#a", "alice", "*", "0", ":", ",", "-1", "+b", "#" + "x" * 70,
              "\x01ACTION x\x01", "\0", "\xff", "\u2028", ":a b c", " ", "x" * 600]
@@ -1278,7 +1282,7 @@ def test_nothing_that_the_program_prints_has_a_secret_in_it_but_what_generate_is
 # Many at once
 # ============================================================================
 
-MANY = 50
+THREADS = 50
 
 
 def at_once(*fns):
@@ -1294,7 +1298,7 @@ def at_once(*fns):
 
 def many(fn):
     """fn(0), fn(1) … at once."""
-    return at_once(*[lambda n=n: fn(n) for n in range(MANY)])
+    return at_once(*[lambda n=n: fn(n) for n in range(THREADS)])
 
 
 def one_wins(answers, loser):
@@ -1339,7 +1343,7 @@ def pushed_ids(recorder):
 
 def test_of_many_who_register_one_name_one_gets_it(server):
     form, some = {"username": "carol", "auth": {"type": "m.login.dummy"}}, range(5)              # scrypt takes its time
-    forms = [form | ({"password": f"secret {n}"} if n in some else {}) for n in range(MANY)]
+    forms = [form | ({"password": f"secret {n}"} if n in some else {}) for n in range(THREADS)]
     answers = many(lambda n: asbridge.Client(server.url).call("POST", V3 + "/register", forms[n]))
     won = one_wins(answers, (400, "M_USER_IN_USE"))
     assert asbridge.Client(server.url, won["access_token"]).whoami()["device_id"] == won["device_id"]
@@ -1352,7 +1356,7 @@ def test_of_many_who_register_one_name_one_gets_it(server):
 
 def test_of_many_who_want_one_alias_one_gets_it_and_nothing_is_left_of_the_others(server):
     alice = person(server.url)
-    rooms = [alice.create_room() for _ in range(MANY)]
+    rooms = [alice.create_room() for _ in range(THREADS)]
     where = f"{V3}/directory/room/{urllib.parse.quote('#tea:localhost')}"
     answers = many(lambda n: again(alice).call("PUT", where, {"room_id": rooms[n]}))
     one_wins(answers, (409, "M_UNKNOWN"))
@@ -1366,7 +1370,7 @@ def test_of_many_who_want_one_alias_one_gets_it_and_nothing_is_left_of_the_other
 def test_one_who_joins_and_leaves_many_times_at_once_does_so_once(server, recorder):
     alice, bob = person(server.url), person(server.url, "bob")
     room = alice.create_room(preset="public_chat")
-    assert many(lambda n: again(bob).join(room)) == [room] * MANY
+    assert many(lambda n: again(bob).join(room)) == [room] * THREADS
     assert members(alice, room, bob.user_id) == ["join"]
     assert set(map(str, many(lambda n: again(bob).ask("POST", "rooms", room, "leave", body={})))) <= {"{}", "(403, 'M_FORBIDDEN')"}
     assert members(alice, room, bob.user_id) == ["join", "leave"]
@@ -1385,18 +1389,18 @@ def test_one_who_joins_and_leaves_many_times_at_once_does_so_once(server, record
 def test_many_who_join_at_once_are_all_there_once(server):
     alice = person(server.url)
     room = alice.create_room(preset="public_chat")
-    people = [person(server.url, f"p{n}") for n in range(MANY)]
+    people = [person(server.url, f"p{n}") for n in range(THREADS)]
     since = alice.sync()["next_batch"]
-    assert many(lambda n: people[n].join(room)) == [room] * MANY
-    assert len(alice.ask("GET", "rooms", room, "joined_members")["joined"]) == MANY + 1
+    assert many(lambda n: people[n].join(room)) == [room] * THREADS
+    assert len(alice.ask("GET", "rooms", room, "joined_members")["joined"]) == THREADS + 1
     entry = alice.sync(since)["rooms"]["join"][room]
-    assert entry["summary"]["m.joined_member_count"] == MANY + 1
+    assert entry["summary"]["m.joined_member_count"] == THREADS + 1
     assert all(members(alice, room, one.user_id) == ["join"] for one in people)
-    half = MANY // 2
+    half = THREADS // 2
     answers = at_once(*[lambda one=one: one.leave(room) for one in people[:half]],
                       *[lambda one=one: one.say(room, "here") for one in people[half:]])
     assert answers[:half] == [None] * half and sorted(answers[half:]) == sorted(messages(alice, room))
-    assert len(alice.ask("GET", "rooms", room, "joined_members")["joined"]) == MANY - half + 1
+    assert len(alice.ask("GET", "rooms", room, "joined_members")["joined"]) == THREADS - half + 1
 
 
 def test_what_comes_many_times_with_one_transaction_id_happens_once(server, recorder):
@@ -1410,8 +1414,8 @@ def test_what_comes_many_times_with_one_transaction_id_happens_once(server, reco
     assert len(set(many(lambda n: again(bot).say(other, f"n{n}", txn_id="t")))) == 1
     bob = person(server.url, "bob")
     device = bob.whoami()["device_id"]
-    bodies = [{"messages": {bob.user_id: {device: {"n": n}}}} for n in range(MANY)]
-    assert many(lambda n: again(alice).ask("PUT", "sendToDevice", "x", "t", body=bodies[n])) == [{}] * MANY
+    bodies = [{"messages": {bob.user_id: {device: {"n": n}}}} for n in range(THREADS)]
+    assert many(lambda n: again(alice).ask("PUT", "sendToDevice", "x", "t", body=bodies[n])) == [{}] * THREADS
     assert len(bob.sync()["to_device"]["events"]) == 1
     ids = eventually(lambda: [one for one in pushed_ids(recorder) if one == sent[0]])
     assert len(ids) == 1
@@ -1420,13 +1424,13 @@ def test_what_comes_many_times_with_one_transaction_id_happens_once(server, reco
 def test_each_key_goes_to_one_and_when_there_are_none_left_the_fallback_key_to_all(server):
     alice, bob = person(server.url), person(server.url, "bob")
     device = alice.whoami()["device_id"]
-    keys = {f"signed_curve25519:k{n}": {"key": f"{n}"} for n in range(MANY // 2)}
+    keys = {f"signed_curve25519:k{n}": {"key": f"{n}"} for n in range(THREADS // 2)}
     last = {"signed_curve25519:last": {"key": "last", "fallback": True}}
     alice.ask("POST", "keys", "upload", body={"one_time_keys": keys, "fallback_keys": last})
     wanted = {"one_time_keys": {alice.user_id: {device: "signed_curve25519"}}}
     answers = many(lambda n: again(bob).ask("POST", "keys", "claim", body=wanted))
     claimed = [id for one in answers for id in one["one_time_keys"][alice.user_id][device]]
-    assert sorted(claimed) == sorted([*keys, *[*last] * (MANY - len(keys))])
+    assert sorted(claimed) == sorted([*keys, *[*last] * (THREADS - len(keys))])
 
 
 def test_state_that_many_set_at_once_is_what_the_last_of_them_set(server):
@@ -1434,7 +1438,7 @@ def test_state_that_many_set_at_once_is_what_the_last_of_them_set(server):
     room = alice.create_room()
     levels = alice.state(room, "m.room.power_levels")
     answers = many(lambda n: again(alice).set_state(room, "m.room.power_levels", {**levels, "events_default": n + 1}))
-    assert len(set(answers)) == MANY
+    assert len(set(answers)) == THREADS
     timeline = [one for one in history(alice, room) if one["type"] == "m.room.power_levels"]
     assert {one["event_id"] for one in timeline[1:]} == set(answers)
     assert alice.state(room, "m.room.power_levels")["events_default"] == timeline[-1]["content"]["events_default"]
@@ -1469,12 +1473,12 @@ def test_a_session_that_ends_while_it_is_used_does_nothing_afterwards(server):
         user.token = user.call("POST", V3 + "/register", form)["access_token"]
         user.join(room)
         before = set(messages(admin, room))
-        answers = at_once(*[lambda user=user: again(user).say(room, "still here")] * MANY,
+        answers = at_once(*[lambda user=user: again(user).say(room, "still here")] * THREADS,
                           *[lambda user=user, end=end: end(again(user))] * 3)
-        said = [one for one in answers[:MANY] if isinstance(one, str)]
-        assert {one for one in answers[:MANY] if isinstance(one, tuple)} <= {(401, "M_UNKNOWN_TOKEN"), (403, "M_FORBIDDEN")}
+        said = [one for one in answers[:THREADS] if isinstance(one, str)]
+        assert {one for one in answers[:THREADS] if isinstance(one, tuple)} <= {(401, "M_UNKNOWN_TOKEN"), (403, "M_FORBIDDEN")}
         assert set(messages(admin, room)) - before == set(said), name
-        assert outcome(again(user).whoami)[1] == (401, "M_UNKNOWN_TOKEN"), answers[MANY:]
+        assert outcome(again(user).whoami)[1] == (401, "M_UNKNOWN_TOKEN"), answers[THREADS:]
         assert outcome(again(user).say, room, "again")[1] == (401, "M_UNKNOWN_TOKEN")
         assert set(messages(admin, room)) - before == set(said)
 
@@ -1483,14 +1487,14 @@ def test_small_things_that_many_change_at_once_are_all_kept(server):
     alice = person(server.url)
     me, device = alice.user_id, alice.whoami()["device_id"]
     filters = many(lambda n: again(alice).ask("POST", "user", me, "filter", body={"room": {"timeline": {"limit": n + 1}}})["filter_id"])
-    assert [alice.ask("GET", "user", me, "filter", one)["room"]["timeline"]["limit"] for one in filters] == list(range(1, MANY + 1))
-    bodies = [{"pattern": f"p{n}", "actions": ["notify"]} for n in range(MANY)]
+    assert [alice.ask("GET", "user", me, "filter", one)["room"]["timeline"]["limit"] for one in filters] == list(range(1, THREADS + 1))
+    bodies = [{"pattern": f"p{n}", "actions": ["notify"]} for n in range(THREADS)]
     rules = many(lambda n: again(alice).ask("PUT", "pushrules", "global", "content", f"r{n}", body=bodies[n]))
     told = alice.ask("GET", "pushrules")["global"]["content"]
-    assert rules == [{}] * MANY and {one["rule_id"] for one in told} >= {f"r{n}" for n in range(MANY)}
-    assert many(lambda n: again(alice).ask("PUT", "user", me, "account_data", f"org.example.{n}", body={"n": n})) == [{}] * MANY
-    assert all(alice.account_data(f"org.example.{n}") == {"n": n} for n in range(MANY))
-    assert many(lambda n: again(alice).ask("PUT", "devices", device, body={"display_name": f"n{n}"})) == [{}] * MANY
+    assert rules == [{}] * THREADS and {one["rule_id"] for one in told} >= {f"r{n}" for n in range(THREADS)}
+    assert many(lambda n: again(alice).ask("PUT", "user", me, "account_data", f"org.example.{n}", body={"n": n})) == [{}] * THREADS
+    assert all(alice.account_data(f"org.example.{n}") == {"n": n} for n in range(THREADS))
+    assert many(lambda n: again(alice).ask("PUT", "devices", device, body={"display_name": f"n{n}"})) == [{}] * THREADS
     mxc = alice.call("POST", "/_matrix/media/v1/create", {})["content_uri"]
     where = "/_matrix/media/v3/upload/" + mxc.removeprefix("mxc://")
     answers = many(lambda n: again(alice).call("PUT", where, {"n": n}))
@@ -1503,15 +1507,15 @@ def test_a_backup_that_many_write_at_once_has_the_keys_of_all_of_them(server):
     alice = person(server.url)
     backup = {"algorithm": "m.megolm_backup.v1.curve25519-aes-sha2", "auth_data": {}}
     versions = many(lambda n: again(alice).ask("POST", "room_keys", "version", body=backup)["version"])
-    assert len(set(versions)) == MANY
+    assert len(set(versions)) == THREADS
     current = alice.ask("GET", "room_keys", "version")["version"]
     assert current in versions and int(current) == max(map(int, versions))
     key = {"first_message_index": 1, "forwarded_count": 0, "is_verified": False, "session_data": {}}
     where = f"{V3}/room_keys/keys/{urllib.parse.quote('!r:localhost')}"
     answers = many(lambda n: again(alice).call("PUT", f"{where}/s{n}", key, version=current))
-    assert max(one["count"] for one in answers) == MANY and len({one["etag"] for one in answers}) == MANY
+    assert max(one["count"] for one in answers) == THREADS and len({one["etag"] for one in answers}) == THREADS
     now = alice.ask("GET", "room_keys", "version")
-    assert now["count"] == MANY and now["etag"] in {one["etag"] for one in answers}
+    assert now["count"] == THREADS and now["etag"] in {one["etag"] for one in answers}
     old = str(min(map(int, versions)))
     assert set(many(lambda n: again(alice).call("PUT", f"{where}/s{n}", key, version=old))) == {(403, "M_WRONG_ROOM_KEYS_VERSION")}
     answers = many(lambda n: again(alice).call("PUT", f"{where}/same", {**key, "first_message_index": n}, version=current))
