@@ -1207,42 +1207,60 @@ class Yaml:
     Anything else (anchors, tags, block scalars, several documents) is refused with its line number.
     """
 
-    KEY = re.compile(r"""("(?:[^"\\]|\\.)*"|'(?:[^']|'')*'|[A-Za-z0-9_.][^:#'"]*?)\s*:(?:\s+(.*))?$""")
-    ITEM = re.compile(r"-(?:\s+(.*))?$")
-    FLOW = re.compile(r"""\s*("(?:[^"\\]|\\.)*"|'(?:[^']|'')*'|[\[\]{},]|:(?=[\s,\]}]|$)|(?:[^\[\]{},:'"]|:(?=\S))+)\s*""")
+    QUOTED = r""""(?:[^"\\]|\\.)*"|'(?:[^']|'')*'"""
+    PLAIN_KEY = r"""[A-Za-z0-9_.](?:[^:#'"]*[^:#'" \t])?"""
+    QUOTES = re.compile(QUOTED)
+    KEY = re.compile(rf"({QUOTED}|{PLAIN_KEY})[ \t]*:(?:[ \t]+(.*))?$")
+    ITEM = re.compile(r"-(?:[ \t]+(.*))?$")
+    FLOW = re.compile(rf"[ \t]*({QUOTED}" r"""|[\[\]{},]|:(?=[ \t,\]}]|$)|(?:[^\[\]{},:'"]|:(?=[^ \t]))+)[ \t]*""")
+    STRANGE = re.compile(r"[^\t -~\xa0-\u2027\u202a-\ud7ff\ue000-\ufefe\uff00-\ufffd\U00010000-\U0010ffff]")
+    NO_START = re.compile(r"[,\]}#&*!|>%@`]|[-?:](?:[ \t]|$)")
     WORDS: dict[str, Any] = {"null": None, "~": None, "": None, "true": True, "false": False,
                              "True": True, "False": False, "Null": None, "TRUE": True, "FALSE": False, "NULL": None}
 
     def __init__(self, text: str) -> None:
         self.lines: list[tuple[int, int, str]] = []          # line number, indent, content
-        self.at = 0
-        for number, line in enumerate(text.lstrip("\ufeff").splitlines(), 1):
+        self.at, self.marked = 0, False                      # marked: a document has begun
+        for number, line in enumerate(re.split("\r\n|\r|\n", text.removeprefix("\ufeff")), 1):
             self._add_line(number, line)
 
     def _add_line(self, number: int, line: str) -> None:
-        if "\t" in line[:len(line) - len(line.lstrip())]:
+        if strange := self.STRANGE.search(line):
+            raise YamlError(f"line {number}: {strange[0]!r} can't stand in YAML")
+        if "\t" in line[:len(line) - len(line.lstrip(" \t"))]:
             raise YamlError(f"line {number}: a tab can't indent")
-        content = self._without_comment(line).rstrip()
+        content = self._without_comment(line).rstrip(" \t")
         if content in ("---", "...") or content.startswith(("%", "--- ")):
-            if self.lines or content != "---":
+            if self.lines or self.marked or content != "---":
                 raise YamlError(f"line {number}: only one document, without directives, is read")
-        elif content.strip():
-            self.lines.append((number, len(content) - len(content.lstrip()), content.strip()))
+            self.marked = True
+        elif content:
+            self.lines.append((number, len(content) - len(content.lstrip(" ")), content.lstrip(" ")))
 
-    @staticmethod
-    def _without_comment(line: str) -> str:
+    @classmethod
+    def _without_comment(cls, line: str) -> str:
         """A '#' after a space starts a comment, but not in a quoted text, which starts where a value can."""
-        quote, escaped = "", False
-        for at, char in enumerate(line):
-            before = line[at - 1] if at else " "
-            if quote:
-                ends = char == quote and not escaped
-                escaped = char == "\\" and quote == '"' and not escaped
-                quote = "" if ends else quote
-            elif char == "#" and before in " \t":
+        at, depth, fresh = 0, 0, True                        # fresh: here a value can start; depth: of brackets
+        while at < len(line):
+            char, before, after = line[at], line[at - 1:at], line[at + 1:at + 2]
+            if fresh and char in "'\"":
+                text = cls.QUOTES.match(line, at)
+                if not text:
+                    return line
+                at, fresh = text.end(), False
+                continue
+            if char == "#" and before in ("", " ", "\t"):
                 return line[:at]
-            elif char in "'\"" and before in " \t[{,'":
-                quote = char
+            at += 1
+            if char in "[{" and (fresh or depth):
+                depth, fresh = depth + 1, True
+            elif char in "]}" and depth:
+                depth, fresh = depth - 1, False
+            elif char in ",:-?":
+                fresh = depth > 0 if char == "," else (
+                    after in ("", " ", "\t") and (fresh or char == ":")) or (char == ":" and depth > 0 and before in "'\"")
+            elif char not in " \t":
+                fresh = False
         return line
 
     def read(self) -> Any:
@@ -1274,11 +1292,14 @@ class Yaml:
             match = self.KEY.match(self.lines[self.at][2])
             if not match:
                 break
-            key = str(self._scalar(match[1]) if match[1][0] in "'\"" else match[1])
+            key = self._key(match[1])
             if key in out:
                 raise self._error("stands here a second time")
             out[key] = self._value(match[2] or "", indent)
         return out
+
+    def _key(self, text: str) -> str:
+        return str(self._scalar(text)) if text[0] in "'\"" else text
 
     def _value(self, rest: str, indent: int) -> Any:
         """What belongs to a key: the rest of its line, or the block below (a list may stand at the key's own
@@ -1317,23 +1338,28 @@ class Yaml:
             return text[1:-1].replace("''", "'")
         if text[0] == '"':
             try:
-                return json.loads(re.sub(r"\\x([0-9a-fA-F]{2})", r"\\u00\1", text))
+                value = json.loads(re.sub(r"\\(?:x([0-9a-fA-F]{2})|.)", lambda one: rf"\u00{one[1]}" if one[1] else one[0], text))
+                value.encode("utf-8")                        # half a character is none
+                return value
             except ValueError:
                 raise self._error("is not a double-quoted text in one line") from None
-        if text[0] in "&*!|>%@`":
+        if self.NO_START.match(text):
             raise self._error(f"starts with {text[0]!r}, which this reader does not take; quote it or write "
                               "it plainly")
         return self._plain(text)
 
     def _plain(self, text: str) -> Any:
-        if re.search(r":\s|:$", text):
+        if re.search(r":[ \t]|:$", text):
             raise self._error("has a second ':' in the line; quote the value")
         if text in self.WORDS:
             return self.WORDS[text]
-        if re.fullmatch(r"[-+]?(0|[1-9][0-9]*)", text):
-            return int(text)
-        if re.fullmatch(r"[-+]?(?:[0-9]+\.[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?", text):
-            return float(text)
+        try:
+            if re.fullmatch(r"[-+]?(0|[1-9][0-9]*)", text):
+                return int(text)
+            if re.fullmatch(r"[-+]?(?:[0-9]+\.[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?", text):
+                return _finite(text)
+        except ValueError:
+            raise self._error("is too large a number") from None
         return text
 
     def _flow(self, text: str) -> Any:
@@ -1343,7 +1369,7 @@ class Yaml:
             match = self.FLOW.match(text, at)
             if not match or match.end() == at:
                 raise self._error("is not a list or mapping in one line")
-            tokens.append(match[1].strip())
+            tokens.append(match[1].rstrip(" \t"))
             at = match.end()
         tokens.reverse()
         value = self._flow_value(tokens)
@@ -1359,12 +1385,7 @@ class Yaml:
             return self._scalar(token)
         items: list[Any] = []
         while tokens and tokens[-1] != {"[": "]", "{": "}"}[token]:
-            item = self._flow_value(tokens)
-            if token == "{":
-                if not tokens or tokens.pop() != ":":
-                    raise self._error("has a key without a value")
-                item = (item, self._flow_value(tokens))
-            items.append(item)
+            items.append(self._flow_pair(tokens) if token == "{" else self._flow_value(tokens))
             if tokens and tokens[-1] == ",":
                 tokens.pop()
             elif not tokens or tokens[-1] not in "]}":
@@ -1375,6 +1396,14 @@ class Yaml:
         if token == "{" and len(dict(items)) < len(items):
             raise self._error("has a key twice")
         return dict(items) if token == "{" else items
+
+    def _flow_pair(self, tokens: list[str]) -> tuple[str, Any]:
+        key = tokens.pop()
+        if not re.fullmatch(f"{self.QUOTED}|{self.PLAIN_KEY}", key):
+            raise self._error("has a key that this reader does not take; quote it")
+        if not tokens or tokens.pop() != ":":
+            raise self._error("has a key without a value")
+        return self._key(key), self._flow_value(tokens)
 
 
 # -- Namespaces.
@@ -1973,9 +2002,10 @@ def is_base_url(url: str) -> bool:
 def parse_registration(text: str) -> Any:
     """The plain value of a registration file, JSON or YAML; ValueError says where it is neither."""
     try:
-        if text.lstrip("\ufeff \r\n\t").startswith("{"):
-            return json.loads(text.lstrip("\ufeff"))
-        return Yaml(text).read()
+        is_json = text.lstrip("\ufeff \r\n\t").startswith("{")
+        value = json.loads(text.lstrip("\ufeff")) if is_json else Yaml(text).read()
+        to_json(value).encode("utf-8")                       # neither NaN nor half a character
+        return value
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
 

@@ -1313,7 +1313,9 @@ def test_yaml_that_bridges_write_is_read(text):
     ("http://h:1/p?x=1#f", "http://h:1/p?x=1#f"), ("'it''s #1'", "it's #1"), ("it's", "it's"), ("it's # x", "it's"), ("say \"hi\"", "say \"hi\""), ("''", ""), ('""', ""),
     ('"\\\\d \\"q\\" \\x41\\u00e9 \\/ \\t"', "\\d \"q\" Aé / \t"), ("'\\d: # [a]'", "\\d: # [a]"), ("\\d+", "\\d+"), ("^@_?irc_([a-z0-9]+|x{1,3}):localhost$", "^@_?irc_([a-z0-9]+|x{1,3}):localhost$"),
     ("[]", []), ("{}", {}), ("[a, 'b, c', 5, [null]]", ["a", "b, c", 5, [None]]), ("{exclusive: true, regex: '@a:.*'}", {"exclusive": True, "regex": "@a:.*"}),
-    ("[{a: 1}, {b: http://h:1/}]", [{"a": 1}, {"b": "http://h:1/"}]), ("-", "-"), ("---", "---"), ("?a", "?a"), (".", "."), ("日本", "日本"), ("$x", "$x"), ("a\\", "a\\")])
+    ("[{a: 1}, {b: http://h:1/}]", [{"a": 1}, {"b": "http://h:1/"}]), ("---", "---"), ("-x", "-x"), (":x", ":x"), ("[a :b]", ["a :b"]), ("?a", "?a"), (".", "."), ("日本", "日本"), ("$x", "$x"), ("a\\", "a\\"),
+    ('"\\\\x41 \\\\u0041"', "\\x41 \\u0041"), ("don 't # x", "don 't"), ("a, 'b # c'", "a, 'b"), ("[a, 'b # c', d]", ["a", "b # c", "d"]), ('{"a":"b # c","d": [\'# e\']}', {"a": "b # c", "d": ["# e"]}),
+    ("\xa0a\xa0", "\xa0a\xa0"), ("a\u3000b", "a\u3000b"), ("{1: a, true: b, null: c}", {"1": "a", "true": "b", "null": "c"}), ("a:\xa0b", "a:\xa0b")])
 def test_scalars_of_yaml(text, value):
     assert asbridge.Yaml(f"key: {text}\nlast: 1\n").read() == {"key": value, "last": 1}
 
@@ -1330,7 +1332,10 @@ def test_blocks_of_yaml(text, value):
     ("a: 1\nb: &x 2\n", 2), ("a: *x\n", 1), ("a: !!bool 'true'\n", 1), ("a: 1\nb: |\n  text\n", 2), ("a: >-\n  text\n", 1), ("a: 1\n---\nb: 2\n", 2), ("%YAML 1.2\n---\na: 1\n", 1),
     ("a: 1\n...\n", 2), ("a: 1\nb: 2\na: 3\n", 3), ("a:\n\tb: 1\n", 2), ("a: b: c\n", 1), ("a: 1\nb: [1, 2\n", 2), ("a: {b: 1\n", 1), ("a: [1 2]]\n", 1), ("a: {b}\n", 1),
     ("a: 'open\n", 1), ("a: \"open\n", 1), ("a: 'b' c\n", 1), ('a: "\\q"\n', 1), ("a: plain\n  goes on\n", 2), ("a: 1\n  b: 2\n", 2), ("a:\n    b: 1\n  c: 2\n", 3),
-    ("a: 1\n\n# c\n- 2\n", 4), ("- 1\na: 2\n", 2), ("a: %x\n", 1), ("a: @x\n", 1), ("a: `x`\n", 1), ("a: [1,, 2]\n", 1), ("a: ]\nb: [}\n", 2)])
+    ("a: 1\n\n# c\n- 2\n", 4), ("- 1\na: 2\n", 2), ("a: %x\n", 1), ("a: @x\n", 1), ("a: `x`\n", 1), ("a: [1,, 2]\n", 1), ("b: [}\n", 1),
+    ("a: 1\nb: ]\n", 2), ("a: -\n", 1), ("a: - b\n", 1), ("? a\n", 1), ("a: ? b\n", 1), ("a: : b\n", 1), ("a: [- b]\n", 1), ("a: , b\n", 1), ("---\n---\na: 1\n", 2), ("a: {[b]: c}\n", 1),
+    ("a: {? b: c}\n", 1), ("a: {,}\n", 1), ("a: [\xa0]\nb: [,\n", 2), ("a: 1\n\xa0b: 2\n", 2), ("a: 1\nb: \x0b\n", 2), ("# \x1b[2J\na: 1\n", 1), ("a: 1\u2028b: 2\n", 1), ("a: x\x85\n", 1), ("a: x\ufeff\n", 1),
+    (f"a: {'9' * 5000}\n", 1), ("a: 1.0e999\n", 1), ("a: 1\nb: \"\\ud800\"\n", 2), ("a: ' # b\n", 1)])
 def test_yaml_that_is_not_read_is_refused_with_its_line_number(text, line):
     with pytest.raises(ValueError, match=rf"^line {line}: "):
         asbridge.parse_registration(text)
@@ -1365,6 +1370,21 @@ def test_a_line_full_of_quotes_is_read_in_no_time():
             asbridge.Yaml("a: " + "x'y" * quotes + ' "')
         return time.perf_counter() - began
     assert min(seconds(26) for _ in range(3)) < 40 * min(seconds(13) for _ in range(3))
+
+
+@pytest.mark.parametrize("text", ["a" + " " * 20_000 + "b: 1", "a: " + "x y " * 5000, "a: '" + "''" * 10_000, "a: [" + "b, " * 6000, "- " * 400 + "a", "a: " + "# " * 10_000,
+                                  'a: "' + "\\\\" * 10_000, "a: [" + "b " * 10_000, "a: 1\nb: 2\n" + "c: \n" * 5000], ids=range(9))
+def test_no_yaml_of_20_kb_takes_long_to_read(text):
+    began = time.process_time()
+    with contextlib.suppress(asbridge.YamlError):
+        asbridge.Yaml(text).read()
+    assert time.process_time() - began < 1
+
+
+@pytest.mark.parametrize("text", ['{"id": "\\ud800"}', '{"id": NaN}', '{"id": [Infinity]}', '{"\\udc00": 1}'])
+def test_what_no_json_can_hold_stands_in_no_registration(text):
+    with pytest.raises(ValueError):
+        asbridge.parse_registration(text)
 
 
 def test_an_apostrophe_in_a_comment_belongs_to_the_comment():
