@@ -1230,7 +1230,7 @@ class Yaml:
         if "\t" in line[:len(line) - len(line.lstrip(" \t"))]:
             raise YamlError(f"line {number}: a tab can't indent")
         content = self._without_comment(line).rstrip(" \t")
-        if content in ("---", "...") or content.startswith(("%", "--- ")):
+        if re.match(r"%|(?:---|\.\.\.)(?:[ \t]|$)", content):
             if self.lines or self.marked or content != "---":
                 raise YamlError(f"line {number}: only one document, without directives, is read")
             self.marked = True
