@@ -96,6 +96,7 @@ import tempfile
 import threading
 import time
 import urllib.parse
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from json.encoder import encode_basestring
@@ -1411,7 +1412,7 @@ class Yaml:
 POSIX_CLASSES = {
     "alnum": "a-zA-Z0-9", "alpha": "a-zA-Z",    "blank": r" \t",         "cntrl": r"\x00-\x1f\x7f",
     "digit": "0-9",       "graph": r"\x21-\x7e", "lower": "a-z",          "print": r"\x20-\x7e",
-    "space": r"\s",       "upper": "A-Z",       "xdigit": "0-9A-Fa-f",   "punct": r"!-/:-@\[-`{-~",
+    "space": r"\t-\r ",   "upper": "A-Z",       "xdigit": "0-9A-Fa-f",   "punct": r"!-/:-@\[-`{-~",
 }
 BRACKETS = re.compile(r"\\.|\[\^?\]?(?:\[:[a-z]+:\]|\\.|[^\]\\])*\]", re.S)
 
@@ -1426,7 +1427,10 @@ def compile_regex(regex: str) -> re.Pattern[str]:
     def one_bracket(match: re.Match[str]) -> str:
         return re.sub(r"\[:([a-z]+):\]", one_class, match[0]) if match[0][0] == "[" else match[0]
 
-    return re.compile(BRACKETS.sub(one_bracket, regex))
+    try:
+        return re.compile(BRACKETS.sub(one_bracket, regex))
+    except (ValueError, OverflowError, RecursionError) as error:      # flags that exclude each other, 10^20 repeats, brackets
+        raise re.error(str(error)) from None
 
 
 # -- What a regex can match. To be skipped at first reading.
@@ -1712,7 +1716,7 @@ def beginnings(regex: str) -> list[tuple[int, re.Pattern[str]]]:
     """Those of a regex that are regexes, the longest first, each with its length."""
     found = []
     for end in range(min(len(regex) - 1, MAX_ID_BYTES), 0, -1):
-        with contextlib.suppress(re.error, RecursionError, OverflowError):
+        with contextlib.suppress(re.error):
             found.append((end, compile_regex(regex[:end])))
     return found
 
@@ -1956,7 +1960,7 @@ class RegistrationReader:
                 self.wrong(f"{path}.regex", f"'{shorten(regex)}' can take for ever: {cost.reason}",
                            "let there be one way only to match a text: write [a-z_]* for ([a-z]*_*)*")
             return pattern
-        except (re.error, RecursionError, OverflowError) as error:
+        except re.error as error:
             self.wrong(f"{path}.regex", f"{shorten(regex)!r} is not a regex: {error}",
                        "write a POSIX extended regex")
             return None
@@ -13575,6 +13579,7 @@ def fill_standard_files() -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    warnings.filterwarnings("ignore", "Possible ", FutureWarning)     # Python's about regexes such as [[a]
     args = parse_args(sys.argv[1:] if arguments is None else arguments)
     args.config = getattr(args, "file", None) or args.config
     try:

@@ -1532,7 +1532,7 @@ def test_three_registrations_alike_are_two_findings_for_each_key():
 # -- Namespaces
 
 @pytest.mark.parametrize("regex, yes, no", [
-    ("[[:alnum:]]+", "aZ5", "_"), ("[[:alpha:]]", "aZ", "5_"), ("[[:digit:]]", "5", "a٥"), ("[[:upper:]]", "A", "a"), ("[[:lower:]]", "a", "A"), ("[[:space:]]", " \t\n", "a"),
+    ("[[:alnum:]]+", "aZ5", "_"), ("[[:alpha:]]", "aZ", "5_"), ("[[:digit:]]", "5", "a٥"), ("[[:upper:]]", "A", "a"), ("[[:lower:]]", "a", "A"), ("[[:space:]]", " \t\n\v\f\r", "a\x1c\x1f\x08\x0e"),
     ("[[:blank:]]", " \t", "\na"), ("[[:punct:]]", "!@[]\\^`{|}~-_./", "a5 "), ("[[:xdigit:]]", "0aF", "g"), ("[[:cntrl:]]", "\x00\x7f", "a"), ("[[:graph:]]", "a!", " \x7f"),
     ("[[:print:]]", "a ", "\x7f\n"), ("[^[:alnum:]]", "_-", "a5"), ("[[:alpha:]_.-]", "a_.-", "5"), ("[]a]", "]a", "b"), ("[^]a]", "b", "]a"), ("[a[:digit:]-]", "a5-", "b"),
     ("\\[[:alpha:]", "", "a"), ("[\\]x]", "]x", "\\"), ("[[:digit:][:upper:]]", "5A", "a")])
@@ -1541,7 +1541,8 @@ def test_posix_character_classes_are_translated(regex, yes, no):
     assert [one for one in yes if not pattern.match(one)] == [] and [one for one in no if pattern.match(one)] == []
 
 
-@pytest.mark.parametrize("regex", ["[[:foo:]]", "(", "[a", "a**", "\\"])
+@pytest.mark.parametrize("regex", ["[[:foo:]]", "(", "[a", "a**", "\\", "(?a)(?u)x", "a{99999999999999999999}", "(" * 2000 + ")" * 2000],
+                         ids=["class", "(", "[a", "a**", "backslash", "flags", "repeats", "brackets"])
 def test_what_is_no_regex_is_an_error(regex):
     with pytest.raises(re.error):
         asbridge.compile_regex(regex)
@@ -14276,6 +14277,12 @@ def test_check_prints_json(tmp_path, capsys):
     assert asbridge.main(["check", "--json", "--config", str(tmp_path / "c.json")]) == 1
     finding, = json.loads(capsys.readouterr().out)
     assert list(finding) == ["level", "where", "what", "why", "right"] and finding["level"] == "error" and finding["right"] == "write '@_irc_.*'"
+
+
+def test_python_does_not_wonder_about_a_regex_on_stderr(tmp_path, recwarn):
+    (tmp_path / "c.json").write_text(json.dumps(registration_for(["@irc_[[a].*"])))
+    asbridge.main(["check", "--config", str(tmp_path / "c.json")])
+    assert not recwarn.list
 
 
 def test_check_without_a_configuration_is_of_the_sample_whose_tokens_are_examples(capsys):
