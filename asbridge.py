@@ -1215,6 +1215,9 @@ class Yaml:
     ITEM = re.compile(r"-(?:[ \t]+(.*))?$")
     FLOW = re.compile(rf"[ \t]*({QUOTED}" r"""|[\[\]{},]|:(?=[ \t,\]}]|$)|(?:[^\[\]{},:'"]|:(?=[^ \t]))+)[ \t]*""")
     STRANGE = re.compile(r"[^\t -~\xa0-\u2027\u202a-\ud7ff\ue000-\ufefe\uff00-\ufffd\U00010000-\U0010ffff]")
+    ESCAPE = re.compile(r"\\(x[0-9a-fA-F]{2}|u[0-9a-fA-F]{4}|U[0-9a-fA-F]{8}|.)")
+    ESCAPES = {"0": "\0", "a": "\a", "b": "\b", "t": "\t", "\t": "\t", "n": "\n", "v": "\v", "f": "\f", "r": "\r", "e": "\x1b",
+               " ": " ", '"': '"', "/": "/", "\\": "\\", "N": "\x85", "_": "\xa0", "L": "\u2028", "P": "\u2029"}
     NO_START = re.compile(r"[,\]}#&*!|>%@`]|[-?:](?:[ \t]|$)")
     WORDS: dict[str, Any] = {"null": None, "~": None, "": None, "true": True, "false": False,
                              "True": True, "False": False, "Null": None, "TRUE": True, "FALSE": False, "NULL": None}
@@ -1338,12 +1341,13 @@ class Yaml:
                 raise self._error("has a quote that does not end in its line")
             return text[1:-1].replace("''", "'")
         if text[0] == '"':
-            try:
-                value = json.loads(re.sub(r"\\(?:x([0-9a-fA-F]{2})|.)", lambda one: rf"\u00{one[1]}" if one[1] else one[0], text))
-                value.encode("utf-8")                        # half a character is none
-                return value
-            except ValueError:
-                raise self._error("is not a double-quoted text in one line") from None
+            if not self.QUOTES.fullmatch(text):
+                raise self._error("is not a double-quoted text in one line")
+            try:                                             # JSON has pairs of surrogates; half a character is none
+                value = self.ESCAPE.sub(lambda one: self.ESCAPES.get(one[1]) or chr(int(one[1][1:], 16)), text[1:-1])
+                return value.encode("utf-16", "surrogatepass").decode("utf-16")
+            except (ValueError, OverflowError):
+                raise self._error("has a backslash that means nothing; write two, or quote with '") from None
         if self.NO_START.match(text):
             raise self._error(f"starts with {text[0]!r}, which this reader does not take; quote it or write "
                               "it plainly")
