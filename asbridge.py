@@ -10922,7 +10922,9 @@ class Client:
         with contextlib.suppress(MatrixError):
             told = parse_object(answer)
         errcode, error = told.pop("errcode", "M_UNKNOWN"), told.pop("error", answer[:200])
-        raise MatrixError(str(errcode), str(error), status, **told)
+        refused = MatrixError(str(errcode), str(error), status)
+        refused.extra = told
+        raise refused
 
     def ask(self, method: str, *segments: str, body: Any = None, **query: Any) -> JsonObject:
         """The JSON object that the client-server endpoint with this path answers."""
@@ -10937,7 +10939,8 @@ class Client:
     @property
     def user_id(self) -> str:
         if not self._own_id:
-            self._own_id = str(self.whoami()["user_id"])
+            told: Any = self.whoami()
+            self._own_id = field(told if isinstance(told, dict) else {}, "user_id", str)
         return self._own_id
 
     def whoami(self) -> JsonObject:
@@ -11306,7 +11309,8 @@ class AppService:
         path = f"/_matrix/client/v1/appservice/{urllib.parse.quote(self.id, safe='')}/ping"
         try:
             answer = self.client.call("POST", path, {"transaction_id": secrets.token_hex(8)})
-            log.info("%s: the homeserver reaches us, in %s ms", self.id, answer.get("duration_ms"))
+            ms = answer.get("duration_ms") if isinstance(answer, dict) else None
+            log.info("%s: the homeserver reaches us, in %s ms", self.id, shorten(ms))
         except (Unreachable, MatrixError) as error:
             if not self.stopping:
                 log.warning("%s: the homeserver does not reach us: %s", self.id, self._hint(error))
@@ -12339,7 +12343,8 @@ class IrcBridge(AppService):
                 if (error.status < 500 and error.status not in (401, 408, 429)) or failures >= MAX_FAILURES:
                     self._refused(job, error)
                     return True
-                seconds = max(seconds, (error.extra.get("retry_after_ms") or 0) / 1000)
+                wish = error.extra.get("retry_after_ms")
+                seconds = max(seconds, wish / 1000 if isinstance(wish, (int, float)) else 0)
             except Exception as error:
                 problem, failures = error, failures + 1
                 log.exception("%s: a job of the IRC bridge failed: %s", self.id, job["do"])

@@ -12753,6 +12753,33 @@ def test_a_client_raises_what_the_homeserver_answers(fake):
     assert caught.value.extra == {"retry_after_ms": 7}
 
 
+@pytest.mark.parametrize("told", [{"http_status": 200, "self": 1}, {"errcode": ["x"], "error": 5}, {"status": "x", "extra": {}, "body": 1}])
+def test_a_refusal_may_say_anything(fake, told):
+    refusal = asbridge.MatrixError("M_FORBIDDEN", "no")
+    refusal.body = lambda: told
+    fake.fail = lambda request: refusal
+    with pytest.raises(asbridge.MatrixError) as caught:
+        asbridge.Client(fake.url, "token").create_room()
+    assert caught.value.status == 403 and caught.value.extra == {key: value for key, value in told.items() if key not in ("errcode", "error")}
+
+
+def always(value):
+    """Something in a homeserver's place that gives the same answer to everything."""
+    return asbridge.HttpServer(("127.0.0.1", 0), lambda request: asbridge.json_response(200, value))
+
+
+@pytest.mark.parametrize("value", [5, None, [], {}, {"user_id": 5}])
+def test_an_application_service_goes_on_asking_what_only_claims_to_be_a_homeserver(caplog, value):
+    server, asked = always(value), []
+    server.start()
+    service = asbridge.AppService(bridge_registration(), f"http://127.0.0.1:{server.port}")
+    service.clock.wait = lambda lock, until: (asked.append(until), setattr(service, "stopping", len(asked) == 3))
+    service._hello()
+    service.stop()
+    server.stop()
+    assert len(asked) == 3 and not [record for record in caplog.records if record.exc_info]
+
+
 # -- 11. The words of IRC.
 
 
@@ -13311,6 +13338,17 @@ def test_what_is_no_state_event_sets_no_topic(bridge):
     bob.wait("TOPIC #lobby :tea")
     assert bridge.channels["#lobby"].topic == "tea"
     bob.never("spoofed")
+
+
+@pytest.mark.parametrize("wish", ["5", [1], {}, True, -5, None])
+def test_a_homeserver_that_wants_to_be_asked_later_but_does_not_say_when_is_asked_again(fake, bridge, wish):
+    bob = Irc(bridge, "bob", "#lobby")
+    channel_is_known(bridge)
+    left = [1]
+    fake.fail = lambda request: asbridge.MatrixError("M_LIMIT_EXCEEDED", "slower", retry_after_ms=wish) if "/send/" in request.path and left and left.pop() else None
+    bob.send("PRIVMSG #lobby :one")
+    eventually(lambda: not left)
+    eventually(lambda: bridge.clock.advance(1) or len(fake.paths("/send/")) == 2)
 
 
 def test_matrix_people_are_seen_on_irc(bridge):
