@@ -12602,7 +12602,7 @@ class IrcBridge(AppService):
                        body=f"{nick} is not on IRC and can't read this.", txn=f"away-{event['event_id']}")
 
     def _keep_said(self, event: JsonObject, nick: str) -> None:
-        at = time.gmtime(event.get("origin_server_ts", 0) / 1000)
+        at = time.gmtime(event.get("origin_server_ts", 0) // 1000 % 86_400)      # of its day only: it may be a day beyond any calendar
         self.said[event["event_id"]] = (nick, time.strftime("%H:%M:%S UTC", at))
         if len(self.said) > KEPT_SAID:
             del self.said[next(iter(self.said))]
@@ -12632,8 +12632,14 @@ class IrcBridge(AppService):
         """'bob: yes', as one answers on IRC."""
         text, user_id = strip_quote(text)
         nick, _ = self.said.get(str(to.get("event_id")) if isinstance(to, dict) else "", ("", ""))
-        nick = nick or (self.nick_of(user_id) if user_id else "")
+        nick = nick or self.quoted_nick(user_id)
         return f"{nick}: {text}" if nick else text
+
+    def quoted_nick(self, user_id: str) -> str:
+        """Of somebody whom the body of a message names: that may be anybody, or nobody at all, who then gets no nick."""
+        person = self.client_of(user_id) or self.matrix.get(user_id)
+        nick = person.nick if person else self.ghost_nick(user_id)
+        return nick if NICK.fullmatch(nick) else ""
 
     def _on_redaction(self, event: JsonObject, channel: Channel | None) -> None:
         """Says whose and which, but does not repeat what somebody wanted to be gone."""

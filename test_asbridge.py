@@ -13411,6 +13411,24 @@ def test_a_matrix_message_is_readable_on_irc(bridge, content, line):
     assert bob.wait("^:alice!alice@test ") == ":alice!alice@test " + line
 
 
+@pytest.mark.parametrize("quoted", ["@nobody:test", "@carol:elsewhere", "@_irc_=01ACTION:test", "@_irc_:test", "x"])
+def test_who_is_only_quoted_gets_no_nick(bridge, quoted):
+    bob = Irc(bridge, "bob", "#lobby")
+    channel_is_known(bridge)
+    content = {"msgtype": "m.text", "body": f"> <{quoted}> hi\n\nyes", "m.relates_to": {"m.in_reply_to": {"event_id": "$x"}}}
+    push(bridge, "m.room.message", content)
+    assert bob.wait("^:alice!alice@test ") == ":alice!alice@test PRIVMSG #lobby :yes"
+    assert set(bridge.people) == {"bob", "alice"} and bridge.sql("SELECT nick FROM irc_nicks") == [("alice",)]
+
+
+@pytest.mark.parametrize("ts", [0, -1, 2**53 - 1, 10**30])
+def test_a_message_of_any_time_reaches_irc(bridge, ts):
+    bob = Irc(bridge, "bob", "#lobby")
+    channel_is_known(bridge)
+    message(bridge, "hello", origin_server_ts=ts)
+    bob.wait("PRIVMSG #lobby :hello$")
+
+
 def test_a_redaction_and_a_reply_say_what_they_are_about(bridge):
     bob = Irc(bridge, "bob", "#lobby")
     channel_is_known(bridge)
