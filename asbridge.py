@@ -1185,7 +1185,7 @@ class Finding:
     level: str = "error"         # or "warning"
 
     def __str__(self) -> str:
-        return f"{self.where}: {self.what}" + (f"; {self.right}" if self.right else "")
+        return printable(f"{self.where}: {self.what}" + (f"; {self.right}" if self.right else ""))
 
 
 class ConfigError(Exception):
@@ -13350,7 +13350,7 @@ def report(findings: Sequence[Finding]) -> str:
         lines += ["    " + re.sub("^write ", "write: ", finding.right)] * bool(finding.right)
     counts = collections.Counter(finding.level for finding in findings)
     total = ", ".join(f"{count} {level}" + "s" * (count > 1) for level, count in sorted(counts.items()))
-    return "\n".join([*lines, total or "nothing to complain of"])
+    return "\n".join([*map(printable, lines), total or "nothing to complain of"])
 
 
 def describe(hs: Homeserver) -> None:

@@ -14335,6 +14335,14 @@ def test_check_prints_json(tmp_path, capsys):
     assert list(finding) == ["level", "where", "what", "why", "right"] and finding["level"] == "error" and finding["right"] == "write '@_irc_.*'"
 
 
+def test_what_is_wrong_is_said_in_lines_of_their_own_whatever_it_is(tmp_path, capsys):
+    (tmp_path / "c.json").write_text(json.dumps({"registrations": ["a\x1b[2J", "b\0", "c\nd"], "\x07": 1}))
+    for arguments in ([], ["check"]):
+        assert asbridge.main([*arguments, "--config", str(tmp_path / "c.json")]) > 0
+        told = "".join(capsys.readouterr())
+        assert all(line.isprintable() for line in told.splitlines()) and "a\\x1b[2J" in told and "c\\nd" in told
+
+
 def test_python_does_not_wonder_about_a_regex_on_stderr(tmp_path, recwarn):
     (tmp_path / "c.json").write_text(json.dumps(registration_for(["@irc_[[a].*"])))
     asbridge.main(["check", "--config", str(tmp_path / "c.json")])
