@@ -1418,7 +1418,8 @@ POSIX_CLASSES = {
     "digit": "0-9",       "graph": r"\x21-\x7e", "lower": "a-z",          "print": r"\x20-\x7e",
     "space": r"\t-\r ",   "upper": "A-Z",       "xdigit": "0-9A-Fa-f",   "punct": r"!-/:-@\[-`{-~",
 }
-BRACKETS = re.compile(r"\\.|\[\^?\]?(?:\[:[a-z]+:\]|\\.|[^\]\\])*\]", re.S)
+# One that is open at the end is matched, too, and refused later: to look for its end from each of its characters takes long.
+BRACKETS = re.compile(r"\\.|\[\^?\]?(?:\[:[a-z]+:\]|\\.|[^\]\\])*(?:\]|\\?\Z)", re.S)
 
 
 def compile_regex(regex: str) -> re.Pattern[str]:

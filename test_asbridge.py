@@ -1548,6 +1548,15 @@ def test_what_is_no_regex_is_an_error(regex):
         asbridge.compile_regex(regex)
 
 
+@pytest.mark.filterwarnings("ignore:Possible")
+@pytest.mark.parametrize("regex", ["[" * 20_000, "[[:a" * 10_000, "[[:a:" * 10_000, "[" * 20_000 + "\\"], ids=range(4))
+def test_a_bracket_that_does_not_end_is_refused_in_no_time(regex):
+    began = time.process_time()
+    with pytest.raises(re.error):
+        asbridge.compile_regex(regex)
+    assert time.process_time() - began < 1
+
+
 @pytest.mark.parametrize("regex, id, matches", [
     ("@_irc_.*", "@_irc_bob:localhost", True), ("@_irc_", "@_irc_bob:localhost", True), ("_irc_.*", "@_irc_bob:localhost", False), (".*_irc_", "@_irc_bob:localhost", True),
     ("^@_irc_.*", "@_irc_bob:localhost", True), ("@_irc_.*:localhost$", "@_irc_bob:localhost", True), ("@_irc_b$", "@_irc_bob:localhost", False), ("@_IRC_", "@_irc_bob:localhost", False),
