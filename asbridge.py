@@ -1125,6 +1125,18 @@ def at_once(fn: Callable[[S], T], items: Sequence[S]) -> list[T]:
     return [results[n] for n in range(len(items))]
 
 
+@contextlib.contextmanager
+def legible(path: str) -> Iterator[None]:
+    """What is read from a database at the start can be nonsense only in a damaged file. ':memory:' has none: that is a bug."""
+    try:
+        yield
+    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
+        if path == ":memory:":
+            raise
+        raise DatabaseError(f"{path} is damaged ({type(error).__name__}: {printable(str(error))}); "
+                            "put back a copy of it, or name another --database") from error
+
+
 def open_sqlite(path: str, durable: bool = True, read_only: bool = False, closed: bool = False) -> sqlite3.Connection:
     """A connection in autocommit mode on a write-ahead log: one writes while others read. DatabaseError if there is none.
 
@@ -4578,7 +4590,7 @@ def look_first(path: str, server_name: str) -> None:
             try:
                 check_ours(db, path, server_name)
             except sqlite3.OperationalError as error:
-                if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_READONLY:
+                if getattr(error, "sqlite_errorcode", 0) & 0xFF != sqlite3.SQLITE_READONLY:      # none: text that is no UTF-8
                     raise
 
 
@@ -12130,7 +12142,8 @@ class IrcBridge(AppService):
         self.bells.append(self.heard)
         self._listener: socket.socket | None = None
         self._sender = threading.Thread(target=self._send, name="irc to matrix", daemon=True)
-        self._load()
+        with legible(database):
+            self._load()
 
     def _load(self) -> None:
         for user_id, nick in self.sql("SELECT user_id, nick FROM irc_nicks"):
@@ -12792,7 +12805,8 @@ class Homeserver:
         self._server = HttpServer((config.bind, config.port), lambda request: self.api(request))
         config.public_url = config.public_url or self.url
         try:
-            self._open(config.registrations)
+            with legible(config.database):
+                self._open(config.registrations)
         except BaseException:
             self._server.server_close()
             raise
@@ -13234,7 +13248,7 @@ def explain_id(config: Config, id: str) -> JsonObject:
     told = Registrations(config.server_name, config.registrations).explain(id)
     if not os.path.exists(config.database):
         return explained(told, None)
-    with contextlib.closing(open_sqlite(config.database, read_only=True)) as db:
+    with legible(config.database), contextlib.closing(open_sqlite(config.database, read_only=True)) as db:
         return explained(told, Reader(db))
 
 
@@ -13533,7 +13547,7 @@ def run_samples(config: Config, homeserver: str, stop: Any) -> int:
             if one.sample is not None:
                 samples.append(IrcBridge(one, homeserver, beside(config.database, one.id)))
                 samples[-1].start()
-    except (OSError, sqlite3.Error) as error:
+    except (OSError, DatabaseError, sqlite3.Error) as error:
         print(why_not_started(error, config), file=sys.stderr)
         return 1
     try:

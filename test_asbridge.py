@@ -14184,6 +14184,40 @@ def test_an_embedded_homeserver_checks_its_keys_like_a_configuration():
         asbridge.Homeserver(server_nam="x")
 
 
+DAMAGES = {
+    "no server name": "DELETE FROM meta", "no position": "DELETE FROM meta WHERE key = 'position'", "position": "UPDATE meta SET value = 'x' WHERE key = 'position'",
+    "server name": "UPDATE meta SET value = CAST(x'c4' AS TEXT) WHERE key = 'server_name'",
+    "schema": "PRAGMA writable_schema = 1; UPDATE sqlite_master SET name = CAST(x'c4' AS TEXT) WHERE name = 'sessions'",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_database_is_refused_in_words(tmp_path, capsys, damage):
+    path, config = str(tmp_path / "a.db"), tmp_path / "c.json"
+    asbridge.Store(path, "localhost", asbridge.Registrations("localhost"), asbridge.Clock()).close()
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as db:
+        db.executescript(DAMAGES[damage])
+    with pytest.raises(asbridge.DatabaseError, match="is damaged|can't be used"):
+        asbridge.Homeserver(database=path, samples=False).start()
+    config.write_text(json.dumps({"database": "a.db"}))
+    assert asbridge.main(["explain", "@alice:localhost", "--config", str(config)]) in (0, 2)
+    assert "Traceback" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("damage", [None, "UPDATE irc_nicks SET nick = NULL", "UPDATE irc_nicks SET nick = x'ff'"])
+def test_a_damaged_database_of_a_bridge_alone_is_refused_in_words(tmp_path, capsys, damage):
+    config, path = tmp_path / "c.json", tmp_path / "hs-irc.db"
+    config.write_text(json.dumps({"database": "hs.db", "registrations": [
+        {**asbridge.SAMPLE_REGISTRATION, "url": "http://127.0.0.1:0", "asbridge.sample": {"irc_port": 0}}]}))
+    path.write_bytes(b"no database" * 100 if damage is None else b"")
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as db:
+        if damage:
+            db.executescript(asbridge.IrcBridge.SCHEMA + "INSERT INTO irc_nicks VALUES ('@a:b', 'a');" + damage)
+    args = asbridge.parse_args(["--role", "appservice", "--config", str(config)])
+    assert asbridge.run_samples(asbridge.config_of(args), "http://127.0.0.1:1", asbridge.bell()) == 1
+    assert re.search(r"hs-irc\.db (is damaged|can't be used)", capsys.readouterr().err)
+
+
 def test_a_database_in_a_folder_that_is_not_there_is_refused_with_its_name(tmp_path):
     with pytest.raises(asbridge.DatabaseError, match="nowhere"):
         asbridge.Homeserver(database=str(tmp_path / "nowhere" / "x.db")).start()
