@@ -1225,7 +1225,7 @@ class Yaml:
     QUOTES = re.compile(QUOTED)
     KEY = re.compile(rf"({QUOTED}|{PLAIN_KEY})[ \t]*:(?:[ \t]+(.*))?$")
     ITEM = re.compile(r"-(?:[ \t]+(.*))?$")
-    FLOW = re.compile(rf"[ \t]*({QUOTED}" r"""|[\[\]{},]|:(?=[ \t,\]}]|$)|(?:[^\[\]{},:'"]|:(?=[^ \t]))+)[ \t]*""")
+    FLOW = re.compile(rf"[ \t]*({QUOTED}" r"""|[\[\]{},]|:(?=[ \t,\]}'"]|$)|(?!['"])(?:[^\[\]{},:]|:(?=[^ \t,\]}]))+)[ \t]*""")
     STRANGE = re.compile(r"[^\t -~\xa0-\u2027\u202a-\ud7ff\ue000-\ufefe\uff00-\ufffd\U00010000-\U0010ffff]")
     ESCAPE = re.compile(r"\\(x[0-9a-fA-F]{2}|u[0-9a-fA-F]{4}|U[0-9a-fA-F]{8}|.)")
     ESCAPES = {"0": "\0", "a": "\a", "b": "\b", "t": "\t", "\t": "\t", "n": "\n", "v": "\v", "f": "\f", "r": "\r", "e": "\x1b",
@@ -1397,7 +1397,7 @@ class Yaml:
     def _flow_value(self, tokens: list[str]) -> Any:
         token = tokens.pop() if tokens else "]"
         if token not in "[{":
-            if token in "]},:":
+            if token in "]},:" or token[0] == "?":
                 raise self._error("is not a list or mapping in one line")
             return self._scalar(token)
         items: list[Any] = []
