@@ -434,6 +434,17 @@ def test_two_thousand_idle_connections_hinder_nobody(program, say, limit):
 
 
 # ============================================================================
+# JSON: every field of every endpoint with every wrong type
+# ============================================================================
+
+def test_no_value_of_any_wrong_type_in_a_body_makes_the_homeserver_fail_then_or_later():
+    with asbridge.Homeserver([test_asbridge.registration()]) as hs:
+        target = test_asbridge.Target(hs)
+        assert [(*row[:2], *what) for row in test_asbridge.BODIES
+                for what in test_asbridge.failing(target, *row[:3], person=row[3:], chosen=lambda mutations: mutations)] == []
+
+
+# ============================================================================
 # Regexes: random ones, and how long they really take
 # ============================================================================
 
