@@ -12929,6 +12929,11 @@ def test_a_command_is_answered_by_its_numeric(bridge, line, answer):
     assert bob.wait(r"^:irc.asbridge \d+ ").startswith(f":irc.asbridge {answer}")
 
 
+def test_no_line_waits_for_another_to_be_acknowledged(bridge):
+    Irc(bridge, "bob")
+    assert [client.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) for client in bridge.clients] == [1]
+
+
 def test_before_registration_commands_are_refused_by_451(bridge):
     bob = Irc(bridge)
     bob.send("JOIN #lobby")
