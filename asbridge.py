@@ -10934,7 +10934,7 @@ class Client:
         told: JsonObject = {}
         with contextlib.suppress(MatrixError):
             told = parse_object(answer)
-        errcode, error = told.pop("errcode", "M_UNKNOWN"), told.pop("error", answer[:200])
+        errcode, error = told.pop("errcode", "M_UNKNOWN"), told.pop("error", answer[:200].decode("utf-8", "replace"))
         refused = MatrixError(str(errcode), str(error), status)
         refused.extra = told
         raise refused
