@@ -13431,10 +13431,7 @@ def run(config: Config, args: argparse.Namespace) -> int:
         print(why_not_started(error, config), file=sys.stderr)
         return 1
     try:
-        if hasattr(signal, "SIGHUP"):
-            again = bell()
-            threading.Thread(target=reload_when_rung, args=(hs, again), name="reload", daemon=True).start()
-            signal.signal(signal.SIGHUP, lambda number, frame: release(again))
+        reload_on_sighup(hs)
         threading.Thread(target=describe, args=(hs,), name="describe", daemon=True).start()
         for line in suggestions(hs) if not args.quiet else ():
             log.info("try: %s", line) if args.log_format == "json" else complain(f"  try: {line}")
@@ -13527,11 +13524,17 @@ def reload(hs: Homeserver) -> None:
         log.error("the registrations can't be taken: %s", error)
 
 
-def reload_when_rung(hs: Homeserver, again: Any) -> None:
+def reload_on_sighup(hs: Homeserver) -> None:
     """One after the other, and once for signals that come together."""
-    while True:
-        again.acquire()
-        reload(hs)
+    again = bell()
+
+    def reload_when_rung() -> None:
+        while True:
+            again.acquire()
+            reload(hs)
+    if hasattr(signal, "SIGHUP"):
+        threading.Thread(target=reload_when_rung, name="reload", daemon=True).start()
+        signal.signal(signal.SIGHUP, lambda number, frame: release(again))
 
 
 def until_rung(stop: Any) -> None:
