@@ -195,8 +195,9 @@ def check_id(sigil: str, text: object, server_name: str | None = None) -> str:
     """`text`, if it is an ID with this sigil (and on this server, if one is named); else M_INVALID_PARAM."""
     form = f"{sigil}localpart:server"
     if not isinstance(text, str) or text[:1] != sigil or len(text.encode("utf-8", "replace")) > MAX_ID_BYTES:
-        raise MatrixError("M_INVALID_PARAM", f"{shorten(text)} is not of the form {form}, {MAX_ID_BYTES} "
-                          "bytes at most")
+        hint = "; in a URL a '#' is written %23" if text == "" else ""
+        raise MatrixError("M_INVALID_PARAM", f"{shorten(text) or 'nothing'} is not of the form {form}, {MAX_ID_BYTES} "
+                          f"bytes at most{hint}")
     if ("\0" in text) or (sigil in "@#" and not (localpart_of(text)
                                                  and SERVER_NAME.fullmatch(server_of(text)))):
         raise MatrixError("M_INVALID_PARAM", f"{shorten(text)} is not of the form {form}")
@@ -637,7 +638,8 @@ def parse_headers(text: str) -> Mapping[str, str]:
         name, colon, value = line.partition(":")
         if not colon or not TOKEN.fullmatch(name) or STRAY.search(value):
             known = re.match(r"[ \t]*[\w-]+(?=[ \t]*[:=])", line)      # the value may be a token
-            raise bad_request(f"{shorten(known[0]) + '…' if known else 'what stands there'!r} is not a header line 'Name: value'")
+            where = repr(shorten(known[0]) + "…") if known else "a folded line" if line[:1] in (" ", "\t") else "a line of the head"
+            raise bad_request(f"{where} is not a header line 'Name: value'")
         name, value = name.lower(), value.strip(" \t")
         headers[name] = f"{headers[name]}, {value}" if name in headers else value
     if not HOST.fullmatch(headers.get("host", "")):
@@ -757,7 +759,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
         """One line between chunks. With a CR or LF of its own in it another reader would see two."""
         while (end := self.buffer.find(b"\r\n")) < 0:
             if len(self.buffer) > 4096 or not self.receive(deadline):
-                raise bad_request("a chunk of the body does not start with its size")
+                raise bad_request("a line of a body in chunks is too long, or does not end")
         line, self.buffer = self.buffer[:end].decode("latin-1"), self.buffer[end + 2:]
         if STRAY.search(line):
             raise bad_request("a line of a body in chunks has a control character in it")
@@ -1957,7 +1959,8 @@ class RegistrationReader:
                 pattern = self._regex(entry, path)
                 exclusive = entry.get("exclusive") if isinstance(entry, dict) else None
                 if not isinstance(exclusive, bool):
-                    self.wrong(f"{path}.exclusive", "is missing or neither true nor false",
+                    self.wrong(f"{path}.exclusive",
+                           "is missing" if exclusive is None else f"is {quoted(exclusive)}, neither true nor false",
                                "write true to keep everybody else out, false to share")
                 elif pattern:
                     found.append(Namespace(kind, index, entry["regex"], exclusive, pattern))
@@ -1979,7 +1982,7 @@ class RegistrationReader:
             return pattern
         except re.error as error:
             self.wrong(f"{path}.regex", f"{shorten(regex)!r} is not a regex: {error}",
-                       "write a POSIX extended regex")
+                       "write one of Python's, or a POSIX extended one")
             return None
 
     def _uris(self) -> tuple[UriRule, ...]:
@@ -2135,8 +2138,9 @@ class Registrations:
         """Who claims an ID or maps a URI, and why: each namespace with what it decides (README, The inspector's API)."""
         kind = next((kind for kind, sigil in KINDS.items() if id[:1] == sigil), "uris" if is_uri(id) else None)
         if kind is None or (kind != "uris" and len(id) > MAX_ID_BYTES):
+            example = f"@{id}:{self.server_name} would be a user ID" if kind is None else f"{MAX_ID_BYTES} bytes at most"
             raise MatrixError("M_INVALID_PARAM", f"{shorten(id)!r} is no user ID (@…), alias (#…), room ID (!…) or URI (irc://…); "
-                              f"@{shorten(id)}:{self.server_name} would be a user ID")
+                              f"{shorten(example, 150)}")
         told: JsonObject = {"id": id, "kind": {"users": "user", "aliases": "alias", "rooms": "room", "uris": "uri"}[kind],
                             "appservices": [], "owner": None, "may_create": [], "query": [], "uris": [], "maps_to": None}
         if kind == "uris":
@@ -2423,7 +2427,8 @@ class NamespaceDoctor:
         return f"(?:{self.regex})" if "|" in self.regex else self.regex
 
     def with_server(self) -> str:
-        tries = (f"{self.grouped.removesuffix(':.*')}:{self.escaped}", re.sub(r":(?:\[\^:\]|\.)[*+]$", f":{self.escaped}", self.regex))
+        tries = (f"{self.grouped.removesuffix('$').removesuffix(':.*')}:{self.escaped}",
+                 re.sub(r":(?:\[\^:\]|\.)[*+]$", f":{self.escaped}", self.regex))
         return next(filter(self._works, tries), self.prefix)
 
     def stranger(self) -> str | None:
@@ -4337,7 +4342,7 @@ class Store:
             self.users = {user_id for (user_id,) in db.execute("SELECT user_id FROM users WHERE NOT deactivated")}
             self._tx = Tx(self, db)
             self.started_at = self.position = self._tx.tick_now          # the last tick that readers may see
-            self._file = os.stat(self._log)
+            self._files = self._look_at_files()
             self._thread.start()
             self._opened = undo.pop_all()                  # what close() undoes
 
@@ -4394,17 +4399,20 @@ class Store:
             self._readers.put(db)
 
     def _open_reader(self) -> sqlite3.Connection:
-        self._check_file()
+        self._check_files()
         return open_sqlite(self.path, read_only=True)
 
-    def _check_file(self) -> int:
-        """How long the write-ahead log is. DatabaseError if it is not the one that was opened: what is written into a deleted
-        file is gone with the process.
+    def _look_at_files(self) -> tuple[os.stat_result, os.stat_result]:
+        return os.stat(self.path), os.stat(self._log)
+
+    def _check_files(self) -> int:
+        """How long the write-ahead log is. DatabaseError if it or the database is not the one that was opened: what is written
+        into a deleted file is gone with the process.
         """
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-            found = os.stat(self._log)
-            if os.path.samestat(found, self._file):
-                return found.st_size
+            found = self._look_at_files()
+            if all(map(os.path.samestat, found, self._files)):
+                return found[1].st_size
         raise DatabaseError(f"{self.path} was deleted, moved or replaced while it was in use; stop asbridge before you touch it, and "
                             "put it back now to go on")
 
@@ -4455,7 +4463,7 @@ class Store:
         """Starts the write-ahead log anew when it has become long. SQLite does it by itself when nobody reads, a moment that
         never comes where readers overlap: so here nobody is let in until the last of them is done, or for LOG_SECONDS.
         """
-        size = self._check_file()
+        size = self._check_files()
         if size < self._log_limit:
             return
         self._log_limit = 2 * size                           # if somebody reads for longer: not again at once
@@ -4497,7 +4505,7 @@ class Store:
 
     def _commit(self, batch: list[_Job]) -> None:
         tx = self._tx
-        self._check_file()
+        self._check_files()
         tx.db.execute("BEGIN IMMEDIATE")
         if tx.stale:
             tx.forget()
@@ -4945,8 +4953,8 @@ class Accounts:
             if row:
                 return {key: value for key, value in (("displayname", row[2]), ("avatar_url", row[3]))
                         if value is not None}
-            if again or not self.world.ask("users", user_id, by, True):
-                break
+            if not again:
+                self.world.ask("users", user_id, by, True)   # and looks again in any case: it may have come meanwhile
         raise MatrixError("M_NOT_FOUND", f"there is no user {shorten(user_id)}")
 
     def set_profile(self, who: Who, user_id: str, key: str, value: str | None) -> None:
@@ -5083,7 +5091,8 @@ def view_of(reader: Reader, user_id: str, room_id: str) -> View:
 
 def not_in(user_id: str, room_id: str) -> MatrixError:
     """The same whether there is such a room or not, so that nobody finds out by asking."""
-    return forbidden(f"{user_id} is not in the room {shorten(room_id)}")
+    hint = "; that is an alias: GET /directory/room/{alias} says which room ID to write here" if room_id[:1] == "#" else ""
+    return forbidden(f"{user_id} is not in the room {shorten(room_id)}{hint}")
 
 
 def view_by(room: int, room_id: str, memberships: Sequence[tuple[int, str]], visibilities: Sequence[tuple[int, str]]) -> View | None:
@@ -5580,10 +5589,12 @@ class Rooms:
                 row = reader.alias(alias)
             if row:
                 return str(row[0])
-            if again or server_of(alias) != self.world.name or not self.world.ask("aliases", alias, by, True):
+            if again or server_of(alias) != self.world.name:
                 break
-            why = "; its application service was asked and said yes, but has not created it"
-        raise MatrixError("M_NOT_FOUND", f"there is no room alias {shorten(alias)}{why}")
+            if self.world.ask("aliases", alias, by, True):   # looks again in any case: it may have come meanwhile
+                why = "; its application service was asked and said yes, but has not created it"
+        elsewhere = "" if server_of(alias) == self.world.name else f"; this server, {self.world.name}, knows no other one"
+        raise MatrixError("M_NOT_FOUND", f"there is no room alias {shorten(alias)}{why}{elsewhere}")
 
     def add_alias(self, who: Who, alias: str, room_id: str) -> None:
         def job(tx: Tx) -> None:
@@ -9627,7 +9638,9 @@ def explain_summary(told: JsonObject) -> list[str]:
                 "that matches the whole of it and leads into its own namespace"]
     lines = [f"{one['id']}: {one['reason']}" + (", exclusively" if one["exclusive"] else "") for one in claims]
     if not claims:
-        lines.append(f"no application service has to do with {id}" + ("" if told["local"] else ": it is of another server"))
+        lines.append(f"no application service claims {id} itself; for each event in it, `why` looks at its members and aliases, too"
+                     if told["kind"] == "room" else
+                     f"no application service has to do with {id}" + ("" if told["local"] else ": it is of another server"))
     for one in told["appservices"]:
         lines += [line for namespace in one["namespaces"] for line in namespace_summary(one["id"], namespace, one["matches"])]
     if told["kind"] in ("user", "alias") and told["local"]:
@@ -13568,6 +13581,8 @@ def run_samples(config: Config, homeserver: str, stop: Any) -> int:
 
 
 def why_not_started(error: Exception, config: Config) -> str:
+    if isinstance(error, sqlite3.Error):
+        return (f"asbridge: {config.database} is damaged, or can't be used: {error}; put back a copy of it, or name another --database")
     if isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
         where = "--port 0 takes any free one"
         if f":{config.port} " not in str(error):

@@ -3155,8 +3155,8 @@ def test_nothing_is_stored_in_a_database_that_was_deleted_or_replaced_and_it_goe
     make_room(store)
     assert texts_in(store) == []
     away.mkdir()
-    for other in (False, True):
-        for end in ("", "-wal", "-shm"):
+    for ends, other in ((("", "-wal", "-shm"), False), (("", "-wal", "-shm"), True), ([""], False), ([""], True), (["-wal"], True)):
+        for end in ends:
             os.rename(tmp_path / f"a.db{end}", away / f"a.db{end}")
             if other:
                 (tmp_path / f"a.db{end}").touch()
@@ -3165,7 +3165,7 @@ def test_nothing_is_stored_in_a_database_that_was_deleted_or_replaced_and_it_goe
         with store.read(), refused("M_UNKNOWN", 500), store.read():
             pass                                             # another connection would see another database
         assert "deleted, moved or replaced" in caplog.text and "Traceback" not in caplog.text
-        for end in ("", "-wal", "-shm"):
+        for end in ends:
             os.replace(away / f"a.db{end}", tmp_path / f"a.db{end}")
     assert store.write(say) and texts_in(store) == ["hello"]
 
@@ -9537,6 +9537,16 @@ def test_an_unknown_ghost_is_asked_for_and_the_caller_waits_until_it_is_created(
 
 
 @pytest.mark.parametrize("verb", ["join", "resolve"])
+def test_what_comes_while_it_is_asked_for_is_found_whatever_the_service_answers(start, recorder):
+    r = recorder()
+    hs = start(registration(url=r.url))
+    create = creates_what_is_asked_for(hs)
+    r.answer = lambda request, body: (create(request, body), (404, {"errcode": "M_NOT_FOUND"}))[1]
+    alice = hs.client("alice")
+    assert alice.resolve("#_irc_x:localhost")[:1] == "!" and alice.profile("@_irc_bob:localhost")["displayname"] == "_irc_bob"
+    assert len(queries(r)) == 2
+
+
 def test_an_unknown_alias_is_asked_for_and_the_caller_waits_until_the_room_is_created(start, recorder, verb):
     r = recorder()
     hs = start(registration(url=r.url))
@@ -13120,6 +13130,7 @@ def test_of_too_many_recipients_the_rest_is_named_by_407_and_each_is_told_once(b
 def test_a_list_may_be_long_but_not_endless(bridge, monkeypatch):
     monkeypatch.setattr(asbridge, "MAX_LISTED", 3)
     bob = Irc(bridge, "bob", *[f"#{n}" for n in range(5)])
+    eventually(lambda: not bridge.sql("SELECT * FROM irc_spool"))     # and so who is in the room has been asked
     with bridge.lock:
         for n in range(5):
             bridge.channels["#0"].enter(bridge.person(f"@m{n}:test"))
