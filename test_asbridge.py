@@ -9536,7 +9536,6 @@ def test_an_unknown_ghost_is_asked_for_and_the_caller_waits_until_it_is_created(
         assert answer == {"displayname": "_irc_new"}
 
 
-@pytest.mark.parametrize("verb", ["join", "resolve"])
 def test_what_comes_while_it_is_asked_for_is_found_whatever_the_service_answers(start, recorder):
     r = recorder()
     hs = start(registration(url=r.url))
@@ -9547,6 +9546,7 @@ def test_what_comes_while_it_is_asked_for_is_found_whatever_the_service_answers(
     assert len(queries(r)) == 2
 
 
+@pytest.mark.parametrize("verb", ["join", "resolve"])
 def test_an_unknown_alias_is_asked_for_and_the_caller_waits_until_the_room_is_created(start, recorder, verb):
     r = recorder()
     hs = start(registration(url=r.url))
