@@ -1363,8 +1363,8 @@ class Yaml:
             except (ValueError, OverflowError):
                 raise self._error("has a backslash that means nothing; write two, or quote with '") from None
         if self.NO_START.match(text):
-            raise self._error(f"starts with {text[0]!r}, which this reader does not take; quote it or write "
-                              "it plainly")
+            raise self._error(f"starts with {text[0]!r}, which means something else in YAML, or nothing; quote "
+                              f"the whole: '{text}'")
         return self._plain(text)
 
     def _plain(self, text: str) -> Any:
@@ -2368,6 +2368,15 @@ class NamespaceDoctor:
         if DESERVES_A_LOOK.search(self.regex) and self.cost.verdict in ("heavy", "not analysable"):
             yield self.cost.verdict, {}
 
+    @functools.cached_property
+    def everybody(self) -> bool:
+        return all(self.pattern.match(f"{self.sigil}{name}:{self.server}") for name in ("alice", "x.7", "_-z", "0"))
+
+    def greedy(self) -> Iterator[tuple[str, JsonObject]]:
+        """Whether it leaves nothing to anybody else."""
+        if self.regex and self.everybody and self.namespace.exclusive and self.kind != "rooms":
+            yield "everybody", {}
+
     def examine(self) -> Iterator[tuple[str, JsonObject]]:
         if self.kind == "rooms" and self.namespace.exclusive:
             yield "exclusive rooms", {}
@@ -2375,12 +2384,10 @@ class NamespaceDoctor:
             return                                           # the reader has said so
         yield from self.slow()
         never = list(self.never())
-        everybody = all(self.pattern.match(f"{self.sigil}{name}:{self.server}") for name in ("alice", "x.7", "_-z", "0"))
+        yield from self.greedy()
         if not self.regex:
             yield "empty", {}
-        elif everybody and self.namespace.exclusive and self.kind != "rooms":
-            yield "everybody", {}
-        elif not everybody:
+        elif not self.everybody:
             yield from never or (*self._spelling(), *self._read_differently())
 
     def match(self, servers: str, regex: re.Pattern[str] | None = None, usual: bool = False) -> str | None:
@@ -2530,11 +2537,12 @@ class Doctor:
 
 
 def said_at_start(registration: Registration, server_name: str, thorough: bool) -> list[Finding]:
-    """Of the doctor's findings those that are said at the start: what can be slow and, which takes time to find out, what
-    makes the start useless without anybody noticing.
+    """Of the doctor's findings those that are said at the start: what can be slow, what keeps everybody out and, which takes
+    time to find out, what can never match.
     """
     doctors = [NamespaceDoctor(one, server_name) for kind in KINDS for one in registration.namespaces[kind]]
-    found = [finding for doctor in doctors for finding in doctor.findings((*doctor.slow(), *(doctor.never() if thorough else ())))]
+    found = [finding for doctor in doctors for finding in doctor.findings(
+        (*doctor.slow(), *doctor.greedy(), *(doctor.never() if thorough else ())))]
     return found + [finding for rule in registration.uris for finding in slow_uri(rule, f"uris.{rule.kind}")]
 
 
@@ -5775,8 +5783,8 @@ class RoomPlan:
         self.published = visibility == "public"
         self.preset = field(options, "preset", str, "public_chat" if self.published else "private_chat")
         if visibility not in ("public", "private") or self.preset not in PRESETS:
-            raise MatrixError("M_INVALID_PARAM", f"visibility must be public or private, preset one of "
-                              f"{', '.join(PRESETS)}")
+            raise MatrixError("M_INVALID_PARAM", f"visibility must be public or private, not {quoted(visibility)}; preset one of "
+                              f"{', '.join(PRESETS)}, not {quoted(self.preset)}")
         self.invite = [check_id("@", user_id, world.name) for user_id in field(options, "invite", list, [])]
         self.initial_state = field(options, "initial_state", list, [])
         if len(self.invite) + len(self.initial_state) > MAX_FIRST_EVENTS:
@@ -5784,9 +5792,9 @@ class RoomPlan:
                               "the others when the room is there")
         self.is_direct = field(options, "is_direct", bool, False)
         localpart = field(options, "room_alias_name", str, "")
+        if ":" in localpart or localpart[:1] == "#":
+            raise MatrixError("M_INVALID_PARAM", f"room_alias_name is what stands between '#' and ':' alone, not {quoted(localpart)}")
         self.alias = check_id("#", f"#{localpart}:{world.name}") if localpart else ""
-        if ":" in localpart:
-            raise MatrixError("M_INVALID_PARAM", "room_alias_name is the part between '#' and ':' alone")
         if self.alias:
             world.registrations.check_may_create("aliases", self.alias, who.appservice)
         check_canonical(options)
@@ -11202,6 +11210,8 @@ class AppService:
 
     def __init__(self, registration: Registration, homeserver_url: str, database: str = ":memory:",
                  clock: Clock | None = None) -> None:
+        if not is_base_url(homeserver_url):
+            raise ValueError(f"{homeserver_url!r} is no URL of a homeserver; write one such as http://localhost:8008")
         self.registration, self.homeserver_url = registration, homeserver_url
         self.id, self.clock = registration.id, clock or Clock()
         self._where = urllib.parse.urlsplit(registration.url or "")
@@ -13121,7 +13131,7 @@ class ConfigReader:
         good = any(is_a(value, one) for one in (type_ if isinstance(type_, tuple)
                                                 else (type_,))) and self._fits(key, value)
         if not good:
-            self.wrong(key, "is none" if SECRET_KEY.search(key) else f"is {quoted(value)}", f"write {right}")
+            self.wrong(key, "is none that can be used" if SECRET_KEY.search(key) else f"is {quoted(value)}", f"write {right}")
         return good
 
     @staticmethod
@@ -13424,7 +13434,9 @@ def suggestions(hs: Homeserver) -> list[str]:
     port = next((sample.irc_port for sample in hs.samples if isinstance(sample, IrcBridge)), None)
     register = """-d '{"username": "alice", "password": "wonderland", "auth": {"type": "m.login.dummy"}}'"""
     talk = r"(printf 'NICK bob\r\nUSER bob 0 * :Bob\r\nJOIN #lobby\r\nPRIVMSG #lobby :hello from IRC\r\n'; cat)"
-    inspector = [f"open {hs.url}/      # the inspector: it shows all that passes"]
+    closed = hs.config.admin_token is None and not is_loopback(hs.config.bind)
+    needs = "it needs an admin_token in the configuration" if closed else "it shows all that passes"
+    inspector = [f"open {hs.url}/      # the inspector: {needs}"]
     return inspector + ([f"irssi -c 127.0.0.1 -p {port} -n bob      # then: /join #lobby", f"{talk} | nc 127.0.0.1 {port}",
                          f"curl -s {hs.url}/_matrix/client/v3/register {register}"] if port else [])
 
