@@ -224,7 +224,7 @@ def printable(text: str) -> str:
 
 
 TOKEN_IN_URL = re.compile(r"""(token(?:=|%3D))[^\s&/"'<;\\]+""", re.I)
-SECRET_KEY = re.compile("token|password|secret|^pass$", re.I)    # keys whose values are not shown
+SECRET_KEY = re.compile("token|password|secret|^(pass|auth|identifier)$", re.I)      # keys whose values are not shown
 
 
 def cut_path(path: str) -> str:
@@ -318,7 +318,7 @@ def why_not_json(data: bytes | str, error: Exception) -> str:
         return "it is UTF-16 or UTF-32"
     if start.startswith(b"\xef\xbb\xbf"):
         return "it begins with a byte order mark, which has no place there"
-    return shorten(str(error), 200)
+    return "a number has too many digits" if "set_int_max_str_digits" in str(error) else shorten(str(error), 200)
 
 
 def parse_object(data: bytes | str, what: str = "the body") -> JsonObject:
@@ -492,11 +492,12 @@ class Response:
     content_type: str = "application/json"
     headers: bytes = b""
 
-    def render(self, head_only: bool = False, close: bool = False) -> bytes:
+    def render(self, head_only: bool = False, connection: str = "") -> bytes:
+        """`connection`: the header's value, if it says something else than what is understood."""
         reason = REASONS.get(self.status, b"Unknown")
         return b"HTTP/1.1 %d %b\r\nContent-Type: %b\r\nContent-Length: %d\r\n%b%b\r\n%b" % (
             self.status, reason, self.content_type.encode("latin-1", "replace"), len(self.body), self.headers,
-            b"Connection: close\r\n" if close else b"", b"" if head_only else self.body)
+            b"Connection: %b\r\n" % connection.encode() if connection else b"", b"" if head_only else self.body)
 
 
 REASONS = {status.value: status.phrase.encode() for status in http.HTTPStatus}
@@ -538,7 +539,7 @@ class Request:
             return absolute[2] if absolute[2][:1] == "/" else "/" + absolute[2]
         if target == "*" and self.method == "OPTIONS":
             return target
-        raise bad_request(f"the target of a request is a path that begins with /, not {shorten(target)!r}")
+        raise bad_request(f"the target of a request is a path that begins with /, not {shorten(cut_path(target))!r}")
 
     def _length(self) -> int:
         """Bytes of body that are still to be read; -1: chunked, not known."""
@@ -677,7 +678,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
                 self.idle_since = time.monotonic()
         except MatrixError as error:
             with contextlib.suppress(OSError):
-                self.send(json_response(error.status, error.body()).render(head is not None and head[:5] == b"HEAD ", close=True))
+                self.send(json_response(error.status, error.body()).render(head is not None and head[:5] == b"HEAD ", "close"))
                 self.linger()
         except OSError:
             pass                                             # the client went away
@@ -689,7 +690,8 @@ class Connection(http.server.BaseHTTPRequestHandler):
         response = self.server.app(request)
         read = request.finish()
         keep = read and request.keep_alive and not self.server.stopping
-        data = response.render(request.method == "HEAD", close=not keep)
+        connection = "close" if not keep else "keep-alive" if request.version == "HTTP/1.0" else ""
+        data = response.render(request.method == "HEAD", connection)
         del response                                         # a slow reader is to hold it once only
         self.send(data)
         if not read:
@@ -852,7 +854,8 @@ class HttpServer(http.server.ThreadingHTTPServer):
         super().__init__(address, Connection)
 
     def server_bind(self) -> None:
-        with naming(self.server_address):
+        host, port = self.server_address[:2]
+        with failing(f"{host!s}:{port} can't be listened at"):
             socketserver.TCPServer.server_bind(self)         # without http.server's reverse look-up
         self.server_name, self.server_port = self.server_address[:2]  # type: ignore[assignment]
 
@@ -932,12 +935,12 @@ def most_handles() -> int:
 
 
 @contextlib.contextmanager
-def naming(address: Any) -> Iterator[None]:
-    """An OSError that says which address could not be listened at."""
+def failing(what: str) -> Iterator[None]:
+    """An OSError says of what it is."""
     try:
         yield
     except OSError as error:
-        raise OSError(error.errno, f"{address[0]}:{address[1]} can't be listened at: {error.strerror}") from None
+        raise OSError(error.errno, f"{what}: {error.strerror}") from None
 
 
 def time_limit(sock: socket.socket, seconds: float) -> None:
@@ -1930,9 +1933,9 @@ class RegistrationReader:
         if isinstance(url, str):
             if not is_base_url(url):
                 self.wrong("url", f"is {quoted(url)}", f"write {REGISTRATION_KEYS['url'][2]}")
-        if isinstance(sender, str) and (sender[:1] == "@" or not HISTORICAL_LOCALPART.fullmatch(sender)):
+        if isinstance(sender, str) and (sender[:1] == "@" or not HISTORICAL_LOCALPART.fullmatch(sender) or len(sender) > 200):
             self.wrong("sender_localpart", f"is {quoted(sender)}",
-                       f"write {REGISTRATION_KEYS['sender_localpart'][2]}")
+                       f"write {REGISTRATION_KEYS['sender_localpart'][2]}; 200 characters at most")
         for key in ("id", "as_token", "hs_token"):
             if self.data.get(key) == "":
                 self.wrong(key, "is empty", f"write {REGISTRATION_KEYS[key][2]}")
@@ -2583,6 +2586,7 @@ KEPT_BY_REDACTION = {
 
 ALL_POWER = 2**53                # of a creator in room version 12: above every level that can be given
 JOIN_RULES = ("public", "invite", "knock", "restricted", "knock_restricted")
+OPEN_RULES = ("public", "knock", "knock_restricted")         # anybody may know that there is such a room
 LEVELS = ("users_default", "events_default", "state_default", "ban", "redact", "kick", "invite")
 STRIPPED_STATE = ("m.room.create", "m.room.name", "m.room.avatar", "m.room.topic", "m.room.join_rules",
                   "m.room.canonical_alias", "m.room.encryption")     # what an invited user is shown
@@ -4650,6 +4654,7 @@ UNUSED_MEDIA_MS = DAY_MS         # how long a URI waits for its content
 OPENID_SECONDS = 3600            # how long an OpenID token is good
 MAX_SPACE_DEPTH = 10             # levels of rooms below a space in one answer
 MAX_RELATION_DEPTH = 3           # for /relations with recurse, and from an event up to its thread
+MAX_PAGE_BYTES = 4_194_304       # of events, after which a page of /messages ends
 MAX_PAGE = 1000                  # events in one answer
 OFFLINE_SECONDS = 30.0           # after the last /sync has ended
 UNAVAILABLE_SECONDS = 300.0      # without doing anything: from online to unavailable
@@ -4664,7 +4669,12 @@ MAX_TALLIES = 5000               # counts that are kept in memory, each of one u
 MAX_RULES_BYTES = 65_536         # of all push rules of a user
 MAX_LOOKS = 5 * 10**9            # bytes of a user's own rules times bytes of events that are held against them in one go
 MAX_PATTERN = 255                # characters that a push rule looks for
-MAX_NAMES = 5000                 # types, senders or rooms in one list of a filter
+MAX_NAMES, MAX_GLOBS = 5000, 50  # types, senders or rooms in one list of a filter; those of them with a '*'
+MAX_PROFILE = {"displayname": 256, "avatar_url": 1000}       # characters
+MAX_STATUS = 1000                # characters of a status message
+MAX_TAGS_BYTES = 65_536          # of all tags of a room
+MAX_SIGNATURES = 50              # of one user on one key
+MAX_UPLOADS = 4                  # of one user at the same time
 SCRYPT = {"n": 16_384, "r": 8, "p": 1}   # 16 MiB and 50 ms for a password:
 PASSWORDS = threading.Semaphore(2)       # two at a time
 
@@ -4734,6 +4744,20 @@ class World:
                 if not tx.user(user_id):
                     tx.add_user(user_id, None, registration.id, self.clock.now())
         self.store.write(job)
+
+
+def check_length(what: str, text: str | None, most: int) -> None:
+    """Of what others are shown, and can't help it."""
+    if text and len(text) > most:
+        raise MatrixError("M_INVALID_PARAM", f"{what} may have {most} characters at most, not {len(text)}")
+
+
+def is_allowed(room: RoomState, draft: Draft) -> bool:
+    try:
+        authorise(room, draft)
+        return True
+    except MatrixError:
+        return False
 
 
 def digest(token: str) -> bytes:
@@ -4931,7 +4955,7 @@ class Accounts:
 
     def delete_devices(self, who: Who, device_ids: Sequence[str]) -> None:
         def job(tx: Tx) -> None:
-            for device_id in device_ids:
+            for device_id in {*device_ids} & {row[0] for row in tx.devices(who.user_id)}:
                 tx.delete_device(who.user_id, device_id)
         self.store.write(job, who.token)
 
@@ -4969,6 +4993,7 @@ class Accounts:
         """Changes the profile and with it the member events of the rooms that the user is in."""
         if who.user_id != user_id:
             raise forbidden(f"{who.user_id} can't change the profile of {shorten(user_id)}")
+        check_length(key, value, MAX_PROFILE[key])
 
         def job(tx: Tx) -> None:
             tx.set_profile(user_id, key, value)
@@ -4976,10 +5001,8 @@ class Accounts:
                 before = room.content("m.room.member", user_id)
                 content = {k: v for k, v in {**before, key: value}.items() if v is not None}
                 draft = Draft("m.room.member", user_id, content, user_id)
-                with contextlib.suppress(MatrixError):       # where the rules let nobody join any more, the old name stays
-                    authorise(room, draft)
-                    if content != before:
-                        tx.append(room, draft, self.world.clock.now())
+                if content != before and is_allowed(room, draft):   # where the rules let nobody join any more, the old name stays
+                    tx.append(room, draft, self.world.clock.now())
         self.store.write(job, who.token)
 
     def search(self, who: Who, term: str, limit: int) -> JsonObject:
@@ -5020,7 +5043,10 @@ class Accounts:
             tags["tags"].pop(tag, None)
             if content is not None:
                 tags["tags"][tag] = content
-            tx.set_account_data(who.user_id, room_id, "m.tag", to_json(tags))
+            text = to_json(tags)
+            if content is not None and len(text) > MAX_TAGS_BYTES:
+                raise MatrixError("M_TOO_LARGE", f"all tags of a room may have {MAX_TAGS_BYTES} bytes at most")
+            tx.set_account_data(who.user_id, room_id, "m.tag", text)
         self.store.write(job, who.token)
 
     def add_filter(self, who: Who, content: JsonObject) -> str:
@@ -5280,7 +5306,8 @@ class Rooms:
                 raise forbidden("")
             return come(tx, room)
         except MatrixError as error:
-            if error.errcode in ("M_FORBIDDEN", "M_BAD_JSON") and not (room and room.knows(who.user_id)):
+            known = room and (room.knows(who.user_id) or room.join_rule in OPEN_RULES)
+            if error.errcode in ("M_FORBIDDEN", "M_BAD_JSON") and not known:
                 raise forbidden(f"there is no room {shorten(room_id)} that {who.user_id} may join or knock at uninvited") from None
             raise
 
@@ -5525,6 +5552,8 @@ class Rooms:
             filter = filter.in_room(room_id)._replace(ignored=reader.ignored(who.user_id))
             events, _ = view.page(lambda *window: reader.events(view.room, window[0], window[1], window[2], window[3], filter),
                                   start, stop, backwards, min(limit, MAX_PAGE))
+            sizes = itertools.accumulate(len(event.json) for event in events)
+            events = events[:1 + sum(size < MAX_PAGE_BYTES for size in sizes)]
             members = [reader.state_event(view.room, "m.room.member", sender, view.state_upto)
                        for sender in sorted({event.sender for event in events} if lazy else ())]
             chunk = self.bundle(who, reader, view, events)
@@ -5698,11 +5727,15 @@ class Rooms:
             found: list[JsonObject] = []
             level, seen = [room_id], {room_id}
             for depth in range(max_depth + 1):
-                entries = [entry for id in level if (entry := self._space_entry(reader, who, id, suggested_only))]
-                if depth == 0 and not entries:
+                below: list[str] = []
+                for id in level:
+                    if len(found) > offset + limit:          # one more than is shown
+                        break
+                    if entry := self._space_entry(reader, who, id, suggested_only):
+                        found.append(entry)
+                        below += [event["state_key"] for event in entry["children_state"]]
+                if depth == 0 and not found:
                     raise forbidden(f"{who.user_id} can't see the room {shorten(room_id)}")
-                found += entries
-                below = [event["state_key"] for entry in entries for event in entry["children_state"]]
                 level = [id for id in dict.fromkeys(below) if id not in seen]
                 seen.update(level)
         more = {"next_batch": str(offset + limit)} if offset + limit < len(found) else {}
@@ -5875,7 +5908,7 @@ def public_entry(reader: Reader, row: RoomRow) -> JsonObject:
 
 def open_to_all(entry: JsonObject) -> bool:
     """Whether anybody may know of the room with this entry, listed or not: to join it, to knock at it, or to read in it."""
-    return entry["join_rule"] in ("public", "knock", "knock_restricted") or bool(entry["world_readable"])
+    return entry["join_rule"] in OPEN_RULES or bool(entry["world_readable"])
 
 
 # -- What passes: typing and presence, kept in memory only.
@@ -6132,6 +6165,22 @@ class Media:
 
     def __init__(self, world: World) -> None:
         self.world, self.store = world, world.store
+        self._under_way = collections.Counter[str]()         # by user
+        self._guard = threading.Lock()                       # guards it
+
+    @contextlib.contextmanager
+    def uploading(self, who: Who) -> Iterator[None]:
+        """Around an upload, which is in memory meanwhile; M_LIMIT_EXCEEDED for one too many."""
+        with self._guard:
+            if self._under_way[who.user_id] >= MAX_UPLOADS:
+                raise MatrixError("M_LIMIT_EXCEEDED", f"{who.user_id} uploads {MAX_UPLOADS} files already; send the next one when one "
+                                  "of them is there", retry_after_ms=1000)
+            self._under_way[who.user_id] += 1
+        try:
+            yield
+        finally:
+            with self._guard:
+                self._under_way -= collections.Counter([who.user_id])        # which forgets who has none
 
     def upload(self, who: Who, content: bytes, content_type: str, filename: str | None) -> str:
         """The mxc: URI of the new content."""
@@ -6339,6 +6388,9 @@ class Keys:
         if bare(known) != bare(key) or not signatures:
             raise MatrixError("M_INVALID_SIGNATURE", f"what is signed must be the key {shorten(name)} as it was uploaded, "
                               f"with a signature of {who.user_id}")
+        others = {key_id for key, signer, key_id, _ in tx.signatures(user_id, who.user_id) if (key, signer) == (name, who.user_id)}
+        if len(others | signatures.keys()) > MAX_SIGNATURES:
+            raise MatrixError("M_TOO_LARGE", f"a user may put {MAX_SIGNATURES} signatures at most on a key")
         for key_id in signatures:
             tx.put_signature(user_id, name, who.user_id, key_id, field(signatures, key_id, str))
 
@@ -6925,8 +6977,9 @@ def names_in(source: JsonObject, key: str) -> list[str] | None:
     names = source.get(key)
     if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
         raise MatrixError("M_BAD_JSON", f"{key!r} in a filter must be a list of texts, not {shorten(names)}")
-    if names and (len(names) > MAX_NAMES or len(max(names, key=len)) > MAX_ID_BYTES):
-        raise MatrixError("M_INVALID_PARAM", f"{key!r} in a filter may have {MAX_NAMES:,} texts of {MAX_ID_BYTES} characters at most")
+    if names and (len(names) > MAX_NAMES or len(max(names, key=len)) > MAX_ID_BYTES or sum("*" in name for name in names) > MAX_GLOBS):
+        raise MatrixError("M_INVALID_PARAM", f"{key!r} in a filter may have {MAX_NAMES:,} texts of {MAX_ID_BYTES} characters at most, "
+                          f"and of those with a '*' {MAX_GLOBS}")
     return names
 
 
@@ -9214,7 +9267,9 @@ def put_presence(call: Call) -> Any:
     presence = field(body, "presence", str)
     if presence not in PRESENCES:
         raise MatrixError("M_INVALID_PARAM", f"presence is one of {', '.join(PRESENCES)}, not {shorten(presence)}")
-    call.api.presence.set(call.who, presence, field(body, "status_msg", str, None))
+    message = field(body, "status_msg", str, None)
+    check_length("status_msg", message, MAX_STATUS)
+    call.api.presence.set(call.who, presence, message)
     return {}
 
 
@@ -9231,12 +9286,13 @@ INLINE_TYPES = (
 
 def upload(call: Call) -> Any:
     """At once, or for a URI that was made before."""
-    content = call.bytes(call.api.world.settings.max_upload_bytes)
-    content_type = call.request.headers.get("content-type") or "application/octet-stream"
-    if "mediaId" in call.params:
-        call.api.media.fill(call.who, call["serverName"], call["mediaId"], content, content_type, call.query("filename"))
-        return {}
-    return {"content_uri": call.api.media.upload(call.who, content, content_type, call.query("filename"))}
+    media, content_type = call.api.media, call.request.headers.get("content-type") or "application/octet-stream"
+    with media.uploading(call.who):
+        content = call.bytes(call.api.world.settings.max_upload_bytes)
+        if "mediaId" in call.params:
+            media.fill(call.who, call["serverName"], call["mediaId"], content, content_type, call.query("filename"))
+            return {}
+        return {"content_uri": media.upload(call.who, content, content_type, call.query("filename"))}
 
 
 def create_media(call: Call) -> Any:
@@ -11479,7 +11535,7 @@ REGISTER_SECONDS = 30.0            # from the connection to NICK and USER
 IDLE_PING_SECONDS = 90.0           # silence until a PING, and from there to the end
 CLOSING_SECONDS = 2.0              # for the last words to be read
 BURST, LINES_PER_SECOND = 200, 50  # a client that writes faster is read more slowly
-NICK_COST = 50                     # lines that a change of nick counts for: it may make a new user on Matrix
+NICK_COST, NEW_CHANNEL_COST = 50, 10 # lines that these count for: they may make a new user or room on Matrix
 MAX_FAILURES = 10                  # answers 500, or bugs, until a job is given up
 KEPT_SAID = 2_000                  # messages that a reply or a redaction can be about
 
@@ -11755,7 +11811,7 @@ class IrcClient(Person):
 
     def lines(self) -> Iterator[bytes]:
         buffer, pinged = b"", False
-        while not self.is_late():
+        while not self.end_if_late():
             self.sock.settimeout(IDLE_PING_SECONDS if self.registered else max(0.001, self.register_by - time.monotonic()))
             try:
                 data = self.sock.recv(4096)
@@ -11773,7 +11829,7 @@ class IrcClient(Person):
             yield from whole
             buffer = buffer[:2 * LINE_BYTES]
 
-    def is_late(self) -> bool:
+    def end_if_late(self) -> bool:
         """Closes a connection that has not registered in time; whether it did."""
         late = not self.registered and time.monotonic() >= self.register_by
         if late:
@@ -11843,7 +11899,7 @@ class IrcClient(Person):
     def obey(self, line: str) -> None:
         name, params = parse_line(line.rstrip("\r"))
         command = COMMANDS.get(name)
-        if not name or self.is_late():
+        if not name or self.end_if_late():
             return
         if not self.registered and line.rstrip("\r").endswith((" HTTP/1.1", " HTTP/1.0")):
             self.close("This is IRC, not HTTP")              # a web page may try to speak for its reader
@@ -11957,6 +12013,7 @@ class IrcClient(Person):
             elif not self.bridge.may_open(name):
                 self.reply(437, name)
             elif self not in (channel := self.bridge.channel(name)).people:
+                self.cost += 0 if channel.room_id else NEW_CHANNEL_COST
                 channel.enter(self)
                 self.spool("join", channel.name)
                 if channel.topic:
@@ -12166,6 +12223,7 @@ class IrcBridge(AppService):
         self.work, self.heard = bell(), bell()               # something was spooled; the homeserver is back
         self.bells.append(self.heard)
         self._listener: socket.socket | None = None
+        self._accepter: threading.Thread | None = None
         self._sender = threading.Thread(target=self._send, name="irc to matrix", daemon=True)
         with legible(database):
             self._load()
@@ -12184,7 +12242,7 @@ class IrcBridge(AppService):
     def start(self) -> None:
         """Listens for IRC, too. Ghosts that a former process left in channels leave: nobody is connected."""
         family = socket.AF_INET6 if ":" in self.address[0] else socket.AF_INET
-        with naming(self.address):
+        with failing(f"{self.address[0]}:{self.address[1]} can't be listened at"):
             self._listener = socket.create_server(self.address, family=family, backlog=128)
         self._listener.settimeout(1.0)                       # where closing does not wake accept()
         try:
@@ -12196,13 +12254,16 @@ class IrcBridge(AppService):
         for channel in list(self.rooms.values()):
             self.spool("sweep", to=channel.name, txn=f"sweep-{channel.name}")
         self._sender.start()
-        threading.Thread(target=self._accept, args=(self._listener,), name="irc accept", daemon=True).start()
+        self._accepter = threading.Thread(target=self._accept, args=(self._listener,), name="irc accept", daemon=True)
+        self._accepter.start()
 
     def stop(self) -> None:
         self.stopping = True
         listener, self._listener = self._listener, None
         if listener:
             hang_up(listener)
+            if self._accepter:
+                self._accepter.join(2)
             listener.close()
         with self.lock:
             for client in self.clients:
@@ -12225,7 +12286,9 @@ class IrcBridge(AppService):
             except TimeoutError:
                 pass
             except (OSError, RuntimeError) as error:         # no more handles or threads
-                if not self.stopping and seldom():
+                if self.stopping:
+                    return
+                if seldom():
                     log.error("%s: no more IRC clients can be taken: %s; there are %d", self.id, error, len(self.clients))
                 time.sleep(0.1)
 
@@ -12301,7 +12364,8 @@ class IrcBridge(AppService):
         return client.nick if client else self.ghost_nick(user_id) or self.person(user_id).nick
 
     def may_open(self, name: str) -> bool:
-        return fold(name) in self.channels or len(self.channels) < MAX_ROOMS
+        """Channels that somebody is on, here or on Matrix, are counted: those that a flooder has left keep out nobody."""
+        return fold(name) in self.channels or sum(bool(channel.people) for channel in self.channels.values()) < MAX_ROOMS
 
     def channel(self, name: str) -> Channel:
         if fold(name) not in self.channels:
@@ -13477,15 +13541,6 @@ def say_ready(what: str) -> None:
     """Who waits for this line would wait for ever if it could not be written, so that is an error."""
     with failing("what is printed can't be written"):
         print(f"asbridge ready at {what}", flush=True)
-
-
-@contextlib.contextmanager
-def failing(what: str) -> Iterator[None]:
-    """An OSError says of what it is."""
-    try:
-        yield
-    except OSError as error:
-        raise OSError(error.errno, f"{what}: {error.strerror}") from None
 
 
 def complain(line: str) -> None:
