@@ -327,7 +327,7 @@ def test_a_field_of_another_type_is_bad_json(value, type_):
 
 
 @pytest.mark.parametrize("value", [["hunter2"], {"a": "hunter2"}, 5771932, 5771932.5, True])
-@pytest.mark.parametrize("key", ["password", "new_password", "access_token", "client_secret", "pass"])
+@pytest.mark.parametrize("key", ["password", "new_password", "access_token", "client_secret", "pass", "auth", "identifier"])
 def test_no_error_repeats_a_secret_that_is_of_the_wrong_type(key, value):
     with refused("M_BAD_JSON", 400, f"'{key}' must be a string, not ") as caught:
         asbridge.field({key: value}, key, str)
@@ -594,7 +594,7 @@ def test_a_content_length_of_any_length_is_answered(serve):
 @pytest.mark.parametrize("head", [
     "GET /x?access_token=hunter2 y HTTP/1.1", "GET /x?access_token=hunter2 HTTP/9.9", "GET /x HTTP/1.1\r\nAuthorization : Bearer hunter2",
     "GET /x HTTP/1.1\r\nAuthorization= Bearer hunter2", "GET /x HTTP/1.1\r\nHost: x\r\n Authorization: Bearer hunter2", "GET /x HTTP/1.1\r\nAuthorization:\r\n hunter2",
-    "GET /x HTTP/1.1\r\nhunter2"])
+    "GET /x HTTP/1.1\r\nhunter2", "GET _matrix/x?access_token=hunter2 HTTP/1.1\r\nHost: h", "GET ftp://h/x?access_token=hunter2 HTTP/1.1\r\nHost: h"])
 def test_what_is_wrong_with_a_head_is_said_without_the_token_in_it(head):
     with refused("M_UNKNOWN", 400) as caught:
         asbridge.Request(head)
@@ -1433,7 +1433,7 @@ def test_a_registration_without_a_required_key_is_refused(key):
 @pytest.mark.parametrize("key, value", [
     *[(key, value) for key in ("id", "as_token", "hs_token", "sender_localpart") for value in (5, None, ["x"], True)], ("id", ""), ("as_token", ""), ("hs_token", ""),
     ("url", 5), ("url", "localhost:1"), ("url", "ftp://h"), ("url", "http://"), ("url", "http://h?x=1"), ("url", ""), ("sender_localpart", ""),
-    ("sender_localpart", "@bot:localhost"), ("sender_localpart", "a b"), ("namespaces", []), ("namespaces", None), ("rate_limited", "no"), ("rate_limited", 0),
+    ("sender_localpart", "@bot:localhost"), ("sender_localpart", "a b"), ("sender_localpart", "x" * 201), ("namespaces", []), ("namespaces", None), ("rate_limited", "no"), ("rate_limited", 0),
     ("receive_ephemeral", "true"), ("org.matrix.msc3202", 1), ("uris", []), ("asbridge.sample", None), ("asbridge.sample", [])])
 def test_a_key_of_the_wrong_kind_is_one_finding_that_names_it(key, value):
     one, findings = read_registration(registration(**{key: value}))
@@ -12994,6 +12994,15 @@ def test_a_command_is_answered_by_its_numeric(bridge, line, answer):
     _taken, bob = Irc(bridge, "taken", "#busy"), Irc(bridge, "bob")
     bob.send(line)
     assert bob.wait(r"^:irc.asbridge \d+ ").startswith(f":irc.asbridge {answer}")
+
+
+def test_when_a_bridge_has_stopped_it_takes_no_connection_any_more_and_no_thread_of_it_waits_for_one(bridge):
+    for _ in range(5):
+        bridge.stop()
+        assert not [thread for thread in threading.enumerate() if thread is bridge._accepter]
+        bridge = asbridge.IrcBridge(bridge_registration(), bridge.homeserver_url)
+        bridge.start()
+    bridge.stop()
 
 
 def test_no_line_waits_for_another_to_be_acknowledged(bridge):
