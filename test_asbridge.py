@@ -13996,6 +13996,12 @@ def test_the_program_ends_with_0_on_sigint(program):
     assert program({"database": ":memory:"}).end(signal.SIGINT)[0] == 0
 
 
+def test_two_signals_that_come_together_are_one(program):
+    running = program({"database": ":memory:"})
+    running.process.send_signal(signal.SIGINT)
+    assert running.end(signal.SIGTERM)[0] == 0
+
+
 def sample(**more):
     return {**asbridge.SAMPLE_REGISTRATION, "url": "http://127.0.0.1:0", "asbridge.sample": {"irc_port": 0}, **more}
 
