@@ -568,6 +568,10 @@ class Request:
         wish = self.headers.get("connection", "").lower()
         return "close" not in wish if self.version == "HTTP/1.1" else "keep-alive" in wish
 
+    def is_larger(self, size: int) -> bool:
+        """Whether the body, which nobody has read yet, has or may have more bytes than that."""
+        return not 0 <= self._unread <= size
+
     def body(self, limit: int) -> bytes:
         """The body, read at the first call; M_TOO_LARGE past `limit` bytes."""
         unread, self._unread = self._unread, 0
@@ -4674,7 +4678,7 @@ MAX_PROFILE = {"displayname": 256, "avatar_url": 1000}       # characters
 MAX_STATUS = 1000                # characters of a status message
 MAX_TAGS_BYTES = 65_536          # of all tags of a room
 MAX_SIGNATURES = 50              # of one user on one key
-MAX_UPLOADS = 4                  # of one user at the same time
+MAX_UPLOADS, SMALL_UPLOAD = 4, 1_048_576         # of one user at the same time; bytes up to which they don't count
 SCRYPT = {"n": 16_384, "r": 8, "p": 1}   # 16 MiB and 50 ms for a password:
 PASSWORDS = threading.Semaphore(2)       # two at a time
 
@@ -6173,8 +6177,8 @@ class Media:
         """Around an upload, which is in memory meanwhile; M_LIMIT_EXCEEDED for one too many."""
         with self._guard:
             if self._under_way[who.user_id] >= MAX_UPLOADS:
-                raise MatrixError("M_LIMIT_EXCEEDED", f"{who.user_id} uploads {MAX_UPLOADS} files already; send the next one when one "
-                                  "of them is there", retry_after_ms=1000)
+                raise MatrixError("M_LIMIT_EXCEEDED", f"{who.user_id} uploads {MAX_UPLOADS} large files already; send the next one "
+                                  "when one of them is there", retry_after_ms=1000)
             self._under_way[who.user_id] += 1
         try:
             yield
@@ -9287,7 +9291,7 @@ INLINE_TYPES = (
 def upload(call: Call) -> Any:
     """At once, or for a URI that was made before."""
     media, content_type = call.api.media, call.request.headers.get("content-type") or "application/octet-stream"
-    with media.uploading(call.who):
+    with media.uploading(call.who) if call.request.is_larger(SMALL_UPLOAD) else contextlib.nullcontext():
         content = call.bytes(call.api.world.settings.max_upload_bytes)
         if "mediaId" in call.params:
             media.fill(call.who, call["serverName"], call["mediaId"], content, content_type, call.query("filename"))

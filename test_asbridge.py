@@ -7623,15 +7623,16 @@ def test_the_thumbnail_of_a_picture_is_the_picture(three, old):
     assert whole(hs, "GET", f"{base}/thumbnail/{picture}?width=32&height=32")[0] == (200 if old else 401)
 
 
-def test_a_user_uploads_four_files_at_a_time(three):
+def test_a_user_uploads_four_large_files_at_a_time_and_any_number_of_small_ones(three):
     hs, alice, bob, *_ = three
     with contextlib.ExitStack() as going:
         for _ in range(asbridge.MAX_UPLOADS):
             going.enter_context(hs.api.media.uploading(asbridge.Who(alice.user_id)))
-        assert ask(hs, "POST", "/_matrix/media/v3/upload", bob.token, b"x")[0] == 200
-        status, answer = ask(hs, "POST", "/_matrix/media/v3/upload", alice.token, b"x")
+        large = bytes(asbridge.SMALL_UPLOAD + 1)
+        assert [ask(hs, "POST", "/_matrix/media/v3/upload", *one)[0] for one in ((bob.token, large), (alice.token, large[1:]))] == [200, 200]
+        status, answer = ask(hs, "POST", "/_matrix/media/v3/upload", alice.token, large)
         assert (status, answer["errcode"], answer["retry_after_ms"]) == (429, "M_LIMIT_EXCEEDED", 1000)
-    assert ask(hs, "POST", "/_matrix/media/v3/upload", alice.token, b"x")[0] == 200 and not hs.api.media._under_way
+    assert ask(hs, "POST", "/_matrix/media/v3/upload", alice.token, large)[0] == 200 and not hs.api.media._under_way
 
 
 def test_media_without_a_type_are_bytes(three):
