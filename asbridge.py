@@ -8376,7 +8376,7 @@ class Api:
         self.accounts, self.rooms, self.media = Accounts(world), Rooms(world), Media(world)
         self.typing, self.presence, self.keys, self.backups = Typing(world), Presence(world), Keys(world), Backups(world)
         self.sync, self.notifications = Sync(world, self.typing, self.presence), Notifications(world)
-        self.router, self.limiter = Router(routes), Limiter(world)
+        self.router, self.limiter = router_of(tuple(routes)), Limiter(world)
 
     def __call__(self, request: Request) -> Response:
         """Answers; raises nothing but ClientGone."""
@@ -8571,6 +8571,12 @@ class Router:
                               f"{shorten(method)}", 405)
         route, names = routes[method]
         return route, {name: decode_segment(value) for name, value in zip(names, values, strict=True)}
+
+
+@functools.lru_cache(4)
+def router_of(routes: tuple[Route, ...]) -> Router:
+    """Many homeservers in one process, as in tests, have the same one."""
+    return Router(routes)
 
 
 # -- Handlers: accounts.

