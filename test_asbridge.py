@@ -6760,7 +6760,8 @@ class Model:
     def set_state(self, user, room_id, type, content, state_key=""):
         room, fact = self._known(room_id), Fact(type, user, content, state_key)
         if (type, state_key) == ("m.room.member", user):
-            allow(room.knows(user) or content.get("membership") in ("join", "knock"))
+            open_to_all = room.content("m.room.join_rules").get("join_rule") in ("public", "knock", "knock_restricted")
+            allow(room.knows(user) or open_to_all or content.get("membership") in ("join", "knock"))
         else:
             allow(room.membership(user) == "join")
         if type == "m.room.canonical_alias":
