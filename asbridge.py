@@ -471,10 +471,9 @@ ANSWER_SECONDS = 30.0              # for an answer to be taken
 BODY_BYTES_PER_SECOND = 20_000     # a body may take HEAD_SECONDS and its size at this rate
 SPARE_HANDLES = 100                # not for connections of clients: for the database, application services, IRC
 MAX_HEAD_BYTES = 65_536
-MAX_HEADERS = 100
+MAX_HEADERS, MAX_METHOD = 100, 32
 KEPT_BYTES = 4096                  # of a body, to be looked at
 TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")   # RFC 9110, 5.6.2
-METHOD = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]{1,32}")
 CONTROLS = re.compile(r"[\x00-\x20\x7f]")
 STRAY = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")         # what no line may have in it
 AUTHORITY = r"(?:[\w.~!$&'()*+;=%-]+|\[[\w:.%~-]+\])(?::[0-9]*)?"
@@ -519,7 +518,7 @@ class Request:
         except ValueError:
             raise bad_request(f"the request line {shorten(cut_path(line))!r} is not 'METHOD target "
                               "HTTP/1.1'") from None
-        if (self.version not in ("HTTP/1.1", "HTTP/1.0") or not METHOD.fullmatch(self.method)
+        if (self.version not in ("HTTP/1.1", "HTTP/1.0") or len(self.method) > MAX_METHOD or not TOKEN.fullmatch(self.method)
                 or CONTROLS.search(target)):
             raise bad_request(f"{shorten(cut_path(line))!r} is not an HTTP/1.1 request")
         self.headers = parse_same_headers(headers) if len(headers) < 1024 else parse_headers(headers)
@@ -553,6 +552,11 @@ class Request:
         if lengths or not (length.isascii() and length.isdigit() and len(length) < 16):
             raise bad_request("Content-Length must be one decimal number")
         return int(length)
+
+    @property
+    def shown(self) -> str:
+        """The path as it may stand in a log."""
+        return printable(cut_path(self.path))
 
     @property
     def client_ip(self) -> str | None:
@@ -1114,10 +1118,6 @@ class HttpClient:
             hang_up(connection.sock)
 
 
-class DatabaseError(Exception):
-    """The database can't be used; the text says why and what to do."""
-
-
 def at_once(fn: Callable[[S], T], items: Sequence[S]) -> list[T]:
     """fn of each, on threads of their own, so that who does not answer holds up nobody. fn raises nothing."""
     results: dict[int, T] = {}
@@ -1132,6 +1132,10 @@ def at_once(fn: Callable[[S], T], items: Sequence[S]) -> list[T]:
         if thread.ident:
             thread.join()
     return [results[n] for n in range(len(items))]
+
+
+class DatabaseError(Exception):
+    """The database can't be used; the text says why and what to do."""
 
 
 @contextlib.contextmanager
@@ -1967,7 +1971,7 @@ class RegistrationReader:
                 exclusive = entry.get("exclusive") if isinstance(entry, dict) else None
                 if not isinstance(exclusive, bool):
                     self.wrong(f"{path}.exclusive",
-                           "is missing" if exclusive is None else f"is {quoted(exclusive)}, neither true nor false",
+                               "is missing" if exclusive is None else f"is {quoted(exclusive)}, neither true nor false",
                                "write true to keep everybody else out, false to share")
                 elif pattern:
                     found.append(Namespace(kind, index, entry["regex"], exclusive, pattern))
@@ -2749,6 +2753,14 @@ def check_shape(draft: Draft, server_name: str) -> None:
             raise MatrixError("M_INVALID_PARAM", f"the {key} of an event may have {MAX_ID_BYTES} bytes at most")
     if draft.type == "m.room.member" and draft.content.get("membership") == "invite":
         check_id("@", draft.state_key, server_name)
+
+
+def is_allowed(room: RoomState, draft: Draft) -> bool:
+    try:
+        authorise(room, draft)
+        return True
+    except MatrixError:
+        return False
 
 
 def authorise_membership(room: RoomState, draft: Draft) -> None:
@@ -4750,18 +4762,15 @@ class World:
         self.store.write(job)
 
 
+def as_far(items: list[T], costs: Iterable[int], most: int) -> list[T]:
+    """The first one, and as many more as follow what costs less than `most` together."""
+    return items[:1 + sum(cost < most for cost in itertools.accumulate(costs))]
+
+
 def check_length(what: str, text: str | None, most: int) -> None:
     """Of what others are shown, and can't help it."""
     if text and len(text) > most:
         raise MatrixError("M_INVALID_PARAM", f"{what} may have {most} characters at most, not {len(text)}")
-
-
-def is_allowed(room: RoomState, draft: Draft) -> bool:
-    try:
-        authorise(room, draft)
-        return True
-    except MatrixError:
-        return False
 
 
 def digest(token: str) -> bytes:
@@ -5133,6 +5142,14 @@ def not_in(user_id: str, room_id: str) -> MatrixError:
     return forbidden(f"{user_id} is not in the room {shorten(room_id)}{hint}")
 
 
+def room_for(tx: Tx, who: Who, room_id: str, joined: bool = False) -> Room:
+    """The room, for a job of `who`: who has or had to do with it, or is in it. For anybody else there is none."""
+    room = tx.room(room_id)
+    if not room or not room.knows(who.user_id) or (joined and who.user_id not in room.joined):
+        raise not_in(who.user_id, room_id)
+    return room
+
+
 def view_by(room: int, room_id: str, memberships: Sequence[tuple[int, str]], visibilities: Sequence[tuple[int, str]]) -> View | None:
     """By the changes of the user's membership and of the room's history visibility. None: there is nothing to see."""
     ranges = visible_ranges(visibilities, memberships)
@@ -5201,14 +5218,6 @@ class Rooms:
     def __init__(self, world: World) -> None:
         self.world, self.store = world, world.store
 
-    @staticmethod
-    def _room(tx: Tx, who: Who, room_id: str, joined: bool = False) -> Room:
-        """The room, for a job of `who`: who has or had to do with it, or is in it. For anybody else there is none."""
-        room = tx.room(room_id)
-        if not room or not room.knows(who.user_id) or (joined and who.user_id not in room.joined):
-            raise not_in(who.user_id, room_id)
-        return room
-
     def _append(self, tx: Tx, room: Room, draft: Draft, ts: int | None = None, device_id: str | None = None,
                 txn_id: str | None = None) -> str:
         """Stores an event if the rules of the room pass it."""
@@ -5261,8 +5270,7 @@ class Rooms:
                     self._add_alias(tx, who, plan.alias, room, "M_ROOM_IN_USE")
             for user_id in plan.invite:
                 direct = {"is_direct": True} if plan.is_direct else {}
-                content = self._member_content(tx, user_id, "invite", direct)
-                self._append_first(tx, room, Draft("m.room.member", who.user_id, content, user_id))
+                self._append_first(tx, room, self._member(tx, who, user_id, "invite", direct))
             return room.room_id
         return self.store.write(job, who.token)
 
@@ -5281,6 +5289,9 @@ class Rooms:
 
     # -- membership
 
+    def _member(self, tx: Tx, who: Who, user_id: str, membership: str, extra: JsonObject | None = None) -> Draft:
+        return Draft("m.room.member", who.user_id, self._member_content(tx, user_id, membership, extra), user_id)
+
     def _member_content(self, tx: Tx, user_id: str, membership: str,
                         extra: JsonObject | None = None) -> JsonObject:
         """Content of a member event, with the profile of the user that it is about."""
@@ -5295,9 +5306,8 @@ class Rooms:
 
         def come(tx: Tx, room: Room) -> str:
             if who.user_id not in room.joined:
-                content = self._member_content(tx, who.user_id, "join",
-                                               {**(extra or {}), **self._voucher(tx, room, who.user_id)})
-                self._append(tx, room, Draft("m.room.member", who.user_id, content, who.user_id))
+                vouched = {**(extra or {}), **self._voucher(tx, room, who.user_id)}
+                self._append(tx, room, self._member(tx, who, who.user_id, "join", vouched))
             return room_id
         return self.store.write(lambda tx: self._from_outside(tx, who, room_id, come), who.token)
 
@@ -5338,24 +5348,22 @@ class Rooms:
         room_id = self._id_of(room_id_or_alias, who)
 
         def come(tx: Tx, room: Room) -> str:
-            content = self._member_content(tx, who.user_id, "knock", extra)
-            self._append(tx, room, Draft("m.room.member", who.user_id, content, who.user_id))
+            self._append(tx, room, self._member(tx, who, who.user_id, "knock", extra))
             return room_id
         return self.store.write(lambda tx: self._from_outside(tx, who, room_id, come), who.token)
 
     def invite(self, who: Who, room_id: str, user_id: str, extra: JsonObject | None = None) -> None:
         """Invites; a ghost that does not exist yet is asked for first, and invited whatever the answer was."""
-        self.world.ask_for_users([user_id], who.appservice)
+        self.world.ask("users", user_id, who.appservice, False)
         self.set_membership(who, room_id, user_id, "invite", extra)
 
     def set_membership(self, who: Who, room_id: str, user_id: str, membership: str,
                        extra: JsonObject | None = None, check: Callable[[str], object] = lambda current: None) -> None:
         """invite, leave (oneself or another), ban. `check` may refuse by the membership that there is now."""
         def job(tx: Tx) -> None:
-            room = self._room(tx, who, room_id, joined=user_id != who.user_id)
+            room = room_for(tx, who, room_id, joined=user_id != who.user_id)
             check(room.membership(user_id))
-            content = self._member_content(tx, user_id, membership, extra)
-            self._change_state(tx, room, Draft("m.room.member", who.user_id, content, user_id))
+            self._change_state(tx, room, self._member(tx, who, user_id, membership, extra))
         self.store.write(job, who.token)
 
     def kick(self, who: Who, room_id: str, user_id: str, extra: JsonObject | None = None) -> None:
@@ -5401,7 +5409,7 @@ class Rooms:
               redacted_by: Callable[[Tx, Room], Event | None] = lambda tx, room: None) -> str:
         """Sends an event, once for each client transaction ID. `redacted_by`: finds the event that it redacts, if it may."""
         def job(tx: Tx) -> str:
-            room = self._room(tx, who, room_id)
+            room = room_for(tx, who, room_id)
             event_id = tx.sent(room.n, draft, who.device_id, txn_id)
             if event_id is None:
                 redacted = redacted_by(tx, room)
@@ -5429,7 +5437,7 @@ class Rooms:
         def job(tx: Tx) -> str:
             if (type, state_key) == ("m.room.member", who.user_id):
                 return self._from_outside(tx, who, room_id, put)
-            return put(tx, self._room(tx, who, room_id, joined=True))
+            return put(tx, room_for(tx, who, room_id, joined=True))
         return self.store.write(job, who.token)
 
     @staticmethod
@@ -5556,8 +5564,7 @@ class Rooms:
             filter = filter.in_room(room_id)._replace(ignored=reader.ignored(who.user_id))
             events, _ = view.page(lambda *window: reader.events(view.room, window[0], window[1], window[2], window[3], filter),
                                   start, stop, backwards, min(limit, MAX_PAGE))
-            sizes = itertools.accumulate(len(event.json) for event in events)
-            events = events[:1 + sum(size < MAX_PAGE_BYTES for size in sizes)]
+            events = as_far(events, (len(event.json) for event in events), MAX_PAGE_BYTES)
             members = [reader.state_event(view.room, "m.room.member", sender, view.state_upto)
                        for sender in sorted({event.sender for event in events} if lazy else ())]
             chunk = self.bundle(who, reader, view, events)
@@ -5640,7 +5647,7 @@ class Rooms:
     def add_alias(self, who: Who, alias: str, room_id: str) -> None:
         def job(tx: Tx) -> None:
             found = tx.room(room_id) if who.appservice else None     # to any room: its aliases are its own affair
-            self._add_alias(tx, who, alias, found or self._room(tx, who, room_id, joined=True), "M_UNKNOWN")
+            self._add_alias(tx, who, alias, found or room_for(tx, who, room_id, joined=True), "M_UNKNOWN")
         self.store.write(job, who.token)
 
     def _add_alias(self, tx: Tx, who: Who, alias: str, room: Room, taken: str) -> None:
@@ -5777,7 +5784,7 @@ class Rooms:
                 raise MatrixError("M_INVALID_PARAM", f"{shorten(event_id)!r} is no event ID")
 
         def job(tx: Tx) -> None:
-            room = self._room(tx, who, room_id, joined=True)
+            room = room_for(tx, who, room_id, joined=True)
             for type, event_id in types.items():
                 if type == "m.fully_read":
                     tx.set_account_data(who.user_id, room_id, type, to_json({"event_id": event_id}))
@@ -5974,10 +5981,7 @@ class Typing:
     def set(self, who: Who, room_id: str, until: float | None) -> None:
         """`until`: the clock's monotonic time; None: stopped typing."""
         def job(tx: Tx) -> None:
-            room = tx.room(room_id)
-            if not room or who.user_id not in room.joined:
-                raise not_in(who.user_id, room_id)
-            self._change(tx, room, {who.user_id: until})
+            self._change(tx, room_for(tx, who, room_id, joined=True), {who.user_id: until})
         self.world.store.write(job, who.token)
         self.timer.set(math.inf if until is None else until)
 
@@ -6921,8 +6925,7 @@ class Unread:
         """What notifies, with what is new. Who sends something has `read` what stands before it in its thread."""
         notes, facts = dict(tally.notes), RoomFacts(reader, room, tally.displayname)
         rows = reader.notable(room, user_id, max(tally.upto, read[-1]), now, MAX_UNREAD, tally.rules.members)
-        sizes = itertools.accumulate(len(row[4]) for row in rows)
-        rows = rows[:1 + sum(size * tally.rules.weight < MAX_LOOKS for size in sizes)]       # the newest ones
+        rows = as_far(rows, (len(row[4]) * tally.rules.weight for row in rows), MAX_LOOKS)   # the newest ones
         for tick, type, state_key, sender, text, relates_to, rel_type in reversed(rows):
             own, rule = sender == user_id, None
             if type == "m.room.redaction":
@@ -8241,7 +8244,6 @@ INSPECTOR = "/_asbridge/"        # where its API is, which no web client may use
 ANONYMOUS_BODY = 65_536          # bytes of body that are read without a token
 VERSIONS = Raw(to_json({"versions": ["r0.5.0", "r0.6.0", "r0.6.1", *(f"v1.{n}" for n in range(1, 16))],
                         "unstable_features": {"fi.mau.msc2659.stable": True}}))
-MEMBERSHIPS = ("join", "invite", "knock", "leave", "ban")
 LOGIN_APPSERVICE = "m.login.application_service"
 IDENTITY = ("user_id", "device_id", "org.matrix.msc3202.device_id")      # in the query of an application service
 
@@ -8386,16 +8388,17 @@ class Api:
         except MatrixError as error:
             error.error = cut_path(error.error)
             response = json_response(error.status, error.body(), call.cors)
-            log.debug("%s %s: %s", request.method, printable(cut_path(request.path)), printable(str(error)))
+            if log.isEnabledFor(logging.DEBUG):
+                log.debug("%s %s: %s", request.method, request.shown, printable(str(error)))
         except ClientGone:
             raise
         except Exception:
-            log.exception("%s %s failed", request.method, printable(cut_path(request.path)))
+            log.exception("%s %s failed", request.method, request.shown)
             failed = MatrixError("M_UNKNOWN", "the homeserver failed; its log says why")
             response = json_response(failed.status, failed.body(), call.cors)
         ms = (time.monotonic() - began) * 1000
         if log.isEnabledFor(logging.DEBUG):
-            log.debug("%s %s %d in %.1f ms", request.method, printable(cut_path(request.path)), response.status, ms)
+            log.debug("%s %s %d in %.1f ms", request.method, request.shown, response.status, ms)
         if request.path.startswith("/_matrix/"):
             kept = (request.path, request.query, request.headers) if request.small else (
                 request.path[:2000], {}, shown_headers(request.headers))
@@ -9083,7 +9086,7 @@ def get_event(call: Call) -> Any:
 
 def get_members(call: Call) -> Any:
     return {"chunk": call.api.rooms.members(call.who, call["roomId"], call.integer("at", None),
-                                            *(call.choice(name, MEMBERSHIPS, "") if call.query(name) else None
+                                            *(call.choice(name, tuple(MEMBERSHIP_RULES), "") if call.query(name) else None
                                               for name in ("membership", "not_membership")))}
 
 
@@ -11022,9 +11025,7 @@ class Client:
         with contextlib.suppress(MatrixError):
             told = parse_object(answer)
         errcode, error = told.pop("errcode", "M_UNKNOWN"), told.pop("error", answer[:200].decode("utf-8", "replace"))
-        refused = MatrixError(str(errcode), str(error), status)
-        refused.extra = told
-        raise refused
+        raise MatrixError(str(errcode), str(error), status, **told)
 
     def ask(self, method: str, *segments: str, body: Any = None, **query: Any) -> JsonObject:
         """The JSON object that the client-server endpoint with this path answers."""
@@ -11535,7 +11536,7 @@ IRC_NAME = "irc.asbridge"
 LINE_BYTES = 510                   # without CRLF (RFC 2812, 2.3)
 NICK_LENGTH, CHANNEL_BYTES, TOPIC_BYTES = 30, 64, 390
 MAX_CHANNELS, MAX_TARGETS = 50, 10 # of one client; of one PRIVMSG
-MAX_CLIENTS, MAX_ROOMS = 1_000, 10_000 # connected; channels that there are, with somebody in them or not
+MAX_CLIENTS, MAX_ROOMS = 1_000, 10_000 # connected; channels with somebody on them
 MAX_LINES = 200                    # that one Matrix message may become
 MAX_LISTED = 400                   # lines in answer to one LIST or WHO
 SEND_BYTES = 262_144               # that wait for one client; past it the client is dropped
@@ -12375,7 +12376,9 @@ class IrcBridge(AppService):
 
     def may_open(self, name: str) -> bool:
         """Channels that somebody is on, here or on Matrix, are counted: those that a flooder has left keep out nobody."""
-        return fold(name) in self.channels or sum(bool(channel.people) for channel in self.channels.values()) < MAX_ROOMS
+        if fold(name) in self.channels or len(self.channels) < MAX_ROOMS:
+            return True
+        return sum(bool(channel.people) for channel in self.channels.values()) < MAX_ROOMS
 
     def channel(self, name: str) -> Channel:
         if fold(name) not in self.channels:
