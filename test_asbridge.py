@@ -38,20 +38,12 @@ import pytest
 import asbridge
 from asbridge import MatrixError
 
-HERE = os.path.dirname(os.path.abspath(asbridge.__file__))
-
 
 # ============================================================================
 # Helpers
 # ============================================================================
 
-def registration(id="irc", url=None, users=("@_irc_.*",), aliases=("#_irc_.*",), rooms=(), exclusive=True, **more):
-    """A registration as plain data; `more` adds keys or replaces them."""
-    def entries(regexes):
-        return [{"regex": regex, "exclusive": exclusive} for regex in regexes]
-    return {"id": id, "url": url, "as_token": f"as-{id}", "hs_token": f"hs-{id}", "sender_localpart": f"_{id}_bot", "rate_limited": False,
-            "namespaces": {"users": entries(users), "aliases": entries(aliases), "rooms": entries(rooms)}, **more}
-
+# -- Waiting, and being refused.
 
 @contextlib.contextmanager
 def refused(errcode, status=None, text=""):
@@ -71,6 +63,577 @@ def eventually(test, seconds=5.0):
         time.sleep(0.002)
     return value
 
+
+@contextlib.contextmanager
+def background(fn, *args, **keys):
+    """Runs fn on another thread; its Future."""
+    with ThreadPoolExecutor(1) as pool:
+        yield pool.submit(fn, *args, **keys)
+
+
+# -- Plain data: registrations, and what stands in a request.
+
+def registration(id="irc", url=None, users=("@_irc_.*",), aliases=("#_irc_.*",), rooms=(), exclusive=True, **more):
+    """A registration as plain data; `more` adds keys or replaces them."""
+    def entries(regexes):
+        return [{"regex": regex, "exclusive": exclusive} for regex in regexes]
+    return {"id": id, "url": url, "as_token": f"as-{id}", "hs_token": f"hs-{id}", "sender_localpart": f"_{id}_bot", "rate_limited": False,
+            "namespaces": {"users": entries(users), "aliases": entries(aliases), "rooms": entries(rooms)}, **more}
+
+
+RANDOM = {"as_token": "5dc01f2a9e8b47d6a3d1c7e05f9b2846", "hs_token": "b08e6f1c3a5d49727f0e1b9d8c6a4253"}
+
+
+def registration_for(users=(), aliases=(), rooms=(), id="irc", exclusive=True, **more):
+    """A registration of which the doctor has nothing else to say; an entry is a regex or a whole object."""
+    def entries(regexes):
+        return [regex if isinstance(regex, dict) else {"regex": regex, "exclusive": exclusive} for regex in regexes]
+    tokens = {key: token + id for key, token in RANDOM.items()}
+    return registration(id, **{**tokens, "url": "http://127.0.0.1:9009", "sender_localpart": f"{id}bot", **more},
+                        namespaces={"users": entries(users), "aliases": entries(aliases), "rooms": entries(rooms)})
+
+
+def read_registration(data):
+    """(the registration or None, its findings as texts)."""
+    reader = asbridge.RegistrationReader(data, "x.yaml")
+    return reader.read(), [str(finding) for finding in reader.findings]
+
+
+def registrations_of(*data, server_name="localhost"):
+    """Registrations of plain data, which must be right."""
+    read = [read_registration(one) for one in data]
+    assert not [findings for _, findings in read if findings]
+    return asbridge.Registrations(server_name, [one for one, _ in read])
+
+
+def with_uris(**more):
+    return registration(uris=asbridge.SAMPLE_REGISTRATION["uris"], **more)
+
+
+V3 = "/_matrix/client/v3"
+AS_LOGIN = {"type": "m.login.application_service"}
+path = asbridge.client_path
+
+
+def quote(text):
+    return urllib.parse.quote(text, safe="")
+
+
+def pattern_of(where):
+    """The path of a row, with the names of this table for variables."""
+    return (asbridge.PREFIXES.get(where[0], where[0]) + where[1:]).replace("{roomId}", "{room}").replace("{userId}", "{user}")
+
+
+# -- Sockets: servers and clients of bytes.
+
+def closed_port():
+    """A port on which nothing listens."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return sock.getsockname()[1]
+
+
+def nowhere():
+    return f"http://127.0.0.1:{closed_port()}"
+
+
+@pytest.fixture
+def serve():
+    """Starts an HTTP server that answers what it was asked, as JSON; it ends with the test."""
+    made = []
+
+    def echo(request):
+        try:
+            body = request.body(100_000).decode("latin-1")
+            return asbridge.json_response(200, {"method": request.method, "path": request.path, "query": request.query,
+                                                "headers": request.headers, "body": body})
+        except MatrixError as error:
+            return asbridge.json_response(error.status, error.body())
+
+    def make(app=echo, **keys):
+        made.append(asbridge.HttpServer(("127.0.0.1", 0), app, **keys))
+        made[-1].start()
+        return made[-1]
+    yield make
+    for server in made:
+        server.stop()
+
+
+@pytest.fixture
+def scripted():
+    """A server of raw sockets: the n-th connection is handled by the n-th script. Gives its URL."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    threads = []
+
+    def make(*scripts):
+        def run():
+            with contextlib.suppress(OSError):
+                for script in scripts:
+                    sock, _ = listener.accept()
+                    with sock:
+                        sock.settimeout(5)
+                        script(sock)
+        threads.append(threading.Thread(target=run, daemon=True))
+        threads[-1].start()
+        return f"http://127.0.0.1:{listener.getsockname()[1]}"
+    yield make
+    for thread in threads:
+        while thread.is_alive():                             # scripts that nobody came for
+            with contextlib.suppress(OSError):
+                socket.create_connection(listener.getsockname(), 1).close()
+            thread.join(0.01)
+    listener.close()
+
+
+OK_ANSWER = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
+
+
+def says(answer, times=1):
+    """A script: reads a request and answers with these bytes, so many times, then closes."""
+    def script(sock):
+        for _ in range(times):
+            if sock.recv(65_536):
+                sock.sendall(answer)
+    return script
+
+
+@pytest.fixture
+def client():
+    """Makes HTTP clients; they are closed with the test."""
+    made = []
+
+    def make(url):
+        made.append(asbridge.HttpClient(url))
+        return made[-1]
+    yield make
+    for one in made:
+        one.close()
+
+
+def connect(server):
+    return socket.create_connection(("127.0.0.1", server.port), 5)
+
+
+def read_all(sock):
+    """What comes until the other side closes."""
+    parts = []
+    with contextlib.suppress(ConnectionError):
+        while data := sock.recv(65_536):
+            parts.append(data)
+    return b"".join(parts)
+
+
+def talk(server, data):
+    """Sends this and nothing more; everything that comes back until the connection is closed."""
+    with connect(server) as sock:
+        sock.sendall(data)
+        with contextlib.suppress(OSError):
+            sock.shutdown(socket.SHUT_WR)
+        return read_all(sock)
+
+
+def answers_in(data):
+    """[(status, headers, JSON)] of the answers in a stream."""
+    found = []
+    while data:
+        head, _, data = data.partition(b"\r\n\r\n")
+        lines = head.decode().split("\r\n")
+        headers = {line.partition(": ")[0].lower(): line.partition(": ")[2] for line in lines[1:]}
+        size = int(headers["content-length"])
+        found.append((int(lines[0].split(" ")[1]), headers, json.loads(data[:size])))
+        data = data[size:]
+    return found
+
+
+def no_threads_named(monkeypatch, prefix):
+    """Threads whose names begin so can't be started any more."""
+    real = threading.Thread.start
+
+    def start_thread(thread):
+        if thread.name.startswith(prefix):
+            raise RuntimeError("can't start new thread")
+        real(thread)
+    monkeypatch.setattr(threading.Thread, "start", start_thread)
+
+
+# -- A room without a homeserver.
+
+CREATOR, MOD, USER, LOW, OUT = "@creator:localhost", "@mod:localhost", "@user:localhost", "@low:localhost", "@out:localhost"
+LEVELS = {"users": {MOD: 50, LOW: -5}, "users_default": 0, "ban": 50, "kick": 50, "invite": 10, "redact": 50, "state_default": 50, "events_default": 0,
+          "events": {"m.room.name": 60, "x.easy": -5}}
+
+
+def room_of(version="11", levels=..., join_rule="invite", **memberships):
+    """A room with these power levels (None: no such event), this join rule, and memberships by localpart; the first four are joined."""
+    room = asbridge.RoomState(asbridge.ROOM_VERSIONS[version])
+    if levels is ...:
+        levels = {**LEVELS, "users": {**LEVELS["users"], **({CREATOR: 100} if version != "12" else {})}}
+
+    def put(type, content, state_key="", sender=CREATOR):
+        room.put(type, state_key, asbridge.StateEvent(len(room.events) + 1, sender, content))
+    put("m.room.create", {"room_version": version})
+    for user_id in (CREATOR, MOD, USER, LOW):
+        put("m.room.member", {"membership": "join"}, user_id)
+    if levels is not None:
+        put("m.room.power_levels", levels)
+    if join_rule:
+        put("m.room.join_rules", {"join_rule": join_rule})
+    for localpart, membership in memberships.items():
+        put("m.room.member", {"membership": membership}, f"@{localpart}:localhost")
+    return room
+
+
+def allowed(room, type, sender, content=None, state_key=None):
+    """None, or the errcode of the refusal."""
+    try:
+        return asbridge.authorise(room, asbridge.Draft(type, sender, content or {}, state_key))
+    except MatrixError as error:
+        assert error.error
+        return error.errcode
+
+
+def changes_to(room, sender, membership, target, **content):
+    return allowed(room, "m.room.member", sender, {"membership": membership, **content}, target)
+
+
+NO = "M_FORBIDDEN"
+VERSIONS = pytest.mark.parametrize("version", ["10", "11", "12"])
+
+
+# -- A store without a homeserver.
+
+ALICE, GHOST = "@alice:localhost", "@_irc_bob:localhost"
+
+
+@pytest.fixture
+def open_store(tmp_path):
+    """Opens stores, in memory or in a file of this name; they are closed with the test."""
+    made = []
+
+    def make(name=None, *data, server_name="localhost"):
+        registrations = registrations_of(*(data or (registration(url="http://127.0.0.1:1"),)), server_name=server_name)
+        made.append(asbridge.Store(str(tmp_path / name) if name else ":memory:", server_name, registrations, asbridge.Clock()))
+        return made[-1]
+    yield make
+    for store in made:
+        if store._thread.is_alive():
+            store.close()
+
+
+def make_room(store, *members, version="11", room_id="!r:localhost"):
+    """A room with these members, whatever the rules say; its ID."""
+    def job(tx):
+        room = tx.add_room(room_id, asbridge.ROOM_VERSIONS[version])
+        tx.append(room, asbridge.Draft("m.room.create", ALICE, {"room_version": version}, ""), 1)
+        for member in (ALICE, *members):
+            tx.append(room, asbridge.Draft("m.room.member", member, {"membership": "join"}, member), 2)
+        return room.room_id
+    return store.write(job)
+
+
+def say(tx, room_id="!r:localhost", body="hello", sender=ALICE, **more):
+    return tx.append(tx.room(room_id), asbridge.Draft("m.room.message", sender, {"body": body}, **more), 1000)
+
+
+def texts_in(store, room=1):
+    with store.read() as reader:
+        return [event.content["body"] for event in reader.events(room, 0, 2**62, 10_000, False) if event.type == "m.room.message"]
+
+
+class Result:
+    def __init__(self, job):
+        job.done.acquire(timeout=5)
+        self.value, self.error = job.result, job.error
+
+
+def in_one_batch(store, *fns):
+    """Runs these jobs in one batch; their results, each with value and error."""
+    gate, inside = threading.Event(), threading.Event()
+    jobs = [asbridge._Job(fn) for fn in (lambda tx: (inside.set(), gate.wait(5)), *fns)]
+    store._jobs.put(jobs[0])
+    assert inside.wait(5)
+    for job in jobs[1:]:
+        store._jobs.put(job)
+    gate.set()
+    return [Result(job) for job in jobs][1:]
+
+
+class FaultyDb:
+    """A connection that fails at a statement, so many times."""
+
+    def __init__(self, db, statement, times):
+        self.db, self.statement, self.times = db, statement, times
+
+    def execute(self, sql, *values):
+        if sql.startswith(self.statement) and self.times:
+            self.times -= 1
+            raise sqlite3.OperationalError("disk I/O error")
+        return self.db.execute(sql, *values)
+
+    def __getattr__(self, name):
+        return getattr(self.db, name)
+
+
+# -- A homeserver in this process, and the program.
+
+@pytest.fixture(scope="session", autouse=True)
+def cheap_passwords():
+    """A password costs a thousandth here of what it does else; yields the parameters as they are else."""
+    as_they_are = dict(asbridge.SCRYPT)
+    with unittest.mock.patch.dict(asbridge.SCRYPT, n=16):
+        yield as_they_are
+
+
+@pytest.fixture(scope="session", autouse=True)
+def answered():
+    """The rows of the table of endpoints that have answered a request in this run, and not with an error."""
+    rows = set()
+
+    def noting(route):
+        def handler(call):
+            answer = route.handler(call)
+            rows.add((route.method, route.path))
+            return answer
+        return route._replace(handler=handler)
+    for table in (asbridge.ROUTES, asbridge.ADMIN_ROUTES):
+        table[:] = map(noting, table)
+    return rows
+
+
+@pytest.fixture
+def start():
+    """Starts homeservers with these registrations and configuration keys; they end with the test."""
+    made = []
+
+    def make(*registrations, **keys):
+        made.append(asbridge.Homeserver(registrations, **keys).start())
+        return made[-1]
+    yield make
+    for hs in made:
+        hs.stop()
+
+
+def ask(hs, method, path, token=None, body=None, headers=None):
+    """One plain HTTP request: (status, JSON)."""
+    client = asbridge.HttpClient(hs.url)
+    try:
+        sent = {**({"Authorization": f"Bearer {token}"} if token else {}), **(headers or {})}
+        data = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
+        status, answer = client.request(method, path, data, sent)
+        return status, json.loads(answer or b"{}")
+    finally:
+        client.close()
+
+
+def whole(hs, method, where, headers={}, body=None):
+    """Status, headers and body of one request."""
+    with contextlib.closing(asbridge.http.client.HTTPConnection("127.0.0.1", hs.port, timeout=5)) as connection:
+        connection.request(method, where, body, headers)
+        response = connection.getresponse()
+        return response.status, response.headers, response.read()
+
+
+HERE = os.path.dirname(os.path.abspath(asbridge.__file__))
+PROGRAM = os.path.join(HERE, "asbridge.py")
+
+
+class Running:
+    """asbridge.py as a program: its process, and the URL that it announced. As a module (compiled once) it starts sooner."""
+
+    def __init__(self, folder, config=None, *flags, port="0", path=("-m", "asbridge")):
+        arguments = [sys.executable, *path, "--port", port, *flags]
+        if config is not None:
+            (folder / "config.json").write_text(json.dumps(config))
+            arguments += ["--config", str(folder / "config.json")]
+        self.process = subprocess.Popen(arguments, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                                        env={**os.environ, "PYTHONPATH": HERE})
+        self.ready = self.process.stdout.readline()
+        self.url = self.ready.rpartition(" ")[2].strip()
+
+    def end(self, number=signal.SIGTERM):
+        """Exit code, rest of stdout, stderr."""
+        if self.process.poll() is None:
+            self.process.send_signal(number)
+        out, err = self.process.communicate(timeout=10)
+        return self.process.returncode, out, err
+
+
+@pytest.fixture
+def program(tmp_path):
+    made = []
+
+    def make(config=None, *flags, **keys):
+        made.append(Running(tmp_path, config, *flags, **keys))
+        return made[-1]
+    yield make
+    for one in made:
+        if one.process.poll() is None:
+            one.process.kill()
+        one.process.communicate()
+
+
+def person(running, name="alice"):
+    client = asbridge.Client(running.url)
+    client.token = client.call("POST", V3 + "/register", {"username": name, "auth": {"type": "m.login.dummy"}})["access_token"]
+    return client
+
+
+# -- People: what they do, and what they get.
+
+@pytest.fixture
+def three(start):
+    """A homeserver with alice, bob and carol, and a public room of alice's."""
+    hs = start()
+    alice, bob, carol = (hs.client(name) for name in ("alice", "bob", "carol"))
+    return hs, alice, bob, carol, alice.create_room(preset="public_chat", room_alias_name="room")
+
+
+@pytest.fixture
+def pair(three):
+    """alice and bob in a room; alice has synced, bob has not."""
+    hs, alice, bob, carol, room = three
+    bob.join(room)
+    return hs, alice, bob, carol, alice.sync()["next_batch"]
+
+
+def again(hs, client, **more):
+    """Another session, and device, of the same person."""
+    session = hs.world.store.write(lambda tx: hs.api.accounts._new_session(tx, client.user_id, **more))
+    return asbridge.Client(hs.url, session["access_token"])
+
+
+def confirmed(password="w", **more):
+    return {"auth": {"type": "m.login.password", "password": password, **more}}
+
+
+def renamed(client, name):
+    client.call("PUT", path("profile", client.user_id, "displayname"), {"displayname": name})
+
+
+def set_presence(client, presence, **more):
+    client.ask("PUT", "presence", client.user_id, "status", body={"presence": presence, **more})
+
+
+def presence_of(client, user):
+    return client.ask("GET", "presence", user.user_id, "status")
+
+
+def presences(answer):
+    """sender → presence in the answer of a sync."""
+    return {event["sender"]: event["content"]["presence"] for event in answer.get("presence", {}).get("events", [])}
+
+
+def ids(events):
+    return [event["event_id"] for event in events]
+
+
+def types(events):
+    return [event["type"] for event in events]
+
+
+def bodies(events):
+    return [event["content"]["body"] for event in events if event["type"] == "m.room.message" and "body" in event["content"]]
+
+
+def joined(answer, room):
+    return answer["rooms"]["join"][room]
+
+
+def all_messages(client, room, dir="f", **query):
+    """The whole history, page by page."""
+    found, page = [], client.messages(room, dir, 7, **query)
+    while True:
+        found += page["chunk"]
+        if "end" not in page:
+            return found
+        page = client.messages(room, dir, 7, **{**query, "from": page["end"]})
+
+
+def ephemeral(client, room, since=None, type="m.typing"):
+    events = joined(client.sync(since), room).get("ephemeral", {"events": []})["events"]
+    return next((event["content"] for event in events if event["type"] == type), None)
+
+
+def receipt(client, room, event_id, type="m.read", **body):
+    return client.call("POST", path("rooms", room, "receipt", type, event_id), body)
+
+
+def reply(client, room, parent, rel_type="m.thread", body="reply", type="m.room.message", **more):
+    relation = {"rel_type": rel_type, "event_id": parent, **more}
+    return client.send(room, type, {"msgtype": "m.text", "body": body, "m.relates_to": relation})
+
+
+def relations(client, room, event_id, *more, **query):
+    answer = client.call("GET", "/_matrix/client/v1/rooms/" + "/".join(urllib.parse.quote(x, safe="") for x in (room, "relations", event_id, *more)),
+                         **query)
+    return [event["event_id"] for event in answer["chunk"]], answer
+
+
+def bundled(event):
+    return event["unsigned"].get("m.relations")
+
+
+def unread(client, room, since=None, **filter):
+    """[notifications, highlights] of the room and of its threads."""
+    entry = joined(client.sync(since, filter={"room": {"timeline": filter}}), room)
+    threads = {root: list(count.values()) for root, count in entry.get("unread_thread_notifications", {}).items()}
+    return list(entry["unread_notifications"].values()), threads
+
+
+def directory(client, **body):
+    """The names of the rooms that a search of the directory finds."""
+    return [room["name"] for room in client.call("POST", V3 + "/publicRooms", body)["chunk"]]
+
+
+def restricted(alice, other, type="m.room_membership", version="11"):
+    return alice.create_room(room_version=version, initial_state=[
+        {"type": "m.room.join_rules", "content": {"join_rule": "restricted", "allow": [{"type": type, "room_id": other}]}}])
+
+
+# -- People: keys of their devices.
+
+def device_of(client):
+    return client.whoami()["device_id"]
+
+
+def device_keys(client, **more):
+    """Device keys as a client uploads them."""
+    user_id, device_id = client.user_id, device_of(client)
+    return {"user_id": user_id, "device_id": device_id, "algorithms": ["m.megolm.v1.aes-sha2"], "keys": {f"ed25519:{device_id}": f"key of {device_id}"},
+            "signatures": {user_id: {f"ed25519:{device_id}": "by itself"}}, **more}
+
+
+def upload(client, one_time=(), fallback=None, **more):
+    """Uploads device keys, one-time keys with these IDs and a fallback key; the counts."""
+    body = {"device_keys": device_keys(client, **more), "one_time_keys": {f"signed_curve25519:{id}": {"key": f"{id} of {client.user_id}"} for id in one_time}}
+    if fallback:
+        body["fallback_keys"] = {f"signed_curve25519:{fallback}": {"key": fallback, "fallback": True}}
+    return client.ask("POST", "keys", "upload", body=body)["one_time_key_counts"]
+
+
+def query_keys(client, *users):
+    return client.ask("POST", "keys", "query", body={"device_keys": {user.user_id: [] for user in users}})
+
+
+def claim(client, of, algorithm="signed_curve25519"):
+    """The ID of the key that one gets for a device of somebody; None: there is none."""
+    device_id = device_of(of)
+    answer = client.ask("POST", "keys", "claim", body={"one_time_keys": {of.user_id: {device_id: algorithm}}})
+    keys = answer["one_time_keys"].get(of.user_id, {}).get(device_id)
+    return next(iter(keys)).partition(":")[2] if keys else None
+
+
+def cross_signing_keys(user_id, name="a", signed_by=None):
+    """Master, self-signing and user-signing key, the latter two signed by the master key."""
+    def key(usage):
+        public = f"{usage}-{name}"
+        return {"user_id": user_id, "usage": [usage], "keys": {f"ed25519:{public}": public}}
+    signatures = {user_id: {f"ed25519:master-{signed_by or name}": "by the master key"}}
+    return {"master_key": key("master"), "self_signing_key": {**key("self_signing"), "signatures": signatures},
+            "user_signing_key": {**key("user_signing"), "signatures": signatures}}
+
+
+# -- Application services that record what they are sent.
 
 class Recorder:
     """An application service that writes down what it is sent. `answer` may be replaced: request, body -> (status, JSON or bytes)."""
@@ -119,52 +682,115 @@ def recorder():
 
 
 @pytest.fixture
-def start():
-    """Starts homeservers with these registrations and configuration keys; they end with the test."""
-    made = []
-
-    def make(*registrations, **keys):
-        made.append(asbridge.Homeserver(registrations, **keys).start())
-        return made[-1]
-    yield make
-    for hs in made:
-        hs.stop()
-
-
-@pytest.fixture(scope="session", autouse=True)
-def cheap_passwords():
-    """A password costs a thousandth here of what it does else; yields the parameters as they are else."""
-    as_they_are = dict(asbridge.SCRYPT)
-    with unittest.mock.patch.dict(asbridge.SCRYPT, n=16):
-        yield as_they_are
+def linked(start, recorder):
+    """A homeserver, an application service that records, alice, and her room which it hears; all is settled."""
+    r = recorder()
+    hs = start(registration(url=r.url, rooms=["!.*"], exclusive=False))
+    alice = hs.client("alice")
+    room = alice.create_room()
+    hs.settle()
+    r.requests.clear()
+    return hs, r, alice, room
 
 
-@pytest.fixture(scope="session", autouse=True)
-def answered():
-    """The rows of the table of endpoints that have answered a request in this run, and not with an error."""
-    rows = set()
-
-    def noting(route):
-        def handler(call):
-            answer = route.handler(call)
-            rows.add((route.method, route.path))
-            return answer
-        return route._replace(handler=handler)
-    for table in (asbridge.ROUTES, asbridge.ADMIN_ROUTES):
-        table[:] = map(noting, table)
-    return rows
+def heard(hs, recorder):
+    hs.settle()
+    return recorder.texts()
 
 
-def ask(hs, method, path, token=None, body=None, headers=None):
-    """One plain HTTP request: (status, JSON)."""
-    client = asbridge.HttpClient(hs.url)
-    try:
-        sent = {**({"Authorization": f"Bearer {token}"} if token else {}), **(headers or {})}
-        data = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
-        status, answer = client.request(method, path, data, sent)
-        return status, json.loads(answer or b"{}")
-    finally:
-        client.close()
+def queries(recorder):
+    return [urllib.parse.unquote(request[1]).removeprefix("/_matrix/app/v1/") for request in recorder.requests if request[0] == "GET"]
+
+
+def ephemeral_of(recorder, key="ephemeral"):
+    return [data for body in dict(recorder.transactions).values() for data in json.loads(body).get(key, [])]
+
+
+def pushed(recorder, key):
+    """What came under this key, transaction by transaction."""
+    return [json.loads(body)[key] for body in dict(recorder.transactions).values() if key in json.loads(body)]
+
+
+def creates_what_is_asked_for(hs, token="as-irc"):
+    """An application service's answer to a query: it registers the user or makes the room while the question is open."""
+    def answer(request, body):
+        kind, id = request.path.split("/")[-2:]
+        id = urllib.parse.unquote(id)
+        if kind == "users":
+            assert ask(hs, "POST", V3 + "/register", token, {**AS_LOGIN, "username": asbridge.localpart_of(id)})[0] == 200
+        if kind == "rooms":
+            asbridge.Client(hs.url, token).create_room(preset="public_chat", room_alias_name=asbridge.localpart_of(id))
+        return 200, {}
+    return answer
+
+
+def wound_on(hs, future):
+    """Lets the pauses of somebody who waits pass."""
+    return eventually(lambda: hs.advance(0.05) or future.done(), 10)
+
+
+IRC_PROTOCOL = {"user_fields": ["network", "nickname"], "location_fields": ["network", "channel"], "icon": "mxc://x/y",
+                "field_types": {"nickname": {"regexp": ".*", "placeholder": "nick"}},
+                "instances": [{"network_id": "libera", "desc": "Libera", "fields": {"network": "irc.libera.chat"}}]}
+
+
+def legacy(status, body, old_status=200, old_body={}):
+    return lambda request, sent: (old_status, old_body) if request.path.startswith("/transactions/") else (status, body)
+
+
+def network(recorder, **answers):
+    """A recorder that answers third-party look-ups: by what stands after /thirdparty/; None is 404, what is no JSON a status."""
+    r = recorder()
+
+    def answer(request, body):
+        found = answers.get(urllib.parse.unquote(request.path).partition("/thirdparty/")[2].replace("/", "_"))
+        return (404, {"errcode": "M_NOT_FOUND"}) if found is None else (found, {}) if isinstance(found, int) else (200, found)
+    r.answer = answer
+    return r
+
+
+def third_party(client, *where, **fields):
+    return client.ask("GET", "thirdparty", *where, **fields)
+
+
+def answering(*faults):
+    """The answers of an application service with the registration of registration(), which does all as it should, but for these faults."""
+    def answer(request, body):
+        path, header, query = urllib.parse.unquote(request.path), request.headers.get("authorization", ""), request.query.get("access_token", "")
+        tokens = {query} if "reads the query only" in faults else {header.removeprefix("Bearer "), query} - {""}
+        if "echoes the request" in faults:
+            return 500, f"\x1b[2J{urllib.parse.quote(query, safe='')} {query} {header} {json.dumps(header)}".encode()
+        if "takes any token" not in faults and tokens != {"hs-irc" if "has another token" not in faults else "other"}:
+            return (403, {"errcode": "M_FORBIDDEN", "error": "no"}) if "says no errcode" not in faults else (403, {})
+        routes = {"transactions": "PUT", "users": "GET", "rooms": "GET", "ping": "POST", "thirdparty": "GET"}
+        legacy = not path.startswith("/_matrix/app/v1/")
+        name = path.removeprefix("/_matrix/app/v1").split("/")[1]
+        if name not in routes or legacy != ("knows the legacy paths only" in faults):
+            return (404, {"errcode": "M_UNRECOGNIZED"}) if "answers with pages" not in faults else (404, b"<h1>Not found</h1>")
+        if routes[name] != request.method:
+            return (405, {"errcode": "M_UNRECOGNIZED"}) if "answers with pages" not in faults else (405, b"<h1>No</h1>")
+        if name in ("users", "rooms"):
+            return (200, {}) if "creates" in faults else (404, b"<h1>No</h1>") if "answers with pages" in faults else (
+                404, {} if "says no errcode" in faults else {"errcode": "M_NOT_FOUND"})
+        if name == "thirdparty":
+            return (200, {"instances": []}) if path.endswith("/good") else (200, []) if path.endswith("/bad") else (404, {})
+        return transaction(body)
+
+    def transaction(body):
+        try:
+            value = json.loads(body)
+        except ValueError:
+            return (500, b"Traceback") if "breaks" in faults else (400, {"errcode": "M_NOT_JSON"})
+        if "is strict" in faults and (value.keys() - {"events", "transaction_id"} or any("org.asbridge.examiner" in event for event in value.get("events", ()))):
+            return 400, {"errcode": "M_BAD_JSON"}
+        return 200, b"OK" if "answers no JSON" in faults else {}
+    return answer
+
+
+# -- Application services that act.
+
+def bot_of(hs, id="irc"):
+    return asbridge.Client(hs.url, hs.world.registrations.by_id[id].as_token)
 
 
 def acting(hs, id, user_id, register=True):
@@ -174,9 +800,360 @@ def acting(hs, id, user_id, register=True):
     return asbridge.Client(hs.url, hs.world.registrations.by_id[id].as_token, user_id)
 
 
+ENCRYPTING = {"receive_ephemeral": True, "org.matrix.msc3202": True}
+
+
+def ghost_with_device(hs, user_id="@_irc_bob:localhost", device_id="GHOST"):
+    """A ghost acting with a device of its own."""
+    ghost = acting(hs, "irc", user_id)
+    ghost.ask("PUT", "devices", device_id, body={"display_name": "bridge"})
+    with_device = asbridge.Client(hs.url, ghost.token, user_id)
+    with_device.call = functools.partial(asbridge.Client.call, with_device, device_id=device_id)
+    return with_device
+
+
+# -- A homeserver to be asked nonsense: what is of the wrong type.
+
+WRONG = (None, 2**70, "x\0", [None], {}, {"x": {"x": 5}}, True)
+
+
+def mutations(body):
+    """The body with each value in it, however deep, replaced by each wrong one."""
+    def places(value, where):
+        for key, item in (value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()):
+            yield (*where, key)
+            yield from places(item, (*where, key))
+    for where in places(body, ()):
+        for wrong in WRONG:
+            changed = copy.deepcopy(body)
+            functools.reduce(lambda value, key: value[key], where[:-1], changed)[where[-1]] = wrong
+            yield changed
+
+
+def some(mutations):
+    """Every third of them: another wrong value in each place, and in the end all of them in some. The long tests take all."""
+    return itertools.islice(mutations, 0, None, 3)
+
+
+class Target:
+    """A homeserver to be asked nonsense: by a ghost with a device and by a person, with a fresh room for each row."""
+
+    def __init__(self, hs):
+        self.hs, self.http, self.n = hs, asbridge.HttpClient(hs.url), 0
+        self.alice, self.ghost = hs.client("alice"), ghost_with_device(hs)
+        self.backup = self.ghost.ask("POST", "room_keys", "version", body={"algorithm": "x", "auth_data": {}})["version"]
+        self.media = self.ghost.call("POST", "/_matrix/media/v3/create")["content_uri"].rpartition("/")[2]
+        self.filter = self.ghost.ask("POST", "user", self.ghost.user_id, "filter", body={})["filter_id"]
+        self.fresh()
+
+    def fresh(self):
+        self.room = self.ghost.create_room(preset="public_chat")
+        self.alice.join(self.room)
+        self.event = self.ghost.say(self.room, "x")
+        return self
+
+    def filled(self, text, encode=lambda text: text):
+        self.n += 1
+        for name, value in (("user", self.ghost.user_id), ("room", self.room), ("event", self.event), ("backup", self.backup), ("n", str(self.n))):
+            text = text.replace("{" + name + "}", encode(value))
+        return text
+
+    def ask(self, method, where, body=None, person=False):
+        """Status and answer, which must be JSON and no failure of the homeserver."""
+        query = "" if person else f"{'&' if '?' in where else '?'}user_id={quote(self.ghost.user_id)}&device_id=GHOST"
+        token = self.alice.token if person else "as-irc"
+        status, answer = self.http.request(method, where + query, body, {"Authorization": f"Bearer {token}"})
+        return status, answer
+
+    def reads(self):
+        """What everybody reads goes on being readable, whatever was written."""
+        api, ghost, alice = self.hs.api, asbridge.Who(self.ghost.user_id, "GHOST"), asbridge.Who(self.alice.user_id)
+        one = asbridge.SyncFilter({"room": {"rooms": [self.room], "timeline": {"unread_thread_notifications": True, "limit": 3}}})
+        for who in (alice, ghost):
+            api.sync.sync(who, None, one)
+        api.keys.query(alice, {ghost.user_id: []})
+        with contextlib.suppress(MatrixError):               # she may have been thrown out
+            api.rooms.messages(alice, self.room, None, True, 3, asbridge.Filter(), lazy=True)
+            api.rooms.threads(alice, self.room, False, None, 3)
+            api.rooms.hierarchy(alice, self.room, False, 1, 0, 3)
+        api.rooms.public(0, 3)
+        api.accounts.tags(ghost, self.room)
+        api.accounts.search(alice, "bob", 3)
+        assert api.accounts.device(ghost, "GHOST") and self.alice.user_id in self.hs.world.store.users
+
+
+@pytest.fixture(scope="module")
+def target():
+    with asbridge.Homeserver([registration()]) as hs:
+        yield Target(hs)
+
+
+# -- An application service of our own, between a homeserver that says yes to everything and whoever pushes to it.
+
+class FakeHomeserver:
+    """Answers like a homeserver on which everything succeeds, and notes what it was asked. `fail` makes it refuse."""
+
+    def __init__(self):
+        self.asked, self.fail, self.users = [], None, set()
+        self.server = asbridge.HttpServer(("127.0.0.1", 0), self.answer)
+        self.server.start()
+        self.url = f"http://127.0.0.1:{self.server.port}"
+
+    def answer(self, request):
+        body = asbridge.parse_object(request.body(10**7)) if request.method != "GET" else {}
+        self.asked.append((request.method, request.path, request.query, body))
+        failure = self.fail(request) if self.fail else None
+        if failure:
+            return asbridge.json_response(failure.status, failure.body())
+        if request.path.endswith("/register"):
+            if body["username"] in self.users:
+                return asbridge.json_response(400, {"errcode": "M_USER_IN_USE", "error": "taken"})
+            self.users.add(body["username"])
+        user = request.query.get("user_id", "@ircbot:test")
+        if request.path.endswith("/members"):
+            return asbridge.json_response(200, {"chunk": []})
+        return asbridge.json_response(200, {
+            "user_id": user, "room_id": "!room:test", "event_id": "$" + secrets.token_hex(8),
+            "joined": {}, "joined_rooms": [], "duration_ms": 1})
+
+    def paths(self, pattern):
+        return [asked for asked in list(self.asked) if re.search(pattern, asked[1])]
+
+    def said(self):
+        return [asked[3]["body"] for asked in self.paths("/send/m.room.message/")]
+
+
+@pytest.fixture
+def fake():
+    homeserver = FakeHomeserver()
+    yield homeserver
+    homeserver.server.stop()
+
+
+def bridge_registration(**other):
+    data = {"id": "irc", "url": "http://127.0.0.1:0", "as_token": "as-secret", "hs_token": "hs-secret",
+            "sender_localpart": "ircbot",
+            "namespaces": {"users": [{"regex": "@_irc_.*", "exclusive": True}],
+                           "aliases": [{"regex": "#_irc_.*", "exclusive": True}]},
+            "asbridge.sample": {"irc_port": 0}, **other}
+    reader = asbridge.RegistrationReader(data, "test")
+    read = reader.read()
+    assert read, reader.findings
+    return read
+
+
+class Handled(asbridge.AppService):
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.events, self.gate, self.entered = [], None, threading.Event()
+
+    def on_event(self, event):
+        self.entered.set()
+        if self.gate:
+            assert self.gate.wait(10)
+        self.events.append(event["event_id"])
+        if event["type"] == "poison":
+            raise ZeroDivisionError("poison")
+
+    def on_user_query(self, user_id):
+        return user_id == "@_irc_bob:test"
+
+    def on_alias_query(self, alias):
+        return alias == "#_irc_lobby:test"
+
+
+@pytest.fixture
+def service(fake):
+    it = Handled(bridge_registration(), fake.url)
+    it.start()
+    yield it
+    it.stop()
+
+
+@pytest.fixture
+def bridge(fake):
+    it = asbridge.IrcBridge(bridge_registration(), fake.url)
+    it.start()
+    yield it
+    it.stop()
+
+
+PUSH = "/_matrix/app/v1/transactions/"
+
+
+def as_request(service, method, path, body=b"", token="hs-secret", path_token=None):
+    connection = http.client.HTTPConnection("127.0.0.1", service.port, timeout=10)
+    data = body if isinstance(body, bytes) else json.dumps(body).encode()
+    target = path + (f"?access_token={path_token}" if path_token else "")
+    connection.request(method, target, data, {"Authorization": f"Bearer {token}"} if token else {})
+    response = connection.getresponse()
+    answer = response.status, json.loads(response.read())
+    connection.close()
+    return answer
+
+
+def some_events(*ids, type="m.room.message"):
+    common = {"type": type, "room_id": "!r:test", "sender": "@a:test", "content": {}}
+    return {"events": [{"event_id": id, **common} for id in ids]}
+
+
+def push(bridge, type, content, sender="@alice:test", room_id="!room:test", **other):
+    """An event comes from the homeserver."""
+    event = {"event_id": "$" + secrets.token_hex(8), "type": type, "content": content, "sender": sender,
+             "room_id": room_id, "origin_server_ts": 1, **other}
+    assert as_request(bridge, "PUT", PUSH + secrets.token_hex(8), {"events": [event]}) == (200, {})
+    return event["event_id"]
+
+
+def message(bridge, body, msgtype="m.text", **other):
+    content = {"msgtype": msgtype, "body": body, **other.pop("content", {})}
+    return push(bridge, "m.room.message", content, **other)
+
+
+# -- IRC clients, and a homeserver with a bridge for them.
+
+class Irc:
+    """A raw IRC client."""
+
+    def __init__(self, bridge, nick=None, *channels):
+        self.sock = socket.create_connection(("127.0.0.1", bridge.irc_port), 10)
+        self.nick, self.lines, self.buffer = nick, [], b""
+        if nick:
+            self.send(f"NICK {nick}", f"USER {nick} 0 * :{nick} the person")
+            self.wait(" (376|422) ")
+        for channel in channels:
+            self.send(f"JOIN {channel}")
+            self.wait(f" 366 {re.escape(nick)} {re.escape(channel)} ")
+
+    def send(self, *lines):
+        self.sock.sendall("".join(line + "\r\n" for line in lines).encode())
+
+    def __del__(self):
+        if hasattr(self, "sock"):                            # else nobody listened
+            self.sock.close()
+
+    def wait(self, pattern, seconds=10.0):
+        """The first line, old or new, that matches; it and what came before is used up."""
+        deadline = time.monotonic() + seconds
+        while True:
+            for at, line in enumerate(self.lines):
+                if re.search(pattern, line):
+                    del self.lines[:at + 1]
+                    return line
+            self.sock.settimeout(max(0.01, deadline - time.monotonic()))
+            try:
+                data = self.sock.recv(65536)
+            except TimeoutError:
+                raise AssertionError(f"no {pattern!r}; there is {self.lines[-8:]}") from None
+            assert data, f"closed; no {pattern!r}; there is {self.lines[-8:]}"
+            *whole, self.buffer = (self.buffer + data).split(b"\r\n")
+            self.lines += [line.decode() for line in whole]
+
+    def never(self, pattern):
+        """Nothing that matches came before the answer to a PING sent now."""
+        token = secrets.token_hex(4)
+        self.send(f"PING {token}")
+        seen = len(self.lines)
+        while not any(token in line for line in self.lines[seen:]):
+            self.wait_more()
+        assert not [line for line in self.lines if re.search(pattern, line)]
+
+    def wait_more(self):
+        self.sock.settimeout(10)
+        *whole, self.buffer = (self.buffer + self.sock.recv(65536)).split(b"\r\n")
+        self.lines += [line.decode() for line in whole]
+
+    def closed(self):
+        self.sock.settimeout(10)
+        with contextlib.suppress(ConnectionResetError):
+            while self.sock.recv(65536):
+                pass
+        return True
+
+
+def channel_is_known(bridge, name="#lobby"):
+    eventually(lambda: bridge.channels[name].room_id)
+
+
+def sample(**more):
+    return {**asbridge.SAMPLE_REGISTRATION, "url": "http://127.0.0.1:0", "asbridge.sample": {"irc_port": 0}, **more}
+
+
+class World:
+    """A homeserver with the sample bridge, and people on it."""
+
+    def __init__(self, hs, database):
+        self.hs, self.people, self.database = hs, {}, database
+
+    hs_url = property(lambda self: self.hs.url)
+    bridge = property(lambda self: self.hs.samples[0])
+
+    def client(self, name):
+        if name not in self.people:
+            self.people[name] = self.hs.client(name)
+        return self.people[name]
+
+    def settle(self):
+        self.hs.settle()
+
+    def restart_bridge(self):
+        registration = self.hs.world.registrations.by_id["irc"]
+        self.bridge.stop()
+        self.hs.samples[0] = asbridge.IrcBridge(registration, self.hs.url, asbridge.beside(self.database, "irc"))
+        self.bridge.start()
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    database = str(tmp_path_factory.mktemp("world") / "hs.db")
+    sample = {**asbridge.SAMPLE_REGISTRATION, "url": "http://127.0.0.1:0", "asbridge.sample": {"irc_port": 0}}
+    with asbridge.Homeserver([sample], database=database) as hs:
+        yield World(hs, database)
+
+
+def unique(name):
+    return f"{name}{secrets.token_hex(3)}"
+
+
+def alias_of(world, channel):
+    return f"#_irc_{channel[1:]}:{world.bridge.server_name}"
+
+
+def join(world, client, channel):
+    """Joins the room of a channel that somebody on IRC has opened."""
+    eventually(lambda: world.bridge.channels[channel].room_id)
+    return client.join(alias_of(world, channel))
+
+
+def member(user_id, membership):
+    """A test for wait_for()."""
+    wanted = ("m.room.member", user_id, membership)
+    return lambda e: (e["type"], e.get("state_key"), e["content"].get("membership")) == wanted
+
+
+def texts(client, room_id):
+    found = [e["content"]["body"] for e in client.messages(room_id)["chunk"] if e["type"] == "m.room.message"]
+    return found[::-1]
+
+
 # ============================================================================
 # 1. Vocabulary
 # ============================================================================
+
+# -- Errors.
+
+def test_an_error_is_rendered_as_the_standard_error_response():
+    error = MatrixError("M_LIMIT_EXCEEDED", "slow down", retry_after_ms=5)
+    assert error.status == 429 and error.body() == {"errcode": "M_LIMIT_EXCEEDED", "error": "slow down", "retry_after_ms": 5}
+    assert MatrixError("M_FORBIDDEN", "", 418).status == 418 and MatrixError("ORG.EXAMPLE", "").status == 400
+
+
+def test_an_error_may_have_any_further_keys():
+    extra = {"self": 1, "http_status": 2, "extra": 3}
+    assert MatrixError("M_X", "x", 400, **extra).body() == {"errcode": "M_X", "error": "x", **extra}
+
+
+# -- Identifiers.
 
 @pytest.mark.parametrize("sigil, text", [
     ("@", "@alice:localhost"), ("@", "@_irc_a=c3=a1/+-.:localhost:8448"), ("@", "@A b\x01é:[1234:5678::abcd]:5678"), ("@", "@a:1.2.3.4"),
@@ -229,16 +1206,7 @@ def test_a_localpart_that_was_not_mapped_is_read_as_it_stands(localpart, text):
     assert asbridge.from_localpart(localpart) == text
 
 
-def test_an_error_is_rendered_as_the_standard_error_response():
-    error = MatrixError("M_LIMIT_EXCEEDED", "slow down", retry_after_ms=5)
-    assert error.status == 429 and error.body() == {"errcode": "M_LIMIT_EXCEEDED", "error": "slow down", "retry_after_ms": 5}
-    assert MatrixError("M_FORBIDDEN", "", 418).status == 418 and MatrixError("ORG.EXAMPLE", "").status == 400
-
-
-def test_an_error_may_have_any_further_keys():
-    extra = {"self": 1, "http_status": 2, "extra": 3}
-    assert MatrixError("M_X", "x", 400, **extra).body() == {"errcode": "M_X", "error": "x", **extra}
-
+# -- JSON.
 
 @pytest.mark.parametrize("data", [
     b"{", b"nope", b"NaN", b'{"a":Infinity}', b"[-Infinity]", b"\xff", b'"\xed\xa0\x80"', b'"\\ud800"', b'{"\\udfff":1}', b'["\\uD83D x"]', b"\xef\xbb\xbf{}",
@@ -348,6 +1316,8 @@ def test_a_value_in_an_error_text_is_short():
     assert len(asbridge.shorten("x" * 1000)) == 81 and asbridge.shorten({"a": "é"}) == '{"a": "\\u00e9"}'
 
 
+# -- Time.
+
 def waiting_on(clock, one, seconds):
     """A thread that waits on this bell."""
     thread = threading.Thread(target=clock.wait, args=(one, clock.monotonic() + seconds), daemon=True)
@@ -396,6 +1366,13 @@ def test_winding_the_clock_moves_both_clocks():
     assert 3_600_000 <= clock.now() - now < 3_660_000 and 3600 <= clock.monotonic() - monotonic < 3660
 
 
+def test_a_clock_with_a_start_stands_still_but_for_what_it_is_wound_on():
+    clock = asbridge.Clock(1000)
+    assert clock.now() == clock.now() == 1000
+    clock.advance(1.5)
+    assert clock.now() == 2500
+
+
 def test_one_may_wait_for_ever():
     clock, one = asbridge.Clock(), asbridge.bell()
     thread = waiting_on(clock, one, float("inf"))
@@ -404,66 +1381,21 @@ def test_one_may_wait_for_ever():
     assert not thread.is_alive()
 
 
+# -- Chance.
+
+def test_what_an_owner_draws_does_not_depend_on_what_others_draw():
+    one, other = asbridge.Chance("7"), asbridge.Chance("7")
+    other.text("b"), other.text("b")
+    drawn = one.text("a"), one.text("a", 43)
+    assert drawn == (other.text("a"), other.text("a", 43)) and drawn[0] != drawn[1][:18] and len(drawn[1]) == 43
+    assert asbridge.Chance().text("a") != asbridge.Chance().text("a")
+
+
 # ============================================================================
 # 2. Plumbing
 # ============================================================================
 
-@pytest.fixture
-def serve():
-    """Starts an HTTP server that answers what it was asked, as JSON; it ends with the test."""
-    made = []
-
-    def echo(request):
-        try:
-            body = request.body(100_000).decode("latin-1")
-            return asbridge.json_response(200, {"method": request.method, "path": request.path, "query": request.query,
-                                                "headers": request.headers, "body": body})
-        except MatrixError as error:
-            return asbridge.json_response(error.status, error.body())
-
-    def make(app=echo, **keys):
-        made.append(asbridge.HttpServer(("127.0.0.1", 0), app, **keys))
-        made[-1].start()
-        return made[-1]
-    yield make
-    for server in made:
-        server.stop()
-
-
-def connect(server):
-    return socket.create_connection(("127.0.0.1", server.port), 5)
-
-
-def read_all(sock):
-    """What comes until the other side closes."""
-    parts = []
-    with contextlib.suppress(ConnectionError):
-        while data := sock.recv(65_536):
-            parts.append(data)
-    return b"".join(parts)
-
-
-def talk(server, data):
-    """Sends this and nothing more; everything that comes back until the connection is closed."""
-    with connect(server) as sock:
-        sock.sendall(data)
-        with contextlib.suppress(OSError):
-            sock.shutdown(socket.SHUT_WR)
-        return read_all(sock)
-
-
-def answers_in(data):
-    """[(status, headers, JSON)] of the answers in a stream."""
-    found = []
-    while data:
-        head, _, data = data.partition(b"\r\n\r\n")
-        lines = head.decode().split("\r\n")
-        headers = {line.partition(": ")[0].lower(): line.partition(": ")[2] for line in lines[1:]}
-        size = int(headers["content-length"])
-        found.append((int(lines[0].split(" ")[1]), headers, json.loads(data[:size])))
-        data = data[size:]
-    return found
-
+# -- The HTTP server: connections.
 
 def test_a_connection_is_kept_alive(serve):
     server = serve()
@@ -487,52 +1419,13 @@ def test_a_body_that_the_application_does_not_read_is_skipped(serve):
     assert [answer for _, _, answer in answers_in(data)] == ["/1", "/2"]
 
 
-@pytest.mark.parametrize("head", [b"Content-Length: 65537", b"Transfer-Encoding: chunked", b"Expect: 100-continue\r\nContent-Length: 5"])
-def test_after_a_body_that_is_too_long_to_skip_the_connection_is_closed(serve, head):
-    server = serve(lambda request: asbridge.json_response(200, request.path))
-    with connect(server) as sock:
-        sock.sendall(b"POST /1 HTTP/1.1\r\nHost: h\r\n" + head + b"\r\n\r\n")
-        (status, headers, _), = answers_in(read_all(sock))
-    assert status == 200 and headers["connection"] == "close"
-
-
-def test_the_answer_to_head_has_the_length_of_the_body_but_no_body(serve):
-    server = serve(lambda request: asbridge.Response(200, b"12345", "text/plain", b"X-More: 1\r\n"))
-    data = talk(server, b"HEAD / HTTP/1.1\r\nHost: h\r\n\r\n")
-    assert data == b"HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\nContent-Length: 5\r\nX-More: 1\r\n\r\n"
-
-
-def test_a_head_that_is_refused_has_no_body_in_its_answer_either(serve):
-    data = talk(serve(), b"HEAD /?%FF HTTP/1.1\r\nHost: h\r\n\r\n")
-    assert data.startswith(b"HTTP/1.1 400 ") and data.endswith(b"\r\n\r\n") and b"Content-Length: 0" not in data
-
-
-@pytest.mark.parametrize("body", [
-    b"5\r\nhello\r\n0\r\n\r\n", b"2\r\nhe\r\n3;name=value\r\nllo\r\n0\r\nTrailer: x\r\n\r\n", b"00005\r\nhello\r\n000\r\n\r\n", b"5 \r\nhello\r\n0\r\n\r\n"])
-def test_a_body_may_come_in_chunks(serve, body):
-    (_, _, answer), = answers_in(talk(serve(), b"POST / HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: Chunked\r\n\r\n" + body))
-    assert answer["body"] == "hello"
-
-
-@pytest.mark.parametrize("body", [b"x\r\n", b"-1\r\n", b"0x5\r\nhello\r\n", b"5\r\nhelloo\r\n0\r\n\r\n", b"5\nhello\n0\n\n", b"FFFFFFFFF\r\n", b"\r\n", pytest.param(b"5" * 5000, id="long"),
-                                  b" 5\r\nhello\r\n0\r\n\r\n", b"+5\r\nhello\r\n0\r\n\r\n", b"1_0\r\n", b"5\n\r\nhello\r\n0\r\n\r\n", b"\n5\r\nhello\r\n0\r\n\r\n",
-                                  b"5;a\nb\r\nhello\r\n0\r\n\r\n", b"5;a\rb\r\nhello\r\n0\r\n\r\n", b"5;\0\r\nhello\r\n0\r\n\r\n", b"5 a\r\nhello\r\n0\r\n\r\n",
-                                  b"5\r\nhello\n0\r\n\r\n", b"5\r\nhello0\r\n\r\n", b"0\r\nA: b\n\r\n\r\n", b"0\r\nA\rB: c\r\n\r\n", b"0\n\r\n\r\n"])
-def test_a_chunk_that_is_not_what_it_says_is_refused(serve, body):
-    data = talk(serve(), b"POST / HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\n\r\n" + body + b"GET /evil HTTP/1.1\r\nHost: h\r\n\r\n")
-    (status, headers, _), = answers_in(data)
-    assert status == 400 and headers["connection"] == "close"
-
-
-def test_a_body_in_chunks_has_100_trailers_at_most(serve):
-    for trailers, status in ((100, 200), (101, 431)):
-        body = b"0\r\n" + b"A: b\r\n" * trailers + b"\r\n"
-        assert answers_in(talk(serve(), b"POST / HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\n\r\n" + body))[0][0] == status
-
-
-def test_a_client_of_http_1_0_does_not_know_of_100_continue(serve):
-    answers = answers_in(talk(serve(), b"POST / HTTP/1.0\r\nContent-Length: 2\r\nExpect: 100-continue\r\n\r\nok"))
-    assert [(status, answer["body"]) for status, _, answer in answers] == [(200, "ok")]
+@pytest.mark.parametrize("head, kept", [
+    (b"GET / HTTP/1.1\r\nHost: h\r\n", True), (b"GET / HTTP/1.1\r\nHost: h\r\nConnection: close\r\n", False), (b"GET / HTTP/1.1\r\nHost: h\r\nConnection: Keep-Alive, Close\r\n", False),
+    (b"GET / HTTP/1.0\r\n", False), (b"GET / HTTP/1.0\r\nConnection: keep-alive\r\n", True)])
+def test_http_1_0_closes_unless_asked_not_to_and_http_1_1_the_other_way_round(serve, head, kept):
+    answers = answers_in(talk(serve(), (head + b"\r\n") * 2))
+    said = answers[0][1].get("connection")
+    assert len(answers) == (2 if kept else 1) and said == ("close" if not kept else "keep-alive" if b"HTTP/1.0" in head else None)
 
 
 def test_who_expects_100_continue_gets_it_before_the_body_is_read(serve):
@@ -551,77 +1444,24 @@ def test_who_expects_100_continue_for_too_large_a_body_is_told_so_instead(serve)
     assert (status, answer["errcode"], headers["connection"]) == (413, "M_TOO_LARGE", "close")
 
 
-@pytest.mark.parametrize("head, kept", [
-    (b"GET / HTTP/1.1\r\nHost: h\r\n", True), (b"GET / HTTP/1.1\r\nHost: h\r\nConnection: close\r\n", False), (b"GET / HTTP/1.1\r\nHost: h\r\nConnection: Keep-Alive, Close\r\n", False),
-    (b"GET / HTTP/1.0\r\n", False), (b"GET / HTTP/1.0\r\nConnection: keep-alive\r\n", True)])
-def test_http_1_0_closes_unless_asked_not_to_and_http_1_1_the_other_way_round(serve, head, kept):
-    answers = answers_in(talk(serve(), (head + b"\r\n") * 2))
-    said = answers[0][1].get("connection")
-    assert len(answers) == (2 if kept else 1) and said == ("close" if not kept else "keep-alive" if b"HTTP/1.0" in head else None)
+def test_a_client_of_http_1_0_does_not_know_of_100_continue(serve):
+    answers = answers_in(talk(serve(), b"POST / HTTP/1.0\r\nContent-Length: 2\r\nExpect: 100-continue\r\n\r\nok"))
+    assert [(status, answer["body"]) for status, _, answer in answers] == [(200, "ok")]
 
 
-@pytest.mark.parametrize("head", [
-    b"GET / HTTP/1.1\r\nHost: h\r\nA: b\nC: d", b"GET / HTTP/1.1\r\nHost: h\r\nA: b\r\n c", b"GET / HTTP/1.1\r\nHost: h\r\nA: b\r\n\tc", b"GET / HTTP/1.1\r\nHost: h\r\nA : b", b"GET / HTTP/1.1\r\nHost: h\r\nA",
-    b"GET / HTTP/1.1\r\nHost: h\r\n: b", b"GET / HTTP/1.1\r\nHost: h\r\nA: b\rc", b"GET / HTTP/1.1\r\nHost: h\r\nA: b\0", b"GET / HTTP/1.1\r\nHost: h\r\nA\xe9: b", b"GET / HTTP/1.1\r\nHost: h\r\n A: b",
-    b"GET / HTTP/1.1\r\nHost: h\r\nContent-Length: 5\r\nContent-Length: 6", b"GET / HTTP/1.1\r\nHost: h\r\nContent-Length: 5, 6", b"GET / HTTP/1.1\r\nHost: h\r\nContent-Length: -1",
-    b"GET / HTTP/1.1\r\nHost: h\r\nContent-Length: +5", b"GET / HTTP/1.1\r\nHost: h\r\nContent-Length: 0x5", b"GET / HTTP/1.1\r\nHost: h\r\nContent-Length: ", b"GET / HTTP/1.1\r\nHost: h\r\nContent-Length: \xb2",
-    b"GET / HTTP/1.1\r\nHost: h\r\nContent-Length: 1_0", b"GET / HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\nContent-Length: 5", b"GET / HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: gzip",
-    b"GET / HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: gzip, chunked", b"GET / HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\nTransfer-Encoding: chunked",
-    b"GET / HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked, identity", b"GET / HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: xchunked",
-    b"GET / HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: identity", b"GET / HTTP/1.1\r\nHost: h\r\nTransfer-Encoding:", b"GET / HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked;q=1",
-    b"GET / HTTP/1.1\r\nHost: h\r\nTransfer-Encoding : chunked", b"GET / HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: \x0bchunked", b"GET / HTTP/1.1\r\nHost: h\r\nTransfer-Encoding:\r\n chunked",
-    b"GET / HTTP/1.0\r\nTransfer-Encoding: chunked", b"GET / HTTP/1.1\r\nHost: h\r\nContent-Length: 5\x0b", b"GET / HTTP/1.1\r\nHost: h\r\nContent-Length: 5 5",
-    b"GET / HTTP/1.1\r\nHost: h\r\nContent-Length: 5,5", b"GET / HTTP/1.1\r\nHost: h\r\nA: b\x01", b"GET / HTTP/1.1\r\nHost: h\r\nA: b\x7f", b"GET / HTTP/1.1\r\nHost: h\r\nA: b\x1b[31m",
-    b"GET / HTTP/1.1", b"GET / HTTP/1.1\r\nhosts: h", b"GET / HTTP/1.1\r\nHost: h\r\nHost: h", b"GET / HTTP/1.1\r\nHost: h\r\nhost: evil", b"GET / HTTP/1.0\r\nHost: h\r\nHost: h",
-    b"GET / HTTP/1.1\r\nHost: h/x", b"GET / HTTP/1.1\r\nHost: h, i", b"GET / HTTP/1.1\r\nHost: u@h", b"GET / HTTP/1.1\r\nHost: h:x", b"GET / HTTP/1.1\r\nHost: h i", b"GET / HTTP/1.1\r\nHost: http://h",
-    b"GET x HTTP/1.1\r\nHost: h", b"GET x?y=://h/z HTTP/1.1\r\nHost: h", b"GET * HTTP/1.1\r\nHost: h", b"CONNECT h:80 HTTP/1.1\r\nHost: h", b"GET ftp://h/ HTTP/1.1\r\nHost: h",
-    b"GET http:/// HTTP/1.1\r\nHost: h", b"GET http://u@h/ HTTP/1.1\r\nHost: h", b"GET http://h:x/ HTTP/1.1\r\nHost: h", b"GET \\x HTTP/1.1\r\nHost: h", b"G" * 33 + b" / HTTP/1.1\r\nHost: h",
-    b"GET /", b"GET / x HTTP/1.1", b"GET  / HTTP/1.1", b"GET / HTTP/2.0", b"GET / http/1.1", b"G(T / HTTP/1.1", b"\x16\x03\x01", b"GET / HTTP/1.1 "])
-def test_a_head_that_two_readers_could_read_differently_is_refused_and_the_connection_closed(serve, head):
-    (status, headers, answer), = answers_in(talk(serve(), head + b"\r\n\r\nGET /evil HTTP/1.1\r\nHost: h\r\n\r\n"))
-    assert (status, answer["errcode"], headers["connection"]) == (400, "M_UNKNOWN", "close")
+def test_a_large_answer_arrives_whole(serve):
+    server = serve(lambda request: asbridge.Response(200, b"x" * 3_000_000))
+    assert talk(server, b"GET / HTTP/1.1\r\nHost: h\r\n\r\n").endswith(b"\r\n\r\n" + b"x" * 3_000_000)
 
 
-@pytest.mark.parametrize("target", [b"/a\nX:y", b"/a\rX:y", b"/a\0"])
-def test_a_request_line_has_no_control_characters(serve, target):
-    assert talk(serve(), b"GET " + target + b" HTTP/1.1\r\nHost: h\r\n\r\n").startswith(b"HTTP/1.1 400 ")
+@pytest.mark.parametrize("data", [b"", b"GET / HT", b"POST / HTTP/1.1\r\nHost: h\r\nContent-Length: 9\r\n\r\nabc"])
+def test_a_client_that_goes_away_leaves_nothing_behind(serve, caplog, data):
+    server = serve()
+    assert talk(server, data) == b"" and eventually(lambda: not server.connections)
+    assert talk(server, b"GET / HTTP/1.1\r\nHost: h\r\n\r\n").startswith(b"HTTP/1.1 200 ") and not caplog.records
 
 
-def test_a_content_length_of_any_length_is_answered(serve):
-    assert talk(serve(), b"POST / HTTP/1.1\r\nHost: h\r\nContent-Length: " + b"9" * 5000 + b"\r\n\r\n").startswith((b"HTTP/1.1 400 ", b"HTTP/1.1 413 "))
-
-
-@pytest.mark.parametrize("head", [
-    "GET /x?access_token=hunter2 y HTTP/1.1", "GET /x?access_token=hunter2 HTTP/9.9", "GET /x HTTP/1.1\r\nAuthorization : Bearer hunter2",
-    "GET /x HTTP/1.1\r\nAuthorization= Bearer hunter2", "GET /x HTTP/1.1\r\nHost: x\r\n Authorization: Bearer hunter2", "GET /x HTTP/1.1\r\nAuthorization:\r\n hunter2",
-    "GET /x HTTP/1.1\r\nhunter2", "GET _matrix/x?access_token=hunter2 HTTP/1.1\r\nHost: h", "GET ftp://h/x?access_token=hunter2 HTTP/1.1\r\nHost: h"])
-def test_what_is_wrong_with_a_head_is_said_without_the_token_in_it(head):
-    with refused("M_UNKNOWN", 400) as caught:
-        asbridge.Request(head)
-    assert "hunter2" not in caught.value.error
-
-
-def test_a_head_whose_lines_end_in_bare_lf_is_refused_at_once(serve):
-    with connect(serve()) as sock:
-        sock.settimeout(0.5)
-        sock.sendall(b"GET / HTTP/1.1\nHost: h\n\n")
-        assert sock.recv(100).startswith(b"HTTP/1.1 400 ")
-
-
-@pytest.mark.parametrize("extra", [b"\r\n", b"\r\n\r\n"])
-def test_empty_lines_before_the_first_request_are_ignored(serve, extra):
-    assert [status for status, _, _ in answers_in(talk(serve(), extra + b"GET / HTTP/1.1\r\nHost: h\r\n\r\n"))] == [200]
-
-
-def test_an_empty_line_after_a_body_is_ignored(serve):
-    data = talk(serve(), b"POST / HTTP/1.1\r\nHost: h\r\nContent-Length: 1\r\n\r\nx\r\nGET / HTTP/1.1\r\nHost: h\r\n\r\n")
-    assert [status for status, _, _ in answers_in(data)] == [200, 200]
-
-
-def test_a_content_length_that_comes_twice_alike_is_taken(serve):
-    (_, _, answer), = answers_in(talk(serve(), b"POST / HTTP/1.1\r\nHost: h\r\nContent-Length: 2\r\nContent-Length: 2\r\n\r\nok"))
-    assert answer["body"] == "ok"
-
+# -- The HTTP server: heads.
 
 def test_a_request_says_its_method_path_query_and_headers(serve):
     (_, _, answer), = answers_in(talk(serve(), b"PUT http://h:1/a%2Fb/?x=1&y=%C3%A9&z=&x=2 HTTP/1.1\r\nHost: h\r\nX-A: \t 1 \r\nx-a:2\r\n\r\n"))
@@ -668,6 +1508,69 @@ def test_a_query_is_utf_8_percent_encoded_or_not_and_anything_else_is_refused_an
         assert (status, answer["errcode"]) == (400, "M_INVALID_PARAM")
 
 
+@pytest.mark.parametrize("extra", [b"\r\n", b"\r\n\r\n"])
+def test_empty_lines_before_the_first_request_are_ignored(serve, extra):
+    assert [status for status, _, _ in answers_in(talk(serve(), extra + b"GET / HTTP/1.1\r\nHost: h\r\n\r\n"))] == [200]
+
+
+def test_an_empty_line_after_a_body_is_ignored(serve):
+    data = talk(serve(), b"POST / HTTP/1.1\r\nHost: h\r\nContent-Length: 1\r\n\r\nx\r\nGET / HTTP/1.1\r\nHost: h\r\n\r\n")
+    assert [status for status, _, _ in answers_in(data)] == [200, 200]
+
+
+def test_a_content_length_that_comes_twice_alike_is_taken(serve):
+    (_, _, answer), = answers_in(talk(serve(), b"POST / HTTP/1.1\r\nHost: h\r\nContent-Length: 2\r\nContent-Length: 2\r\n\r\nok"))
+    assert answer["body"] == "ok"
+
+
+def test_a_content_length_of_any_length_is_answered(serve):
+    assert talk(serve(), b"POST / HTTP/1.1\r\nHost: h\r\nContent-Length: " + b"9" * 5000 + b"\r\n\r\n").startswith((b"HTTP/1.1 400 ", b"HTTP/1.1 413 "))
+
+
+@pytest.mark.parametrize("head", [
+    b"GET / HTTP/1.1\r\nHost: h\r\nA: b\nC: d", b"GET / HTTP/1.1\r\nHost: h\r\nA: b\r\n c", b"GET / HTTP/1.1\r\nHost: h\r\nA: b\r\n\tc", b"GET / HTTP/1.1\r\nHost: h\r\nA : b", b"GET / HTTP/1.1\r\nHost: h\r\nA",
+    b"GET / HTTP/1.1\r\nHost: h\r\n: b", b"GET / HTTP/1.1\r\nHost: h\r\nA: b\rc", b"GET / HTTP/1.1\r\nHost: h\r\nA: b\0", b"GET / HTTP/1.1\r\nHost: h\r\nA\xe9: b", b"GET / HTTP/1.1\r\nHost: h\r\n A: b",
+    b"GET / HTTP/1.1\r\nHost: h\r\nContent-Length: 5\r\nContent-Length: 6", b"GET / HTTP/1.1\r\nHost: h\r\nContent-Length: 5, 6", b"GET / HTTP/1.1\r\nHost: h\r\nContent-Length: -1",
+    b"GET / HTTP/1.1\r\nHost: h\r\nContent-Length: +5", b"GET / HTTP/1.1\r\nHost: h\r\nContent-Length: 0x5", b"GET / HTTP/1.1\r\nHost: h\r\nContent-Length: ", b"GET / HTTP/1.1\r\nHost: h\r\nContent-Length: \xb2",
+    b"GET / HTTP/1.1\r\nHost: h\r\nContent-Length: 1_0", b"GET / HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\nContent-Length: 5", b"GET / HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: gzip",
+    b"GET / HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: gzip, chunked", b"GET / HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\nTransfer-Encoding: chunked",
+    b"GET / HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked, identity", b"GET / HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: xchunked",
+    b"GET / HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: identity", b"GET / HTTP/1.1\r\nHost: h\r\nTransfer-Encoding:", b"GET / HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked;q=1",
+    b"GET / HTTP/1.1\r\nHost: h\r\nTransfer-Encoding : chunked", b"GET / HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: \x0bchunked", b"GET / HTTP/1.1\r\nHost: h\r\nTransfer-Encoding:\r\n chunked",
+    b"GET / HTTP/1.0\r\nTransfer-Encoding: chunked", b"GET / HTTP/1.1\r\nHost: h\r\nContent-Length: 5\x0b", b"GET / HTTP/1.1\r\nHost: h\r\nContent-Length: 5 5",
+    b"GET / HTTP/1.1\r\nHost: h\r\nContent-Length: 5,5", b"GET / HTTP/1.1\r\nHost: h\r\nA: b\x01", b"GET / HTTP/1.1\r\nHost: h\r\nA: b\x7f", b"GET / HTTP/1.1\r\nHost: h\r\nA: b\x1b[31m",
+    b"GET / HTTP/1.1", b"GET / HTTP/1.1\r\nhosts: h", b"GET / HTTP/1.1\r\nHost: h\r\nHost: h", b"GET / HTTP/1.1\r\nHost: h\r\nhost: evil", b"GET / HTTP/1.0\r\nHost: h\r\nHost: h",
+    b"GET / HTTP/1.1\r\nHost: h/x", b"GET / HTTP/1.1\r\nHost: h, i", b"GET / HTTP/1.1\r\nHost: u@h", b"GET / HTTP/1.1\r\nHost: h:x", b"GET / HTTP/1.1\r\nHost: h i", b"GET / HTTP/1.1\r\nHost: http://h",
+    b"GET x HTTP/1.1\r\nHost: h", b"GET x?y=://h/z HTTP/1.1\r\nHost: h", b"GET * HTTP/1.1\r\nHost: h", b"CONNECT h:80 HTTP/1.1\r\nHost: h", b"GET ftp://h/ HTTP/1.1\r\nHost: h",
+    b"GET http:/// HTTP/1.1\r\nHost: h", b"GET http://u@h/ HTTP/1.1\r\nHost: h", b"GET http://h:x/ HTTP/1.1\r\nHost: h", b"GET \\x HTTP/1.1\r\nHost: h", b"G" * 33 + b" / HTTP/1.1\r\nHost: h",
+    b"GET /", b"GET / x HTTP/1.1", b"GET  / HTTP/1.1", b"GET / HTTP/2.0", b"GET / http/1.1", b"G(T / HTTP/1.1", b"\x16\x03\x01", b"GET / HTTP/1.1 "])
+def test_a_head_that_two_readers_could_read_differently_is_refused_and_the_connection_closed(serve, head):
+    (status, headers, answer), = answers_in(talk(serve(), head + b"\r\n\r\nGET /evil HTTP/1.1\r\nHost: h\r\n\r\n"))
+    assert (status, answer["errcode"], headers["connection"]) == (400, "M_UNKNOWN", "close")
+
+
+@pytest.mark.parametrize("target", [b"/a\nX:y", b"/a\rX:y", b"/a\0"])
+def test_a_request_line_has_no_control_characters(serve, target):
+    assert talk(serve(), b"GET " + target + b" HTTP/1.1\r\nHost: h\r\n\r\n").startswith(b"HTTP/1.1 400 ")
+
+
+def test_a_head_whose_lines_end_in_bare_lf_is_refused_at_once(serve):
+    with connect(serve()) as sock:
+        sock.settimeout(0.5)
+        sock.sendall(b"GET / HTTP/1.1\nHost: h\n\n")
+        assert sock.recv(100).startswith(b"HTTP/1.1 400 ")
+
+
+@pytest.mark.parametrize("head", [
+    "GET /x?access_token=hunter2 y HTTP/1.1", "GET /x?access_token=hunter2 HTTP/9.9", "GET /x HTTP/1.1\r\nAuthorization : Bearer hunter2",
+    "GET /x HTTP/1.1\r\nAuthorization= Bearer hunter2", "GET /x HTTP/1.1\r\nHost: x\r\n Authorization: Bearer hunter2", "GET /x HTTP/1.1\r\nAuthorization:\r\n hunter2",
+    "GET /x HTTP/1.1\r\nhunter2", "GET _matrix/x?access_token=hunter2 HTTP/1.1\r\nHost: h", "GET ftp://h/x?access_token=hunter2 HTTP/1.1\r\nHost: h"])
+def test_what_is_wrong_with_a_head_is_said_without_the_token_in_it(head):
+    with refused("M_UNKNOWN", 400) as caught:
+        asbridge.Request(head)
+    assert "hunter2" not in caught.value.error
+
+
 def test_too_large_a_head_is_431(serve):
     server = serve()
     many, long = b"A: b\r\n" * 101, b"A: " + b"b" * 200_000 + b"\r\n"
@@ -708,6 +1611,42 @@ def test_a_head_has_65536_bytes_at_most(serve):
     assert talk(serve(), head + b"b" * (asbridge.MAX_HEAD_BYTES - len(head) + 10) + b"\r\n\r\n").startswith(b"HTTP/1.1 431 ")
 
 
+def test_the_answer_to_head_has_the_length_of_the_body_but_no_body(serve):
+    server = serve(lambda request: asbridge.Response(200, b"12345", "text/plain", b"X-More: 1\r\n"))
+    data = talk(server, b"HEAD / HTTP/1.1\r\nHost: h\r\n\r\n")
+    assert data == b"HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\nContent-Length: 5\r\nX-More: 1\r\n\r\n"
+
+
+def test_a_head_that_is_refused_has_no_body_in_its_answer_either(serve):
+    data = talk(serve(), b"HEAD /?%FF HTTP/1.1\r\nHost: h\r\n\r\n")
+    assert data.startswith(b"HTTP/1.1 400 ") and data.endswith(b"\r\n\r\n") and b"Content-Length: 0" not in data
+
+
+# -- The HTTP server: bodies.
+
+@pytest.mark.parametrize("body", [
+    b"5\r\nhello\r\n0\r\n\r\n", b"2\r\nhe\r\n3;name=value\r\nllo\r\n0\r\nTrailer: x\r\n\r\n", b"00005\r\nhello\r\n000\r\n\r\n", b"5 \r\nhello\r\n0\r\n\r\n"])
+def test_a_body_may_come_in_chunks(serve, body):
+    (_, _, answer), = answers_in(talk(serve(), b"POST / HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: Chunked\r\n\r\n" + body))
+    assert answer["body"] == "hello"
+
+
+@pytest.mark.parametrize("body", [b"x\r\n", b"-1\r\n", b"0x5\r\nhello\r\n", b"5\r\nhelloo\r\n0\r\n\r\n", b"5\nhello\n0\n\n", b"FFFFFFFFF\r\n", b"\r\n", pytest.param(b"5" * 5000, id="long"),
+                                  b" 5\r\nhello\r\n0\r\n\r\n", b"+5\r\nhello\r\n0\r\n\r\n", b"1_0\r\n", b"5\n\r\nhello\r\n0\r\n\r\n", b"\n5\r\nhello\r\n0\r\n\r\n",
+                                  b"5;a\nb\r\nhello\r\n0\r\n\r\n", b"5;a\rb\r\nhello\r\n0\r\n\r\n", b"5;\0\r\nhello\r\n0\r\n\r\n", b"5 a\r\nhello\r\n0\r\n\r\n",
+                                  b"5\r\nhello\n0\r\n\r\n", b"5\r\nhello0\r\n\r\n", b"0\r\nA: b\n\r\n\r\n", b"0\r\nA\rB: c\r\n\r\n", b"0\n\r\n\r\n"])
+def test_a_chunk_that_is_not_what_it_says_is_refused(serve, body):
+    data = talk(serve(), b"POST / HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\n\r\n" + body + b"GET /evil HTTP/1.1\r\nHost: h\r\n\r\n")
+    (status, headers, _), = answers_in(data)
+    assert status == 400 and headers["connection"] == "close"
+
+
+def test_a_body_in_chunks_has_100_trailers_at_most(serve):
+    for trailers, status in ((100, 200), (101, 431)):
+        body = b"0\r\n" + b"A: b\r\n" * trailers + b"\r\n"
+        assert answers_in(talk(serve(), b"POST / HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\n\r\n" + body))[0][0] == status
+
+
 @pytest.mark.parametrize("head, body", [(b"Content-Length: 100001", b""), (b"Transfer-Encoding: chunked", b"186A1\r\n"),
                                         (b"Transfer-Encoding: chunked", b"C350\r\n" + b"x" * 50_000 + b"\r\nC351\r\n")], ids=["length", "first chunk", "second chunk"])
 def test_too_large_a_body_is_413(serve, head, body):
@@ -726,10 +1665,16 @@ def test_a_client_that_sends_too_large_a_body_gets_to_read_the_413(serve):
         assert client.request("PUT", "/", b"x" * 8_000_000)[0] == 413
 
 
-def test_a_large_answer_arrives_whole(serve):
-    server = serve(lambda request: asbridge.Response(200, b"x" * 3_000_000))
-    assert talk(server, b"GET / HTTP/1.1\r\nHost: h\r\n\r\n").endswith(b"\r\n\r\n" + b"x" * 3_000_000)
+@pytest.mark.parametrize("head", [b"Content-Length: 65537", b"Transfer-Encoding: chunked", b"Expect: 100-continue\r\nContent-Length: 5"])
+def test_after_a_body_that_is_too_long_to_skip_the_connection_is_closed(serve, head):
+    server = serve(lambda request: asbridge.json_response(200, request.path))
+    with connect(server) as sock:
+        sock.sendall(b"POST /1 HTTP/1.1\r\nHost: h\r\n" + head + b"\r\n\r\n")
+        (status, headers, _), = answers_in(read_all(sock))
+    assert status == 200 and headers["connection"] == "close"
 
+
+# -- The HTTP server: deadlines.
 
 @pytest.mark.parametrize("reads", [0, 1000])
 def test_a_client_that_does_not_read_its_answer_or_too_slowly_is_given_up(serve, monkeypatch, caplog, reads):
@@ -765,13 +1710,6 @@ def test_an_answer_that_is_read_slowly_arrives_whole(serve, monkeypatch):
         sock.sendall(b"GET / HTTP/1.1\r\nHost: h\r\nConnection: close\r\n\r\n")
         assert patient.wait(5)
         assert read_all(sock).count(b"x") >= 15_000_000
-
-
-@pytest.mark.parametrize("data", [b"", b"GET / HT", b"POST / HTTP/1.1\r\nHost: h\r\nContent-Length: 9\r\n\r\nabc"])
-def test_a_client_that_goes_away_leaves_nothing_behind(serve, caplog, data):
-    server = serve()
-    assert talk(server, data) == b"" and eventually(lambda: not server.connections)
-    assert talk(server, b"GET / HTTP/1.1\r\nHost: h\r\n\r\n").startswith(b"HTTP/1.1 200 ") and not caplog.records
 
 
 def test_a_client_that_does_not_wait_for_its_answer_harms_nobody(serve, caplog):
@@ -838,6 +1776,8 @@ def test_a_body_in_chunks_has_one_deadline(serve, monkeypatch):
             sock.sendall(b"1\r\nx\r\n")
     raise AssertionError("still reading")
 
+
+# -- The HTTP server: what there is too little of, and the end.
 
 def test_at_the_cap_the_connection_that_is_idle_for_longest_goes(serve):
     server = serve(max_connections=2)
@@ -940,56 +1880,7 @@ def test_a_server_that_was_never_started_can_be_stopped():
         connect(server).close()
 
 
-@pytest.fixture
-def scripted():
-    """A server of raw sockets: the n-th connection is handled by the n-th script. Gives its URL."""
-    listener = socket.create_server(("127.0.0.1", 0))
-    threads = []
-
-    def make(*scripts):
-        def run():
-            with contextlib.suppress(OSError):
-                for script in scripts:
-                    sock, _ = listener.accept()
-                    with sock:
-                        sock.settimeout(5)
-                        script(sock)
-        threads.append(threading.Thread(target=run, daemon=True))
-        threads[-1].start()
-        return f"http://127.0.0.1:{listener.getsockname()[1]}"
-    yield make
-    for thread in threads:
-        while thread.is_alive():                             # scripts that nobody came for
-            with contextlib.suppress(OSError):
-                socket.create_connection(listener.getsockname(), 1).close()
-            thread.join(0.01)
-    listener.close()
-
-
-def says(answer, times=1):
-    """A script: reads a request and answers with these bytes, so many times, then closes."""
-    def script(sock):
-        for _ in range(times):
-            if sock.recv(65_536):
-                sock.sendall(answer)
-    return script
-
-
-OK_ANSWER = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
-
-
-@pytest.fixture
-def client():
-    """Makes HTTP clients; they are closed with the test."""
-    made = []
-
-    def make(url):
-        made.append(asbridge.HttpClient(url))
-        return made[-1]
-    yield make
-    for one in made:
-        one.close()
-
+# -- The HTTP client.
 
 def test_the_client_keeps_its_connection(scripted, client):
     one = client(scripted(says(OK_ANSWER, 3)))
@@ -1181,6 +2072,8 @@ def test_a_refused_connection_is_an_os_error(client):
         client(f"http://127.0.0.1:{port}").request("GET", "/", seconds=5)
 
 
+# -- SQLite.
+
 @pytest.mark.parametrize("name", ["a b.db", "a?mode=ro.db", "a#b%20.db", "é.db"])
 def test_any_file_name_may_be_a_database(tmp_path, name):
     with contextlib.closing(asbridge.open_sqlite(str(tmp_path / name))) as db:
@@ -1195,7 +2088,7 @@ def test_any_file_name_may_be_a_database(tmp_path, name):
 # 3. Registrations and namespaces
 # ============================================================================
 
-# -- YAML
+# -- YAML.
 
 HEISENBRIDGE = """\
 id: heisenbridge
@@ -1308,6 +2201,12 @@ def test_yaml_that_bridges_write_is_read(text):
                                                            "aliases": [], "rooms": []}}
 
 
+def test_a_registration_may_be_json():
+    assert asbridge.parse_registration('\ufeff {"id": "é",\n "url": null}') == {"id": "é", "url": None}
+    with pytest.raises(ValueError, match="line 2"):
+        asbridge.parse_registration('{"id":\n oops}')
+
+
 @pytest.mark.parametrize("text, value", [
     ("null", None), ("~", None), ("", None), ("Null", None), ("true", True), ("FALSE", False), ("yes", "yes"), ("off", "off"), ("5", 5), ("-7", -7), ("1.5", 1.5),
     ("0x1f", "0x1f"), ("1:30", "1:30"), ("12:30:45", "12:30:45"), ("2001-01-01", "2001-01-01"), ("a b", "a b"), ("a#b", "a#b"), ("a # b", "a"),
@@ -1358,12 +2257,6 @@ def test_a_key_that_stands_twice_in_a_flow_mapping_is_refused():
         asbridge.Yaml("a: {exclusive: true, exclusive: false}\n").read()
 
 
-@pytest.mark.parametrize("text", ['{"a": ' + "[" * 100_000, "a: " + "[" * 2000], ids=["JSON", "YAML"])
-def test_a_registration_that_is_nested_too_deeply_is_refused(text):
-    with pytest.raises(ValueError):
-        asbridge.parse_registration(text)
-
-
 def test_a_line_full_of_quotes_is_read_in_no_time():
     def seconds(quotes):
         began = time.perf_counter()
@@ -1382,29 +2275,11 @@ def test_no_yaml_of_20_kb_takes_long_to_read(text):
     assert time.process_time() - began < 1
 
 
-@pytest.mark.parametrize("text", ['{"id": "\\ud800"}', '{"id": NaN}', '{"id": [Infinity]}', '{"\\udc00": 1}'])
-def test_what_no_json_can_hold_stands_in_no_registration(text):
-    with pytest.raises(ValueError):
-        asbridge.parse_registration(text)
-
-
 def test_an_apostrophe_in_a_comment_belongs_to_the_comment():
     assert asbridge.Yaml("a: don't # it's\n").read() == {"a": "don't"}
 
 
-def test_a_registration_may_be_json():
-    assert asbridge.parse_registration('\ufeff {"id": "é",\n "url": null}') == {"id": "é", "url": None}
-    with pytest.raises(ValueError, match="line 2"):
-        asbridge.parse_registration('{"id":\n oops}')
-
-
-# -- The schema
-
-def read_registration(data):
-    """(the registration or None, its findings as texts)."""
-    reader = asbridge.RegistrationReader(data, "x.yaml")
-    return reader.read(), [str(finding) for finding in reader.findings]
-
+# -- What stands in a registration.
 
 def without(key):
     return {name: value for name, value in registration().items() if name != key}
@@ -1501,11 +2376,16 @@ def test_no_token_of_the_wrong_type_stands_in_a_finding(value):
     assert "SECRET" not in "".join(read_registration(registration(as_token=value))[1])
 
 
-def registrations_of(*data, server_name="localhost"):
-    """Registrations of plain data, which must be right."""
-    read = [read_registration(one) for one in data]
-    assert not [findings for _, findings in read if findings]
-    return asbridge.Registrations(server_name, [one for one, _ in read])
+@pytest.mark.parametrize("text", ['{"id": "\\ud800"}', '{"id": NaN}', '{"id": [Infinity]}', '{"\\udc00": 1}'])
+def test_what_no_json_can_hold_stands_in_no_registration(text):
+    with pytest.raises(ValueError):
+        asbridge.parse_registration(text)
+
+
+@pytest.mark.parametrize("text", ['{"a": ' + "[" * 100_000, "a: " + "[" * 2000], ids=["JSON", "YAML"])
+def test_a_registration_that_is_nested_too_deeply_is_refused(text):
+    with pytest.raises(ValueError):
+        asbridge.parse_registration(text)
 
 
 def together_findings(*data):
@@ -1530,7 +2410,7 @@ def test_three_registrations_alike_are_two_findings_for_each_key():
     assert len(together_findings(registration(), registration(), registration())) == 4
 
 
-# -- Namespaces
+# -- Namespaces.
 
 @pytest.mark.parametrize("regex, yes, no", [
     ("[[:alnum:]]+", "aZ5", "_"), ("[[:alpha:]]", "aZ", "5_"), ("[[:digit:]]", "5", "a٥"), ("[[:upper:]]", "A", "a"), ("[[:lower:]]", "a", "A"), ("[[:space:]]", " \t\n\v\f\r", "a\x1c\x1f\x08\x0e"),
@@ -1660,7 +2540,7 @@ def test_an_application_service_is_found_by_the_digest_of_its_token():
     assert some.of_as_token(digest).id == "irc" and some.of_hs_token(digest) is None and some.of_as_token(b"") is None
 
 
-# -- Who is interested
+# -- Who is interested.
 
 def audience(*data, room_id="!r:localhost", members=(), aliases=()):
     return asbridge.Audience(registrations_of(*data), room_id, members, aliases)
@@ -1707,7 +2587,7 @@ def test_a_message_in_a_busy_room_costs_no_regex():
     assert one.registrations.known.cache_info().misses == misses
 
 
-# -- URIs
+# -- URIs.
 
 def uri_rules(**more):
     return registration(uris={"users": [{"regex": "irc://localhost/(?P<nick>[^,/?#]+),(?:isuser|isnick)", "user_id": "@_irc_{nick}:{server_name}"}],
@@ -1747,7 +2627,7 @@ def test_what_a_uri_is_mapped_to_is_an_id_of_this_server(kind, uri):
     assert registrations_of(uri_rules()).map_uri(kind, uri) is None
 
 
-# -- What a regex can match
+# -- What a regex can match. To be skipped at first reading.
 
 def tree_of(regex):
     return asbridge.tree_of(asbridge.compile_regex(regex))
@@ -1783,6 +2663,7 @@ HARMLESS = [
     "(?i)@IRC_[a-z]*[0-9]", "@[[:alnum:]]+_[[:digit:]]+:x", "", ".*", "@a?b?c?", "@(?:irc|xmpp|telegram)_.*", "@_irc_[^_]*_.*:x", "@a{2,5}b", "@(ab|ac)*d", r"@\w+:x", "@.{1,64}:x", "[^ -~]+é", "(?i)(a|A)*b"]
 EXPONENTIAL = ["(a+)+$", "(a|a)*b", "@(.*)*:x", "([a-z]+)*[0-9]", "(a*)*b", "(a|ab?)*c", "(?:a|aa)+$", "([a-z]*_?)*:", "(.*a){30}b", "(?:[a-z]+)+[0-9]", "(\\w+\\d?)*!", "(a?){40}b",
                "a?" * 30 + "b", "(?:a|b?a)" * 30 + "c", "(?x)(a+) *b", "(?s)(?:.|\n)*b", "(?i)(?:k|\u212ax?)*b"]
+
 # What bridges put into their registrations, and what is written by hand for them.
 OF_BRIDGES = [
     "^@whatsapp_.*:example\\.org$", "^@whatsappbot:example\\.org$", "^@signal_[0-9a-f-]{36}:example\\.org$", "@telegram_[0-9]+:example\\.org", "#telegram_.*:example\\.org", "^@.*:example\\.org$", "@hbirc_.*",
@@ -1860,19 +2741,7 @@ def test_a_search_for_a_common_text_ends_soon_with_or_without_one(regex):
     assert time.thread_time() - before < 5
 
 
-# -- The doctor
-
-RANDOM = {"as_token": "5dc01f2a9e8b47d6a3d1c7e05f9b2846", "hs_token": "b08e6f1c3a5d49727f0e1b9d8c6a4253"}
-
-
-def registration_for(users=(), aliases=(), rooms=(), id="irc", exclusive=True, **more):
-    """A registration of which the doctor has nothing else to say; an entry is a regex or a whole object."""
-    def entries(regexes):
-        return [regex if isinstance(regex, dict) else {"regex": regex, "exclusive": exclusive} for regex in regexes]
-    tokens = {key: token + id for key, token in RANDOM.items()}
-    return registration(id, **{**tokens, "url": "http://127.0.0.1:9009", "sender_localpart": f"{id}bot", **more},
-                        namespaces={"users": entries(users), "aliases": entries(aliases), "rooms": entries(rooms)})
-
+# -- The doctor: what can be used, and is not what was meant.
 
 def told(*data, server_name="example.org", port=8008):
     """The doctor's findings in registrations that stand in a.yaml, b.yaml, …"""
@@ -2141,47 +3010,31 @@ def test_explain_takes_aliases_room_ids_and_uris_and_says_what_else_is_none_of_t
 # 4. Room rules
 # ============================================================================
 
-CREATOR, MOD, USER, LOW, OUT = "@creator:localhost", "@mod:localhost", "@user:localhost", "@low:localhost", "@out:localhost"
-LEVELS = {"users": {MOD: 50, LOW: -5}, "users_default": 0, "ban": 50, "kick": 50, "invite": 10, "redact": 50, "state_default": 50, "events_default": 0,
-          "events": {"m.room.name": 60, "x.easy": -5}}
+# -- Events as they are sent.
+
+def an_event(**more):
+    text = '{"event_id":"$' + "e" * 43 + '","content":{"body":"é"},"sender":"@a:b","type":"m.x"}'
+    return asbridge.Event(**{"tick": 5, "type": "m.x", "state_key": None, "sender": "@a:b", "ts": 1000, "json": text, "redacted_because": None,
+                             "prev_content": None, "device_id": "DEV", "txn_id": "t\"1", "related": 0, **more})
 
 
-def room_of(version="11", levels=..., join_rule="invite", **memberships):
-    """A room with these power levels (None: no such event), this join rule, and memberships by localpart; the first four are joined."""
-    room = asbridge.RoomState(asbridge.ROOM_VERSIONS[version])
-    if levels is ...:
-        levels = {**LEVELS, "users": {**LEVELS["users"], **({CREATOR: 100} if version != "12" else {})}}
-
-    def put(type, content, state_key="", sender=CREATOR):
-        room.put(type, state_key, asbridge.StateEvent(len(room.events) + 1, sender, content))
-    put("m.room.create", {"room_version": version})
-    for user_id in (CREATOR, MOD, USER, LOW):
-        put("m.room.member", {"membership": "join"}, user_id)
-    if levels is not None:
-        put("m.room.power_levels", levels)
-    if join_rule:
-        put("m.room.join_rules", {"join_rule": join_rule})
-    for localpart, membership in memberships.items():
-        put("m.room.member", {"membership": membership}, f"@{localpart}:localhost")
-    return room
+def test_an_event_for_a_client_has_its_age_and_what_came_before():
+    told = json.loads(an_event(prev_content='{"body":"old"}', redacted_because='{"type":"m.room.redaction"}').for_client(3000))
+    assert told["unsigned"] == {"age": 2000, "prev_content": {"body": "old"}, "redacted_because": {"type": "m.room.redaction"}} and told["event_id"] == "$" + "e" * 43
+    assert json.loads(an_event().for_client(0))["unsigned"] == {"age": 0}
 
 
-def allowed(room, type, sender, content=None, state_key=None):
-    """None, or the errcode of the refusal."""
-    try:
-        return asbridge.authorise(room, asbridge.Draft(type, sender, content or {}, state_key))
-    except MatrixError as error:
-        assert error.error
-        return error.errcode
+@pytest.mark.parametrize("who, told", [(("@a:b", "DEV"), True), (("@a:b", "OTHER"), False), (("@x:b", "DEV"), False), ((None, None), False)])
+def test_only_the_device_that_sent_an_event_finds_its_transaction_id_again(who, told):
+    assert (json.loads(an_event().for_client(3000, *who))["unsigned"].get("transaction_id") == "t\"1") == told
 
 
-def changes_to(room, sender, membership, target, **content):
-    return allowed(room, "m.room.member", sender, {"membership": membership, **content}, target)
+def test_an_event_for_an_application_service_has_age_and_user_id_at_the_top_for_old_software():
+    told = json.loads(an_event().for_appservice(3000))
+    assert (told["age"], told["user_id"], told["unsigned"], told["sender"], told["content"]) == (2000, "@a:b", {"age": 2000}, "@a:b", {"body": "é"})
 
 
-NO = "M_FORBIDDEN"
-VERSIONS = pytest.mark.parametrize("version", ["10", "11", "12"])
-
+# -- May this be sent?
 
 def test_a_room_begins_with_its_creation_and_the_join_of_its_creator():
     room = asbridge.RoomState(asbridge.ROOM_VERSIONS["11"])
@@ -2228,6 +3081,8 @@ def test_a_state_key_that_is_a_user_id_belongs_to_that_user():
     assert allowed(room, "m.room.topic", MOD, {}, MOD) is None and allowed(room, "m.room.topic", MOD, {}, USER) == NO and allowed(room, "m.room.topic", MOD, {}, "@") == NO
     assert allowed(room, "m.room.topic", MOD, {}, "x@y") is None
 
+
+# -- May this be sent? Membership.
 
 @pytest.mark.parametrize("join_rule, membership, errcode", [
     ("public", "leave", None), ("public", "knock", None), ("public", "ban", "M_BAD_STATE"), ("public", "join", None), ("invite", "leave", NO), ("invite", "invite", None), ("invite", "join", None),
@@ -2373,7 +3228,7 @@ def test_the_membership_rules_are_those_of_the_specification(version):
     assert len(outcomes) == 10
 
 
-# -- Power levels
+# -- May this be sent? Power levels.
 
 def sets_levels(sender, version="11", base=None, **changes):
     """None or the errcode: `sender` changes these keys of the power levels; ... removes one."""
@@ -2418,7 +3273,7 @@ def test_the_first_power_levels_are_free(version):
     assert allowed(room_of(version, None), "m.room.power_levels", CREATOR, {"users": users, "ban": 5000}, "") is None
 
 
-# -- Creators, in room version 12
+# -- May this be sent? Creators, in room version 12.
 
 def room_with_creators(*more):
     room = room_of("12")
@@ -2452,7 +3307,7 @@ def test_additional_creators_are_user_ids(start, more):
         hs.api.rooms.create(asbridge.Who("@alice:localhost"), {"room_version": "12", "creation_content": {"additional_creators": more}})
 
 
-# -- Redactions
+# -- Redaction.
 
 REDACTIONS = [
     ("m.room.message", {"body": "x", "msgtype": "m.text"}, {"10": [], "11": [], "12": []}),
@@ -2488,7 +3343,7 @@ def test_a_redacted_event_keeps_its_id_sender_and_place():
         "event_id": "$e", "content": {}, "origin_server_ts": 5, "room_id": "!r", "sender": "@a:b", "state_key": "", "type": "m.x"}
 
 
-# -- History visibility
+# -- Who may see it?
 
 def seen(visibilities, memberships, upto=12):
     """The ticks from 1 on that visible_ranges() lets see."""
@@ -2549,105 +3404,11 @@ def test_history_visibility_is_that_of_the_specification():
         assert seen(visibilities, memberships, 18) == [tick for tick in range(1, 18) if spec_may_see(tick, visibilities, memberships)], (visibilities, memberships)
 
 
-# -- Events as they are sent
-
-def an_event(**more):
-    text = '{"event_id":"$' + "e" * 43 + '","content":{"body":"é"},"sender":"@a:b","type":"m.x"}'
-    return asbridge.Event(**{"tick": 5, "type": "m.x", "state_key": None, "sender": "@a:b", "ts": 1000, "json": text, "redacted_because": None,
-                             "prev_content": None, "device_id": "DEV", "txn_id": "t\"1", "related": 0, **more})
-
-
-def test_an_event_for_a_client_has_its_age_and_what_came_before():
-    told = json.loads(an_event(prev_content='{"body":"old"}', redacted_because='{"type":"m.room.redaction"}').for_client(3000))
-    assert told["unsigned"] == {"age": 2000, "prev_content": {"body": "old"}, "redacted_because": {"type": "m.room.redaction"}} and told["event_id"] == "$" + "e" * 43
-    assert json.loads(an_event().for_client(0))["unsigned"] == {"age": 0}
-
-
-@pytest.mark.parametrize("who, told", [(("@a:b", "DEV"), True), (("@a:b", "OTHER"), False), (("@x:b", "DEV"), False), ((None, None), False)])
-def test_only_the_device_that_sent_an_event_finds_its_transaction_id_again(who, told):
-    assert (json.loads(an_event().for_client(3000, *who))["unsigned"].get("transaction_id") == "t\"1") == told
-
-
-def test_an_event_for_an_application_service_has_age_and_user_id_at_the_top_for_old_software():
-    told = json.loads(an_event().for_appservice(3000))
-    assert (told["age"], told["user_id"], told["unsigned"], told["sender"], told["content"]) == (2000, "@a:b", {"age": 2000}, "@a:b", {"body": "é"})
-
-
 # ============================================================================
 # 5. Store
 # ============================================================================
 
-ALICE, GHOST = "@alice:localhost", "@_irc_bob:localhost"
-
-
-@pytest.fixture
-def open_store(tmp_path):
-    """Opens stores, in memory or in a file of this name; they are closed with the test."""
-    made = []
-
-    def make(name=None, *data, server_name="localhost"):
-        registrations = registrations_of(*(data or (registration(url="http://127.0.0.1:1"),)), server_name=server_name)
-        made.append(asbridge.Store(str(tmp_path / name) if name else ":memory:", server_name, registrations, asbridge.Clock()))
-        return made[-1]
-    yield make
-    for store in made:
-        if store._thread.is_alive():
-            store.close()
-
-
-def make_room(store, *members, version="11", room_id="!r:localhost"):
-    """A room with these members, whatever the rules say; its ID."""
-    def job(tx):
-        room = tx.add_room(room_id, asbridge.ROOM_VERSIONS[version])
-        tx.append(room, asbridge.Draft("m.room.create", ALICE, {"room_version": version}, ""), 1)
-        for member in (ALICE, *members):
-            tx.append(room, asbridge.Draft("m.room.member", member, {"membership": "join"}, member), 2)
-        return room.room_id
-    return store.write(job)
-
-
-def say(tx, room_id="!r:localhost", body="hello", sender=ALICE, **more):
-    return tx.append(tx.room(room_id), asbridge.Draft("m.room.message", sender, {"body": body}, **more), 1000)
-
-
-def texts_in(store, room=1):
-    with store.read() as reader:
-        return [event.content["body"] for event in reader.events(room, 0, 2**62, 10_000, False) if event.type == "m.room.message"]
-
-
-class Result:
-    def __init__(self, job):
-        job.done.acquire(timeout=5)
-        self.value, self.error = job.result, job.error
-
-
-def in_one_batch(store, *fns):
-    """Runs these jobs in one batch; their results, each with value and error."""
-    gate, inside = threading.Event(), threading.Event()
-    jobs = [asbridge._Job(fn) for fn in (lambda tx: (inside.set(), gate.wait(5)), *fns)]
-    store._jobs.put(jobs[0])
-    assert inside.wait(5)
-    for job in jobs[1:]:
-        store._jobs.put(job)
-    gate.set()
-    return [Result(job) for job in jobs][1:]
-
-
-class FaultyDb:
-    """A connection that fails at a statement, so many times."""
-
-    def __init__(self, db, statement, times):
-        self.db, self.statement, self.times = db, statement, times
-
-    def execute(self, sql, *values):
-        if sql.startswith(self.statement) and self.times:
-            self.times -= 1
-            raise sqlite3.OperationalError("disk I/O error")
-        return self.db.execute(sql, *values)
-
-    def __getattr__(self, name):
-        return getattr(self.db, name)
-
+# -- The database.
 
 def test_a_database_remembers_what_was_stored(open_store):
     store = open_store("a.db")
@@ -2663,10 +3424,26 @@ def test_a_database_remembers_what_was_stored(open_store):
     assert again.write(lambda tx: tx.room("!r:localhost").joined) == {ALICE, GHOST}
 
 
-def test_a_database_that_was_made_for_another_server_name_is_refused(open_store):
-    open_store("a.db").close()
-    with pytest.raises(asbridge.DatabaseError, match="'localhost', not 'other.org'"):
-        open_store("a.db", server_name="other.org")
+def test_a_database_in_memory_leaves_nothing_behind(open_store):
+    store = open_store()
+    assert os.path.exists(store.path)
+    store.close()
+    assert not os.path.exists(os.path.dirname(store.path))
+
+
+def test_a_new_database_is_made_in_one_transaction(tmp_path):
+    path = str(tmp_path / "a.db")
+    with contextlib.closing(asbridge.open_sqlite(path)) as db, contextlib.suppress(asbridge.DatabaseError):
+        asbridge.create_schema(FaultyDb(db, "INSERT INTO meta", 1), path, "localhost")
+    with contextlib.closing(asbridge.open_sqlite(path)) as db:
+        asbridge.create_schema(db, path, "localhost")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="elsewhere there are no such names")
+@pytest.mark.parametrize("name", ["a?mode=ro", "a#b%20c", "ä 日\n", b"\xff".decode("utf-8", "surrogateescape"), "'; --"])
+def test_a_database_may_have_any_name(open_store, tmp_path, name):
+    make_room(open_store(name))
+    assert {os.fsencode(one) for one in os.listdir(tmp_path)} == {os.fsencode(name + end) for end in ("", "-wal", "-shm", "-lock")}
 
 
 def test_a_database_of_an_older_version_gets_the_tables_that_it_lacks_and_keeps_what_it_has(open_store, tmp_path):
@@ -2700,6 +3477,12 @@ def test_client_transactions_of_messages_to_devices_are_known_for_a_day(open_sto
     assert first == [True, False, False, True]
     assert [store.write(lambda tx, of=of: tx.first_to_device(*of, "1", asbridge.REMEMBERED_MS + 2)) for of in (
         (ALICE, "OTHER", "m.x"), (ALICE, "DEV", "m.y"), (GHOST, "DEV", "m.x"), (ALICE, "DEV", "m.x"))] == [True, True, True, False]
+
+
+def test_a_database_that_was_made_for_another_server_name_is_refused(open_store):
+    open_store("a.db").close()
+    with pytest.raises(asbridge.DatabaseError, match="'localhost', not 'other.org'"):
+        open_store("a.db", server_name="other.org")
 
 
 def test_a_newer_or_foreign_database_is_refused(open_store, tmp_path):
@@ -2742,26 +3525,11 @@ def test_a_refused_database_is_named_with_the_reason_and_nothing_is_left_beside_
     assert os.listdir(tmp_path) == ["a.db"]
 
 
-@pytest.mark.skipif(os.name != "posix", reason="elsewhere there are no such names")
-@pytest.mark.parametrize("name", ["a?mode=ro", "a#b%20c", "ä 日\n", b"\xff".decode("utf-8", "surrogateescape"), "'; --"])
-def test_a_database_may_have_any_name(open_store, tmp_path, name):
-    make_room(open_store(name))
-    assert {os.fsencode(one) for one in os.listdir(tmp_path)} == {os.fsencode(name + end) for end in ("", "-wal", "-shm", "-lock")}
-
-
 def test_a_refused_database_is_let_go(open_store):
     open_store("a.db").close()
     with pytest.raises(asbridge.DatabaseError) as held:
         open_store("a.db", server_name="other.org")
     assert open_store("a.db").position == 0 and held
-
-
-def test_a_new_database_is_made_in_one_transaction(tmp_path):
-    path = str(tmp_path / "a.db")
-    with contextlib.closing(asbridge.open_sqlite(path)) as db, contextlib.suppress(asbridge.DatabaseError):
-        asbridge.create_schema(FaultyDb(db, "INSERT INTO meta", 1), path, "localhost")
-    with contextlib.closing(asbridge.open_sqlite(path)) as db:
-        asbridge.create_schema(db, path, "localhost")
 
 
 def test_a_database_is_held_by_one_process(tmp_path):
@@ -2783,12 +3551,33 @@ def test_a_second_process_on_a_link_to_the_same_database_is_refused(tmp_path):
         asbridge.hold_database(str(tmp_path / "b.db")).close()
 
 
-def test_a_database_in_memory_leaves_nothing_behind(open_store):
-    store = open_store()
-    assert os.path.exists(store.path)
-    store.close()
-    assert not os.path.exists(os.path.dirname(store.path))
+def test_a_database_whose_first_start_was_cut_short_is_taken_up(open_store, tmp_path):
+    with contextlib.closing(sqlite3.connect(tmp_path / "cut.db", isolation_level=None)) as db:
+        db.execute("PRAGMA cache_size = 2")
+        db.execute("BEGIN")
+        db.execute("CREATE TABLE half (x)")
+        db.executemany("INSERT INTO half VALUES (?)", [("x" * 5000,)] * 50)  # more than fits: some is in the file, and what was there in the journal
+        for end in ("", "-journal"):
+            (tmp_path / f"a.db{end}").write_bytes((tmp_path / f"cut.db{end}").read_bytes())
+    assert os.path.getsize(tmp_path / "a.db-journal") > 500
+    store = open_store("a.db")
+    make_room(store)
+    assert store.write(say) and texts_in(store) == ["hello"]
 
+
+@pytest.mark.parametrize("fails", ["SELECT token", "SELECT appservice FROM outbox", "UPDATE meta"])
+def test_a_store_that_can_not_be_opened_leaves_nothing_open(tmp_path, monkeypatch, fails):
+    opened, real = [], asbridge.open_sqlite
+    monkeypatch.setattr(asbridge, "open_sqlite", lambda *args, **more: opened.append(FaultyDb(real(*args, **more), fails, 1)) or opened[-1])
+    for path in (str(tmp_path / "a.db"), ":memory:"):
+        with pytest.raises((sqlite3.Error, asbridge.DatabaseError)):
+            asbridge.Store(path, "localhost", registrations_of(registration()), asbridge.Clock())
+        with pytest.raises(sqlite3.ProgrammingError, match="closed"):
+            opened[-1].db.execute("SELECT 1")
+    asbridge.hold_database(str(tmp_path / "a.db")).close()
+
+
+# -- The one who writes: ticks and batches.
 
 def test_ticks_rise_and_go_on_after_a_restart(open_store):
     store = open_store("a.db")
@@ -2958,6 +3747,30 @@ def test_a_refused_acknowledgement_leaves_the_transaction_open(open_store):
     with store.read() as reader:
         assert [acknowledged for _, _, acknowledged in reader.transactions("irc")] == [None]
 
+
+def test_a_wakeup_comes_after_the_commit_to_those_whom_it_concerns(open_store):
+    store = open_store()
+    make_room(store)
+    inside, outside = store.waiters.enter(ALICE), store.waiters.enter("@other:localhost")
+    store.write(say)
+    assert inside.acquire(timeout=5) and not outside.acquire(blocking=False)
+    store.waiters.leave(ALICE, inside)
+    store.waiters.leave("@other:localhost", outside)
+    assert store.waiters._bells == {} and store.moved_since(1, 0) and not store.moved_since(1, store.position)
+
+
+def test_closing_waits_for_what_is_queued(open_store):
+    store, gate = open_store("a.db"), threading.Event()
+    make_room(store)
+    jobs = [asbridge._Job(fn) for fn in (lambda tx: gate.wait(5), say, say)]
+    for job in jobs:
+        store._jobs.put(job)
+    gate.set()
+    store.close()
+    assert len(texts_in(open_store("a.db"))) == 2
+
+
+# -- The one who writes: what fails.
 
 def test_a_job_that_fails_gets_an_error_of_its_own_and_the_others_of_the_batch_are_stored(open_store, caplog):
     store = open_store()
@@ -3171,18 +3984,6 @@ def test_nothing_is_stored_in_a_database_that_was_deleted_or_replaced_and_it_goe
     assert store.write(say) and texts_in(store) == ["hello"]
 
 
-@pytest.mark.parametrize("fails", ["SELECT token", "SELECT appservice FROM outbox", "UPDATE meta"])
-def test_a_store_that_can_not_be_opened_leaves_nothing_open(tmp_path, monkeypatch, fails):
-    opened, real = [], asbridge.open_sqlite
-    monkeypatch.setattr(asbridge, "open_sqlite", lambda *args, **more: opened.append(FaultyDb(real(*args, **more), fails, 1)) or opened[-1])
-    for path in (str(tmp_path / "a.db"), ":memory:"):
-        with pytest.raises((sqlite3.Error, asbridge.DatabaseError)):
-            asbridge.Store(path, "localhost", registrations_of(registration()), asbridge.Clock())
-        with pytest.raises(sqlite3.ProgrammingError, match="closed"):
-            opened[-1].db.execute("SELECT 1")
-    asbridge.hold_database(str(tmp_path / "a.db")).close()
-
-
 def test_where_another_process_has_locked_the_database_a_batch_waits_once_and_all_its_jobs_are_refused(open_store, tmp_path, monkeypatch):
     monkeypatch.setattr(asbridge, "LOCKED_MS", 50)
     store, begins = open_store("a.db"), []
@@ -3210,6 +4011,8 @@ def test_what_was_committed_is_not_run_again_whatever_happens_while_it_is_publis
     results = in_one_batch(store, *[lambda tx, n=n: say(tx, sender=GHOST, body=str(n)) for n in range(3)])
     assert texts_in(store) == ["0", "1", "2"] and not [result.error for result in results if result.error]
 
+
+# -- Reading.
 
 def test_readers_see_nothing_before_the_commit(open_store):
     store, inside, gate = open_store(), threading.Event(), threading.Event()
@@ -3250,56 +4053,6 @@ def test_connections_for_reading_are_few_and_are_given_back(open_store):
     assert store._readers.qsize() == asbridge.READERS
 
 
-def test_closing_waits_for_what_is_queued(open_store):
-    store, gate = open_store("a.db"), threading.Event()
-    make_room(store)
-    jobs = [asbridge._Job(fn) for fn in (lambda tx: gate.wait(5), say, say)]
-    for job in jobs:
-        store._jobs.put(job)
-    gate.set()
-    store.close()
-    assert len(texts_in(open_store("a.db"))) == 2
-
-
-def test_a_wakeup_comes_after_the_commit_to_those_whom_it_concerns(open_store):
-    store = open_store()
-    make_room(store)
-    inside, outside = store.waiters.enter(ALICE), store.waiters.enter("@other:localhost")
-    store.write(say)
-    assert inside.acquire(timeout=5) and not outside.acquire(blocking=False)
-    store.waiters.leave(ALICE, inside)
-    store.waiters.leave("@other:localhost", outside)
-    assert store.waiters._bells == {} and store.moved_since(1, 0) and not store.moved_since(1, store.position)
-
-
-def test_the_write_ahead_log_stays_short_where_readers_overlap(open_store, tmp_path, monkeypatch):
-    monkeypatch.setattr(asbridge, "MAX_LOG_BYTES", 1_000_000)
-    store, stopping, reads = open_store("a.db"), threading.Event(), []
-    make_room(store)
-    turns = [threading.Semaphore(1), threading.Semaphore(0)]
-
-    def read(own, other):                                    # each begins before the other ends
-        while not stopping.is_set():
-            own.acquire(timeout=5)
-            with store.read() as reader:
-                reader.position()
-                other.release()
-                own.acquire(timeout=0.05)
-                reads.append(1)
-            own.release()
-    threads = [threading.Thread(target=read, args=order) for order in (turns, turns[::-1])]
-    for thread in threads:
-        thread.start()
-    sizes = []
-    for _ in range(60):
-        store.write(lambda tx: say(tx, body="x" * 60_000))
-        sizes.append(os.path.getsize(tmp_path / "a.db-wal"))
-    stopping.set()
-    for thread in threads:
-        thread.join(5)
-    assert max(sizes) < 1_200_000 and sum(before > after for before, after in itertools.pairwise(sizes)) >= 3 and reads
-
-
 def test_no_more_connections_are_opened_than_read_at_a_time(open_store, monkeypatch):
     store, opened, inside = open_store("a.db"), [], threading.Event()
     make_room(store)
@@ -3337,6 +4090,34 @@ def test_who_reads_for_long_holds_up_the_writer_for_a_moment_only(open_store, tm
     assert len(texts_in(store)) == 130
 
 
+def test_the_write_ahead_log_stays_short_where_readers_overlap(open_store, tmp_path, monkeypatch):
+    monkeypatch.setattr(asbridge, "MAX_LOG_BYTES", 1_000_000)
+    store, stopping, reads = open_store("a.db"), threading.Event(), []
+    make_room(store)
+    turns = [threading.Semaphore(1), threading.Semaphore(0)]
+
+    def read(own, other):                                    # each begins before the other ends
+        while not stopping.is_set():
+            own.acquire(timeout=5)
+            with store.read() as reader:
+                reader.position()
+                other.release()
+                own.acquire(timeout=0.05)
+                reads.append(1)
+            own.release()
+    threads = [threading.Thread(target=read, args=order) for order in (turns, turns[::-1])]
+    for thread in threads:
+        thread.start()
+    sizes = []
+    for _ in range(60):
+        store.write(lambda tx: say(tx, body="x" * 60_000))
+        sizes.append(os.path.getsize(tmp_path / "a.db-wal"))
+    stopping.set()
+    for thread in threads:
+        thread.join(5)
+    assert max(sizes) < 1_200_000 and sum(before > after for before, after in itertools.pairwise(sizes)) >= 3 and reads
+
+
 def test_the_write_ahead_log_stays_short_behind_a_symbolic_link(open_store, tmp_path, monkeypatch):
     monkeypatch.setattr(asbridge, "MAX_LOG_BYTES", 500_000)
     (tmp_path / "far").mkdir()
@@ -3351,19 +4132,7 @@ def test_the_write_ahead_log_stays_short_behind_a_symbolic_link(open_store, tmp_
     assert eventually(lambda: os.path.getsize(tmp_path / "far" / "real.db-wal") < 700_000)
 
 
-def test_a_database_whose_first_start_was_cut_short_is_taken_up(open_store, tmp_path):
-    with contextlib.closing(sqlite3.connect(tmp_path / "cut.db", isolation_level=None)) as db:
-        db.execute("PRAGMA cache_size = 2")
-        db.execute("BEGIN")
-        db.execute("CREATE TABLE half (x)")
-        db.executemany("INSERT INTO half VALUES (?)", [("x" * 5000,)] * 50)  # more than fits: some is in the file, and what was there in the journal
-        for end in ("", "-journal"):
-            (tmp_path / f"a.db{end}").write_bytes((tmp_path / f"cut.db{end}").read_bytes())
-    assert os.path.getsize(tmp_path / "a.db-journal") > 500
-    store = open_store("a.db")
-    make_room(store)
-    assert store.write(say) and texts_in(store) == ["hello"]
-
+# -- Waiting for news.
 
 def test_of_many_who_are_woken_only_a_few_look_at_a_time():
     waiters, most, looking, guard = asbridge.Waiters(asbridge.Clock()), [], [0], threading.Lock()
@@ -3423,7 +4192,7 @@ def test_who_looks_when_there_is_news_takes_nobodys_turn_and_looks_again():
     assert time.monotonic() - began < 5 and waiters._asleep == {asleep}
 
 
-# -- Events
+# -- Events.
 
 def test_an_event_id_has_43_characters_and_says_its_tick(open_store):
     store = open_store()
@@ -3544,7 +4313,7 @@ def test_a_filter_may_be_long(open_store, filter):
         assert reader.events(1, 0, 2**62, 10, False, asbridge.Filter(**{key: [f"@u{n}:localhost" for n in range(count)]})) == []
 
 
-# -- The outbox
+# -- The outbox.
 
 def waiting_texts(body):
     return [event["content"].get("body") for event in json.loads(body)["events"]]
@@ -3708,84 +4477,11 @@ def test_events_for_an_application_service_are_as_clients_get_them(open_store):
                      "content": {"membership": "join"}, "unsigned": {"age": age}, "age": age} and age > 0
 
 
-# Helpers of sections 6, 7, 8 and 12.
-
-V3 = "/_matrix/client/v3"
-AS_LOGIN = {"type": "m.login.application_service"}
-path = asbridge.client_path
-
-
-def closed_port():
-    """A port on which nothing listens."""
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return sock.getsockname()[1]
-
-
-def nowhere():
-    return f"http://127.0.0.1:{closed_port()}"
-
-
-@contextlib.contextmanager
-def background(fn, *args, **keys):
-    """Runs fn on another thread; its Future."""
-    with ThreadPoolExecutor(1) as pool:
-        yield pool.submit(fn, *args, **keys)
-
-
-def bot_of(hs, id="irc"):
-    return asbridge.Client(hs.url, hs.world.registrations.by_id[id].as_token)
-
-
-def bodies(events):
-    return [event["content"]["body"] for event in events if event["type"] == "m.room.message" and "body" in event["content"]]
-
-
-def types(events):
-    return [event["type"] for event in events]
-
-
-def joined(answer, room):
-    return answer["rooms"]["join"][room]
-
-
-def all_messages(client, room, dir="f", **query):
-    """The whole history, page by page."""
-    found, page = [], client.messages(room, dir, 7, **query)
-    while True:
-        found += page["chunk"]
-        if "end" not in page:
-            return found
-        page = client.messages(room, dir, 7, **{**query, "from": page["end"]})
-
-
-def creates_what_is_asked_for(hs, token="as-irc"):
-    """An application service's answer to a query: it registers the user or makes the room while the question is open."""
-    def answer(request, body):
-        kind, id = request.path.split("/")[-2:]
-        id = urllib.parse.unquote(id)
-        if kind == "users":
-            assert ask(hs, "POST", V3 + "/register", token, {**AS_LOGIN, "username": asbridge.localpart_of(id)})[0] == 200
-        if kind == "rooms":
-            asbridge.Client(hs.url, token).create_room(preset="public_chat", room_alias_name=asbridge.localpart_of(id))
-        return 200, {}
-    return answer
-
-
-def queries(recorder):
-    return [urllib.parse.unquote(request[1]).removeprefix("/_matrix/app/v1/") for request in recorder.requests if request[0] == "GET"]
-
-
-def wound_on(hs, future):
-    """Lets the pauses of somebody who waits pass."""
-    return eventually(lambda: hs.advance(0.05) or future.done(), 10)
-
-
 # ============================================================================
 # 6. The homeserver
 # ============================================================================
 
-# -- Exclusivity.
+# -- Exclusive namespaces.
 
 def test_a_person_cannot_register_inside_an_exclusive_namespace(start):
     hs = start(registration())
@@ -3859,12 +4555,7 @@ def test_another_application_service_cannot_take_an_alias_in_an_exclusive_namesp
         bot.set_alias("#_irc_x:localhost", room)
 
 
-# -- Interest.
-
-def heard(hs, recorder):
-    hs.settle()
-    return recorder.texts()
-
+# -- Interest: what is pushed to whom.
 
 def test_an_event_of_a_room_without_anybody_of_the_namespace_is_pushed_to_nobody(start, recorder):
     r = recorder()
@@ -3969,7 +4660,7 @@ def test_a_namespace_is_matched_from_the_start_and_sees_local_users_only(start):
     assert not claims("users", "@x_irc_bob:localhost") and not claims("users", "@bob:elsewhere.org")
 
 
-# -- Registering and logging in people.
+# -- Accounts: registering and logging in.
 
 def test_registration_is_user_interactive_with_the_dummy_stage(start):
     hs = start()
@@ -4113,11 +4804,49 @@ def test_devices_are_listed_named_and_only_ones_own(start):
             change()
 
 
-# -- Changing the password, and deactivating an account.
+def test_a_device_can_be_deleted(start):
+    hs = start()
+    alice = hs.client("alice", "w")
+    hs.api.accounts.login("alice", "w", device_id="OLD")
+    status, _ = ask(hs, "DELETE", V3 + "/devices/OLD", alice.token, b"")
+    assert status in (200, 401)
 
-def confirmed(password="w", **more):
-    return {"auth": {"type": "m.login.password", "password": password, **more}}
 
+def test_to_delete_devices_that_are_not_there_takes_no_time(start):
+    hs = start()
+    who, deleted = asbridge.Who(hs.client("alice").user_id), []
+    hs.world.store.write(lambda tx: setattr(tx, "delete_device", lambda *args: deleted.append(args)))
+    hs.api.accounts.delete_devices(who, ["", *map(str, range(100_000)), *[who.device_id or "x"] * 1000])
+    assert deleted == []
+
+
+def test_a_change_of_a_session_that_has_ended_is_refused_though_it_was_asked_before(start):
+    hs = start()
+    alice = hs.client("alice")
+    who = hs.api.identify(asbridge.Request(f"GET / HTTP/1.1\r\nHost: h\r\nAuthorization: Bearer {alice.token}"), "user")
+    hs.api.accounts.logout(who)
+    for change in (lambda: hs.api.accounts.set_account_data(who, "", "x", {}), lambda: hs.api.accounts.add_filter(who, {}),
+                   lambda: hs.api.accounts.set_tag(who, "!r:localhost", "u.x", {}), lambda: hs.api.rooms.create(who, {}),
+                   lambda: hs.api.media.upload(who, b"x", "text/plain", None)):
+        with refused("M_UNKNOWN_TOKEN", 401):
+            change()
+
+
+def test_an_openid_token_tells_a_third_party_who_somebody_is_for_an_hour(three):
+    hs, alice, bob, _, _ = three
+    made = alice.call("POST", path("user", alice.user_id, "openid", "request_token"), {})
+    assert made["token_type"] == "Bearer" and made["matrix_server_name"] == "localhost" and made["expires_in"] == 3600
+    where = "/_matrix/federation/v1/openid/userinfo?access_token="
+    assert ask(hs, "GET", where + made["access_token"]) == (200, {"sub": alice.user_id})
+    assert ask(hs, "GET", where + alice.token)[1]["errcode"] == "M_UNKNOWN_TOKEN"
+    assert ask(hs, "GET", path("account", "whoami"), made["access_token"])[0] == 401
+    with refused("M_FORBIDDEN", 403):
+        bob.call("POST", path("user", alice.user_id, "openid", "request_token"), {})
+    hs.advance(3601)
+    assert ask(hs, "GET", where + made["access_token"])[0] == 401
+
+
+# -- Accounts: changing the password, and deactivating.
 
 @pytest.mark.parametrize("where,body", [("/account/password", {"new_password": "n"}), ("/account/deactivate", {}), ("/delete_devices", {"devices": []})])
 def test_what_matters_is_confirmed_by_the_password(start, where, body):
@@ -4267,12 +4996,137 @@ def test_a_service_deactivates_a_ghost_without_a_password_and_it_is_no_ghost_any
     assert bot.whoami()["user_id"] == "@_irc_bot:localhost"
 
 
-def test_a_device_can_be_deleted(start):
+# -- Accounts: profiles, and who is found.
+
+def test_a_profile_spreads_into_the_rooms_that_one_has_joined(three):
+    hs, alice, bob, _, room = three
+    left = alice.create_room()
+    alice.leave(left)
+    alice.set_displayname("Al")
+    alice.set_avatar_url("mxc://localhost/a")
+    assert alice.joined_members(room)[alice.user_id] == {"display_name": "Al", "avatar_url": "mxc://localhost/a"}
+    assert alice.profile() == {"displayname": "Al", "avatar_url": "mxc://localhost/a"}
+    assert "displayname" not in alice.state(left, "m.room.member", alice.user_id)
+    assert ask(hs, "GET", path("profile", alice.user_id, "displayname")) == (200, {"displayname": "Al"})
+    assert ask(hs, "GET", path("profile", bob.user_id, "avatar_url")) == (200, {})
+
+
+def test_an_empty_name_is_none(three):
+    hs, alice, _, _, room = three
+    alice.set_avatar_url("mxc://localhost/x")
+    for key in ("displayname", "avatar_url"):
+        alice.ask("PUT", "profile", alice.user_id, key, body={key: ""})
+        assert ask(hs, "GET", path("profile", alice.user_id, key)) == (200, {})
+    assert alice.profile() == {} and alice.state(room, "m.room.member", alice.user_id) == {"membership": "join"}
+    for where in (path("profile", "@nobody:localhost"), path("profile", "@nobody:localhost", "displayname"), path("profile", "@alice:elsewhere", "avatar_url")):
+        assert ask(hs, "GET", where)[1]["errcode"] == "M_NOT_FOUND"
+
+
+def test_a_profile_belongs_to_its_user_and_an_unknown_one_is_not_found(three):
+    hs, alice, bob = three[:3]
+    with refused("M_FORBIDDEN", 403):
+        bob.call("PUT", path("profile", alice.user_id, "displayname"), {"displayname": "x"})
+    with refused("M_NOT_FOUND", 404):
+        bob.profile("@nobody:localhost")
+    with refused("M_UNRECOGNIZED", 404):
+        bob.call("GET", path("profile", alice.user_id, "shoe_size"))
+    with refused("M_BAD_JSON", 400):
+        bob.call("PUT", path("profile", bob.user_id, "displayname"), {"displayname": 5})
+
+
+def test_the_user_directory_has_those_whom_one_meets(three):
+    hs, alice, bob, carol, room = three
+    search = lambda client, term, **more: client.call("POST", path("user_directory", "search"), {"search_term": term, **more})  # noqa: E731
+    assert search(bob, "alice")["results"] == []
+    bob.join(room)
+    alice.set_displayname("Alice Liddell")
+    assert search(bob, "LIDD") == {"results": [{"user_id": alice.user_id, "display_name": "Alice Liddell"}], "limited": False}
+    assert search(bob, "carol")["results"] == []
+    carol.create_room(visibility="public")
+    assert [one["user_id"] for one in search(bob, "carol")["results"]] == [carol.user_id]
+    assert search(bob, "localhost", limit=1)["limited"]
+
+
+# -- Accounts: account data, tags, filters.
+
+def test_account_data_is_kept_and_synced_for_the_account_and_for_rooms(three):
+    hs, alice, bob, _, room = three
+    since = alice.sync()["next_batch"]
+    for where in (None, room):
+        with refused("M_NOT_FOUND", 404):
+            alice.account_data("org.x", where)
+        alice.set_account_data("org.x", {"where": where or "account"}, where)
+        assert alice.account_data("org.x", where) == {"where": where or "account"}
+    for since in (since, None):
+        answer = alice.sync(since)
+        assert answer["account_data"]["events"][0] == {"type": "org.x", "content": {"where": "account"}}
+        assert joined(answer, room)["account_data"]["events"] == [{"type": "org.x", "content": {"where": room}}]
+    with refused("M_FORBIDDEN", 403):
+        bob.call("GET", path("user", alice.user_id, "account_data", "org.x"))
+
+
+def test_account_data_of_a_room_that_was_set_before_joining_comes_with_the_join(start):
     hs = start()
-    alice = hs.client("alice", "w")
-    hs.api.accounts.login("alice", "w", device_id="OLD")
-    status, _ = ask(hs, "DELETE", V3 + "/devices/OLD", alice.token, b"")
-    assert status in (200, 401)
+    alice, bob = hs.client("alice"), hs.client("bob")
+    room = alice.create_room(invite=[bob.user_id])
+    bob.set_account_data("x", {"a": 1}, room)
+    since = bob.sync()["next_batch"]
+    bob.join(room)
+    assert {"type": "x", "content": {"a": 1}} in bob.sync(since)["rooms"]["join"][room]["account_data"]["events"]
+
+
+def test_tags_are_set_taken_off_and_told_as_account_data(three):
+    hs, alice, bob, _, room = three
+    tags = path("user", alice.user_id, "rooms", room, "tags")
+    assert alice.call("GET", tags) == {"tags": {}}
+    alice.call("PUT", tags + "/m.favourite", {"order": 0.5})
+    alice.call("PUT", tags + "/u.work", {})
+    assert alice.call("GET", tags) == {"tags": {"m.favourite": {"order": 0.5}, "u.work": {}}} == alice.account_data("m.tag", room)
+    alice.call("DELETE", tags + "/u.work")
+    assert joined(alice.sync(), room)["account_data"]["events"] == [{"type": "m.tag", "content": {"tags": {"m.favourite": {"order": 0.5}}}}]
+    with refused("M_FORBIDDEN", 403):
+        bob.call("GET", tags)
+
+
+def test_account_data_that_is_no_list_of_tags_does_not_spoil_tagging(three):
+    hs, alice, _, _, room = three
+    alice.set_account_data("m.tag", {"tags": 5}, room)
+    alice.call("PUT", path("user", alice.user_id, "rooms", room, "tags", "u.x"), {})
+    assert alice.account_data("m.tag", room) == {"tags": {"u.x": {}}}
+
+
+def test_a_stored_filter_is_given_back_used_and_ones_own(three):
+    hs, alice, bob, _, room = three
+    source = {"room": {"timeline": {"limit": 1, "types": ["m.room.message"]}}}
+    url = path("user", alice.user_id, "filter")
+    filter_id = alice.call("POST", url, source)["filter_id"]
+    assert alice.call("GET", f"{url}/{filter_id}") == source and alice.call("POST", url, source)["filter_id"] == filter_id
+    alice.say(room, "1"), alice.say(room, "2"), alice.set_state(room, "x", {})
+    for filter in (filter_id, source):
+        assert bodies(joined(alice.sync(filter=filter), room)["timeline"]["events"]) == ["2"]
+    with refused("M_NOT_FOUND", 404):
+        alice.call("GET", url + "/999")
+    with refused("M_NOT_FOUND", 404):
+        bob.sync(filter=filter_id)
+    with refused("M_FORBIDDEN", 403):
+        bob.call("GET", f"{url}/{filter_id}")
+
+
+@pytest.mark.parametrize("source", [{"room": 5}, {"room": {"timeline": {"limit": "1"}}}, {"room": {"timeline": {"types": "x"}}}, {"room": {"rooms": [5]}}])
+def test_a_filter_that_is_none_is_refused(three, source):
+    alice = three[1]
+    for use in (lambda: alice.sync(filter=source), lambda: alice.call("POST", path("user", alice.user_id, "filter"), source)):
+        with refused("M_BAD_JSON", 400):
+            use()
+
+
+@pytest.mark.parametrize("method, where, body, status, errcode", [
+    ("PUT", "C/profile/{user}/displayname", {"displayname": "x" * 257}, 400, "M_INVALID_PARAM"), ("PUT", "C/profile/{user}/avatar_url", {"avatar_url": "mxc://" + "x" * 1000}, 400, "M_INVALID_PARAM"),
+    ("PUT", "C/presence/{user}/status", {"presence": "online", "status_msg": "x" * 1001}, 400, "M_INVALID_PARAM"), ("PUT", "U/rooms/{room}/tags/x", {"x": "y" * 66_000}, 413, "M_TOO_LARGE")])
+def test_what_others_are_shown_or_what_is_written_anew_each_time_has_a_largest_size(target, method, where, body, status, errcode):
+    got, answer = target.ask(method, target.filled(pattern_of(where), quote), json.dumps(body).encode())
+    assert (got, json.loads(answer)["errcode"]) == (status, errcode)
+    assert target.ghost.profile()["displayname"] != "x" * 257
 
 
 # -- Rooms: creating.
@@ -4381,14 +5235,6 @@ def test_additional_creators_that_are_none_are_refused(start, creators):
 
 
 # -- Rooms: membership.
-
-@pytest.fixture
-def three(start):
-    """A homeserver with alice, bob and carol, and a public room of alice's."""
-    hs = start()
-    alice, bob, carol = (hs.client(name) for name in ("alice", "bob", "carol"))
-    return hs, alice, bob, carol, alice.create_room(preset="public_chat", room_alias_name="room")
-
 
 def test_a_room_is_joined_by_id_or_alias_and_again_without_effect(three):
     hs, alice, bob, _, room = three
@@ -4555,32 +5401,6 @@ def test_a_knock_is_answered_by_an_invitation(three, rule):
     assert carol.sync()["next_batch"] and room not in carol.joined_rooms()
 
 
-def test_a_page_of_messages_ends_after_some_bytes_and_goes_on_after_them(three, monkeypatch):
-    monkeypatch.setattr(asbridge, "MAX_PAGE_BYTES", 1000)
-    hs, alice, _, _, room = three
-    for n in range(7):
-        alice.say(room, f"{n}" * 300)
-    assert len(alice.messages(room, limit=1000)["chunk"]) == 2
-    assert [body[0] for body in bodies(all_messages(alice, room))] == list("0123456")
-
-
-@pytest.mark.parametrize("method, where, body, status, errcode", [
-    ("PUT", "C/profile/{user}/displayname", {"displayname": "x" * 257}, 400, "M_INVALID_PARAM"), ("PUT", "C/profile/{user}/avatar_url", {"avatar_url": "mxc://" + "x" * 1000}, 400, "M_INVALID_PARAM"),
-    ("PUT", "C/presence/{user}/status", {"presence": "online", "status_msg": "x" * 1001}, 400, "M_INVALID_PARAM"), ("PUT", "U/rooms/{room}/tags/x", {"x": "y" * 66_000}, 413, "M_TOO_LARGE")])
-def test_what_others_are_shown_or_what_is_written_anew_each_time_has_a_largest_size(target, method, where, body, status, errcode):
-    got, answer = target.ask(method, target.filled(pattern_of(where), quote), json.dumps(body).encode())
-    assert (got, json.loads(answer)["errcode"]) == (status, errcode)
-    assert target.ghost.profile()["displayname"] != "x" * 257
-
-
-def test_to_delete_devices_that_are_not_there_takes_no_time(start):
-    hs = start()
-    who, deleted = asbridge.Who(hs.client("alice").user_id), []
-    hs.world.store.write(lambda tx: setattr(tx, "delete_device", lambda *args: deleted.append(args)))
-    hs.api.accounts.delete_devices(who, ["", *map(str, range(100_000)), *[who.device_id or "x"] * 1000])
-    assert deleted == []
-
-
 def test_one_cannot_knock_at_a_room_that_does_not_take_it(three):
     with refused("M_FORBIDDEN", 403, "knock"):
         three[2].call("POST", path("knock", three[4]), {})
@@ -4588,11 +5408,6 @@ def test_one_cannot_knock_at_a_room_that_does_not_take_it(three):
         three[2].call("POST", path("knock", "!none:localhost"), {})
     with refused("M_FORBIDDEN", 403, "can't knock here: the join rule of the room is 'public'"):      # which is no secret
         three[2].call("POST", path("knock", three[1].create_room(preset="public_chat")), {})
-
-
-def restricted(alice, other, type="m.room_membership", version="11"):
-    return alice.create_room(room_version=version, initial_state=[
-        {"type": "m.room.join_rules", "content": {"join_rule": "restricted", "allow": [{"type": type, "room_id": other}]}}])
 
 
 def test_who_is_in_a_restricted_room_needs_nobody_to_vouch_for_a_new_name(three):
@@ -4762,6 +5577,20 @@ def test_state_that_is_replaced_tells_what_was_before(three):
     assert event["unsigned"]["prev_content"] == {"topic": "old"}
 
 
+def test_state_that_says_nothing_new_is_the_event_that_said_it_first(start):
+    hs = start()
+    alice = hs.client("alice")
+    room = alice.create_room()
+    first = alice.set_state(room, "m.room.topic", {"topic": "tea"})
+    assert alice.set_state(room, "m.room.topic", {"topic": "tea"}) == first
+    assert alice.set_state(room, "m.room.topic", {"topic": "cake"}) != first
+    assert alice.set_state(room, "x.flag", {"is": True}) != alice.set_state(room, "x.flag", {"is": 1})
+    alice.set_displayname("Alice")
+    before = len(alice.messages(room)["chunk"])
+    alice.set_displayname("Alice")
+    assert len(alice.messages(room)["chunk"]) == before
+
+
 def test_state_needs_power_and_a_user_id_as_key_belongs_to_that_user(three):
     hs, alice, bob, carol, room = three
     bob.join(room)
@@ -4919,6 +5748,15 @@ def test_messages_start_from_a_sync_token_and_stop_at_another(three):
     assert bodies(alice.messages(room, "f", 10, **{"from": first, "to": second})["chunk"]) == ["in between"]
 
 
+def test_a_page_of_messages_ends_after_some_bytes_and_goes_on_after_them(three, monkeypatch):
+    monkeypatch.setattr(asbridge, "MAX_PAGE_BYTES", 1000)
+    hs, alice, _, _, room = three
+    for n in range(7):
+        alice.say(room, f"{n}" * 300)
+    assert len(alice.messages(room, limit=1000)["chunk"]) == 2
+    assert [body[0] for body in bodies(all_messages(alice, room))] == list("0123456")
+
+
 @pytest.mark.parametrize("filter,expected", [
     ({"types": ["m.room.message"]}, ["m.room.message"] * 2), ({"types": ["org.*"]}, ["org.x"]), ({"types": []}, []),
     ({"not_types": ["m.*"]}, ["org.x"]), ({"types": ["m.room.message"], "senders": ["@bob:localhost"]}, ["m.room.message"]),
@@ -5008,7 +5846,45 @@ def test_the_context_of_an_event_is_what_stood_around_it(three, limit, before, a
     assert earlier[0]["event_id"] == (ids[4 - before] if before < 5 else alice.messages(room, "f", 1000)["chunk"][-12]["event_id"])
 
 
-# -- History visibility, through the API.
+def test_lazy_loading_gives_a_context_the_members_who_speak(three):
+    hs, alice, bob, carol, room = three
+    bob.join(room), carol.join(room)
+    where = path("rooms", room, "context", [bob.say(room, str(n)) for n in range(3)][1])
+    for narrow, members in (({}, {alice.user_id, bob.user_id, carol.user_id}), ({"lazy_load_members": True}, {bob.user_id})):
+        found = alice.call("GET", where, limit=2, filter=json.dumps(narrow))
+        assert {event["state_key"] for event in found["state"] if event["type"] == "m.room.member"} == members
+
+
+def test_members_are_told_as_they_were_at_a_token(three):
+    hs, alice, bob, carol, room = three
+    bob.join(room)
+    since = alice.sync()["next_batch"]
+    carol.join(room), bob.leave(room)
+    members = lambda **query: {event["state_key"]: event["content"]["membership"] for event in alice.call("GET", path("rooms", room, "members"), **query)["chunk"]}  # noqa: E731
+    assert members(at=since) == {alice.user_id: "join", bob.user_id: "join"}
+    assert members() == {alice.user_id: "join", bob.user_id: "leave", carol.user_id: "join"}
+    assert members(not_membership="leave").keys() == {alice.user_id, carol.user_id} and members(at=since, membership="leave") == {}
+
+
+def test_an_event_says_what_membership_one_had_then(three):
+    hs, alice, bob, _, room = three
+    before = alice.say(room, "before")
+    alice.invite(room, bob.user_id)
+    since, while_invited = bob.sync()["next_batch"], alice.say(room, "invited")
+    bob.join(room)
+    after = alice.say(room, "after")
+    at = {event["event_id"]: event["unsigned"]["membership"] for event in all_messages(bob, room)}
+    assert [at[before], at[while_invited], at[after]] == ["leave", "invite", "join"]
+    own = [event for event in all_messages(bob, room) if event.get("state_key") == bob.user_id]
+    assert [event["unsigned"]["membership"] for event in own] == ["invite", "join"]      # with the event itself
+    assert {event["event_id"]: event["unsigned"]["membership"] for event in joined(bob.sync(since), room)["timeline"]["events"]}.items() <= at.items()
+    since = bob.sync()["next_batch"]
+    assert bob.event(room, before)["unsigned"]["membership"] == "leave"
+    alice.say(room, "x")
+    assert [event["unsigned"]["membership"] for event in joined(bob.sync(since), room)["timeline"]["events"]] == ["join"]
+
+
+# -- Rooms: history visibility.
 
 @pytest.mark.parametrize("visibility,seen", [("world_readable", ["early", "invited", "joined"]), ("shared", ["early", "invited", "joined"]),
                                              ("invited", ["invited", "joined"]), ("joined", ["joined"])])
@@ -5133,10 +6009,6 @@ def happens(dice, alice, bob, room):
     return said
 
 
-def ids(events):
-    return [event["event_id"] for event in events]
-
-
 def readable(client, *where, **query):
     """What this way to read answers; None if it is refused."""
     try:
@@ -5200,7 +6072,198 @@ def test_each_way_to_read_a_room_shows_what_the_history_visibility_lets_one_see(
         assert state == history.state(min(history.ids.index(shown[0]), history.upto)) if since is None and shown != own else state <= {*history.ids[:history.upto]}
 
 
-# -- Aliases and the directory.
+# -- Rooms: relations and threads.
+
+def test_the_events_that_relate_to_one_are_listed_the_latest_first(three):
+    hs, alice, bob, _, room = three
+    bob.join(room)
+    root = alice.say(room, "root")
+    first, second = reply(bob, room, root), reply(alice, room, root, "m.annotation", type="m.reaction", key="x")
+    alice.say(room, "unrelated")
+    assert relations(bob, room, root)[0] == [second, first]
+    assert relations(bob, room, root, dir="f")[0] == [first, second]
+    assert relations(bob, room, root, "m.thread")[0] == [first]
+    assert relations(bob, room, root, "m.annotation", "m.reaction")[0] == [second]
+    assert relations(bob, room, root, "m.annotation", "m.room.message")[0] == []
+
+
+def test_nobody_annotates_an_event_with_the_same_key_twice(three):
+    hs, alice, bob, _, room = three
+    bob.join(room)
+    root = alice.say(room, "x")
+    react = functools.partial(reply, rel_type="m.annotation", type="m.reaction")
+    first = react(bob, room, root, key="+")
+    with refused("M_DUPLICATE_ANNOTATION", 400):
+        react(bob, room, root, key="+")
+    react(bob, room, root, key="-")
+    react(alice, room, root, key="+")
+    bob.redact(room, first)
+    react(bob, room, root, key="+")                          # what was taken back may be said again
+
+
+def test_relations_come_in_pages(three):
+    hs, alice, _, _, room = three
+    root = alice.say(room, "root")
+    sent = [reply(alice, room, root, body=str(n)) for n in range(5)]
+    got, answer = relations(alice, room, root, limit=2)
+    while "next_batch" in answer:
+        more, answer = relations(alice, room, root, limit=2, **{"from": answer["next_batch"]})
+        got += more
+    assert got == sent[::-1]
+
+
+def test_relations_of_relations_are_found_if_they_are_asked_for(three):
+    hs, alice, _, _, room = three
+    root = alice.say(room, "root")
+    child = reply(alice, room, root)
+    grandchild = reply(alice, room, child, "m.annotation", type="m.reaction", key="x")
+    assert relations(alice, room, root)[0] == [child]
+    found, answer = relations(alice, room, root, recurse="true")
+    assert found == [grandchild, child] and answer["recursion_depth"] >= 2
+
+
+def test_a_redacted_event_relates_to_nothing(three):
+    hs, alice, _, _, room = three
+    root = alice.say(room, "root")
+    child = reply(alice, room, root)
+    alice.redact(room, child)
+    assert relations(alice, room, root)[0] == []
+
+
+def test_relations_are_for_those_who_may_see_them(three):
+    hs, alice, bob, _, room = three
+    root = alice.say(room, "root")
+    reply(alice, room, root)
+    with pytest.raises(MatrixError) as caught:
+        relations(bob, room, root)
+    assert caught.value.status in (403, 404)
+    other = alice.create_room()
+    elsewhere = reply(alice, other, root)
+    assert elsewhere not in relations(alice, room, root)[0]
+
+
+def test_a_room_has_threads_the_one_with_the_latest_reply_first_each_with_its_summary(three):
+    hs, alice, bob, carol, room = three
+    bob.join(room)
+    one, two = alice.say(room, "one"), alice.say(room, "two")
+    reply(bob, room, two)
+    reply(bob, room, one)
+    last = reply(bob, room, one, body="last")
+    threads = alice.call("GET", f"/_matrix/client/v1/rooms/{urllib.parse.quote(room)}/threads")
+    assert [event["event_id"] for event in threads["chunk"]] == [one, two]
+    summary = threads["chunk"][0]["unsigned"]["m.relations"]["m.thread"]
+    assert summary["count"] == 2 and summary["latest_event"]["event_id"] == last and summary["current_user_participated"]
+    carol.join(room)
+    mine = carol.call("GET", f"/_matrix/client/v1/rooms/{urllib.parse.quote(room)}/threads", include="participated")
+    assert mine["chunk"] == []
+    first = alice.call("GET", f"/_matrix/client/v1/rooms/{urllib.parse.quote(room)}/threads", limit=1)
+    rest = alice.call("GET", f"/_matrix/client/v1/rooms/{urllib.parse.quote(room)}/threads", limit=1, **{"from": first["next_batch"]})
+    assert [event["event_id"] for event in first["chunk"] + rest["chunk"]] == [one, two] and "next_batch" not in rest
+
+
+def test_the_root_of_a_thread_has_its_summary_wherever_it_is_read(three):
+    hs, alice, bob, _, room = three
+    bob.join(room)
+    root = alice.say(room, "root")
+    reply(bob, room, root)
+    last = reply(bob, room, root, body="last")
+    edit = reply(bob, room, last, "m.replace", **{"m.new_content": {"body": "the last"}})
+    edit = bob.send(room, "m.room.message", {"body": "*", "m.new_content": {}, "m.relates_to": {"rel_type": "m.replace", "event_id": last}})
+    start = path("rooms", room)
+    found = [next(event for event in events if event["event_id"] == root) for events in (
+        alice.messages(room, "b", 50)["chunk"], [alice.call("GET", start + "/event/" + root)], [alice.call("GET", start + "/context/" + root)["event"]],
+        alice.call("GET", start + "/context/" + last)["events_before"], joined(alice.sync(filter={"room": {"timeline": {"limit": 5}}}), room)["timeline"]["events"],
+        alice.call("GET", f"/_matrix/client/v1/rooms/{urllib.parse.quote(room)}/threads")["chunk"])]
+    for event in found:
+        thread = bundled(event)["m.thread"]
+        assert (thread["count"], thread["latest_event"]["event_id"], thread["current_user_participated"]) == (2, last, True)
+        assert bundled(thread["latest_event"])["m.replace"]["event_id"] == edit
+    assert bundled(relations(alice, room, root, "m.thread")[1]["chunk"][0])["m.replace"]["event_id"] == edit
+    everything = joined(alice.sync(filter={"room": {"timeline": {"limit": 100}}}), room)["timeline"]
+    assert not everything["limited"] and not any(bundled(event) for event in everything["events"])      # all that relates is in it
+
+
+def test_an_edited_event_keeps_its_content_and_carries_its_latest_valid_replacement(three):
+    hs, alice, bob, _, room = three
+    bob.join(room)
+    original = alice.say(room, "cake")
+
+    def edit(client, parent=original, type="m.room.message", **content):
+        return client.send(room, type, {"body": "* x", "m.relates_to": {"rel_type": "m.replace", "event_id": parent}, **content})
+
+    def read():
+        event = alice.call("GET", path("rooms", room, "event", original))
+        return event["content"]["body"], (bundled(event) or {}).get("m.replace", {}).get("event_id")
+    edit(bob, **{"m.new_content": {}}), edit(alice), edit(alice, type="org.x", **{"m.new_content": {}})
+    assert read() == ("cake", None)
+    first, second = edit(alice, **{"m.new_content": {"body": "1"}}), edit(alice, **{"m.new_content": {"body": "2"}})
+    assert read() == ("cake", second)
+    edit(alice, second, **{"m.new_content": {}})             # an edit of an edit is none
+    assert bundled(alice.call("GET", path("rooms", room, "event", second))) is None
+    alice.redact(room, second)
+    assert read() == ("cake", first)
+    alice.redact(room, original)
+    assert bundled(alice.call("GET", path("rooms", room, "event", original))) is None
+
+
+def test_references_are_listed_without_those_of_ignored_users_and_state_has_none(three):
+    hs, alice, bob, carol, room = three
+    bob.join(room), carol.join(room)
+    parent = alice.say(room, "parent")
+    one, two = reply(bob, room, parent, "m.reference"), reply(carol, room, parent, "m.reference")
+
+    def chunk(client, event_id=parent):
+        return ((bundled(client.call("GET", path("rooms", room, "event", event_id))) or {}).get("m.reference") or {}).get("chunk")
+    assert chunk(alice) == [{"event_id": one}, {"event_id": two}]
+    alice.set_account_data("m.ignored_user_list", {"ignored_users": {carol.user_id: {}}})
+    assert chunk(alice) == [{"event_id": one}]
+    alice.set_account_data("m.ignored_user_list", {"ignored_users": {carol.user_id: {}, bob.user_id: {}}})
+    assert chunk(alice) is None
+    state = alice.set_state(room, "m.room.topic", {"topic": "x"})
+    reply(bob, room, state, "m.reference")
+    assert chunk(bob, state) is None
+
+
+def test_what_relates_to_an_event_after_one_has_left_is_not_bundled(three):
+    hs, alice, bob, _, room = three
+    bob.join(room)
+    root = alice.say(room, "root")
+    reply(alice, room, root)
+    bob.leave(room)
+    reply(alice, room, root)
+    for client, count in ((alice, 2), (bob, 1)):
+        assert bundled(client.call("GET", path("rooms", room, "event", root)))["m.thread"]["count"] == count
+
+
+def test_a_thread_cannot_start_from_an_event_that_relates_to_another(three):
+    hs, alice, _, _, room = three
+    root = alice.say(room, "root")
+    inside = reply(alice, room, root)
+    with refused("M_UNKNOWN", 400, "thread"):
+        reply(alice, room, inside)
+    quote = alice.send(room, "m.room.message", {"body": "x", "m.relates_to": {"m.in_reply_to": {"event_id": root}}})
+    assert reply(alice, room, quote) and reply(alice, room, "$unknown")      # a plain reply has no rel_type
+
+
+def test_who_began_a_thread_has_participated_in_it(three):
+    hs, alice, bob, _, room = three
+    bob.join(room)
+    reply(bob, room, root := alice.say(room, "root"))
+    found = alice.call("GET", f"/_matrix/client/v1/rooms/{quote(room)}/threads", include="participated")["chunk"]
+    assert [event["event_id"] for event in found] == [root] and bundled(found[0])["m.thread"]["current_user_participated"]
+
+
+def test_who_has_left_is_still_told_the_threads_as_they_were(three):
+    hs, alice, bob, _, room = three
+    bob.join(room)
+    reply(bob, room, root := alice.say(room, "root"))
+    bob.leave(room)
+    reply(alice, room, root)
+    found = bob.call("GET", f"/_matrix/client/v1/rooms/{quote(room)}/threads")["chunk"]
+    assert [(event["event_id"], bundled(event)["m.thread"]["count"]) for event in found] == [(root, 1)]
+
+
+# -- Rooms: aliases and the directory.
 
 def test_an_alias_is_made_found_and_deleted(three):
     hs, alice, bob, _, room = three
@@ -5253,11 +6316,6 @@ def test_the_directory_is_paged_and_searched(three):
     assert seen == [f"room {i}" for i in range(5)] and page["prev_batch"]
     found = alice.call("POST", V3 + "/publicRooms", {"filter": {"generic_search_term": "ROOM 3"}, "limit": 10})
     assert [room["name"] for room in found["chunk"]] == ["room 3"]
-
-
-def directory(client, **body):
-    """The names of the rooms that a search of the directory finds."""
-    return [room["name"] for room in client.call("POST", V3 + "/publicRooms", body)["chunk"]]
 
 
 def test_the_directory_is_searched_by_the_types_of_rooms(three):
@@ -5358,12 +6416,6 @@ def test_a_place_in_the_directory_that_is_none_is_refused(three, since):
         three[1].call("POST", V3 + "/publicRooms", {"since": since})
 
 
-def test_who_leaves_stops_typing(three):
-    hs, alice, bob, _, room = three
-    bob.join(room), bob.typing(room), bob.leave(room)
-    assert ephemeral(alice, room) in (None, {"user_ids": []})
-
-
 def test_a_room_is_listed_by_those_with_the_power_to_name_it(three):
     hs, alice, bob, _, room = three
     bob.join(room)
@@ -5378,74 +6430,73 @@ def test_a_room_is_listed_by_those_with_the_power_to_name_it(three):
     assert ask(hs, "GET", path("directory", "list", "room", "!none:localhost"))[0] == 404
 
 
-# -- Profiles.
+# -- Rooms: spaces.
 
-def test_a_profile_spreads_into_the_rooms_that_one_has_joined(three):
+def hierarchy(client, room, **query):
+    answer = client.call("GET", f"/_matrix/client/v1/rooms/{urllib.parse.quote(room)}/hierarchy", **query)
+    return [entry["room_id"] for entry in answer["rooms"]], answer
+
+
+def test_a_space_lists_the_rooms_below_it_that_one_may_see(three):
     hs, alice, bob, _, room = three
-    left = alice.create_room()
-    alice.leave(left)
-    alice.set_displayname("Al")
-    alice.set_avatar_url("mxc://localhost/a")
-    assert alice.joined_members(room)[alice.user_id] == {"display_name": "Al", "avatar_url": "mxc://localhost/a"}
-    assert alice.profile() == {"displayname": "Al", "avatar_url": "mxc://localhost/a"}
-    assert "displayname" not in alice.state(left, "m.room.member", alice.user_id)
-    assert ask(hs, "GET", path("profile", alice.user_id, "displayname")) == (200, {"displayname": "Al"})
-    assert ask(hs, "GET", path("profile", bob.user_id, "avatar_url")) == (200, {})
+    hidden = alice.create_room()
+    below = alice.create_room(preset="public_chat", creation_content={"type": "m.space"})
+    space = alice.create_room(preset="public_chat", creation_content={"type": "m.space"})
+    for parent, child, order in ((space, below, "b"), (space, room, "a"), (space, hidden, "c"), (below, room, "a")):
+        alice.set_state(parent, "m.space.child", {"via": ["localhost"], "order": order}, child)
+    assert hierarchy(bob, space)[0] == [space, room, below]
+    assert hierarchy(alice, space)[0] == [space, room, below, hidden]
+    assert hierarchy(bob, space, max_depth=0)[0] == [space]
+    first = hierarchy(bob, space, limit=2)[1]["rooms"][0]
+    assert first["room_type"] == "m.space" and [event["state_key"] for event in first["children_state"]] == [room, below, hidden]
 
 
-def test_an_empty_name_is_none(three):
-    hs, alice, _, _, room = three
-    alice.set_avatar_url("mxc://localhost/x")
-    for key in ("displayname", "avatar_url"):
-        alice.ask("PUT", "profile", alice.user_id, key, body={key: ""})
-        assert ask(hs, "GET", path("profile", alice.user_id, key)) == (200, {})
-    assert alice.profile() == {} and alice.state(room, "m.room.member", alice.user_id) == {"membership": "join"}
-    for where in (path("profile", "@nobody:localhost"), path("profile", "@nobody:localhost", "displayname"), path("profile", "@alice:elsewhere", "avatar_url")):
-        assert ask(hs, "GET", where)[1]["errcode"] == "M_NOT_FOUND"
+def test_of_a_space_no_more_is_looked_at_than_is_shown(three, monkeypatch):
+    hs, alice, *_ = three
+    space, looked_at, look = alice.create_room(creation_content={"type": "m.space"}), [], asbridge.Rooms._space_entry
+    children = [alice.create_room() for _ in range(6)]
+    for n, child in enumerate(children):
+        alice.set_state(space, "m.space.child", {"via": ["localhost"], "order": str(n)}, child)
+    monkeypatch.setattr(asbridge.Rooms, "_space_entry", staticmethod(lambda *args: looked_at.append(args[2]) or look(*args)))
+    rooms, answer = hierarchy(alice, space, limit=2)
+    assert rooms == [space, children[0]] and looked_at == [space, *children[:2]]
+    pages = [rooms]
+    while "next_batch" in answer:
+        rooms, answer = hierarchy(alice, space, limit=2, **{"from": answer["next_batch"]})
+        pages.append(rooms)
+    assert [*itertools.chain(*pages)] == [space, *children]
 
 
-def test_a_profile_belongs_to_its_user_and_an_unknown_one_is_not_found(three):
-    hs, alice, bob = three[:3]
+@pytest.mark.parametrize("allow, seen", [
+    (lambda space: [{"type": "m.room_membership", "room_id": space}], True), (lambda space: [{"type": "m.room_membership", "room_id": "!gone:localhost"}], False),
+    (lambda space: ["x", 5, {}, {"room_id": 5}], False), (lambda space: {"room_id": space}, False), (lambda space: None, False)])
+def test_a_restricted_room_is_seen_in_a_hierarchy_by_who_is_in_a_room_that_it_names(three, allow, seen):
+    hs, alice, bob, carol, _ = three
+    space = alice.create_room(preset="public_chat", creation_content={"type": "m.space"})
+    rule = {"join_rule": "restricted", "allow": allow(space)}
+    room = alice.create_room(initial_state=[{"type": "m.room.join_rules", "content": rule}])
+    alice.set_state(space, "m.space.child", {"via": ["localhost"]}, room)
+    bob.join(space)
+    assert hierarchy(bob, space)[0] == [space, room] * seen + [space] * (not seen)
+    assert hierarchy(carol, space)[0] == [space]
+
+
+def test_a_hierarchy_comes_in_pages_and_may_have_what_is_suggested_only(three):
+    hs, alice, bob, _, room = three
+    space = alice.create_room(preset="public_chat")
+    other = alice.create_room(preset="public_chat")
+    alice.set_state(space, "m.space.child", {"via": ["localhost"]}, room)
+    alice.set_state(space, "m.space.child", {"via": ["localhost"], "suggested": True}, other)
+    assert hierarchy(bob, space, suggested_only="true")[0] == [space, other]
+    first, answer = hierarchy(bob, space, limit=2)
+    assert len(first) == 2 and first + hierarchy(bob, space, limit=2, **{"from": answer["next_batch"]})[0] == hierarchy(bob, space)[0]
+    alice.set_state(space, "m.space.child", {}, room)
+    assert room not in hierarchy(bob, space)[0]
     with refused("M_FORBIDDEN", 403):
-        bob.call("PUT", path("profile", alice.user_id, "displayname"), {"displayname": "x"})
-    with refused("M_NOT_FOUND", 404):
-        bob.profile("@nobody:localhost")
-    with refused("M_UNRECOGNIZED", 404):
-        bob.call("GET", path("profile", alice.user_id, "shoe_size"))
-    with refused("M_BAD_JSON", 400):
-        bob.call("PUT", path("profile", bob.user_id, "displayname"), {"displayname": 5})
+        hierarchy(bob, alice.create_room())
 
 
-# -- Typing, receipts, read markers.
-
-def ephemeral(client, room, since=None, type="m.typing"):
-    events = joined(client.sync(since), room).get("ephemeral", {"events": []})["events"]
-    return next((event["content"] for event in events if event["type"] == type), None)
-
-
-def test_typing_is_told_until_it_stops_or_runs_out(three):
-    hs, alice, bob, _, room = three
-    bob.join(room)
-    since = alice.sync()["next_batch"]
-    bob.typing(room, timeout=20_000)
-    assert ephemeral(alice, room, since) == {"user_ids": [bob.user_id]}
-    since = alice.sync(since)["next_batch"]
-    hs.advance(21)
-    assert joined(alice.sync(since, 5000), room)["ephemeral"]["events"] == [{"type": "m.typing", "content": {"user_ids": []}}]
-    alice.typing(room)
-    assert ephemeral(bob, room) == {"user_ids": [alice.user_id]}
-    alice.typing(room, False)
-    assert ephemeral(bob, room) == {"user_ids": []}
-
-
-def test_typing_is_for_oneself_in_a_room_that_one_is_in(three):
-    hs, alice, bob, _, room = three
-    for client, user in ((bob, bob), (alice, bob)):
-        with refused("M_FORBIDDEN", 403):
-            client.call("PUT", path("rooms", room, "typing", user.user_id), {"typing": True})
-    with refused("M_MISSING_PARAM", 400):
-        alice.call("PUT", path("rooms", room, "typing", alice.user_id), {})
-
+# -- Rooms: receipts and read markers.
 
 def test_receipts_are_told_to_all_and_private_ones_to_nobody_else(three):
     hs, alice, bob, _, room = three
@@ -5478,10 +6529,6 @@ def test_read_markers_are_account_data_and_receipts(three):
     assert entry["account_data"]["events"] == [{"type": "m.fully_read", "content": {"event_id": one}}] and two in entry["ephemeral"]["events"][0]["content"]
     with refused("M_BAD_JSON", 405):
         alice.set_account_data("m.fully_read", {"event_id": two}, room)
-
-
-def receipt(client, room, event_id, type="m.read", **body):
-    return client.call("POST", path("rooms", room, "receipt", type, event_id), body)
 
 
 def test_a_receipt_moves_forward_only(three):
@@ -5521,67 +6568,811 @@ def test_read_markers_may_move_a_private_receipt(three):
     assert list(ephemeral(bob, room, type="m.receipt")[event_id]) == ["m.read.private"] and "rooms" not in alice.sync(since)
 
 
-# -- Account data, tags, filters.
+# -- Typing.
 
-def test_account_data_is_kept_and_synced_for_the_account_and_for_rooms(three):
+def test_typing_is_told_until_it_stops_or_runs_out(three):
+    hs, alice, bob, _, room = three
+    bob.join(room)
+    since = alice.sync()["next_batch"]
+    bob.typing(room, timeout=20_000)
+    assert ephemeral(alice, room, since) == {"user_ids": [bob.user_id]}
+    since = alice.sync(since)["next_batch"]
+    hs.advance(21)
+    assert joined(alice.sync(since, 5000), room)["ephemeral"]["events"] == [{"type": "m.typing", "content": {"user_ids": []}}]
+    alice.typing(room)
+    assert ephemeral(bob, room) == {"user_ids": [alice.user_id]}
+    alice.typing(room, False)
+    assert ephemeral(bob, room) == {"user_ids": []}
+
+
+def test_typing_is_for_oneself_in_a_room_that_one_is_in(three):
+    hs, alice, bob, _, room = three
+    for client, user in ((bob, bob), (alice, bob)):
+        with refused("M_FORBIDDEN", 403):
+            client.call("PUT", path("rooms", room, "typing", user.user_id), {"typing": True})
+    with refused("M_MISSING_PARAM", 400):
+        alice.call("PUT", path("rooms", room, "typing", alice.user_id), {})
+
+
+def test_who_leaves_stops_typing(three):
+    hs, alice, bob, _, room = three
+    bob.join(room), bob.typing(room), bob.leave(room)
+    assert ephemeral(alice, room) in (None, {"user_ids": []})
+
+
+def test_who_typed_when_the_homeserver_stopped_types_no_more(tmp_path):
+    keys = {"database": str(tmp_path / "hs.db")}
+    with asbridge.Homeserver(**keys) as hs:
+        alice, bob = hs.client("alice"), hs.client("bob")
+        room = alice.create_room(invite=[bob.user_id])
+        bob.join(room)
+        bob.typing(room)
+        since = alice.sync()["next_batch"]
+    with asbridge.Homeserver(**keys) as hs:
+        alice.close()
+        events = asbridge.Client(hs.url, alice.token).sync(since)["rooms"]["join"][room]["ephemeral"]["events"]
+        assert events == [{"type": "m.typing", "content": {"user_ids": []}}]
+
+
+def test_who_typed_stops_when_there_is_a_thread_for_it_again(start, monkeypatch):
+    hs = start()
+    alice = hs.client("alice")
+    room = alice.create_room()
+    with monkeypatch.context() as patch:
+        no_threads_named(patch, "typing")
+        alice.typing(room, timeout=1000)
+    bob = hs.client("bob")
+    alice.invite(room, bob.user_id)
+    bob.join(room)
+    bob.typing(room, timeout=30_000)
+    hs.advance(2)
+    eventually(lambda: hs.api.typing._rooms[1][1].keys() == {bob.user_id})
+
+
+# -- Presence.
+
+def test_who_syncs_is_online_and_offline_some_time_after_the_last_sync(pair):
+    hs, alice, bob, _, since = pair
+    assert presence_of(alice, bob) == {"presence": "offline", "currently_active": False}
+    bob.sync()
+    answer = alice.sync(since)
+    assert presences(answer) == {bob.user_id: "online"} and answer["presence"]["events"][0]["type"] == "m.presence"
+    found = presence_of(alice, bob)
+    assert found.pop("last_active_ago") >= 0 and found == {"presence": "online", "currently_active": True}
+    assert presences(alice.sync(answer["next_batch"])) == {}
+    hs.advance(asbridge.OFFLINE_SECONDS + 1)
+    eventually(lambda: presence_of(alice, bob)["presence"] == "offline")
+    assert presences(alice.sync(since))[bob.user_id] == "offline"
+
+
+def test_a_change_of_presence_wakes_who_shares_a_room_and_nobody_else(pair):
+    hs, alice, bob, carol, since = pair
+    other = carol.sync()["next_batch"]
+    with background(alice.sync, since, 20_000) as waiting, background(carol.sync, other, 20_000) as stranger:
+        eventually(lambda: hs.world.store.waiters.among({alice.user_id}) and hs.world.store.waiters.among({carol.user_id}))
+        bob.sync()
+        assert presences(waiting.result(5)) == {bob.user_id: "online"}
+        assert not stranger.done()
+        carol.create_room()
+        assert presences(stranger.result(5)) == {}
+
+
+def test_a_long_poll_keeps_one_online_while_it_waits(pair):
+    hs, alice, bob, _, since = pair
+    with background(bob.sync, bob.sync()["next_batch"], 60_000) as waiting:
+        eventually(lambda: hs.world.store.waiters.among({bob.user_id}))
+        hs.advance(asbridge.OFFLINE_SECONDS + 1)
+        assert presence_of(alice, bob)["presence"] == "online"
+        alice.create_room(invite=[bob.user_id])
+        waiting.result(5)
+
+
+def test_who_is_online_and_does_nothing_becomes_unavailable_until_something_is_done(pair):
+    hs, alice, bob, _, since = pair
+    bob.sync(timeout=0)
+    polling = functools.partial(hs.api.presence.polling, asbridge.Who(bob.user_id, device_of(bob)), "online", 600.0)
+    polling()
+    hs.advance(asbridge.UNAVAILABLE_SECONDS + 1)
+    eventually(lambda: presence_of(alice, bob)["presence"] == "unavailable")
+    polling()                                                # to go on polling is to do nothing
+    assert presence_of(alice, bob)["presence"] == "unavailable"
+    bob.typing(bob.joined_rooms()[0])
+    assert presence_of(alice, bob)["presence"] == "online"
+    set_presence(bob, "unavailable")
+    bob.say(bob.joined_rooms()[0], "back")
+    assert presence_of(alice, bob)["presence"] == "online"
+
+
+def test_what_a_user_says_stays_though_the_client_goes_on_syncing(pair):
+    hs, alice, bob, _, since = pair
+    since_bob = bob.sync()["next_batch"]
+    set_presence(bob, "unavailable", status_msg="at lunch")
+    for _ in range(2):
+        bob.sync(since_bob)
+    bob.create_room()
+    found = presence_of(alice, bob)
+    assert (found["presence"], found["status_msg"], found["currently_active"]) == ("unavailable", "at lunch", False)
+    assert presences(alice.sync(since)) == {bob.user_id: "unavailable"}
+    set_presence(bob, "online")
+    assert "status_msg" not in presence_of(alice, bob)
+
+
+@pytest.mark.parametrize("wish, becomes", [("online", "online"), ("unavailable", "unavailable"), ("offline", "offline")])
+def test_a_sync_says_with_set_presence_what_it_is_to_mean(pair, wish, becomes):
+    hs, alice, bob, _, since = pair
+    bob.ask("GET", "sync", set_presence=wish)
+    assert presence_of(alice, bob)["presence"] == becomes
+    bob.ask("GET", "sync", set_presence="online")            # another wish than the last of this device
+    assert presence_of(alice, bob)["presence"] == "online"
+    with refused("M_INVALID_PARAM", 400, "unavailable"):
+        bob.ask("GET", "sync", set_presence="away")
+
+
+def test_presence_is_for_who_shares_a_room_and_set_by_oneself(pair):
+    hs, alice, bob, carol, since = pair
+    for user in (alice.user_id, "@nobody:localhost"):
+        with refused("M_FORBIDDEN", 403):
+            carol.ask("GET", "presence", user, "status")
+    with refused("M_FORBIDDEN", 403):
+        alice.ask("PUT", "presence", bob.user_id, "status", body={"presence": "online"})
+    for body in ({}, {"presence": "away"}, {"presence": 5}, {"presence": "online", "status_msg": 5}):
+        with pytest.raises(MatrixError) as caught:
+            alice.ask("PUT", "presence", alice.user_id, "status", body=body)
+        assert caught.value.status == 400
+    carol.sync()
+    assert presences(carol.sync()) == {carol.user_id: "online"}   # oneself is never a stranger
+
+
+def test_an_initial_sync_names_who_is_there_and_a_filter_leaves_them_out(pair):
+    hs, alice, bob, _, since = pair
+    bob.sync()
+    assert presences(alice.sync()) == {alice.user_id: "online", bob.user_id: "online"}
+    for part in ({"types": []}, {"not_types": ["m.presence"]}, {"not_senders": [alice.user_id, bob.user_id]}):
+        assert "presence" not in alice.ask("GET", "sync", filter=json.dumps({"presence": part}))
+    assert presences(alice.ask("GET", "sync", filter=json.dumps({"presence": {"senders": [bob.user_id]}}))) == {bob.user_id: "online"}
+
+
+def test_who_joins_is_told_who_is_there_and_the_others_that_somebody_has_come(three):
+    hs, alice, bob, carol, room = three
+    tokens = {client: client.sync()["next_batch"] for client in (alice, bob)}
+    bob.join(room)
+    assert presences(bob.sync(tokens[bob])) == {alice.user_id: "online"} and presences(alice.sync(tokens[alice])) == {bob.user_id: "online"}
+
+
+def test_after_a_restart_of_the_homeserver_one_is_told_who_is_not_there_any_more(start, tmp_path):
+    hs = start(database=str(tmp_path / "a.db"))
+    alice, bob = hs.client("alice"), hs.client("bob")
+    bob.join(alice.create_room(preset="public_chat"))
+    bob.sync()
+    since, both = alice.sync()["next_batch"], [alice.user_id, bob.user_id]
+    hs.stop()
+    answer = asbridge.Client(start(database=str(tmp_path / "a.db")).url, alice.token).sync(since)
+    assert presences(answer) == dict(zip(both, ("online", "offline"), strict=True))
+
+
+@pytest.mark.parametrize("error", [sqlite3.OperationalError("disk I/O error"), MatrixError("M_UNKNOWN", "full")])
+def test_a_change_of_presence_that_could_not_be_told_is_tried_again(pair, monkeypatch, error):
+    hs, alice, bob, _, since = pair
+    bob.sync()
+    write, fails = hs.world.store.write, []
+
+    def failing(fn, token=None):
+        if threading.current_thread().name == "presence" and len(fails) < 2:
+            fails.append(1)
+            raise error
+        return write(fn, token)
+    monkeypatch.setattr(hs.world.store, "write", failing)
+    since = alice.sync(since)["next_batch"]
+    hs.advance(asbridge.OFFLINE_SECONDS + 1)
+    eventually(lambda: fails)
+    eventually(lambda: hs.advance(2) or presence_of(alice, bob)["presence"] == "offline")
+    assert presences(alice.sync(since))[bob.user_id] == "offline"
+
+
+def test_a_sync_of_who_is_online_already_writes_nothing(pair):
+    hs, alice, bob, _, since = pair
+    position = hs.world.store.position
+    for _ in range(3):
+        alice.sync(since)
+    assert hs.world.store.position == position
+
+
+def test_a_ghost_is_what_its_service_says_and_stays_so(start):
+    hs = start(registration())
+    alice, ghost = hs.client("alice"), acting(hs, "irc", "@_irc_bob:localhost")
+    ghost.join(alice.create_room(preset="public_chat"))
+    set_presence(ghost, "online", status_msg="on IRC")
+    hs.advance(3 * asbridge.UNAVAILABLE_SECONDS)
+    assert presence_of(bot_of(hs), ghost)["status_msg"] == "on IRC"      # who may act as it may ask, too
+    set_presence(ghost, "offline")
+    assert presence_of(alice, ghost)["presence"] == "offline"
+
+
+def test_a_ghost_that_is_online_does_not_go_idle(start):
+    hs = start(registration())
+    alice, ghost = hs.client("alice"), acting(hs, "irc", "@_irc_bob:localhost")
+    ghost.join(alice.create_room(preset="public_chat"))
+    set_presence(ghost, "online")
+    set_presence(alice, "online")
+    hs.advance(asbridge.OFFLINE_SECONDS + 1)
+    eventually(lambda: presence_of(ghost, alice)["presence"] == "offline")
+    hs.advance(asbridge.UNAVAILABLE_SECONDS)
+    set_presence(alice, "online")
+    hs.advance(asbridge.OFFLINE_SECONDS + 1)
+    eventually(lambda: presence_of(ghost, alice)["presence"] == "offline")    # the timer has looked at both
+    assert presence_of(alice, ghost)["presence"] == "online"
+
+
+def test_who_changes_again_is_told_again(pair):
+    hs, alice, bob, _, since = pair
+    since = bob.sync()["next_batch"]
+    for presence in ("unavailable", "online"):
+        set_presence(alice, presence)
+        answer = bob.sync(since)
+        since = answer["next_batch"]
+        assert presences(answer) == {alice.user_id: presence}
+
+
+def test_who_asks_for_a_sync_without_end_is_offline_after_the_longest_that_there_is(pair):
+    hs, alice, bob, _, since = pair
+    bob.ask("GET", "sync", timeout=2**53 - 1)
+    hs.advance(asbridge.MAX_SYNC_SECONDS + asbridge.OFFLINE_SECONDS + 1)
+    hs.api.presence._expire()
+    assert presence_of(alice, bob)["presence"] == "offline"
+
+
+# -- Media.
+
+@pytest.mark.parametrize("old", [True, False])
+def test_what_is_uploaded_is_downloaded_with_its_type_and_name(three, old):
+    hs, alice = three[:2]
+    status, answer = ask(hs, "POST", "/_matrix/media/v3/upload?filename=na%C3%AFve%20caf%C3%A9.png", alice.token, b"\x89PNG\0", {"Content-Type": "image/png"})
+    assert status == 200 and answer["content_uri"].startswith("mxc://localhost/")
+    where = ("/_matrix/media/v3/download/" if old else "/_matrix/client/v1/media/download/") + answer["content_uri"][6:]
+    headers = {} if old else {"Authorization": f"Bearer {alice.token}"}
+    connection = asbridge.http.client.HTTPConnection("127.0.0.1", hs.port, timeout=5)
+    for suffix, name in (("", "na%C3%AFve%20caf%C3%A9.png"), ("/other.png", "other.png"), ("?allow_redirect=true&allow_remote=true", "na%C3%AFve%20caf%C3%A9.png")):
+        connection.request("GET", where + suffix, headers=headers)
+        response = connection.getresponse()
+        assert (response.status, response.read(), response.headers["Content-Type"]) == (200, b"\x89PNG\0", "image/png")
+        assert response.headers["Content-Disposition"] == f"inline; filename*=UTF-8''{name}" and "sandbox" in response.headers["Content-Security-Policy"]
+    connection.close()
+
+
+def test_what_could_be_run_is_no_inline_content(three):
+    hs, alice = three[:2]
+    uri = ask(hs, "POST", "/_matrix/media/r0/upload", alice.token, b"<script>", {"Content-Type": "text/html"})[1]["content_uri"]
+    with contextlib.closing(asbridge.http.client.HTTPConnection("127.0.0.1", hs.port, timeout=5)) as connection:
+        connection.request("GET", "/_matrix/media/r0/download/" + uri[6:])
+        assert connection.getresponse().headers["Content-Disposition"] == "attachment"
+
+
+@pytest.mark.parametrize("old", [True, False])
+def test_the_thumbnail_of_a_picture_is_the_picture(three, old):
+    hs, alice = three[:2]
+    base = "/_matrix/media/v3" if old else "/_matrix/client/v1/media"
+    headers = {} if old else {"Authorization": f"Bearer {alice.token}"}
+    picture, text = (ask(hs, "POST", f"/_matrix/media/v3/upload?filename={name}", alice.token, b"content", {"Content-Type": type})[1]["content_uri"][6:]
+                     for name, type in (("a%22b%C3%A9.png", "image/PNG; x=y"), ("t.txt", "text/plain")))
+    for query in ("width=32&height=32", "width=320&height=240&method=crop&animated=true&allow_redirect=true&allow_remote=false&timeout_ms=1"):
+        status, answer, body = whole(hs, "GET", f"{base}/thumbnail/{picture}?{query}", headers)
+        assert (status, answer["Content-Type"], body) == (200, "image/PNG; x=y", b"content")
+        assert answer["Content-Disposition"] == "inline; filename*=UTF-8''a%22b%C3%A9.png"
+    for where, query, status, errcode in ((text, "width=32&height=32", 400, "M_UNKNOWN"), (picture, "", 400, "M_MISSING_PARAM"), (picture, "width=32", 400, "M_MISSING_PARAM"),
+                                          (picture, "width=0&height=5", 400, "M_INVALID_PARAM"), (picture, "width=5&height=5&method=shrink", 400, "M_INVALID_PARAM"),
+                                          ("localhost/none", "width=5&height=5", 404, "M_NOT_FOUND"), ("elsewhere/" + picture[10:], "width=5&height=5", 404, "M_NOT_FOUND")):
+        got, _, body = whole(hs, "GET", f"{base}/thumbnail/{where}?{query}", headers)
+        assert (got, json.loads(body)["errcode"]) == (status, errcode)
+    assert whole(hs, "GET", f"{base}/thumbnail/{picture}?width=32&height=32")[0] == (200 if old else 401)
+
+
+def test_a_user_uploads_four_large_files_at_a_time_and_any_number_of_small_ones(three):
+    hs, alice, bob, *_ = three
+    with contextlib.ExitStack() as going:
+        for _ in range(asbridge.MAX_UPLOADS):
+            going.enter_context(hs.api.media.uploading(asbridge.Who(alice.user_id)))
+        large = bytes(asbridge.SMALL_UPLOAD + 1)
+        assert [ask(hs, "POST", "/_matrix/media/v3/upload", *one)[0] for one in ((bob.token, large), (alice.token, large[1:]))] == [200, 200]
+        status, answer = ask(hs, "POST", "/_matrix/media/v3/upload", alice.token, large)
+        assert (status, answer["errcode"], answer["retry_after_ms"]) == (429, "M_LIMIT_EXCEEDED", 1000)
+    assert ask(hs, "POST", "/_matrix/media/v3/upload", alice.token, large)[0] == 200 and not hs.api.media._under_way
+
+
+def test_media_without_a_type_are_bytes(three):
+    hs, alice = three[:2]
+    for headers in ({}, {"Content-Type": ""}):
+        uri = ask(hs, "POST", "/_matrix/media/v3/upload", alice.token, b"x", headers)[1]["content_uri"]
+        assert whole(hs, "GET", "/_matrix/media/v3/download/" + uri[6:])[1]["Content-Type"] == "application/octet-stream"
+
+
+def test_media_that_is_not_there_not_allowed_or_too_large_is_refused(start):
+    hs = start(max_upload_bytes=10)
+    alice = hs.client("alice")
+    assert ask(hs, "GET", "/_matrix/media/v3/download/localhost/none")[1]["errcode"] == "M_NOT_FOUND"
+    assert ask(hs, "GET", "/_matrix/media/v3/download/elsewhere/none")[0] == 404
+    assert ask(hs, "GET", "/_matrix/client/v1/media/download/localhost/none")[1]["errcode"] == "M_MISSING_TOKEN"
+    assert ask(hs, "POST", "/_matrix/media/v3/upload", alice.token, b"x" * 11)[1]["errcode"] == "M_TOO_LARGE"
+    for url in ("/_matrix/media/v3/config", "/_matrix/client/v1/media/config"):
+        assert ask(hs, "GET", url, alice.token) == (200, {"m.upload.size": 10})
+
+
+def created(client):
+    uri = client.call("POST", "/_matrix/media/v1/create", {})["content_uri"]
+    return uri.removeprefix("mxc://")
+
+
+def test_a_media_uri_can_be_made_before_its_content(three):
+    hs, alice, bob, _, _ = three
+    media = created(alice)
+    with refused("M_NOT_YET_UPLOADED", 504):
+        bob.call("GET", f"/_matrix/client/v1/media/download/{media}", timeout_ms=0)
+    with background(ask, hs, "GET", f"/_matrix/client/v1/media/download/{media}", bob.token) as waiting:
+        assert ask(hs, "PUT", f"/_matrix/media/v3/upload/{media}", alice.token, b'"late"', {"Content-Type": "application/json"})[0] == 200
+        assert waiting.result(5) == (200, "late")
+
+
+def test_the_content_of_a_media_uri_comes_once_and_from_who_made_it(three):
+    hs, alice, bob, _, _ = three
+    media = created(alice)
+    assert ask(hs, "PUT", f"/_matrix/media/v3/upload/{media}", bob.token, b"x")[1]["errcode"] == "M_FORBIDDEN"
+    assert ask(hs, "PUT", f"/_matrix/media/v3/upload/{media}", alice.token, b"x")[0] == 200
+    status, answer = ask(hs, "PUT", f"/_matrix/media/v3/upload/{media}", alice.token, b"y")
+    assert (status, answer["errcode"]) == (409, "M_CANNOT_OVERWRITE_MEDIA")
+    assert ask(hs, "PUT", "/_matrix/media/v3/upload/localhost/nothing", alice.token, b"x")[0] == 404
+    late = created(alice)
+    hs.advance(25 * 3600)
+    assert ask(hs, "PUT", f"/_matrix/media/v3/upload/{late}", alice.token, b"x")[0] == 404
+
+
+# -- Keys: of devices.
+
+def test_device_keys_are_queried_as_they_were_uploaded_with_the_devices_name(three):
+    hs, alice, bob, _, room = three
+    assert upload(alice) == {"signed_curve25519": 0}
+    alice.ask("PUT", "devices", device_of(alice), body={"display_name": "Alice's phone"})
+    found = query_keys(bob, alice, bob)
+    assert found["device_keys"] == {alice.user_id: {device_of(alice): {**device_keys(alice), "unsigned": {"device_display_name": "Alice's phone"}}}, bob.user_id: {}}
+    assert found["failures"] == {} and found["master_keys"] == {}
+    one = bob.ask("POST", "keys", "query", body={"device_keys": {alice.user_id: ["OTHER"]}})
+    assert one["device_keys"] == {alice.user_id: {}}
+
+
+def test_keys_are_told_though_the_service_of_an_unknown_ghost_does_not_answer(start, recorder):
+    r = recorder()
+    r.answer = lambda request, body: (503, {})
+    hs = start(registration(url=r.url))
+    alice = hs.client("alice")
+    upload(alice)
+    found = alice.ask("POST", "keys", "query", body={"device_keys": {"@_irc_x:localhost": [], alice.user_id: [], "@_irc_y:localhost": []}})
+    assert list(found["device_keys"][alice.user_id]) == [device_of(alice)] and found["device_keys"]["@_irc_x:localhost"] == {}
+    assert sorted(path.rpartition("/")[2] for _, path, *_ in r.requests) == ["@_irc_x:localhost", "@_irc_y:localhost"]
+
+
+def test_one_time_keys_go_out_in_the_order_in_which_they_came(three):
+    hs, alice, bob, *_ = three
+    upload(alice, one_time="ZAM")
+    with refused("M_BAD_JSON"):
+        bob.ask("POST", "keys", "claim", body={"one_time_keys": {alice.user_id: {device_of(alice): 5}}})
+    assert [claim(bob, alice, algorithm) for algorithm in ("*", "signed", "signed_curve25519", "signed_curve25519", "signed_curve25519")] == [None, None, "Z", "A", "M"]
+
+
+def test_a_device_with_keys_that_is_renamed_is_new_to_others(three):
+    hs, alice, bob, _, room = three
+    bob.join(room)
+    upload(bob)
+    since = alice.sync()["next_batch"]
+    bob.ask("PUT", "devices", device_of(bob), body={"display_name": "phone"})
+    assert alice.sync(since)["device_lists"]["changed"] == [bob.user_id]
+
+
+def test_keys_of_a_user_on_another_server_are_a_failure_of_that_server(three):
+    hs, alice, *_ = three
+    found = alice.ask("POST", "keys", "query", body={"device_keys": {"@x:other.org": []}})
+    assert list(found["failures"]) == ["other.org"] and found["device_keys"] == {}
+
+
+@pytest.mark.parametrize("body, errcode", [
+    ({"device_keys": {"user_id": "@bob:localhost", "device_id": "X"}}, "M_INVALID_PARAM"), ({"device_keys": []}, "M_BAD_JSON"), ({"one_time_keys": {"noalgorithm": {}}}, "M_INVALID_PARAM"),
+    ({"one_time_keys": {"signed_curve25519:A": 5}}, "M_INVALID_PARAM"), ({"fallback_keys": {"signed_curve25519:A": None}}, "M_INVALID_PARAM"), ({"one_time_keys": 1}, "M_BAD_JSON")])
+def test_keys_that_are_not_of_the_device_that_uploads_them_or_not_of_their_form_are_refused(three, body, errcode):
+    hs, alice, *_ = three
+    with refused(errcode, 400):
+        alice.ask("POST", "keys", "upload", body=body)
+
+
+def test_a_one_time_key_is_claimed_once_and_then_the_fallback_key_again_and_again(three):
+    hs, alice, bob, _, room = three
+    assert upload(alice, one_time="AB", fallback="F") == {"signed_curve25519": 2}
+    sync = alice.sync()
+    assert (sync["device_one_time_keys_count"], sync["device_unused_fallback_key_types"]) == ({"signed_curve25519": 2}, ["signed_curve25519"])
+    assert [claim(bob, alice) for _ in range(4)] == ["A", "B", "F", "F"]
+    sync = alice.sync()
+    assert (sync["device_one_time_keys_count"], sync["device_unused_fallback_key_types"]) == ({"signed_curve25519": 0}, [])
+    upload(alice, fallback="F")                              # the same again is still used, a new one is not
+    assert alice.sync()["device_unused_fallback_key_types"] == []
+    upload(alice, fallback="G")
+    assert alice.sync()["device_unused_fallback_key_types"] == ["signed_curve25519"] and claim(bob, alice) == "G"
+    assert claim(bob, alice, "other") is None and claim(alice, bob) is None
+
+
+def test_each_one_time_key_goes_to_one_of_many_who_claim_at_the_same_time(three):
+    hs, alice, bob, carol, _ = three
+    ids = [f"K{n:02}" for n in range(40)]
+    upload(alice, one_time=ids)
+    with ThreadPoolExecutor(8) as pool:
+        got = list(pool.map(lambda n: claim((bob, carol)[n % 2], alice), range(48)))
+    assert sorted(id for id in got if id) == ids and got.count(None) == 8
+
+
+def test_a_one_time_key_may_be_uploaded_again_but_not_with_another_content(three):
+    hs, alice, *_ = three
+    assert upload(alice, one_time="A") == upload(alice, one_time="A") == {"signed_curve25519": 1}
+    with refused("M_INVALID_PARAM", 400, "already exists"):
+        alice.ask("POST", "keys", "upload", body={"one_time_keys": {"signed_curve25519:A": "other"}})
+
+
+def test_a_device_that_is_gone_takes_its_keys_along(three):
+    hs, alice, bob, _, room = three
+    second = again(hs, alice)
+    upload(second, one_time="A", fallback="F")
+    device_id = device_of(second)
+    bob.ask("PUT", "sendToDevice", "m.x", "1", body={"messages": {alice.user_id: {device_id: {}}}})
+    second.ask("POST", "logout")
+    assert query_keys(bob, alice)["device_keys"] == {alice.user_id: {}}
+    with hs.world.store.read() as reader:
+        assert [reader.all(f"SELECT * FROM {table}") for table in ("device_keys", "one_time_keys", "fallback_keys", "to_device")] == [[]] * 4
+
+
+# -- Keys: whose are new.
+
+def test_sync_names_who_shares_a_room_and_has_a_new_device(three):
+    hs, alice, bob, carol, room = three
+    bob.join(room)
+    carol_alone = carol.create_room()
+    since = alice.sync()["next_batch"]
+    upload(carol)                                            # in no room with alice
+    assert "device_lists" not in alice.sync(since)
+    with background(alice.sync, since, 10_000) as future:
+        eventually(lambda: hs.world.store.waiters.among({alice.user_id}))
+        upload(bob)
+        found = future.result(5)
+    assert found["device_lists"] == {"changed": [bob.user_id], "left": []}
+    assert "device_lists" not in alice.sync(found["next_batch"])
+    assert "device_lists" not in alice.sync() and carol_alone
+    since = alice.sync()["next_batch"]
+    upload(bob)                                              # nothing new in it
+    assert "device_lists" not in alice.sync(since)
+    bob.ask("POST", "logout")
+    assert alice.sync(since)["device_lists"]["changed"] == [bob.user_id]
+
+
+def test_sync_names_whom_one_meets_and_whom_one_meets_no_more(three):
+    hs, alice, bob, carol, room = three
+    for client in (alice, bob, carol):
+        upload(client)
+    tokens = {client: client.sync()["next_batch"] for client in (alice, bob)}
+    bob.join(room)
+    assert alice.sync(tokens[alice])["device_lists"] == {"changed": [bob.user_id], "left": []}
+    assert bob.sync(tokens[bob])["device_lists"] == {"changed": [alice.user_id], "left": []}
+    tokens = {client: client.sync()["next_batch"] for client in (alice, bob)}
+    bob.leave(room)
+    assert alice.sync(tokens[alice])["device_lists"] == {"changed": [], "left": [bob.user_id]}
+    assert bob.sync(tokens[bob])["device_lists"] == {"changed": [], "left": [alice.user_id]}
+
+
+def test_who_is_still_met_in_another_room_has_not_left(three):
+    hs, alice, bob, _, room = three
+    other = alice.create_room(preset="public_chat")
+    upload(bob)
+    for id in (room, other):
+        bob.join(id)
+    since = alice.sync()["next_batch"]
+    bob.leave(other)
+    assert alice.sync(since)["device_lists"]["left"] == []
+
+
+@pytest.mark.parametrize("filter", [{"rooms": []}, {"not_rooms": ["{room}"]}])
+def test_device_lists_do_not_depend_on_the_rooms_that_a_filter_chooses(three, filter):
+    hs, alice, bob, _, room = three
+    upload(bob)
+    since = alice.sync()["next_batch"]
+    bob.join(room)
+    assert alice.sync(since, filter={"room": json.loads(json.dumps(filter).replace("{room}", room))})["device_lists"]["changed"] == [bob.user_id]
+
+
+@pytest.mark.parametrize("how", ["declined", "taken back", "unbanned"])
+def test_who_was_never_in_a_room_does_not_learn_who_is(three, how):
+    hs, alice, bob, carol, _ = three
+    upload(alice), upload(bob)
+    room = alice.create_room(invite=[bob.user_id, carol.user_id])
+    bob.join(room)
+    since = carol.sync()["next_batch"]
+    if how == "declined":
+        carol.leave(room)
+    else:
+        for verb in ("kick",) if how == "taken back" else ("ban", "unban"):
+            alice.call("POST", path("rooms", room, verb), {"user_id": carol.user_id})
+    assert "device_lists" not in carol.sync(since)
+
+
+# -- Keys: messages to devices.
+
+def test_a_message_to_a_device_comes_with_its_next_sync_and_is_gone_when_that_is_acknowledged(three):
+    hs, alice, bob, _, room = three
+    other = again(hs, alice)
+    since = alice.sync()["next_batch"]
+    bob.ask("PUT", "sendToDevice", "m.room_key", "1", body={"messages": {alice.user_id: {device_of(alice): {"n": 1}, "GONE": {}}, "@nobody:localhost": {"*": {}}}})
+    message = {"type": "m.room_key", "sender": bob.user_id, "content": {"n": 1}}
+    found = alice.sync(since)
+    assert found["to_device"] == {"events": [message]} == alice.sync(since)["to_device"] == alice.sync()["to_device"]
+    assert "to_device" not in other.sync() and "to_device" not in alice.sync(found["next_batch"])
+    assert "to_device" not in alice.sync(since)              # was acknowledged
+    assert "to_device" not in alice.sync()
+
+
+def test_what_a_sync_acknowledges_is_gone_even_if_it_has_nothing_new_to_look_for(three):
     hs, alice, bob, _, room = three
     since = alice.sync()["next_batch"]
-    for where in (None, room):
+    bob.ask("PUT", "sendToDevice", "m.room_key", "1", body={"messages": {alice.user_id: {"*": {}}}})
+    since = alice.sync(since)["next_batch"]
+    with background(alice.sync, since, 30_000) as future:
+        eventually(lambda: hs.world.store.waiters._asleep)
+        with hs.world.store.read() as reader:
+            assert reader.to_device(alice.user_id, device_of(alice)) == []
+        alice.set_account_data("x", {})
+        future.result(5)
+    assert not hs.api.sync.handed
+
+
+def test_a_sync_is_answered_even_if_nothing_can_be_stored(three):
+    hs, alice, bob, _, room = three
+    since = alice.sync()["next_batch"]
+    bob.ask("PUT", "sendToDevice", "m.room_key", "1", body={"messages": {alice.user_id: {"*": {}}}})
+    found = alice.sync(since)
+    alice.say(room, "there is something new")
+    store = hs.world.store
+    store._tx.db = FaultyDb(store._tx.db, "COMMIT", 1000)
+    assert bob.sync()["next_batch"]                          # who was offline, and comes back
+    assert joined(alice.sync(found["next_batch"]), room)["timeline"]["events"]           # who has messages to devices to drop
+    store._tx.db.times = 0
+    assert "to_device" not in alice.sync(found["next_batch"]) and alice.say(room, "there is room again")
+
+
+def test_a_message_to_all_devices_wakes_each_and_is_sent_once_for_its_transaction_id(three):
+    hs, alice, bob, _, room = three
+    other = again(hs, alice)
+    tokens = [client.sync()["next_batch"] for client in (alice, other)]
+    with background(other.sync, tokens[1], 10_000) as future:
+        eventually(lambda: hs.world.store.waiters.among({alice.user_id}))
+        for _ in range(2):
+            bob.ask("PUT", "sendToDevice", "m.x", "same", body={"messages": {alice.user_id: {"*": {"n": 1}}}})
+        assert len(future.result(5)["to_device"]["events"]) == 1
+    assert len(alice.sync(tokens[0])["to_device"]["events"]) == 1
+    bob.ask("PUT", "sendToDevice", "m.y", "same", body={"messages": {alice.user_id: {"*": {"n": 2}}}})
+    assert [message["type"] for message in alice.sync(tokens[0])["to_device"]["events"]] == ["m.x", "m.y"]
+
+
+def test_messages_to_devices_outlive_the_homeserver(start, tmp_path):
+    hs = start(database=str(tmp_path / "a.db"))
+    alice, bob = hs.client("alice"), hs.client("bob")
+    bob.ask("PUT", "sendToDevice", "m.x", "1", body={"messages": {alice.user_id: {"*": {}}}})
+    hs.stop()
+    assert len(asbridge.Client(start(database=str(tmp_path / "a.db")).url, alice.token).sync()["to_device"]["events"]) == 1
+
+
+@pytest.mark.parametrize("body", [{}, {"messages": []}, {"messages": {"alice": {}}}, {"messages": {"@a:localhost": []}}, {"messages": {"@a:localhost": {"D": "x"}}}])
+def test_messages_to_devices_that_are_not_objects_are_refused(three, body):
+    hs, alice, *_ = three
+    with pytest.raises(MatrixError) as caught:
+        alice.ask("PUT", "sendToDevice", "m.x", "1", body=body)
+    assert caught.value.status == 400
+
+
+def test_a_message_to_a_device_is_not_taken_away_by_events_which_does_not_carry_it(three):
+    hs, alice, bob, *_ = three
+    since = alice.sync()["next_batch"]
+    bob.ask("PUT", "sendToDevice", "m.room_key", "1", body={"messages": {alice.user_id: {"*": {}}}})
+    alice.ask("GET", "events")
+    assert len(alice.sync(since)["to_device"]["events"]) == 1
+
+
+# -- Keys: cross-signing.
+
+def test_cross_signing_keys_are_seen_by_others_but_for_the_user_signing_key(three):
+    hs, alice, bob, _, room = three
+    bob.join(room)
+    since = bob.sync()["next_batch"]
+    keys = cross_signing_keys(alice.user_id)
+    alice.ask("POST", "keys", "device_signing", "upload", body=keys)
+    assert bob.sync(since)["device_lists"]["changed"] == [alice.user_id]
+    for client, usages in ((alice, ("master", "self_signing", "user_signing")), (bob, ("master", "self_signing"))):
+        found = query_keys(client, alice)
+        assert {usage: found[f"{usage}_keys"].get(alice.user_id) for usage in ("master", "self_signing", "user_signing")} == {
+            usage: {"signatures": {}, **keys[f"{usage}_key"]} if usage in usages else None for usage in ("master", "self_signing", "user_signing")}
+
+
+def test_cross_signing_keys_are_replaced_with_the_password_only_but_uploaded_again_without(start):
+    hs = start()
+    answer = hs.api.accounts.register("alice", "secret")
+    alice = asbridge.Client(hs.url, answer["access_token"])
+    keys = cross_signing_keys(alice.user_id)
+    for _ in range(2):
+        assert alice.ask("POST", "keys", "device_signing", "upload", body=keys) == {}
+    other = cross_signing_keys(alice.user_id, "b")
+    status, challenge = ask(hs, "POST", "/_matrix/client/v3/keys/device_signing/upload", alice.token, other)
+    assert status == 401 and challenge["flows"] == [{"stages": ["m.login.password"]}] and challenge["session"]
+    auth = {"type": "m.login.password", "identifier": {"type": "m.id.user", "user": "alice"}, "password": "secret"}
+    assert alice.ask("POST", "keys", "device_signing", "upload", body={**other, "auth": auth}) == {}
+    assert query_keys(alice, alice)["master_keys"][alice.user_id]["keys"] == other["master_key"]["keys"]
+
+
+def test_an_application_service_replaces_cross_signing_keys_of_its_users_without_confirmation(start):
+    hs = start(registration())
+    ghost = acting(hs, "irc", "@_irc_bob:localhost")
+    for name in "ab":
+        assert ghost.ask("POST", "keys", "device_signing", "upload", body=cross_signing_keys(ghost.user_id, name)) == {}
+    assert query_keys(ghost, ghost)["master_keys"][ghost.user_id]["keys"] == {"ed25519:master-b": "master-b"}
+
+
+@pytest.mark.parametrize("change, errcode", [
+    (lambda keys: keys["master_key"].update(user_id="@bob:localhost"), "M_INVALID_PARAM"), (lambda keys: keys["master_key"].update(usage=["other"]), "M_INVALID_PARAM"),
+    (lambda keys: keys["master_key"].update(keys={}), "M_INVALID_PARAM"), (lambda keys: keys["master_key"].update(keys={"ed25519:A": "A", "ed25519:B": "B"}), "M_INVALID_PARAM"),
+    (lambda keys: keys["master_key"].update(keys={"ed25519:A": "B"}), "M_INVALID_PARAM"), (lambda keys: keys["self_signing_key"].pop("signatures"), "M_INVALID_SIGNATURE"),
+    (lambda keys: keys["user_signing_key"].update(signatures={"@alice:localhost": {"ed25519:other": "x"}}), "M_INVALID_SIGNATURE"), (lambda keys: keys.pop("master_key"), "M_MISSING_PARAM"),
+    (lambda keys: keys.update(master_key=5), "M_BAD_JSON")])
+def test_cross_signing_keys_of_another_form_or_unsigned_are_refused(three, change, errcode):
+    hs, alice, *_ = three
+    keys = cross_signing_keys(alice.user_id)
+    change(keys)
+    with refused(errcode, 400):
+        alice.ask("POST", "keys", "device_signing", "upload", body=keys)
+
+
+def test_signatures_are_merged_into_what_is_queried_and_others_are_seen_only_by_who_made_them(three):
+    hs, alice, bob, carol, room = three
+    for client in (alice, bob, carol):
+        client.join(room)
+        upload(client)
+        client.ask("POST", "keys", "device_signing", "upload", body=cross_signing_keys(client.user_id))
+    tokens = {client: client.sync()["next_batch"] for client in (alice, carol)}
+    device, master = device_keys(alice), cross_signing_keys(bob.user_id)["master_key"]
+    signed = {alice.user_id: {device["device_id"]: {**device, "signatures": {alice.user_id: {"ed25519:self_signing-a": "S"}}}},
+              bob.user_id: {"master-a": {**master, "signatures": {alice.user_id: {"ed25519:user_signing-a": "U"}}}}}
+    assert alice.ask("POST", "keys", "signatures", "upload", body=signed) == {"failures": {}}
+    by_self = query_keys(bob, alice)["device_keys"][alice.user_id][device["device_id"]]["signatures"][alice.user_id]
+    assert by_self == {f"ed25519:{device['device_id']}": "by itself", "ed25519:self_signing-a": "S"}
+    assert query_keys(alice, bob)["master_keys"][bob.user_id]["signatures"] == {alice.user_id: {"ed25519:user_signing-a": "U"}}
+    assert query_keys(carol, bob)["master_keys"][bob.user_id]["signatures"] == {}
+    assert alice.sync(tokens[alice])["device_lists"]["changed"] == [alice.user_id, bob.user_id]
+    assert carol.sync(tokens[carol])["device_lists"]["changed"] == [alice.user_id]
+
+
+@pytest.mark.parametrize("user, name, change, errcode", [
+    ("@alice:localhost", "GONE", {}, "M_NOT_FOUND"), ("@bob:localhost", "self_signing-a", {}, "M_NOT_FOUND"), ("@alice:localhost", "master-a", {"usage": ["x"]}, "M_INVALID_SIGNATURE"),
+    ("@alice:localhost", "master-a", {"signatures": {}}, "M_INVALID_SIGNATURE"), ("@alice:localhost", "master-a", {"signatures": {"@alice:localhost": {"ed25519:D": 5}}}, "M_BAD_JSON"),
+    ("@alice:localhost", "master-a", {"signatures": {"@alice:localhost": {f"ed25519:{n}": "x" for n in range(51)}}}, "M_TOO_LARGE")])
+def test_a_signature_on_what_was_not_uploaded_so_is_a_failure_of_that_key(three, user, name, change, errcode):
+    hs, alice, bob, *_ = three
+    for client in (alice, bob):
+        client.ask("POST", "keys", "device_signing", "upload", body=cross_signing_keys(client.user_id))
+    key = {**cross_signing_keys(user)["master_key"], "signatures": {alice.user_id: {"ed25519:D": "x"}}, **change}
+    failures = alice.ask("POST", "keys", "signatures", "upload", body={user: {name: key}})["failures"]
+    assert failures[user][name]["errcode"] == errcode
+
+
+def test_the_end_of_all_devices_ends_what_was_signed_of_them_and_no_more(three):
+    hs, alice, bob, *_ = three
+    for client in (alice, bob):
+        upload(client)
+        client.ask("POST", "keys", "device_signing", "upload", body=cross_signing_keys(client.user_id))
+    device, master = device_keys(alice), cross_signing_keys(alice.user_id)["master_key"]
+    alice.ask("POST", "keys", "signatures", "upload", body={
+        alice.user_id: {device["device_id"]: {**device, "signatures": {alice.user_id: {"ed25519:self_signing-a": "S"}}}}})
+    bob.ask("POST", "keys", "signatures", "upload", body={
+        alice.user_id: {"master-a": {**master, "signatures": {bob.user_id: {"ed25519:user_signing-a": "U"}}}}})
+    alice.ask("POST", "logout", "all")
+    assert query_keys(bob, alice)["master_keys"][alice.user_id]["signatures"] == {bob.user_id: {"ed25519:user_signing-a": "U"}}
+    with hs.world.store.read() as reader:
+        assert [row[0] for row in reader.signatures(alice.user_id, bob.user_id)] == ["master-a"]
+
+
+def test_of_two_first_master_keys_at_the_same_time_the_second_needs_to_be_confirmed(three):
+    hs, alice, *_ = three
+    keys, who = hs.api.keys, asbridge.Who(alice.user_id, device_of(alice))
+    both = [{"master": cross_signing_keys(alice.user_id, name)["master_key"]} for name in "ab"]
+    assert [keys.check_cross_signing(who, one) for one in both] == [False, False]
+    keys.upload_cross_signing(who, both[0], False)
+    with refused("M_FORBIDDEN", 403, "meanwhile"):
+        keys.upload_cross_signing(who, both[1], False)
+    assert query_keys(alice, alice)["master_keys"][alice.user_id]["keys"] == both[0]["master"]["keys"]
+
+
+def test_signatures_that_all_fail_are_no_news(three):
+    hs, alice, *_ = three
+    since = alice.sync()["next_batch"]
+    alice.ask("POST", "keys", "signatures", "upload", body={alice.user_id: {"GONE": {"signatures": {alice.user_id: {"ed25519:D": "x"}}}}})
+    assert "device_lists" not in alice.sync(since)
+
+
+def test_a_new_master_key_drops_what_the_old_one_had_signed(start):
+    hs = start(registration())
+    ghost = acting(hs, "irc", "@_irc_bob:localhost")
+    ghost.ask("POST", "keys", "device_signing", "upload", body=cross_signing_keys(ghost.user_id))
+    ghost.ask("POST", "keys", "device_signing", "upload", body={"master_key": cross_signing_keys(ghost.user_id, "b")["master_key"]})
+    assert query_keys(ghost, ghost)["self_signing_keys"] == {}
+    with refused("M_INVALID_SIGNATURE"):
+        ghost.ask("POST", "keys", "device_signing", "upload", body={"self_signing_key": cross_signing_keys(ghost.user_id)["self_signing_key"]})
+
+
+# -- Keys: backups.
+
+def backup_key(verified=False, index=0, forwarded=0, data="x"):
+    return {"is_verified": verified, "first_message_index": index, "forwarded_count": forwarded, "session_data": {"ciphertext": data}}
+
+
+def test_a_key_backup_is_made_found_changed_and_deleted(three):
+    hs, alice, bob, *_ = three
+    with refused("M_NOT_FOUND", 404):
+        alice.ask("GET", "room_keys", "version")
+    first, second = (alice.ask("POST", "room_keys", "version", body={"algorithm": "m.a", "auth_data": {"n": n}})["version"] for n in (1, 2))
+    assert alice.ask("GET", "room_keys", "version") == {"version": second, "algorithm": "m.a", "auth_data": {"n": 2}, "count": 0, "etag": "0"}
+    assert alice.ask("GET", "room_keys", "version", first)["auth_data"] == {"n": 1}
+    alice.ask("PUT", "room_keys", "version", second, body={"algorithm": "m.a", "auth_data": {"n": 3}, "version": second})
+    assert alice.ask("GET", "room_keys", "version", second)["auth_data"] == {"n": 3}
+    with refused("M_INVALID_PARAM", 400):
+        alice.ask("PUT", "room_keys", "version", second, body={"algorithm": "m.b", "auth_data": {}})
+    with refused("M_NOT_FOUND", 404):
+        bob.ask("GET", "room_keys", "version", second)
+    alice.ask("DELETE", "room_keys", "version", second)
+    assert alice.ask("GET", "room_keys", "version")["version"] == first
+    for wrong in (second, "x", "9" * 30):
         with refused("M_NOT_FOUND", 404):
-            alice.account_data("org.x", where)
-        alice.set_account_data("org.x", {"where": where or "account"}, where)
-        assert alice.account_data("org.x", where) == {"where": where or "account"}
-    for since in (since, None):
-        answer = alice.sync(since)
-        assert answer["account_data"]["events"][0] == {"type": "org.x", "content": {"where": "account"}}
-        assert joined(answer, room)["account_data"]["events"] == [{"type": "org.x", "content": {"where": room}}]
-    with refused("M_FORBIDDEN", 403):
-        bob.call("GET", path("user", alice.user_id, "account_data", "org.x"))
+            alice.ask("DELETE", "room_keys", "version", wrong)
 
 
-def test_tags_are_set_taken_off_and_told_as_account_data(three):
-    hs, alice, bob, _, room = three
-    tags = path("user", alice.user_id, "rooms", room, "tags")
-    assert alice.call("GET", tags) == {"tags": {}}
-    alice.call("PUT", tags + "/m.favourite", {"order": 0.5})
-    alice.call("PUT", tags + "/u.work", {})
-    assert alice.call("GET", tags) == {"tags": {"m.favourite": {"order": 0.5}, "u.work": {}}} == alice.account_data("m.tag", room)
-    alice.call("DELETE", tags + "/u.work")
-    assert joined(alice.sync(), room)["account_data"]["events"] == [{"type": "m.tag", "content": {"tags": {"m.favourite": {"order": 0.5}}}}]
-    with refused("M_FORBIDDEN", 403):
-        bob.call("GET", tags)
-
-
-def test_account_data_that_is_no_list_of_tags_does_not_spoil_tagging(three):
-    hs, alice, _, _, room = three
-    alice.set_account_data("m.tag", {"tags": 5}, room)
-    alice.call("PUT", path("user", alice.user_id, "rooms", room, "tags", "u.x"), {})
-    assert alice.account_data("m.tag", room) == {"tags": {"u.x": {}}}
-
-
-def test_a_stored_filter_is_given_back_used_and_ones_own(three):
-    hs, alice, bob, _, room = three
-    source = {"room": {"timeline": {"limit": 1, "types": ["m.room.message"]}}}
-    url = path("user", alice.user_id, "filter")
-    filter_id = alice.call("POST", url, source)["filter_id"]
-    assert alice.call("GET", f"{url}/{filter_id}") == source and alice.call("POST", url, source)["filter_id"] == filter_id
-    alice.say(room, "1"), alice.say(room, "2"), alice.set_state(room, "x", {})
-    for filter in (filter_id, source):
-        assert bodies(joined(alice.sync(filter=filter), room)["timeline"]["events"]) == ["2"]
+def test_backed_up_keys_are_put_and_read_and_deleted_one_by_one_by_room_or_together(three):
+    hs, alice, *_ = three
+    version = alice.ask("POST", "room_keys", "version", body={"algorithm": "m.a", "auth_data": {}})["version"]
+    put = functools.partial(alice.ask, "PUT", "room_keys", "keys", version=version)
+    assert put("!a:b", "s1", body=backup_key()) == {"count": 1, "etag": "1"}
+    assert put("!a:b", body={"sessions": {"s2": backup_key(), "s1": backup_key()}}) == {"count": 2, "etag": "2"}
+    assert put(body={"rooms": {"!c:d": {"sessions": {"s3": backup_key(data="y")}}}}) == {"count": 3, "etag": "3"}
+    get = functools.partial(alice.ask, "GET", "room_keys", "keys", version=version)
+    assert get("!c:d", "s3") == backup_key(data="y") and get("!a:b") == {"sessions": {"s1": backup_key(), "s2": backup_key()}}
+    assert get() == {"rooms": {"!a:b": get("!a:b"), "!c:d": {"sessions": {"s3": backup_key(data="y")}}}}
     with refused("M_NOT_FOUND", 404):
-        alice.call("GET", url + "/999")
+        get("!c:d", "s1")
+    assert get("!e:f") == {"sessions": {}}
+    delete = functools.partial(alice.ask, "DELETE", "room_keys", "keys", version=version)
+    assert delete("!a:b", "s1") == {"count": 2, "etag": "4"} and delete("!a:b", "s1") == {"count": 2, "etag": "4"}
+    assert delete("!a:b") == {"count": 1, "etag": "5"} and delete() == {"count": 0, "etag": "6"}
+    assert get() == {"rooms": {}}
+
+
+@pytest.mark.parametrize("old, new, replaces", [
+    ({}, {"data": "n"}, False), ({}, {"verified": True, "index": 5}, True), ({"verified": True}, {"index": 0}, False), ({"index": 5}, {"index": 4, "forwarded": 9}, True),
+    ({"index": 4}, {"index": 5}, False), ({"forwarded": 2}, {"forwarded": 1}, True), ({"forwarded": 1}, {"forwarded": 2}, False)])
+def test_a_backed_up_key_is_replaced_by_a_better_one_only(three, old, new, replaces):
+    hs, alice, *_ = three
+    version = alice.ask("POST", "room_keys", "version", body={"algorithm": "m.a", "auth_data": {}})["version"]
+    old, new = backup_key(**old), backup_key(**{"data": "new", **new})
+    for key in (old, new):
+        alice.ask("PUT", "room_keys", "keys", "!a:b", "s", body=key, version=version)
+    assert alice.ask("GET", "room_keys", "keys", "!a:b", "s", version=version) == (new if replaces else old)
+
+
+def test_keys_go_into_the_last_backup_only_and_the_error_names_it(three):
+    hs, alice, *_ = three
+    first, second = (alice.ask("POST", "room_keys", "version", body={"algorithm": "m.a", "auth_data": {}})["version"] for _ in range(2))
+    with refused("M_WRONG_ROOM_KEYS_VERSION", 403) as caught:
+        alice.ask("PUT", "room_keys", "keys", "!a:b", "s", body=backup_key(), version=first)
+    assert caught.value.extra["current_version"] == second
     with refused("M_NOT_FOUND", 404):
-        bob.sync(filter=filter_id)
-    with refused("M_FORBIDDEN", 403):
-        bob.call("GET", f"{url}/{filter_id}")
-
-
-@pytest.mark.parametrize("source", [{"room": 5}, {"room": {"timeline": {"limit": "1"}}}, {"room": {"timeline": {"types": "x"}}}, {"room": {"rooms": [5]}}])
-def test_a_filter_that_is_none_is_refused(three, source):
-    alice = three[1]
-    for use in (lambda: alice.sync(filter=source), lambda: alice.call("POST", path("user", alice.user_id, "filter"), source)):
-        with refused("M_BAD_JSON", 400):
-            use()
+        alice.ask("PUT", "room_keys", "keys", "!a:b", "s", body=backup_key(), version="999")
+    with refused("M_MISSING_PARAM", 400):
+        alice.ask("PUT", "room_keys", "keys", "!a:b", "s", body=backup_key())
+    with refused("M_BAD_JSON", 400):
+        alice.ask("PUT", "room_keys", "keys", "!a:b", "s", body={**backup_key(), "is_verified": "yes"}, version=second)
 
 
 # -- Notifications: push rules.
@@ -5829,17 +7620,6 @@ def test_a_pattern_has_a_largest_length_and_what_is_longer_matches_nothing(three
 
 
 # -- Notifications: what is unread.
-
-def unread(client, room, since=None, **filter):
-    """[notifications, highlights] of the room and of its threads."""
-    entry = joined(client.sync(since, filter={"room": {"timeline": filter}}), room)
-    threads = {root: list(count.values()) for root, count in entry.get("unread_thread_notifications", {}).items()}
-    return list(entry["unread_notifications"].values()), threads
-
-
-def renamed(client, name):
-    client.call("PUT", path("profile", client.user_id, "displayname"), {"displayname": name})
-
 
 def test_what_others_say_after_ones_join_and_receipt_is_unread(three):
     hs, alice, bob, _, room = three
@@ -6258,57 +8038,6 @@ def test_a_sync_filter_that_is_none_is_refused(three, source, errcode):
     assert three[1].sync(filter={"event_format": "client", "event_fields": ["type"]})
 
 
-@pytest.mark.parametrize("prefix", ["", "org.matrix.msc4222."])
-def test_the_state_may_be_asked_for_as_it_is_after_the_timeline(three, prefix):
-    hs, alice, bob, _, room = three
-
-    def sync(since=None, client=alice, section="join", **more):
-        answer = client.call("GET", V3 + "/sync", since=since, **{f"{prefix}use_state_after": "true"}, **more)
-        entry = answer["rooms"][section][room]
-        assert "state" not in entry
-        return types(entry.get("timeline", {"events": []})["events"]), {event["type"]: event["content"] for event in entry[f"{prefix}state_after"]["events"]}, answer["next_batch"]
-    alice.set_state(room, "m.room.topic", {"topic": "1"})
-    timeline, state, since = sync()
-    assert timeline[-1] == "m.room.topic" and state["m.room.topic"] == {"topic": "1"} and "m.room.create" in state
-    alice.say(room, "x")
-    assert sync(since)[:2] == (["m.room.message"], {})
-    alice.set_state(room, "m.room.topic", {"topic": "2"})
-    alice.set_state(room, "m.room.topic", {"topic": "3"})
-    assert sync(since)[1] == {"m.room.topic": {"topic": "3"}}
-    assert sync(since, filter=json.dumps({"room": {"timeline": {"limit": 1}}}))[:2] == (["m.room.topic"], {"m.room.topic": {"topic": "3"}})
-    since = sync(since)[2]
-    alice.typing(room)
-    assert sync(since)[:2] == ([], {})                       # there, though it is empty
-    assert sync(sync(since)[2], full_state="true")[1]["m.room.topic"] == {"topic": "3"}
-    bob.join(room)
-    since = bob.sync()["next_batch"]
-    bob.leave(room)
-    assert sync(since, bob, "leave")[1] == {"m.room.member": {"membership": "leave"}}
-
-
-def test_the_relations_of_an_event_are_without_those_of_whom_one_ignores(three):
-    hs, alice, bob, _, room = three
-    bob.join(room)
-    said = alice.say(room, "x")
-    reaction = {"m.relates_to": {"rel_type": "m.annotation", "event_id": said, "key": "+"}}
-    bob.send(room, "m.reaction", reaction), alice.send(room, "m.reaction", reaction)
-    alice.set_account_data("m.ignored_user_list", {"ignored_users": {bob.user_id: {}}})
-    found = alice.call("GET", f"/_matrix/client/v1/rooms/{room}/relations/{said}")["chunk"]
-    assert [event["sender"] for event in found] == [alice.user_id]
-
-
-def test_a_long_poll_does_not_end_with_what_somebody_ignored_says(three):
-    hs, alice, bob, _, room = three
-    bob.join(room)
-    alice.set_account_data("m.ignored_user_list", {"ignored_users": {bob.user_id: {}}})
-    since = alice.sync()["next_batch"]
-    with background(alice.sync, since, 30_000) as future:
-        eventually(lambda: hs.world.store.waiters.among({alice.user_id}))
-        bob.say(room, "not this")
-        alice.say(room, "this")
-        assert bodies(joined(future.result(5), room)["timeline"]["events"]) == ["this"]
-
-
 def test_lazy_loading_tells_all_changes_of_members_in_a_gap(three):
     hs, alice, bob, carol, room = three
     lazy = {"room": {"state": {"lazy_load_members": True}, "timeline": {"limit": 2}}}
@@ -6343,44 +8072,6 @@ def test_lazy_loading_gives_those_by_whom_a_room_without_a_name_is_known(three):
     assert set(members()[0]) == {carol.user_id, bob.user_id}
     alice.set_state(room, "m.room.name", {"name": "n"}), alice.say(room, "x")
     assert members()[1] == [alice.user_id]
-
-
-def test_lazy_loading_gives_a_context_the_members_who_speak(three):
-    hs, alice, bob, carol, room = three
-    bob.join(room), carol.join(room)
-    where = path("rooms", room, "context", [bob.say(room, str(n)) for n in range(3)][1])
-    for narrow, members in (({}, {alice.user_id, bob.user_id, carol.user_id}), ({"lazy_load_members": True}, {bob.user_id})):
-        found = alice.call("GET", where, limit=2, filter=json.dumps(narrow))
-        assert {event["state_key"] for event in found["state"] if event["type"] == "m.room.member"} == members
-
-
-def test_members_are_told_as_they_were_at_a_token(three):
-    hs, alice, bob, carol, room = three
-    bob.join(room)
-    since = alice.sync()["next_batch"]
-    carol.join(room), bob.leave(room)
-    members = lambda **query: {event["state_key"]: event["content"]["membership"] for event in alice.call("GET", path("rooms", room, "members"), **query)["chunk"]}  # noqa: E731
-    assert members(at=since) == {alice.user_id: "join", bob.user_id: "join"}
-    assert members() == {alice.user_id: "join", bob.user_id: "leave", carol.user_id: "join"}
-    assert members(not_membership="leave").keys() == {alice.user_id, carol.user_id} and members(at=since, membership="leave") == {}
-
-
-def test_an_event_says_what_membership_one_had_then(three):
-    hs, alice, bob, _, room = three
-    before = alice.say(room, "before")
-    alice.invite(room, bob.user_id)
-    since, while_invited = bob.sync()["next_batch"], alice.say(room, "invited")
-    bob.join(room)
-    after = alice.say(room, "after")
-    at = {event["event_id"]: event["unsigned"]["membership"] for event in all_messages(bob, room)}
-    assert [at[before], at[while_invited], at[after]] == ["leave", "invite", "join"]
-    own = [event for event in all_messages(bob, room) if event.get("state_key") == bob.user_id]
-    assert [event["unsigned"]["membership"] for event in own] == ["invite", "join"]      # with the event itself
-    assert {event["event_id"]: event["unsigned"]["membership"] for event in joined(bob.sync(since), room)["timeline"]["events"]}.items() <= at.items()
-    since = bob.sync()["next_batch"]
-    assert bob.event(room, before)["unsigned"]["membership"] == "leave"
-    alice.say(room, "x")
-    assert [event["unsigned"]["membership"] for event in joined(bob.sync(since), room)["timeline"]["events"]] == ["join"]
 
 
 @pytest.mark.parametrize("where", ["sync?since=", "rooms/{room}/messages?from=", "rooms/{room}/messages?to=", "rooms/{room}/members?at="])
@@ -6421,9 +8112,212 @@ def test_timelines_put_together_are_the_history_none_twice_none_missing(three):
     assert seen == history and len(set(seen)) == len(seen) >= 132
 
 
-# -- The rules a second time: a model of rooms, written from the specification alone (room versions 10 to 12: Authorisation rules, Redactions;
-# Client-Server API: Room membership, Room history visibility; Application Service API: Pushing events). A homeserver is led through a random
-# walk beside it. It must accept what the model allows, refuse what it forbids, and show and push what the model says, no more and no less.
+def test_rooms_that_are_asked_about_together_are_what_they_are_one_by_one(three, monkeypatch):
+    hs, alice, bob, carol, _ = three
+    for number in range(7):
+        room = alice.create_room(preset="public_chat", invite=[carol.user_id] if number % 2 else [])
+        for say in range(number):
+            alice.say(room, f"{say}")
+        if number != 3:
+            bob.join(room)
+        if number == 4:
+            bob.leave(room)
+        if number == 5:
+            receipt(bob, room, alice.say(room, "read"))
+            alice.set_state(room, "m.room.history_visibility", {"history_visibility": "joined"})
+    carol.join(room)
+    answers = []
+    for rooms_at_once in (1, 3, 100):
+        monkeypatch.setattr(asbridge, "ROOMS_AT_ONCE", rooms_at_once)
+        answers.append([re.sub(r'"age": \d+', '"age": 0', json.dumps(one.sync()["rooms"])) for one in (alice, bob, carol)])
+    assert answers[0] == answers[1] == answers[2] and len(json.loads(answers[0][1])["join"]) == 5
+
+
+def test_a_filter_by_url_is_for_events_of_rooms_and_does_no_harm_elsewhere(pair):
+    hs, alice, bob, _, since = pair
+    bob.typing(bob.joined_rooms()[0])
+    part = {"contains_url": True}
+    chosen = {"presence": part, "account_data": part, "room": {"ephemeral": part, "account_data": part, "state": part, "timeline": part}}
+    assert alice.ask("GET", "sync", filter=json.dumps(chosen))["next_batch"]
+
+
+# -- Sync: the state after the timeline.
+
+@pytest.mark.parametrize("prefix", ["", "org.matrix.msc4222."])
+def test_the_state_may_be_asked_for_as_it_is_after_the_timeline(three, prefix):
+    hs, alice, bob, _, room = three
+
+    def sync(since=None, client=alice, section="join", **more):
+        answer = client.call("GET", V3 + "/sync", since=since, **{f"{prefix}use_state_after": "true"}, **more)
+        entry = answer["rooms"][section][room]
+        assert "state" not in entry
+        return types(entry.get("timeline", {"events": []})["events"]), {event["type"]: event["content"] for event in entry[f"{prefix}state_after"]["events"]}, answer["next_batch"]
+    alice.set_state(room, "m.room.topic", {"topic": "1"})
+    timeline, state, since = sync()
+    assert timeline[-1] == "m.room.topic" and state["m.room.topic"] == {"topic": "1"} and "m.room.create" in state
+    alice.say(room, "x")
+    assert sync(since)[:2] == (["m.room.message"], {})
+    alice.set_state(room, "m.room.topic", {"topic": "2"})
+    alice.set_state(room, "m.room.topic", {"topic": "3"})
+    assert sync(since)[1] == {"m.room.topic": {"topic": "3"}}
+    assert sync(since, filter=json.dumps({"room": {"timeline": {"limit": 1}}}))[:2] == (["m.room.topic"], {"m.room.topic": {"topic": "3"}})
+    since = sync(since)[2]
+    alice.typing(room)
+    assert sync(since)[:2] == ([], {})                       # there, though it is empty
+    assert sync(sync(since)[2], full_state="true")[1]["m.room.topic"] == {"topic": "3"}
+    bob.join(room)
+    since = bob.sync()["next_batch"]
+    bob.leave(room)
+    assert sync(since, bob, "leave")[1] == {"m.room.member": {"membership": "leave"}}
+
+
+@pytest.mark.parametrize("name, key", [("use_state_after", "state_after"), ("org.matrix.msc4222.use_state_after", "org.matrix.msc4222.state_after")])
+def test_a_sync_may_have_the_state_at_the_end_of_the_timeline_in_place_of_that_at_its_start(three, name, key):
+    hs, alice, bob, _, room = three
+    first = joined(alice.ask("GET", "sync", **{name: "true"}, filter=json.dumps({"room": {"timeline": {"limit": 1}}})), room)
+    assert "state" not in first and {event["type"] for event in first[key]["events"]} == {
+        event["type"] for event in alice.all_state(room)}
+    since = alice.sync()["next_batch"]
+    alice.set_state(room, "m.room.topic", {"topic": "one"})
+    alice.set_state(room, "m.room.topic", {"topic": "two"})
+    alice.say(room, "after")
+    entry = joined(alice.ask("GET", "sync", since=since, **{name: "true"}), room)
+    assert [event["content"] for event in entry[key]["events"]] == [{"topic": "two"}] and len(entry["timeline"]["events"]) == 3
+    assert key not in joined(alice.ask("GET", "sync", since=since, **{name: "false"}), room)
+
+
+# -- Sync: the echo of one's own event.
+
+@pytest.mark.parametrize("related", [True, False])
+def test_the_device_that_sent_a_relation_sees_it_in_its_sync_a_little_later_than_the_others(pair, monkeypatch, related):
+    hs, alice, bob, _, since = pair
+    room = alice.joined_rooms()[0]
+    root = alice.say(room, "root")
+    tokens = [client.sync()["next_batch"] for client in (alice, bob, alice)]
+    monkeypatch.setattr(asbridge, "ECHO_SECONDS", 0.3)
+    with background(alice.sync, tokens[2], 20_000) as own, background(bob.sync, tokens[1], 20_000) as others:
+        eventually(lambda: len(hs.world.store.waiters.among({alice.user_id, bob.user_id})) == 2)
+        began = time.monotonic()
+        alice.send(room, "m.room.message", {"body": "x", **({"m.relates_to": {"rel_type": "m.thread", "event_id": root}} if related else {})})
+        assert others.result(5) and time.monotonic() - began < 0.3
+        own.result(5)
+        assert (time.monotonic() - began >= 0.3) == related
+
+
+# -- Sync: what comes of those whom one ignores.
+
+def test_what_an_ignored_user_says_does_not_come_but_what_changes_the_room_does(three):
+    hs, alice, bob, _, room = three
+    bob.join(room)
+    alice.set_account_data("m.ignored_user_list", {"ignored_users": {bob.user_id: {}}})
+    since = alice.sync()["next_batch"]
+    before = bob.say(room, "unheard")
+    bob.set_displayname("Bobby")
+    alice.say(room, "own")
+    events = joined(alice.sync(since), room)["timeline"]["events"]
+    assert bodies(events) == ["own"] and [event["content"].get("displayname") for event in events if event["type"] == "m.room.member"] == ["Bobby"]
+    assert "unheard" not in bodies(alice.messages(room)["chunk"])
+    own = alice.ask("GET", "rooms", room, "context", alice.say(room, "again"))
+    assert "unheard" not in bodies(own["events_before"])
+    assert alice.event(room, before)["content"]["body"] == "unheard"     # asked for by its ID, it is there
+    alice.set_account_data("m.ignored_user_list", {"ignored_users": {}})
+    assert "unheard" in bodies(alice.messages(room)["chunk"])
+
+
+def test_an_invitation_of_an_ignored_user_does_not_come(three):
+    hs, alice, bob, carol, room = three
+    alice.set_account_data("m.ignored_user_list", {"ignored_users": {bob.user_id: {}}})
+    since = alice.sync()["next_batch"]
+    bob.create_room(invite=[alice.user_id])
+    wanted = carol.create_room(invite=[alice.user_id])
+    assert list(alice.sync(since)["rooms"]["invite"]) == list(alice.sync()["rooms"]["invite"]) == [wanted]
+
+
+@pytest.mark.parametrize("content", [{}, {"ignored_users": []}, {"ignored_users": ["@bob:localhost"]}, {"ignored_users": "@bob:localhost"}, {"ignored_users": None}])
+def test_a_list_of_ignored_users_that_is_none_ignores_nobody(three, content):
+    hs, alice, bob, _, room = three
+    bob.join(room)
+    alice.set_account_data("m.ignored_user_list", content)
+    bob.say(room, "heard")
+    assert "heard" in bodies(joined(alice.sync(), room)["timeline"]["events"])
+
+
+def test_the_relations_of_an_event_are_without_those_of_whom_one_ignores(three):
+    hs, alice, bob, _, room = three
+    bob.join(room)
+    said = alice.say(room, "x")
+    reaction = {"m.relates_to": {"rel_type": "m.annotation", "event_id": said, "key": "+"}}
+    bob.send(room, "m.reaction", reaction), alice.send(room, "m.reaction", reaction)
+    alice.set_account_data("m.ignored_user_list", {"ignored_users": {bob.user_id: {}}})
+    found = alice.call("GET", f"/_matrix/client/v1/rooms/{room}/relations/{said}")["chunk"]
+    assert [event["sender"] for event in found] == [alice.user_id]
+
+
+def test_a_long_poll_does_not_end_with_what_somebody_ignored_says(three):
+    hs, alice, bob, _, room = three
+    bob.join(room)
+    alice.set_account_data("m.ignored_user_list", {"ignored_users": {bob.user_id: {}}})
+    since = alice.sync()["next_batch"]
+    with background(alice.sync, since, 30_000) as future:
+        eventually(lambda: hs.world.store.waiters.among({alice.user_id}))
+        bob.say(room, "not this")
+        alice.say(room, "this")
+        assert bodies(joined(future.result(5), room)["timeline"]["events"]) == ["this"]
+
+
+# -- The older way: /events and a room's /initialSync.
+
+def test_events_are_a_plain_list_of_what_happened_since_a_token_and_the_next_token(pair):
+    hs, alice, bob, carol, since = pair
+    room = alice.joined_rooms()[0]
+    bob.say(room, "one")
+    bob.typing(room)
+    invited = carol.create_room(invite=[alice.user_id])
+    answer = alice.ask("GET", "events", **{"from": since})
+    assert answer["start"] == since and bodies([event for event in answer["chunk"] if event["type"] == "m.room.message"]) == ["one"]
+    assert {(event["type"], event.get("room_id")) for event in answer["chunk"]} >= {("m.room.message", room), ("m.typing", room), ("m.room.member", invited)}
+    assert alice.ask("GET", "events", **{"from": answer["end"]})["chunk"] == []
+    other = alice.create_room()
+    chunk = alice.ask("GET", "events", room_id=room, **{"from": answer["end"]})["chunk"]
+    assert other not in [event.get("room_id") for event in chunk]
+    with refused("M_FORBIDDEN", 403):
+        carol.ask("GET", "events", room_id=room)
+
+
+def test_events_wait_from_now_on_if_no_token_is_given(pair):
+    hs, alice, bob, _, since = pair
+    room = alice.joined_rooms()[0]
+    with background(alice.ask, "GET", "events", timeout="20000") as waiting:
+        eventually(lambda: hs.world.store.waiters.among({alice.user_id}))
+        bob.say(room, "now")
+        assert bodies(waiting.result(5)["chunk"]) == ["now"]
+
+
+def test_the_initial_sync_of_a_room_is_its_state_and_its_last_messages(three):
+    hs, alice, bob, carol, room = three
+    bob.join(room)
+    for n in range(5):
+        alice.say(room, str(n))
+    bob.set_account_data("org.x", {"a": 1}, room)
+    bob.receipt(room, read := alice.say(room, "5"))
+    alice.sync()
+    answer = bob.ask("GET", "rooms", room, "initialSync", limit=4)
+    assert list(answer["receipts"][0]["content"]) == [read] and presences({"presence": {"events": answer["presence"]}}) == {
+        alice.user_id: "online", bob.user_id: "offline"}
+    assert (answer["room_id"], answer["membership"], answer["visibility"]) == (room, "join", "private")
+    assert bodies(answer["messages"]["chunk"]) == ["2", "3", "4", "5"]
+    older = bob.messages(room, "b", 2, **{"from": answer["messages"]["start"]})["chunk"]
+    assert bodies(older) == ["1", "0"]
+    assert {event["type"] for event in answer["state"]} >= {"m.room.create", "m.room.member", "m.room.power_levels"}
+    assert answer["account_data"] == [{"type": "org.x", "content": {"a": 1}}]
+    with refused("M_FORBIDDEN", 403):
+        carol.ask("GET", "rooms", room, "initialSync")
+
+
+# -- The rules a second time: models of rooms, devices and counts, written from the specification alone, to be skipped at first reading.
+# The largest is of rooms (room versions 10 to 12: Authorisation rules, Redactions; Client-Server API: Room membership, Room history visibility;
+# Application Service API: Pushing events). A homeserver is led through a random walk beside it. It must accept what the model allows, refuse
+# what it forbids, and show and push what the model says, no more and no less. The others follow in the order of the section.
 
 SERVER = "localhost"
 BEGINNING_LEVELS = {"users_default": 0, "events_default": 0, "state_default": 50, "ban": 50, "kick": 50, "redact": 50, "invite": 0, "historical": 100,
@@ -7223,1262 +9117,6 @@ def test_a_walk_beside_a_model_of_the_rules_meets_no_difference(seed, recorder, 
         server.hs.stop()
 
 
-# -- Presence.
-
-def presence_of(client, user):
-    return client.ask("GET", "presence", user.user_id, "status")
-
-
-def set_presence(client, presence, **more):
-    client.ask("PUT", "presence", client.user_id, "status", body={"presence": presence, **more})
-
-
-def presences(answer):
-    """sender → presence in the answer of a sync."""
-    return {event["sender"]: event["content"]["presence"] for event in answer.get("presence", {}).get("events", [])}
-
-
-@pytest.fixture
-def pair(three):
-    """alice and bob in a room; alice has synced, bob has not."""
-    hs, alice, bob, carol, room = three
-    bob.join(room)
-    return hs, alice, bob, carol, alice.sync()["next_batch"]
-
-
-def test_who_syncs_is_online_and_offline_some_time_after_the_last_sync(pair):
-    hs, alice, bob, _, since = pair
-    assert presence_of(alice, bob) == {"presence": "offline", "currently_active": False}
-    bob.sync()
-    answer = alice.sync(since)
-    assert presences(answer) == {bob.user_id: "online"} and answer["presence"]["events"][0]["type"] == "m.presence"
-    found = presence_of(alice, bob)
-    assert found.pop("last_active_ago") >= 0 and found == {"presence": "online", "currently_active": True}
-    assert presences(alice.sync(answer["next_batch"])) == {}
-    hs.advance(asbridge.OFFLINE_SECONDS + 1)
-    eventually(lambda: presence_of(alice, bob)["presence"] == "offline")
-    assert presences(alice.sync(since))[bob.user_id] == "offline"
-
-
-def test_a_change_of_presence_wakes_who_shares_a_room_and_nobody_else(pair):
-    hs, alice, bob, carol, since = pair
-    other = carol.sync()["next_batch"]
-    with background(alice.sync, since, 20_000) as waiting, background(carol.sync, other, 20_000) as stranger:
-        eventually(lambda: hs.world.store.waiters.among({alice.user_id}) and hs.world.store.waiters.among({carol.user_id}))
-        bob.sync()
-        assert presences(waiting.result(5)) == {bob.user_id: "online"}
-        assert not stranger.done()
-        carol.create_room()
-        assert presences(stranger.result(5)) == {}
-
-
-def test_a_long_poll_keeps_one_online_while_it_waits(pair):
-    hs, alice, bob, _, since = pair
-    with background(bob.sync, bob.sync()["next_batch"], 60_000) as waiting:
-        eventually(lambda: hs.world.store.waiters.among({bob.user_id}))
-        hs.advance(asbridge.OFFLINE_SECONDS + 1)
-        assert presence_of(alice, bob)["presence"] == "online"
-        alice.create_room(invite=[bob.user_id])
-        waiting.result(5)
-
-
-def test_who_is_online_and_does_nothing_becomes_unavailable_until_something_is_done(pair):
-    hs, alice, bob, _, since = pair
-    bob.sync(timeout=0)
-    polling = functools.partial(hs.api.presence.polling, asbridge.Who(bob.user_id, device_of(bob)), "online", 600.0)
-    polling()
-    hs.advance(asbridge.UNAVAILABLE_SECONDS + 1)
-    eventually(lambda: presence_of(alice, bob)["presence"] == "unavailable")
-    polling()                                                # to go on polling is to do nothing
-    assert presence_of(alice, bob)["presence"] == "unavailable"
-    bob.typing(bob.joined_rooms()[0])
-    assert presence_of(alice, bob)["presence"] == "online"
-    set_presence(bob, "unavailable")
-    bob.say(bob.joined_rooms()[0], "back")
-    assert presence_of(alice, bob)["presence"] == "online"
-
-
-def test_what_a_user_says_stays_though_the_client_goes_on_syncing(pair):
-    hs, alice, bob, _, since = pair
-    since_bob = bob.sync()["next_batch"]
-    set_presence(bob, "unavailable", status_msg="at lunch")
-    for _ in range(2):
-        bob.sync(since_bob)
-    bob.create_room()
-    found = presence_of(alice, bob)
-    assert (found["presence"], found["status_msg"], found["currently_active"]) == ("unavailable", "at lunch", False)
-    assert presences(alice.sync(since)) == {bob.user_id: "unavailable"}
-    set_presence(bob, "online")
-    assert "status_msg" not in presence_of(alice, bob)
-
-
-@pytest.mark.parametrize("wish, becomes", [("online", "online"), ("unavailable", "unavailable"), ("offline", "offline")])
-def test_a_sync_says_with_set_presence_what_it_is_to_mean(pair, wish, becomes):
-    hs, alice, bob, _, since = pair
-    bob.ask("GET", "sync", set_presence=wish)
-    assert presence_of(alice, bob)["presence"] == becomes
-    bob.ask("GET", "sync", set_presence="online")            # another wish than the last of this device
-    assert presence_of(alice, bob)["presence"] == "online"
-    with refused("M_INVALID_PARAM", 400, "unavailable"):
-        bob.ask("GET", "sync", set_presence="away")
-
-
-def test_presence_is_for_who_shares_a_room_and_set_by_oneself(pair):
-    hs, alice, bob, carol, since = pair
-    for user in (alice.user_id, "@nobody:localhost"):
-        with refused("M_FORBIDDEN", 403):
-            carol.ask("GET", "presence", user, "status")
-    with refused("M_FORBIDDEN", 403):
-        alice.ask("PUT", "presence", bob.user_id, "status", body={"presence": "online"})
-    for body in ({}, {"presence": "away"}, {"presence": 5}, {"presence": "online", "status_msg": 5}):
-        with pytest.raises(MatrixError) as caught:
-            alice.ask("PUT", "presence", alice.user_id, "status", body=body)
-        assert caught.value.status == 400
-    carol.sync()
-    assert presences(carol.sync()) == {carol.user_id: "online"}   # oneself is never a stranger
-
-
-def test_rooms_that_are_asked_about_together_are_what_they_are_one_by_one(three, monkeypatch):
-    hs, alice, bob, carol, _ = three
-    for number in range(7):
-        room = alice.create_room(preset="public_chat", invite=[carol.user_id] if number % 2 else [])
-        for say in range(number):
-            alice.say(room, f"{say}")
-        if number != 3:
-            bob.join(room)
-        if number == 4:
-            bob.leave(room)
-        if number == 5:
-            receipt(bob, room, alice.say(room, "read"))
-            alice.set_state(room, "m.room.history_visibility", {"history_visibility": "joined"})
-    carol.join(room)
-    answers = []
-    for rooms_at_once in (1, 3, 100):
-        monkeypatch.setattr(asbridge, "ROOMS_AT_ONCE", rooms_at_once)
-        answers.append([re.sub(r'"age": \d+', '"age": 0', json.dumps(one.sync()["rooms"])) for one in (alice, bob, carol)])
-    assert answers[0] == answers[1] == answers[2] and len(json.loads(answers[0][1])["join"]) == 5
-
-
-def test_an_initial_sync_names_who_is_there_and_a_filter_leaves_them_out(pair):
-    hs, alice, bob, _, since = pair
-    bob.sync()
-    assert presences(alice.sync()) == {alice.user_id: "online", bob.user_id: "online"}
-    for part in ({"types": []}, {"not_types": ["m.presence"]}, {"not_senders": [alice.user_id, bob.user_id]}):
-        assert "presence" not in alice.ask("GET", "sync", filter=json.dumps({"presence": part}))
-    assert presences(alice.ask("GET", "sync", filter=json.dumps({"presence": {"senders": [bob.user_id]}}))) == {bob.user_id: "online"}
-
-
-def test_who_joins_is_told_who_is_there_and_the_others_that_somebody_has_come(three):
-    hs, alice, bob, carol, room = three
-    tokens = {client: client.sync()["next_batch"] for client in (alice, bob)}
-    bob.join(room)
-    assert presences(bob.sync(tokens[bob])) == {alice.user_id: "online"} and presences(alice.sync(tokens[alice])) == {bob.user_id: "online"}
-
-
-def test_after_a_restart_of_the_homeserver_one_is_told_who_is_not_there_any_more(start, tmp_path):
-    hs = start(database=str(tmp_path / "a.db"))
-    alice, bob = hs.client("alice"), hs.client("bob")
-    bob.join(alice.create_room(preset="public_chat"))
-    bob.sync()
-    since, both = alice.sync()["next_batch"], [alice.user_id, bob.user_id]
-    hs.stop()
-    answer = asbridge.Client(start(database=str(tmp_path / "a.db")).url, alice.token).sync(since)
-    assert presences(answer) == dict(zip(both, ("online", "offline"), strict=True))
-
-
-@pytest.mark.parametrize("error", [sqlite3.OperationalError("disk I/O error"), MatrixError("M_UNKNOWN", "full")])
-def test_a_change_of_presence_that_could_not_be_told_is_tried_again(pair, monkeypatch, error):
-    hs, alice, bob, _, since = pair
-    bob.sync()
-    write, fails = hs.world.store.write, []
-
-    def failing(fn, token=None):
-        if threading.current_thread().name == "presence" and len(fails) < 2:
-            fails.append(1)
-            raise error
-        return write(fn, token)
-    monkeypatch.setattr(hs.world.store, "write", failing)
-    since = alice.sync(since)["next_batch"]
-    hs.advance(asbridge.OFFLINE_SECONDS + 1)
-    eventually(lambda: fails)
-    eventually(lambda: hs.advance(2) or presence_of(alice, bob)["presence"] == "offline")
-    assert presences(alice.sync(since))[bob.user_id] == "offline"
-
-
-def test_a_filter_by_url_is_for_events_of_rooms_and_does_no_harm_elsewhere(pair):
-    hs, alice, bob, _, since = pair
-    bob.typing(bob.joined_rooms()[0])
-    part = {"contains_url": True}
-    chosen = {"presence": part, "account_data": part, "room": {"ephemeral": part, "account_data": part, "state": part, "timeline": part}}
-    assert alice.ask("GET", "sync", filter=json.dumps(chosen))["next_batch"]
-
-
-def test_a_sync_of_who_is_online_already_writes_nothing(pair):
-    hs, alice, bob, _, since = pair
-    position = hs.world.store.position
-    for _ in range(3):
-        alice.sync(since)
-    assert hs.world.store.position == position
-
-
-def test_a_ghost_is_what_its_service_says_and_stays_so(start):
-    hs = start(registration())
-    alice, ghost = hs.client("alice"), acting(hs, "irc", "@_irc_bob:localhost")
-    ghost.join(alice.create_room(preset="public_chat"))
-    set_presence(ghost, "online", status_msg="on IRC")
-    hs.advance(3 * asbridge.UNAVAILABLE_SECONDS)
-    assert presence_of(bot_of(hs), ghost)["status_msg"] == "on IRC"      # who may act as it may ask, too
-    set_presence(ghost, "offline")
-    assert presence_of(alice, ghost)["presence"] == "offline"
-
-
-def test_a_ghost_that_is_online_does_not_go_idle(start):
-    hs = start(registration())
-    alice, ghost = hs.client("alice"), acting(hs, "irc", "@_irc_bob:localhost")
-    ghost.join(alice.create_room(preset="public_chat"))
-    set_presence(ghost, "online")
-    set_presence(alice, "online")
-    hs.advance(asbridge.OFFLINE_SECONDS + 1)
-    eventually(lambda: presence_of(ghost, alice)["presence"] == "offline")
-    hs.advance(asbridge.UNAVAILABLE_SECONDS)
-    set_presence(alice, "online")
-    hs.advance(asbridge.OFFLINE_SECONDS + 1)
-    eventually(lambda: presence_of(ghost, alice)["presence"] == "offline")    # the timer has looked at both
-    assert presence_of(alice, ghost)["presence"] == "online"
-
-
-# -- The echo of one's own event.
-
-@pytest.mark.parametrize("related", [True, False])
-def test_the_device_that_sent_a_relation_sees_it_in_its_sync_a_little_later_than_the_others(pair, monkeypatch, related):
-    hs, alice, bob, _, since = pair
-    room = alice.joined_rooms()[0]
-    root = alice.say(room, "root")
-    tokens = [client.sync()["next_batch"] for client in (alice, bob, alice)]
-    monkeypatch.setattr(asbridge, "ECHO_SECONDS", 0.3)
-    with background(alice.sync, tokens[2], 20_000) as own, background(bob.sync, tokens[1], 20_000) as others:
-        eventually(lambda: len(hs.world.store.waiters.among({alice.user_id, bob.user_id})) == 2)
-        began = time.monotonic()
-        alice.send(room, "m.room.message", {"body": "x", **({"m.relates_to": {"rel_type": "m.thread", "event_id": root}} if related else {})})
-        assert others.result(5) and time.monotonic() - began < 0.3
-        own.result(5)
-        assert (time.monotonic() - began >= 0.3) == related
-
-
-def test_who_changes_again_is_told_again(pair):
-    hs, alice, bob, _, since = pair
-    since = bob.sync()["next_batch"]
-    for presence in ("unavailable", "online"):
-        set_presence(alice, presence)
-        answer = bob.sync(since)
-        since = answer["next_batch"]
-        assert presences(answer) == {alice.user_id: presence}
-
-
-# -- Ignoring users.
-
-def test_what_an_ignored_user_says_does_not_come_but_what_changes_the_room_does(three):
-    hs, alice, bob, _, room = three
-    bob.join(room)
-    alice.set_account_data("m.ignored_user_list", {"ignored_users": {bob.user_id: {}}})
-    since = alice.sync()["next_batch"]
-    before = bob.say(room, "unheard")
-    bob.set_displayname("Bobby")
-    alice.say(room, "own")
-    events = joined(alice.sync(since), room)["timeline"]["events"]
-    assert bodies(events) == ["own"] and [event["content"].get("displayname") for event in events if event["type"] == "m.room.member"] == ["Bobby"]
-    assert "unheard" not in bodies(alice.messages(room)["chunk"])
-    own = alice.ask("GET", "rooms", room, "context", alice.say(room, "again"))
-    assert "unheard" not in bodies(own["events_before"])
-    assert alice.event(room, before)["content"]["body"] == "unheard"     # asked for by its ID, it is there
-    alice.set_account_data("m.ignored_user_list", {"ignored_users": {}})
-    assert "unheard" in bodies(alice.messages(room)["chunk"])
-
-
-def test_an_invitation_of_an_ignored_user_does_not_come(three):
-    hs, alice, bob, carol, room = three
-    alice.set_account_data("m.ignored_user_list", {"ignored_users": {bob.user_id: {}}})
-    since = alice.sync()["next_batch"]
-    bob.create_room(invite=[alice.user_id])
-    wanted = carol.create_room(invite=[alice.user_id])
-    assert list(alice.sync(since)["rooms"]["invite"]) == list(alice.sync()["rooms"]["invite"]) == [wanted]
-
-
-@pytest.mark.parametrize("content", [{}, {"ignored_users": []}, {"ignored_users": ["@bob:localhost"]}, {"ignored_users": "@bob:localhost"}, {"ignored_users": None}])
-def test_a_list_of_ignored_users_that_is_none_ignores_nobody(three, content):
-    hs, alice, bob, _, room = three
-    bob.join(room)
-    alice.set_account_data("m.ignored_user_list", content)
-    bob.say(room, "heard")
-    assert "heard" in bodies(joined(alice.sync(), room)["timeline"]["events"])
-
-
-# -- The state after the timeline.
-
-@pytest.mark.parametrize("name, key", [("use_state_after", "state_after"), ("org.matrix.msc4222.use_state_after", "org.matrix.msc4222.state_after")])
-def test_a_sync_may_have_the_state_at_the_end_of_the_timeline_in_place_of_that_at_its_start(three, name, key):
-    hs, alice, bob, _, room = three
-    first = joined(alice.ask("GET", "sync", **{name: "true"}, filter=json.dumps({"room": {"timeline": {"limit": 1}}})), room)
-    assert "state" not in first and {event["type"] for event in first[key]["events"]} == {
-        event["type"] for event in alice.all_state(room)}
-    since = alice.sync()["next_batch"]
-    alice.set_state(room, "m.room.topic", {"topic": "one"})
-    alice.set_state(room, "m.room.topic", {"topic": "two"})
-    alice.say(room, "after")
-    entry = joined(alice.ask("GET", "sync", since=since, **{name: "true"}), room)
-    assert [event["content"] for event in entry[key]["events"]] == [{"topic": "two"}] and len(entry["timeline"]["events"]) == 3
-    assert key not in joined(alice.ask("GET", "sync", since=since, **{name: "false"}), room)
-
-
-# -- The older way: /events and a room's /initialSync.
-
-def test_events_are_a_plain_list_of_what_happened_since_a_token_and_the_next_token(pair):
-    hs, alice, bob, carol, since = pair
-    room = alice.joined_rooms()[0]
-    bob.say(room, "one")
-    bob.typing(room)
-    invited = carol.create_room(invite=[alice.user_id])
-    answer = alice.ask("GET", "events", **{"from": since})
-    assert answer["start"] == since and bodies([event for event in answer["chunk"] if event["type"] == "m.room.message"]) == ["one"]
-    assert {(event["type"], event.get("room_id")) for event in answer["chunk"]} >= {("m.room.message", room), ("m.typing", room), ("m.room.member", invited)}
-    assert alice.ask("GET", "events", **{"from": answer["end"]})["chunk"] == []
-    other = alice.create_room()
-    chunk = alice.ask("GET", "events", room_id=room, **{"from": answer["end"]})["chunk"]
-    assert other not in [event.get("room_id") for event in chunk]
-    with refused("M_FORBIDDEN", 403):
-        carol.ask("GET", "events", room_id=room)
-
-
-def test_events_wait_from_now_on_if_no_token_is_given(pair):
-    hs, alice, bob, _, since = pair
-    room = alice.joined_rooms()[0]
-    with background(alice.ask, "GET", "events", timeout="20000") as waiting:
-        eventually(lambda: hs.world.store.waiters.among({alice.user_id}))
-        bob.say(room, "now")
-        assert bodies(waiting.result(5)["chunk"]) == ["now"]
-
-
-def test_the_initial_sync_of_a_room_is_its_state_and_its_last_messages(three):
-    hs, alice, bob, carol, room = three
-    bob.join(room)
-    for n in range(5):
-        alice.say(room, str(n))
-    bob.set_account_data("org.x", {"a": 1}, room)
-    bob.receipt(room, read := alice.say(room, "5"))
-    alice.sync()
-    answer = bob.ask("GET", "rooms", room, "initialSync", limit=4)
-    assert list(answer["receipts"][0]["content"]) == [read] and presences({"presence": {"events": answer["presence"]}}) == {
-        alice.user_id: "online", bob.user_id: "offline"}
-    assert (answer["room_id"], answer["membership"], answer["visibility"]) == (room, "join", "private")
-    assert bodies(answer["messages"]["chunk"]) == ["2", "3", "4", "5"]
-    older = bob.messages(room, "b", 2, **{"from": answer["messages"]["start"]})["chunk"]
-    assert bodies(older) == ["1", "0"]
-    assert {event["type"] for event in answer["state"]} >= {"m.room.create", "m.room.member", "m.room.power_levels"}
-    assert answer["account_data"] == [{"type": "org.x", "content": {"a": 1}}]
-    with refused("M_FORBIDDEN", 403):
-        carol.ask("GET", "rooms", room, "initialSync")
-
-
-# -- Media.
-
-@pytest.mark.parametrize("old", [True, False])
-def test_what_is_uploaded_is_downloaded_with_its_type_and_name(three, old):
-    hs, alice = three[:2]
-    status, answer = ask(hs, "POST", "/_matrix/media/v3/upload?filename=na%C3%AFve%20caf%C3%A9.png", alice.token, b"\x89PNG\0", {"Content-Type": "image/png"})
-    assert status == 200 and answer["content_uri"].startswith("mxc://localhost/")
-    where = ("/_matrix/media/v3/download/" if old else "/_matrix/client/v1/media/download/") + answer["content_uri"][6:]
-    headers = {} if old else {"Authorization": f"Bearer {alice.token}"}
-    connection = asbridge.http.client.HTTPConnection("127.0.0.1", hs.port, timeout=5)
-    for suffix, name in (("", "na%C3%AFve%20caf%C3%A9.png"), ("/other.png", "other.png"), ("?allow_redirect=true&allow_remote=true", "na%C3%AFve%20caf%C3%A9.png")):
-        connection.request("GET", where + suffix, headers=headers)
-        response = connection.getresponse()
-        assert (response.status, response.read(), response.headers["Content-Type"]) == (200, b"\x89PNG\0", "image/png")
-        assert response.headers["Content-Disposition"] == f"inline; filename*=UTF-8''{name}" and "sandbox" in response.headers["Content-Security-Policy"]
-    connection.close()
-
-
-def test_what_could_be_run_is_no_inline_content(three):
-    hs, alice = three[:2]
-    uri = ask(hs, "POST", "/_matrix/media/r0/upload", alice.token, b"<script>", {"Content-Type": "text/html"})[1]["content_uri"]
-    with contextlib.closing(asbridge.http.client.HTTPConnection("127.0.0.1", hs.port, timeout=5)) as connection:
-        connection.request("GET", "/_matrix/media/r0/download/" + uri[6:])
-        assert connection.getresponse().headers["Content-Disposition"] == "attachment"
-
-
-@pytest.mark.parametrize("old", [True, False])
-def test_the_thumbnail_of_a_picture_is_the_picture(three, old):
-    hs, alice = three[:2]
-    base = "/_matrix/media/v3" if old else "/_matrix/client/v1/media"
-    headers = {} if old else {"Authorization": f"Bearer {alice.token}"}
-    picture, text = (ask(hs, "POST", f"/_matrix/media/v3/upload?filename={name}", alice.token, b"content", {"Content-Type": type})[1]["content_uri"][6:]
-                     for name, type in (("a%22b%C3%A9.png", "image/PNG; x=y"), ("t.txt", "text/plain")))
-    for query in ("width=32&height=32", "width=320&height=240&method=crop&animated=true&allow_redirect=true&allow_remote=false&timeout_ms=1"):
-        status, answer, body = whole(hs, "GET", f"{base}/thumbnail/{picture}?{query}", headers)
-        assert (status, answer["Content-Type"], body) == (200, "image/PNG; x=y", b"content")
-        assert answer["Content-Disposition"] == "inline; filename*=UTF-8''a%22b%C3%A9.png"
-    for where, query, status, errcode in ((text, "width=32&height=32", 400, "M_UNKNOWN"), (picture, "", 400, "M_MISSING_PARAM"), (picture, "width=32", 400, "M_MISSING_PARAM"),
-                                          (picture, "width=0&height=5", 400, "M_INVALID_PARAM"), (picture, "width=5&height=5&method=shrink", 400, "M_INVALID_PARAM"),
-                                          ("localhost/none", "width=5&height=5", 404, "M_NOT_FOUND"), ("elsewhere/" + picture[10:], "width=5&height=5", 404, "M_NOT_FOUND")):
-        got, _, body = whole(hs, "GET", f"{base}/thumbnail/{where}?{query}", headers)
-        assert (got, json.loads(body)["errcode"]) == (status, errcode)
-    assert whole(hs, "GET", f"{base}/thumbnail/{picture}?width=32&height=32")[0] == (200 if old else 401)
-
-
-def test_a_user_uploads_four_large_files_at_a_time_and_any_number_of_small_ones(three):
-    hs, alice, bob, *_ = three
-    with contextlib.ExitStack() as going:
-        for _ in range(asbridge.MAX_UPLOADS):
-            going.enter_context(hs.api.media.uploading(asbridge.Who(alice.user_id)))
-        large = bytes(asbridge.SMALL_UPLOAD + 1)
-        assert [ask(hs, "POST", "/_matrix/media/v3/upload", *one)[0] for one in ((bob.token, large), (alice.token, large[1:]))] == [200, 200]
-        status, answer = ask(hs, "POST", "/_matrix/media/v3/upload", alice.token, large)
-        assert (status, answer["errcode"], answer["retry_after_ms"]) == (429, "M_LIMIT_EXCEEDED", 1000)
-    assert ask(hs, "POST", "/_matrix/media/v3/upload", alice.token, large)[0] == 200 and not hs.api.media._under_way
-
-
-def test_media_without_a_type_are_bytes(three):
-    hs, alice = three[:2]
-    for headers in ({}, {"Content-Type": ""}):
-        uri = ask(hs, "POST", "/_matrix/media/v3/upload", alice.token, b"x", headers)[1]["content_uri"]
-        assert whole(hs, "GET", "/_matrix/media/v3/download/" + uri[6:])[1]["Content-Type"] == "application/octet-stream"
-
-
-def test_media_that_is_not_there_not_allowed_or_too_large_is_refused(start):
-    hs = start(max_upload_bytes=10)
-    alice = hs.client("alice")
-    assert ask(hs, "GET", "/_matrix/media/v3/download/localhost/none")[1]["errcode"] == "M_NOT_FOUND"
-    assert ask(hs, "GET", "/_matrix/media/v3/download/elsewhere/none")[0] == 404
-    assert ask(hs, "GET", "/_matrix/client/v1/media/download/localhost/none")[1]["errcode"] == "M_MISSING_TOKEN"
-    assert ask(hs, "POST", "/_matrix/media/v3/upload", alice.token, b"x" * 11)[1]["errcode"] == "M_TOO_LARGE"
-    for url in ("/_matrix/media/v3/config", "/_matrix/client/v1/media/config"):
-        assert ask(hs, "GET", url, alice.token) == (200, {"m.upload.size": 10})
-
-
-def test_state_that_says_nothing_new_is_the_event_that_said_it_first(start):
-    hs = start()
-    alice = hs.client("alice")
-    room = alice.create_room()
-    first = alice.set_state(room, "m.room.topic", {"topic": "tea"})
-    assert alice.set_state(room, "m.room.topic", {"topic": "tea"}) == first
-    assert alice.set_state(room, "m.room.topic", {"topic": "cake"}) != first
-    assert alice.set_state(room, "x.flag", {"is": True}) != alice.set_state(room, "x.flag", {"is": 1})
-    alice.set_displayname("Alice")
-    before = len(alice.messages(room)["chunk"])
-    alice.set_displayname("Alice")
-    assert len(alice.messages(room)["chunk"]) == before
-
-
-def test_account_data_of_a_room_that_was_set_before_joining_comes_with_the_join(start):
-    hs = start()
-    alice, bob = hs.client("alice"), hs.client("bob")
-    room = alice.create_room(invite=[bob.user_id])
-    bob.set_account_data("x", {"a": 1}, room)
-    since = bob.sync()["next_batch"]
-    bob.join(room)
-    assert {"type": "x", "content": {"a": 1}} in bob.sync(since)["rooms"]["join"][room]["account_data"]["events"]
-
-
-def test_a_change_of_a_session_that_has_ended_is_refused_though_it_was_asked_before(start):
-    hs = start()
-    alice = hs.client("alice")
-    who = hs.api.identify(asbridge.Request(f"GET / HTTP/1.1\r\nHost: h\r\nAuthorization: Bearer {alice.token}"), "user")
-    hs.api.accounts.logout(who)
-    for change in (lambda: hs.api.accounts.set_account_data(who, "", "x", {}), lambda: hs.api.accounts.add_filter(who, {}),
-                   lambda: hs.api.accounts.set_tag(who, "!r:localhost", "u.x", {}), lambda: hs.api.rooms.create(who, {}),
-                   lambda: hs.api.media.upload(who, b"x", "text/plain", None)):
-        with refused("M_UNKNOWN_TOKEN", 401):
-            change()
-
-
-def test_who_typed_when_the_homeserver_stopped_types_no_more(tmp_path):
-    keys = {"database": str(tmp_path / "hs.db")}
-    with asbridge.Homeserver(**keys) as hs:
-        alice, bob = hs.client("alice"), hs.client("bob")
-        room = alice.create_room(invite=[bob.user_id])
-        bob.join(room)
-        bob.typing(room)
-        since = alice.sync()["next_batch"]
-    with asbridge.Homeserver(**keys) as hs:
-        alice.close()
-        events = asbridge.Client(hs.url, alice.token).sync(since)["rooms"]["join"][room]["ephemeral"]["events"]
-        assert events == [{"type": "m.typing", "content": {"user_ids": []}}]
-
-
-def reply(client, room, parent, rel_type="m.thread", body="reply", type="m.room.message", **more):
-    relation = {"rel_type": rel_type, "event_id": parent, **more}
-    return client.send(room, type, {"msgtype": "m.text", "body": body, "m.relates_to": relation})
-
-
-def relations(client, room, event_id, *more, **query):
-    answer = client.call("GET", "/_matrix/client/v1/rooms/" + "/".join(urllib.parse.quote(x, safe="") for x in (room, "relations", event_id, *more)),
-                         **query)
-    return [event["event_id"] for event in answer["chunk"]], answer
-
-
-def test_the_events_that_relate_to_one_are_listed_the_latest_first(three):
-    hs, alice, bob, _, room = three
-    bob.join(room)
-    root = alice.say(room, "root")
-    first, second = reply(bob, room, root), reply(alice, room, root, "m.annotation", type="m.reaction", key="x")
-    alice.say(room, "unrelated")
-    assert relations(bob, room, root)[0] == [second, first]
-    assert relations(bob, room, root, dir="f")[0] == [first, second]
-    assert relations(bob, room, root, "m.thread")[0] == [first]
-    assert relations(bob, room, root, "m.annotation", "m.reaction")[0] == [second]
-    assert relations(bob, room, root, "m.annotation", "m.room.message")[0] == []
-
-
-def test_nobody_annotates_an_event_with_the_same_key_twice(three):
-    hs, alice, bob, _, room = three
-    bob.join(room)
-    root = alice.say(room, "x")
-    react = functools.partial(reply, rel_type="m.annotation", type="m.reaction")
-    first = react(bob, room, root, key="+")
-    with refused("M_DUPLICATE_ANNOTATION", 400):
-        react(bob, room, root, key="+")
-    react(bob, room, root, key="-")
-    react(alice, room, root, key="+")
-    bob.redact(room, first)
-    react(bob, room, root, key="+")                          # what was taken back may be said again
-
-
-def test_relations_come_in_pages(three):
-    hs, alice, _, _, room = three
-    root = alice.say(room, "root")
-    sent = [reply(alice, room, root, body=str(n)) for n in range(5)]
-    got, answer = relations(alice, room, root, limit=2)
-    while "next_batch" in answer:
-        more, answer = relations(alice, room, root, limit=2, **{"from": answer["next_batch"]})
-        got += more
-    assert got == sent[::-1]
-
-
-def test_relations_of_relations_are_found_if_they_are_asked_for(three):
-    hs, alice, _, _, room = three
-    root = alice.say(room, "root")
-    child = reply(alice, room, root)
-    grandchild = reply(alice, room, child, "m.annotation", type="m.reaction", key="x")
-    assert relations(alice, room, root)[0] == [child]
-    found, answer = relations(alice, room, root, recurse="true")
-    assert found == [grandchild, child] and answer["recursion_depth"] >= 2
-
-
-def test_a_redacted_event_relates_to_nothing(three):
-    hs, alice, _, _, room = three
-    root = alice.say(room, "root")
-    child = reply(alice, room, root)
-    alice.redact(room, child)
-    assert relations(alice, room, root)[0] == []
-
-
-def test_relations_are_for_those_who_may_see_them(three):
-    hs, alice, bob, _, room = three
-    root = alice.say(room, "root")
-    reply(alice, room, root)
-    with pytest.raises(MatrixError) as caught:
-        relations(bob, room, root)
-    assert caught.value.status in (403, 404)
-    other = alice.create_room()
-    elsewhere = reply(alice, other, root)
-    assert elsewhere not in relations(alice, room, root)[0]
-
-
-def test_a_room_has_threads_the_one_with_the_latest_reply_first_each_with_its_summary(three):
-    hs, alice, bob, carol, room = three
-    bob.join(room)
-    one, two = alice.say(room, "one"), alice.say(room, "two")
-    reply(bob, room, two)
-    reply(bob, room, one)
-    last = reply(bob, room, one, body="last")
-    threads = alice.call("GET", f"/_matrix/client/v1/rooms/{urllib.parse.quote(room)}/threads")
-    assert [event["event_id"] for event in threads["chunk"]] == [one, two]
-    summary = threads["chunk"][0]["unsigned"]["m.relations"]["m.thread"]
-    assert summary["count"] == 2 and summary["latest_event"]["event_id"] == last and summary["current_user_participated"]
-    carol.join(room)
-    mine = carol.call("GET", f"/_matrix/client/v1/rooms/{urllib.parse.quote(room)}/threads", include="participated")
-    assert mine["chunk"] == []
-    first = alice.call("GET", f"/_matrix/client/v1/rooms/{urllib.parse.quote(room)}/threads", limit=1)
-    rest = alice.call("GET", f"/_matrix/client/v1/rooms/{urllib.parse.quote(room)}/threads", limit=1, **{"from": first["next_batch"]})
-    assert [event["event_id"] for event in first["chunk"] + rest["chunk"]] == [one, two] and "next_batch" not in rest
-
-
-def bundled(event):
-    return event["unsigned"].get("m.relations")
-
-
-def test_the_root_of_a_thread_has_its_summary_wherever_it_is_read(three):
-    hs, alice, bob, _, room = three
-    bob.join(room)
-    root = alice.say(room, "root")
-    reply(bob, room, root)
-    last = reply(bob, room, root, body="last")
-    edit = reply(bob, room, last, "m.replace", **{"m.new_content": {"body": "the last"}})
-    edit = bob.send(room, "m.room.message", {"body": "*", "m.new_content": {}, "m.relates_to": {"rel_type": "m.replace", "event_id": last}})
-    start = path("rooms", room)
-    found = [next(event for event in events if event["event_id"] == root) for events in (
-        alice.messages(room, "b", 50)["chunk"], [alice.call("GET", start + "/event/" + root)], [alice.call("GET", start + "/context/" + root)["event"]],
-        alice.call("GET", start + "/context/" + last)["events_before"], joined(alice.sync(filter={"room": {"timeline": {"limit": 5}}}), room)["timeline"]["events"],
-        alice.call("GET", f"/_matrix/client/v1/rooms/{urllib.parse.quote(room)}/threads")["chunk"])]
-    for event in found:
-        thread = bundled(event)["m.thread"]
-        assert (thread["count"], thread["latest_event"]["event_id"], thread["current_user_participated"]) == (2, last, True)
-        assert bundled(thread["latest_event"])["m.replace"]["event_id"] == edit
-    assert bundled(relations(alice, room, root, "m.thread")[1]["chunk"][0])["m.replace"]["event_id"] == edit
-    everything = joined(alice.sync(filter={"room": {"timeline": {"limit": 100}}}), room)["timeline"]
-    assert not everything["limited"] and not any(bundled(event) for event in everything["events"])      # all that relates is in it
-
-
-def test_an_edited_event_keeps_its_content_and_carries_its_latest_valid_replacement(three):
-    hs, alice, bob, _, room = three
-    bob.join(room)
-    original = alice.say(room, "cake")
-
-    def edit(client, parent=original, type="m.room.message", **content):
-        return client.send(room, type, {"body": "* x", "m.relates_to": {"rel_type": "m.replace", "event_id": parent}, **content})
-
-    def read():
-        event = alice.call("GET", path("rooms", room, "event", original))
-        return event["content"]["body"], (bundled(event) or {}).get("m.replace", {}).get("event_id")
-    edit(bob, **{"m.new_content": {}}), edit(alice), edit(alice, type="org.x", **{"m.new_content": {}})
-    assert read() == ("cake", None)
-    first, second = edit(alice, **{"m.new_content": {"body": "1"}}), edit(alice, **{"m.new_content": {"body": "2"}})
-    assert read() == ("cake", second)
-    edit(alice, second, **{"m.new_content": {}})             # an edit of an edit is none
-    assert bundled(alice.call("GET", path("rooms", room, "event", second))) is None
-    alice.redact(room, second)
-    assert read() == ("cake", first)
-    alice.redact(room, original)
-    assert bundled(alice.call("GET", path("rooms", room, "event", original))) is None
-
-
-def test_references_are_listed_without_those_of_ignored_users_and_state_has_none(three):
-    hs, alice, bob, carol, room = three
-    bob.join(room), carol.join(room)
-    parent = alice.say(room, "parent")
-    one, two = reply(bob, room, parent, "m.reference"), reply(carol, room, parent, "m.reference")
-
-    def chunk(client, event_id=parent):
-        return ((bundled(client.call("GET", path("rooms", room, "event", event_id))) or {}).get("m.reference") or {}).get("chunk")
-    assert chunk(alice) == [{"event_id": one}, {"event_id": two}]
-    alice.set_account_data("m.ignored_user_list", {"ignored_users": {carol.user_id: {}}})
-    assert chunk(alice) == [{"event_id": one}]
-    alice.set_account_data("m.ignored_user_list", {"ignored_users": {carol.user_id: {}, bob.user_id: {}}})
-    assert chunk(alice) is None
-    state = alice.set_state(room, "m.room.topic", {"topic": "x"})
-    reply(bob, room, state, "m.reference")
-    assert chunk(bob, state) is None
-
-
-def test_what_relates_to_an_event_after_one_has_left_is_not_bundled(three):
-    hs, alice, bob, _, room = three
-    bob.join(room)
-    root = alice.say(room, "root")
-    reply(alice, room, root)
-    bob.leave(room)
-    reply(alice, room, root)
-    for client, count in ((alice, 2), (bob, 1)):
-        assert bundled(client.call("GET", path("rooms", room, "event", root)))["m.thread"]["count"] == count
-
-
-def test_a_thread_cannot_start_from_an_event_that_relates_to_another(three):
-    hs, alice, _, _, room = three
-    root = alice.say(room, "root")
-    inside = reply(alice, room, root)
-    with refused("M_UNKNOWN", 400, "thread"):
-        reply(alice, room, inside)
-    quote = alice.send(room, "m.room.message", {"body": "x", "m.relates_to": {"m.in_reply_to": {"event_id": root}}})
-    assert reply(alice, room, quote) and reply(alice, room, "$unknown")      # a plain reply has no rel_type
-
-
-def created(client):
-    uri = client.call("POST", "/_matrix/media/v1/create", {})["content_uri"]
-    return uri.removeprefix("mxc://")
-
-
-def test_a_media_uri_can_be_made_before_its_content(three):
-    hs, alice, bob, _, _ = three
-    media = created(alice)
-    with refused("M_NOT_YET_UPLOADED", 504):
-        bob.call("GET", f"/_matrix/client/v1/media/download/{media}", timeout_ms=0)
-    with background(ask, hs, "GET", f"/_matrix/client/v1/media/download/{media}", bob.token) as waiting:
-        assert ask(hs, "PUT", f"/_matrix/media/v3/upload/{media}", alice.token, b'"late"', {"Content-Type": "application/json"})[0] == 200
-        assert waiting.result(5) == (200, "late")
-
-
-def test_the_content_of_a_media_uri_comes_once_and_from_who_made_it(three):
-    hs, alice, bob, _, _ = three
-    media = created(alice)
-    assert ask(hs, "PUT", f"/_matrix/media/v3/upload/{media}", bob.token, b"x")[1]["errcode"] == "M_FORBIDDEN"
-    assert ask(hs, "PUT", f"/_matrix/media/v3/upload/{media}", alice.token, b"x")[0] == 200
-    status, answer = ask(hs, "PUT", f"/_matrix/media/v3/upload/{media}", alice.token, b"y")
-    assert (status, answer["errcode"]) == (409, "M_CANNOT_OVERWRITE_MEDIA")
-    assert ask(hs, "PUT", "/_matrix/media/v3/upload/localhost/nothing", alice.token, b"x")[0] == 404
-    late = created(alice)
-    hs.advance(25 * 3600)
-    assert ask(hs, "PUT", f"/_matrix/media/v3/upload/{late}", alice.token, b"x")[0] == 404
-
-
-def hierarchy(client, room, **query):
-    answer = client.call("GET", f"/_matrix/client/v1/rooms/{urllib.parse.quote(room)}/hierarchy", **query)
-    return [entry["room_id"] for entry in answer["rooms"]], answer
-
-
-def test_a_space_lists_the_rooms_below_it_that_one_may_see(three):
-    hs, alice, bob, _, room = three
-    hidden = alice.create_room()
-    below = alice.create_room(preset="public_chat", creation_content={"type": "m.space"})
-    space = alice.create_room(preset="public_chat", creation_content={"type": "m.space"})
-    for parent, child, order in ((space, below, "b"), (space, room, "a"), (space, hidden, "c"), (below, room, "a")):
-        alice.set_state(parent, "m.space.child", {"via": ["localhost"], "order": order}, child)
-    assert hierarchy(bob, space)[0] == [space, room, below]
-    assert hierarchy(alice, space)[0] == [space, room, below, hidden]
-    assert hierarchy(bob, space, max_depth=0)[0] == [space]
-    first = hierarchy(bob, space, limit=2)[1]["rooms"][0]
-    assert first["room_type"] == "m.space" and [event["state_key"] for event in first["children_state"]] == [room, below, hidden]
-
-
-def test_of_a_space_no_more_is_looked_at_than_is_shown(three, monkeypatch):
-    hs, alice, *_ = three
-    space, looked_at, look = alice.create_room(creation_content={"type": "m.space"}), [], asbridge.Rooms._space_entry
-    children = [alice.create_room() for _ in range(6)]
-    for n, child in enumerate(children):
-        alice.set_state(space, "m.space.child", {"via": ["localhost"], "order": str(n)}, child)
-    monkeypatch.setattr(asbridge.Rooms, "_space_entry", staticmethod(lambda *args: looked_at.append(args[2]) or look(*args)))
-    rooms, answer = hierarchy(alice, space, limit=2)
-    assert rooms == [space, children[0]] and looked_at == [space, *children[:2]]
-    pages = [rooms]
-    while "next_batch" in answer:
-        rooms, answer = hierarchy(alice, space, limit=2, **{"from": answer["next_batch"]})
-        pages.append(rooms)
-    assert [*itertools.chain(*pages)] == [space, *children]
-
-
-@pytest.mark.parametrize("allow, seen", [
-    (lambda space: [{"type": "m.room_membership", "room_id": space}], True), (lambda space: [{"type": "m.room_membership", "room_id": "!gone:localhost"}], False),
-    (lambda space: ["x", 5, {}, {"room_id": 5}], False), (lambda space: {"room_id": space}, False), (lambda space: None, False)])
-def test_a_restricted_room_is_seen_in_a_hierarchy_by_who_is_in_a_room_that_it_names(three, allow, seen):
-    hs, alice, bob, carol, _ = three
-    space = alice.create_room(preset="public_chat", creation_content={"type": "m.space"})
-    rule = {"join_rule": "restricted", "allow": allow(space)}
-    room = alice.create_room(initial_state=[{"type": "m.room.join_rules", "content": rule}])
-    alice.set_state(space, "m.space.child", {"via": ["localhost"]}, room)
-    bob.join(space)
-    assert hierarchy(bob, space)[0] == [space, room] * seen + [space] * (not seen)
-    assert hierarchy(carol, space)[0] == [space]
-
-
-def test_a_hierarchy_comes_in_pages_and_may_have_what_is_suggested_only(three):
-    hs, alice, bob, _, room = three
-    space = alice.create_room(preset="public_chat")
-    other = alice.create_room(preset="public_chat")
-    alice.set_state(space, "m.space.child", {"via": ["localhost"]}, room)
-    alice.set_state(space, "m.space.child", {"via": ["localhost"], "suggested": True}, other)
-    assert hierarchy(bob, space, suggested_only="true")[0] == [space, other]
-    first, answer = hierarchy(bob, space, limit=2)
-    assert len(first) == 2 and first + hierarchy(bob, space, limit=2, **{"from": answer["next_batch"]})[0] == hierarchy(bob, space)[0]
-    alice.set_state(space, "m.space.child", {}, room)
-    assert room not in hierarchy(bob, space)[0]
-    with refused("M_FORBIDDEN", 403):
-        hierarchy(bob, alice.create_room())
-
-
-def test_the_user_directory_has_those_whom_one_meets(three):
-    hs, alice, bob, carol, room = three
-    search = lambda client, term, **more: client.call("POST", path("user_directory", "search"), {"search_term": term, **more})  # noqa: E731
-    assert search(bob, "alice")["results"] == []
-    bob.join(room)
-    alice.set_displayname("Alice Liddell")
-    assert search(bob, "LIDD") == {"results": [{"user_id": alice.user_id, "display_name": "Alice Liddell"}], "limited": False}
-    assert search(bob, "carol")["results"] == []
-    carol.create_room(visibility="public")
-    assert [one["user_id"] for one in search(bob, "carol")["results"]] == [carol.user_id]
-    assert search(bob, "localhost", limit=1)["limited"]
-
-
-def test_an_openid_token_tells_a_third_party_who_somebody_is_for_an_hour(three):
-    hs, alice, bob, _, _ = three
-    made = alice.call("POST", path("user", alice.user_id, "openid", "request_token"), {})
-    assert made["token_type"] == "Bearer" and made["matrix_server_name"] == "localhost" and made["expires_in"] == 3600
-    where = "/_matrix/federation/v1/openid/userinfo?access_token="
-    assert ask(hs, "GET", where + made["access_token"]) == (200, {"sub": alice.user_id})
-    assert ask(hs, "GET", where + alice.token)[1]["errcode"] == "M_UNKNOWN_TOKEN"
-    assert ask(hs, "GET", path("account", "whoami"), made["access_token"])[0] == 401
-    with refused("M_FORBIDDEN", 403):
-        bob.call("POST", path("user", alice.user_id, "openid", "request_token"), {})
-    hs.advance(3601)
-    assert ask(hs, "GET", where + made["access_token"])[0] == 401
-
-
-# -- End-to-end encryption: keys.
-
-def device_of(client):
-    return client.whoami()["device_id"]
-
-
-def device_keys(client, **more):
-    """Device keys as a client uploads them."""
-    user_id, device_id = client.user_id, device_of(client)
-    return {"user_id": user_id, "device_id": device_id, "algorithms": ["m.megolm.v1.aes-sha2"], "keys": {f"ed25519:{device_id}": f"key of {device_id}"},
-            "signatures": {user_id: {f"ed25519:{device_id}": "by itself"}}, **more}
-
-
-def upload(client, one_time=(), fallback=None, **more):
-    """Uploads device keys, one-time keys with these IDs and a fallback key; the counts."""
-    body = {"device_keys": device_keys(client, **more), "one_time_keys": {f"signed_curve25519:{id}": {"key": f"{id} of {client.user_id}"} for id in one_time}}
-    if fallback:
-        body["fallback_keys"] = {f"signed_curve25519:{fallback}": {"key": fallback, "fallback": True}}
-    return client.ask("POST", "keys", "upload", body=body)["one_time_key_counts"]
-
-
-def query_keys(client, *users):
-    return client.ask("POST", "keys", "query", body={"device_keys": {user.user_id: [] for user in users}})
-
-
-def claim(client, of, algorithm="signed_curve25519"):
-    """The ID of the key that one gets for a device of somebody; None: there is none."""
-    device_id = device_of(of)
-    answer = client.ask("POST", "keys", "claim", body={"one_time_keys": {of.user_id: {device_id: algorithm}}})
-    keys = answer["one_time_keys"].get(of.user_id, {}).get(device_id)
-    return next(iter(keys)).partition(":")[2] if keys else None
-
-
-def again(hs, client, **more):
-    """Another session, and device, of the same person."""
-    session = hs.world.store.write(lambda tx: hs.api.accounts._new_session(tx, client.user_id, **more))
-    return asbridge.Client(hs.url, session["access_token"])
-
-
-def cross_signing_keys(user_id, name="a", signed_by=None):
-    """Master, self-signing and user-signing key, the latter two signed by the master key."""
-    def key(usage):
-        public = f"{usage}-{name}"
-        return {"user_id": user_id, "usage": [usage], "keys": {f"ed25519:{public}": public}}
-    signatures = {user_id: {f"ed25519:master-{signed_by or name}": "by the master key"}}
-    return {"master_key": key("master"), "self_signing_key": {**key("self_signing"), "signatures": signatures},
-            "user_signing_key": {**key("user_signing"), "signatures": signatures}}
-
-
-def test_device_keys_are_queried_as_they_were_uploaded_with_the_devices_name(three):
-    hs, alice, bob, _, room = three
-    assert upload(alice) == {"signed_curve25519": 0}
-    alice.ask("PUT", "devices", device_of(alice), body={"display_name": "Alice's phone"})
-    found = query_keys(bob, alice, bob)
-    assert found["device_keys"] == {alice.user_id: {device_of(alice): {**device_keys(alice), "unsigned": {"device_display_name": "Alice's phone"}}}, bob.user_id: {}}
-    assert found["failures"] == {} and found["master_keys"] == {}
-    one = bob.ask("POST", "keys", "query", body={"device_keys": {alice.user_id: ["OTHER"]}})
-    assert one["device_keys"] == {alice.user_id: {}}
-
-
-def test_keys_are_told_though_the_service_of_an_unknown_ghost_does_not_answer(start, recorder):
-    r = recorder()
-    r.answer = lambda request, body: (503, {})
-    hs = start(registration(url=r.url))
-    alice = hs.client("alice")
-    upload(alice)
-    found = alice.ask("POST", "keys", "query", body={"device_keys": {"@_irc_x:localhost": [], alice.user_id: [], "@_irc_y:localhost": []}})
-    assert list(found["device_keys"][alice.user_id]) == [device_of(alice)] and found["device_keys"]["@_irc_x:localhost"] == {}
-    assert sorted(path.rpartition("/")[2] for _, path, *_ in r.requests) == ["@_irc_x:localhost", "@_irc_y:localhost"]
-
-
-def test_one_time_keys_go_out_in_the_order_in_which_they_came(three):
-    hs, alice, bob, *_ = three
-    upload(alice, one_time="ZAM")
-    with refused("M_BAD_JSON"):
-        bob.ask("POST", "keys", "claim", body={"one_time_keys": {alice.user_id: {device_of(alice): 5}}})
-    assert [claim(bob, alice, algorithm) for algorithm in ("*", "signed", "signed_curve25519", "signed_curve25519", "signed_curve25519")] == [None, None, "Z", "A", "M"]
-
-
-def test_a_device_with_keys_that_is_renamed_is_new_to_others(three):
-    hs, alice, bob, _, room = three
-    bob.join(room)
-    upload(bob)
-    since = alice.sync()["next_batch"]
-    bob.ask("PUT", "devices", device_of(bob), body={"display_name": "phone"})
-    assert alice.sync(since)["device_lists"]["changed"] == [bob.user_id]
-
-
-def test_keys_of_a_user_on_another_server_are_a_failure_of_that_server(three):
-    hs, alice, *_ = three
-    found = alice.ask("POST", "keys", "query", body={"device_keys": {"@x:other.org": []}})
-    assert list(found["failures"]) == ["other.org"] and found["device_keys"] == {}
-
-
-@pytest.mark.parametrize("body, errcode", [
-    ({"device_keys": {"user_id": "@bob:localhost", "device_id": "X"}}, "M_INVALID_PARAM"), ({"device_keys": []}, "M_BAD_JSON"), ({"one_time_keys": {"noalgorithm": {}}}, "M_INVALID_PARAM"),
-    ({"one_time_keys": {"signed_curve25519:A": 5}}, "M_INVALID_PARAM"), ({"fallback_keys": {"signed_curve25519:A": None}}, "M_INVALID_PARAM"), ({"one_time_keys": 1}, "M_BAD_JSON")])
-def test_keys_that_are_not_of_the_device_that_uploads_them_or_not_of_their_form_are_refused(three, body, errcode):
-    hs, alice, *_ = three
-    with refused(errcode, 400):
-        alice.ask("POST", "keys", "upload", body=body)
-
-
-def test_a_one_time_key_is_claimed_once_and_then_the_fallback_key_again_and_again(three):
-    hs, alice, bob, _, room = three
-    assert upload(alice, one_time="AB", fallback="F") == {"signed_curve25519": 2}
-    sync = alice.sync()
-    assert (sync["device_one_time_keys_count"], sync["device_unused_fallback_key_types"]) == ({"signed_curve25519": 2}, ["signed_curve25519"])
-    assert [claim(bob, alice) for _ in range(4)] == ["A", "B", "F", "F"]
-    sync = alice.sync()
-    assert (sync["device_one_time_keys_count"], sync["device_unused_fallback_key_types"]) == ({"signed_curve25519": 0}, [])
-    upload(alice, fallback="F")                              # the same again is still used, a new one is not
-    assert alice.sync()["device_unused_fallback_key_types"] == []
-    upload(alice, fallback="G")
-    assert alice.sync()["device_unused_fallback_key_types"] == ["signed_curve25519"] and claim(bob, alice) == "G"
-    assert claim(bob, alice, "other") is None and claim(alice, bob) is None
-
-
-def test_each_one_time_key_goes_to_one_of_many_who_claim_at_the_same_time(three):
-    hs, alice, bob, carol, _ = three
-    ids = [f"K{n:02}" for n in range(40)]
-    upload(alice, one_time=ids)
-    with ThreadPoolExecutor(8) as pool:
-        got = list(pool.map(lambda n: claim((bob, carol)[n % 2], alice), range(48)))
-    assert sorted(id for id in got if id) == ids and got.count(None) == 8
-
-
-def test_a_one_time_key_may_be_uploaded_again_but_not_with_another_content(three):
-    hs, alice, *_ = three
-    assert upload(alice, one_time="A") == upload(alice, one_time="A") == {"signed_curve25519": 1}
-    with refused("M_INVALID_PARAM", 400, "already exists"):
-        alice.ask("POST", "keys", "upload", body={"one_time_keys": {"signed_curve25519:A": "other"}})
-
-
-def test_a_device_that_is_gone_takes_its_keys_along(three):
-    hs, alice, bob, _, room = three
-    second = again(hs, alice)
-    upload(second, one_time="A", fallback="F")
-    device_id = device_of(second)
-    bob.ask("PUT", "sendToDevice", "m.x", "1", body={"messages": {alice.user_id: {device_id: {}}}})
-    second.ask("POST", "logout")
-    assert query_keys(bob, alice)["device_keys"] == {alice.user_id: {}}
-    with hs.world.store.read() as reader:
-        assert [reader.all(f"SELECT * FROM {table}") for table in ("device_keys", "one_time_keys", "fallback_keys", "to_device")] == [[]] * 4
-
-
-# -- End-to-end encryption: whose keys are new.
-
-def test_sync_names_who_shares_a_room_and_has_a_new_device(three):
-    hs, alice, bob, carol, room = three
-    bob.join(room)
-    carol_alone = carol.create_room()
-    since = alice.sync()["next_batch"]
-    upload(carol)                                            # in no room with alice
-    assert "device_lists" not in alice.sync(since)
-    with background(alice.sync, since, 10_000) as future:
-        eventually(lambda: hs.world.store.waiters.among({alice.user_id}))
-        upload(bob)
-        found = future.result(5)
-    assert found["device_lists"] == {"changed": [bob.user_id], "left": []}
-    assert "device_lists" not in alice.sync(found["next_batch"])
-    assert "device_lists" not in alice.sync() and carol_alone
-    since = alice.sync()["next_batch"]
-    upload(bob)                                              # nothing new in it
-    assert "device_lists" not in alice.sync(since)
-    bob.ask("POST", "logout")
-    assert alice.sync(since)["device_lists"]["changed"] == [bob.user_id]
-
-
-def test_sync_names_whom_one_meets_and_whom_one_meets_no_more(three):
-    hs, alice, bob, carol, room = three
-    for client in (alice, bob, carol):
-        upload(client)
-    tokens = {client: client.sync()["next_batch"] for client in (alice, bob)}
-    bob.join(room)
-    assert alice.sync(tokens[alice])["device_lists"] == {"changed": [bob.user_id], "left": []}
-    assert bob.sync(tokens[bob])["device_lists"] == {"changed": [alice.user_id], "left": []}
-    tokens = {client: client.sync()["next_batch"] for client in (alice, bob)}
-    bob.leave(room)
-    assert alice.sync(tokens[alice])["device_lists"] == {"changed": [], "left": [bob.user_id]}
-    assert bob.sync(tokens[bob])["device_lists"] == {"changed": [], "left": [alice.user_id]}
-
-
-def test_who_is_still_met_in_another_room_has_not_left(three):
-    hs, alice, bob, _, room = three
-    other = alice.create_room(preset="public_chat")
-    upload(bob)
-    for id in (room, other):
-        bob.join(id)
-    since = alice.sync()["next_batch"]
-    bob.leave(other)
-    assert alice.sync(since)["device_lists"]["left"] == []
-
-
-# -- End-to-end encryption: messages to devices.
-
-def test_a_message_to_a_device_comes_with_its_next_sync_and_is_gone_when_that_is_acknowledged(three):
-    hs, alice, bob, _, room = three
-    other = again(hs, alice)
-    since = alice.sync()["next_batch"]
-    bob.ask("PUT", "sendToDevice", "m.room_key", "1", body={"messages": {alice.user_id: {device_of(alice): {"n": 1}, "GONE": {}}, "@nobody:localhost": {"*": {}}}})
-    message = {"type": "m.room_key", "sender": bob.user_id, "content": {"n": 1}}
-    found = alice.sync(since)
-    assert found["to_device"] == {"events": [message]} == alice.sync(since)["to_device"] == alice.sync()["to_device"]
-    assert "to_device" not in other.sync() and "to_device" not in alice.sync(found["next_batch"])
-    assert "to_device" not in alice.sync(since)              # was acknowledged
-    assert "to_device" not in alice.sync()
-
-
-def test_what_a_sync_acknowledges_is_gone_even_if_it_has_nothing_new_to_look_for(three):
-    hs, alice, bob, _, room = three
-    since = alice.sync()["next_batch"]
-    bob.ask("PUT", "sendToDevice", "m.room_key", "1", body={"messages": {alice.user_id: {"*": {}}}})
-    since = alice.sync(since)["next_batch"]
-    with background(alice.sync, since, 30_000) as future:
-        eventually(lambda: hs.world.store.waiters._asleep)
-        with hs.world.store.read() as reader:
-            assert reader.to_device(alice.user_id, device_of(alice)) == []
-        alice.set_account_data("x", {})
-        future.result(5)
-    assert not hs.api.sync.handed
-
-
-def test_a_sync_is_answered_even_if_nothing_can_be_stored(three):
-    hs, alice, bob, _, room = three
-    since = alice.sync()["next_batch"]
-    bob.ask("PUT", "sendToDevice", "m.room_key", "1", body={"messages": {alice.user_id: {"*": {}}}})
-    found = alice.sync(since)
-    alice.say(room, "there is something new")
-    store = hs.world.store
-    store._tx.db = FaultyDb(store._tx.db, "COMMIT", 1000)
-    assert bob.sync()["next_batch"]                          # who was offline, and comes back
-    assert joined(alice.sync(found["next_batch"]), room)["timeline"]["events"]           # who has messages to devices to drop
-    store._tx.db.times = 0
-    assert "to_device" not in alice.sync(found["next_batch"]) and alice.say(room, "there is room again")
-
-
-def test_a_message_to_all_devices_wakes_each_and_is_sent_once_for_its_transaction_id(three):
-    hs, alice, bob, _, room = three
-    other = again(hs, alice)
-    tokens = [client.sync()["next_batch"] for client in (alice, other)]
-    with background(other.sync, tokens[1], 10_000) as future:
-        eventually(lambda: hs.world.store.waiters.among({alice.user_id}))
-        for _ in range(2):
-            bob.ask("PUT", "sendToDevice", "m.x", "same", body={"messages": {alice.user_id: {"*": {"n": 1}}}})
-        assert len(future.result(5)["to_device"]["events"]) == 1
-    assert len(alice.sync(tokens[0])["to_device"]["events"]) == 1
-    bob.ask("PUT", "sendToDevice", "m.y", "same", body={"messages": {alice.user_id: {"*": {"n": 2}}}})
-    assert [message["type"] for message in alice.sync(tokens[0])["to_device"]["events"]] == ["m.x", "m.y"]
-
-
-def test_messages_to_devices_outlive_the_homeserver(start, tmp_path):
-    hs = start(database=str(tmp_path / "a.db"))
-    alice, bob = hs.client("alice"), hs.client("bob")
-    bob.ask("PUT", "sendToDevice", "m.x", "1", body={"messages": {alice.user_id: {"*": {}}}})
-    hs.stop()
-    assert len(asbridge.Client(start(database=str(tmp_path / "a.db")).url, alice.token).sync()["to_device"]["events"]) == 1
-
-
-@pytest.mark.parametrize("body", [{}, {"messages": []}, {"messages": {"alice": {}}}, {"messages": {"@a:localhost": []}}, {"messages": {"@a:localhost": {"D": "x"}}}])
-def test_messages_to_devices_that_are_not_objects_are_refused(three, body):
-    hs, alice, *_ = three
-    with pytest.raises(MatrixError) as caught:
-        alice.ask("PUT", "sendToDevice", "m.x", "1", body=body)
-    assert caught.value.status == 400
-
-
-# -- End-to-end encryption: cross-signing.
-
-def test_cross_signing_keys_are_seen_by_others_but_for_the_user_signing_key(three):
-    hs, alice, bob, _, room = three
-    bob.join(room)
-    since = bob.sync()["next_batch"]
-    keys = cross_signing_keys(alice.user_id)
-    alice.ask("POST", "keys", "device_signing", "upload", body=keys)
-    assert bob.sync(since)["device_lists"]["changed"] == [alice.user_id]
-    for client, usages in ((alice, ("master", "self_signing", "user_signing")), (bob, ("master", "self_signing"))):
-        found = query_keys(client, alice)
-        assert {usage: found[f"{usage}_keys"].get(alice.user_id) for usage in ("master", "self_signing", "user_signing")} == {
-            usage: {"signatures": {}, **keys[f"{usage}_key"]} if usage in usages else None for usage in ("master", "self_signing", "user_signing")}
-
-
-def test_cross_signing_keys_are_replaced_with_the_password_only_but_uploaded_again_without(start):
-    hs = start()
-    answer = hs.api.accounts.register("alice", "secret")
-    alice = asbridge.Client(hs.url, answer["access_token"])
-    keys = cross_signing_keys(alice.user_id)
-    for _ in range(2):
-        assert alice.ask("POST", "keys", "device_signing", "upload", body=keys) == {}
-    other = cross_signing_keys(alice.user_id, "b")
-    status, challenge = ask(hs, "POST", "/_matrix/client/v3/keys/device_signing/upload", alice.token, other)
-    assert status == 401 and challenge["flows"] == [{"stages": ["m.login.password"]}] and challenge["session"]
-    auth = {"type": "m.login.password", "identifier": {"type": "m.id.user", "user": "alice"}, "password": "secret"}
-    assert alice.ask("POST", "keys", "device_signing", "upload", body={**other, "auth": auth}) == {}
-    assert query_keys(alice, alice)["master_keys"][alice.user_id]["keys"] == other["master_key"]["keys"]
-
-
-def test_an_application_service_replaces_cross_signing_keys_of_its_users_without_confirmation(start):
-    hs = start(registration())
-    ghost = acting(hs, "irc", "@_irc_bob:localhost")
-    for name in "ab":
-        assert ghost.ask("POST", "keys", "device_signing", "upload", body=cross_signing_keys(ghost.user_id, name)) == {}
-    assert query_keys(ghost, ghost)["master_keys"][ghost.user_id]["keys"] == {"ed25519:master-b": "master-b"}
-
-
-@pytest.mark.parametrize("change, errcode", [
-    (lambda keys: keys["master_key"].update(user_id="@bob:localhost"), "M_INVALID_PARAM"), (lambda keys: keys["master_key"].update(usage=["other"]), "M_INVALID_PARAM"),
-    (lambda keys: keys["master_key"].update(keys={}), "M_INVALID_PARAM"), (lambda keys: keys["master_key"].update(keys={"ed25519:A": "A", "ed25519:B": "B"}), "M_INVALID_PARAM"),
-    (lambda keys: keys["master_key"].update(keys={"ed25519:A": "B"}), "M_INVALID_PARAM"), (lambda keys: keys["self_signing_key"].pop("signatures"), "M_INVALID_SIGNATURE"),
-    (lambda keys: keys["user_signing_key"].update(signatures={"@alice:localhost": {"ed25519:other": "x"}}), "M_INVALID_SIGNATURE"), (lambda keys: keys.pop("master_key"), "M_MISSING_PARAM"),
-    (lambda keys: keys.update(master_key=5), "M_BAD_JSON")])
-def test_cross_signing_keys_of_another_form_or_unsigned_are_refused(three, change, errcode):
-    hs, alice, *_ = three
-    keys = cross_signing_keys(alice.user_id)
-    change(keys)
-    with refused(errcode, 400):
-        alice.ask("POST", "keys", "device_signing", "upload", body=keys)
-
-
-def test_signatures_are_merged_into_what_is_queried_and_others_are_seen_only_by_who_made_them(three):
-    hs, alice, bob, carol, room = three
-    for client in (alice, bob, carol):
-        client.join(room)
-        upload(client)
-        client.ask("POST", "keys", "device_signing", "upload", body=cross_signing_keys(client.user_id))
-    tokens = {client: client.sync()["next_batch"] for client in (alice, carol)}
-    device, master = device_keys(alice), cross_signing_keys(bob.user_id)["master_key"]
-    signed = {alice.user_id: {device["device_id"]: {**device, "signatures": {alice.user_id: {"ed25519:self_signing-a": "S"}}}},
-              bob.user_id: {"master-a": {**master, "signatures": {alice.user_id: {"ed25519:user_signing-a": "U"}}}}}
-    assert alice.ask("POST", "keys", "signatures", "upload", body=signed) == {"failures": {}}
-    by_self = query_keys(bob, alice)["device_keys"][alice.user_id][device["device_id"]]["signatures"][alice.user_id]
-    assert by_self == {f"ed25519:{device['device_id']}": "by itself", "ed25519:self_signing-a": "S"}
-    assert query_keys(alice, bob)["master_keys"][bob.user_id]["signatures"] == {alice.user_id: {"ed25519:user_signing-a": "U"}}
-    assert query_keys(carol, bob)["master_keys"][bob.user_id]["signatures"] == {}
-    assert alice.sync(tokens[alice])["device_lists"]["changed"] == [alice.user_id, bob.user_id]
-    assert carol.sync(tokens[carol])["device_lists"]["changed"] == [alice.user_id]
-
-
-@pytest.mark.parametrize("user, name, change, errcode", [
-    ("@alice:localhost", "GONE", {}, "M_NOT_FOUND"), ("@bob:localhost", "self_signing-a", {}, "M_NOT_FOUND"), ("@alice:localhost", "master-a", {"usage": ["x"]}, "M_INVALID_SIGNATURE"),
-    ("@alice:localhost", "master-a", {"signatures": {}}, "M_INVALID_SIGNATURE"), ("@alice:localhost", "master-a", {"signatures": {"@alice:localhost": {"ed25519:D": 5}}}, "M_BAD_JSON"),
-    ("@alice:localhost", "master-a", {"signatures": {"@alice:localhost": {f"ed25519:{n}": "x" for n in range(51)}}}, "M_TOO_LARGE")])
-def test_a_signature_on_what_was_not_uploaded_so_is_a_failure_of_that_key(three, user, name, change, errcode):
-    hs, alice, bob, *_ = three
-    for client in (alice, bob):
-        client.ask("POST", "keys", "device_signing", "upload", body=cross_signing_keys(client.user_id))
-    key = {**cross_signing_keys(user)["master_key"], "signatures": {alice.user_id: {"ed25519:D": "x"}}, **change}
-    failures = alice.ask("POST", "keys", "signatures", "upload", body={user: {name: key}})["failures"]
-    assert failures[user][name]["errcode"] == errcode
-
-
-def test_the_end_of_all_devices_ends_what_was_signed_of_them_and_no_more(three):
-    hs, alice, bob, *_ = three
-    for client in (alice, bob):
-        upload(client)
-        client.ask("POST", "keys", "device_signing", "upload", body=cross_signing_keys(client.user_id))
-    device, master = device_keys(alice), cross_signing_keys(alice.user_id)["master_key"]
-    alice.ask("POST", "keys", "signatures", "upload", body={
-        alice.user_id: {device["device_id"]: {**device, "signatures": {alice.user_id: {"ed25519:self_signing-a": "S"}}}}})
-    bob.ask("POST", "keys", "signatures", "upload", body={
-        alice.user_id: {"master-a": {**master, "signatures": {bob.user_id: {"ed25519:user_signing-a": "U"}}}}})
-    alice.ask("POST", "logout", "all")
-    assert query_keys(bob, alice)["master_keys"][alice.user_id]["signatures"] == {bob.user_id: {"ed25519:user_signing-a": "U"}}
-    with hs.world.store.read() as reader:
-        assert [row[0] for row in reader.signatures(alice.user_id, bob.user_id)] == ["master-a"]
-
-
-def test_of_two_first_master_keys_at_the_same_time_the_second_needs_to_be_confirmed(three):
-    hs, alice, *_ = three
-    keys, who = hs.api.keys, asbridge.Who(alice.user_id, device_of(alice))
-    both = [{"master": cross_signing_keys(alice.user_id, name)["master_key"]} for name in "ab"]
-    assert [keys.check_cross_signing(who, one) for one in both] == [False, False]
-    keys.upload_cross_signing(who, both[0], False)
-    with refused("M_FORBIDDEN", 403, "meanwhile"):
-        keys.upload_cross_signing(who, both[1], False)
-    assert query_keys(alice, alice)["master_keys"][alice.user_id]["keys"] == both[0]["master"]["keys"]
-
-
-def test_signatures_that_all_fail_are_no_news(three):
-    hs, alice, *_ = three
-    since = alice.sync()["next_batch"]
-    alice.ask("POST", "keys", "signatures", "upload", body={alice.user_id: {"GONE": {"signatures": {alice.user_id: {"ed25519:D": "x"}}}}})
-    assert "device_lists" not in alice.sync(since)
-
-
-def test_a_new_master_key_drops_what_the_old_one_had_signed(start):
-    hs = start(registration())
-    ghost = acting(hs, "irc", "@_irc_bob:localhost")
-    ghost.ask("POST", "keys", "device_signing", "upload", body=cross_signing_keys(ghost.user_id))
-    ghost.ask("POST", "keys", "device_signing", "upload", body={"master_key": cross_signing_keys(ghost.user_id, "b")["master_key"]})
-    assert query_keys(ghost, ghost)["self_signing_keys"] == {}
-    with refused("M_INVALID_SIGNATURE"):
-        ghost.ask("POST", "keys", "device_signing", "upload", body={"self_signing_key": cross_signing_keys(ghost.user_id)["self_signing_key"]})
-
-
-# -- End-to-end encryption: key backups.
-
-def backup_key(verified=False, index=0, forwarded=0, data="x"):
-    return {"is_verified": verified, "first_message_index": index, "forwarded_count": forwarded, "session_data": {"ciphertext": data}}
-
-
-def test_a_key_backup_is_made_found_changed_and_deleted(three):
-    hs, alice, bob, *_ = three
-    with refused("M_NOT_FOUND", 404):
-        alice.ask("GET", "room_keys", "version")
-    first, second = (alice.ask("POST", "room_keys", "version", body={"algorithm": "m.a", "auth_data": {"n": n}})["version"] for n in (1, 2))
-    assert alice.ask("GET", "room_keys", "version") == {"version": second, "algorithm": "m.a", "auth_data": {"n": 2}, "count": 0, "etag": "0"}
-    assert alice.ask("GET", "room_keys", "version", first)["auth_data"] == {"n": 1}
-    alice.ask("PUT", "room_keys", "version", second, body={"algorithm": "m.a", "auth_data": {"n": 3}, "version": second})
-    assert alice.ask("GET", "room_keys", "version", second)["auth_data"] == {"n": 3}
-    with refused("M_INVALID_PARAM", 400):
-        alice.ask("PUT", "room_keys", "version", second, body={"algorithm": "m.b", "auth_data": {}})
-    with refused("M_NOT_FOUND", 404):
-        bob.ask("GET", "room_keys", "version", second)
-    alice.ask("DELETE", "room_keys", "version", second)
-    assert alice.ask("GET", "room_keys", "version")["version"] == first
-    for wrong in (second, "x", "9" * 30):
-        with refused("M_NOT_FOUND", 404):
-            alice.ask("DELETE", "room_keys", "version", wrong)
-
-
-def test_backed_up_keys_are_put_and_read_and_deleted_one_by_one_by_room_or_together(three):
-    hs, alice, *_ = three
-    version = alice.ask("POST", "room_keys", "version", body={"algorithm": "m.a", "auth_data": {}})["version"]
-    put = functools.partial(alice.ask, "PUT", "room_keys", "keys", version=version)
-    assert put("!a:b", "s1", body=backup_key()) == {"count": 1, "etag": "1"}
-    assert put("!a:b", body={"sessions": {"s2": backup_key(), "s1": backup_key()}}) == {"count": 2, "etag": "2"}
-    assert put(body={"rooms": {"!c:d": {"sessions": {"s3": backup_key(data="y")}}}}) == {"count": 3, "etag": "3"}
-    get = functools.partial(alice.ask, "GET", "room_keys", "keys", version=version)
-    assert get("!c:d", "s3") == backup_key(data="y") and get("!a:b") == {"sessions": {"s1": backup_key(), "s2": backup_key()}}
-    assert get() == {"rooms": {"!a:b": get("!a:b"), "!c:d": {"sessions": {"s3": backup_key(data="y")}}}}
-    with refused("M_NOT_FOUND", 404):
-        get("!c:d", "s1")
-    assert get("!e:f") == {"sessions": {}}
-    delete = functools.partial(alice.ask, "DELETE", "room_keys", "keys", version=version)
-    assert delete("!a:b", "s1") == {"count": 2, "etag": "4"} and delete("!a:b", "s1") == {"count": 2, "etag": "4"}
-    assert delete("!a:b") == {"count": 1, "etag": "5"} and delete() == {"count": 0, "etag": "6"}
-    assert get() == {"rooms": {}}
-
-
-@pytest.mark.parametrize("old, new, replaces", [
-    ({}, {"data": "n"}, False), ({}, {"verified": True, "index": 5}, True), ({"verified": True}, {"index": 0}, False), ({"index": 5}, {"index": 4, "forwarded": 9}, True),
-    ({"index": 4}, {"index": 5}, False), ({"forwarded": 2}, {"forwarded": 1}, True), ({"forwarded": 1}, {"forwarded": 2}, False)])
-def test_a_backed_up_key_is_replaced_by_a_better_one_only(three, old, new, replaces):
-    hs, alice, *_ = three
-    version = alice.ask("POST", "room_keys", "version", body={"algorithm": "m.a", "auth_data": {}})["version"]
-    old, new = backup_key(**old), backup_key(**{"data": "new", **new})
-    for key in (old, new):
-        alice.ask("PUT", "room_keys", "keys", "!a:b", "s", body=key, version=version)
-    assert alice.ask("GET", "room_keys", "keys", "!a:b", "s", version=version) == (new if replaces else old)
-
-
-def test_keys_go_into_the_last_backup_only_and_the_error_names_it(three):
-    hs, alice, *_ = three
-    first, second = (alice.ask("POST", "room_keys", "version", body={"algorithm": "m.a", "auth_data": {}})["version"] for _ in range(2))
-    with refused("M_WRONG_ROOM_KEYS_VERSION", 403) as caught:
-        alice.ask("PUT", "room_keys", "keys", "!a:b", "s", body=backup_key(), version=first)
-    assert caught.value.extra["current_version"] == second
-    with refused("M_NOT_FOUND", 404):
-        alice.ask("PUT", "room_keys", "keys", "!a:b", "s", body=backup_key(), version="999")
-    with refused("M_MISSING_PARAM", 400):
-        alice.ask("PUT", "room_keys", "keys", "!a:b", "s", body=backup_key())
-    with refused("M_BAD_JSON", 400):
-        alice.ask("PUT", "room_keys", "keys", "!a:b", "s", body={**backup_key(), "is_verified": "yes"}, version=second)
-
-
-# -- Random walks against independent models.
-
-# -- Messages to devices.
-
 @pytest.mark.parametrize("seed", range(2))
 def test_each_message_comes_to_each_device_until_a_later_token_acknowledges_it_in_order_and_over_restarts(start, tmp_path, seed):
     rnd, keys = random.Random(seed), {"database": str(tmp_path / "a.db")}
@@ -8518,16 +9156,6 @@ def test_each_message_comes_to_each_device_until_a_later_token_acknowledges_it_i
         processed[device] += [message["content"]["n"] for message in device.sync(tokens[device][-1][0] or None).get("to_device", {}).get("events", [])]
     assert processed == sent and all(len(found) > 20 for found in processed.values())
 
-
-def test_a_message_to_a_device_is_not_taken_away_by_events_which_does_not_carry_it(three):
-    hs, alice, bob, *_ = three
-    since = alice.sync()["next_batch"]
-    bob.ask("PUT", "sendToDevice", "m.room_key", "1", body={"messages": {alice.user_id: {"*": {}}}})
-    alice.ask("GET", "events")
-    assert len(alice.sync(since)["to_device"]["events"]) == 1
-
-
-# -- Whose keys are new.
 
 class Meetings:
     """Who met whom, and whose keys changed, as a list of moments; each an independent copy."""
@@ -8597,32 +9225,6 @@ def test_device_lists_name_everybody_whose_keys_are_new_or_who_is_newly_met_and_
             assert not any(model.together(model.moments[-1], person.user_id, other) for other in found["left"])
             tokens[person].append((answer["next_batch"], len(model.moments) - 1))
 
-
-@pytest.mark.parametrize("filter", [{"rooms": []}, {"not_rooms": ["{room}"]}])
-def test_device_lists_do_not_depend_on_the_rooms_that_a_filter_chooses(three, filter):
-    hs, alice, bob, _, room = three
-    upload(bob)
-    since = alice.sync()["next_batch"]
-    bob.join(room)
-    assert alice.sync(since, filter={"room": json.loads(json.dumps(filter).replace("{room}", room))})["device_lists"]["changed"] == [bob.user_id]
-
-
-@pytest.mark.parametrize("how", ["declined", "taken back", "unbanned"])
-def test_who_was_never_in_a_room_does_not_learn_who_is(three, how):
-    hs, alice, bob, carol, _ = three
-    upload(alice), upload(bob)
-    room = alice.create_room(invite=[bob.user_id, carol.user_id])
-    bob.join(room)
-    since = carol.sync()["next_batch"]
-    if how == "declined":
-        carol.leave(room)
-    else:
-        for verb in ("kick",) if how == "taken back" else ("ban", "unban"):
-            alice.call("POST", path("rooms", room, verb), {"user_id": carol.user_id})
-    assert "device_lists" not in carol.sync(since)
-
-
-# -- What is unread.
 
 class Counts:
     """An independent model of the default push rules and of receipts, for one user in a room of three."""
@@ -8747,8 +9349,6 @@ def test_counts_of_what_is_unread_are_the_same_anew(three, how):
     assert grown == unread(bob, room)
 
 
-# -- Aggregations.
-
 @pytest.mark.parametrize("seed", range(2))
 def test_threads_have_the_count_the_latest_event_and_the_participants_that_a_model_of_them_has(three, seed):
     hs, alice, bob, carol, room = three
@@ -8780,26 +9380,6 @@ def test_threads_have_the_count_the_latest_event_and_the_participants_that_a_mod
                         (len(of), of[-1][2], client in (sender, *(one[0] for one in of))) if of else None)
                     assert relations(client, room, root, "m.thread", dir="f")[0] == [one[2] for one in of]
 
-
-def test_who_began_a_thread_has_participated_in_it(three):
-    hs, alice, bob, _, room = three
-    bob.join(room)
-    reply(bob, room, root := alice.say(room, "root"))
-    found = alice.call("GET", f"/_matrix/client/v1/rooms/{quote(room)}/threads", include="participated")["chunk"]
-    assert [event["event_id"] for event in found] == [root] and bundled(found[0])["m.thread"]["current_user_participated"]
-
-
-def test_who_has_left_is_still_told_the_threads_as_they_were(three):
-    hs, alice, bob, _, room = three
-    bob.join(room)
-    reply(bob, room, root := alice.say(room, "root"))
-    bob.leave(room)
-    reply(alice, room, root)
-    found = bob.call("GET", f"/_matrix/client/v1/rooms/{quote(room)}/threads")["chunk"]
-    assert [(event["event_id"], bundled(event)["m.thread"]["count"]) for event in found] == [(root, 1)]
-
-
-# -- One-time keys.
 
 @pytest.mark.parametrize("seed", range(2))
 def test_no_one_time_key_is_handed_out_twice_or_lost_though_batches_and_commits_fail(start, seed):
@@ -8835,8 +9415,6 @@ def test_no_one_time_key_is_handed_out_twice_or_lost_though_batches_and_commits_
     assert sorted(got + left) == ids and len(got) + len(refused_) == 50 and hs.api.keys.claim(who, {ghost.user_id: {"GHOST": "signed_curve25519"}})
 
 
-# -- Presence of two devices.
-
 @pytest.mark.parametrize("script", [
     "A:online =online B:online +20 B:online +20 =online +15 =offline",
     "A:online +29 =online A:online +29 =online +2 =offline B:online =online",
@@ -8867,78 +9445,11 @@ def test_presence_is_what_two_devices_make_of_it_and_each_change_is_told_once(pa
             hs.api.presence.polling(who, step[2:], 600.0 if step[1] == "~" else 0.0)
 
 
-def test_who_asks_for_a_sync_without_end_is_offline_after_the_longest_that_there_is(pair):
-    hs, alice, bob, _, since = pair
-    bob.ask("GET", "sync", timeout=2**53 - 1)
-    hs.advance(asbridge.MAX_SYNC_SECONDS + asbridge.OFFLINE_SECONDS + 1)
-    hs.api.presence._expire()
-    assert presence_of(alice, bob)["presence"] == "offline"
-
-
 # ============================================================================
 # 7. Delivery
 # ============================================================================
 
 # -- Pushing events.
-
-def test_the_log_says_whose_failure_it_was():
-    told = asbridge.read_registration(registration(url="http://127.0.0.1:1"), "here")
-    for failure, text in ((asbridge.Answer(403, b"{}"), "403: it rejects the hs_token"), (asbridge.Answer(500, b"oops hs-irc"), "it answered 500 oops (hs_token)"),
-                          (ConnectionRefusedError(), "nothing listens at http://127.0.0.1:1"), (TimeoutError(), "it did not answer in time"),
-                          (BrokenPipeError(), "it closed the connection"), (asbridge.http.client.IncompleteRead(b""), "it closed the connection, or said a wrong length"),
-                          (asbridge.http.client.BadStatusLine("SSH-2.0"), "what it answered is not HTTP/1.1 (BadStatusLine: SSH-2.0)"),
-                          (ValueError("the answer does not end"), "what it answered is not HTTP/1.1 (ValueError: the answer does not end)"),
-                          (MatrixError("M_NOT_JSON", "the body is not JSON"), "the body is not JSON"),
-                          (MatrixError("M_UNKNOWN", "the homeserver could not store this"), "the homeserver could not store this")):
-        assert asbridge.advice(told, failure).startswith(text)
-
-
-def no_threads_named(monkeypatch, prefix):
-    """Threads whose names begin so can't be started any more."""
-    real = threading.Thread.start
-
-    def start_thread(thread):
-        if thread.name.startswith(prefix):
-            raise RuntimeError("can't start new thread")
-        real(thread)
-    monkeypatch.setattr(threading.Thread, "start", start_thread)
-
-
-def test_what_could_not_be_pushed_for_want_of_a_thread_is_pushed_when_there_is_one(start, recorder, monkeypatch, caplog):
-    r = recorder()
-    with monkeypatch.context() as patch:
-        no_threads_named(patch, "push")
-        hs = start(registration(url=r.url, rooms=["!.*"]))
-        alice = hs.client("alice")
-        room = alice.create_room()
-        alice.say(room, "first")
-        assert hs.waiting()["irc"] > 1 and not r.transactions
-    alice.say(room, "second")
-    hs.settle()
-    assert r.texts() == ["first", "second"]
-    said = [record.getMessage() for record in caplog.records]
-    assert said == ["application service irc: nothing can be pushed: can't start new thread"]
-
-
-def test_what_is_asked_of_several_at_once_is_asked_one_after_the_other_where_there_is_no_thread(monkeypatch):
-    no_threads_named(monkeypatch, "")
-    assert asbridge.at_once(lambda n: n * n, [1, 2, 3]) == [1, 4, 9]
-
-
-def test_who_typed_stops_when_there_is_a_thread_for_it_again(start, monkeypatch):
-    hs = start()
-    alice = hs.client("alice")
-    room = alice.create_room()
-    with monkeypatch.context() as patch:
-        no_threads_named(patch, "typing")
-        alice.typing(room, timeout=1000)
-    bob = hs.client("bob")
-    alice.invite(room, bob.user_id)
-    bob.join(room)
-    bob.typing(room, timeout=30_000)
-    hs.advance(2)
-    eventually(lambda: hs.api.typing._rooms[1][1].keys() == {bob.user_id})
-
 
 def test_a_push_has_the_client_event_format_and_what_old_software_reads(start, recorder):
     r = recorder()
@@ -9145,338 +9656,142 @@ def test_url_null_sends_and_queues_nothing(start):
         alice.profile("@_irc_x:localhost")
 
 
-# -- Faults, and the levers.
-
-def push_under_faults(hs, alice, room):
-    """A message of alice's, pushed under the faults that are set; its event ID."""
-    event_id = alice.say(room, "x")
-    eventually(lambda: hs.advance(1) or not hs.waiting())
-    return event_id
-
-
-@pytest.fixture
-def linked(start, recorder):
-    """A homeserver, an application service that records, alice, and her room which it hears; all is settled."""
+def test_what_could_not_be_pushed_for_want_of_a_thread_is_pushed_when_there_is_one(start, recorder, monkeypatch, caplog):
     r = recorder()
-    hs = start(registration(url=r.url, rooms=["!.*"], exclusive=False))
+    with monkeypatch.context() as patch:
+        no_threads_named(patch, "push")
+        hs = start(registration(url=r.url, rooms=["!.*"]))
+        alice = hs.client("alice")
+        room = alice.create_room()
+        alice.say(room, "first")
+        assert hs.waiting()["irc"] > 1 and not r.transactions
+    alice.say(room, "second")
+    hs.settle()
+    assert r.texts() == ["first", "second"]
+    said = [record.getMessage() for record in caplog.records]
+    assert said == ["application service irc: nothing can be pushed: can't start new thread"]
+
+
+def test_the_log_says_whose_failure_it_was():
+    told = asbridge.read_registration(registration(url="http://127.0.0.1:1"), "here")
+    for failure, text in ((asbridge.Answer(403, b"{}"), "403: it rejects the hs_token"), (asbridge.Answer(500, b"oops hs-irc"), "it answered 500 oops (hs_token)"),
+                          (ConnectionRefusedError(), "nothing listens at http://127.0.0.1:1"), (TimeoutError(), "it did not answer in time"),
+                          (BrokenPipeError(), "it closed the connection"), (asbridge.http.client.IncompleteRead(b""), "it closed the connection, or said a wrong length"),
+                          (asbridge.http.client.BadStatusLine("SSH-2.0"), "what it answered is not HTTP/1.1 (BadStatusLine: SSH-2.0)"),
+                          (ValueError("the answer does not end"), "what it answered is not HTTP/1.1 (ValueError: the answer does not end)"),
+                          (MatrixError("M_NOT_JSON", "the body is not JSON"), "the body is not JSON"),
+                          (MatrixError("M_UNKNOWN", "the homeserver could not store this"), "the homeserver could not store this")):
+        assert asbridge.advice(told, failure).startswith(text)
+
+
+# -- Pushing ephemeral data.
+
+@pytest.mark.parametrize("flags, keys", [
+    ({"receive_ephemeral": True}, ["ephemeral"]), ({"de.sorunome.msc2409.push_ephemeral": True}, ["de.sorunome.msc2409.ephemeral"]),
+    ({"receive_ephemeral": True, "de.sorunome.msc2409.push_ephemeral": True}, ["ephemeral", "de.sorunome.msc2409.ephemeral"]), ({}, [])])
+def test_typing_and_receipts_are_pushed_to_a_service_that_wants_them_under_the_names_that_it_reads(start, recorder, flags, keys):
+    r = recorder()
+    hs = start(registration(url=r.url, rooms=["!.*"], **flags))
+    alice = hs.client("alice")
+    room = alice.create_room()
+    event_id = alice.say(room, "x")
+    alice.typing(room)
+    alice.receipt(room, event_id)
+    hs.settle()
+    for key in ("ephemeral", "de.sorunome.msc2409.ephemeral"):
+        found = ephemeral_of(r, key)
+        assert {data["type"] for data in found} == ({"m.typing", "m.receipt"} if key in keys else set())
+        assert all(data["room_id"] == room for data in found)
+    if keys:
+        typing, receipt = (next(data for data in ephemeral_of(r, keys[0]) if data["type"] == kind) for kind in ("m.typing", "m.receipt"))
+        assert typing["content"]["user_ids"] == [alice.user_id] and alice.user_id in receipt["content"][event_id]["m.read"]
+
+
+def test_a_private_receipt_is_for_the_service_of_its_user_only(start, recorder):
+    mine, other = recorder(), recorder()
+    hs = start(registration("irc", mine.url, receive_ephemeral=True), registration("other", other.url, rooms=["!.*"], users=[], aliases=[], receive_ephemeral=True))
+    bob = acting(hs, "irc", "@_irc_bob:localhost")
+    room = bob.create_room()
+    event_id = bob.say(room, "x")
+    bob.receipt(room, event_id, "m.read.private")
+    bob.receipt(room, event_id)
+    hs.settle()
+    kinds = lambda r: [next(iter(data["content"][event_id])) for data in ephemeral_of(r)]  # noqa: E731
+    assert kinds(other) == ["m.read"] and sorted(kinds(mine)) == ["m.read", "m.read.private"]
+
+
+def test_typing_is_stale_after_half_a_minute_though_the_clock_of_the_machine_goes_back(start, recorder, monkeypatch):
+    r = recorder()
+    r.answer = lambda request, body: (500, {"errcode": "M_UNKNOWN"})
+    hs = start(registration(url=r.url, rooms=["!.*"], receive_ephemeral=True))
+    alice = hs.client("alice")
+    room = alice.create_room()
+    eventually(lambda: r.transactions)
+    alice.typing(room, timeout=100_000)
+    monkeypatch.setattr(hs.clock, "now", lambda: int(time.time() * 1000) - 3_600_000)
+    hs.advance(60)
+    r.answer = lambda request, body: (200, {})
+    hs.advance(0)
+    hs.settle()
+    assert alice.say(room, "x") and hs.settle() is None
+    assert not [data for data in ephemeral_of(r) if data["type"] == "m.typing" and data["content"]["user_ids"]]
+
+
+def test_ephemeral_data_that_waits_is_the_latest_of_each_kind_and_stale_typing_is_dropped(start, recorder):
+    r = recorder()
+    r.answer = lambda request, body: (500, {"errcode": "M_UNKNOWN"})
+    hs = start(registration(url=r.url, rooms=["!.*"], receive_ephemeral=True))
+    alice = hs.client("alice")
+    room = alice.create_room()
+    sent = [alice.say(room, str(n)) for n in range(3)]
+    eventually(lambda: r.transactions)
+    for event_id in sent:
+        alice.receipt(room, event_id)
+    alice.typing(room, timeout=100_000)
+    hs.advance(60)
+    r.answer = lambda request, body: (200, {})
+    hs.advance(120)
+    hs.settle()
+    receipts = [data for data in ephemeral_of(r) if data["type"] == "m.receipt"]
+    assert [list(data["content"]) for data in receipts] == [[sent[-1]]]
+    assert all(data["content"]["user_ids"] == [] for data in ephemeral_of(r) if data["type"] == "m.typing")
+
+
+def test_a_transaction_with_ephemeral_data_does_not_change_either(start, recorder):
+    r = recorder()
+    hs = start(registration(url=r.url, rooms=["!.*"], receive_ephemeral=True))
     alice = hs.client("alice")
     room = alice.create_room()
     hs.settle()
     r.requests.clear()
-    return hs, r, alice, room
-
-
-@pytest.mark.parametrize("fault, more, came, statuses, error", [
-    ("lose_ack",  {},                 2, [200, 200],  "the answer was lost"),
-    ("refuse",    {},                 1, [None, 200], "nothing listens"),
-    ("status",    {"status": 503},    1, [503, 200],  None),
-    ("delay",     {"delay_ms": 5000}, 1, [200],       None),
-    ("garbage",   {},                 1, [200],       None),
-    ("duplicate", {},                 2, [200],       None),
-])
-def test_a_fault_happens_once_and_what_was_not_acknowledged_comes_again_the_same(linked, fault, more, came, statuses, error):
-    hs, r, alice, room = linked
-    getattr(hs.faults("irc"), fault)(**more)
-    assert [one["fault"] for one in hs.faults("irc").told()] == [fault]
-    push_under_faults(hs, alice, room)
-    assert len(r.transactions) == came and len(set(r.transactions)) == 1 and hs.faults("irc").told() == []
-    attempts = hs.transactions("irc")[-1]["attempts"]
-    assert [one["status"] for one in attempts] == statuses and attempts[0]["fault"] == fault and (error or "") in (attempts[0]["error"] or "")
-    assert attempts[-1]["fault"] is None or len(attempts) == 1
-    push_under_faults(hs, alice, room)
-    assert len(r.transactions) == came + 1 and len(hs.transactions("irc")[-1]["attempts"]) == 1
-
-
-def test_a_fault_may_happen_some_times_on_queries_or_on_pings(start, recorder):
-    r = recorder()
-    hs = start(registration(url=r.url))
-    alice = hs.client("alice")
-    hs.faults("irc").status(on="ping", status=418, times=2)
-    hs.faults("irc").refuse(on="queries")
-    hs.faults("irc").lose_ack(times=3)
-    for _ in range(2):
-        with refused("M_BAD_STATUS"):
-            hs.delivery.ping(hs.delivery.registration("irc"), None)
-    hs.delivery.ping(hs.delivery.registration("irc"), None)
-    alice.create_room(invite=["@_irc_bob:localhost"])        # asks once
-    assert [path for _, path, _, _, _ in r.requests if "/users/" in path] == []
-    assert [one["fault"] for one in hs.faults("irc").told()] == ["lose_ack"]
-    hs.faults("irc").clear()
-    assert hs.faults("irc").told() == []
-
-
-def test_a_fault_with_a_probability_and_a_seed_is_the_same_in_every_run():
-    def drawn(seed):
-        faults = asbridge.Faults()
-        faults.lose_ack(probability=0.5, seed=seed)
-        return [bool(faults.take("transaction")) for _ in range(50)]
-    assert drawn(7) == drawn(7) != drawn(8) and 10 < sum(drawn(7)) < 40
-
-
-@pytest.mark.parametrize("wrong", [{"fault": "explode"}, {"on": "mondays"}, {"times": 0}, {"probability": 0}, {"probability": 1.5}, {"delay_ms": -1}, {"status": 99}])
-def test_a_fault_that_can_not_be_is_refused_and_changes_nothing(wrong):
-    faults = asbridge.Faults()
-    with refused("M_INVALID_PARAM", 400):
-        faults.add(wrong.pop("fault", "refuse"), **wrong)
-    assert faults.told() == []
-
-
-@pytest.mark.parametrize("twice", [("lose_ack", "lose_ack"), ("status", "refuse")])
-def test_of_two_faults_of_a_sort_one_acts_at_a_time(linked, twice):
-    hs, r, alice, room = linked
-    for fault in twice:
-        hs.faults("irc").add(fault)
-    push_under_faults(hs, alice, room)
-    assert len(hs.transactions("irc")[-1]["attempts"]) == (3 if len(set(twice)) == 1 else 2)
-
-
-@pytest.mark.parametrize("fault, more, came", [("lose_ack", {}, 2), ("duplicate", {}, 2), ("delay", {"delay_ms": 100}, 1), ("garbage", {}, 1)])
-def test_faults_are_the_same_for_a_service_that_knows_the_older_paths_only(linked, fault, more, came):
-    hs, r, alice, room = linked
-    r.answer = lambda request, body: (404, b"no") if request.path.startswith("/_matrix/app/v1") else (200, {})
-    hs.faults("irc").add(fault, **more)
-    push_under_faults(hs, alice, room)
-    assert len([path for _, path, *_ in r.requests if path.startswith("/transactions/")]) == came and hs.transactions("irc")[-1]["acknowledged"]
-
-
-def test_garbage_does_not_acknowledge_what_was_refused(linked):
-    hs, r, alice, room = linked
     r.answer = lambda request, body: (500, {"errcode": "M_UNKNOWN"})
-    hs.faults("irc").garbage()
-    alice.say(room, "x")
-    eventually(lambda: hs.delivery.worker("irc").failures)
-    assert hs.waiting() == {"irc": 1}
-
-
-def test_a_transaction_that_is_skipped_while_it_is_under_way_delays_the_next_in_no_way(linked):
-    hs, r, alice, room = linked
-    go = threading.Event()
-    r.answer = lambda request, body: (200, {}) if b"after" in body else (go.wait(20), (503, {}))[1]
-    alice.say(room, "stuck")
+    alice.typing(room)
     eventually(lambda: r.transactions)
-    alice.say(room, "after")
-    hs.skip("irc")
-    hs.settle(3)
-    assert r.texts()[-1] == "after" and hs.transactions("irc")[-1]["attempts"][0]["status"] == 200
-    go.set()
-    assert hs.delivery.worker("irc").failures == 0
+    alice.typing(room, False)
+    r.answer = lambda request, body: (200, {})
+    hs.advance(1)
+    hs.settle()
+    first = [body for txn_id, body in r.transactions if txn_id == r.transactions[0][0]]
+    assert len(first) >= 2 and len(set(first)) == 1 and json.loads(first[0])["events"] == []
 
 
-def test_a_retry_while_an_attempt_is_under_way_counts_for_the_next(linked):
-    hs, r, alice, room = linked
-    go = threading.Event()
-    r.answer = lambda request, body: (go.wait(20), (503, {}))[1] if len(r.transactions) == 1 else (200, {})
-    alice.say(room, "x")
-    eventually(lambda: r.transactions)
-    hs.retry("irc")
-    go.set()
-    hs.settle(0.4)                                           # the backoff would be longer
-    assert len(r.transactions) == 2
-
-
-@pytest.mark.parametrize("on", ["transactions", "queries"])
-def test_what_a_fault_delays_is_not_sent_any_more_after_the_end(linked, monkeypatch, on):
-    monkeypatch.setattr(asbridge.Delivery.stop, "__defaults__", (0.1,))
-    hs, r, alice, room = linked
-    hs.faults("irc").delay(on=on, delay_ms=9000)
-    if on == "queries":
-        with background(alice.profile, "@_irc_x:localhost") as asked:
-            eventually(lambda: hs.delivery._lines)
-            hs.stop()
-            with pytest.raises((MatrixError, asbridge.Unreachable)):
-                asked.result()
-    else:
-        alice.say(room, "x")
-        eventually(lambda: hs.inspector.status()["appservices"][0]["open"])
-        began = time.monotonic()
-        hs.reset()
-        assert time.monotonic() - began < 1
-    assert not r.requests
-
-
-def test_an_error_in_the_push_itself_does_not_end_it(linked, monkeypatch):
-    hs, r, alice, room = linked
-    worker, fails = hs.delivery.worker("irc"), [1]
-    push = worker._push
-    monkeypatch.setattr(worker, "_push", lambda transaction: 1 / 0 if fails and fails.pop() else push(transaction))
-    push_under_faults(hs, alice, room)
-    assert not fails and r.texts() == ["x"]
-
-
-def test_a_pause_outlives_a_change_of_the_registration(linked):
-    hs, r, alice, room = linked
-    hs.pause("irc")
-    alice.say(room, "x")
-    hs.reread = lambda: [asbridge.read_registration(registration(url=r.url, rooms=["!.*"], users=["@other_.*"], exclusive=False), "here")]
-    assert hs.reload() == ["changed 'irc'"]
-    hs.advance(100)
-    assert hs.inspector.status()["appservices"][0]["state"] == "paused" and not r.requests
-    hs.resume("irc")
-    assert heard(hs, r) == ["x"]
-
-
-def test_a_delay_as_long_as_an_answer_is_waited_for_is_no_answer(start, recorder):
+@pytest.mark.parametrize("who", ["ghost", "stranger", "roommate"])
+def test_presence_is_pushed_of_its_own_users_and_of_who_is_in_a_room_with_them(start, recorder, who):
     r = recorder()
-    hs = start(registration(url=r.url), push_timeout_ms=2000)
-    bob = acting(hs, "irc", "@_irc_bob:localhost")
-    hs.faults("irc").delay(delay_ms=2000)
-    push_under_faults(hs, bob, bob.create_room())
-    first = hs.transactions("irc")[0]["attempts"]
-    assert "did not answer in time" in first[0]["error"] and first[1]["status"] == 200
-
-
-def test_while_it_is_paused_nothing_is_pushed_and_then_all_of_it_in_order(linked):
-    hs, r, alice, room = linked
-    hs.pause("irc")
-    for n in range(3):
-        alice.say(room, str(n))
-    hs.advance(1000)
-    assert hs.inspector.status()["appservices"][0]["state"] == "paused" and not r.requests
-    with pytest.raises(AssertionError, match="3 events for 'irc', paused"):
-        hs.settle(0.05)
-    hs.resume("irc")
-    assert heard(hs, r) == ["0", "1", "2"]
-
-
-def test_a_retry_ends_the_backoff(linked):
-    hs, r, alice, room = linked
-    hs.faults("irc").refuse()
-    alice.say(room, "x")
-    one = eventually(lambda: hs.inspector.status()["appservices"][0]["state"] == "backing off" and hs.inspector.status()["appservices"][0])
-    assert one["failures"] == 1 and one["down_since"] and one["next_attempt"] > one["down_since"] and one["open"]["events"] == 1
-    hs.retry("irc")
-    assert heard(hs, r) == ["x"] and hs.inspector.status()["appservices"][0]["down_since"] is None
-
-
-def test_a_transaction_that_is_refused_for_ever_can_be_skipped(linked):
-    hs, r, alice, room = linked
-    hs.faults("irc").status(times=1)
-    alice.say(room, "poison")
-    eventually(lambda: hs.delivery.worker("irc").failures)
-    alice.say(room, "after")
-    opened = hs.inspector.status()["appservices"][0]["open"]["txn_id"]
-    assert hs.skip("irc") == opened
-    assert heard(hs, r) == ["after"]
-    with refused("M_NOT_FOUND", 404, "no transaction is open"):
-        hs.skip("irc")
-    alice.say(room, "again")
-    assert heard(hs, r) == ["after", "again"]
-
-
-def test_a_replay_sends_the_same_bytes_with_the_same_id_or_with_a_new_one(linked):
-    hs, r, alice, room = linked
-    alice.say(room, "x")
-    hs.settle()
-    first = r.transactions[-1]
-    assert hs.replay("irc") == first[0]
-    hs.settle()
-    assert r.transactions == [first, first] and len(hs.transactions("irc")[-1]["attempts"]) == 2
-    new = hs.replay("irc", first[0], new_id=True)
-    hs.settle()
-    assert int(new) > int(first[0]) and r.transactions[-1] == (new, first[1]) and hs.transactions("irc")[-1]["acknowledged"]
-    alice.say(room, "y")
-    hs.settle()
-    assert len(r.transactions) == 4 and r.texts()[-1] == "y" and int(r.transactions[-1][0]) > int(new)
-    with refused("M_NOT_FOUND", 404):
-        hs.replay("irc", "17")
-    hs.pause("irc")
-    alice.say(room, "z")
-    with refused("M_UNKNOWN", 409, "is open"):
-        hs.replay("irc")
-    hs.resume("irc")
-    hs.settle()
-
-
-def test_a_replay_survives_a_restart(start, recorder, tmp_path):
-    r, database = recorder(), str(tmp_path / "hs.db")
-    hs = start(registration(url=r.url), database=database)
-    bob = acting(hs, "irc", "@_irc_bob:localhost")
-    bob.say(bob.create_room(), "x")
-    hs.settle()
-    hs.pause("irc")
-    sent = r.transactions[-1]
-    new = hs.replay("irc", new_id=True)
-    hs.stop()
-    hs = start(registration(url=r.url), database=database)
-    hs.settle()
-    assert r.transactions[-1] == (new, sent[1])
-
-
-@pytest.mark.parametrize("lever", ["pause", "resume", "retry", "skip", "replay", "faults"])
-def test_a_lever_for_an_unknown_service_names_those_that_there_are(start, lever):
-    hs = start(registration())
-    with refused("M_NOT_FOUND", 404, "only irc"):
-        getattr(hs, lever)("nobody")
-    if lever != "faults":
-        with refused("M_URL_NOT_SET", 400):
-            getattr(hs, lever)("irc")
-
-
-# -- What passes.
-
-def test_the_trace_draws_each_exchange_as_two_arrows(linked, caplog):
-    hs, r, alice, room = linked
-    caplog.set_level("DEBUG", "asbridge.trace")
-    hs.faults("irc").lose_ack()
-    push_under_faults(hs, alice, room)
-    bot_of(hs, "irc").whoami()
-    with refused("M_FORBIDDEN"):
-        acting(hs, "irc", "@carol:localhost", register=False).whoami()
-    lines = [record.getMessage() for record in caplog.records if record.name == "asbridge.trace"]
-    txn_id = r.transactions[0][0]
-    number = r"[0-9.]+ ms"
-    for line, regex in zip(lines, (
-            rf"HS ---> irc        #[0-9]+ +PUT transactions/{txn_id}, 1 event, m.room.message of @alice:localhost, attempt 1",
-            rf"HS <-/- irc        #[0-9]+ +200 in {number}; it answered, but the answer was lost on the way; fault: lose_ack; attempt 2 in 0.[45][0-9]* s",
-            rf"HS ---> irc        #[0-9]+ +PUT transactions/{txn_id}, 1 event, m.room.message of @alice:localhost, attempt 2",
-            rf"HS <--- irc        #[0-9]+ +200 in {number}",
-            r"HS <--- irc        #[0-9]+ +GET /_matrix/client/v3/account/whoami as @_irc_bot:localhost",
-            rf"HS ---> irc        #[0-9]+ +200 in {number}",
-            r"HS <--- irc        #[0-9]+ +GET /_matrix/client/v3/account/whoami as @carol:localhost",
-            rf"HS ---> irc        #[0-9]+ +403 in {number}"), strict=True):
-        assert re.fullmatch(regex, line), (regex, line)
-
-
-def test_a_stranger_can_not_write_a_line_of_the_trace_or_of_the_log(linked, caplog):
-    hs, r, alice, room = linked
-    caplog.set_level("DEBUG", "asbridge")
-    r.answer = lambda request, body: (500, b"boom\nHS <--- irc 200 forged\x1b[2J") if "/transactions/" in request.path else (200, {})
-    alice.send(room, "m.evil\nHS <--- irc #9 200 forged\x1b[31m", {})
-    eventually(lambda: hs.delivery.worker("irc").failures)
-    ask(hs, "GET", "/_matrix/client/v3/directory/room/%23_irc_%0A%1b[2J:localhost", "as-irc")
-    messages = [record.getMessage() for record in caplog.records]
-    assert any("forged" in message for message in messages) and not [message for message in messages if "\n" in message or "\x1b" in message]
-
-
-def test_what_passes_is_kept_in_a_ring_and_comes_again_when_it_changes():
-    wire = asbridge.Wire(asbridge.Clock())
-    def one():
-        return asbridge.Exchange(wire.number(), 5, "hs", "irc", "ping", "POST", "/x", {})
-    first, second = wire.begin(one()), wire.begin(one())
-    now, news = wire.since(0, 0)
-    assert news == [first, second] and wire.since(now, 0) == (now, []) and first.n < first.seq < second.n < second.seq == now
-    wire.end(first)
-    assert wire.since(now, 0)[1] == [first] and first.seq > now and wire.since(now + 100, 0)[1] == [second, first]
-    for _ in range(asbridge.KEPT_EXCHANGES):
-        wire.whole(wire.number(), one)
-    assert len(wire.since(0, 0)[1]) == asbridge.KEPT_EXCHANGES and wire.find(first.n) is None
-
-
-def test_who_looks_for_what_passes_waits_until_something_does():
-    wire, seen = asbridge.Wire(asbridge.Clock()), []
-    looking = threading.Thread(target=lambda: seen.append(wire.since(0, 5)))
-    looking.start()
-    eventually(lambda: wire._bells)
-    wire.begin(asbridge.Exchange(wire.number(), 5, "hs", "irc", "ping", "POST", "/x", {}))
-    looking.join()
-    assert seen[0][0] == 2 and len(seen[0][1]) == 1 and not wire._bells
+    hs = start(registration(url=r.url, receive_ephemeral=True))
+    alice, ghost = hs.client("alice"), acting(hs, "irc", "@_irc_bob:localhost")
+    if who == "roommate":
+        ghost.join(alice.create_room(preset="public_chat"))
+    client = ghost if who == "ghost" else alice
+    for presence in ("online", "unavailable"):
+        set_presence(client, presence, status_msg="x")
+        hs.settle()
+    found = [data for data in ephemeral_of(r) if data["type"] == "m.presence"]
+    assert all("room_id" not in data and data["content"]["status_msg"] == "x" for data in found)
+    assert [(data["sender"], data["content"]["presence"]) for data in found] == [(client.user_id, "online"), (client.user_id, "unavailable")] * (who != "stranger")
 
 
 # -- Legacy paths.
-
-def legacy(status, body, old_status=200, old_body={}):
-    return lambda request, sent: (old_status, old_body) if request.path.startswith("/transactions/") else (status, body)
-
 
 @pytest.mark.parametrize("status,body,falls_back", [
     (404, {}, True), (405, b"", True), (500, b"no", True), (501, {}, True), (404, {"errcode": "M_UNRECOGNIZED"}, True), (404, {"errcode": "M_NOT_FOUND"}, False),
@@ -9799,246 +10114,18 @@ def test_a_session_of_a_ghost_never_makes_its_own_service_be_asked(start, record
     assert r.requests == []
 
 
-def ephemeral_of(recorder, key="ephemeral"):
-    return [data for body in dict(recorder.transactions).values() for data in json.loads(body).get(key, [])]
-
-
-@pytest.mark.parametrize("flags, keys", [
-    ({"receive_ephemeral": True}, ["ephemeral"]), ({"de.sorunome.msc2409.push_ephemeral": True}, ["de.sorunome.msc2409.ephemeral"]),
-    ({"receive_ephemeral": True, "de.sorunome.msc2409.push_ephemeral": True}, ["ephemeral", "de.sorunome.msc2409.ephemeral"]), ({}, [])])
-def test_typing_and_receipts_are_pushed_to_a_service_that_wants_them_under_the_names_that_it_reads(start, recorder, flags, keys):
-    r = recorder()
-    hs = start(registration(url=r.url, rooms=["!.*"], **flags))
-    alice = hs.client("alice")
-    room = alice.create_room()
-    event_id = alice.say(room, "x")
-    alice.typing(room)
-    alice.receipt(room, event_id)
-    hs.settle()
-    for key in ("ephemeral", "de.sorunome.msc2409.ephemeral"):
-        found = ephemeral_of(r, key)
-        assert {data["type"] for data in found} == ({"m.typing", "m.receipt"} if key in keys else set())
-        assert all(data["room_id"] == room for data in found)
-    if keys:
-        typing, receipt = (next(data for data in ephemeral_of(r, keys[0]) if data["type"] == kind) for kind in ("m.typing", "m.receipt"))
-        assert typing["content"]["user_ids"] == [alice.user_id] and alice.user_id in receipt["content"][event_id]["m.read"]
-
-
-def test_a_private_receipt_is_for_the_service_of_its_user_only(start, recorder):
-    mine, other = recorder(), recorder()
-    hs = start(registration("irc", mine.url, receive_ephemeral=True), registration("other", other.url, rooms=["!.*"], users=[], aliases=[], receive_ephemeral=True))
-    bob = acting(hs, "irc", "@_irc_bob:localhost")
-    room = bob.create_room()
-    event_id = bob.say(room, "x")
-    bob.receipt(room, event_id, "m.read.private")
-    bob.receipt(room, event_id)
-    hs.settle()
-    kinds = lambda r: [next(iter(data["content"][event_id])) for data in ephemeral_of(r)]  # noqa: E731
-    assert kinds(other) == ["m.read"] and sorted(kinds(mine)) == ["m.read", "m.read.private"]
-
-
-def test_typing_is_stale_after_half_a_minute_though_the_clock_of_the_machine_goes_back(start, recorder, monkeypatch):
-    r = recorder()
-    r.answer = lambda request, body: (500, {"errcode": "M_UNKNOWN"})
-    hs = start(registration(url=r.url, rooms=["!.*"], receive_ephemeral=True))
-    alice = hs.client("alice")
-    room = alice.create_room()
-    eventually(lambda: r.transactions)
-    alice.typing(room, timeout=100_000)
-    monkeypatch.setattr(hs.clock, "now", lambda: int(time.time() * 1000) - 3_600_000)
-    hs.advance(60)
-    r.answer = lambda request, body: (200, {})
-    hs.advance(0)
-    hs.settle()
-    assert alice.say(room, "x") and hs.settle() is None
-    assert not [data for data in ephemeral_of(r) if data["type"] == "m.typing" and data["content"]["user_ids"]]
-
-
-def test_ephemeral_data_that_waits_is_the_latest_of_each_kind_and_stale_typing_is_dropped(start, recorder):
-    r = recorder()
-    r.answer = lambda request, body: (500, {"errcode": "M_UNKNOWN"})
-    hs = start(registration(url=r.url, rooms=["!.*"], receive_ephemeral=True))
-    alice = hs.client("alice")
-    room = alice.create_room()
-    sent = [alice.say(room, str(n)) for n in range(3)]
-    eventually(lambda: r.transactions)
-    for event_id in sent:
-        alice.receipt(room, event_id)
-    alice.typing(room, timeout=100_000)
-    hs.advance(60)
-    r.answer = lambda request, body: (200, {})
-    hs.advance(120)
-    hs.settle()
-    receipts = [data for data in ephemeral_of(r) if data["type"] == "m.receipt"]
-    assert [list(data["content"]) for data in receipts] == [[sent[-1]]]
-    assert all(data["content"]["user_ids"] == [] for data in ephemeral_of(r) if data["type"] == "m.typing")
-
-
-def test_a_transaction_with_ephemeral_data_does_not_change_either(start, recorder):
-    r = recorder()
-    hs = start(registration(url=r.url, rooms=["!.*"], receive_ephemeral=True))
-    alice = hs.client("alice")
-    room = alice.create_room()
-    hs.settle()
-    r.requests.clear()
-    r.answer = lambda request, body: (500, {"errcode": "M_UNKNOWN"})
-    alice.typing(room)
-    eventually(lambda: r.transactions)
-    alice.typing(room, False)
-    r.answer = lambda request, body: (200, {})
-    hs.advance(1)
-    hs.settle()
-    first = [body for txn_id, body in r.transactions if txn_id == r.transactions[0][0]]
-    assert len(first) >= 2 and len(set(first)) == 1 and json.loads(first[0])["events"] == []
-
-
-@pytest.mark.parametrize("who", ["ghost", "stranger", "roommate"])
-def test_presence_is_pushed_of_its_own_users_and_of_who_is_in_a_room_with_them(start, recorder, who):
-    r = recorder()
-    hs = start(registration(url=r.url, receive_ephemeral=True))
-    alice, ghost = hs.client("alice"), acting(hs, "irc", "@_irc_bob:localhost")
-    if who == "roommate":
-        ghost.join(alice.create_room(preset="public_chat"))
-    client = ghost if who == "ghost" else alice
-    for presence in ("online", "unavailable"):
-        set_presence(client, presence, status_msg="x")
-        hs.settle()
-    found = [data for data in ephemeral_of(r) if data["type"] == "m.presence"]
-    assert all("room_id" not in data and data["content"]["status_msg"] == "x" for data in found)
-    assert [(data["sender"], data["content"]["presence"]) for data in found] == [(client.user_id, "online"), (client.user_id, "unavailable")] * (who != "stranger")
-
-
-# -- Encrypting application services.
-
-ENCRYPTING = {"receive_ephemeral": True, "org.matrix.msc3202": True}
-
-
-def pushed(recorder, key):
-    """What came under this key, transaction by transaction."""
-    return [json.loads(body)[key] for body in dict(recorder.transactions).values() if key in json.loads(body)]
-
-
-def ghost_with_device(hs, user_id="@_irc_bob:localhost", device_id="GHOST"):
-    """A ghost acting with a device of its own."""
-    ghost = acting(hs, "irc", user_id)
-    ghost.ask("PUT", "devices", device_id, body={"display_name": "bridge"})
-    with_device = asbridge.Client(hs.url, ghost.token, user_id)
-    with_device.call = functools.partial(asbridge.Client.call, with_device, device_id=device_id)
-    return with_device
-
-
-@pytest.mark.parametrize("flags, comes", [({"receive_ephemeral": True}, True), ({"de.sorunome.msc2409.push_ephemeral": True}, True), ({}, False)])
-def test_a_message_to_a_ghosts_device_is_pushed_once_and_in_order_to_a_service_that_takes_ephemeral_data(start, recorder, flags, comes):
-    r = recorder()
-    hs = start(registration(url=r.url, **flags))
-    alice, ghost = hs.client("alice"), ghost_with_device(hs)
-    for n in range(3):
-        alice.ask("PUT", "sendToDevice", "m.x", str(n), body={"messages": {ghost.user_id: {"*": {"n": n}}}})
-    hs.settle()
-    messages = [message for part in pushed(r, "de.sorunome.msc2409.to_device") for message in part]
-    assert messages == ([{"type": "m.x", "sender": alice.user_id, "content": {"n": n}, "to_user_id": ghost.user_id, "to_device_id": "GHOST"} for n in range(3)] if comes else [])
-    if not comes:                                            # it is left for a /sync of the ghost
-        session = hs.api.accounts.login_ghost(hs.world.registrations.by_id["irc"], ghost.user_id, device_id="GHOST")
-        assert len(asbridge.Client(hs.url, session["access_token"]).sync()["to_device"]["events"]) == 3
-
-
-def test_messages_to_a_ghosts_device_wait_for_a_service_that_is_down_over_a_restart(start, recorder, tmp_path):
-    r = recorder()
-    r.answer = lambda request, body: (500, {"errcode": "M_UNKNOWN"})
-    keys = {"database": str(tmp_path / "a.db")}
-    hs = start(registration(url=r.url, **ENCRYPTING), **keys)
-    alice, ghost = hs.client("alice"), ghost_with_device(hs)
-    for n in range(150):
-        alice.ask("PUT", "sendToDevice", "m.x", str(n), body={"messages": {ghost.user_id: {"*": {"n": n}}}})
-    hs.stop()
-    r.answer = lambda request, body: (200, {})
-    hs = start(registration(url=r.url, **ENCRYPTING), **keys)
-    hs.settle()
-    parts = pushed(r, "de.sorunome.msc2409.to_device")
-    assert [message["content"]["n"] for part in parts for message in part] == list(range(150)) and max(map(len, parts)) == 100
-
-
-def test_a_service_hears_how_many_keys_its_ghosts_have_left_under_both_names(start, recorder):
-    r = recorder()
-    hs = start(registration(url=r.url, **ENCRYPTING))
-    alice, ghost = hs.client("alice"), ghost_with_device(hs)
-    ghost.ask("POST", "keys", "upload", body={"device_keys": device_keys(ghost), "one_time_keys": {"signed_curve25519:A": {}, "signed_curve25519:B": {}},
-                                              "fallback_keys": {"signed_curve25519:F": {}}})
-    assert device_of(ghost) == "GHOST" and claim(alice, ghost) == "A"
-    hs.settle()
-    counts = [{ghost.user_id: {"GHOST": {"signed_curve25519": 1}}}]
-    assert pushed(r, "org.matrix.msc3202.device_one_time_keys_count")[-1:] == pushed(r, "org.matrix.msc3202.device_one_time_key_counts")[-1:] == counts
-    assert pushed(r, "org.matrix.msc3202.device_unused_fallback_key_types")[-1] == {ghost.user_id: {"GHOST": ["signed_curve25519"]}}
-    assert [claim(alice, ghost) for _ in range(2)] == ["B", "F"]
-    hs.settle()
-    assert pushed(r, "org.matrix.msc3202.device_one_time_keys_count")[-1] == {ghost.user_id: {"GHOST": {"signed_curve25519": 0}}}
-    assert pushed(r, "org.matrix.msc3202.device_unused_fallback_key_types")[-1] == {ghost.user_id: {"GHOST": []}}
-    alice.ask("PUT", "sendToDevice", "m.x", "1", body={"messages": {ghost.user_id: {"*": {}}}})
-    hs.settle()
-    assert {"de.sorunome.msc2409.to_device", "org.matrix.msc3202.device_one_time_keys_count"} <= json.loads(r.transactions[-1][1]).keys()
-
-
-def test_a_service_hears_whose_devices_changed_in_the_rooms_of_its_ghosts(start, recorder):
-    r, other = recorder(), recorder()
-    hs = start(registration(url=r.url, **ENCRYPTING), registration("plain", other.url, users=("@_irc_.*",), exclusive=False, receive_ephemeral=True, namespaces={
-        "users": [{"regex": "@alice:.*", "exclusive": False}]}))
-    alice, bob, ghost = hs.client("alice"), hs.client("bob"), ghost_with_device(hs)
-    upload(bob)                                              # in no room of a ghost
-    room = alice.create_room(preset="public_chat")
-    ghost.join(room)
-    hs.settle()
-    assert pushed(r, "org.matrix.msc3202.device_lists") == []
-    upload(alice)
-    hs.settle()
-    assert pushed(r, "org.matrix.msc3202.device_lists") == [{"changed": [alice.user_id], "left": []}]
-    alice.ask("POST", "logout")
-    hs.settle()
-    assert pushed(r, "org.matrix.msc3202.device_lists")[1:] == [{"changed": [alice.user_id], "left": []}]
-    assert not any("msc3202" in body.decode() for _, body in other.transactions)
-
-
-def test_a_change_of_devices_while_a_service_is_down_comes_after_a_restart(start, recorder, tmp_path):
-    r = recorder()
-    keys = {"database": str(tmp_path / "a.db")}
-    hs = start(registration(url=r.url, **ENCRYPTING), **keys)
-    alice, ghost = hs.client("alice"), ghost_with_device(hs)
-    ghost.join(alice.create_room(preset="public_chat"))
-    hs.settle()
-    r.answer = lambda request, body: (500, {"errcode": "M_UNKNOWN"})
-    alice.create_room(invite=[ghost.user_id])                # holds the line
-    eventually(lambda: hs.waiting()["irc"])
-    upload(alice)
-    hs.stop()
-    r.answer = lambda request, body: (200, {})
-    start(registration(url=r.url, **ENCRYPTING), **keys).settle()
-    assert pushed(r, "org.matrix.msc3202.device_lists") == [{"changed": [alice.user_id], "left": []}]
+def test_what_is_asked_of_several_at_once_is_asked_one_after_the_other_where_there_is_no_thread(monkeypatch):
+    no_threads_named(monkeypatch, "")
+    assert asbridge.at_once(lambda n: n * n, [1, 2, 3]) == [1, 4, 9]
 
 
 # -- Third-party networks.
 
 OTHERS = [b"", b"[" * 100_000, b"NaN", b"1e400", b'"\\ud800"', b"\xff\xfe[\0]\0", b'[{"userid":"@a:b","protocol":"irc","fields":{"' + b"k" * 1_000_000 + b'":1}}]']     # answers that are no value of a wrong type
-IRC_PROTOCOL = {"user_fields": ["network", "nickname"], "location_fields": ["network", "channel"], "icon": "mxc://x/y",
-                "field_types": {"nickname": {"regexp": ".*", "placeholder": "nick"}},
-                "instances": [{"network_id": "libera", "desc": "Libera", "fields": {"network": "irc.libera.chat"}}]}
-
-
-def network(recorder, **answers):
-    """A recorder that answers third-party look-ups: by what stands after /thirdparty/; None is 404, what is no JSON a status."""
-    r = recorder()
-
-    def answer(request, body):
-        found = answers.get(urllib.parse.unquote(request.path).partition("/thirdparty/")[2].replace("/", "_"))
-        return (404, {"errcode": "M_NOT_FOUND"}) if found is None else (found, {}) if isinstance(found, int) else (200, found)
-    r.answer = answer
-    return r
 
 
 def look_ups(recorder):
     return [(path.partition("/thirdparty/")[2], query) for _, path, _, query, _ in recorder.requests if "/thirdparty/" in path]
-
-
-def third_party(client, *where, **fields):
-    return client.ask("GET", "thirdparty", *where, **fields)
 
 
 def test_the_protocols_of_all_services_are_listed_with_their_instances_joined(start, recorder, caplog):
@@ -10195,7 +10282,411 @@ def test_a_service_is_not_asked_about_its_own_network_while_it_waits(start, reco
     assert instances(hs.appservice("one")) == ["one|libera", "two|libera"]             # what is known needs no question
 
 
-# -- Pushes with everything at once.
+# -- Encrypting application services.
+
+@pytest.mark.parametrize("flags, comes", [({"receive_ephemeral": True}, True), ({"de.sorunome.msc2409.push_ephemeral": True}, True), ({}, False)])
+def test_a_message_to_a_ghosts_device_is_pushed_once_and_in_order_to_a_service_that_takes_ephemeral_data(start, recorder, flags, comes):
+    r = recorder()
+    hs = start(registration(url=r.url, **flags))
+    alice, ghost = hs.client("alice"), ghost_with_device(hs)
+    for n in range(3):
+        alice.ask("PUT", "sendToDevice", "m.x", str(n), body={"messages": {ghost.user_id: {"*": {"n": n}}}})
+    hs.settle()
+    messages = [message for part in pushed(r, "de.sorunome.msc2409.to_device") for message in part]
+    assert messages == ([{"type": "m.x", "sender": alice.user_id, "content": {"n": n}, "to_user_id": ghost.user_id, "to_device_id": "GHOST"} for n in range(3)] if comes else [])
+    if not comes:                                            # it is left for a /sync of the ghost
+        session = hs.api.accounts.login_ghost(hs.world.registrations.by_id["irc"], ghost.user_id, device_id="GHOST")
+        assert len(asbridge.Client(hs.url, session["access_token"]).sync()["to_device"]["events"]) == 3
+
+
+def test_messages_to_a_ghosts_device_wait_for_a_service_that_is_down_over_a_restart(start, recorder, tmp_path):
+    r = recorder()
+    r.answer = lambda request, body: (500, {"errcode": "M_UNKNOWN"})
+    keys = {"database": str(tmp_path / "a.db")}
+    hs = start(registration(url=r.url, **ENCRYPTING), **keys)
+    alice, ghost = hs.client("alice"), ghost_with_device(hs)
+    for n in range(150):
+        alice.ask("PUT", "sendToDevice", "m.x", str(n), body={"messages": {ghost.user_id: {"*": {"n": n}}}})
+    hs.stop()
+    r.answer = lambda request, body: (200, {})
+    hs = start(registration(url=r.url, **ENCRYPTING), **keys)
+    hs.settle()
+    parts = pushed(r, "de.sorunome.msc2409.to_device")
+    assert [message["content"]["n"] for part in parts for message in part] == list(range(150)) and max(map(len, parts)) == 100
+
+
+def test_a_service_hears_how_many_keys_its_ghosts_have_left_under_both_names(start, recorder):
+    r = recorder()
+    hs = start(registration(url=r.url, **ENCRYPTING))
+    alice, ghost = hs.client("alice"), ghost_with_device(hs)
+    ghost.ask("POST", "keys", "upload", body={"device_keys": device_keys(ghost), "one_time_keys": {"signed_curve25519:A": {}, "signed_curve25519:B": {}},
+                                              "fallback_keys": {"signed_curve25519:F": {}}})
+    assert device_of(ghost) == "GHOST" and claim(alice, ghost) == "A"
+    hs.settle()
+    counts = [{ghost.user_id: {"GHOST": {"signed_curve25519": 1}}}]
+    assert pushed(r, "org.matrix.msc3202.device_one_time_keys_count")[-1:] == pushed(r, "org.matrix.msc3202.device_one_time_key_counts")[-1:] == counts
+    assert pushed(r, "org.matrix.msc3202.device_unused_fallback_key_types")[-1] == {ghost.user_id: {"GHOST": ["signed_curve25519"]}}
+    assert [claim(alice, ghost) for _ in range(2)] == ["B", "F"]
+    hs.settle()
+    assert pushed(r, "org.matrix.msc3202.device_one_time_keys_count")[-1] == {ghost.user_id: {"GHOST": {"signed_curve25519": 0}}}
+    assert pushed(r, "org.matrix.msc3202.device_unused_fallback_key_types")[-1] == {ghost.user_id: {"GHOST": []}}
+    alice.ask("PUT", "sendToDevice", "m.x", "1", body={"messages": {ghost.user_id: {"*": {}}}})
+    hs.settle()
+    assert {"de.sorunome.msc2409.to_device", "org.matrix.msc3202.device_one_time_keys_count"} <= json.loads(r.transactions[-1][1]).keys()
+
+
+def test_a_service_hears_whose_devices_changed_in_the_rooms_of_its_ghosts(start, recorder):
+    r, other = recorder(), recorder()
+    hs = start(registration(url=r.url, **ENCRYPTING), registration("plain", other.url, users=("@_irc_.*",), exclusive=False, receive_ephemeral=True, namespaces={
+        "users": [{"regex": "@alice:.*", "exclusive": False}]}))
+    alice, bob, ghost = hs.client("alice"), hs.client("bob"), ghost_with_device(hs)
+    upload(bob)                                              # in no room of a ghost
+    room = alice.create_room(preset="public_chat")
+    ghost.join(room)
+    hs.settle()
+    assert pushed(r, "org.matrix.msc3202.device_lists") == []
+    upload(alice)
+    hs.settle()
+    assert pushed(r, "org.matrix.msc3202.device_lists") == [{"changed": [alice.user_id], "left": []}]
+    alice.ask("POST", "logout")
+    hs.settle()
+    assert pushed(r, "org.matrix.msc3202.device_lists")[1:] == [{"changed": [alice.user_id], "left": []}]
+    assert not any("msc3202" in body.decode() for _, body in other.transactions)
+
+
+def test_a_change_of_devices_while_a_service_is_down_comes_after_a_restart(start, recorder, tmp_path):
+    r = recorder()
+    keys = {"database": str(tmp_path / "a.db")}
+    hs = start(registration(url=r.url, **ENCRYPTING), **keys)
+    alice, ghost = hs.client("alice"), ghost_with_device(hs)
+    ghost.join(alice.create_room(preset="public_chat"))
+    hs.settle()
+    r.answer = lambda request, body: (500, {"errcode": "M_UNKNOWN"})
+    alice.create_room(invite=[ghost.user_id])                # holds the line
+    eventually(lambda: hs.waiting()["irc"])
+    upload(alice)
+    hs.stop()
+    r.answer = lambda request, body: (200, {})
+    start(registration(url=r.url, **ENCRYPTING), **keys).settle()
+    assert pushed(r, "org.matrix.msc3202.device_lists") == [{"changed": [alice.user_id], "left": []}]
+
+
+# -- What passes.
+
+def test_the_trace_draws_each_exchange_as_two_arrows(linked, caplog):
+    hs, r, alice, room = linked
+    caplog.set_level("DEBUG", "asbridge.trace")
+    hs.faults("irc").lose_ack()
+    push_under_faults(hs, alice, room)
+    bot_of(hs, "irc").whoami()
+    with refused("M_FORBIDDEN"):
+        acting(hs, "irc", "@carol:localhost", register=False).whoami()
+    lines = [record.getMessage() for record in caplog.records if record.name == "asbridge.trace"]
+    txn_id = r.transactions[0][0]
+    number = r"[0-9.]+ ms"
+    for line, regex in zip(lines, (
+            rf"HS ---> irc        #[0-9]+ +PUT transactions/{txn_id}, 1 event, m.room.message of @alice:localhost, attempt 1",
+            rf"HS <-/- irc        #[0-9]+ +200 in {number}; it answered, but the answer was lost on the way; fault: lose_ack; attempt 2 in 0.[45][0-9]* s",
+            rf"HS ---> irc        #[0-9]+ +PUT transactions/{txn_id}, 1 event, m.room.message of @alice:localhost, attempt 2",
+            rf"HS <--- irc        #[0-9]+ +200 in {number}",
+            r"HS <--- irc        #[0-9]+ +GET /_matrix/client/v3/account/whoami as @_irc_bot:localhost",
+            rf"HS ---> irc        #[0-9]+ +200 in {number}",
+            r"HS <--- irc        #[0-9]+ +GET /_matrix/client/v3/account/whoami as @carol:localhost",
+            rf"HS ---> irc        #[0-9]+ +403 in {number}"), strict=True):
+        assert re.fullmatch(regex, line), (regex, line)
+
+
+def test_a_stranger_can_not_write_a_line_of_the_trace_or_of_the_log(linked, caplog):
+    hs, r, alice, room = linked
+    caplog.set_level("DEBUG", "asbridge")
+    r.answer = lambda request, body: (500, b"boom\nHS <--- irc 200 forged\x1b[2J") if "/transactions/" in request.path else (200, {})
+    alice.send(room, "m.evil\nHS <--- irc #9 200 forged\x1b[31m", {})
+    eventually(lambda: hs.delivery.worker("irc").failures)
+    ask(hs, "GET", "/_matrix/client/v3/directory/room/%23_irc_%0A%1b[2J:localhost", "as-irc")
+    messages = [record.getMessage() for record in caplog.records]
+    assert any("forged" in message for message in messages) and not [message for message in messages if "\n" in message or "\x1b" in message]
+
+
+def test_what_passes_is_kept_in_a_ring_and_comes_again_when_it_changes():
+    wire = asbridge.Wire(asbridge.Clock())
+    def one():
+        return asbridge.Exchange(wire.number(), 5, "hs", "irc", "ping", "POST", "/x", {})
+    first, second = wire.begin(one()), wire.begin(one())
+    now, news = wire.since(0, 0)
+    assert news == [first, second] and wire.since(now, 0) == (now, []) and first.n < first.seq < second.n < second.seq == now
+    wire.end(first)
+    assert wire.since(now, 0)[1] == [first] and first.seq > now and wire.since(now + 100, 0)[1] == [second, first]
+    for _ in range(asbridge.KEPT_EXCHANGES):
+        wire.whole(wire.number(), one)
+    assert len(wire.since(0, 0)[1]) == asbridge.KEPT_EXCHANGES and wire.find(first.n) is None
+
+
+def test_who_looks_for_what_passes_waits_until_something_does():
+    wire, seen = asbridge.Wire(asbridge.Clock()), []
+    looking = threading.Thread(target=lambda: seen.append(wire.since(0, 5)))
+    looking.start()
+    eventually(lambda: wire._bells)
+    wire.begin(asbridge.Exchange(wire.number(), 5, "hs", "irc", "ping", "POST", "/x", {}))
+    looking.join()
+    assert seen[0][0] == 2 and len(seen[0][1]) == 1 and not wire._bells
+
+
+# -- Faults, and the levers.
+
+def push_under_faults(hs, alice, room):
+    """A message of alice's, pushed under the faults that are set; its event ID."""
+    event_id = alice.say(room, "x")
+    eventually(lambda: hs.advance(1) or not hs.waiting())
+    return event_id
+
+
+@pytest.mark.parametrize("fault, more, came, statuses, error", [
+    ("lose_ack",  {},                 2, [200, 200],  "the answer was lost"),
+    ("refuse",    {},                 1, [None, 200], "nothing listens"),
+    ("status",    {"status": 503},    1, [503, 200],  None),
+    ("delay",     {"delay_ms": 5000}, 1, [200],       None),
+    ("garbage",   {},                 1, [200],       None),
+    ("duplicate", {},                 2, [200],       None),
+])
+def test_a_fault_happens_once_and_what_was_not_acknowledged_comes_again_the_same(linked, fault, more, came, statuses, error):
+    hs, r, alice, room = linked
+    getattr(hs.faults("irc"), fault)(**more)
+    assert [one["fault"] for one in hs.faults("irc").told()] == [fault]
+    push_under_faults(hs, alice, room)
+    assert len(r.transactions) == came and len(set(r.transactions)) == 1 and hs.faults("irc").told() == []
+    attempts = hs.transactions("irc")[-1]["attempts"]
+    assert [one["status"] for one in attempts] == statuses and attempts[0]["fault"] == fault and (error or "") in (attempts[0]["error"] or "")
+    assert attempts[-1]["fault"] is None or len(attempts) == 1
+    push_under_faults(hs, alice, room)
+    assert len(r.transactions) == came + 1 and len(hs.transactions("irc")[-1]["attempts"]) == 1
+
+
+def test_a_fault_may_happen_some_times_on_queries_or_on_pings(start, recorder):
+    r = recorder()
+    hs = start(registration(url=r.url))
+    alice = hs.client("alice")
+    hs.faults("irc").status(on="ping", status=418, times=2)
+    hs.faults("irc").refuse(on="queries")
+    hs.faults("irc").lose_ack(times=3)
+    for _ in range(2):
+        with refused("M_BAD_STATUS"):
+            hs.delivery.ping(hs.delivery.registration("irc"), None)
+    hs.delivery.ping(hs.delivery.registration("irc"), None)
+    alice.create_room(invite=["@_irc_bob:localhost"])        # asks once
+    assert [path for _, path, _, _, _ in r.requests if "/users/" in path] == []
+    assert [one["fault"] for one in hs.faults("irc").told()] == ["lose_ack"]
+    hs.faults("irc").clear()
+    assert hs.faults("irc").told() == []
+
+
+def test_a_fault_with_a_probability_and_a_seed_is_the_same_in_every_run():
+    def drawn(seed):
+        faults = asbridge.Faults()
+        faults.lose_ack(probability=0.5, seed=seed)
+        return [bool(faults.take("transaction")) for _ in range(50)]
+    assert drawn(7) == drawn(7) != drawn(8) and 10 < sum(drawn(7)) < 40
+
+
+@pytest.mark.parametrize("wrong", [{"fault": "explode"}, {"on": "mondays"}, {"times": 0}, {"probability": 0}, {"probability": 1.5}, {"delay_ms": -1}, {"status": 99}])
+def test_a_fault_that_can_not_be_is_refused_and_changes_nothing(wrong):
+    faults = asbridge.Faults()
+    with refused("M_INVALID_PARAM", 400):
+        faults.add(wrong.pop("fault", "refuse"), **wrong)
+    assert faults.told() == []
+
+
+@pytest.mark.parametrize("twice", [("lose_ack", "lose_ack"), ("status", "refuse")])
+def test_of_two_faults_of_a_sort_one_acts_at_a_time(linked, twice):
+    hs, r, alice, room = linked
+    for fault in twice:
+        hs.faults("irc").add(fault)
+    push_under_faults(hs, alice, room)
+    assert len(hs.transactions("irc")[-1]["attempts"]) == (3 if len(set(twice)) == 1 else 2)
+
+
+@pytest.mark.parametrize("fault, more, came", [("lose_ack", {}, 2), ("duplicate", {}, 2), ("delay", {"delay_ms": 100}, 1), ("garbage", {}, 1)])
+def test_faults_are_the_same_for_a_service_that_knows_the_older_paths_only(linked, fault, more, came):
+    hs, r, alice, room = linked
+    r.answer = lambda request, body: (404, b"no") if request.path.startswith("/_matrix/app/v1") else (200, {})
+    hs.faults("irc").add(fault, **more)
+    push_under_faults(hs, alice, room)
+    assert len([path for _, path, *_ in r.requests if path.startswith("/transactions/")]) == came and hs.transactions("irc")[-1]["acknowledged"]
+
+
+def test_garbage_does_not_acknowledge_what_was_refused(linked):
+    hs, r, alice, room = linked
+    r.answer = lambda request, body: (500, {"errcode": "M_UNKNOWN"})
+    hs.faults("irc").garbage()
+    alice.say(room, "x")
+    eventually(lambda: hs.delivery.worker("irc").failures)
+    assert hs.waiting() == {"irc": 1}
+
+
+def test_a_transaction_that_is_skipped_while_it_is_under_way_delays_the_next_in_no_way(linked):
+    hs, r, alice, room = linked
+    go = threading.Event()
+    r.answer = lambda request, body: (200, {}) if b"after" in body else (go.wait(20), (503, {}))[1]
+    alice.say(room, "stuck")
+    eventually(lambda: r.transactions)
+    alice.say(room, "after")
+    hs.skip("irc")
+    hs.settle(3)
+    assert r.texts()[-1] == "after" and hs.transactions("irc")[-1]["attempts"][0]["status"] == 200
+    go.set()
+    assert hs.delivery.worker("irc").failures == 0
+
+
+def test_a_retry_while_an_attempt_is_under_way_counts_for_the_next(linked):
+    hs, r, alice, room = linked
+    go = threading.Event()
+    r.answer = lambda request, body: (go.wait(20), (503, {}))[1] if len(r.transactions) == 1 else (200, {})
+    alice.say(room, "x")
+    eventually(lambda: r.transactions)
+    hs.retry("irc")
+    go.set()
+    hs.settle(0.4)                                           # the backoff would be longer
+    assert len(r.transactions) == 2
+
+
+@pytest.mark.parametrize("on", ["transactions", "queries"])
+def test_what_a_fault_delays_is_not_sent_any_more_after_the_end(linked, monkeypatch, on):
+    monkeypatch.setattr(asbridge.Delivery.stop, "__defaults__", (0.1,))
+    hs, r, alice, room = linked
+    hs.faults("irc").delay(on=on, delay_ms=9000)
+    if on == "queries":
+        with background(alice.profile, "@_irc_x:localhost") as asked:
+            eventually(lambda: hs.delivery._lines)
+            hs.stop()
+            with pytest.raises((MatrixError, asbridge.Unreachable)):
+                asked.result()
+    else:
+        alice.say(room, "x")
+        eventually(lambda: hs.inspector.status()["appservices"][0]["open"])
+        began = time.monotonic()
+        hs.reset()
+        assert time.monotonic() - began < 1
+    assert not r.requests
+
+
+def test_an_error_in_the_push_itself_does_not_end_it(linked, monkeypatch):
+    hs, r, alice, room = linked
+    worker, fails = hs.delivery.worker("irc"), [1]
+    push = worker._push
+    monkeypatch.setattr(worker, "_push", lambda transaction: 1 / 0 if fails and fails.pop() else push(transaction))
+    push_under_faults(hs, alice, room)
+    assert not fails and r.texts() == ["x"]
+
+
+def test_a_pause_outlives_a_change_of_the_registration(linked):
+    hs, r, alice, room = linked
+    hs.pause("irc")
+    alice.say(room, "x")
+    hs.reread = lambda: [asbridge.read_registration(registration(url=r.url, rooms=["!.*"], users=["@other_.*"], exclusive=False), "here")]
+    assert hs.reload() == ["changed 'irc'"]
+    hs.advance(100)
+    assert hs.inspector.status()["appservices"][0]["state"] == "paused" and not r.requests
+    hs.resume("irc")
+    assert heard(hs, r) == ["x"]
+
+
+def test_a_delay_as_long_as_an_answer_is_waited_for_is_no_answer(start, recorder):
+    r = recorder()
+    hs = start(registration(url=r.url), push_timeout_ms=2000)
+    bob = acting(hs, "irc", "@_irc_bob:localhost")
+    hs.faults("irc").delay(delay_ms=2000)
+    push_under_faults(hs, bob, bob.create_room())
+    first = hs.transactions("irc")[0]["attempts"]
+    assert "did not answer in time" in first[0]["error"] and first[1]["status"] == 200
+
+
+def test_while_it_is_paused_nothing_is_pushed_and_then_all_of_it_in_order(linked):
+    hs, r, alice, room = linked
+    hs.pause("irc")
+    for n in range(3):
+        alice.say(room, str(n))
+    hs.advance(1000)
+    assert hs.inspector.status()["appservices"][0]["state"] == "paused" and not r.requests
+    with pytest.raises(AssertionError, match="3 events for 'irc', paused"):
+        hs.settle(0.05)
+    hs.resume("irc")
+    assert heard(hs, r) == ["0", "1", "2"]
+
+
+def test_a_retry_ends_the_backoff(linked):
+    hs, r, alice, room = linked
+    hs.faults("irc").refuse()
+    alice.say(room, "x")
+    one = eventually(lambda: hs.inspector.status()["appservices"][0]["state"] == "backing off" and hs.inspector.status()["appservices"][0])
+    assert one["failures"] == 1 and one["down_since"] and one["next_attempt"] > one["down_since"] and one["open"]["events"] == 1
+    hs.retry("irc")
+    assert heard(hs, r) == ["x"] and hs.inspector.status()["appservices"][0]["down_since"] is None
+
+
+def test_a_transaction_that_is_refused_for_ever_can_be_skipped(linked):
+    hs, r, alice, room = linked
+    hs.faults("irc").status(times=1)
+    alice.say(room, "poison")
+    eventually(lambda: hs.delivery.worker("irc").failures)
+    alice.say(room, "after")
+    opened = hs.inspector.status()["appservices"][0]["open"]["txn_id"]
+    assert hs.skip("irc") == opened
+    assert heard(hs, r) == ["after"]
+    with refused("M_NOT_FOUND", 404, "no transaction is open"):
+        hs.skip("irc")
+    alice.say(room, "again")
+    assert heard(hs, r) == ["after", "again"]
+
+
+def test_a_replay_sends_the_same_bytes_with_the_same_id_or_with_a_new_one(linked):
+    hs, r, alice, room = linked
+    alice.say(room, "x")
+    hs.settle()
+    first = r.transactions[-1]
+    assert hs.replay("irc") == first[0]
+    hs.settle()
+    assert r.transactions == [first, first] and len(hs.transactions("irc")[-1]["attempts"]) == 2
+    new = hs.replay("irc", first[0], new_id=True)
+    hs.settle()
+    assert int(new) > int(first[0]) and r.transactions[-1] == (new, first[1]) and hs.transactions("irc")[-1]["acknowledged"]
+    alice.say(room, "y")
+    hs.settle()
+    assert len(r.transactions) == 4 and r.texts()[-1] == "y" and int(r.transactions[-1][0]) > int(new)
+    with refused("M_NOT_FOUND", 404):
+        hs.replay("irc", "17")
+    hs.pause("irc")
+    alice.say(room, "z")
+    with refused("M_UNKNOWN", 409, "is open"):
+        hs.replay("irc")
+    hs.resume("irc")
+    hs.settle()
+
+
+def test_a_replay_survives_a_restart(start, recorder, tmp_path):
+    r, database = recorder(), str(tmp_path / "hs.db")
+    hs = start(registration(url=r.url), database=database)
+    bob = acting(hs, "irc", "@_irc_bob:localhost")
+    bob.say(bob.create_room(), "x")
+    hs.settle()
+    hs.pause("irc")
+    sent = r.transactions[-1]
+    new = hs.replay("irc", new_id=True)
+    hs.stop()
+    hs = start(registration(url=r.url), database=database)
+    hs.settle()
+    assert r.transactions[-1] == (new, sent[1])
+
+
+@pytest.mark.parametrize("lever", ["pause", "resume", "retry", "skip", "replay", "faults"])
+def test_a_lever_for_an_unknown_service_names_those_that_there_are(start, lever):
+    hs = start(registration())
+    with refused("M_NOT_FOUND", 404, "only irc"):
+        getattr(hs, lever)("nobody")
+    if lever != "faults":
+        with refused("M_URL_NOT_SET", 400):
+            getattr(hs, lever)("irc")
+
+
+# -- Everything at once, and registrations that are read again while things wait.
 
 def to_device_of(r):
     return [message["content"]["n"] for part in pushed(r, "de.sorunome.msc2409.to_device") for message in part]
@@ -10277,8 +10768,6 @@ def test_ephemeral_data_that_waits_survives_a_commit_that_fails(start, recorder)
     hs.settle()
     assert [list(data["content"]) for data in ephemeral_of(r) if data["type"] == "m.receipt"] == [[event_id]]
 
-
-# -- Reading the registrations again while things wait.
 
 class Reloading:
     """A homeserver whose one registration changes: an application service with a ghost that has a device with keys."""
@@ -10394,7 +10883,7 @@ def test_through_any_changes_of_a_registration_each_event_comes_once_and_each_me
 # 8. Routes
 # ============================================================================
 
-# -- Identity assertion.
+# -- Who is asking?
 
 def test_without_a_user_id_a_service_acts_as_its_own_user(start):
     hs = start(registration())
@@ -10480,22 +10969,6 @@ def test_a_public_route_ignores_user_id(start, where):
     assert ask(hs, "GET", where + "?user_id=@_irc_unregistered:localhost", "as-irc")[0] == 200
 
 
-# -- Device management.
-
-@pytest.mark.parametrize("name", ["device_id", "org.matrix.msc3202.device_id"])
-def test_a_service_acts_as_a_device_of_its_user(start, name):
-    hs = start(registration())
-    ghost = acting(hs, "irc", "@_irc_bob:localhost")
-    assert "device_id" not in ghost.whoami()
-    ghost.ask("PUT", "devices", "DEV", body={})
-    assert ghost.ask("GET", "account", "whoami", **{name: "DEV"})["device_id"] == "DEV"
-    bot = bot_of(hs)
-    with refused("M_UNKNOWN_DEVICE", 400):                   # the device must be of the user who is named, or of the sender
-        bot.ask("GET", "account", "whoami", **{name: "DEV"})
-    bot.ask("PUT", "devices", "BOT", body={})
-    assert bot.ask("GET", "account", "whoami", **{name: "BOT"}) == {"user_id": bot.user_id, "device_id": "BOT", "is_guest": False}
-
-
 def test_what_everybody_may_ask_does_not_look_at_the_user_and_device_that_a_service_names(start):
     hs = start(registration())
     ghost = acting(hs, "irc", "@_irc_bob:localhost")
@@ -10507,210 +10980,34 @@ def test_a_person_does_not_act_as_another_device(three):
     assert alice.ask("GET", "account", "whoami", device_id="OTHER")["device_id"] == device_of(alice) != "OTHER"
 
 
-def test_a_service_creates_names_and_deletes_devices_of_its_users(start):
-    hs = start(registration())
-    ghost = acting(hs, "irc", "@_irc_bob:localhost")
-    target = "/_matrix/client/v3/devices/DEV?user_id=" + urllib.parse.quote(ghost.user_id)
-    assert ask(hs, "PUT", target, ghost.token, {"display_name": "one"}) == (201, {})
-    assert ask(hs, "PUT", target, ghost.token, {"display_name": "two"}) == (200, {})
-    assert [(device["device_id"], device["display_name"]) for device in ghost.ask("GET", "devices")["devices"]] == [("DEV", "two")]
-    assert ghost.ask("DELETE", "devices", "DEV") == {} and ghost.ask("GET", "devices")["devices"] == []
-    ghost.ask("PUT", "devices", "DEV", body={})
-    assert ghost.ask("POST", "delete_devices", body={"devices": ["DEV"]}) == {} and ghost.ask("GET", "devices")["devices"] == []
+# -- Who is asking, and how often?
 
-
-def test_a_device_keeps_its_name_if_none_is_given(three):
-    hs, alice, *_ = three
-    for body in ({"display_name": "phone"}, {"device_name": "x"}, {}):
-        alice.ask("PUT", "devices", device_of(alice), body=body)
-    assert alice.ask("GET", "devices", device_of(alice))["display_name"] == "phone"
-
-
-def test_a_person_does_not_create_devices(three):
-    hs, alice, *_ = three
-    with refused("M_NOT_FOUND", 404):
-        alice.ask("PUT", "devices", "NEW", body={"display_name": "x"})
-
-
-def test_what_is_for_a_device_needs_one(start):
-    hs = start(registration())
-    ghost = acting(hs, "irc", "@_irc_bob:localhost")
-    with refused("M_MISSING_PARAM", 400, "device_id"):
-        ghost.ask("POST", "keys", "upload", body={})
-
-
-def test_each_device_of_a_ghost_has_its_own_transaction_ids_and_sees_its_own(start):
-    hs = start(registration())
-    ghost = acting(hs, "irc", "@_irc_bob:localhost")
-    room = ghost.create_room()
-    for device_id in "AB":
-        ghost.ask("PUT", "devices", device_id, body={})
-    sent = [ghost.call("PUT", path("rooms", room, "send", "m.room.message", "1"), {"body": "x", "msgtype": "m.text"}, **query)["event_id"]
-            for query in ({}, {"device_id": "A"}, {"device_id": "B"}, {"device_id": "A"})]
-    assert sent[1] == sent[3] and len(set(sent)) == 3
-    for device_id, transaction_id in (("A", "1"), ("B", None)):
-        assert ghost.ask("GET", "rooms", room, "event", sent[1], device_id=device_id)["unsigned"].get("transaction_id") == transaction_id
-
-
-# -- Timestamp massaging.
-
-@pytest.mark.parametrize("ts", [0, 1, 2**53 - 1])
-def test_a_service_sets_the_time_of_what_it_sends_and_of_state(start, recorder, ts):
-    r = recorder()
-    hs = start(registration(url=r.url))
-    bob = acting(hs, "irc", "@_irc_bob:localhost")
-    room = bob.create_room()
-    ids = [bob.send(room, "x", {}, "t", ts), bob.set_state(room, "x", {}, "", ts), bob.set_state(room, "m.room.member", {"membership": "join"}, bob.user_id, ts)]
-    assert [bob.event(room, id)["origin_server_ts"] for id in ids] == [ts] * 3
-    assert types(bob.messages(room)["chunk"])[:3] == ["m.room.member", "x", "x"]      # the order is that of arrival
-    hs.settle()
-    assert [event["origin_server_ts"] for event in r.events[-3:]] == [ts] * 3 and all(event["age"] >= 0 for event in r.events)
-
-
-@pytest.mark.parametrize("ts", ["-1", "x", "1.5", str(2**53), "1e3", "٣"])
-def test_a_time_that_is_none_is_refused_to_a_service_and_ignored_for_people(start, ts):
-    hs = start(registration())
-    bob, alice = acting(hs, "irc", "@_irc_bob:localhost"), hs.client("alice")
-    for client, status in ((bob, 400), (alice, 200)):
-        room, query = client.create_room(), "?ts=" + urllib.parse.quote(ts) + (f"&user_id={bob.user_id}" if client is bob else "")
-        for where in ("send/x/1", "state/x/"):
-            assert ask(hs, "PUT", f"{V3}/rooms/{room}/{where}{query}", client.token, {})[0] == status
-
-
-def test_ts_is_ignored_for_people_and_on_other_routes(start):
-    hs = start(registration())
-    alice, bob = hs.client("alice"), acting(hs, "irc", "@_irc_bob:localhost")
+def test_a_rate_limit_is_told_and_forgiven_in_time(start):
+    hs = start(rate_limit={"per_second": 0.1, "burst": 2})
+    alice = hs.client("alice")
     room = alice.create_room()
-    assert alice.event(room, alice.send(room, "x", {}, ts=5))["origin_server_ts"] > 1_000_000_000_000
-    room = bob.create_room()
-    answer = bob.call("PUT", path("rooms", room, "redact", bob.say(room, "x"), "1"), {}, ts=5)
-    assert bob.event(room, answer["event_id"])["origin_server_ts"] > 1_000_000_000_000
+    alice.say(room, "x")
+    with refused("M_LIMIT_EXCEEDED", 429) as caught:
+        alice.say(room, "y")
+    assert 0 < caught.value.extra["retry_after_ms"] <= 10_001
+    alice.messages(room), hs.client("bob").create_room()               # reading is free, and so is everybody else
+    hs.advance(caught.value.extra["retry_after_ms"] / 1000)
+    alice.say(room, "y")
 
 
-# -- Registering and logging in ghosts.
-
-def test_a_ghost_is_registered_with_the_bare_as_token(start):
-    hs = start(registration())
-    status, answer = ask(hs, "POST", V3 + "/register", "as-irc", {**AS_LOGIN, "username": "_irc_bob"})
-    assert status == 200 and answer["user_id"] == "@_irc_bob:localhost"
-    assert asbridge.Client(hs.url, answer["access_token"]).whoami()["device_id"] == answer["device_id"]
-
-
-@pytest.mark.parametrize("query", ["", "?kind=user", "?user_id=@_irc_bob:localhost", "?access_token=as-irc"])
-def test_registration_of_a_ghost_takes_what_bridges_send_with_it(start, query):
-    hs = start(registration())
-    token = None if "access_token" in query else "as-irc"
-    assert ask(hs, "POST", V3 + "/register" + query, token, {**AS_LOGIN, "username": "_irc_bob"})[0] == 200
+@pytest.mark.parametrize("rate_limited,ghosts", [(True, 2), (False, 5)])
+def test_a_services_own_user_is_not_limited_and_its_ghosts_as_the_registration_says(start, rate_limited, ghosts):
+    hs = start(registration(rate_limited=rate_limited), rate_limit={"per_second": 0.001, "burst": 2})
+    for client, allowed in ((bot_of(hs), 5), (acting(hs, "irc", "@_irc_bob:localhost"), ghosts)):
+        done = 0
+        with contextlib.suppress(MatrixError):
+            for done in range(5):
+                client.create_room()
+            done = 5
+        assert done == allowed
 
 
-def test_the_2016_spelling_of_the_user_name_is_read(start):
-    hs = start(registration())
-    assert ask(hs, "POST", "/_matrix/client/r0/register", "as-irc", {**AS_LOGIN, "user": "_irc_bob"})[1]["user_id"] == "@_irc_bob:localhost"
-    assert ask(hs, "POST", "/_matrix/client/r0/login", "as-irc", {**AS_LOGIN, "user": "_irc_bob"})[1]["user_id"] == "@_irc_bob:localhost"
-
-
-def test_inhibit_login_registers_a_ghost_without_a_session(start):
-    hs = start(registration())
-    answer = ask(hs, "POST", V3 + "/register", "as-irc", {**AS_LOGIN, "username": "_irc_bob", "inhibit_login": True})
-    assert answer[0] == 200 and not {"access_token", "device_id"} & answer[1].keys()
-    assert acting(hs, "irc", "@_irc_bob:localhost", register=False).call("GET", V3 + "/devices") == {"devices": []}
-
-
-@pytest.mark.parametrize("username,errcode", [("alice", "M_EXCLUSIVE"), ("_irc_bob", "M_USER_IN_USE"), ("_irc_bot", "M_USER_IN_USE"), ("_irc_a:b", "M_INVALID_USERNAME"),
-                                              ("_irc_ä", "M_INVALID_USERNAME"), ("_irc_a b", "M_INVALID_USERNAME"), ("", "M_INVALID_USERNAME"), ("_irc_" + "x" * 250, "M_INVALID_USERNAME"),
-                                              (5, "M_BAD_JSON")])
-def test_a_ghost_that_cannot_be_registered_is_refused(start, username, errcode):
-    hs = start(registration())
-    acting(hs, "irc", "@_irc_bob:localhost")
-    status, answer = ask(hs, "POST", V3 + "/register", "as-irc", {**AS_LOGIN, "username": username})
-    assert (status, answer["errcode"]) == (400, errcode)
-
-
-def test_a_ghost_may_have_a_historical_name_and_a_person_may_not(start):
-    hs = start(registration())
-    assert ask(hs, "POST", V3 + "/register", "as-irc", {**AS_LOGIN, "username": "_irc_[Bob]|"})[1]["user_id"] == "@_irc_[Bob]|:localhost"
-    with refused("M_INVALID_USERNAME", 400):
-        hs.client("Bob")
-
-
-@pytest.mark.parametrize("where,body", [("register", {"username": "_irc_x"}), ("login", {"user": "_irc_bot"})])
-@pytest.mark.parametrize("token,errcode", [(None, "M_MISSING_TOKEN"), ("nonsense", "M_UNKNOWN_TOKEN"), ("hs-irc", "M_UNKNOWN_TOKEN"), ("person", "M_UNKNOWN_TOKEN")])
-def test_a_ghost_is_neither_registered_nor_logged_in_without_the_as_token(start, where, body, token, errcode):
-    hs = start(registration())
-    token = hs.client("alice").token if token == "person" else token
-    status, answer = ask(hs, "POST", f"{V3}/{where}", token, {**AS_LOGIN, **body})
-    assert (status, answer["errcode"]) == (401, errcode)
-
-
-@pytest.mark.parametrize("user,status,errcode", [("_irc_bob", 200, None), ("@_irc_bob:localhost", 200, None), ("_irc_bot", 200, None), ("alice", 400, "M_EXCLUSIVE"),
-                                                 ("@_irc_bob:elsewhere", 400, "M_EXCLUSIVE"), ("_irc_unknown", 403, "M_FORBIDDEN")])
-def test_a_ghost_is_logged_in_with_the_as_token(start, user, status, errcode):
-    hs = start(registration())
-    acting(hs, "irc", "@_irc_bob:localhost"), hs.client("alice")
-    answer = ask(hs, "POST", V3 + "/login", "as-irc", {**AS_LOGIN, "identifier": {"type": "m.id.user", "user": user}, "device_id": "D"})
-    assert (answer[0], answer[1].get("errcode")) == (status, errcode)
-    if status == 200:
-        assert asbridge.Client(hs.url, answer[1]["access_token"]).whoami()["device_id"] == "D"
-
-
-def test_an_as_token_without_the_login_type_is_told_what_is_missing(start):
-    status, answer = ask(start(registration()), "POST", V3 + "/register", "as-irc", {"username": "_irc_x"})
-    assert status == 400 and "m.login.application_service" in answer["error"]
-
-
-# -- URI mapping.
-
-def with_uris(**more):
-    return registration(uris=asbridge.SAMPLE_REGISTRATION["uris"], **more)
-
-
-@pytest.mark.parametrize("version", ["v1", "r0", "unstable"])
-@pytest.mark.parametrize("kind,uri,status,expected", [
-    ("user", "irc://localhost/Bob,isuser", 200, "@_irc_bob:localhost"), ("user", "irc://localhost/a%5Bb,isnick", 200, "@_irc_a=5bb:localhost"),
-    ("alias", "irc://localhost/%23Lobby", 200, "#_irc_Lobby:localhost"), ("alias", "irc://localhost/lobby,ischannel", 200, "#_irc_lobby:localhost"),
-    ("user", "irc://elsewhere/bob,isuser", 404, "M_NOT_FOUND"), ("user", "irc://localhost/bob,isuser/more", 404, "M_NOT_FOUND"), ("alias", "xmpp:x@y", 404, "M_NOT_FOUND"),
-    ("user", None, 400, "M_MISSING_PARAM"), ("user", "no uri", 400, "M_INVALID_PARAM"), ("alias", "irc:" + "x" * 2048, 400, "M_INVALID_PARAM")])
-def test_a_uri_is_mapped_to_an_id_for_everybody(start, version, kind, uri, status, expected):
-    hs = start(with_uris())
-    answer = ask(hs, "GET", f"/_matrix/app/{version}/{kind}" + ("" if uri is None else "?" + urllib.parse.urlencode({"uri": uri})))
-    assert (answer[0], answer[1].get({"user": "user_id", "alias": "alias"}[kind], answer[1].get("errcode"))) == (status, expected)
-
-
-def test_a_uri_is_not_mapped_outside_the_namespace(start):
-    hs = start(with_uris(users=["@other_.*"]))
-    assert ask(hs, "GET", "/_matrix/app/v1/user?uri=irc://localhost/bob,isuser")[0] == 404
-
-
-# -- What everybody may ask.
-
-def test_versions_capabilities_and_well_known(start):
-    hs = start(public_url="https://matrix.example.org", room_version="12")
-    versions = ask(hs, "GET", "/_matrix/client/versions")[1]
-    assert {"r0.6.1", "v1.1", "v1.7", "v1.11", "v1.15"} <= set(versions["versions"]) and "v1.16" not in versions["versions"]
-    assert ask(hs, "GET", "/.well-known/matrix/client") == (200, {"m.homeserver": {"base_url": "https://matrix.example.org"}})
-    rooms = hs.client("alice").call("GET", V3 + "/capabilities")["capabilities"]["m.room_versions"]
-    assert rooms == {"default": "12", "available": {"10": "stable", "11": "stable", "12": "stable"}}
-
-
-# -- HTTP manners.
-
-def whole(hs, method, where, headers={}, body=None):
-    """Status, headers and body of one request."""
-    with contextlib.closing(asbridge.http.client.HTTPConnection("127.0.0.1", hs.port, timeout=5)) as connection:
-        connection.request(method, where, body, headers)
-        response = connection.getresponse()
-        return response.status, response.headers, response.read()
-
-
-@pytest.mark.parametrize("method,where,status", [("OPTIONS", V3 + "/sync", 204), ("GET", "/_matrix/client/versions", 200), ("GET", V3 + "/sync", 401),
-                                                 ("GET", "/_matrix/client/v3/nothing", 404), ("DELETE", V3 + "/sync", 405), ("POST", V3 + "/register", 401), ("HEAD", "/_matrix/client/versions", 200)])
-def test_every_answer_is_for_every_origin(start, method, where, status):
-    got, headers, body = whole(start(), method, where)
-    assert got == status and headers["Access-Control-Allow-Origin"] == "*"
-    assert headers["Access-Control-Allow-Methods"] == "GET, HEAD, POST, PUT, DELETE, OPTIONS"
-    assert headers["Access-Control-Allow-Headers"] == "X-Requested-With, Content-Type, Authorization, Date"
-    assert (body == b"") == (method in ("OPTIONS", "HEAD"))
-
+# -- Which handler is it?
 
 @pytest.mark.parametrize("method,where,status", [("GET", "/_matrix/client/v3/nothing", 404), ("GET", "/_matrix/client/v3/rooms/!x:y", 404), ("GET", V3 + "/sync/", 404),
                                                  ("GET", "/_matrix/client/v3/createRoom", 405), ("POST", V3 + "/sync", 405), ("PATCH", V3 + "/login", 405), ("GET", "//_matrix/client/versions", 404)])
@@ -10795,6 +11092,83 @@ def test_an_endpoint_has_no_other_spelling(start):
         status, answer = ask(hs, "GET", where, token)
         assert (status, answer["errcode"]) == (404, "M_UNRECOGNIZED")
 
+
+def test_a_path_of_the_table_has_a_handler_and_is_found(start):
+    for route in asbridge.ROUTES:
+        found, params = asbridge.Router(asbridge.ROUTES).find(route.method, re.sub(r"{\w+}", "x", route.path))
+        assert found.handler is route.handler and list(params) == re.findall(r"{(\w+)}", route.path)
+
+
+# -- What every request and answer has.
+
+@pytest.mark.parametrize("method,where,status", [("OPTIONS", V3 + "/sync", 204), ("GET", "/_matrix/client/versions", 200), ("GET", V3 + "/sync", 401),
+                                                 ("GET", "/_matrix/client/v3/nothing", 404), ("DELETE", V3 + "/sync", 405), ("POST", V3 + "/register", 401), ("HEAD", "/_matrix/client/versions", 200)])
+def test_every_answer_is_for_every_origin(start, method, where, status):
+    got, headers, body = whole(start(), method, where)
+    assert got == status and headers["Access-Control-Allow-Origin"] == "*"
+    assert headers["Access-Control-Allow-Methods"] == "GET, HEAD, POST, PUT, DELETE, OPTIONS"
+    assert headers["Access-Control-Allow-Headers"] == "X-Requested-With, Content-Type, Authorization, Date"
+    assert (body == b"") == (method in ("OPTIONS", "HEAD"))
+
+
+@pytest.mark.parametrize("body,errcode", [(b"{", "M_NOT_JSON"), (b"[]", "M_BAD_JSON"), (b"5", "M_BAD_JSON"), (b"\xff", "M_NOT_JSON")])
+def test_a_body_that_is_no_object_is_refused(start, body, errcode):
+    hs = start()
+    assert ask(hs, "POST", V3 + "/createRoom", hs.client("alice").token, body)[1]["errcode"] == errcode
+
+
+def test_an_empty_body_is_an_empty_object(three):
+    hs, alice, bob, _, room = three
+    for where in (path("join", room), path("rooms", room, "leave"), path("rooms", room, "forget"), V3 + "/createRoom", V3 + "/logout"):
+        assert ask(hs, "POST", where, bob.token, b"")[0] == 200
+
+
+def test_a_body_without_a_token_is_small_and_with_one_as_large_as_configured(start):
+    hs = start(max_request_bytes=100_000)
+    alice = hs.client("alice")
+    assert ask(hs, "POST", V3 + "/login", body=b'"' + b"x" * 66_000)[1]["errcode"] == "M_TOO_LARGE"
+    assert ask(hs, "POST", V3 + "/createRoom", alice.token, b'"' + b"x" * 66_000)[1]["errcode"] == "M_NOT_JSON"
+    assert ask(hs, "POST", V3 + "/createRoom", alice.token, b'"' + b"x" * 100_000)[0] == 413
+
+
+def test_an_error_shows_neither_a_traceback_nor_a_token(start):
+    hs = start(registration())
+    alice = hs.client("alice")
+    hs.api.rooms.joined = lambda who: 1 / 0
+    status, answer = ask(hs, "GET", V3 + "/joined_rooms", alice.token)
+    assert (status, answer["errcode"]) == (500, "M_UNKNOWN") and "division" not in answer["error"]
+
+
+@pytest.mark.parametrize("path", [
+    "/sync?access_token=hunter2", "/sync&access_token=hunter2", "/sync%3Faccess_token=hunter2", "/sync%26access_token%3Dhunter2", "/access_token=hunter2", "/sync/?access_token=hunter2",
+    "/sync;access_token=hunter2", "/rooms/x&access_token=hunter2/state", "/rooms/x%26access_token%3Dhunter2/state", "/events?limit=1&from=x%26access_token=hunter2",
+    "/sync?timeout=1%26access_token%3Dhunter2", "/rooms/!x%0Aaccess_token=hunter2/join?access_token=hunter2"])
+def test_a_token_in_a_url_stands_in_no_error_and_in_no_line_of_the_log(target, caplog, path):
+    caplog.set_level(logging.DEBUG, "asbridge")
+    for method in ("GET", "POST", "PATCH"):
+        for token in (None, target.hs.client(f"u{secrets.token_hex(4)}").token):
+            answer = ask(target.hs, method, V3 + path, token, {} if method == "POST" else None)
+            assert "hunter2" not in str(answer) and answer[0] >= 400
+    assert caplog.text.count(V3) >= 6 and "hunter2" not in caplog.text and all("\n" not in record.getMessage() for record in caplog.records)
+
+
+def test_a_client_that_hangs_up_in_a_long_poll_is_noticed_and_one_that_waits_goes_on(three):
+    hs, alice, _, _, room = three
+    since = alice.sync()["next_batch"]
+    head = f"GET {V3}/sync?timeout=600000&since={since} HTTP/1.1\r\nHost: h\r\nAuthorization: Bearer {alice.token}\r\n\r\n".encode()
+    before, asleep = set(hs._server.connections), hs.world.store.waiters._asleep
+    with connect(hs) as waiting, connect(hs) as gone:
+        for n, sock in enumerate((waiting, gone)):
+            sock.sendall(head)
+            eventually(lambda n=n: len(asleep) > n)
+        gone.close()
+        hs.advance(asbridge.LOOK_SECONDS)
+        assert eventually(lambda: len(hs._server.connections - before) == 1)
+        alice.say(room, "still there?")
+        assert b"still there?" in waiting.recv(65_536)
+
+
+# -- What stands in a path, a query, a body.
 
 # Each is another name than the others, however alike they look.
 NAMES = ["x", "X", "\u0445", "\uff58", "x.", "x ", " x", "x\u200b", "\u00e9", "e\u0301", "x/y", "x%2Fy", "x\\y", ".", "..", "%2E", "{}", "*", "%", "+", "?", "#", "'", '"', "x\n", "x" * 240]
@@ -10940,28 +11314,6 @@ def test_neither_a_login_nor_a_registration_creates_a_device_that_cannot_be_name
         assert (status, answer["errcode"]) == (400, "M_INVALID_PARAM")
 
 
-def test_a_client_that_hangs_up_in_a_long_poll_is_noticed_and_one_that_waits_goes_on(three):
-    hs, alice, _, _, room = three
-    since = alice.sync()["next_batch"]
-    head = f"GET {V3}/sync?timeout=600000&since={since} HTTP/1.1\r\nHost: h\r\nAuthorization: Bearer {alice.token}\r\n\r\n".encode()
-    before, asleep = set(hs._server.connections), hs.world.store.waiters._asleep
-    with connect(hs) as waiting, connect(hs) as gone:
-        for n, sock in enumerate((waiting, gone)):
-            sock.sendall(head)
-            eventually(lambda n=n: len(asleep) > n)
-        gone.close()
-        hs.advance(asbridge.LOOK_SECONDS)
-        assert eventually(lambda: len(hs._server.connections - before) == 1)
-        alice.say(room, "still there?")
-        assert b"still there?" in waiting.recv(65_536)
-
-
-@pytest.mark.parametrize("body,errcode", [(b"{", "M_NOT_JSON"), (b"[]", "M_BAD_JSON"), (b"5", "M_BAD_JSON"), (b"\xff", "M_NOT_JSON")])
-def test_a_body_that_is_no_object_is_refused(start, body, errcode):
-    hs = start()
-    assert ask(hs, "POST", V3 + "/createRoom", hs.client("alice").token, body)[1]["errcode"] == errcode
-
-
 NUL, LONG_KEY = b'{"a":"\\u0000b","\\u0000":"\\u0001"}', b'{"' + b"k" * 1_000_000 + b'":1}'
 SHAPES = [                                                   # JSON, what an event makes of it, what all else does, and a word of the text that says why not
     (b'{"a":' * 100_000, "M_NOT_JSON", "M_NOT_JSON", "nested deeper than 100 levels"), (b'{"a":NaN}', "M_NOT_JSON", "M_NOT_JSON", "NaN is no number"),
@@ -11022,73 +11374,202 @@ def test_a_nul_in_a_text_is_a_character_like_others_wherever_it_is_stored_and_lo
     assert unread(bob, room, read)[0][1] == 0
 
 
-def test_an_empty_body_is_an_empty_object(three):
-    hs, alice, bob, _, room = three
-    for where in (path("join", room), path("rooms", room, "leave"), path("rooms", room, "forget"), V3 + "/createRoom", V3 + "/logout"):
-        assert ask(hs, "POST", where, bob.token, b"")[0] == 200
+# -- Handlers: accounts. Ghosts.
 
-
-def test_a_body_without_a_token_is_small_and_with_one_as_large_as_configured(start):
-    hs = start(max_request_bytes=100_000)
-    alice = hs.client("alice")
-    assert ask(hs, "POST", V3 + "/login", body=b'"' + b"x" * 66_000)[1]["errcode"] == "M_TOO_LARGE"
-    assert ask(hs, "POST", V3 + "/createRoom", alice.token, b'"' + b"x" * 66_000)[1]["errcode"] == "M_NOT_JSON"
-    assert ask(hs, "POST", V3 + "/createRoom", alice.token, b'"' + b"x" * 100_000)[0] == 413
-
-
-def test_a_rate_limit_is_told_and_forgiven_in_time(start):
-    hs = start(rate_limit={"per_second": 0.1, "burst": 2})
-    alice = hs.client("alice")
-    room = alice.create_room()
-    alice.say(room, "x")
-    with refused("M_LIMIT_EXCEEDED", 429) as caught:
-        alice.say(room, "y")
-    assert 0 < caught.value.extra["retry_after_ms"] <= 10_001
-    alice.messages(room), hs.client("bob").create_room()               # reading is free, and so is everybody else
-    hs.advance(caught.value.extra["retry_after_ms"] / 1000)
-    alice.say(room, "y")
-
-
-@pytest.mark.parametrize("rate_limited,ghosts", [(True, 2), (False, 5)])
-def test_a_services_own_user_is_not_limited_and_its_ghosts_as_the_registration_says(start, rate_limited, ghosts):
-    hs = start(registration(rate_limited=rate_limited), rate_limit={"per_second": 0.001, "burst": 2})
-    for client, allowed in ((bot_of(hs), 5), (acting(hs, "irc", "@_irc_bob:localhost"), ghosts)):
-        done = 0
-        with contextlib.suppress(MatrixError):
-            for done in range(5):
-                client.create_room()
-            done = 5
-        assert done == allowed
-
-
-def test_an_error_shows_neither_a_traceback_nor_a_token(start):
+def test_a_ghost_is_registered_with_the_bare_as_token(start):
     hs = start(registration())
-    alice = hs.client("alice")
-    hs.api.rooms.joined = lambda who: 1 / 0
-    status, answer = ask(hs, "GET", V3 + "/joined_rooms", alice.token)
-    assert (status, answer["errcode"]) == (500, "M_UNKNOWN") and "division" not in answer["error"]
+    status, answer = ask(hs, "POST", V3 + "/register", "as-irc", {**AS_LOGIN, "username": "_irc_bob"})
+    assert status == 200 and answer["user_id"] == "@_irc_bob:localhost"
+    assert asbridge.Client(hs.url, answer["access_token"]).whoami()["device_id"] == answer["device_id"]
 
 
-@pytest.mark.parametrize("path", [
-    "/sync?access_token=hunter2", "/sync&access_token=hunter2", "/sync%3Faccess_token=hunter2", "/sync%26access_token%3Dhunter2", "/access_token=hunter2", "/sync/?access_token=hunter2",
-    "/sync;access_token=hunter2", "/rooms/x&access_token=hunter2/state", "/rooms/x%26access_token%3Dhunter2/state", "/events?limit=1&from=x%26access_token=hunter2",
-    "/sync?timeout=1%26access_token%3Dhunter2", "/rooms/!x%0Aaccess_token=hunter2/join?access_token=hunter2"])
-def test_a_token_in_a_url_stands_in_no_error_and_in_no_line_of_the_log(target, caplog, path):
-    caplog.set_level(logging.DEBUG, "asbridge")
-    for method in ("GET", "POST", "PATCH"):
-        for token in (None, target.hs.client(f"u{secrets.token_hex(4)}").token):
-            answer = ask(target.hs, method, V3 + path, token, {} if method == "POST" else None)
-            assert "hunter2" not in str(answer) and answer[0] >= 400
-    assert caplog.text.count(V3) >= 6 and "hunter2" not in caplog.text and all("\n" not in record.getMessage() for record in caplog.records)
+@pytest.mark.parametrize("query", ["", "?kind=user", "?user_id=@_irc_bob:localhost", "?access_token=as-irc"])
+def test_registration_of_a_ghost_takes_what_bridges_send_with_it(start, query):
+    hs = start(registration())
+    token = None if "access_token" in query else "as-irc"
+    assert ask(hs, "POST", V3 + "/register" + query, token, {**AS_LOGIN, "username": "_irc_bob"})[0] == 200
 
 
-def test_a_path_of_the_table_has_a_handler_and_is_found(start):
-    for route in asbridge.ROUTES:
-        found, params = asbridge.Router(asbridge.ROUTES).find(route.method, re.sub(r"{\w+}", "x", route.path))
-        assert found.handler is route.handler and list(params) == re.findall(r"{(\w+)}", route.path)
+def test_the_2016_spelling_of_the_user_name_is_read(start):
+    hs = start(registration())
+    assert ask(hs, "POST", "/_matrix/client/r0/register", "as-irc", {**AS_LOGIN, "user": "_irc_bob"})[1]["user_id"] == "@_irc_bob:localhost"
+    assert ask(hs, "POST", "/_matrix/client/r0/login", "as-irc", {**AS_LOGIN, "user": "_irc_bob"})[1]["user_id"] == "@_irc_bob:localhost"
 
 
-# -- Every row of the table: who may, and what is told to those who may not.
+def test_inhibit_login_registers_a_ghost_without_a_session(start):
+    hs = start(registration())
+    answer = ask(hs, "POST", V3 + "/register", "as-irc", {**AS_LOGIN, "username": "_irc_bob", "inhibit_login": True})
+    assert answer[0] == 200 and not {"access_token", "device_id"} & answer[1].keys()
+    assert acting(hs, "irc", "@_irc_bob:localhost", register=False).call("GET", V3 + "/devices") == {"devices": []}
+
+
+@pytest.mark.parametrize("username,errcode", [("alice", "M_EXCLUSIVE"), ("_irc_bob", "M_USER_IN_USE"), ("_irc_bot", "M_USER_IN_USE"), ("_irc_a:b", "M_INVALID_USERNAME"),
+                                              ("_irc_ä", "M_INVALID_USERNAME"), ("_irc_a b", "M_INVALID_USERNAME"), ("", "M_INVALID_USERNAME"), ("_irc_" + "x" * 250, "M_INVALID_USERNAME"),
+                                              (5, "M_BAD_JSON")])
+def test_a_ghost_that_cannot_be_registered_is_refused(start, username, errcode):
+    hs = start(registration())
+    acting(hs, "irc", "@_irc_bob:localhost")
+    status, answer = ask(hs, "POST", V3 + "/register", "as-irc", {**AS_LOGIN, "username": username})
+    assert (status, answer["errcode"]) == (400, errcode)
+
+
+def test_a_ghost_may_have_a_historical_name_and_a_person_may_not(start):
+    hs = start(registration())
+    assert ask(hs, "POST", V3 + "/register", "as-irc", {**AS_LOGIN, "username": "_irc_[Bob]|"})[1]["user_id"] == "@_irc_[Bob]|:localhost"
+    with refused("M_INVALID_USERNAME", 400):
+        hs.client("Bob")
+
+
+@pytest.mark.parametrize("where,body", [("register", {"username": "_irc_x"}), ("login", {"user": "_irc_bot"})])
+@pytest.mark.parametrize("token,errcode", [(None, "M_MISSING_TOKEN"), ("nonsense", "M_UNKNOWN_TOKEN"), ("hs-irc", "M_UNKNOWN_TOKEN"), ("person", "M_UNKNOWN_TOKEN")])
+def test_a_ghost_is_neither_registered_nor_logged_in_without_the_as_token(start, where, body, token, errcode):
+    hs = start(registration())
+    token = hs.client("alice").token if token == "person" else token
+    status, answer = ask(hs, "POST", f"{V3}/{where}", token, {**AS_LOGIN, **body})
+    assert (status, answer["errcode"]) == (401, errcode)
+
+
+@pytest.mark.parametrize("user,status,errcode", [("_irc_bob", 200, None), ("@_irc_bob:localhost", 200, None), ("_irc_bot", 200, None), ("alice", 400, "M_EXCLUSIVE"),
+                                                 ("@_irc_bob:elsewhere", 400, "M_EXCLUSIVE"), ("_irc_unknown", 403, "M_FORBIDDEN")])
+def test_a_ghost_is_logged_in_with_the_as_token(start, user, status, errcode):
+    hs = start(registration())
+    acting(hs, "irc", "@_irc_bob:localhost"), hs.client("alice")
+    answer = ask(hs, "POST", V3 + "/login", "as-irc", {**AS_LOGIN, "identifier": {"type": "m.id.user", "user": user}, "device_id": "D"})
+    assert (answer[0], answer[1].get("errcode")) == (status, errcode)
+    if status == 200:
+        assert asbridge.Client(hs.url, answer[1]["access_token"]).whoami()["device_id"] == "D"
+
+
+def test_an_as_token_without_the_login_type_is_told_what_is_missing(start):
+    status, answer = ask(start(registration()), "POST", V3 + "/register", "as-irc", {"username": "_irc_x"})
+    assert status == 400 and "m.login.application_service" in answer["error"]
+
+
+# -- Handlers: accounts. Devices.
+
+@pytest.mark.parametrize("name", ["device_id", "org.matrix.msc3202.device_id"])
+def test_a_service_acts_as_a_device_of_its_user(start, name):
+    hs = start(registration())
+    ghost = acting(hs, "irc", "@_irc_bob:localhost")
+    assert "device_id" not in ghost.whoami()
+    ghost.ask("PUT", "devices", "DEV", body={})
+    assert ghost.ask("GET", "account", "whoami", **{name: "DEV"})["device_id"] == "DEV"
+    bot = bot_of(hs)
+    with refused("M_UNKNOWN_DEVICE", 400):                   # the device must be of the user who is named, or of the sender
+        bot.ask("GET", "account", "whoami", **{name: "DEV"})
+    bot.ask("PUT", "devices", "BOT", body={})
+    assert bot.ask("GET", "account", "whoami", **{name: "BOT"}) == {"user_id": bot.user_id, "device_id": "BOT", "is_guest": False}
+
+
+def test_a_service_creates_names_and_deletes_devices_of_its_users(start):
+    hs = start(registration())
+    ghost = acting(hs, "irc", "@_irc_bob:localhost")
+    target = "/_matrix/client/v3/devices/DEV?user_id=" + urllib.parse.quote(ghost.user_id)
+    assert ask(hs, "PUT", target, ghost.token, {"display_name": "one"}) == (201, {})
+    assert ask(hs, "PUT", target, ghost.token, {"display_name": "two"}) == (200, {})
+    assert [(device["device_id"], device["display_name"]) for device in ghost.ask("GET", "devices")["devices"]] == [("DEV", "two")]
+    assert ghost.ask("DELETE", "devices", "DEV") == {} and ghost.ask("GET", "devices")["devices"] == []
+    ghost.ask("PUT", "devices", "DEV", body={})
+    assert ghost.ask("POST", "delete_devices", body={"devices": ["DEV"]}) == {} and ghost.ask("GET", "devices")["devices"] == []
+
+
+def test_a_device_keeps_its_name_if_none_is_given(three):
+    hs, alice, *_ = three
+    for body in ({"display_name": "phone"}, {"device_name": "x"}, {}):
+        alice.ask("PUT", "devices", device_of(alice), body=body)
+    assert alice.ask("GET", "devices", device_of(alice))["display_name"] == "phone"
+
+
+def test_a_person_does_not_create_devices(three):
+    hs, alice, *_ = three
+    with refused("M_NOT_FOUND", 404):
+        alice.ask("PUT", "devices", "NEW", body={"display_name": "x"})
+
+
+def test_what_is_for_a_device_needs_one(start):
+    hs = start(registration())
+    ghost = acting(hs, "irc", "@_irc_bob:localhost")
+    with refused("M_MISSING_PARAM", 400, "device_id"):
+        ghost.ask("POST", "keys", "upload", body={})
+
+
+def test_each_device_of_a_ghost_has_its_own_transaction_ids_and_sees_its_own(start):
+    hs = start(registration())
+    ghost = acting(hs, "irc", "@_irc_bob:localhost")
+    room = ghost.create_room()
+    for device_id in "AB":
+        ghost.ask("PUT", "devices", device_id, body={})
+    sent = [ghost.call("PUT", path("rooms", room, "send", "m.room.message", "1"), {"body": "x", "msgtype": "m.text"}, **query)["event_id"]
+            for query in ({}, {"device_id": "A"}, {"device_id": "B"}, {"device_id": "A"})]
+    assert sent[1] == sent[3] and len(set(sent)) == 3
+    for device_id, transaction_id in (("A", "1"), ("B", None)):
+        assert ghost.ask("GET", "rooms", room, "event", sent[1], device_id=device_id)["unsigned"].get("transaction_id") == transaction_id
+
+
+# -- Handlers: rooms. Times.
+
+@pytest.mark.parametrize("ts", [0, 1, 2**53 - 1])
+def test_a_service_sets_the_time_of_what_it_sends_and_of_state(start, recorder, ts):
+    r = recorder()
+    hs = start(registration(url=r.url))
+    bob = acting(hs, "irc", "@_irc_bob:localhost")
+    room = bob.create_room()
+    ids = [bob.send(room, "x", {}, "t", ts), bob.set_state(room, "x", {}, "", ts), bob.set_state(room, "m.room.member", {"membership": "join"}, bob.user_id, ts)]
+    assert [bob.event(room, id)["origin_server_ts"] for id in ids] == [ts] * 3
+    assert types(bob.messages(room)["chunk"])[:3] == ["m.room.member", "x", "x"]      # the order is that of arrival
+    hs.settle()
+    assert [event["origin_server_ts"] for event in r.events[-3:]] == [ts] * 3 and all(event["age"] >= 0 for event in r.events)
+
+
+@pytest.mark.parametrize("ts", ["-1", "x", "1.5", str(2**53), "1e3", "٣"])
+def test_a_time_that_is_none_is_refused_to_a_service_and_ignored_for_people(start, ts):
+    hs = start(registration())
+    bob, alice = acting(hs, "irc", "@_irc_bob:localhost"), hs.client("alice")
+    for client, status in ((bob, 400), (alice, 200)):
+        room, query = client.create_room(), "?ts=" + urllib.parse.quote(ts) + (f"&user_id={bob.user_id}" if client is bob else "")
+        for where in ("send/x/1", "state/x/"):
+            assert ask(hs, "PUT", f"{V3}/rooms/{room}/{where}{query}", client.token, {})[0] == status
+
+
+def test_ts_is_ignored_for_people_and_on_other_routes(start):
+    hs = start(registration())
+    alice, bob = hs.client("alice"), acting(hs, "irc", "@_irc_bob:localhost")
+    room = alice.create_room()
+    assert alice.event(room, alice.send(room, "x", {}, ts=5))["origin_server_ts"] > 1_000_000_000_000
+    room = bob.create_room()
+    answer = bob.call("PUT", path("rooms", room, "redact", bob.say(room, "x"), "1"), {}, ts=5)
+    assert bob.event(room, answer["event_id"])["origin_server_ts"] > 1_000_000_000_000
+
+
+# -- Handlers: for application services, and for everybody.
+
+@pytest.mark.parametrize("version", ["v1", "r0", "unstable"])
+@pytest.mark.parametrize("kind,uri,status,expected", [
+    ("user", "irc://localhost/Bob,isuser", 200, "@_irc_bob:localhost"), ("user", "irc://localhost/a%5Bb,isnick", 200, "@_irc_a=5bb:localhost"),
+    ("alias", "irc://localhost/%23Lobby", 200, "#_irc_Lobby:localhost"), ("alias", "irc://localhost/lobby,ischannel", 200, "#_irc_lobby:localhost"),
+    ("user", "irc://elsewhere/bob,isuser", 404, "M_NOT_FOUND"), ("user", "irc://localhost/bob,isuser/more", 404, "M_NOT_FOUND"), ("alias", "xmpp:x@y", 404, "M_NOT_FOUND"),
+    ("user", None, 400, "M_MISSING_PARAM"), ("user", "no uri", 400, "M_INVALID_PARAM"), ("alias", "irc:" + "x" * 2048, 400, "M_INVALID_PARAM")])
+def test_a_uri_is_mapped_to_an_id_for_everybody(start, version, kind, uri, status, expected):
+    hs = start(with_uris())
+    answer = ask(hs, "GET", f"/_matrix/app/{version}/{kind}" + ("" if uri is None else "?" + urllib.parse.urlencode({"uri": uri})))
+    assert (answer[0], answer[1].get({"user": "user_id", "alias": "alias"}[kind], answer[1].get("errcode"))) == (status, expected)
+
+
+def test_a_uri_is_not_mapped_outside_the_namespace(start):
+    hs = start(with_uris(users=["@other_.*"]))
+    assert ask(hs, "GET", "/_matrix/app/v1/user?uri=irc://localhost/bob,isuser")[0] == 404
+
+
+def test_versions_capabilities_and_well_known(start):
+    hs = start(public_url="https://matrix.example.org", room_version="12")
+    versions = ask(hs, "GET", "/_matrix/client/versions")[1]
+    assert {"r0.6.1", "v1.1", "v1.7", "v1.11", "v1.15"} <= set(versions["versions"]) and "v1.16" not in versions["versions"]
+    assert ask(hs, "GET", "/.well-known/matrix/client") == (200, {"m.homeserver": {"base_url": "https://matrix.example.org"}})
+    rooms = hs.client("alice").call("GET", V3 + "/capabilities")["capabilities"]["m.room_versions"]
+    assert rooms == {"default": "12", "available": {"10": "stable", "11": "stable", "12": "stable"}}
+
+
+# -- The table, row by row: who may, and what is told to those who may not.
 
 ASKERS = {   # who asks: token and query, and what rows for a user, for a service and for anybody ("maybe") say; None: what they say to all
     "no token":                                ("", "", "M_MISSING_TOKEN", "M_MISSING_TOKEN", None),
@@ -11119,10 +11600,6 @@ def row_of(text):
     """(method, path) of a row that is written as in the table."""
     method, path = text.split()
     return method, asbridge.PREFIXES.get(path[0], path[0]) + path[1:]
-
-
-def quote(text):
-    return urllib.parse.quote(text, safe="")
 
 
 class Asking:
@@ -11251,7 +11728,7 @@ def test_a_login_says_the_same_of_a_wrong_password_and_of_whom_there_is_not_and_
     assert len(hashed) == 9
 
 
-# -- Every row of the table that leads to a room: for whom.
+# -- The table, row by row: which rooms are whose.
 
 # 200; 403 M_FORBIDDEN, 404 M_NOT_FOUND; ban: 403 M_BAD_STATE; in: 400 M_UNKNOWN, still in it. `member` has no power; `peek` is in a
 # world-readable room, which it may not join; the others are in a room for those invited, with shared history, or were.
@@ -11458,28 +11935,7 @@ def test_a_stranger_joins_by_a_state_event_only_where_one_may_join(three):
         bob.set_state(alice.create_room(), "m.room.member", {"membership": "join"}, bob.user_id)
 
 
-# -- Every row of the table: what is of the wrong type.
-
-WRONG = (None, 2**70, "x\0", [None], {}, {"x": {"x": 5}}, True)
-
-
-def mutations(body):
-    """The body with each value in it, however deep, replaced by each wrong one."""
-    def places(value, where):
-        for key, item in (value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()):
-            yield (*where, key)
-            yield from places(item, (*where, key))
-    for where in places(body, ()):
-        for wrong in WRONG:
-            changed = copy.deepcopy(body)
-            functools.reduce(lambda value, key: value[key], where[:-1], changed)[where[-1]] = wrong
-            yield changed
-
-
-def some(mutations):
-    """Every third of them: another wrong value in each place, and in the end all of them in some. The long tests take all."""
-    return itertools.islice(mutations, 0, None, 3)
-
+# -- The table, row by row: what is of the wrong type.
 
 RELATED = {"rel_type": "m.thread", "event_id": "{event}", "key": "+", "is_falling_back": True, "m.in_reply_to": {"event_id": "{event}"}}
 CONDITIONS = [{"kind": "event_match", "key": "content.body", "pattern": "x*"}, {"kind": "room_member_count", "is": ">1"}, {"kind": "contains_display_name"},
@@ -11541,60 +11997,9 @@ BODIES = [
     ("POST", "C/user_directory/search", {"search_term": "x", "limit": 5}), ("POST", "V/appservice/irc/ping", {"transaction_id": "x"}),
     ("POST", "K/version", {"algorithm": "x", "auth_data": {"x": 1}}),
 ]
+
 # Of these, even what is right is refused.
 REFUSED = {"C/account/password", "C/account/deactivate", "C/knock/{room}", "R/kick", "R/unban", "R/state/m.room.create/", "V/appservice/irc/ping"}
-
-
-class Target:
-    """A homeserver to be asked nonsense: by a ghost with a device and by a person, with a fresh room for each row."""
-
-    def __init__(self, hs):
-        self.hs, self.http, self.n = hs, asbridge.HttpClient(hs.url), 0
-        self.alice, self.ghost = hs.client("alice"), ghost_with_device(hs)
-        self.backup = self.ghost.ask("POST", "room_keys", "version", body={"algorithm": "x", "auth_data": {}})["version"]
-        self.media = self.ghost.call("POST", "/_matrix/media/v3/create")["content_uri"].rpartition("/")[2]
-        self.filter = self.ghost.ask("POST", "user", self.ghost.user_id, "filter", body={})["filter_id"]
-        self.fresh()
-
-    def fresh(self):
-        self.room = self.ghost.create_room(preset="public_chat")
-        self.alice.join(self.room)
-        self.event = self.ghost.say(self.room, "x")
-        return self
-
-    def filled(self, text, encode=lambda text: text):
-        self.n += 1
-        for name, value in (("user", self.ghost.user_id), ("room", self.room), ("event", self.event), ("backup", self.backup), ("n", str(self.n))):
-            text = text.replace("{" + name + "}", encode(value))
-        return text
-
-    def ask(self, method, where, body=None, person=False):
-        """Status and answer, which must be JSON and no failure of the homeserver."""
-        query = "" if person else f"{'&' if '?' in where else '?'}user_id={quote(self.ghost.user_id)}&device_id=GHOST"
-        token = self.alice.token if person else "as-irc"
-        status, answer = self.http.request(method, where + query, body, {"Authorization": f"Bearer {token}"})
-        return status, answer
-
-    def reads(self):
-        """What everybody reads goes on being readable, whatever was written."""
-        api, ghost, alice = self.hs.api, asbridge.Who(self.ghost.user_id, "GHOST"), asbridge.Who(self.alice.user_id)
-        one = asbridge.SyncFilter({"room": {"rooms": [self.room], "timeline": {"unread_thread_notifications": True, "limit": 3}}})
-        for who in (alice, ghost):
-            api.sync.sync(who, None, one)
-        api.keys.query(alice, {ghost.user_id: []})
-        with contextlib.suppress(MatrixError):               # she may have been thrown out
-            api.rooms.messages(alice, self.room, None, True, 3, asbridge.Filter(), lazy=True)
-            api.rooms.threads(alice, self.room, False, None, 3)
-            api.rooms.hierarchy(alice, self.room, False, 1, 0, 3)
-        api.rooms.public(0, 3)
-        api.accounts.tags(ghost, self.room)
-        api.accounts.search(alice, "bob", 3)
-        assert api.accounts.device(ghost, "GHOST") and self.alice.user_id in self.hs.world.store.users
-
-
-def pattern_of(where):
-    """The path of a row, with the names of this table for variables."""
-    return (asbridge.PREFIXES.get(where[0], where[0]) + where[1:]).replace("{roomId}", "{room}").replace("{userId}", "{user}")
 
 
 def failing(target, method, where, body, person=(), chosen=some):
@@ -11615,12 +12020,6 @@ def failing(target, method, where, body, person=(), chosen=some):
             except Exception as error:
                 yield "after this", data.decode(), repr(error)
                 return
-
-
-@pytest.fixture(scope="module")
-def target():
-    with asbridge.Homeserver([registration()]) as hs:
-        yield Target(hs)
 
 
 def test_no_value_of_a_wrong_type_in_a_body_makes_the_homeserver_fail_then_or_later(start):
@@ -11696,6 +12095,8 @@ def test_who_names_nothing_as_a_device_to_delete_loses_none(start):
 # ============================================================================
 # 9. Inspector
 # ============================================================================
+
+# -- Why.
 
 def inspect(hs, method, path, body=None, **headers):
     return ask(hs, method, "/_asbridge/" + path, None, body, headers)
@@ -11808,6 +12209,8 @@ def test_explain_says_whether_an_id_exists_and_whom_a_query_would_ask(linked):
     assert not any("is asked" in line for line in hs.explain("@_irc_bob:localhost")["summary"])
 
 
+# -- Levers, and a lesson.
+
 def test_the_api_answers_what_the_embedded_homeserver_does(linked):
     hs, r, alice, room = linked
     event_id = alice.say(room, "x")
@@ -11867,6 +12270,8 @@ def test_rooms_and_people_are_enough_for_a_lesson_without_another_client(linked)
     said = [(one.source, one.method, one.status) for one in hs.delivery.wire.since(0, 0)[1] if "/send/" in one.path and one.client]
     assert said == [("@bob:localhost", "PUT", 200), ("@bob:localhost", "PUT", 403)]      # as a client's would look
 
+
+# -- What passes.
 
 def test_a_service_that_registers_a_ghost_is_seen_as_itself(linked):
     hs, r, alice, room = linked
@@ -11948,96 +12353,6 @@ def test_whoever_looks_at_what_passes_is_answered_as_soon_as_something_does(link
         looking.result()
 
 
-@pytest.mark.parametrize("method, path, body, errcode", [
-    ("GET", "why?event=$x", None, "M_MISSING_PARAM"), ("GET", "explain", None, "M_MISSING_PARAM"), ("GET", "explain?id=x", None, "M_INVALID_PARAM"),
-    ("GET", "exchanges?since=x", None, "M_INVALID_PARAM"), ("POST", "faults", {"appservice": "irc", "fault": "x"}, "M_INVALID_PARAM"),
-    ("POST", "faults", {"appservice": "irc", "fault": "refuse", "probability": "x"}, "M_BAD_JSON"), ("POST", "faults", {"fault": "refuse"}, "M_MISSING_PARAM"),
-    ("POST", "faults", {"appservice": "irc", "fault": "refuse", "time": 3}, "M_BAD_JSON"),
-    ("POST", "clock", {"advance": -1}, "M_BAD_JSON"), ("POST", "clock", {"advance": True}, "M_BAD_JSON"), ("POST", "clock", {}, "M_BAD_JSON"),
-    ("POST", "replay", {"appservice": "irc", "txn_id": "x"}, "M_INVALID_PARAM"), ("POST", "pause", {"appservice": 5}, "M_BAD_JSON"),
-    ("POST", "people", {"name": "Bad Name"}, "M_INVALID_USERNAME"), ("GET", "nothing", None, "M_UNRECOGNIZED"), ("POST", "status", {}, "M_UNRECOGNIZED"),
-    ("GET", "transactions?appservice=nobody", None, "M_NOT_FOUND"), ("POST", "skip", [], "M_BAD_JSON"), ("POST", "retry", b"{", "M_NOT_JSON")])
-def test_nonsense_to_the_api_is_refused_in_the_form_of_the_specification(target, method, path, body, errcode):
-    status, answer = inspect(target.hs, method, path, body)
-    assert answer["errcode"] == errcode and answer["error"] and 400 <= status < 500
-
-
-ADMIN_BODIES = [
-    ("rooms", {"user_id": "@alice:localhost", "room": "new"}), ("rooms", {"user_id": "@alice:localhost", "room": "#none:localhost"}), ("rooms", {"user_id": "@alice:localhost", "room": "@carol:localhost"}),
-    ("people", {"name": "erin"}), ("say", {"user_id": "@alice:localhost", "room_id": "!x:localhost", "body": "x"}), ("clock", {"advance": 1}), ("examine", {"appservice": "irc", "queries": False}),
-    ("faults", {"appservice": "irc", "fault": "status", "on": "transactions", "times": 1, "probability": 0.5, "seed": 1, "delay_ms": 1, "status": 500}),
-    ("pause", {"appservice": "irc"}), ("resume", {"appservice": "irc"}), ("retry", {"appservice": "irc"}), ("skip", {"appservice": "irc"}), ("ping", {"appservice": "irc"}),
-    ("replay", {"appservice": "irc", "txn_id": "1", "new_id": True})]
-ADMIN_QUERIES = ["exchanges?since={}", "exchanges?timeout={}", "exchange?n={}", "transactions?appservice=irc&limit={}", "transactions?appservice={}", "explain?id={}", "why?event={}&appservice=irc",
-                 "why?event=$x&appservice={}", "timeline?room={}", "timeline?room=!x:localhost&limit={}", "faults?appservice={}"]
-
-
-def test_no_value_of_a_wrong_type_makes_the_inspector_fail(start):
-    target = Target(start(registration()))
-    asked = [("POST", where, body) for where, right in ADMIN_BODIES for body in (right, *WRONG, *some(mutations(right)))]
-    asked += [("GET", where.format(value if value[:1] == "%" else quote(value)), None) for where in ADMIN_QUERIES for value in (*WRONG_QUERIES, "@" + "x" * 300, "x:" + "y" * 3000, "@a:b\0")]
-    failed = [(*one, status) for one in asked for status, answer in [inspect(target.hs, *one)]
-              if (status >= 500 and answer["errcode"] == "M_UNKNOWN") or (status >= 400 and not (answer.get("errcode") and answer.get("error")))]
-    assert failed == []
-    assert {path for path, _ in ADMIN_BODIES} == {route.path.removeprefix("/_asbridge/") for route in asbridge.ADMIN_ROUTES if route.method == "POST"}
-    target.hs.faults("irc").clear()
-    target.reads()
-
-
-@pytest.mark.parametrize("headers", [
-    {"Host": "evil.example"}, {"Host": "evil.example:8008"}, {"Host": "127.0.0.1.evil.example"}, {"Host": "192.168.0.7"},
-    {"Host": ""}, {"Host": "localhost.evil.example"}, {"Host": "127.0.0.1.nip.io:8008"}, {"Host": "localhost@evil.example"}, {"Host": "evil.example#localhost"},
-    {"Host": "localhost:1, evil.example"}, {"Host": "evil.example:localhost"}, {"Host": "[::1].evil.example"}, {"Host": "[fe80::1]:8008"}, {"Host": "0.0.0.0"},
-    {"Host": "0x7f.1"}, {"Host": "2130706433"}, {"Host": "127.1"}, {"Host": "localhost:8008x"}, {"Host": "//localhost"}, {"Host": "l\u00f6calhost"},
-    {"Origin": "http://evil.example"}, {"Origin": "null"}, {"Origin": "http://localhost:1"}, {"Origin": "file://"}, {"Origin": ""}, {"Origin": "http://127.0.0.1.evil.example"},
-    {"Sec-Fetch-Site": "cross-site"}, {"Sec-Fetch-Site": "same-site"}, {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "navigate", "Sec-Fetch-Dest": "iframe"},
-    {"Origin": "http://evil.example", "Upgrade": "websocket", "Connection": "Upgrade", "Sec-WebSocket-Version": "13", "Sec-WebSocket-Key": "AAAAAAAAAAAAAAAAAAAAAA=="},
-    {"Origin": "http://evil.example", "Content-Type": "text/plain"}, {"Origin": "http://evil.example", "Content-Type": "application/x-www-form-urlencoded"},
-    {"Origin": "http://evil.example", "Access-Control-Request-Method": "POST"}, {"Origin": "null", "Content-Type": "multipart/form-data; boundary=x"}])
-def test_the_inspector_answers_to_no_other_host_name_and_to_no_other_sites_page(target, headers):
-    for method, path, body in (("GET", "status", None), ("POST", "clock", {"advance": 3600}), ("POST", "people", {"name": "mallory"})):
-        status, answer = inspect(target.hs, method, path, body, **headers)
-        assert (status, answer["errcode"]) in ((403, "M_FORBIDDEN"), (400, "M_UNKNOWN")) and (status == 403 or "Host is one name" in answer["error"])
-    assert target.hs.clock.wound == 0 and "@mallory:localhost" not in target.hs.inspector.people()
-
-
-@pytest.mark.parametrize("headers", [
-    {}, {"Host": "localhost"}, {"Host": "127.0.0.1:1"}, {"Host": "[::1]:8008"}, {"Host": "127.8.8.8"}, {"Sec-Fetch-Site": "none"},
-    {"Host": "localhost:1", "Origin": "http://localhost:1", "Sec-Fetch-Site": "same-origin"}, {"Upgrade": "websocket", "Connection": "Upgrade"}])
-def test_the_inspector_answers_to_its_own_page_and_to_programs_on_this_machine(target, headers):
-    assert inspect(target.hs, "GET", "status", **headers)[0] == 200
-
-
-def test_the_inspector_goes_by_the_host_that_is_asked_for_whichever_way_a_request_says_it(target):
-    for line, host, status in (("/", "localhost", 200), ("http://evil.example/", "localhost", 403), ("http://localhost/", "evil.example", 200), ("/", "localhost\r\nHost: evil.example", 400)):
-        assert talk(target.hs, f"GET {line}_asbridge/status HTTP/1.1\r\nHost: {host}\r\n\r\n".encode()).startswith(f"HTTP/1.1 {status} ".encode())
-
-
-def test_the_inspector_has_no_cors_headers_and_its_own_page_may_ask(target):
-    with contextlib.closing(http.client.HTTPConnection("127.0.0.1", target.hs.port)) as connection:
-        for method in ("GET", "OPTIONS"):
-            connection.request(method, "/_asbridge/status", headers={"Host": "localhost:1", "Origin": "http://localhost:1"})
-            answer = connection.getresponse()
-            answer.read()
-            assert answer.status < 300 and not any("access-control" in name.lower() for name, _ in answer.getheaders())
-
-
-def test_the_page_runs_its_own_script_only_loads_nothing_from_elsewhere_and_stands_in_no_frame(target):
-    pages = []
-    for _ in range(2):
-        with contextlib.closing(http.client.HTTPConnection("127.0.0.1", target.hs.port)) as connection:
-            connection.request("GET", "/", headers={"Origin": "http://evil.example"})
-            answer = connection.getresponse()
-            page, headers = answer.read().decode(), {name.lower(): value for name, value in answer.getheaders()}
-        nonce = re.search(r"script-src 'nonce-([\w-]{20,})'", headers["content-security-policy"])[1]
-        assert answer.status == 200 and headers["content-type"] == "text/html; charset=utf-8" and "access-control-allow-origin" not in headers
-        assert "default-src 'none'" in headers["content-security-policy"] and "frame-ancestors 'none'" in headers["content-security-policy"]
-        assert "unsafe" not in headers["content-security-policy"] and page.count(f'nonce="{nonce}"') == 2 and "{nonce}" not in page
-        pages.append(nonce)
-    assert pages[0] != pages[1]
-    assert not re.search(r"""(?:src|href)\s*=|url\(|@import|https?://|innerHTML|insertAdjacentHTML|document\.write|\son\w+="|\sstyle=\"""", asbridge.PAGE)
-
-
 def test_what_is_printed_of_an_object_has_no_secret_in_it(start, recorder):
     r = recorder()
     hs = start(registration(url=r.url, rooms=["!.*"], as_token="SECRET-A", hs_token="SECRET-H"), admin_token="SECRET-ADMIN")
@@ -12057,76 +12372,7 @@ def test_of_a_service_that_repeats_its_other_token_it_is_not_kept(linked):
     assert eventually(lambda: [one.answer for one in hs.delivery.worker("irc").attempts if one.status == 500])[0] == b"you are (as_token)"
 
 
-def test_an_admin_token_is_asked_for_where_there_is_one_and_needed_beyond_this_machine(start):
-    hs = start(admin_token="hunter2")
-    for token, errcode in ((None, "M_MISSING_TOKEN"), ("wrong", "M_UNKNOWN_TOKEN"), (hs.client("alice").token, "M_UNKNOWN_TOKEN")):
-        status, answer = ask(hs, "GET", "/_asbridge/status", token)
-        assert (status, answer["errcode"]) == (401, errcode)
-    assert ask(hs, "GET", "/_asbridge/status", "hunter2")[0] == 200
-    hs = start(bind="0.0.0.0")
-    status, answer = inspect(hs, "GET", "status")
-    assert status == 403 and "admin_token" in answer["error"]
-    hs = start(bind="0.0.0.0", admin_token="hunter2")
-    assert ask(hs, "GET", "/_asbridge/status", "hunter2", headers={"Host": "matrix.example.org"})[0] == 200
-    assert ask(hs, "GET", "/_asbridge/status", "hunter2", headers={"Host": "a.example", "Origin": "http://b.example"})[0] == 403
-
-
-ADMIN_ASKERS = {  # who asks: token and headers, and what each row says if there is an admin_token, and if there is none; None: it may
-    "no token": (None, {}, "M_MISSING_TOKEN", None), "a wrong one": ("x", {}, "M_UNKNOWN_TOKEN", None), "a person": ("{alice}", {}, "M_UNKNOWN_TOKEN", None),
-    "a service": ("as-irc", {}, "M_UNKNOWN_TOKEN", None), "an hs_token": ("hs-irc", {}, "M_UNKNOWN_TOKEN", None), "the owner": ("hunter2", {}, None, None),
-    "another site's page": ("hunter2", {"Origin": "http://evil.example"}, "M_FORBIDDEN", "M_FORBIDDEN"), "another name": ("hunter2", {"Host": "evil.example"}, "M_FORBIDDEN", "M_FORBIDDEN")}
-
-
-@pytest.mark.parametrize("admin_token", ["hunter2", None])
-def test_each_row_of_the_inspector_is_for_the_owner_of_the_homeserver_alone(start, admin_token):
-    hs = start(registration(), **({"admin_token": admin_token} if admin_token else {}))
-    alice, http_client, wrong = hs.client("alice").token, asbridge.HttpClient(hs.url), []
-    for route, (token, headers, *says) in itertools.product(asbridge.ADMIN_ROUTES, ADMIN_ASKERS.values()):
-        token = {"{alice}": alice}.get(token, token)
-        status, answer = http_client.request(route.method, route.path, None if route.method == "GET" else b"{}", {**headers, **({"Authorization": f"Bearer {token}"} if token else {})})
-        says = says[admin_token is None] if route.auth != "nobody" else None
-        got = status, json.loads(answer)["errcode"] if status in (401, 403) else None
-        if got != (asbridge.ERRORS[says], says) if says else status in (401, 403) or (route.auth == "nobody" and status != 200):
-            wrong.append((route.method, route.path, token, headers, status, answer[:80]))
-    http_client.close()
-    assert wrong == [] and {route.auth for route in asbridge.ADMIN_ROUTES[1:]} == {"admin"}
-
-
 # -- The bridge examiner.
-
-def answering(*faults):
-    """The answers of an application service with the registration of registration(), which does all as it should, but for these faults."""
-    def answer(request, body):
-        path, header, query = urllib.parse.unquote(request.path), request.headers.get("authorization", ""), request.query.get("access_token", "")
-        tokens = {query} if "reads the query only" in faults else {header.removeprefix("Bearer "), query} - {""}
-        if "echoes the request" in faults:
-            return 500, f"\x1b[2J{urllib.parse.quote(query, safe='')} {query} {header} {json.dumps(header)}".encode()
-        if "takes any token" not in faults and tokens != {"hs-irc" if "has another token" not in faults else "other"}:
-            return (403, {"errcode": "M_FORBIDDEN", "error": "no"}) if "says no errcode" not in faults else (403, {})
-        routes = {"transactions": "PUT", "users": "GET", "rooms": "GET", "ping": "POST", "thirdparty": "GET"}
-        legacy = not path.startswith("/_matrix/app/v1/")
-        name = path.removeprefix("/_matrix/app/v1").split("/")[1]
-        if name not in routes or legacy != ("knows the legacy paths only" in faults):
-            return (404, {"errcode": "M_UNRECOGNIZED"}) if "answers with pages" not in faults else (404, b"<h1>Not found</h1>")
-        if routes[name] != request.method:
-            return (405, {"errcode": "M_UNRECOGNIZED"}) if "answers with pages" not in faults else (405, b"<h1>No</h1>")
-        if name in ("users", "rooms"):
-            return (200, {}) if "creates" in faults else (404, b"<h1>No</h1>") if "answers with pages" in faults else (
-                404, {} if "says no errcode" in faults else {"errcode": "M_NOT_FOUND"})
-        if name == "thirdparty":
-            return (200, {"instances": []}) if path.endswith("/good") else (200, []) if path.endswith("/bad") else (404, {})
-        return transaction(body)
-
-    def transaction(body):
-        try:
-            value = json.loads(body)
-        except ValueError:
-            return (500, b"Traceback") if "breaks" in faults else (400, {"errcode": "M_NOT_JSON"})
-        if "is strict" in faults and (value.keys() - {"events", "transaction_id"} or any("org.asbridge.examiner" in event for event in value.get("events", ()))):
-            return 400, {"errcode": "M_BAD_JSON"}
-        return 200, b"OK" if "answers no JSON" in faults else {}
-    return answer
-
 
 def examined(url, queries=True, ms=5000, **keys):
     """What the examiner finds: outcome and what was seen, by test."""
@@ -12278,216 +12524,213 @@ def test_the_examiner_tells_no_tokens_and_nothing_that_moves_a_cursor(recorder):
     assert seen.count("(token)") > 20 and "\\x1b" not in seen and "\x1b" not in seen and "hs/" not in seen and "hs%2" not in seen
 
 
+# -- The page.
+
+def test_the_page_runs_its_own_script_only_loads_nothing_from_elsewhere_and_stands_in_no_frame(target):
+    pages = []
+    for _ in range(2):
+        with contextlib.closing(http.client.HTTPConnection("127.0.0.1", target.hs.port)) as connection:
+            connection.request("GET", "/", headers={"Origin": "http://evil.example"})
+            answer = connection.getresponse()
+            page, headers = answer.read().decode(), {name.lower(): value for name, value in answer.getheaders()}
+        nonce = re.search(r"script-src 'nonce-([\w-]{20,})'", headers["content-security-policy"])[1]
+        assert answer.status == 200 and headers["content-type"] == "text/html; charset=utf-8" and "access-control-allow-origin" not in headers
+        assert "default-src 'none'" in headers["content-security-policy"] and "frame-ancestors 'none'" in headers["content-security-policy"]
+        assert "unsafe" not in headers["content-security-policy"] and page.count(f'nonce="{nonce}"') == 2 and "{nonce}" not in page
+        pages.append(nonce)
+    assert pages[0] != pages[1]
+    assert not re.search(r"""(?:src|href)\s*=|url\(|@import|https?://|innerHTML|insertAdjacentHTML|document\.write|\son\w+="|\sstyle=\"""", asbridge.PAGE)
+
+
+def test_the_inspector_has_no_cors_headers_and_its_own_page_may_ask(target):
+    with contextlib.closing(http.client.HTTPConnection("127.0.0.1", target.hs.port)) as connection:
+        for method in ("GET", "OPTIONS"):
+            connection.request(method, "/_asbridge/status", headers={"Host": "localhost:1", "Origin": "http://localhost:1"})
+            answer = connection.getresponse()
+            answer.read()
+            assert answer.status < 300 and not any("access-control" in name.lower() for name, _ in answer.getheaders())
+
+
+# -- Handlers: for the owner of the homeserver alone.
+
+@pytest.mark.parametrize("method, path, body, errcode", [
+    ("GET", "why?event=$x", None, "M_MISSING_PARAM"), ("GET", "explain", None, "M_MISSING_PARAM"), ("GET", "explain?id=x", None, "M_INVALID_PARAM"),
+    ("GET", "exchanges?since=x", None, "M_INVALID_PARAM"), ("POST", "faults", {"appservice": "irc", "fault": "x"}, "M_INVALID_PARAM"),
+    ("POST", "faults", {"appservice": "irc", "fault": "refuse", "probability": "x"}, "M_BAD_JSON"), ("POST", "faults", {"fault": "refuse"}, "M_MISSING_PARAM"),
+    ("POST", "faults", {"appservice": "irc", "fault": "refuse", "time": 3}, "M_BAD_JSON"),
+    ("POST", "clock", {"advance": -1}, "M_BAD_JSON"), ("POST", "clock", {"advance": True}, "M_BAD_JSON"), ("POST", "clock", {}, "M_BAD_JSON"),
+    ("POST", "replay", {"appservice": "irc", "txn_id": "x"}, "M_INVALID_PARAM"), ("POST", "pause", {"appservice": 5}, "M_BAD_JSON"),
+    ("POST", "people", {"name": "Bad Name"}, "M_INVALID_USERNAME"), ("GET", "nothing", None, "M_UNRECOGNIZED"), ("POST", "status", {}, "M_UNRECOGNIZED"),
+    ("GET", "transactions?appservice=nobody", None, "M_NOT_FOUND"), ("POST", "skip", [], "M_BAD_JSON"), ("POST", "retry", b"{", "M_NOT_JSON")])
+def test_nonsense_to_the_api_is_refused_in_the_form_of_the_specification(target, method, path, body, errcode):
+    status, answer = inspect(target.hs, method, path, body)
+    assert answer["errcode"] == errcode and answer["error"] and 400 <= status < 500
+
+
+ADMIN_BODIES = [
+    ("rooms", {"user_id": "@alice:localhost", "room": "new"}), ("rooms", {"user_id": "@alice:localhost", "room": "#none:localhost"}), ("rooms", {"user_id": "@alice:localhost", "room": "@carol:localhost"}),
+    ("people", {"name": "erin"}), ("say", {"user_id": "@alice:localhost", "room_id": "!x:localhost", "body": "x"}), ("clock", {"advance": 1}), ("examine", {"appservice": "irc", "queries": False}),
+    ("faults", {"appservice": "irc", "fault": "status", "on": "transactions", "times": 1, "probability": 0.5, "seed": 1, "delay_ms": 1, "status": 500}),
+    ("pause", {"appservice": "irc"}), ("resume", {"appservice": "irc"}), ("retry", {"appservice": "irc"}), ("skip", {"appservice": "irc"}), ("ping", {"appservice": "irc"}),
+    ("replay", {"appservice": "irc", "txn_id": "1", "new_id": True})]
+ADMIN_QUERIES = ["exchanges?since={}", "exchanges?timeout={}", "exchange?n={}", "transactions?appservice=irc&limit={}", "transactions?appservice={}", "explain?id={}", "why?event={}&appservice=irc",
+                 "why?event=$x&appservice={}", "timeline?room={}", "timeline?room=!x:localhost&limit={}", "faults?appservice={}"]
+
+
+def test_no_value_of_a_wrong_type_makes_the_inspector_fail(start):
+    target = Target(start(registration()))
+    asked = [("POST", where, body) for where, right in ADMIN_BODIES for body in (right, *WRONG, *some(mutations(right)))]
+    asked += [("GET", where.format(value if value[:1] == "%" else quote(value)), None) for where in ADMIN_QUERIES for value in (*WRONG_QUERIES, "@" + "x" * 300, "x:" + "y" * 3000, "@a:b\0")]
+    failed = [(*one, status) for one in asked for status, answer in [inspect(target.hs, *one)]
+              if (status >= 500 and answer["errcode"] == "M_UNKNOWN") or (status >= 400 and not (answer.get("errcode") and answer.get("error")))]
+    assert failed == []
+    assert {path for path, _ in ADMIN_BODIES} == {route.path.removeprefix("/_asbridge/") for route in asbridge.ADMIN_ROUTES if route.method == "POST"}
+    target.hs.faults("irc").clear()
+    target.reads()
+
+
+@pytest.mark.parametrize("headers", [
+    {"Host": "evil.example"}, {"Host": "evil.example:8008"}, {"Host": "127.0.0.1.evil.example"}, {"Host": "192.168.0.7"},
+    {"Host": ""}, {"Host": "localhost.evil.example"}, {"Host": "127.0.0.1.nip.io:8008"}, {"Host": "localhost@evil.example"}, {"Host": "evil.example#localhost"},
+    {"Host": "localhost:1, evil.example"}, {"Host": "evil.example:localhost"}, {"Host": "[::1].evil.example"}, {"Host": "[fe80::1]:8008"}, {"Host": "0.0.0.0"},
+    {"Host": "0x7f.1"}, {"Host": "2130706433"}, {"Host": "127.1"}, {"Host": "localhost:8008x"}, {"Host": "//localhost"}, {"Host": "l\u00f6calhost"},
+    {"Origin": "http://evil.example"}, {"Origin": "null"}, {"Origin": "http://localhost:1"}, {"Origin": "file://"}, {"Origin": ""}, {"Origin": "http://127.0.0.1.evil.example"},
+    {"Sec-Fetch-Site": "cross-site"}, {"Sec-Fetch-Site": "same-site"}, {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "navigate", "Sec-Fetch-Dest": "iframe"},
+    {"Origin": "http://evil.example", "Upgrade": "websocket", "Connection": "Upgrade", "Sec-WebSocket-Version": "13", "Sec-WebSocket-Key": "AAAAAAAAAAAAAAAAAAAAAA=="},
+    {"Origin": "http://evil.example", "Content-Type": "text/plain"}, {"Origin": "http://evil.example", "Content-Type": "application/x-www-form-urlencoded"},
+    {"Origin": "http://evil.example", "Access-Control-Request-Method": "POST"}, {"Origin": "null", "Content-Type": "multipart/form-data; boundary=x"}])
+def test_the_inspector_answers_to_no_other_host_name_and_to_no_other_sites_page(target, headers):
+    for method, path, body in (("GET", "status", None), ("POST", "clock", {"advance": 3600}), ("POST", "people", {"name": "mallory"})):
+        status, answer = inspect(target.hs, method, path, body, **headers)
+        assert (status, answer["errcode"]) in ((403, "M_FORBIDDEN"), (400, "M_UNKNOWN")) and (status == 403 or "Host is one name" in answer["error"])
+    assert target.hs.clock.wound == 0 and "@mallory:localhost" not in target.hs.inspector.people()
+
+
+@pytest.mark.parametrize("headers", [
+    {}, {"Host": "localhost"}, {"Host": "127.0.0.1:1"}, {"Host": "[::1]:8008"}, {"Host": "127.8.8.8"}, {"Sec-Fetch-Site": "none"},
+    {"Host": "localhost:1", "Origin": "http://localhost:1", "Sec-Fetch-Site": "same-origin"}, {"Upgrade": "websocket", "Connection": "Upgrade"}])
+def test_the_inspector_answers_to_its_own_page_and_to_programs_on_this_machine(target, headers):
+    assert inspect(target.hs, "GET", "status", **headers)[0] == 200
+
+
+def test_the_inspector_goes_by_the_host_that_is_asked_for_whichever_way_a_request_says_it(target):
+    for line, host, status in (("/", "localhost", 200), ("http://evil.example/", "localhost", 403), ("http://localhost/", "evil.example", 200), ("/", "localhost\r\nHost: evil.example", 400)):
+        assert talk(target.hs, f"GET {line}_asbridge/status HTTP/1.1\r\nHost: {host}\r\n\r\n".encode()).startswith(f"HTTP/1.1 {status} ".encode())
+
+
+def test_an_admin_token_is_asked_for_where_there_is_one_and_needed_beyond_this_machine(start):
+    hs = start(admin_token="hunter2")
+    for token, errcode in ((None, "M_MISSING_TOKEN"), ("wrong", "M_UNKNOWN_TOKEN"), (hs.client("alice").token, "M_UNKNOWN_TOKEN")):
+        status, answer = ask(hs, "GET", "/_asbridge/status", token)
+        assert (status, answer["errcode"]) == (401, errcode)
+    assert ask(hs, "GET", "/_asbridge/status", "hunter2")[0] == 200
+    hs = start(bind="0.0.0.0")
+    status, answer = inspect(hs, "GET", "status")
+    assert status == 403 and "admin_token" in answer["error"]
+    hs = start(bind="0.0.0.0", admin_token="hunter2")
+    assert ask(hs, "GET", "/_asbridge/status", "hunter2", headers={"Host": "matrix.example.org"})[0] == 200
+    assert ask(hs, "GET", "/_asbridge/status", "hunter2", headers={"Host": "a.example", "Origin": "http://b.example"})[0] == 403
+
+
+ADMIN_ASKERS = {  # who asks: token and headers, and what each row says if there is an admin_token, and if there is none; None: it may
+    "no token": (None, {}, "M_MISSING_TOKEN", None), "a wrong one": ("x", {}, "M_UNKNOWN_TOKEN", None), "a person": ("{alice}", {}, "M_UNKNOWN_TOKEN", None),
+    "a service": ("as-irc", {}, "M_UNKNOWN_TOKEN", None), "an hs_token": ("hs-irc", {}, "M_UNKNOWN_TOKEN", None), "the owner": ("hunter2", {}, None, None),
+    "another site's page": ("hunter2", {"Origin": "http://evil.example"}, "M_FORBIDDEN", "M_FORBIDDEN"), "another name": ("hunter2", {"Host": "evil.example"}, "M_FORBIDDEN", "M_FORBIDDEN")}
+
+
+@pytest.mark.parametrize("admin_token", ["hunter2", None])
+def test_each_row_of_the_inspector_is_for_the_owner_of_the_homeserver_alone(start, admin_token):
+    hs = start(registration(), **({"admin_token": admin_token} if admin_token else {}))
+    alice, http_client, wrong = hs.client("alice").token, asbridge.HttpClient(hs.url), []
+    for route, (token, headers, *says) in itertools.product(asbridge.ADMIN_ROUTES, ADMIN_ASKERS.values()):
+        token = {"{alice}": alice}.get(token, token)
+        status, answer = http_client.request(route.method, route.path, None if route.method == "GET" else b"{}", {**headers, **({"Authorization": f"Bearer {token}"} if token else {})})
+        says = says[admin_token is None] if route.auth != "nobody" else None
+        got = status, json.loads(answer)["errcode"] if status in (401, 403) else None
+        if got != (asbridge.ERRORS[says], says) if says else status in (401, 403) or (route.auth == "nobody" and status != 200):
+            wrong.append((route.method, route.path, token, headers, status, answer[:80]))
+    http_client.close()
+    assert wrong == [] and {route.auth for route in asbridge.ADMIN_ROUTES[1:]} == {"admin"}
+
+
 # ============================================================================
-# 10 and 11. The application service, and the IRC bridge on it
+# 10. The application service
 # ============================================================================
 
-# -- Helpers.
+# -- Client and Intent.
+
+def test_an_intent_registers_its_ghost_once_and_acts_as_it(fake, service):
+    ghost = service.intent("@_irc_bob:test")
+    ghost.say("!r:test", "one")
+    ghost.say("!r:test", "two", txn_id="t/2")
+    registered = [asked[3] for asked in fake.paths("/register") if asked[3]["username"] == "_irc_bob"]
+    assert registered == [{"type": "m.login.application_service", "username": "_irc_bob", "inhibit_login": True}]
+    sent = fake.paths("/send/")
+    assert [asked[2]["user_id"] for asked in sent] == ["@_irc_bob:test"] * 2
+    assert sent[1][1].endswith("/rooms/%21r%3Atest/send/m.room.message/t%2F2")
 
 
-class Irc:
-    """A raw IRC client."""
-
-    def __init__(self, bridge, nick=None, *channels):
-        self.sock = socket.create_connection(("127.0.0.1", bridge.irc_port), 10)
-        self.nick, self.lines, self.buffer = nick, [], b""
-        if nick:
-            self.send(f"NICK {nick}", f"USER {nick} 0 * :{nick} the person")
-            self.wait(" (376|422) ")
-        for channel in channels:
-            self.send(f"JOIN {channel}")
-            self.wait(f" 366 {re.escape(nick)} {re.escape(channel)} ")
-
-    def send(self, *lines):
-        self.sock.sendall("".join(line + "\r\n" for line in lines).encode())
-
-    def __del__(self):
-        if hasattr(self, "sock"):                            # else nobody listened
-            self.sock.close()
-
-    def wait(self, pattern, seconds=10.0):
-        """The first line, old or new, that matches; it and what came before is used up."""
-        deadline = time.monotonic() + seconds
-        while True:
-            for at, line in enumerate(self.lines):
-                if re.search(pattern, line):
-                    del self.lines[:at + 1]
-                    return line
-            self.sock.settimeout(max(0.01, deadline - time.monotonic()))
-            try:
-                data = self.sock.recv(65536)
-            except TimeoutError:
-                raise AssertionError(f"no {pattern!r}; there is {self.lines[-8:]}") from None
-            assert data, f"closed; no {pattern!r}; there is {self.lines[-8:]}"
-            *whole, self.buffer = (self.buffer + data).split(b"\r\n")
-            self.lines += [line.decode() for line in whole]
-
-    def never(self, pattern):
-        """Nothing that matches came before the answer to a PING sent now."""
-        token = secrets.token_hex(4)
-        self.send(f"PING {token}")
-        seen = len(self.lines)
-        while not any(token in line for line in self.lines[seen:]):
-            self.wait_more()
-        assert not [line for line in self.lines if re.search(pattern, line)]
-
-    def wait_more(self):
-        self.sock.settimeout(10)
-        *whole, self.buffer = (self.buffer + self.sock.recv(65536)).split(b"\r\n")
-        self.lines += [line.decode() for line in whole]
-
-    def closed(self):
-        self.sock.settimeout(10)
-        with contextlib.suppress(ConnectionResetError):
-            while self.sock.recv(65536):
-                pass
-        return True
+def test_an_intent_takes_m_user_in_use_for_a_success(fake, service):
+    fake.fail = lambda request: asbridge.MatrixError("M_USER_IN_USE", "taken") if "register" in request.path else None
+    assert service.intent("@_irc_bob:test").say("!r:test", "one").startswith("$")
 
 
-class World:
-    """A homeserver with the sample bridge, and people on it."""
+def test_an_intent_joins_when_it_must_and_is_invited_when_it_may_not(fake, service):
+    refusals = {"/send/": 1, "/join/": 1}
 
-    def __init__(self, hs, database):
-        self.hs, self.people, self.database = hs, {}, database
-
-    hs_url = property(lambda self: self.hs.url)
-    bridge = property(lambda self: self.hs.samples[0])
-
-    def client(self, name):
-        if name not in self.people:
-            self.people[name] = self.hs.client(name)
-        return self.people[name]
-
-    def settle(self):
-        self.hs.settle()
-
-    def restart_bridge(self):
-        registration = self.hs.world.registrations.by_id["irc"]
-        self.bridge.stop()
-        self.hs.samples[0] = asbridge.IrcBridge(registration, self.hs.url, asbridge.beside(self.database, "irc"))
-        self.bridge.start()
+    def fail(request):
+        for part in refusals:
+            if part in request.path and refusals[part]:
+                refusals[part] -= 1
+                return asbridge.MatrixError("M_FORBIDDEN", "not in the room")
+        return None
+    fake.fail = fail
+    service.intent("@_irc_bob:test").say("!r:test", "one")
+    verbs = [re.search("/(send|join|invite)", asked[1])[1] for asked in fake.paths("/(send|join|invite)")]
+    assert verbs == ["send", "join", "invite", "join", "send"]
 
 
-@pytest.fixture(scope="session")
-def world(tmp_path_factory):
-    database = str(tmp_path_factory.mktemp("world") / "hs.db")
-    sample = {**asbridge.SAMPLE_REGISTRATION, "url": "http://127.0.0.1:0", "asbridge.sample": {"irc_port": 0}}
-    with asbridge.Homeserver([sample], database=database) as hs:
-        yield World(hs, database)
+def test_a_client_raises_what_the_homeserver_answers(fake):
+    fake.fail = lambda request: asbridge.MatrixError("M_LIMIT_EXCEEDED", "slower", retry_after_ms=7)
+    with pytest.raises(asbridge.MatrixError) as caught:
+        asbridge.Client(fake.url, "token").create_room()
+    assert (caught.value.status, caught.value.errcode) == (429, "M_LIMIT_EXCEEDED")
+    assert caught.value.extra == {"retry_after_ms": 7}
 
 
-class FakeHomeserver:
-    """Answers like a homeserver on which everything succeeds, and notes what it was asked. `fail` makes it refuse."""
-
-    def __init__(self):
-        self.asked, self.fail, self.users = [], None, set()
-        self.server = asbridge.HttpServer(("127.0.0.1", 0), self.answer)
-        self.server.start()
-        self.url = f"http://127.0.0.1:{self.server.port}"
-
-    def answer(self, request):
-        body = asbridge.parse_object(request.body(10**7)) if request.method != "GET" else {}
-        self.asked.append((request.method, request.path, request.query, body))
-        failure = self.fail(request) if self.fail else None
-        if failure:
-            return asbridge.json_response(failure.status, failure.body())
-        if request.path.endswith("/register"):
-            if body["username"] in self.users:
-                return asbridge.json_response(400, {"errcode": "M_USER_IN_USE", "error": "taken"})
-            self.users.add(body["username"])
-        user = request.query.get("user_id", "@ircbot:test")
-        if request.path.endswith("/members"):
-            return asbridge.json_response(200, {"chunk": []})
-        return asbridge.json_response(200, {
-            "user_id": user, "room_id": "!room:test", "event_id": "$" + secrets.token_hex(8),
-            "joined": {}, "joined_rooms": [], "duration_ms": 1})
-
-    def paths(self, pattern):
-        return [asked for asked in list(self.asked) if re.search(pattern, asked[1])]
-
-    def said(self):
-        return [asked[3]["body"] for asked in self.paths("/send/m.room.message/")]
+@pytest.mark.parametrize("told", [{"http_status": 200, "self": 1}, {"errcode": ["x"], "error": 5}, {"status": "x", "extra": {}, "body": 1}])
+def test_a_refusal_may_say_anything(fake, told):
+    refusal = asbridge.MatrixError("M_FORBIDDEN", "no")
+    refusal.body = lambda: told
+    fake.fail = lambda request: refusal
+    with pytest.raises(asbridge.MatrixError) as caught:
+        asbridge.Client(fake.url, "token").create_room()
+    assert caught.value.status == 403 and caught.value.extra == {key: value for key, value in told.items() if key not in ("errcode", "error")}
 
 
-@pytest.fixture
-def fake():
-    homeserver = FakeHomeserver()
-    yield homeserver
-    homeserver.server.stop()
+def always(value):
+    """Something in a homeserver's place that gives the same answer to everything."""
+    return asbridge.HttpServer(("127.0.0.1", 0), lambda request: asbridge.json_response(200, value))
 
 
-def bridge_registration(**other):
-    data = {"id": "irc", "url": "http://127.0.0.1:0", "as_token": "as-secret", "hs_token": "hs-secret",
-            "sender_localpart": "ircbot",
-            "namespaces": {"users": [{"regex": "@_irc_.*", "exclusive": True}],
-                           "aliases": [{"regex": "#_irc_.*", "exclusive": True}]},
-            "asbridge.sample": {"irc_port": 0}, **other}
-    reader = asbridge.RegistrationReader(data, "test")
-    read = reader.read()
-    assert read, reader.findings
-    return read
+@pytest.mark.parametrize("value", [5, None, [], {}, {"user_id": 5}])
+def test_an_application_service_goes_on_asking_what_only_claims_to_be_a_homeserver(caplog, value):
+    server, asked = always(value), []
+    server.start()
+    service = asbridge.AppService(bridge_registration(), f"http://127.0.0.1:{server.port}")
+    service.clock.wait = lambda lock, until: (asked.append(until), setattr(service, "stopping", len(asked) == 3))
+    service._hello()
+    service.stop()
+    server.stop()
+    assert len(asked) == 3 and not [record for record in caplog.records if record.exc_info]
 
 
-class Handled(asbridge.AppService):
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.events, self.gate, self.entered = [], None, threading.Event()
-
-    def on_event(self, event):
-        self.entered.set()
-        if self.gate:
-            assert self.gate.wait(10)
-        self.events.append(event["event_id"])
-        if event["type"] == "poison":
-            raise ZeroDivisionError("poison")
-
-    def on_user_query(self, user_id):
-        return user_id == "@_irc_bob:test"
-
-    def on_alias_query(self, alias):
-        return alias == "#_irc_lobby:test"
+def test_an_intent_is_of_a_whole_user_id(service):
+    with refused("M_INVALID_PARAM", text="bob is not of the form @localpart:server"):
+        service.intent("bob")
 
 
-@pytest.fixture
-def service(fake):
-    it = Handled(bridge_registration(), fake.url)
-    it.start()
-    yield it
-    it.stop()
-
-
-def as_request(service, method, path, body=b"", token="hs-secret", path_token=None):
-    connection = http.client.HTTPConnection("127.0.0.1", service.port, timeout=10)
-    data = body if isinstance(body, bytes) else json.dumps(body).encode()
-    target = path + (f"?access_token={path_token}" if path_token else "")
-    connection.request(method, target, data, {"Authorization": f"Bearer {token}"} if token else {})
-    response = connection.getresponse()
-    answer = response.status, json.loads(response.read())
-    connection.close()
-    return answer
-
-
-def some_events(*ids, type="m.room.message"):
-    common = {"type": type, "room_id": "!r:test", "sender": "@a:test", "content": {}}
-    return {"events": [{"event_id": id, **common} for id in ids]}
-
-
-PUSH = "/_matrix/app/v1/transactions/"
-
-# -- 10. The application service: its endpoint.
-
-
-def test_a_homeserver_that_goes_away_inside_a_transaction_is_no_failure_of_the_service(caplog):
-    service = asbridge.AppService(asbridge.read_registration(registration(url="http://127.0.0.1:0"), "here"), "http://127.0.0.1:1")
-    service.listen()
-    service._server.start()
-    try:
-        with connect(service._server) as sock:
-            sock.sendall(b"PUT /_matrix/app/v1/transactions/1 HTTP/1.1\r\nHost: h\r\nAuthorization: Bearer hs-irc\r\nContent-Length: 99\r\n\r\n{")
-        assert eventually(lambda: not service._server.connections) and not caplog.records
-    finally:
-        service.stop()
-
+# -- AppService: whom it answers.
 
 def test_an_application_service_refuses_a_missing_hs_token_with_401(service):
     status, answer = as_request(service, "PUT", PUSH + "1", some_events("$1"), token=None)
@@ -12540,6 +12783,75 @@ def test_the_endpoint_of_an_application_service_answers_strangers_as_the_homeser
         assert (got, answer["errcode"]) == (status, errcode), head
     assert service.events == [] and not [record for record in caplog.records if record.exc_info]
 
+
+def test_of_the_paths_of_a_service_an_unknown_one_is_404_and_a_wrong_method_405(service):
+    assert as_request(service, "GET", "/_matrix/app/v1/nothing")[0] == 404
+    assert as_request(service, "GET", "/_matrix/app/v1/nothing")[1]["errcode"] == "M_UNRECOGNIZED"
+    status, answer = as_request(service, "GET", PUSH + "1")
+    assert (status, answer["errcode"]) == (405, "M_UNRECOGNIZED")
+
+
+def test_a_homeserver_that_goes_away_inside_a_transaction_is_no_failure_of_the_service(caplog):
+    service = asbridge.AppService(asbridge.read_registration(registration(url="http://127.0.0.1:0"), "here"), "http://127.0.0.1:1")
+    service.listen()
+    service._server.start()
+    try:
+        with connect(service._server) as sock:
+            sock.sendall(b"PUT /_matrix/app/v1/transactions/1 HTTP/1.1\r\nHost: h\r\nAuthorization: Bearer hs-irc\r\nContent-Length: 99\r\n\r\n{")
+        assert eventually(lambda: not service._server.connections) and not caplog.records
+    finally:
+        service.stop()
+
+
+def test_unknown_keys_and_event_types_are_tolerated(service):
+    body = {**some_events("$1", type="org.example.new"), "ephemeral": [{}], "de.sorunome.x": 1}
+    assert as_request(service, "PUT", PUSH + "1", body) == (200, {})
+    assert service.events == ["$1"]
+
+
+@pytest.mark.parametrize("body, errcode", [(b"{", "M_NOT_JSON"), (b"[]", "M_BAD_JSON"), (b"{}", "M_BAD_JSON"),
+                                           (b'{"events": {}}', "M_BAD_JSON")])
+def test_a_broken_transaction_is_400(service, body, errcode):
+    status, answer = as_request(service, "PUT", PUSH + "1", body)
+    assert (status, answer["errcode"]) == (400, errcode)
+
+
+EVENT = {"event_id": "$1", "type": "m.room.member", "room_id": "!room:test", "sender": "@alice:test", "state_key": "@_irc_bob:test", "origin_server_ts": 5,
+         "content": {"membership": "invite", "displayname": "x"}, "unsigned": {"age": 5}}
+PUSHED = {"events": [EVENT], "ephemeral": [{"type": "m.receipt", "room_id": "!room:test", "content": {"$1": {"m.read": {"@alice:test": {"ts": 1}}}}}],
+          "de.sorunome.msc2409.to_device": [{"type": "m.x", "sender": "@alice:test", "content": {}, "to_user_id": "@_irc_bob:test", "to_device_id": "D"}],
+          "org.matrix.msc3202.device_lists": {"changed": ["@alice:test"], "left": []}, "org.matrix.msc3202.device_one_time_keys_count": {"@_irc_bob:test": {"D": {"signed_curve25519": 5}}}}
+
+WRITTEN = ("membership", "displayname", "body", "msgtype", "url", "m.relates_to", "m.new_content", "name", "topic", "alias", "aliases", "redacts", "replacement_room")
+
+
+@pytest.mark.parametrize("kind", ["an application service", "the IRC bridge"])
+def test_no_value_of_a_wrong_type_in_what_a_homeserver_sends_makes_a_service_fail(fake, request, caplog, kind):
+    service = request.getfixturevalue("service" if kind == "an application service" else "bridge")
+    if kind == "the IRC bridge":
+        bob = Irc(service, "bob", "#lobby")
+        channel_is_known(service)
+    types = ("m.room.message", "m.room.name", "m.room.topic", "m.room.aliases", "m.room.canonical_alias", "m.room.redaction", "m.room.tombstone")
+    message = {"msgtype": "m.text", "body": "x", "url": "mxc://x/y", "m.relates_to": {"rel_type": "m.replace", "event_id": "$0", "m.in_reply_to": {"event_id": "$0"}}, "m.new_content": {"body": "y", "msgtype": "m.text"}}
+    contents = [(type, dict.fromkeys(WRITTEN, wrong)) for type, wrong in itertools.product(types, WRONG)] + [("m.room.message", one) for one in mutations(message)]
+    written = [{"events": [{**EVENT, "type": type, "content": content}]} for type, content in contents if isinstance(content, dict)]
+    for n, body in enumerate((*WRONG, *some(mutations(PUSHED)), *written)):
+        if body is written[0]:
+            caplog.clear()                                   # from here on as any homeserver may send it: nothing to be logged as failed
+        status, answer = as_request(service, "PUT", f"{PUSH}w{n}", json.dumps(body).replace("$1", f"$w{n}").encode())
+        assert status == 200 or (status, answer["errcode"]) == (400, "M_BAD_JSON"), (body, status, answer)
+    for body in WRONG:
+        assert as_request(service, "POST", "/_matrix/app/v1/ping", json.dumps(body).encode())[0] in (200, 400)
+    for kind, segment in itertools.product(("users", "rooms", "thirdparty/protocol", "thirdparty/user", "thirdparty/location"), WRONG_SEGMENTS):
+        status, answer = as_request(service, "GET", f"/_matrix/app/v1/{kind}/{segment}")
+        assert (status, answer["errcode"]) in ((404, "M_NOT_FOUND"), (404, "M_UNRECOGNIZED"), (400, "M_INVALID_PARAM")), (kind, segment, status, answer)
+    assert as_request(service, "PUT", PUSH + "last", some_events("$last")) == (200, {}) and not [record for record in caplog.records if record.exc_info]
+    if kind == "the IRC bridge":
+        message(service, "still here")
+        bob.wait("still here")
+
+
+# -- AppService: each event is handled once.
 
 def test_events_are_handled_in_order_on_the_new_and_the_old_path(service):
     assert as_request(service, "PUT", PUSH + "1", some_events("$1", "$2")) == (200, {})
@@ -12605,6 +12917,12 @@ def test_what_was_handled_is_remembered_on_disk(fake, tmp_path):
         assert service.events == handled
 
 
+def test_a_transaction_id_that_is_used_again_for_other_events_does_not_swallow_them(service):
+    for events in (some_events("$one"), some_events("$two"), some_events("$one", "$two")):
+        assert as_request(service, "PUT", PUSH + "1", events)[0] == 200
+    assert service.events == ["$one", "$two"]
+
+
 def test_after_a_crash_only_the_event_in_hand_comes_again(fake, tmp_path):
     class Crash(BaseException):
         pass
@@ -12628,61 +12946,6 @@ def test_after_a_crash_only_the_event_in_hand_comes_again(fake, tmp_path):
     assert service.events == ["$2", "$3"]
 
 
-@pytest.mark.parametrize("body, errcode", [(b"{", "M_NOT_JSON"), (b"[]", "M_BAD_JSON"), (b"{}", "M_BAD_JSON"),
-                                           (b'{"events": {}}', "M_BAD_JSON")])
-def test_a_broken_transaction_is_400(service, body, errcode):
-    status, answer = as_request(service, "PUT", PUSH + "1", body)
-    assert (status, answer["errcode"]) == (400, errcode)
-
-
-def test_unknown_keys_and_event_types_are_tolerated(service):
-    body = {**some_events("$1", type="org.example.new"), "ephemeral": [{}], "de.sorunome.x": 1}
-    assert as_request(service, "PUT", PUSH + "1", body) == (200, {})
-    assert service.events == ["$1"]
-
-
-def test_a_transaction_id_that_is_used_again_for_other_events_does_not_swallow_them(service):
-    for events in (some_events("$one"), some_events("$two"), some_events("$one", "$two")):
-        assert as_request(service, "PUT", PUSH + "1", events)[0] == 200
-    assert service.events == ["$one", "$two"]
-
-
-EVENT = {"event_id": "$1", "type": "m.room.member", "room_id": "!room:test", "sender": "@alice:test", "state_key": "@_irc_bob:test", "origin_server_ts": 5,
-         "content": {"membership": "invite", "displayname": "x"}, "unsigned": {"age": 5}}
-PUSHED = {"events": [EVENT], "ephemeral": [{"type": "m.receipt", "room_id": "!room:test", "content": {"$1": {"m.read": {"@alice:test": {"ts": 1}}}}}],
-          "de.sorunome.msc2409.to_device": [{"type": "m.x", "sender": "@alice:test", "content": {}, "to_user_id": "@_irc_bob:test", "to_device_id": "D"}],
-          "org.matrix.msc3202.device_lists": {"changed": ["@alice:test"], "left": []}, "org.matrix.msc3202.device_one_time_keys_count": {"@_irc_bob:test": {"D": {"signed_curve25519": 5}}}}
-
-
-WRITTEN = ("membership", "displayname", "body", "msgtype", "url", "m.relates_to", "m.new_content", "name", "topic", "alias", "aliases", "redacts", "replacement_room")
-
-
-@pytest.mark.parametrize("kind", ["an application service", "the IRC bridge"])
-def test_no_value_of_a_wrong_type_in_what_a_homeserver_sends_makes_a_service_fail(fake, request, caplog, kind):
-    service = request.getfixturevalue("service" if kind == "an application service" else "bridge")
-    if kind == "the IRC bridge":
-        bob = Irc(service, "bob", "#lobby")
-        channel_is_known(service)
-    types = ("m.room.message", "m.room.name", "m.room.topic", "m.room.aliases", "m.room.canonical_alias", "m.room.redaction", "m.room.tombstone")
-    message = {"msgtype": "m.text", "body": "x", "url": "mxc://x/y", "m.relates_to": {"rel_type": "m.replace", "event_id": "$0", "m.in_reply_to": {"event_id": "$0"}}, "m.new_content": {"body": "y", "msgtype": "m.text"}}
-    contents = [(type, dict.fromkeys(WRITTEN, wrong)) for type, wrong in itertools.product(types, WRONG)] + [("m.room.message", one) for one in mutations(message)]
-    written = [{"events": [{**EVENT, "type": type, "content": content}]} for type, content in contents if isinstance(content, dict)]
-    for n, body in enumerate((*WRONG, *some(mutations(PUSHED)), *written)):
-        if body is written[0]:
-            caplog.clear()                                   # from here on as any homeserver may send it: nothing to be logged as failed
-        status, answer = as_request(service, "PUT", f"{PUSH}w{n}", json.dumps(body).replace("$1", f"$w{n}").encode())
-        assert status == 200 or (status, answer["errcode"]) == (400, "M_BAD_JSON"), (body, status, answer)
-    for body in WRONG:
-        assert as_request(service, "POST", "/_matrix/app/v1/ping", json.dumps(body).encode())[0] in (200, 400)
-    for kind, segment in itertools.product(("users", "rooms", "thirdparty/protocol", "thirdparty/user", "thirdparty/location"), WRONG_SEGMENTS):
-        status, answer = as_request(service, "GET", f"/_matrix/app/v1/{kind}/{segment}")
-        assert (status, answer["errcode"]) in ((404, "M_NOT_FOUND"), (404, "M_UNRECOGNIZED"), (400, "M_INVALID_PARAM")), (kind, segment, status, answer)
-    assert as_request(service, "PUT", PUSH + "last", some_events("$last")) == (200, {}) and not [record for record in caplog.records if record.exc_info]
-    if kind == "the IRC bridge":
-        message(service, "still here")
-        bob.wait("still here")
-
-
 def test_an_event_that_needs_a_homeserver_that_is_away_is_pushed_again(tmp_path):
     class Answering(asbridge.AppService):
         def on_event(self, event):
@@ -12703,17 +12966,7 @@ def test_an_event_that_needs_a_homeserver_that_is_away_is_pushed_again(tmp_path)
         service.stop()
 
 
-def test_an_intent_is_of_a_whole_user_id(service):
-    with refused("M_INVALID_PARAM", text="bob is not of the form @localpart:server"):
-        service.intent("bob")
-
-
-def test_of_the_paths_of_a_service_an_unknown_one_is_404_and_a_wrong_method_405(service):
-    assert as_request(service, "GET", "/_matrix/app/v1/nothing")[0] == 404
-    assert as_request(service, "GET", "/_matrix/app/v1/nothing")[1]["errcode"] == "M_UNRECOGNIZED"
-    status, answer = as_request(service, "GET", PUSH + "1")
-    assert (status, answer["errcode"]) == (405, "M_UNRECOGNIZED")
-
+# -- AppService: what it is asked, and how it starts.
 
 @pytest.mark.parametrize("prefix", ["/_matrix/app/v1", ""])
 def test_queries_ask_the_hooks(service, prefix):
@@ -12790,77 +13043,11 @@ def test_a_bot_is_ten_lines(fake):
     assert fake.said() == ["hello"] and fake.paths("/send/")[0][1].endswith(event_id.replace("$", "%24"))
 
 
-# -- 10. Intents.
+# ============================================================================
+# 11. The sample: an IRC bridge
+# ============================================================================
 
-
-def test_an_intent_registers_its_ghost_once_and_acts_as_it(fake, service):
-    ghost = service.intent("@_irc_bob:test")
-    ghost.say("!r:test", "one")
-    ghost.say("!r:test", "two", txn_id="t/2")
-    registered = [asked[3] for asked in fake.paths("/register") if asked[3]["username"] == "_irc_bob"]
-    assert registered == [{"type": "m.login.application_service", "username": "_irc_bob", "inhibit_login": True}]
-    sent = fake.paths("/send/")
-    assert [asked[2]["user_id"] for asked in sent] == ["@_irc_bob:test"] * 2
-    assert sent[1][1].endswith("/rooms/%21r%3Atest/send/m.room.message/t%2F2")
-
-
-def test_an_intent_takes_m_user_in_use_for_a_success(fake, service):
-    fake.fail = lambda request: asbridge.MatrixError("M_USER_IN_USE", "taken") if "register" in request.path else None
-    assert service.intent("@_irc_bob:test").say("!r:test", "one").startswith("$")
-
-
-def test_an_intent_joins_when_it_must_and_is_invited_when_it_may_not(fake, service):
-    refusals = {"/send/": 1, "/join/": 1}
-
-    def fail(request):
-        for part in refusals:
-            if part in request.path and refusals[part]:
-                refusals[part] -= 1
-                return asbridge.MatrixError("M_FORBIDDEN", "not in the room")
-        return None
-    fake.fail = fail
-    service.intent("@_irc_bob:test").say("!r:test", "one")
-    verbs = [re.search("/(send|join|invite)", asked[1])[1] for asked in fake.paths("/(send|join|invite)")]
-    assert verbs == ["send", "join", "invite", "join", "send"]
-
-
-def test_a_client_raises_what_the_homeserver_answers(fake):
-    fake.fail = lambda request: asbridge.MatrixError("M_LIMIT_EXCEEDED", "slower", retry_after_ms=7)
-    with pytest.raises(asbridge.MatrixError) as caught:
-        asbridge.Client(fake.url, "token").create_room()
-    assert (caught.value.status, caught.value.errcode) == (429, "M_LIMIT_EXCEEDED")
-    assert caught.value.extra == {"retry_after_ms": 7}
-
-
-@pytest.mark.parametrize("told", [{"http_status": 200, "self": 1}, {"errcode": ["x"], "error": 5}, {"status": "x", "extra": {}, "body": 1}])
-def test_a_refusal_may_say_anything(fake, told):
-    refusal = asbridge.MatrixError("M_FORBIDDEN", "no")
-    refusal.body = lambda: told
-    fake.fail = lambda request: refusal
-    with pytest.raises(asbridge.MatrixError) as caught:
-        asbridge.Client(fake.url, "token").create_room()
-    assert caught.value.status == 403 and caught.value.extra == {key: value for key, value in told.items() if key not in ("errcode", "error")}
-
-
-def always(value):
-    """Something in a homeserver's place that gives the same answer to everything."""
-    return asbridge.HttpServer(("127.0.0.1", 0), lambda request: asbridge.json_response(200, value))
-
-
-@pytest.mark.parametrize("value", [5, None, [], {}, {"user_id": 5}])
-def test_an_application_service_goes_on_asking_what_only_claims_to_be_a_homeserver(caplog, value):
-    server, asked = always(value), []
-    server.start()
-    service = asbridge.AppService(bridge_registration(), f"http://127.0.0.1:{server.port}")
-    service.clock.wait = lambda lock, until: (asked.append(until), setattr(service, "stopping", len(asked) == 3))
-    service._hello()
-    service.stop()
-    server.stop()
-    assert len(asked) == 3 and not [record for record in caplog.records if record.exc_info]
-
-
-# -- 11. The words of IRC.
-
+# -- The words of IRC.
 
 @pytest.mark.parametrize("line, command, params", [
     ("PRIVMSG #a :hello  world ", "PRIVMSG", ["#a", "hello  world "]),
@@ -12922,52 +13109,7 @@ def test_the_quotation_before_a_reply_is_left_out():
     assert asbridge.strip_quote("> <@bob:test> hi\n> there\n\nyes\n> no") == ("yes\n> no", "@bob:test")
 
 
-# -- 11. The IRC server.
-
-
-@pytest.fixture
-def bridge(fake):
-    it = asbridge.IrcBridge(bridge_registration(), fake.url)
-    it.start()
-    yield it
-    it.stop()
-
-
-@pytest.mark.parametrize("allowed", [0, 1])
-def test_an_irc_client_for_which_there_is_no_thread_is_closed_and_the_next_is_taken(bridge, monkeypatch, caplog, allowed):
-    left, real = [allowed], threading.Thread.start
-
-    def start_thread(thread):
-        if thread.name in ("irc to 127.0.0.1", "irc from 127.0.0.1"):
-            left[0] -= 1
-            if left[0] < 0:
-                raise RuntimeError("can't start new thread")
-        real(thread)
-    with monkeypatch.context() as patch:
-        patch.setattr(threading.Thread, "start", start_thread)
-        assert Irc(bridge).closed()
-        eventually(lambda: not bridge.clients)
-    assert Irc(bridge, "bob", "#lobby") and len(bridge.clients) == 1
-    assert [record.getMessage() for record in caplog.records if record.levelname == "ERROR"] == [
-        "irc: no more IRC clients can be taken: can't start new thread; there are 0"]
-
-
-def push(bridge, type, content, sender="@alice:test", room_id="!room:test", **other):
-    """An event comes from the homeserver."""
-    event = {"event_id": "$" + secrets.token_hex(8), "type": type, "content": content, "sender": sender,
-             "room_id": room_id, "origin_server_ts": 1, **other}
-    assert as_request(bridge, "PUT", PUSH + secrets.token_hex(8), {"events": [event]}) == (200, {})
-    return event["event_id"]
-
-
-def message(bridge, body, msgtype="m.text", **other):
-    content = {"msgtype": msgtype, "body": body, **other.pop("content", {})}
-    return push(bridge, "m.room.message", content, **other)
-
-
-def channel_is_known(bridge, name="#lobby"):
-    eventually(lambda: bridge.channels[name].room_id)
-
+# -- The IRC server.
 
 def test_an_irc_client_is_welcomed_by_001_to_005_and_a_motd(bridge):
     bob = Irc(bridge)
@@ -13233,8 +13375,26 @@ def test_a_flood_is_slowed_and_kills_nobody(bridge, monkeypatch):
     bob.never("ERROR")
 
 
-# -- 11. Across the bridge, with a homeserver that says yes.
+@pytest.mark.parametrize("allowed", [0, 1])
+def test_an_irc_client_for_which_there_is_no_thread_is_closed_and_the_next_is_taken(bridge, monkeypatch, caplog, allowed):
+    left, real = [allowed], threading.Thread.start
 
+    def start_thread(thread):
+        if thread.name in ("irc to 127.0.0.1", "irc from 127.0.0.1"):
+            left[0] -= 1
+            if left[0] < 0:
+                raise RuntimeError("can't start new thread")
+        real(thread)
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", start_thread)
+        assert Irc(bridge).closed()
+        eventually(lambda: not bridge.clients)
+    assert Irc(bridge, "bob", "#lobby") and len(bridge.clients) == 1
+    assert [record.getMessage() for record in caplog.records if record.levelname == "ERROR"] == [
+        "irc: no more IRC clients can be taken: can't start new thread; there are 0"]
+
+
+# -- Across the bridge, with a homeserver that says yes.
 
 def test_what_irc_says_is_sent_as_the_ghost_with_its_time_and_external_url(fake, bridge):
     bob = Irc(bridge, "Bob[x]", "#lobby")
@@ -13372,7 +13532,6 @@ def test_each_channel_is_asked_for_by_its_own_name(fake, bridge):
 
 
 INJECTED = "x\r\nQUIT :y\nPRIVMSG bob :\x01DCC z\x01\0\r:irc.asbridge KILL bob\x01"
-
 
 HOSTILE_EVENTS = [
     ("m.room.message", {"msgtype": "m.text", "body": INJECTED}, {}), ("m.room.message", {"msgtype": "m.emote", "body": INJECTED}, {}),
@@ -13644,33 +13803,7 @@ def test_the_irc_network_can_be_looked_up_in_both_directions(bridge, where, foun
     assert (status, answer) == (200, [found]) if found else (status, answer["errcode"]) == (404, "M_NOT_FOUND")
 
 
-# -- 11. Across the bridge, with a real homeserver.
-
-
-def unique(name):
-    return f"{name}{secrets.token_hex(3)}"
-
-
-def alias_of(world, channel):
-    return f"#_irc_{channel[1:]}:{world.bridge.server_name}"
-
-
-def join(world, client, channel):
-    """Joins the room of a channel that somebody on IRC has opened."""
-    eventually(lambda: world.bridge.channels[channel].room_id)
-    return client.join(alias_of(world, channel))
-
-
-def member(user_id, membership):
-    """A test for wait_for()."""
-    wanted = ("m.room.member", user_id, membership)
-    return lambda e: (e["type"], e.get("state_key"), e["content"].get("membership")) == wanted
-
-
-def texts(client, room_id):
-    found = [e["content"]["body"] for e in client.messages(room_id)["chunk"] if e["type"] == "m.room.message"]
-    return found[::-1]
-
+# -- Across the bridge, with a real homeserver.
 
 def test_irc_and_matrix_talk_in_a_channel(world):
     alice, channel, nick = world.client(unique("alice")), "#" + unique("lobby"), unique("bob")
@@ -13795,49 +13928,309 @@ def test_a_bridge_that_is_started_again_finds_its_rooms_and_its_ghosts_leave(wor
 # 12. Running it
 # ============================================================================
 
-PROGRAM = os.path.join(HERE, "asbridge.py")
+# -- Homeserver, in a program or a test.
+
+def test_an_embedded_homeserver_starts_on_a_free_port_and_ends_with_the_block():
+    with asbridge.Homeserver(registrations=[registration()]) as hs:
+        assert hs.client("alice").whoami()["user_id"] == "@alice:localhost" and hs.appservice("irc").whoami()
+        folder = os.path.dirname(hs.world.store.path)
+        assert os.path.exists(folder)
+    assert not os.path.exists(folder)
+    with pytest.raises(OSError):
+        socket.create_connection(("127.0.0.1", hs.port), 1)
+    hs.stop()                                                          # again is no error
 
 
-class Running:
-    """asbridge.py as a program: its process, and the URL that it announced. As a module (compiled once) it starts sooner."""
-
-    def __init__(self, folder, config=None, *flags, port="0", path=("-m", "asbridge")):
-        arguments = [sys.executable, *path, "--port", port, *flags]
-        if config is not None:
-            (folder / "config.json").write_text(json.dumps(config))
-            arguments += ["--config", str(folder / "config.json")]
-        self.process = subprocess.Popen(arguments, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                                        env={**os.environ, "PYTHONPATH": HERE})
-        self.ready = self.process.stdout.readline()
-        self.url = self.ready.rpartition(" ")[2].strip()
-
-    def end(self, number=signal.SIGTERM):
-        """Exit code, rest of stdout, stderr."""
-        if self.process.poll() is None:
-            self.process.send_signal(number)
-        out, err = self.process.communicate(timeout=10)
-        return self.process.returncode, out, err
+def test_two_homeservers_in_one_process_know_nothing_of_each_other(start):
+    one, two = start(registration(), server_name="one.org"), start(server_name="two.org")
+    alice = one.client("alice")
+    assert alice.user_id == "@alice:one.org" and two.client("alice").user_id == "@alice:two.org"
+    with refused("M_UNKNOWN_TOKEN", 401):
+        asbridge.Client(two.url, alice.token).whoami()
 
 
-@pytest.fixture
-def program(tmp_path):
-    made = []
+EMBEDDED = """
+import signal, sys, threading
+sys.path.insert(0, {here!r})
+before = [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)]
+import asbridge
+with asbridge.Homeserver(registrations=[{registration!r}]) as hs:
+    alice = hs.client("alice")
+    alice.say(alice.create_room(), "x")
+    while not hs.delivery.worker("irc").failures: pass
+    assert [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)] == before
+"""
 
-    def make(config=None, *flags, **keys):
-        made.append(Running(tmp_path, config, *flags, **keys))
-        return made[-1]
-    yield make
-    for one in made:
-        if one.process.poll() is None:
-            one.process.kill()
-        one.process.communicate()
+
+def embedded(url):
+    script = EMBEDDED.format(here=HERE, registration=registration(url=url, rooms=["!.*"]))
+    return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=20)
 
 
-def person(running, name="alice"):
-    client = asbridge.Client(running.url)
-    client.token = client.call("POST", V3 + "/register", {"username": name, "auth": {"type": "m.login.dummy"}})["access_token"]
-    return client
+def test_an_embedded_homeserver_touches_no_signals_and_ends():
+    assert embedded(nowhere()).returncode == 0
 
+
+def test_an_embedded_homeserver_says_nothing():
+    result = embedded(nowhere())
+    assert (result.stdout, result.stderr) == ("", "")
+
+
+def test_settle_says_what_is_stuck(start):
+    hs = start(registration(url=nowhere(), rooms=["!.*"]))
+    hs.client("alice").create_room()
+    with pytest.raises(AssertionError, match=r"[0-9]+ events for 'irc'"):
+        hs.settle(timeout=0.05)
+
+
+def in_about_ten(r, texts):
+    assert r.texts() == texts
+    sizes = [len(json.loads(body)["events"]) for body in dict(r.transactions).values()]
+    assert len(sizes) <= 13 and max(sizes) == 100
+
+
+def test_a_thousand_messages_to_a_service_that_was_down_arrive_once_and_in_order(start, recorder):
+    r = recorder()
+    r.answer = lambda request, body: (503, {})
+    hs = start(registration(url=r.url))
+    alice, bob = hs.client("alice"), acting(hs, "irc", "@_irc_bob:localhost")
+    room = alice.create_room(preset="public_chat")
+    bob.join(room)
+    eventually(lambda: hs.delivery.worker("irc").failures)
+    for i in range(1000):
+        alice.say(room, f"n{i}")
+    r.answer = lambda request, body: (200, {})
+    eventually(lambda: hs.advance(1) or not hs.waiting(), 10)
+    in_about_ten(r, [f"n{i}" for i in range(1000)])
+
+
+def test_wait_for_gives_the_first_event_past_or_to_come_with_these_values(three):
+    hs, alice, bob, _, room = three
+    first, _ = alice.say(room, "x"), alice.say(room, "x")
+    assert hs.wait_for(type="m.room.message", body="x")["event_id"] == first
+    with ThreadPoolExecutor() as pool:
+        waiting = pool.submit(hs.wait_for, type="m.room.member", state_key=bob.user_id, membership="join")
+        bob.join(room)
+        assert waiting.result()["sender"] == bob.user_id
+
+
+def test_wait_for_that_waits_in_vain_prints_the_nearest_events_and_where_they_went(start, recorder):
+    hs = start(registration(url=recorder().url))
+    with pytest.raises(AssertionError, match="no events at all"):
+        hs.wait_for(0.01, type="m.x")
+    alice = hs.client("alice")
+    event_id = alice.say(alice.create_room(), "hello")
+    with pytest.raises(AssertionError) as caught:
+        hs.wait_for(0.01, type="m.room.message", sender=alice.user_id, body="good bye")
+    lines = str(caught.value).splitlines()
+    assert "body='good bye'" in lines[0] and event_id in lines[1] and "body is 'hello'" in lines[1] and "did not go to irc: no rule says yes" in lines[2]
+
+
+def test_wait_for_says_which_key_no_event_has(three):
+    hs, alice, *_ = three
+    with pytest.raises(AssertionError, match="no event at all has 'typ'"):
+        hs.wait_for(0.01, typ="m.room.message")
+
+
+def test_a_seeded_homeserver_is_the_same_in_every_run(start):
+    def run(seed):
+        hs = start(registration(), seed=seed)
+        alice, bob = hs.client("alice"), acting(hs, "irc", "@_irc_bob:localhost")
+        room = alice.create_room(preset="public_chat", room_version="12")
+        first = alice.create_room(preset="public_chat")
+        bob.join(first)
+        hs.advance(2.5)
+        alice.say(first, "hello"), alice.set_state(first, "m.room.topic", {"topic": "x"})
+        answer = json.dumps([alice.token, room, first, alice.sync()])
+        hs.reset()
+        return answer, json.dumps([(one := hs.client("alice")).token, one.create_room()])
+    one, two, other = run(7), run(7), run(8)
+    assert one == two and one[0] != other[0] and '"age": 2500' in one[0]
+    assert json.loads(one[1])[0] != json.loads(one[0])[0]    # a reset is another world, for a service that remembers events
+
+
+def test_a_reset_is_a_new_world_behind_the_same_port(start, recorder, tmp_path):
+    r = recorder()
+    hs = start(registration(url=r.url))
+    url, bob = hs.url, acting(hs, "irc", "@_irc_bob:localhost")
+    room = bob.create_room(room_alias_name="_irc_x")
+    hs.settle()
+    hs.advance(100)
+    before = r.transactions[-1][0]
+    hs.reset()
+    assert hs.url == url and hs.clock.wound == 0 and not hs.explain(room)["exists"] and not hs.explain("@_irc_bob:localhost")["exists"]
+    bob = acting(hs, "irc", "@_irc_bob:localhost")
+    bob.create_room(room_alias_name="_irc_x")
+    hs.settle()
+    assert int(r.transactions[-1][0]) > int(before)
+    with pytest.raises(ValueError, match="would delete"):
+        start(database=str(tmp_path / "hs.db")).reset()
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="not to be told here")
+def test_a_program_that_embeds_it_keeps_its_processors(start):
+    before = os.sched_getaffinity(0)
+    start(one_cpu=True)
+    assert os.sched_getaffinity(0) == before
+
+
+# -- Homeserver: how it starts and stops.
+
+def test_a_registration_that_is_wrong_is_refused_when_embedded():
+    with pytest.raises(asbridge.ConfigError, match="as_token"):
+        asbridge.Homeserver([registration(), registration()])
+
+
+@pytest.mark.parametrize("changes", [{"hs_token": "schl\u00fcssel\u20ac"}, {"as_token": "a\nb"}, {"asbridge.sample": {"irc_port": 70000}}])
+def test_a_registration_that_could_not_work_is_refused_at_the_start(changes):
+    with pytest.raises(asbridge.ConfigError):
+        asbridge.read_registration({**registration(), **changes}, "here")
+
+
+def test_an_embedded_homeserver_checks_its_keys_like_a_configuration():
+    with pytest.raises(asbridge.ConfigError, match="'server_name'"):
+        asbridge.Homeserver(server_nam="x")
+
+
+def open_files():
+    """Of this process: how many of each, but for those of the tests."""
+    return sorted(os.readlink(f"/proc/self/fd/{n}").partition(":[")[0] for n in os.listdir("/proc/self/fd") if os.path.islink(f"/proc/self/fd/{n}"))
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="open files are looked up in /proc")
+@pytest.mark.parametrize("fails", ["port", "IRC port", "database", "disk", "thread of http", "thread of the writer"])
+def test_a_start_that_fails_half_way_leaves_no_thread_no_open_file_and_can_be_tried_again(tmp_path, monkeypatch, fails):
+    (tmp_path / "text").write_text("dear diary " * 100)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    (tmp_path / "tmp").mkdir()
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = {fails: taken.getsockname()[1]}
+        sample = {**asbridge.SAMPLE_REGISTRATION, "url": "http://127.0.0.1:0", "asbridge.sample": {"irc_port": port.get("IRC port", 0)}}
+        before, files = {*threading.enumerate()}, open_files()
+        with monkeypatch.context() as patch:
+            if fails.startswith("thread"):
+                no_threads_named(patch, fails.split()[-1])
+            if fails == "disk":
+                patch.setattr(asbridge.World, "add_senders", unittest.mock.Mock(side_effect=MatrixError("M_UNKNOWN", "full")))
+            hs = asbridge.Homeserver([sample], port=port.get("port", 0), database=str(tmp_path / "text") if fails == "database" else ":memory:")
+            with pytest.raises((OSError, asbridge.DatabaseError, MatrixError, RuntimeError)):
+                hs.start()
+        eventually(lambda: {*threading.enumerate()} <= before)
+        eventually(lambda: open_files() == files)
+        assert os.listdir(tmp_path / "tmp") == []
+        hs.stop()                                            # is no error
+    if fails != "database":
+        hs.start().stop()
+
+
+def test_a_homeserver_that_was_stopped_starts_again(tmp_path):
+    hs = asbridge.Homeserver(database=str(tmp_path / "hs.db"))
+    for _ in range(2):
+        hs.start()
+        assert ask(hs, "GET", "/_matrix/client/versions")[0] == 200
+        hs.stop()
+    hs.stop()
+
+
+DAMAGES = {
+    "no server name": "DELETE FROM meta", "no position": "DELETE FROM meta WHERE key = 'position'", "position": "UPDATE meta SET value = 'x' WHERE key = 'position'",
+    "server name": "UPDATE meta SET value = CAST(x'c4' AS TEXT) WHERE key = 'server_name'",
+    "schema": "PRAGMA writable_schema = 1; UPDATE sqlite_master SET name = CAST(x'c4' AS TEXT) WHERE name = 'sessions'",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_database_is_refused_in_words(tmp_path, capsys, damage):
+    path, config = str(tmp_path / "a.db"), tmp_path / "c.json"
+    asbridge.Store(path, "localhost", asbridge.Registrations("localhost"), asbridge.Clock()).close()
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as db:
+        db.executescript(DAMAGES[damage])
+    with pytest.raises(asbridge.DatabaseError, match="is damaged|can't be used"):
+        asbridge.Homeserver(database=path, samples=False).start()
+    config.write_text(json.dumps({"database": "a.db"}))
+    assert asbridge.main(["explain", "@alice:localhost", "--config", str(config)]) in (0, 2)
+    assert "Traceback" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("damage", [None, "UPDATE irc_nicks SET nick = NULL", "UPDATE irc_nicks SET nick = x'ff'"])
+def test_a_damaged_database_of_a_bridge_alone_is_refused_in_words(tmp_path, capsys, damage):
+    config, path = tmp_path / "c.json", tmp_path / "hs-irc.db"
+    config.write_text(json.dumps({"database": "hs.db", "registrations": [
+        {**asbridge.SAMPLE_REGISTRATION, "url": "http://127.0.0.1:0", "asbridge.sample": {"irc_port": 0}}]}))
+    path.write_bytes(b"no database" * 100 if damage is None else b"")
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as db:
+        if damage:
+            db.executescript(asbridge.IrcBridge.SCHEMA + "INSERT INTO irc_nicks VALUES ('@a:b', 'a');" + damage)
+    args = asbridge.parse_args(["--role", "appservice", "--config", str(config)])
+    assert asbridge.run_samples(asbridge.config_of(args), "http://127.0.0.1:1", asbridge.bell()) == 1
+    assert re.search(r"hs-irc\.db (is damaged|can't be used)", capsys.readouterr().err)
+
+
+def test_a_database_in_a_folder_that_is_not_there_is_refused_with_its_name(tmp_path):
+    with pytest.raises(asbridge.DatabaseError, match="nowhere"):
+        asbridge.Homeserver(database=str(tmp_path / "nowhere" / "x.db")).start()
+
+
+def test_registrations_are_read_again_while_it_runs(start, recorder, tmp_path):
+    one, two, path = recorder(), recorder(), tmp_path / "r.json"
+    path.write_text(json.dumps(registration("one", one.url, rooms=["!.*"])))
+    hs = start(str(path))
+    alice = hs.client("alice")
+    room = alice.create_room()
+    hs.settle()
+    assert hs.reload() == []
+    path.write_text(json.dumps(registration("two", two.url, rooms=["!.*"])))
+    assert sorted(hs.reload()) == ["added 'two'", "removed 'one'"]
+    before = len(one.events)
+    alice.say(room, "for two")
+    hs.settle()
+    assert two.texts() == ["for two"] and len(one.events) == before
+    with refused("M_UNKNOWN_TOKEN", 401):
+        asbridge.Client(hs.url, "as-one").whoami()
+    assert asbridge.Client(hs.url, "as-two").whoami()["user_id"] == "@_two_bot:localhost"
+
+
+def test_a_registration_that_is_wrong_changes_nothing_when_it_is_read_again(start, recorder, tmp_path):
+    r, path = recorder(), tmp_path / "r.json"
+    path.write_text(json.dumps(registration(url=r.url)))
+    hs = start(str(path))
+    path.write_text("{}")
+    with pytest.raises(asbridge.ConfigError):
+        hs.reload()
+    assert asbridge.Client(hs.url, "as-irc").whoami()["user_id"] == "@_irc_bot:localhost"
+
+
+def test_what_waits_for_a_service_goes_to_its_new_address_after_reading_again(start, recorder, tmp_path):
+    r, path = recorder(), tmp_path / "r.json"
+    path.write_text(json.dumps(registration(url=nowhere(), rooms=["!.*"])))
+    hs = start(str(path))
+    alice = hs.client("alice")
+    alice.say(alice.create_room(), "kept")
+    path.write_text(json.dumps(registration(url=r.url, rooms=["!.*"])))
+    assert hs.reload() == ["changed 'irc'"]
+    hs.settle()
+    assert r.texts() == ["kept"]
+
+
+def test_to_stop_while_a_service_has_an_event_in_hand_is_no_failure(start, recorder, caplog):
+    r, busy = recorder(), threading.Event()
+    hs = start(registration(url=r.url, rooms=["!.*"]))
+
+    def answer(request, body):
+        busy.set()
+        eventually(lambda: hs.world.stopping)
+        return 503, {"errcode": "M_UNKNOWN", "error": "the application service stops"}
+    r.answer = answer
+    hs.client("alice").create_room()
+    assert busy.wait(5)
+    worker = hs.delivery.worker("irc")
+    stopping = hs.delivery.stop
+    hs.delivery.stop = lambda: (eventually(lambda: worker.failures), stopping())
+    hs.stop()
+    assert worker.failures == 1 and not [record for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+# -- The configuration.
 
 def configured(tmp_path, capsys, text):
     """Exit code and stderr of a start with this configuration, which is wrong."""
@@ -13983,6 +14376,8 @@ def test_flags_override_the_file(tmp_path):
     assert (config.server_name, config.port, config.bind, config.database, config.room_version) == ("b", 0, "127.0.0.1", ":memory:", "12")
 
 
+# -- The command line.
+
 def test_the_program_announces_itself_in_one_line_and_ends_with_0_on_sigterm(program, tmp_path):
     running = program({"registrations": [registration()]}, "--port-file", str(tmp_path / "port"), path=(PROGRAM,))
     assert re.fullmatch(r"asbridge ready at http://127\.0\.0\.1:[0-9]+\n", running.ready)
@@ -14005,8 +14400,21 @@ def test_two_signals_that_come_together_are_one(program):
     assert running.end(signal.SIGTERM)[0] == 0
 
 
-def sample(**more):
-    return {**asbridge.SAMPLE_REGISTRATION, "url": "http://127.0.0.1:0", "asbridge.sample": {"irc_port": 0}, **more}
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="no such signal here")
+def test_sighup_reads_the_registrations_again(tmp_path):
+    (tmp_path / "r.json").write_text(json.dumps(registration()))
+    (tmp_path / "x.json").write_text(json.dumps({"port": 0, "registrations": ["r.json"]}))
+    with subprocess.Popen([sys.executable, os.path.join(HERE, "asbridge.py"), "--config", "x.json"], cwd=tmp_path,
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            process.stdout.readline()
+            (tmp_path / "r.json").write_text(json.dumps(registration("other")))
+            process.send_signal(signal.SIGHUP)
+            line = next(line for line in process.stderr if "read again" in line)
+            assert "added 'other'" in line and "removed 'irc'" in line
+        finally:
+            process.terminate()
+        assert process.wait(10) == 0
 
 
 def test_the_program_suggests_the_inspector_and_three_things_that_can_be_pasted(program):
@@ -14035,22 +14443,25 @@ def test_of_a_service_without_a_url_the_log_says_so(start, caplog):
     assert asbridge.IrcBridge(bridge_registration(url=None), "http://127.0.0.1:1").url == ""
 
 
-def test_to_stop_while_a_service_has_an_event_in_hand_is_no_failure(start, recorder, caplog):
-    r, busy = recorder(), threading.Event()
-    hs = start(registration(url=r.url, rooms=["!.*"]))
+def test_at_the_start_the_log_warns_of_a_namespace_that_can_never_match_and_of_nothing_else_that_the_doctor_finds(start, caplog):
+    asbridge.describe(start(registration(users=["_irc_.*", "@_irc_.*", "@.*_irc"], aliases=["#irc:other"])))
+    assert [record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == [
+        "application service irc: namespaces.users[0].regex: '_irc_.*' matches no user ID; write '@_irc_.*'",
+        "application service irc: namespaces.aliases[0].regex: '#irc:other' matches no alias of localhost; "
+        "write '#irc:localhost', or give the other name as server_name (--server-name)"]
 
-    def answer(request, body):
-        busy.set()
-        eventually(lambda: hs.world.stopping)
-        return 503, {"errcode": "M_UNKNOWN", "error": "the application service stops"}
-    r.answer = answer
-    hs.client("alice").create_room()
-    assert busy.wait(5)
-    worker = hs.delivery.worker("irc")
-    stopping = hs.delivery.stop
-    hs.delivery.stop = lambda: (eventually(lambda: worker.failures), stopping())
-    hs.stop()
-    assert worker.failures == 1 and not [record for record in caplog.records if record.levelno >= logging.WARNING]
+
+def test_at_the_start_and_when_registrations_are_read_again_the_log_warns_of_a_regex_that_can_be_slow_or_can_not_be_analysed(start, caplog, tmp_path):
+    (tmp_path / "r.json").write_text(json.dumps(registration(users=["@_irc_.*_.*_.*:x"], aliases=["#(?=_irc).*"], uris={"users": [{"regex": "x:(.*),(.*)", "user_id": "@_irc_x:{server_name}"}]})))
+    hs = start(str(tmp_path / "r.json"), server_name="x")
+    told = ["namespaces.users[0].regex: '@_irc_.*_.*_.*:x' can be slow: it can match a text in 16,777,216 ways", "namespaces.aliases[0].regex: '#(?=_irc).*' can't be analysed, for it has a look-around",
+            "uris.users: 'x:(.*),(.*)' can be slow: it can match a text in 4,198,401 ways"]
+    for say in (lambda: asbridge.describe(hs), lambda: asbridge.reload(hs)):
+        caplog.clear(), say()
+        assert [record.getMessage().split("; ")[0] for record in caplog.records if record.levelname == "WARNING"] == [f"application service irc: {one}" for one in told]
+        (tmp_path / "r.json").write_text((tmp_path / "r.json").read_text().replace("as-irc", "as-other"))
+    caplog.clear(), asbridge.reload(hs)                      # nothing new, nothing said
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
 
 
 def test_a_port_that_is_taken_is_named_with_the_way_out(program):
@@ -14086,6 +14497,59 @@ def test_the_role_of_a_homeserver_runs_no_sample(program):
     assert "try: irssi" not in err
 
 
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="not to be told here")
+@pytest.mark.parametrize("one_cpu", [True, False])
+def test_the_program_keeps_to_one_processor_unless_told_otherwise(program, one_cpu):
+    running = program({} if one_cpu else {"one_cpu": False})
+    allowed, threads = set(), os.listdir(f"/proc/{running.process.pid}/task")
+    for thread in threads:
+        with contextlib.suppress(ProcessLookupError):        # it may have ended meanwhile
+            allowed.add(frozenset(os.sched_getaffinity(int(thread))))
+    assert len(threads) > 2 and len(allowed) == 1 and {len(one) for one in allowed} == {1 if one_cpu else len(os.sched_getaffinity(0))}
+
+
+def test_a_message_that_was_answered_survives_a_kill_while_others_are_being_sent(program):
+    running = program({})
+    alice = person(running)
+    room = alice.create_room()
+    answered = []
+
+    def write():
+        with contextlib.suppress(OSError, asbridge.http.client.HTTPException):
+            while True:
+                answered.append(alice.say(room, "x"))
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(write)
+        eventually(lambda: len(answered) > 50)
+        running.process.kill()
+        running.process.wait()
+    again = asbridge.Client(program({}).url, alice.token)
+    history = [event["event_id"] for event in again.messages(room, "f", 1000)["chunk"] if event["type"] == "m.room.message"]
+    assert history[:len(answered)] == answered and len(history) <= len(answered) + 1
+
+
+@pytest.mark.parametrize("format, coloured", [("text", False), ("text", True), ("json", False)])
+def test_the_trace_is_lines_in_colour_on_a_terminal_or_json(format, coloured):
+    record = logging.makeLogRecord({"name": "asbridge.trace", "msg": "HS ---> irc", "created": 1.5, "exchange": {"arrow": "--->", "back": False, "status": None, "n": 7}})
+    if format == "json":
+        assert json.loads(asbridge.JsonLines().format(record))["n"] == 7
+        return
+    line = asbridge.Lines(coloured).format(record)
+    assert line.startswith("\x1b[36m") == coloured and line.endswith("\x1b[0m" if coloured else "HS ---> irc")
+    record.exchange = {"arrow": "<---", "back": True, "status": 403}
+    assert asbridge.Lines(coloured).format(record).startswith("\x1b[31m") == coloured
+    del record.exchange
+    assert "\x1b" not in asbridge.Lines(coloured).format(record)
+
+
+def test_version_is_printed(capsys):
+    with pytest.raises(SystemExit) as caught:
+        asbridge.main(["--version"])
+    assert caught.value.code == 0 and capsys.readouterr().out == f"asbridge {asbridge.__version__}\n"
+
+
+# -- The command line: generate, routes, explain.
+
 @pytest.mark.parametrize("arguments", [["my", "--url", "localhost:29300"], ["my", "--url", "http://"]])
 def test_generate_refuses_a_url_that_cannot_be_called(capsys, arguments):
     assert asbridge.main(["generate", *arguments]) == 2
@@ -14108,216 +14572,6 @@ def test_a_registration_file_is_loaded_or_everything_wrong_with_it_is_said(tmp_p
     assert len(caught.value.findings) == 2
 
 
-def python_of_the_readme(start):
-    """The README's Python block that has this line in it."""
-    with open(os.path.join(HERE, "README.md"), encoding="utf-8") as file:
-        blocks = re.findall(r"```python\n(.*?)```", file.read(), re.S)
-    return next(block for block in blocks if start in block)
-
-
-def test_the_test_in_the_readme_passes():
-    code = python_of_the_readme("def test_my_bridge").replace("http://127.0.0.1:29300", f"http://127.0.0.1:{closed_port()}")
-    names = {}
-    exec(compile(code, "README.md", "exec"), names)
-    names["test_my_bridge"]()
-
-
-def test_the_fixture_in_the_readme_tests_a_bridge_that_runs_by_itself(tmp_path, monkeypatch):
-    class Bridge(asbridge.AppService):
-        def on_event(self, event):
-            if event["content"].get("membership") == "invite":
-                self.bot.join(event["room_id"])
-            elif event["type"] == "m.room.message" and event["sender"] != self.bot.user_id:
-                self.bot.say(event["room_id"], "hello yourself", txn_id=event["event_id"])
-
-    made = asbridge.generate_registration("mybridge", f"http://127.0.0.1:{closed_port()}")
-    (tmp_path / "registration.json").write_text(json.dumps(made))
-    monkeypatch.chdir(tmp_path)
-    names = {"asbridge": asbridge, "pytest": unittest.mock.Mock(fixture=contextlib.contextmanager)}
-    code = python_of_the_readme("@pytest.fixture") + python_of_the_readme("def test_my_bridge_hears")
-    exec(compile(code.replace("port=8008", "port=0"), "README.md", "exec"), names)
-    with names["hs"]() as hs:
-        bridge = Bridge(asbridge.read_registration(made, "here"), hs.url)
-        bridge.start()
-        names["test_my_bridge_hears_a_message_once_even_if_its_answer_is_lost"](hs)
-        bridge.stop()
-
-
-def test_the_readme_names_every_route_of_the_inspector_and_every_verb_for_tests():
-    with open(os.path.join(HERE, "README.md"), encoding="utf-8") as file:
-        readme = file.read()
-    api = readme[readme.index("## The inspector's API"):readme.index("## Promises")]
-    assert not [route.path for route in asbridge.ADMIN_ROUTES[1:] if not re.search(rf"\b{route.path.removeprefix('/_asbridge/')}\b", api)]
-    assert not [fault for fault in asbridge.FAULTS if f"`{fault}`" not in api]
-    verbs = [name for name, verb in vars(asbridge.Homeserver).items() if callable(verb) and name[0] != "_" and name not in ("start", "stop")]
-    assert len(verbs) > 12 and not [name for name in verbs if not re.search(rf"\b{name}\b", readme)]
-
-
-def test_the_bot_in_the_readme_answers(tmp_path, monkeypatch):
-    made = asbridge.generate_registration("echo", f"http://127.0.0.1:{closed_port()}")
-    (tmp_path / "registration.json").write_text(json.dumps(made))
-    monkeypatch.chdir(tmp_path)
-    with asbridge.Homeserver(registrations=["registration.json"]) as hs:
-        code = python_of_the_readme("class Echo").replace("http://127.0.0.1:8008", hs.url).replace(".start()\ninput", "\ninput")
-        names = {"input": lambda text: None}
-        exec(compile(code.replace("Echo(asbridge.load", "bot = Echo(asbridge.load"), "README.md", "exec"), names)
-        names["bot"].start()
-        alice = hs.client("alice")
-        room = alice.create_room(invite=["@echo_bot:localhost"])
-        alice.wait_for(lambda event: event["sender"] == "@echo_bot:localhost" and event["content"].get("membership") == "join")
-        alice.say(room, "is there an echo?")
-        alice.wait_for(lambda event: event["sender"] == "@echo_bot:localhost" and event["content"].get("body") == "is there an echo?")
-        names["bot"].stop()
-
-
-def test_registrations_are_read_again_while_it_runs(start, recorder, tmp_path):
-    one, two, path = recorder(), recorder(), tmp_path / "r.json"
-    path.write_text(json.dumps(registration("one", one.url, rooms=["!.*"])))
-    hs = start(str(path))
-    alice = hs.client("alice")
-    room = alice.create_room()
-    hs.settle()
-    assert hs.reload() == []
-    path.write_text(json.dumps(registration("two", two.url, rooms=["!.*"])))
-    assert sorted(hs.reload()) == ["added 'two'", "removed 'one'"]
-    before = len(one.events)
-    alice.say(room, "for two")
-    hs.settle()
-    assert two.texts() == ["for two"] and len(one.events) == before
-    with refused("M_UNKNOWN_TOKEN", 401):
-        asbridge.Client(hs.url, "as-one").whoami()
-    assert asbridge.Client(hs.url, "as-two").whoami()["user_id"] == "@_two_bot:localhost"
-
-
-def test_a_registration_that_is_wrong_changes_nothing_when_it_is_read_again(start, recorder, tmp_path):
-    r, path = recorder(), tmp_path / "r.json"
-    path.write_text(json.dumps(registration(url=r.url)))
-    hs = start(str(path))
-    path.write_text("{}")
-    with pytest.raises(asbridge.ConfigError):
-        hs.reload()
-    assert asbridge.Client(hs.url, "as-irc").whoami()["user_id"] == "@_irc_bot:localhost"
-
-
-def test_what_waits_for_a_service_goes_to_its_new_address_after_reading_again(start, recorder, tmp_path):
-    r, path = recorder(), tmp_path / "r.json"
-    path.write_text(json.dumps(registration(url=nowhere(), rooms=["!.*"])))
-    hs = start(str(path))
-    alice = hs.client("alice")
-    alice.say(alice.create_room(), "kept")
-    path.write_text(json.dumps(registration(url=r.url, rooms=["!.*"])))
-    assert hs.reload() == ["changed 'irc'"]
-    hs.settle()
-    assert r.texts() == ["kept"]
-
-
-@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="no such signal here")
-def test_sighup_reads_the_registrations_again(tmp_path):
-    (tmp_path / "r.json").write_text(json.dumps(registration()))
-    (tmp_path / "x.json").write_text(json.dumps({"port": 0, "registrations": ["r.json"]}))
-    with subprocess.Popen([sys.executable, os.path.join(HERE, "asbridge.py"), "--config", "x.json"], cwd=tmp_path,
-                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        try:
-            process.stdout.readline()
-            (tmp_path / "r.json").write_text(json.dumps(registration("other")))
-            process.send_signal(signal.SIGHUP)
-            line = next(line for line in process.stderr if "read again" in line)
-            assert "added 'other'" in line and "removed 'irc'" in line
-        finally:
-            process.terminate()
-        assert process.wait(10) == 0
-
-
-def open_files():
-    """Of this process: how many of each, but for those of the tests."""
-    return sorted(os.readlink(f"/proc/self/fd/{n}").partition(":[")[0] for n in os.listdir("/proc/self/fd") if os.path.islink(f"/proc/self/fd/{n}"))
-
-
-@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="open files are looked up in /proc")
-@pytest.mark.parametrize("fails", ["port", "IRC port", "database", "disk", "thread of http", "thread of the writer"])
-def test_a_start_that_fails_half_way_leaves_no_thread_no_open_file_and_can_be_tried_again(tmp_path, monkeypatch, fails):
-    (tmp_path / "text").write_text("dear diary " * 100)
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
-    (tmp_path / "tmp").mkdir()
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = {fails: taken.getsockname()[1]}
-        sample = {**asbridge.SAMPLE_REGISTRATION, "url": "http://127.0.0.1:0", "asbridge.sample": {"irc_port": port.get("IRC port", 0)}}
-        before, files = {*threading.enumerate()}, open_files()
-        with monkeypatch.context() as patch:
-            if fails.startswith("thread"):
-                no_threads_named(patch, fails.split()[-1])
-            if fails == "disk":
-                patch.setattr(asbridge.World, "add_senders", unittest.mock.Mock(side_effect=MatrixError("M_UNKNOWN", "full")))
-            hs = asbridge.Homeserver([sample], port=port.get("port", 0), database=str(tmp_path / "text") if fails == "database" else ":memory:")
-            with pytest.raises((OSError, asbridge.DatabaseError, MatrixError, RuntimeError)):
-                hs.start()
-        eventually(lambda: {*threading.enumerate()} <= before)
-        eventually(lambda: open_files() == files)
-        assert os.listdir(tmp_path / "tmp") == []
-        hs.stop()                                            # is no error
-    if fails != "database":
-        hs.start().stop()
-
-
-def test_a_homeserver_that_was_stopped_starts_again(tmp_path):
-    hs = asbridge.Homeserver(database=str(tmp_path / "hs.db"))
-    for _ in range(2):
-        hs.start()
-        assert ask(hs, "GET", "/_matrix/client/versions")[0] == 200
-        hs.stop()
-    hs.stop()
-
-
-@pytest.mark.parametrize("changes", [{"hs_token": "schl\u00fcssel\u20ac"}, {"as_token": "a\nb"}, {"asbridge.sample": {"irc_port": 70000}}])
-def test_a_registration_that_could_not_work_is_refused_at_the_start(changes):
-    with pytest.raises(asbridge.ConfigError):
-        asbridge.read_registration({**registration(), **changes}, "here")
-
-
-def test_an_embedded_homeserver_checks_its_keys_like_a_configuration():
-    with pytest.raises(asbridge.ConfigError, match="'server_name'"):
-        asbridge.Homeserver(server_nam="x")
-
-
-DAMAGES = {
-    "no server name": "DELETE FROM meta", "no position": "DELETE FROM meta WHERE key = 'position'", "position": "UPDATE meta SET value = 'x' WHERE key = 'position'",
-    "server name": "UPDATE meta SET value = CAST(x'c4' AS TEXT) WHERE key = 'server_name'",
-    "schema": "PRAGMA writable_schema = 1; UPDATE sqlite_master SET name = CAST(x'c4' AS TEXT) WHERE name = 'sessions'",
-}
-
-
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_database_is_refused_in_words(tmp_path, capsys, damage):
-    path, config = str(tmp_path / "a.db"), tmp_path / "c.json"
-    asbridge.Store(path, "localhost", asbridge.Registrations("localhost"), asbridge.Clock()).close()
-    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as db:
-        db.executescript(DAMAGES[damage])
-    with pytest.raises(asbridge.DatabaseError, match="is damaged|can't be used"):
-        asbridge.Homeserver(database=path, samples=False).start()
-    config.write_text(json.dumps({"database": "a.db"}))
-    assert asbridge.main(["explain", "@alice:localhost", "--config", str(config)]) in (0, 2)
-    assert "Traceback" not in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("damage", [None, "UPDATE irc_nicks SET nick = NULL", "UPDATE irc_nicks SET nick = x'ff'"])
-def test_a_damaged_database_of_a_bridge_alone_is_refused_in_words(tmp_path, capsys, damage):
-    config, path = tmp_path / "c.json", tmp_path / "hs-irc.db"
-    config.write_text(json.dumps({"database": "hs.db", "registrations": [
-        {**asbridge.SAMPLE_REGISTRATION, "url": "http://127.0.0.1:0", "asbridge.sample": {"irc_port": 0}}]}))
-    path.write_bytes(b"no database" * 100 if damage is None else b"")
-    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as db:
-        if damage:
-            db.executescript(asbridge.IrcBridge.SCHEMA + "INSERT INTO irc_nicks VALUES ('@a:b', 'a');" + damage)
-    args = asbridge.parse_args(["--role", "appservice", "--config", str(config)])
-    assert asbridge.run_samples(asbridge.config_of(args), "http://127.0.0.1:1", asbridge.bell()) == 1
-    assert re.search(r"hs-irc\.db (is damaged|can't be used)", capsys.readouterr().err)
-
-
-def test_a_database_in_a_folder_that_is_not_there_is_refused_with_its_name(tmp_path):
-    with pytest.raises(asbridge.DatabaseError, match="nowhere"):
-        asbridge.Homeserver(database=str(tmp_path / "nowhere" / "x.db")).start()
-
-
 def test_generate_prints_a_registration_with_fresh_tokens(capsys):
     made = []
     for _ in range(2):
@@ -14335,90 +14589,26 @@ def test_routes_prints_the_table(capsys):
     assert len(lines) == 1 + len(asbridge.ROUTES) + len(asbridge.ADMIN_ROUTES) and any(re.match(r"GET +/_matrix/client/v3/sync +user +Syncing", line) for line in lines)
 
 
-def checking(*arguments):
-    """Exit code of check; the log of this process stays as it was."""
-    log = asbridge.log
-    handlers, propagate, level, traced = log.handlers[:], log.propagate, log.level, asbridge.trace.level
-    try:
-        return asbridge.main(["check", *arguments])
-    finally:
-        log.handlers[:], log.propagate = handlers, propagate
-        log.setLevel(level)
-        asbridge.trace.setLevel(traced)
+def test_explain_of_the_command_line_reads_registrations_and_database_and_changes_neither(tmp_path, capsys):
+    database, file = tmp_path / "hs.db", tmp_path / "x.json"
+    file.write_text(json.dumps({"registrations": [registration()], "database": "hs.db"}))
+    command = ["explain", "@_irc_bob:localhost", "--config", str(file)]
+    assert asbridge.main(command) == 0 and not database.exists()
+    assert capsys.readouterr().out.splitlines() == ["irc: @_irc_bob:localhost matches users[0], exclusively", "it belongs to irc", "who may create it: irc"]
+    with asbridge.Homeserver([registration()], database=str(database)) as hs:
+        acting(hs, "irc", "@_irc_bob:localhost")
+        assert asbridge.main(command) == 0 and "it exists" in capsys.readouterr().out    # beside the one that runs
+    before = database.read_bytes()
+    assert asbridge.main([*command, "--json"]) == 0 and json.loads(capsys.readouterr().out)["exists"] is True and database.read_bytes() == before
+    assert asbridge.main(["explain", "bob", "--config", str(file)]) == 2 and "is no user ID" in capsys.readouterr().err
+    file.write_text("{")
+    assert asbridge.main(command) == 2
+    database.write_bytes(b"nonsense" * 1000)
+    file.write_text(json.dumps({"registrations": [registration()], "database": "hs.db"}))
+    assert asbridge.main(command) == 2
 
 
-def examining(tmp_path, capsys, *flags, **keys):
-    """Exit code, stdout and stderr of check --examine with this configuration, on a free port unless it has one."""
-    (tmp_path / "c.json").write_text(json.dumps({"port": 0, **keys}))
-    code = checking("--config", str(tmp_path / "c.json"), "--examine", *flags)
-    return code, *capsys.readouterr()
-
-
-def test_the_sample_passes_every_check_of_the_examiner(capsys, monkeypatch):
-    monkeypatch.setattr(asbridge, "SAMPLE_REGISTRATION", {**asbridge.SAMPLE_REGISTRATION, "url": "http://127.0.0.1:0", "asbridge.sample": {"irc_port": 0}})
-    assert checking("--port", "0", "--examine") == 0
-    out, err = capsys.readouterr()
-    lines = out.splitlines()
-    assert lines[0].split() == ["appservice", "test", "outcome", "spec", "seen"] and lines[-1] == "19 passed, 0 failed, 0 skipped" and err == ""
-    assert {line.index("passed") for line in lines[1:-1]} == {lines[0].index("outcome")}
-
-
-def test_examine_ends_with_1_if_something_failed_and_prints_json_if_told(tmp_path, capsys, recorder):
-    good, bad = recorder(), recorder()
-    good.answer, bad.answer = answering(), answering("breaks")
-    first = registration(url=good.url, as_token="other")
-    assert examining(tmp_path, capsys, registrations=[first])[0] == 0
-    code, out, _ = examining(tmp_path, capsys, "--json", registrations=[first, {**registration(url=bad.url), "id": "two"}])
-    rows = json.loads(out)
-    assert code == 1 and len(rows) == 2 * len(asbridge.Examiner.CHECKS) and "hs-irc" not in out
-    assert [row for row in rows if row["outcome"] == "failed"] == [
-        {"appservice": "two", "test": "refuses broken JSON, and is not broken by it", "outcome": "failed", "spec": "Standard error response",
-         "seen": '500 "Traceback"; right would be 400 M_NOT_JSON'}]
-
-
-def test_an_application_service_finds_its_homeserver_while_it_is_examined(tmp_path, capsys, recorder):
-    service, told = recorder(), []
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-
-    def answer(request, body):
-        if request.path.endswith("/ping"):
-            client = asbridge.Client(f"http://127.0.0.1:{port}", "as-irc")
-            told.append((client.user_id, client.call("POST", V3 + "/register", {"type": "m.login.application_service", "username": "_irc_x"})["user_id"]))
-            client.close()
-        return answering()(request, body)
-    service.answer = answer
-    code, out, _ = examining(tmp_path, capsys, port=port, registrations=[registration(url=service.url)])
-    assert code == 0 and told == [("@_irc_bot:localhost", "@_irc_x:localhost")]
-
-
-def test_examine_says_what_to_do_where_the_port_of_the_homeserver_is_taken(tmp_path, capsys):
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        code, out, err = examining(tmp_path, capsys, port=taken.getsockname()[1], registrations=[registration(url="http://127.0.0.1:1")])
-    assert code == 1 and out == "" and "stop it for that moment" in err and "Traceback" not in err
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        sample = {**asbridge.SAMPLE_REGISTRATION, "url": "http://127.0.0.1:0", "asbridge.sample": {"irc_port": taken.getsockname()[1]}}
-        code, out, err = examining(tmp_path, capsys, registrations=[sample])
-    assert code == 1 and out == "" and "asbridge.sample.irc_port" in err and "stop it" not in err
-
-
-def test_examine_can_be_interrupted(tmp_path, capsys, monkeypatch):
-    def interrupt(self):
-        raise KeyboardInterrupt
-    monkeypatch.setattr(asbridge.Examiner, "results", interrupt)
-    assert examining(tmp_path, capsys, registrations=[registration()]) == (130, "", "")
-
-
-def test_examine_waits_for_one_that_is_about_to_start_and_leaves_a_sample_that_runs_alone(tmp_path, capsys, recorder):
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        url = f"http://127.0.0.1:{free.getsockname()[1]}"
-    code, out, err = examining(tmp_path, capsys, registrations=[registration(url=url)], query_timeout_ms=50)
-    assert code == 1 and f"nothing listens yet at {url}; start irc now" in err and "1 failed, 18 skipped" in out
-    service = recorder()
-    service.answer = answering()
-    code, out, err = examining(tmp_path, capsys, registrations=[registration(url=service.url, **{"asbridge.sample": {"irc_port": 1}})])
-    assert code == 0 and err == "" and service.transactions
-
+# -- The command line: check, and the examiner.
 
 def checked(tmp_path, capsys, config, *flags):
     """Exit code and stdout of `check` for this configuration."""
@@ -14511,39 +14701,159 @@ def test_check_with_a_wrong_flag_ends_with_2(flags, capsys):
     assert "command line: server_name" in capsys.readouterr().err
 
 
-def test_at_the_start_the_log_warns_of_a_namespace_that_can_never_match_and_of_nothing_else_that_the_doctor_finds(start, caplog):
-    asbridge.describe(start(registration(users=["_irc_.*", "@_irc_.*", "@.*_irc"], aliases=["#irc:other"])))
-    assert [record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == [
-        "application service irc: namespaces.users[0].regex: '_irc_.*' matches no user ID; write '@_irc_.*'",
-        "application service irc: namespaces.aliases[0].regex: '#irc:other' matches no alias of localhost; "
-        "write '#irc:localhost', or give the other name as server_name (--server-name)"]
+def checking(*arguments):
+    """Exit code of check; the log of this process stays as it was."""
+    log = asbridge.log
+    handlers, propagate, level, traced = log.handlers[:], log.propagate, log.level, asbridge.trace.level
+    try:
+        return asbridge.main(["check", *arguments])
+    finally:
+        log.handlers[:], log.propagate = handlers, propagate
+        log.setLevel(level)
+        asbridge.trace.setLevel(traced)
 
 
-def test_at_the_start_and_when_registrations_are_read_again_the_log_warns_of_a_regex_that_can_be_slow_or_can_not_be_analysed(start, caplog, tmp_path):
-    (tmp_path / "r.json").write_text(json.dumps(registration(users=["@_irc_.*_.*_.*:x"], aliases=["#(?=_irc).*"], uris={"users": [{"regex": "x:(.*),(.*)", "user_id": "@_irc_x:{server_name}"}]})))
-    hs = start(str(tmp_path / "r.json"), server_name="x")
-    told = ["namespaces.users[0].regex: '@_irc_.*_.*_.*:x' can be slow: it can match a text in 16,777,216 ways", "namespaces.aliases[0].regex: '#(?=_irc).*' can't be analysed, for it has a look-around",
-            "uris.users: 'x:(.*),(.*)' can be slow: it can match a text in 4,198,401 ways"]
-    for say in (lambda: asbridge.describe(hs), lambda: asbridge.reload(hs)):
-        caplog.clear(), say()
-        assert [record.getMessage().split("; ")[0] for record in caplog.records if record.levelname == "WARNING"] == [f"application service irc: {one}" for one in told]
-        (tmp_path / "r.json").write_text((tmp_path / "r.json").read_text().replace("as-irc", "as-other"))
-    caplog.clear(), asbridge.reload(hs)                      # nothing new, nothing said
-    assert not [record for record in caplog.records if record.levelname == "WARNING"]
+def examining(tmp_path, capsys, *flags, **keys):
+    """Exit code, stdout and stderr of check --examine with this configuration, on a free port unless it has one."""
+    (tmp_path / "c.json").write_text(json.dumps({"port": 0, **keys}))
+    code = checking("--config", str(tmp_path / "c.json"), "--examine", *flags)
+    return code, *capsys.readouterr()
 
 
-def test_version_is_printed(capsys):
-    with pytest.raises(SystemExit) as caught:
-        asbridge.main(["--version"])
-    assert caught.value.code == 0 and capsys.readouterr().out == f"asbridge {asbridge.__version__}\n"
+def test_the_sample_passes_every_check_of_the_examiner(capsys, monkeypatch):
+    monkeypatch.setattr(asbridge, "SAMPLE_REGISTRATION", {**asbridge.SAMPLE_REGISTRATION, "url": "http://127.0.0.1:0", "asbridge.sample": {"irc_port": 0}})
+    assert checking("--port", "0", "--examine") == 0
+    out, err = capsys.readouterr()
+    lines = out.splitlines()
+    assert lines[0].split() == ["appservice", "test", "outcome", "spec", "seen"] and lines[-1] == "19 passed, 0 failed, 0 skipped" and err == ""
+    assert {line.index("passed") for line in lines[1:-1]} == {lines[0].index("outcome")}
+
+
+def test_examine_ends_with_1_if_something_failed_and_prints_json_if_told(tmp_path, capsys, recorder):
+    good, bad = recorder(), recorder()
+    good.answer, bad.answer = answering(), answering("breaks")
+    first = registration(url=good.url, as_token="other")
+    assert examining(tmp_path, capsys, registrations=[first])[0] == 0
+    code, out, _ = examining(tmp_path, capsys, "--json", registrations=[first, {**registration(url=bad.url), "id": "two"}])
+    rows = json.loads(out)
+    assert code == 1 and len(rows) == 2 * len(asbridge.Examiner.CHECKS) and "hs-irc" not in out
+    assert [row for row in rows if row["outcome"] == "failed"] == [
+        {"appservice": "two", "test": "refuses broken JSON, and is not broken by it", "outcome": "failed", "spec": "Standard error response",
+         "seen": '500 "Traceback"; right would be 400 M_NOT_JSON'}]
+
+
+def test_an_application_service_finds_its_homeserver_while_it_is_examined(tmp_path, capsys, recorder):
+    service, told = recorder(), []
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+
+    def answer(request, body):
+        if request.path.endswith("/ping"):
+            client = asbridge.Client(f"http://127.0.0.1:{port}", "as-irc")
+            told.append((client.user_id, client.call("POST", V3 + "/register", {"type": "m.login.application_service", "username": "_irc_x"})["user_id"]))
+            client.close()
+        return answering()(request, body)
+    service.answer = answer
+    code, out, _ = examining(tmp_path, capsys, port=port, registrations=[registration(url=service.url)])
+    assert code == 0 and told == [("@_irc_bot:localhost", "@_irc_x:localhost")]
+
+
+def test_examine_says_what_to_do_where_the_port_of_the_homeserver_is_taken(tmp_path, capsys):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        code, out, err = examining(tmp_path, capsys, port=taken.getsockname()[1], registrations=[registration(url="http://127.0.0.1:1")])
+    assert code == 1 and out == "" and "stop it for that moment" in err and "Traceback" not in err
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        sample = {**asbridge.SAMPLE_REGISTRATION, "url": "http://127.0.0.1:0", "asbridge.sample": {"irc_port": taken.getsockname()[1]}}
+        code, out, err = examining(tmp_path, capsys, registrations=[sample])
+    assert code == 1 and out == "" and "asbridge.sample.irc_port" in err and "stop it" not in err
+
+
+def test_examine_can_be_interrupted(tmp_path, capsys, monkeypatch):
+    def interrupt(self):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(asbridge.Examiner, "results", interrupt)
+    assert examining(tmp_path, capsys, registrations=[registration()]) == (130, "", "")
+
+
+def test_examine_waits_for_one_that_is_about_to_start_and_leaves_a_sample_that_runs_alone(tmp_path, capsys, recorder):
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        url = f"http://127.0.0.1:{free.getsockname()[1]}"
+    code, out, err = examining(tmp_path, capsys, registrations=[registration(url=url)], query_timeout_ms=50)
+    assert code == 1 and f"nothing listens yet at {url}; start irc now" in err and "1 failed, 18 skipped" in out
+    service = recorder()
+    service.answer = answering()
+    code, out, err = examining(tmp_path, capsys, registrations=[registration(url=service.url, **{"asbridge.sample": {"irc_port": 1}})])
+    assert code == 0 and err == "" and service.transactions
+
+
+# -- The README, the example, and the file itself.
+
+def python_of_the_readme(start):
+    """The README's Python block that has this line in it."""
+    with open(os.path.join(HERE, "README.md"), encoding="utf-8") as file:
+        blocks = re.findall(r"```python\n(.*?)```", file.read(), re.S)
+    return next(block for block in blocks if start in block)
+
+
+def test_the_test_in_the_readme_passes():
+    code = python_of_the_readme("def test_my_bridge").replace("http://127.0.0.1:29300", f"http://127.0.0.1:{closed_port()}")
+    names = {}
+    exec(compile(code, "README.md", "exec"), names)
+    names["test_my_bridge"]()
+
+
+def test_the_fixture_in_the_readme_tests_a_bridge_that_runs_by_itself(tmp_path, monkeypatch):
+    class Bridge(asbridge.AppService):
+        def on_event(self, event):
+            if event["content"].get("membership") == "invite":
+                self.bot.join(event["room_id"])
+            elif event["type"] == "m.room.message" and event["sender"] != self.bot.user_id:
+                self.bot.say(event["room_id"], "hello yourself", txn_id=event["event_id"])
+
+    made = asbridge.generate_registration("mybridge", f"http://127.0.0.1:{closed_port()}")
+    (tmp_path / "registration.json").write_text(json.dumps(made))
+    monkeypatch.chdir(tmp_path)
+    names = {"asbridge": asbridge, "pytest": unittest.mock.Mock(fixture=contextlib.contextmanager)}
+    code = python_of_the_readme("@pytest.fixture") + python_of_the_readme("def test_my_bridge_hears")
+    exec(compile(code.replace("port=8008", "port=0"), "README.md", "exec"), names)
+    with names["hs"]() as hs:
+        bridge = Bridge(asbridge.read_registration(made, "here"), hs.url)
+        bridge.start()
+        names["test_my_bridge_hears_a_message_once_even_if_its_answer_is_lost"](hs)
+        bridge.stop()
+
+
+def test_the_readme_names_every_route_of_the_inspector_and_every_verb_for_tests():
+    with open(os.path.join(HERE, "README.md"), encoding="utf-8") as file:
+        readme = file.read()
+    api = readme[readme.index("## The inspector's API"):readme.index("## Promises")]
+    assert not [route.path for route in asbridge.ADMIN_ROUTES[1:] if not re.search(rf"\b{route.path.removeprefix('/_asbridge/')}\b", api)]
+    assert not [fault for fault in asbridge.FAULTS if f"`{fault}`" not in api]
+    verbs = [name for name, verb in vars(asbridge.Homeserver).items() if callable(verb) and name[0] != "_" and name not in ("start", "stop")]
+    assert len(verbs) > 12 and not [name for name in verbs if not re.search(rf"\b{name}\b", readme)]
+
+
+def test_the_bot_in_the_readme_answers(tmp_path, monkeypatch):
+    made = asbridge.generate_registration("echo", f"http://127.0.0.1:{closed_port()}")
+    (tmp_path / "registration.json").write_text(json.dumps(made))
+    monkeypatch.chdir(tmp_path)
+    with asbridge.Homeserver(registrations=["registration.json"]) as hs:
+        code = python_of_the_readme("class Echo").replace("http://127.0.0.1:8008", hs.url).replace(".start()\ninput", "\ninput")
+        names = {"input": lambda text: None}
+        exec(compile(code.replace("Echo(asbridge.load", "bot = Echo(asbridge.load"), "README.md", "exec"), names)
+        names["bot"].start()
+        alice = hs.client("alice")
+        room = alice.create_room(invite=["@echo_bot:localhost"])
+        alice.wait_for(lambda event: event["sender"] == "@echo_bot:localhost" and event["content"].get("membership") == "join")
+        alice.say(room, "is there an echo?")
+        alice.wait_for(lambda event: event["sender"] == "@echo_bot:localhost" and event["content"].get("body") == "is there an echo?")
+        names["bot"].stop()
 
 
 def test_the_example_registration_is_the_one_that_is_built_in():
     with open(os.path.join(HERE, "example_registration.json"), encoding="utf-8") as file:
         assert json.load(file) == asbridge.SAMPLE_REGISTRATION
 
-
-# -- The file itself.
 
 def sections():
     """Number, title and first line of each section, and the lines of the file."""
@@ -14579,236 +14889,6 @@ def test_the_contents_in_the_docstring_are_the_banners():
     banners = [(number, title) for number, title, _ in sections()[0]]
     contents = [(int(number), title) for number, title in re.findall(r"^ *([0-9]+)\. +(.+?)(?:  .*)?$", asbridge.__doc__, re.M)]
     assert [number for number, _ in banners] == sorted({number for number, _ in banners}) and contents == banners
-
-
-# -- Embedding.
-
-def test_an_embedded_homeserver_starts_on_a_free_port_and_ends_with_the_block():
-    with asbridge.Homeserver(registrations=[registration()]) as hs:
-        assert hs.client("alice").whoami()["user_id"] == "@alice:localhost" and hs.appservice("irc").whoami()
-        folder = os.path.dirname(hs.world.store.path)
-        assert os.path.exists(folder)
-    assert not os.path.exists(folder)
-    with pytest.raises(OSError):
-        socket.create_connection(("127.0.0.1", hs.port), 1)
-    hs.stop()                                                          # again is no error
-
-
-def test_two_homeservers_in_one_process_know_nothing_of_each_other(start):
-    one, two = start(registration(), server_name="one.org"), start(server_name="two.org")
-    alice = one.client("alice")
-    assert alice.user_id == "@alice:one.org" and two.client("alice").user_id == "@alice:two.org"
-    with refused("M_UNKNOWN_TOKEN", 401):
-        asbridge.Client(two.url, alice.token).whoami()
-
-
-EMBEDDED = """
-import signal, sys, threading
-sys.path.insert(0, {here!r})
-before = [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)]
-import asbridge
-with asbridge.Homeserver(registrations=[{registration!r}]) as hs:
-    alice = hs.client("alice")
-    alice.say(alice.create_room(), "x")
-    while not hs.delivery.worker("irc").failures: pass
-    assert [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)] == before
-"""
-
-
-def embedded(url):
-    script = EMBEDDED.format(here=HERE, registration=registration(url=url, rooms=["!.*"]))
-    return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=20)
-
-
-def test_an_embedded_homeserver_touches_no_signals_and_ends():
-    assert embedded(nowhere()).returncode == 0
-
-
-def test_an_embedded_homeserver_says_nothing():
-    result = embedded(nowhere())
-    assert (result.stdout, result.stderr) == ("", "")
-
-
-def test_settle_says_what_is_stuck(start):
-    hs = start(registration(url=nowhere(), rooms=["!.*"]))
-    hs.client("alice").create_room()
-    with pytest.raises(AssertionError, match=r"[0-9]+ events for 'irc'"):
-        hs.settle(timeout=0.05)
-
-
-def test_a_registration_that_is_wrong_is_refused_when_embedded():
-    with pytest.raises(asbridge.ConfigError, match="as_token"):
-        asbridge.Homeserver([registration(), registration()])
-
-
-def in_about_ten(r, texts):
-    assert r.texts() == texts
-    sizes = [len(json.loads(body)["events"]) for body in dict(r.transactions).values()]
-    assert len(sizes) <= 13 and max(sizes) == 100
-
-
-def test_a_thousand_messages_to_a_service_that_was_down_arrive_once_and_in_order(start, recorder):
-    r = recorder()
-    r.answer = lambda request, body: (503, {})
-    hs = start(registration(url=r.url))
-    alice, bob = hs.client("alice"), acting(hs, "irc", "@_irc_bob:localhost")
-    room = alice.create_room(preset="public_chat")
-    bob.join(room)
-    eventually(lambda: hs.delivery.worker("irc").failures)
-    for i in range(1000):
-        alice.say(room, f"n{i}")
-    r.answer = lambda request, body: (200, {})
-    eventually(lambda: hs.advance(1) or not hs.waiting(), 10)
-    in_about_ten(r, [f"n{i}" for i in range(1000)])
-
-
-@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="not to be told here")
-@pytest.mark.parametrize("one_cpu", [True, False])
-def test_the_program_keeps_to_one_processor_unless_told_otherwise(program, one_cpu):
-    running = program({} if one_cpu else {"one_cpu": False})
-    allowed, threads = set(), os.listdir(f"/proc/{running.process.pid}/task")
-    for thread in threads:
-        with contextlib.suppress(ProcessLookupError):        # it may have ended meanwhile
-            allowed.add(frozenset(os.sched_getaffinity(int(thread))))
-    assert len(threads) > 2 and len(allowed) == 1 and {len(one) for one in allowed} == {1 if one_cpu else len(os.sched_getaffinity(0))}
-
-
-@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="not to be told here")
-def test_a_program_that_embeds_it_keeps_its_processors(start):
-    before = os.sched_getaffinity(0)
-    start(one_cpu=True)
-    assert os.sched_getaffinity(0) == before
-
-
-def test_a_message_that_was_answered_survives_a_kill_while_others_are_being_sent(program):
-    running = program({})
-    alice = person(running)
-    room = alice.create_room()
-    answered = []
-
-    def write():
-        with contextlib.suppress(OSError, asbridge.http.client.HTTPException):
-            while True:
-                answered.append(alice.say(room, "x"))
-    with ThreadPoolExecutor(1) as pool:
-        pool.submit(write)
-        eventually(lambda: len(answered) > 50)
-        running.process.kill()
-        running.process.wait()
-    again = asbridge.Client(program({}).url, alice.token)
-    history = [event["event_id"] for event in again.messages(room, "f", 1000)["chunk"] if event["type"] == "m.room.message"]
-    assert history[:len(answered)] == answered and len(history) <= len(answered) + 1
-
-
-def test_a_seeded_homeserver_is_the_same_in_every_run(start):
-    def run(seed):
-        hs = start(registration(), seed=seed)
-        alice, bob = hs.client("alice"), acting(hs, "irc", "@_irc_bob:localhost")
-        room = alice.create_room(preset="public_chat", room_version="12")
-        first = alice.create_room(preset="public_chat")
-        bob.join(first)
-        hs.advance(2.5)
-        alice.say(first, "hello"), alice.set_state(first, "m.room.topic", {"topic": "x"})
-        answer = json.dumps([alice.token, room, first, alice.sync()])
-        hs.reset()
-        return answer, json.dumps([(one := hs.client("alice")).token, one.create_room()])
-    one, two, other = run(7), run(7), run(8)
-    assert one == two and one[0] != other[0] and '"age": 2500' in one[0]
-    assert json.loads(one[1])[0] != json.loads(one[0])[0]    # a reset is another world, for a service that remembers events
-
-
-def test_what_an_owner_draws_does_not_depend_on_what_others_draw():
-    one, other = asbridge.Chance("7"), asbridge.Chance("7")
-    other.text("b"), other.text("b")
-    drawn = one.text("a"), one.text("a", 43)
-    assert drawn == (other.text("a"), other.text("a", 43)) and drawn[0] != drawn[1][:18] and len(drawn[1]) == 43
-    assert asbridge.Chance().text("a") != asbridge.Chance().text("a")
-
-
-def test_a_clock_with_a_start_stands_still_but_for_what_it_is_wound_on():
-    clock = asbridge.Clock(1000)
-    assert clock.now() == clock.now() == 1000
-    clock.advance(1.5)
-    assert clock.now() == 2500
-
-
-def test_a_reset_is_a_new_world_behind_the_same_port(start, recorder, tmp_path):
-    r = recorder()
-    hs = start(registration(url=r.url))
-    url, bob = hs.url, acting(hs, "irc", "@_irc_bob:localhost")
-    room = bob.create_room(room_alias_name="_irc_x")
-    hs.settle()
-    hs.advance(100)
-    before = r.transactions[-1][0]
-    hs.reset()
-    assert hs.url == url and hs.clock.wound == 0 and not hs.explain(room)["exists"] and not hs.explain("@_irc_bob:localhost")["exists"]
-    bob = acting(hs, "irc", "@_irc_bob:localhost")
-    bob.create_room(room_alias_name="_irc_x")
-    hs.settle()
-    assert int(r.transactions[-1][0]) > int(before)
-    with pytest.raises(ValueError, match="would delete"):
-        start(database=str(tmp_path / "hs.db")).reset()
-
-
-def test_wait_for_gives_the_first_event_past_or_to_come_with_these_values(three):
-    hs, alice, bob, _, room = three
-    first, _ = alice.say(room, "x"), alice.say(room, "x")
-    assert hs.wait_for(type="m.room.message", body="x")["event_id"] == first
-    with ThreadPoolExecutor() as pool:
-        waiting = pool.submit(hs.wait_for, type="m.room.member", state_key=bob.user_id, membership="join")
-        bob.join(room)
-        assert waiting.result()["sender"] == bob.user_id
-
-
-def test_wait_for_that_waits_in_vain_prints_the_nearest_events_and_where_they_went(start, recorder):
-    hs = start(registration(url=recorder().url))
-    with pytest.raises(AssertionError, match="no events at all"):
-        hs.wait_for(0.01, type="m.x")
-    alice = hs.client("alice")
-    event_id = alice.say(alice.create_room(), "hello")
-    with pytest.raises(AssertionError) as caught:
-        hs.wait_for(0.01, type="m.room.message", sender=alice.user_id, body="good bye")
-    lines = str(caught.value).splitlines()
-    assert "body='good bye'" in lines[0] and event_id in lines[1] and "body is 'hello'" in lines[1] and "did not go to irc: no rule says yes" in lines[2]
-
-
-def test_wait_for_says_which_key_no_event_has(three):
-    hs, alice, *_ = three
-    with pytest.raises(AssertionError, match="no event at all has 'typ'"):
-        hs.wait_for(0.01, typ="m.room.message")
-
-
-def test_explain_of_the_command_line_reads_registrations_and_database_and_changes_neither(tmp_path, capsys):
-    database, file = tmp_path / "hs.db", tmp_path / "x.json"
-    file.write_text(json.dumps({"registrations": [registration()], "database": "hs.db"}))
-    command = ["explain", "@_irc_bob:localhost", "--config", str(file)]
-    assert asbridge.main(command) == 0 and not database.exists()
-    assert capsys.readouterr().out.splitlines() == ["irc: @_irc_bob:localhost matches users[0], exclusively", "it belongs to irc", "who may create it: irc"]
-    with asbridge.Homeserver([registration()], database=str(database)) as hs:
-        acting(hs, "irc", "@_irc_bob:localhost")
-        assert asbridge.main(command) == 0 and "it exists" in capsys.readouterr().out    # beside the one that runs
-    before = database.read_bytes()
-    assert asbridge.main([*command, "--json"]) == 0 and json.loads(capsys.readouterr().out)["exists"] is True and database.read_bytes() == before
-    assert asbridge.main(["explain", "bob", "--config", str(file)]) == 2 and "is no user ID" in capsys.readouterr().err
-    file.write_text("{")
-    assert asbridge.main(command) == 2
-    database.write_bytes(b"nonsense" * 1000)
-    file.write_text(json.dumps({"registrations": [registration()], "database": "hs.db"}))
-    assert asbridge.main(command) == 2
-
-
-@pytest.mark.parametrize("format, coloured", [("text", False), ("text", True), ("json", False)])
-def test_the_trace_is_lines_in_colour_on_a_terminal_or_json(format, coloured):
-    record = logging.makeLogRecord({"name": "asbridge.trace", "msg": "HS ---> irc", "created": 1.5, "exchange": {"arrow": "--->", "back": False, "status": None, "n": 7}})
-    if format == "json":
-        assert json.loads(asbridge.JsonLines().format(record))["n"] == 7
-        return
-    line = asbridge.Lines(coloured).format(record)
-    assert line.startswith("\x1b[36m") == coloured and line.endswith("\x1b[0m" if coloured else "HS ---> irc")
-    record.exchange = {"arrow": "<---", "back": True, "status": 403}
-    assert asbridge.Lines(coloured).format(record).startswith("\x1b[31m") == coloured
-    del record.exchange
-    assert "\x1b" not in asbridge.Lines(coloured).format(record)
 
 
 # -- The tests themselves. This one is the last, for it looks back at all.
