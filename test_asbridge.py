@@ -2088,7 +2088,423 @@ def test_any_file_name_may_be_a_database(tmp_path, name):
 # 3. Registrations and namespaces
 # ============================================================================
 
-# -- YAML.
+# -- What an application service claims.
+
+@pytest.mark.parametrize("regex, id, matches", [
+    ("@_irc_.*", "@_irc_bob:localhost", True), ("@_irc_", "@_irc_bob:localhost", True), ("_irc_.*", "@_irc_bob:localhost", False), (".*_irc_", "@_irc_bob:localhost", True),
+    ("^@_irc_.*", "@_irc_bob:localhost", True), ("@_irc_.*:localhost$", "@_irc_bob:localhost", True), ("@_irc_b$", "@_irc_bob:localhost", False), ("@_IRC_", "@_irc_bob:localhost", False),
+    ("@a|@_irc", "@_irc_bob:localhost", True), ("a|_irc", "@_irc_bob:localhost", False)])
+def test_a_namespace_is_matched_from_the_start_of_the_id(regex, id, matches):
+    claims = registrations_of(registration(users=[regex])).claims("users", id)
+    assert [str(claim) for claim in claims] == ([f"{id} matches users[0]"] if matches else [])
+
+
+def test_rooms_and_aliases_are_matched_whole():
+    both = registrations_of(registration(aliases=["#_irc_.*:localhost"], rooms=["!abc", "!x.*"]))
+    assert [str(claim) for claim in both.claims("rooms", "!xyz")] == ["!xyz matches rooms[1]"]
+    assert both.claims("aliases", "#_irc_a:localhost") and not both.claims("aliases", "#_irc_a:other") and not both.claims("users", "!abc:localhost")
+
+
+@pytest.mark.parametrize("id", ["@_irc_bob:elsewhere", "@_irc_bob", "@_irc_bob:localhost:8448", "@_irc_bob:LOCALHOST", "@_irc_bot:elsewhere"])
+def test_only_local_users_are_in_a_namespace(id):
+    assert registrations_of(registration(users=[".*"])).claims("users", id) == ()
+
+
+@pytest.mark.parametrize("regex, yes, no", [
+    ("[[:alnum:]]+", "aZ5", "_"), ("[[:alpha:]]", "aZ", "5_"), ("[[:digit:]]", "5", "a٥"), ("[[:upper:]]", "A", "a"), ("[[:lower:]]", "a", "A"), ("[[:space:]]", " \t\n\v\f\r", "a\x1c\x1f\x08\x0e"),
+    ("[[:blank:]]", " \t", "\na"), ("[[:punct:]]", "!@[]\\^`{|}~-_./", "a5 "), ("[[:xdigit:]]", "0aF", "g"), ("[[:cntrl:]]", "\x00\x7f", "a"), ("[[:graph:]]", "a!", " \x7f"),
+    ("[[:print:]]", "a ", "\x7f\n"), ("[^[:alnum:]]", "_-", "a5"), ("[[:alpha:]_.-]", "a_.-", "5"), ("[]a]", "]a", "b"), ("[^]a]", "b", "]a"), ("[a[:digit:]-]", "a5-", "b"),
+    ("\\[[:alpha:]", "", "a"), ("[\\]x]", "]x", "\\"), ("[[:digit:][:upper:]]", "5A", "a")])
+def test_posix_character_classes_are_translated(regex, yes, no):
+    pattern = asbridge.compile_regex(regex)
+    assert [one for one in yes if not pattern.match(one)] == [] and [one for one in no if pattern.match(one)] == []
+
+
+@pytest.mark.parametrize("regex", ["[[:foo:]]", "(", "[a", "a**", "\\", "(?a)(?u)x", "a{99999999999999999999}", "(" * 2000 + ")" * 2000],
+                         ids=["class", "(", "[a", "a**", "backslash", "flags", "repeats", "brackets"])
+def test_what_is_no_regex_is_an_error(regex):
+    with pytest.raises(re.error):
+        asbridge.compile_regex(regex)
+
+
+@pytest.mark.filterwarnings("ignore:Possible")
+@pytest.mark.parametrize("regex", ["[" * 20_000, "[[:a" * 10_000, "[[:a:" * 10_000, "[" * 20_000 + "\\"], ids=range(4))
+def test_a_bracket_that_does_not_end_is_refused_in_no_time(regex):
+    began = time.process_time()
+    with pytest.raises(re.error):
+        asbridge.compile_regex(regex)
+    assert time.process_time() - began < 1
+
+
+def test_what_is_longer_than_an_id_is_held_against_no_regex_and_not_remembered():
+    some = registrations_of(registration(users=["@_irc_.*"]))
+    long = "@_irc_" + "x" * 240 + ":localhost"
+    assert some.claims("users", long) == () and some.claims("users", long[:6] + long[7:]) and some.known.cache_info().currsize == 1
+    with refused("M_INVALID_PARAM"):
+        some.explain(long)
+
+
+def test_what_an_id_matches_is_remembered():
+    some = registrations_of(registration())
+    assert some.claims("users", "@_irc_a:localhost") is some.claims("users", "@_irc_a:localhost")
+    assert some.known.cache_info().maxsize
+
+
+# -- Whose is it? Who owns an ID, and who may create it.
+
+def test_the_own_user_of_an_application_service_is_in_its_namespace_and_exclusive():
+    claim, = registrations_of(registration(users=["@_irc_.*"], exclusive=False)).claims("users", "@_irc_bot:localhost")
+    assert claim.exclusive and claim.namespace is None and str(claim) == "@_irc_bot:localhost is its sender_localpart user"
+
+
+def test_several_application_services_may_have_to_do_with_one_id_each_with_its_first_reason():
+    some = registrations_of(registration("a", users=["@x", "@x_.*"]), registration("b", users=["@nobody", "@x_y"]), registration("c", users=["@y"]))
+    assert [(claim.registration.id, str(claim)) for claim in some.claims("users", "@x_y:localhost")] == [
+        ("a", "@x_y:localhost matches users[0]"), ("b", "@x_y:localhost matches users[1]")]
+
+
+def test_an_exclusive_entry_counts_before_one_that_is_not():
+    data = registration(namespaces={"users": [{"regex": "@x.*", "exclusive": False}, {"regex": "@x_.*", "exclusive": True}]})
+    some = registrations_of(data)
+    assert some.owner("users", "@x_y:localhost").namespace.index == 1 and some.owner("users", "@xy:localhost") is None
+
+
+def test_the_owner_is_who_claims_exclusively():
+    some = registrations_of(registration("a", users=["@x_.*"], exclusive=False), registration("b", users=["@x_.*"]))
+    a, b = some
+    assert some.owner("users", "@x_1:localhost").registration is b and some.owner("users", "@x_1:localhost", other_than=b) is None
+    assert some.owner("users", "@x_1:localhost", other_than=a).registration is b and some.owner("aliases", "#x_1:localhost") is None
+
+
+def test_a_person_may_create_what_nobody_claims_exclusively():
+    some = registrations_of(registration("a", users=["@x_.*"], aliases=["#x_.*"], exclusive=False))
+    some.check_may_create("users", "@x_1:localhost", None)
+    some.check_may_create("aliases", "#x_1:localhost", None)
+    some.check_may_create("users", "@alice:localhost", None)
+
+
+@pytest.mark.parametrize("kind, id, told", [("users", "@_irc_1:localhost", "users[0] '@_irc_.*'"), ("aliases", "#_irc_1:localhost", "aliases[0] '#_irc_.*'"),
+                                            ("users", "@_irc_bot:localhost", "sender_localpart user"), ("users", "@_other_bot:localhost", "sender_localpart user")])
+def test_a_person_may_not_create_inside_an_exclusive_namespace_and_is_told_whose_it_is(kind, id, told):
+    some = registrations_of(registration(), registration("other", users=[], aliases=[]))
+    with refused("M_EXCLUSIVE", 400, told) as caught:
+        some.check_may_create(kind, id, None)
+    assert id in caught.value.error and repr("other" if "_other_" in id else "irc") in caught.value.error
+
+
+def test_an_application_service_may_create_inside_its_namespace_only():
+    some = registrations_of(registration(users=["@_irc_.*", "@_x_.*"]), registration("none", users=()))
+    some.check_may_create("users", "@_irc_1:localhost", some.by_id["irc"])
+    some.check_may_create("users", "@_irc_bot:localhost", some.by_id["irc"])
+    with refused("M_EXCLUSIVE", 400, "'@_irc_.*', '@_x_.*'"):
+        some.check_may_create("users", "@alice:localhost", some.by_id["irc"])
+    with refused("M_EXCLUSIVE", 400, "no regex"):
+        some.check_may_create("users", "@alice:localhost", some.by_id["none"])
+
+
+def test_an_exclusive_claim_binds_every_other_application_service_also_one_that_claims_the_same():
+    some = registrations_of(registration("a", users=["@x_.*"], exclusive=False), registration("b", users=["@x_.*"]))
+    with refused("M_EXCLUSIVE", 400, "'b'"):
+        some.check_may_create("users", "@x_1:localhost", some.by_id["a"])
+    some.check_may_create("users", "@x_1:localhost", some.by_id["b"])
+
+
+def test_an_application_service_may_act_as_the_users_of_its_namespaces_exclusive_or_not():
+    some = registrations_of(registration(users=["@alice:.*"], exclusive=False))
+    some.check_claims(some.by_id["irc"], "users", "@alice:localhost", "M_FORBIDDEN")
+    some.check_claims(some.by_id["irc"], "users", "@_irc_bot:localhost", "M_FORBIDDEN")
+
+
+@pytest.mark.parametrize("user_id", ["@bob:localhost", "@_irc_x:elsewhere", "", "nonsense", "@_other_bot:localhost"])
+def test_an_application_service_may_not_act_as_anybody_else(user_id):
+    some = registrations_of(registration(), registration("other"))
+    with refused("M_FORBIDDEN", 403, "'@_irc_.*'"):
+        some.check_claims(some.by_id["irc"], "users", user_id, "M_FORBIDDEN")
+
+
+def test_an_application_service_is_found_by_the_digest_of_its_token():
+    some = registrations_of(registration())
+    digest = asbridge.hashlib.sha256(b"as-irc").digest()
+    assert some.of_as_token(digest).id == "irc" and some.of_hs_token(digest) is None and some.of_as_token(b"") is None
+
+
+# -- Whose is it? Who is interested.
+
+def audience(*data, room_id="!r:localhost", members=(), aliases=()):
+    return asbridge.Audience(registrations_of(*data), room_id, members, aliases)
+
+
+@pytest.mark.parametrize("keys, sender, target, reason", [
+    ({}, "@_irc_a:localhost", None, "sender @_irc_a:localhost matches users[0]"),
+    ({}, "@alice:localhost", "@_irc_a:localhost", "target @_irc_a:localhost matches users[0]"),
+    ({}, "@_irc_b:localhost", "@_irc_a:localhost", "sender @_irc_b:localhost matches users[0]"),
+    ({}, "@_irc_bot:localhost", None, "sender @_irc_bot:localhost is its sender_localpart user"),
+    ({"members": ["@alice:localhost", "@_irc_a:localhost"]}, "@alice:localhost", None, "member @_irc_a:localhost matches users[0]"),
+    ({"members": ["@_irc_bot:localhost"]}, "@alice:localhost", None, "member @_irc_bot:localhost is its sender_localpart user"),
+    ({"aliases": ["#x:localhost", "#_irc_x:localhost"]}, "@alice:localhost", None, "alias #_irc_x:localhost matches aliases[0]"),
+    ({"room_id": "!_irc_r"}, "@alice:localhost", None, "room !_irc_r matches rooms[0]"),
+    ({"members": ["@alice:localhost", "@_irc_a:elsewhere"], "aliases": ["#x:localhost"]}, "@alice:localhost", "@bob:localhost", None)])
+def test_an_application_service_is_interested_for_a_reason(keys, sender, target, reason):
+    found = audience(registration(rooms=["!_irc_.*"]), **keys).interested(sender, target)
+    assert found == ({"irc": reason} if reason else {})
+
+
+def test_each_interested_application_service_gets_its_own_reason():
+    one = audience(registration("a", users=["@a_.*"]), registration("b", users=["@b_.*"]), registration("c", users=["@c_.*"]), members=["@b_1:localhost"])
+    assert one.interested("@a_1:localhost", "@c_1:localhost") == {"a": "sender @a_1:localhost matches users[0]", "c": "target @c_1:localhost matches users[0]",
+                                                                  "b": "member @b_1:localhost matches users[0]"}
+
+
+def test_interest_ends_with_the_last_that_it_hangs_on():
+    one = audience(registration(), members=["@_irc_a:localhost", "@_irc_b:localhost"], aliases=["#_irc_x:localhost"])
+    told = []
+    for kind, id in (("users", "@_irc_a:localhost"), ("users", "@_irc_b:localhost"), ("users", "@_irc_b:localhost"), ("aliases", "#_irc_x:localhost")):
+        one.remove(kind, id)
+        told.append(one.interested("@alice:localhost", None).get("irc"))
+    assert told == ["member @_irc_b:localhost matches users[0]", "alias #_irc_x:localhost matches aliases[0]", "alias #_irc_x:localhost matches aliases[0]", None]
+    one.add("users", "@_irc_a:localhost")
+    assert "irc" in one.interested("@alice:localhost", None)
+
+
+def test_a_message_in_a_busy_room_costs_no_regex():
+    one = audience(registration(), members=["@_irc_a:localhost", "@alice:localhost"])
+    one.interested("@alice:localhost", None)
+    misses = one.registrations.known.cache_info().misses
+    for _ in range(10):
+        one.interested("@alice:localhost", None)
+    assert one.registrations.known.cache_info().misses == misses
+
+
+# -- Whose is it? URIs.
+
+def uri_rules(**more):
+    return registration(uris={"users": [{"regex": "irc://localhost/(?P<nick>[^,/?#]+),(?:isuser|isnick)", "user_id": "@_irc_{nick}:{server_name}"}],
+                              "aliases": [{"regex": "irc://localhost/(?:%23|#)?(?P<channel>[^,/?#]+)(?:,ischannel)?", "alias": "#_irc_{channel}:{server_name}"}]}, **more)
+
+
+@pytest.mark.parametrize("kind, uri, id", [
+    ("users", "irc://localhost/Bob,isuser", "@_irc_bob:localhost"), ("users", "irc://localhost/b%5Bo%5D,isnick", "@_irc_b=5bo=5d:localhost"), ("users", "irc://localhost/a%2Cb,isnick", "@_irc_a=2cb:localhost"),
+    ("users", "irc://localhost/bob", None), ("users", "xirc://localhost/bob,isuser", None), ("users", "irc://localhost/bob,isuser#x", None), ("users", "irc://localhost/bob,isuser\n", None),
+    ("aliases", "irc://localhost/%23lobby", "#_irc_lobby:localhost"), ("aliases", "irc://localhost/#lobby", "#_irc_lobby:localhost"), ("aliases", "irc://localhost/Lob%C3%A9,ischannel", "#_irc_Lobé:localhost"),
+    ("aliases", "irc://elsewhere/lobby", None), ("aliases", "", None)])
+def test_a_uri_that_matches_as_a_whole_is_an_id(kind, uri, id):
+    assert registrations_of(uri_rules()).map_uri(kind, uri) == id
+
+
+def test_the_first_rule_that_matches_wins_and_the_result_must_be_in_that_namespace():
+    first = registration("a", users=["@a_.*"], uris={"users": [{"regex": "x:(?P<n>.*)", "user_id": "@b_{n}:{server_name}"}, {"regex": "(?P<n>.*)", "user_id": "@a_1:{server_name}"}]})
+    some = registrations_of(first, registration("b", users=["@b_.*"], uris={"users": [{"regex": "x:.*", "user_id": "@b_1:{server_name}"}]}))
+    assert some.map_uri("users", "x:1") is None and some.map_uri("users", "y:1") == "@a_1:localhost" and some.map_uri("aliases", "y:1") is None
+
+
+@pytest.mark.parametrize("template", [None, 5, "@{other}:x", "@{}:x", "@{0}:x", "@{nick.x}:x", "@{nick[0]}:x", "@{nick", "@nick}"])
+def test_a_template_has_the_named_groups_of_its_regex_and_server_name(template):
+    one, findings = read_registration(registration(uris={"users": [{"regex": "(?P<nick>.*)", "user_id": template}]}))
+    assert one is None and findings[0].startswith("x.yaml: uris.users[0].user_id: ")
+
+
+@pytest.mark.parametrize("regex, template", [
+    ("x:(?P<server_name>.*)", "@_irc_{server_name}:localhost"),
+    ("x:(?P<n>.*)", "@_irc_{n:d}:localhost"), ("x:(?P<n>.*)", "@_irc_{n:>999999999999}:x")])
+def test_a_template_that_cannot_be_filled_is_refused_at_the_start(regex, template):
+    assert read_registration(registration(uris={"users": [{"regex": regex, "user_id": template}]}))[1]
+
+
+@pytest.mark.parametrize("kind, uri", [("users", f"irc://localhost/{'x' * 300},isuser"), ("aliases", "irc://localhost/a:b"), ("aliases", "irc://localhost/a%00b"), ("aliases", "irc://localhost/" + "x" * 300)])
+def test_what_a_uri_is_mapped_to_is_an_id_of_this_server(kind, uri):
+    assert registrations_of(uri_rules()).map_uri(kind, uri) is None
+
+
+# -- Why? What explain() says.
+
+def explainer(*registrations):
+    return asbridge.Registrations("localhost", [asbridge.read_registration(one, "here") for one in registrations]).explain
+
+
+@pytest.mark.parametrize("regex, id, miss", [
+    ("@irc_.*",                 "@Irc_bob:localhost",     "differs at character 2: 'irc_.*' is wanted, 'Irc_bob:localhost' is there; it is only the case"),
+    ("@irc_.*",                 "@alice:localhost",       "differs at character 2: 'irc_.*' is wanted, 'alice:localhost' is there"),
+    ("@irc_[a-z]+:example.org", "@irc_bob:localhost",     "differs at character 10: 'example.org' is wanted, 'localhost' is there"),
+    ("@irc_[0-9]{3}",           "@irc_12",                "differs at character 7: '{3}' is wanted, '2' is there"),
+    ("irc_.*",                  "@irc_bob:localhost",     "differs at character 1: 'irc_.*' is wanted"),
+    ("@irc_bob:localhost.de",   "@irc_bob:localhost",     "differs at character 19: '.de' is wanted, nothing is there"),
+    ("@(irc|xmpp)_.*",          "@icq_x:localhost",       "differs at character 2: '(irc|xmpp)_.*' is wanted, 'icq_x:localhost' is there"),
+])
+def test_the_nearest_miss_of_a_regex_is_where_the_id_stops_being_what_it_wants(regex, id, miss):
+    namespace = asbridge.Namespace("users", 0, regex, True, asbridge.compile_regex(regex))
+    assert namespace.explain(id)["miss"] == miss and not namespace.explain(id)["matches"]
+
+
+@pytest.mark.parametrize("regex, id, matches, unanchored, whole", [
+    ("@irc_.*",   "@irc_bob:localhost",       True,  True,  True),
+    ("@irc_",     "@irc_bob:localhost",       True,  True,  False),
+    ("irc_.*",    "@irc_bob:localhost",       False, True,  False),
+    ("@x.*",      "@irc_bob:localhost",       False, False, False),
+])
+def test_a_namespace_says_how_a_search_and_a_full_match_would_decide(regex, id, matches, unanchored, whole):
+    namespace = asbridge.Namespace("users", 0, regex, True, asbridge.compile_regex(regex))
+    said = namespace.explain(id)
+    assert (said["matches"], said["unanchored"], said["whole"]) == (matches, unanchored, whole)
+
+
+def test_explain_names_who_claims_a_user_who_owns_it_and_who_may_create_it():
+    explain = explainer(registration(url="http://x"), registration("all", users=["@.*"], exclusive=False, url="http://y"), registration("no", users=[]))
+    said = explain("@_irc_bob:localhost")
+    assert [(one["id"], one["matches"], one["exclusive"]) for one in said["appservices"]] == [
+        ("irc", True, True), ("all", True, False), ("no", False, False)]
+    assert said["owner"] == {"appservice": "irc", "reason": "@_irc_bob:localhost matches users[0]"} and said["may_create"] == ["irc"]
+    assert [query["appservice"] for query in said["query"]] == ["irc", "all"]
+    assert said["query"][0]["request"] == "GET /_matrix/app/v1/users/%40_irc_bob%3Alocalhost"
+    free = explain("@carol:localhost")
+    assert free["owner"] is None and free["may_create"] == ["people", "all"] and explain("@Carol:localhost")["may_create"] == ["all"]
+    assert explain("@_irc_bot:localhost")["appservices"][0]["reason"] == "@_irc_bot:localhost is its sender_localpart user"
+    assert explain("@_irc_bob:elsewhere.org")["local"] is False and not explain("@_irc_bob:elsewhere.org")["appservices"][0]["matches"]
+
+
+def test_explain_takes_aliases_room_ids_and_uris_and_says_what_else_is_none_of_them():
+    explain = explainer({**asbridge.SAMPLE_REGISTRATION}, registration("rooms", rooms=["!abc.*"], exclusive=False))
+    assert explain("#_irc_x:localhost")["kind"] == "alias" and explain("#_irc_x:localhost")["owner"]["appservice"] == "irc"
+    assert explain("!abcd:localhost")["appservices"][1]["matches"] and explain("!abcd:localhost")["query"] == []
+    uri = explain("irc://localhost/Bob,isnick")
+    assert uri["kind"] == "uri" and uri["maps_to"] == "@_irc_bob:localhost" and [one["maps_to"] for one in uri["uris"]] == ["@_irc_bob:localhost", None]
+    assert explain("irc://elsewhere/x")["maps_to"] is None
+    for nonsense in ("", "bob", "$event", " @x:y", "http:"):
+        with refused("M_INVALID_PARAM", 400, "URI"):
+            explain(nonsense)
+
+
+# -- Reading a registration.
+
+def without(key):
+    return {name: value for name, value in registration().items() if name != key}
+
+
+def test_a_registration_has_the_keys_of_the_specification():
+    data = registration(url="http://h:1/base", rate_limited=True, protocols=["irc"], receive_ephemeral=True, **{"de.sorunome.msc2409.push_ephemeral": True,
+                        "org.matrix.msc3202": True, "io.element.msc4190": True, "asbridge.sample": {"irc_port": 6667}, "com.example": 1})
+    one, findings = read_registration(data)
+    assert not findings and (one.id, one.url, one.as_token, one.hs_token, one.sender_localpart) == ("irc", "http://h:1/base", "as-irc", "hs-irc", "_irc_bot")
+    assert (one.rate_limited, one.protocols, one.receive_ephemeral, one.push_ephemeral, one.msc3202) == (True, ("irc",), True, True, True)
+    assert one.sample == {"irc_port": 6667} and one.unknown == ("com.example",) and one.sender("h") == "@_irc_bot:h"
+
+
+def test_what_a_registration_need_not_have_has_defaults():
+    one, findings = read_registration({key: registration()[key] for key in ("id", "url", "as_token", "hs_token", "sender_localpart")} | {"namespaces": {}})
+    assert not findings and one.url is None and one.rate_limited is True and not one.receive_ephemeral and one.protocols == () and one.namespaces["rooms"] == ()
+
+
+@pytest.mark.parametrize("key", ["id", "url", "as_token", "hs_token", "sender_localpart", "namespaces"])
+def test_a_registration_without_a_required_key_is_refused(key):
+    one, findings = read_registration(without(key))
+    assert one is None and len(findings) == 1 and findings[0].startswith(f"x.yaml: {key}: is missing; write ")
+
+
+@pytest.mark.parametrize("key, value", [
+    *[(key, value) for key in ("id", "as_token", "hs_token", "sender_localpart") for value in (5, None, ["x"], True)], ("id", ""), ("as_token", ""), ("hs_token", ""),
+    ("url", 5), ("url", "localhost:1"), ("url", "ftp://h"), ("url", "http://"), ("url", "http://h?x=1"), ("url", ""), ("sender_localpart", ""),
+    ("sender_localpart", "@bot:localhost"), ("sender_localpart", "a b"), ("sender_localpart", "x" * 201), ("namespaces", []), ("namespaces", None), ("rate_limited", "no"), ("rate_limited", 0),
+    ("receive_ephemeral", "true"), ("org.matrix.msc3202", 1), ("uris", []), ("asbridge.sample", None), ("asbridge.sample", [])])
+def test_a_key_of_the_wrong_kind_is_one_finding_that_names_it(key, value):
+    one, findings = read_registration(registration(**{key: value}))
+    assert one is None and len(findings) == 1 and findings[0].startswith(f"x.yaml: {key}: ") and "; write " in findings[0]
+
+
+@pytest.mark.parametrize("value", ["http://[::1", "http://localhost:abc", "http://localhost:99999", "http://a b:80"])
+def test_a_url_that_cannot_be_called_is_a_finding(value):
+    one, findings = read_registration(registration(url=value))
+    assert one is None and len(findings) == 1 and findings[0].startswith("x.yaml: url: ")
+
+
+@pytest.mark.parametrize("value", ["abc", 5, True])
+def test_a_sample_that_is_no_object_is_a_finding(value):
+    one, findings = read_registration(registration(**{"asbridge.sample": value}))
+    assert one is None and len(findings) == 1 and findings[0].startswith("x.yaml: asbridge.sample: ")
+
+
+def test_protocols_that_are_no_list_are_one_finding():
+    assert len(read_registration(registration(protocols=5))[1]) == 1
+
+
+def test_an_empty_registration_lacks_every_required_key():
+    assert len(read_registration({})[1]) == 6
+
+
+@pytest.mark.parametrize("data", [None, [], "x", 5])
+def test_a_registration_that_is_no_object_is_refused(data):
+    one, findings = read_registration(data)
+    assert one is None and len(findings) == 1 and "is not an object" in findings[0]
+
+
+@pytest.mark.parametrize("entry, where", [
+    ({"regex": "@a"}, "exclusive"), ({"exclusive": True}, "regex"), ({"regex": "@a", "exclusive": "true"}, "exclusive"), ({"regex": "@a", "exclusive": None}, "exclusive"),
+    ({"regex": 5, "exclusive": True}, "regex"), ({"regex": "(", "exclusive": True}, "regex"), ({"regex": "[[:foo:]]", "exclusive": True}, "regex"),
+    ({"regex": "a{99999999999}", "exclusive": True}, "regex"), ({"regex": "*a", "exclusive": False}, "regex")])
+@pytest.mark.parametrize("kind", ["users", "aliases", "rooms"])
+def test_each_entry_of_a_namespace_must_have_regex_and_exclusive(kind, entry, where):
+    good = {"regex": "@ok", "exclusive": True}
+    one, findings = read_registration(registration(namespaces={kind: [good, entry]}))
+    assert one is None and len(findings) == 1 and findings[0].startswith(f"x.yaml: namespaces.{kind}[1].{where}: ")
+
+
+@pytest.mark.parametrize("value", [5, {}, "x", True])
+def test_a_namespace_that_is_no_list_is_refused(value):
+    assert read_registration(registration(namespaces={"aliases": value}))[1][0].startswith("x.yaml: namespaces.aliases: ")
+
+
+def test_everything_that_is_wrong_is_found_at_once():
+    _, findings = read_registration({"id": 5, "url": "x", "as_token": "t", "hs_token": "t", "namespaces": {"users": [5, {"regex": "("}], "rooms": 1}, "rate_limited": "no",
+                                     "uris": {"users": [{"regex": "(?P<a>.)", "user_id": "{b}"}], "aliases": 5}, "asbridge.sample": {"irc_port": "x"}})
+    wanted = ["id", "url", "sender_localpart", "hs_token", "rate_limited", "namespaces.users[0].regex", "namespaces.users[0].exclusive", "namespaces.users[1].regex",
+              "namespaces.users[1].exclusive", "namespaces.rooms", "uris.users[0].user_id", "uris.aliases", "asbridge.sample.irc_port"]
+    assert sorted(finding.split(": ")[1] for finding in findings) == sorted(wanted)
+
+
+def test_no_token_stands_in_a_finding_or_in_the_text_of_a_registration():
+    one, _ = read_registration(registration(as_token="SECRET-A", hs_token="SECRET-H"))
+    assert "SECRET" not in repr(one) + str(one) + repr(asbridge.Claim(one, "@a:b", None))
+    assert "SECRET" not in "".join(read_registration(registration(as_token="SECRET", hs_token="SECRET"))[1])
+
+
+@pytest.mark.parametrize("value", [["SECRET"], {"a": "SECRET"}])
+def test_no_token_of_the_wrong_type_stands_in_a_finding(value):
+    assert "SECRET" not in "".join(read_registration(registration(as_token=value))[1])
+
+
+@pytest.mark.parametrize("text", ['{"id": "\\ud800"}', '{"id": NaN}', '{"id": [Infinity]}', '{"\\udc00": 1}'])
+def test_what_no_json_can_hold_stands_in_no_registration(text):
+    with pytest.raises(ValueError):
+        asbridge.parse_registration(text)
+
+
+@pytest.mark.parametrize("text", ['{"a": ' + "[" * 100_000, "a: " + "[" * 2000], ids=["JSON", "YAML"])
+def test_a_registration_that_is_nested_too_deeply_is_refused(text):
+    with pytest.raises(ValueError):
+        asbridge.parse_registration(text)
+
+
+def together_findings(*data):
+    """What check_together finds between registrations that stand in a.yaml, b.yaml, …"""
+    read = [(f"{chr(97 + n)}.yaml", read_registration(one)[0]) for n, one in enumerate(data)]
+    return [str(finding) for finding in asbridge.check_together(read)]
+
+
+def test_id_and_as_token_are_unique():
+    assert together_findings(registration(), registration("b"), registration("c")) == []
+    same_id, = together_findings(registration(), registration(as_token="other", hs_token="x"))
+    same_token, = together_findings(registration(), registration("b", as_token="as-irc"))
+    assert same_id.startswith("b.yaml: id: is already that of a.yaml") and same_token.startswith("b.yaml: as_token: is already that of a.yaml")
+
+
+def test_a_token_of_one_is_not_the_other_token_of_another():
+    findings = together_findings(registration(), registration("b", hs_token="as-irc"))
+    assert any("b.yaml: hs_token: is the as_token of a.yaml" in finding for finding in findings) and "as-irc" not in "".join(findings)
+
+
+def test_three_registrations_alike_are_two_findings_for_each_key():
+    assert len(together_findings(registration(), registration(), registration())) == 4
+
+
+# -- YAML. To be skipped at first reading.
 
 HEISENBRIDGE = """\
 id: heisenbridge
@@ -2279,354 +2695,6 @@ def test_an_apostrophe_in_a_comment_belongs_to_the_comment():
     assert asbridge.Yaml("a: don't # it's\n").read() == {"a": "don't"}
 
 
-# -- What stands in a registration.
-
-def without(key):
-    return {name: value for name, value in registration().items() if name != key}
-
-
-def test_a_registration_has_the_keys_of_the_specification():
-    data = registration(url="http://h:1/base", rate_limited=True, protocols=["irc"], receive_ephemeral=True, **{"de.sorunome.msc2409.push_ephemeral": True,
-                        "org.matrix.msc3202": True, "io.element.msc4190": True, "asbridge.sample": {"irc_port": 6667}, "com.example": 1})
-    one, findings = read_registration(data)
-    assert not findings and (one.id, one.url, one.as_token, one.hs_token, one.sender_localpart) == ("irc", "http://h:1/base", "as-irc", "hs-irc", "_irc_bot")
-    assert (one.rate_limited, one.protocols, one.receive_ephemeral, one.push_ephemeral, one.msc3202) == (True, ("irc",), True, True, True)
-    assert one.sample == {"irc_port": 6667} and one.unknown == ("com.example",) and one.sender("h") == "@_irc_bot:h"
-
-
-def test_what_a_registration_need_not_have_has_defaults():
-    one, findings = read_registration({key: registration()[key] for key in ("id", "url", "as_token", "hs_token", "sender_localpart")} | {"namespaces": {}})
-    assert not findings and one.url is None and one.rate_limited is True and not one.receive_ephemeral and one.protocols == () and one.namespaces["rooms"] == ()
-
-
-@pytest.mark.parametrize("key", ["id", "url", "as_token", "hs_token", "sender_localpart", "namespaces"])
-def test_a_registration_without_a_required_key_is_refused(key):
-    one, findings = read_registration(without(key))
-    assert one is None and len(findings) == 1 and findings[0].startswith(f"x.yaml: {key}: is missing; write ")
-
-
-@pytest.mark.parametrize("key, value", [
-    *[(key, value) for key in ("id", "as_token", "hs_token", "sender_localpart") for value in (5, None, ["x"], True)], ("id", ""), ("as_token", ""), ("hs_token", ""),
-    ("url", 5), ("url", "localhost:1"), ("url", "ftp://h"), ("url", "http://"), ("url", "http://h?x=1"), ("url", ""), ("sender_localpart", ""),
-    ("sender_localpart", "@bot:localhost"), ("sender_localpart", "a b"), ("sender_localpart", "x" * 201), ("namespaces", []), ("namespaces", None), ("rate_limited", "no"), ("rate_limited", 0),
-    ("receive_ephemeral", "true"), ("org.matrix.msc3202", 1), ("uris", []), ("asbridge.sample", None), ("asbridge.sample", [])])
-def test_a_key_of_the_wrong_kind_is_one_finding_that_names_it(key, value):
-    one, findings = read_registration(registration(**{key: value}))
-    assert one is None and len(findings) == 1 and findings[0].startswith(f"x.yaml: {key}: ") and "; write " in findings[0]
-
-
-@pytest.mark.parametrize("value", ["http://[::1", "http://localhost:abc", "http://localhost:99999", "http://a b:80"])
-def test_a_url_that_cannot_be_called_is_a_finding(value):
-    one, findings = read_registration(registration(url=value))
-    assert one is None and len(findings) == 1 and findings[0].startswith("x.yaml: url: ")
-
-
-@pytest.mark.parametrize("value", ["abc", 5, True])
-def test_a_sample_that_is_no_object_is_a_finding(value):
-    one, findings = read_registration(registration(**{"asbridge.sample": value}))
-    assert one is None and len(findings) == 1 and findings[0].startswith("x.yaml: asbridge.sample: ")
-
-
-def test_protocols_that_are_no_list_are_one_finding():
-    assert len(read_registration(registration(protocols=5))[1]) == 1
-
-
-def test_an_empty_registration_lacks_every_required_key():
-    assert len(read_registration({})[1]) == 6
-
-
-@pytest.mark.parametrize("data", [None, [], "x", 5])
-def test_a_registration_that_is_no_object_is_refused(data):
-    one, findings = read_registration(data)
-    assert one is None and len(findings) == 1 and "is not an object" in findings[0]
-
-
-@pytest.mark.parametrize("entry, where", [
-    ({"regex": "@a"}, "exclusive"), ({"exclusive": True}, "regex"), ({"regex": "@a", "exclusive": "true"}, "exclusive"), ({"regex": "@a", "exclusive": None}, "exclusive"),
-    ({"regex": 5, "exclusive": True}, "regex"), ({"regex": "(", "exclusive": True}, "regex"), ({"regex": "[[:foo:]]", "exclusive": True}, "regex"),
-    ({"regex": "a{99999999999}", "exclusive": True}, "regex"), ({"regex": "*a", "exclusive": False}, "regex")])
-@pytest.mark.parametrize("kind", ["users", "aliases", "rooms"])
-def test_each_entry_of_a_namespace_must_have_regex_and_exclusive(kind, entry, where):
-    good = {"regex": "@ok", "exclusive": True}
-    one, findings = read_registration(registration(namespaces={kind: [good, entry]}))
-    assert one is None and len(findings) == 1 and findings[0].startswith(f"x.yaml: namespaces.{kind}[1].{where}: ")
-
-
-@pytest.mark.parametrize("value", [5, {}, "x", True])
-def test_a_namespace_that_is_no_list_is_refused(value):
-    assert read_registration(registration(namespaces={"aliases": value}))[1][0].startswith("x.yaml: namespaces.aliases: ")
-
-
-def test_everything_that_is_wrong_is_found_at_once():
-    _, findings = read_registration({"id": 5, "url": "x", "as_token": "t", "hs_token": "t", "namespaces": {"users": [5, {"regex": "("}], "rooms": 1}, "rate_limited": "no",
-                                     "uris": {"users": [{"regex": "(?P<a>.)", "user_id": "{b}"}], "aliases": 5}, "asbridge.sample": {"irc_port": "x"}})
-    wanted = ["id", "url", "sender_localpart", "hs_token", "rate_limited", "namespaces.users[0].regex", "namespaces.users[0].exclusive", "namespaces.users[1].regex",
-              "namespaces.users[1].exclusive", "namespaces.rooms", "uris.users[0].user_id", "uris.aliases", "asbridge.sample.irc_port"]
-    assert sorted(finding.split(": ")[1] for finding in findings) == sorted(wanted)
-
-
-def test_no_token_stands_in_a_finding_or_in_the_text_of_a_registration():
-    one, _ = read_registration(registration(as_token="SECRET-A", hs_token="SECRET-H"))
-    assert "SECRET" not in repr(one) + str(one) + repr(asbridge.Claim(one, "@a:b", None))
-    assert "SECRET" not in "".join(read_registration(registration(as_token="SECRET", hs_token="SECRET"))[1])
-
-
-@pytest.mark.parametrize("value", [["SECRET"], {"a": "SECRET"}])
-def test_no_token_of_the_wrong_type_stands_in_a_finding(value):
-    assert "SECRET" not in "".join(read_registration(registration(as_token=value))[1])
-
-
-@pytest.mark.parametrize("text", ['{"id": "\\ud800"}', '{"id": NaN}', '{"id": [Infinity]}', '{"\\udc00": 1}'])
-def test_what_no_json_can_hold_stands_in_no_registration(text):
-    with pytest.raises(ValueError):
-        asbridge.parse_registration(text)
-
-
-@pytest.mark.parametrize("text", ['{"a": ' + "[" * 100_000, "a: " + "[" * 2000], ids=["JSON", "YAML"])
-def test_a_registration_that_is_nested_too_deeply_is_refused(text):
-    with pytest.raises(ValueError):
-        asbridge.parse_registration(text)
-
-
-def together_findings(*data):
-    """What check_together finds between registrations that stand in a.yaml, b.yaml, …"""
-    read = [(f"{chr(97 + n)}.yaml", read_registration(one)[0]) for n, one in enumerate(data)]
-    return [str(finding) for finding in asbridge.check_together(read)]
-
-
-def test_id_and_as_token_are_unique():
-    assert together_findings(registration(), registration("b"), registration("c")) == []
-    same_id, = together_findings(registration(), registration(as_token="other", hs_token="x"))
-    same_token, = together_findings(registration(), registration("b", as_token="as-irc"))
-    assert same_id.startswith("b.yaml: id: is already that of a.yaml") and same_token.startswith("b.yaml: as_token: is already that of a.yaml")
-
-
-def test_a_token_of_one_is_not_the_other_token_of_another():
-    findings = together_findings(registration(), registration("b", hs_token="as-irc"))
-    assert any("b.yaml: hs_token: is the as_token of a.yaml" in finding for finding in findings) and "as-irc" not in "".join(findings)
-
-
-def test_three_registrations_alike_are_two_findings_for_each_key():
-    assert len(together_findings(registration(), registration(), registration())) == 4
-
-
-# -- Namespaces.
-
-@pytest.mark.parametrize("regex, yes, no", [
-    ("[[:alnum:]]+", "aZ5", "_"), ("[[:alpha:]]", "aZ", "5_"), ("[[:digit:]]", "5", "a٥"), ("[[:upper:]]", "A", "a"), ("[[:lower:]]", "a", "A"), ("[[:space:]]", " \t\n\v\f\r", "a\x1c\x1f\x08\x0e"),
-    ("[[:blank:]]", " \t", "\na"), ("[[:punct:]]", "!@[]\\^`{|}~-_./", "a5 "), ("[[:xdigit:]]", "0aF", "g"), ("[[:cntrl:]]", "\x00\x7f", "a"), ("[[:graph:]]", "a!", " \x7f"),
-    ("[[:print:]]", "a ", "\x7f\n"), ("[^[:alnum:]]", "_-", "a5"), ("[[:alpha:]_.-]", "a_.-", "5"), ("[]a]", "]a", "b"), ("[^]a]", "b", "]a"), ("[a[:digit:]-]", "a5-", "b"),
-    ("\\[[:alpha:]", "", "a"), ("[\\]x]", "]x", "\\"), ("[[:digit:][:upper:]]", "5A", "a")])
-def test_posix_character_classes_are_translated(regex, yes, no):
-    pattern = asbridge.compile_regex(regex)
-    assert [one for one in yes if not pattern.match(one)] == [] and [one for one in no if pattern.match(one)] == []
-
-
-@pytest.mark.parametrize("regex", ["[[:foo:]]", "(", "[a", "a**", "\\", "(?a)(?u)x", "a{99999999999999999999}", "(" * 2000 + ")" * 2000],
-                         ids=["class", "(", "[a", "a**", "backslash", "flags", "repeats", "brackets"])
-def test_what_is_no_regex_is_an_error(regex):
-    with pytest.raises(re.error):
-        asbridge.compile_regex(regex)
-
-
-@pytest.mark.filterwarnings("ignore:Possible")
-@pytest.mark.parametrize("regex", ["[" * 20_000, "[[:a" * 10_000, "[[:a:" * 10_000, "[" * 20_000 + "\\"], ids=range(4))
-def test_a_bracket_that_does_not_end_is_refused_in_no_time(regex):
-    began = time.process_time()
-    with pytest.raises(re.error):
-        asbridge.compile_regex(regex)
-    assert time.process_time() - began < 1
-
-
-@pytest.mark.parametrize("regex, id, matches", [
-    ("@_irc_.*", "@_irc_bob:localhost", True), ("@_irc_", "@_irc_bob:localhost", True), ("_irc_.*", "@_irc_bob:localhost", False), (".*_irc_", "@_irc_bob:localhost", True),
-    ("^@_irc_.*", "@_irc_bob:localhost", True), ("@_irc_.*:localhost$", "@_irc_bob:localhost", True), ("@_irc_b$", "@_irc_bob:localhost", False), ("@_IRC_", "@_irc_bob:localhost", False),
-    ("@a|@_irc", "@_irc_bob:localhost", True), ("a|_irc", "@_irc_bob:localhost", False)])
-def test_a_namespace_is_matched_from_the_start_of_the_id(regex, id, matches):
-    claims = registrations_of(registration(users=[regex])).claims("users", id)
-    assert [str(claim) for claim in claims] == ([f"{id} matches users[0]"] if matches else [])
-
-
-@pytest.mark.parametrize("id", ["@_irc_bob:elsewhere", "@_irc_bob", "@_irc_bob:localhost:8448", "@_irc_bob:LOCALHOST", "@_irc_bot:elsewhere"])
-def test_only_local_users_are_in_a_namespace(id):
-    assert registrations_of(registration(users=[".*"])).claims("users", id) == ()
-
-
-def test_rooms_and_aliases_are_matched_whole():
-    both = registrations_of(registration(aliases=["#_irc_.*:localhost"], rooms=["!abc", "!x.*"]))
-    assert [str(claim) for claim in both.claims("rooms", "!xyz")] == ["!xyz matches rooms[1]"]
-    assert both.claims("aliases", "#_irc_a:localhost") and not both.claims("aliases", "#_irc_a:other") and not both.claims("users", "!abc:localhost")
-
-
-def test_the_own_user_of_an_application_service_is_in_its_namespace_and_exclusive():
-    claim, = registrations_of(registration(users=["@_irc_.*"], exclusive=False)).claims("users", "@_irc_bot:localhost")
-    assert claim.exclusive and claim.namespace is None and str(claim) == "@_irc_bot:localhost is its sender_localpart user"
-
-
-def test_several_application_services_may_have_to_do_with_one_id_each_with_its_first_reason():
-    some = registrations_of(registration("a", users=["@x", "@x_.*"]), registration("b", users=["@nobody", "@x_y"]), registration("c", users=["@y"]))
-    assert [(claim.registration.id, str(claim)) for claim in some.claims("users", "@x_y:localhost")] == [
-        ("a", "@x_y:localhost matches users[0]"), ("b", "@x_y:localhost matches users[1]")]
-
-
-def test_an_exclusive_entry_counts_before_one_that_is_not():
-    data = registration(namespaces={"users": [{"regex": "@x.*", "exclusive": False}, {"regex": "@x_.*", "exclusive": True}]})
-    some = registrations_of(data)
-    assert some.owner("users", "@x_y:localhost").namespace.index == 1 and some.owner("users", "@xy:localhost") is None
-
-
-def test_what_an_id_matches_is_remembered():
-    some = registrations_of(registration())
-    assert some.claims("users", "@_irc_a:localhost") is some.claims("users", "@_irc_a:localhost")
-    assert some.known.cache_info().maxsize
-
-
-def test_the_owner_is_who_claims_exclusively():
-    some = registrations_of(registration("a", users=["@x_.*"], exclusive=False), registration("b", users=["@x_.*"]))
-    a, b = some
-    assert some.owner("users", "@x_1:localhost").registration is b and some.owner("users", "@x_1:localhost", other_than=b) is None
-    assert some.owner("users", "@x_1:localhost", other_than=a).registration is b and some.owner("aliases", "#x_1:localhost") is None
-
-
-def test_a_person_may_create_what_nobody_claims_exclusively():
-    some = registrations_of(registration("a", users=["@x_.*"], aliases=["#x_.*"], exclusive=False))
-    some.check_may_create("users", "@x_1:localhost", None)
-    some.check_may_create("aliases", "#x_1:localhost", None)
-    some.check_may_create("users", "@alice:localhost", None)
-
-
-@pytest.mark.parametrize("kind, id, told", [("users", "@_irc_1:localhost", "users[0] '@_irc_.*'"), ("aliases", "#_irc_1:localhost", "aliases[0] '#_irc_.*'"),
-                                            ("users", "@_irc_bot:localhost", "sender_localpart user"), ("users", "@_other_bot:localhost", "sender_localpart user")])
-def test_a_person_may_not_create_inside_an_exclusive_namespace_and_is_told_whose_it_is(kind, id, told):
-    some = registrations_of(registration(), registration("other", users=[], aliases=[]))
-    with refused("M_EXCLUSIVE", 400, told) as caught:
-        some.check_may_create(kind, id, None)
-    assert id in caught.value.error and repr("other" if "_other_" in id else "irc") in caught.value.error
-
-
-def test_an_application_service_may_create_inside_its_namespace_only():
-    some = registrations_of(registration(users=["@_irc_.*", "@_x_.*"]), registration("none", users=()))
-    some.check_may_create("users", "@_irc_1:localhost", some.by_id["irc"])
-    some.check_may_create("users", "@_irc_bot:localhost", some.by_id["irc"])
-    with refused("M_EXCLUSIVE", 400, "'@_irc_.*', '@_x_.*'"):
-        some.check_may_create("users", "@alice:localhost", some.by_id["irc"])
-    with refused("M_EXCLUSIVE", 400, "no regex"):
-        some.check_may_create("users", "@alice:localhost", some.by_id["none"])
-
-
-def test_an_exclusive_claim_binds_every_other_application_service_also_one_that_claims_the_same():
-    some = registrations_of(registration("a", users=["@x_.*"], exclusive=False), registration("b", users=["@x_.*"]))
-    with refused("M_EXCLUSIVE", 400, "'b'"):
-        some.check_may_create("users", "@x_1:localhost", some.by_id["a"])
-    some.check_may_create("users", "@x_1:localhost", some.by_id["b"])
-
-
-def test_an_application_service_may_act_as_the_users_of_its_namespaces_exclusive_or_not():
-    some = registrations_of(registration(users=["@alice:.*"], exclusive=False))
-    some.check_claims(some.by_id["irc"], "users", "@alice:localhost", "M_FORBIDDEN")
-    some.check_claims(some.by_id["irc"], "users", "@_irc_bot:localhost", "M_FORBIDDEN")
-
-
-@pytest.mark.parametrize("user_id", ["@bob:localhost", "@_irc_x:elsewhere", "", "nonsense", "@_other_bot:localhost"])
-def test_an_application_service_may_not_act_as_anybody_else(user_id):
-    some = registrations_of(registration(), registration("other"))
-    with refused("M_FORBIDDEN", 403, "'@_irc_.*'"):
-        some.check_claims(some.by_id["irc"], "users", user_id, "M_FORBIDDEN")
-
-
-def test_an_application_service_is_found_by_the_digest_of_its_token():
-    some = registrations_of(registration())
-    digest = asbridge.hashlib.sha256(b"as-irc").digest()
-    assert some.of_as_token(digest).id == "irc" and some.of_hs_token(digest) is None and some.of_as_token(b"") is None
-
-
-# -- Who is interested.
-
-def audience(*data, room_id="!r:localhost", members=(), aliases=()):
-    return asbridge.Audience(registrations_of(*data), room_id, members, aliases)
-
-
-@pytest.mark.parametrize("keys, sender, target, reason", [
-    ({}, "@_irc_a:localhost", None, "sender @_irc_a:localhost matches users[0]"),
-    ({}, "@alice:localhost", "@_irc_a:localhost", "target @_irc_a:localhost matches users[0]"),
-    ({}, "@_irc_b:localhost", "@_irc_a:localhost", "sender @_irc_b:localhost matches users[0]"),
-    ({}, "@_irc_bot:localhost", None, "sender @_irc_bot:localhost is its sender_localpart user"),
-    ({"members": ["@alice:localhost", "@_irc_a:localhost"]}, "@alice:localhost", None, "member @_irc_a:localhost matches users[0]"),
-    ({"members": ["@_irc_bot:localhost"]}, "@alice:localhost", None, "member @_irc_bot:localhost is its sender_localpart user"),
-    ({"aliases": ["#x:localhost", "#_irc_x:localhost"]}, "@alice:localhost", None, "alias #_irc_x:localhost matches aliases[0]"),
-    ({"room_id": "!_irc_r"}, "@alice:localhost", None, "room !_irc_r matches rooms[0]"),
-    ({"members": ["@alice:localhost", "@_irc_a:elsewhere"], "aliases": ["#x:localhost"]}, "@alice:localhost", "@bob:localhost", None)])
-def test_an_application_service_is_interested_for_a_reason(keys, sender, target, reason):
-    found = audience(registration(rooms=["!_irc_.*"]), **keys).interested(sender, target)
-    assert found == ({"irc": reason} if reason else {})
-
-
-def test_each_interested_application_service_gets_its_own_reason():
-    one = audience(registration("a", users=["@a_.*"]), registration("b", users=["@b_.*"]), registration("c", users=["@c_.*"]), members=["@b_1:localhost"])
-    assert one.interested("@a_1:localhost", "@c_1:localhost") == {"a": "sender @a_1:localhost matches users[0]", "c": "target @c_1:localhost matches users[0]",
-                                                                  "b": "member @b_1:localhost matches users[0]"}
-
-
-def test_interest_ends_with_the_last_that_it_hangs_on():
-    one = audience(registration(), members=["@_irc_a:localhost", "@_irc_b:localhost"], aliases=["#_irc_x:localhost"])
-    told = []
-    for kind, id in (("users", "@_irc_a:localhost"), ("users", "@_irc_b:localhost"), ("users", "@_irc_b:localhost"), ("aliases", "#_irc_x:localhost")):
-        one.remove(kind, id)
-        told.append(one.interested("@alice:localhost", None).get("irc"))
-    assert told == ["member @_irc_b:localhost matches users[0]", "alias #_irc_x:localhost matches aliases[0]", "alias #_irc_x:localhost matches aliases[0]", None]
-    one.add("users", "@_irc_a:localhost")
-    assert "irc" in one.interested("@alice:localhost", None)
-
-
-def test_a_message_in_a_busy_room_costs_no_regex():
-    one = audience(registration(), members=["@_irc_a:localhost", "@alice:localhost"])
-    one.interested("@alice:localhost", None)
-    misses = one.registrations.known.cache_info().misses
-    for _ in range(10):
-        one.interested("@alice:localhost", None)
-    assert one.registrations.known.cache_info().misses == misses
-
-
-# -- URIs.
-
-def uri_rules(**more):
-    return registration(uris={"users": [{"regex": "irc://localhost/(?P<nick>[^,/?#]+),(?:isuser|isnick)", "user_id": "@_irc_{nick}:{server_name}"}],
-                              "aliases": [{"regex": "irc://localhost/(?:%23|#)?(?P<channel>[^,/?#]+)(?:,ischannel)?", "alias": "#_irc_{channel}:{server_name}"}]}, **more)
-
-
-@pytest.mark.parametrize("kind, uri, id", [
-    ("users", "irc://localhost/Bob,isuser", "@_irc_bob:localhost"), ("users", "irc://localhost/b%5Bo%5D,isnick", "@_irc_b=5bo=5d:localhost"), ("users", "irc://localhost/a%2Cb,isnick", "@_irc_a=2cb:localhost"),
-    ("users", "irc://localhost/bob", None), ("users", "xirc://localhost/bob,isuser", None), ("users", "irc://localhost/bob,isuser#x", None), ("users", "irc://localhost/bob,isuser\n", None),
-    ("aliases", "irc://localhost/%23lobby", "#_irc_lobby:localhost"), ("aliases", "irc://localhost/#lobby", "#_irc_lobby:localhost"), ("aliases", "irc://localhost/Lob%C3%A9,ischannel", "#_irc_Lobé:localhost"),
-    ("aliases", "irc://elsewhere/lobby", None), ("aliases", "", None)])
-def test_a_uri_that_matches_as_a_whole_is_an_id(kind, uri, id):
-    assert registrations_of(uri_rules()).map_uri(kind, uri) == id
-
-
-def test_the_first_rule_that_matches_wins_and_the_result_must_be_in_that_namespace():
-    first = registration("a", users=["@a_.*"], uris={"users": [{"regex": "x:(?P<n>.*)", "user_id": "@b_{n}:{server_name}"}, {"regex": "(?P<n>.*)", "user_id": "@a_1:{server_name}"}]})
-    some = registrations_of(first, registration("b", users=["@b_.*"], uris={"users": [{"regex": "x:.*", "user_id": "@b_1:{server_name}"}]}))
-    assert some.map_uri("users", "x:1") is None and some.map_uri("users", "y:1") == "@a_1:localhost" and some.map_uri("aliases", "y:1") is None
-
-
-@pytest.mark.parametrize("template", [None, 5, "@{other}:x", "@{}:x", "@{0}:x", "@{nick.x}:x", "@{nick[0]}:x", "@{nick", "@nick}"])
-def test_a_template_has_the_named_groups_of_its_regex_and_server_name(template):
-    one, findings = read_registration(registration(uris={"users": [{"regex": "(?P<nick>.*)", "user_id": template}]}))
-    assert one is None and findings[0].startswith("x.yaml: uris.users[0].user_id: ")
-
-
-@pytest.mark.parametrize("regex, template", [
-    ("x:(?P<server_name>.*)", "@_irc_{server_name}:localhost"),
-    ("x:(?P<n>.*)", "@_irc_{n:d}:localhost"), ("x:(?P<n>.*)", "@_irc_{n:>999999999999}:x")])
-def test_a_template_that_cannot_be_filled_is_refused_at_the_start(regex, template):
-    assert read_registration(registration(uris={"users": [{"regex": regex, "user_id": template}]}))[1]
-
-
-@pytest.mark.parametrize("kind, uri", [("users", f"irc://localhost/{'x' * 300},isuser"), ("aliases", "irc://localhost/a:b"), ("aliases", "irc://localhost/a%00b"), ("aliases", "irc://localhost/" + "x" * 300)])
-def test_what_a_uri_is_mapped_to_is_an_id_of_this_server(kind, uri):
-    assert registrations_of(uri_rules()).map_uri(kind, uri) is None
-
-
 # -- What a regex can match. To be skipped at first reading.
 
 def tree_of(regex):
@@ -2741,7 +2809,42 @@ def test_a_search_for_a_common_text_ends_soon_with_or_without_one(regex):
     assert time.thread_time() - before < 5
 
 
-# -- The doctor: what can be used, and is not what was meant.
+@pytest.mark.parametrize("where,data", [
+    ("namespaces.users[0].regex", registration(users=["@(a+)+:example\\.org"])), ("namespaces.aliases[0].regex", registration(aliases=["#" + ".*a" * 8])),
+    ("uris.users[0].regex", registration(uris={"users": [{"regex": "(a+)+", "user_id": "@_irc_x:{server_name}"}]}))])
+def test_a_regex_that_can_take_for_ever_is_refused_with_the_reason(where, data):
+    one, findings = read_registration(data)
+    assert one is None and len(findings) == 1 and findings[0].startswith(f"x.yaml: {where}: ") and "can take for ever: it " in findings[0]
+
+
+def test_a_uri_is_longer_than_an_id_and_matched_as_a_whole_so_that_its_regex_has_to_be_plainer():
+    cost = [asbridge.cost_of(asbridge.compile_regex("x:(.*),(.*),(.*)"), uri).verdict for uri in (False, True)]
+    assert cost == ["harmless", "exponential"] and asbridge.cost_of(asbridge.compile_regex("x:([^,]*),([^,]*),(.*)"), uri=True) == ("harmless", 2049, "it can match a text in 2,049 ways")
+    one, findings = read_registration(registration(uris={"users": [{"regex": "x:(.*),(.*),(.*)", "user_id": "@_irc_x:{server_name}"}]}))
+    assert one is None and "uris.users[0].regex" in findings[0] and "can take for ever" in findings[0]
+
+
+@pytest.mark.parametrize("regex", EXPONENTIAL)
+def test_no_exponential_regex_is_taken_for_one_that_needs_no_look(regex):
+    assert asbridge.DESERVES_A_LOOK.search(regex)
+
+
+@pytest.mark.parametrize("regex", ["@.*_.*_.*:x", r"@a\b", "@(?=a).*", r"@(.)\1", "(?m)@a", "@a++b", "@a?+b", "(?:a|b|ab|ba){0,16}c"])
+def test_no_regex_of_which_is_warned_is_taken_for_one_that_needs_no_look(regex):
+    assert asbridge.DESERVES_A_LOOK.search(regex) and asbridge.cost_of(asbridge.compile_regex(regex)).verdict in ("heavy", "not analysable")
+
+
+@pytest.mark.parametrize("regex", [r"#(?:\d+[^0-9])*x", r"#(?:\s+[^ ])*x", r"#(?:\w+[^a-z0-9_])*x"])
+def test_the_bound_knows_that_digits_letters_and_spaces_are_more_than_those_of_ascii(regex):
+    assert asbridge.cost_of(asbridge.compile_regex(regex)).verdict == "exponential"
+
+
+@pytest.mark.parametrize("regex", [r"@(?:\w+[^\w])*x", r"@(?:[a-z]+[^a-zé])*x", r"@(?:\d+[^\d])*x"])
+def test_what_is_no_member_of_a_class_is_none_beyond_ascii_either(regex):
+    assert asbridge.cost_of(asbridge.compile_regex(regex)).verdict == "harmless"
+
+
+# -- The doctor: what can be used, and is not what was meant. To be skipped at first reading.
 
 def told(*data, server_name="example.org", port=8008):
     """The doctor's findings in registrations that stand in a.yaml, b.yaml, …"""
@@ -2853,49 +2956,6 @@ def test_a_uri_that_would_be_mapped_out_of_the_namespaces_is_an_error_with_an_ex
     assert [name for _, _, name in complaints(data)] == found and all("of x:a" in finding.what for finding in told(data))
 
 
-@pytest.mark.parametrize("where,data", [
-    ("namespaces.users[0].regex", registration(users=["@(a+)+:example\\.org"])), ("namespaces.aliases[0].regex", registration(aliases=["#" + ".*a" * 8])),
-    ("uris.users[0].regex", registration(uris={"users": [{"regex": "(a+)+", "user_id": "@_irc_x:{server_name}"}]}))])
-def test_a_regex_that_can_take_for_ever_is_refused_with_the_reason(where, data):
-    one, findings = read_registration(data)
-    assert one is None and len(findings) == 1 and findings[0].startswith(f"x.yaml: {where}: ") and "can take for ever: it " in findings[0]
-
-
-def test_a_uri_is_longer_than_an_id_and_matched_as_a_whole_so_that_its_regex_has_to_be_plainer():
-    cost = [asbridge.cost_of(asbridge.compile_regex("x:(.*),(.*),(.*)"), uri).verdict for uri in (False, True)]
-    assert cost == ["harmless", "exponential"] and asbridge.cost_of(asbridge.compile_regex("x:([^,]*),([^,]*),(.*)"), uri=True) == ("harmless", 2049, "it can match a text in 2,049 ways")
-    one, findings = read_registration(registration(uris={"users": [{"regex": "x:(.*),(.*),(.*)", "user_id": "@_irc_x:{server_name}"}]}))
-    assert one is None and "uris.users[0].regex" in findings[0] and "can take for ever" in findings[0]
-
-
-@pytest.mark.parametrize("regex", ["@.*_.*_.*:x", r"@a\b", "@(?=a).*", r"@(.)\1", "(?m)@a", "@a++b", "@a?+b", "(?:a|b|ab|ba){0,16}c"])
-def test_no_regex_of_which_is_warned_is_taken_for_one_that_needs_no_look(regex):
-    assert asbridge.DESERVES_A_LOOK.search(regex) and asbridge.cost_of(asbridge.compile_regex(regex)).verdict in ("heavy", "not analysable")
-
-
-def test_what_is_longer_than_an_id_is_held_against_no_regex_and_not_remembered():
-    some = registrations_of(registration(users=["@_irc_.*"]))
-    long = "@_irc_" + "x" * 240 + ":localhost"
-    assert some.claims("users", long) == () and some.claims("users", long[:6] + long[7:]) and some.known.cache_info().currsize == 1
-    with refused("M_INVALID_PARAM"):
-        some.explain(long)
-
-
-@pytest.mark.parametrize("regex", EXPONENTIAL)
-def test_no_exponential_regex_is_taken_for_one_that_needs_no_look(regex):
-    assert asbridge.DESERVES_A_LOOK.search(regex)
-
-
-@pytest.mark.parametrize("regex", [r"#(?:\d+[^0-9])*x", r"#(?:\s+[^ ])*x", r"#(?:\w+[^a-z0-9_])*x"])
-def test_the_bound_knows_that_digits_letters_and_spaces_are_more_than_those_of_ascii(regex):
-    assert asbridge.cost_of(asbridge.compile_regex(regex)).verdict == "exponential"
-
-
-@pytest.mark.parametrize("regex", [r"@(?:\w+[^\w])*x", r"@(?:[a-z]+[^a-zé])*x", r"@(?:\d+[^\d])*x"])
-def test_what_is_no_member_of_a_class_is_none_beyond_ascii_either(regex):
-    assert asbridge.cost_of(asbridge.compile_regex(regex)).verdict == "harmless"
-
-
 @pytest.mark.parametrize("regex", [r"@(?:(?:(?:\w)?){20})*irc", r"@(?:irc){3,}\w{100}", "@" + "(?:" * 200 + "a" + ")?" * 200, "@" + "|".join(f"a{n}.*" for n in range(300))])
 def test_the_doctor_soon_gives_up_what_is_too_much_for_it(regex):
     began = time.process_time()
@@ -2946,64 +3006,6 @@ def test_every_complaint_is_tested_and_says_why():
     with open(__file__, encoding="utf-8") as file:
         source = file.read()
     assert [name for name, (level, _, why, _) in asbridge.COMPLAINTS.items() if not (level in ("error", "warning") and why and f'"{name}"' in source)] == []
-
-
-# -- Why: what explain() says.
-
-def explainer(*registrations):
-    return asbridge.Registrations("localhost", [asbridge.read_registration(one, "here") for one in registrations]).explain
-
-
-@pytest.mark.parametrize("regex, id, miss", [
-    ("@irc_.*",                 "@Irc_bob:localhost",     "differs at character 2: 'irc_.*' is wanted, 'Irc_bob:localhost' is there; it is only the case"),
-    ("@irc_.*",                 "@alice:localhost",       "differs at character 2: 'irc_.*' is wanted, 'alice:localhost' is there"),
-    ("@irc_[a-z]+:example.org", "@irc_bob:localhost",     "differs at character 10: 'example.org' is wanted, 'localhost' is there"),
-    ("@irc_[0-9]{3}",           "@irc_12",                "differs at character 7: '{3}' is wanted, '2' is there"),
-    ("irc_.*",                  "@irc_bob:localhost",     "differs at character 1: 'irc_.*' is wanted"),
-    ("@irc_bob:localhost.de",   "@irc_bob:localhost",     "differs at character 19: '.de' is wanted, nothing is there"),
-    ("@(irc|xmpp)_.*",          "@icq_x:localhost",       "differs at character 2: '(irc|xmpp)_.*' is wanted, 'icq_x:localhost' is there"),
-])
-def test_the_nearest_miss_of_a_regex_is_where_the_id_stops_being_what_it_wants(regex, id, miss):
-    namespace = asbridge.Namespace("users", 0, regex, True, asbridge.compile_regex(regex))
-    assert namespace.explain(id)["miss"] == miss and not namespace.explain(id)["matches"]
-
-
-@pytest.mark.parametrize("regex, id, matches, unanchored, whole", [
-    ("@irc_.*",   "@irc_bob:localhost",       True,  True,  True),
-    ("@irc_",     "@irc_bob:localhost",       True,  True,  False),
-    ("irc_.*",    "@irc_bob:localhost",       False, True,  False),
-    ("@x.*",      "@irc_bob:localhost",       False, False, False),
-])
-def test_a_namespace_says_how_a_search_and_a_full_match_would_decide(regex, id, matches, unanchored, whole):
-    namespace = asbridge.Namespace("users", 0, regex, True, asbridge.compile_regex(regex))
-    said = namespace.explain(id)
-    assert (said["matches"], said["unanchored"], said["whole"]) == (matches, unanchored, whole)
-
-
-def test_explain_names_who_claims_a_user_who_owns_it_and_who_may_create_it():
-    explain = explainer(registration(url="http://x"), registration("all", users=["@.*"], exclusive=False, url="http://y"), registration("no", users=[]))
-    said = explain("@_irc_bob:localhost")
-    assert [(one["id"], one["matches"], one["exclusive"]) for one in said["appservices"]] == [
-        ("irc", True, True), ("all", True, False), ("no", False, False)]
-    assert said["owner"] == {"appservice": "irc", "reason": "@_irc_bob:localhost matches users[0]"} and said["may_create"] == ["irc"]
-    assert [query["appservice"] for query in said["query"]] == ["irc", "all"]
-    assert said["query"][0]["request"] == "GET /_matrix/app/v1/users/%40_irc_bob%3Alocalhost"
-    free = explain("@carol:localhost")
-    assert free["owner"] is None and free["may_create"] == ["people", "all"] and explain("@Carol:localhost")["may_create"] == ["all"]
-    assert explain("@_irc_bot:localhost")["appservices"][0]["reason"] == "@_irc_bot:localhost is its sender_localpart user"
-    assert explain("@_irc_bob:elsewhere.org")["local"] is False and not explain("@_irc_bob:elsewhere.org")["appservices"][0]["matches"]
-
-
-def test_explain_takes_aliases_room_ids_and_uris_and_says_what_else_is_none_of_them():
-    explain = explainer({**asbridge.SAMPLE_REGISTRATION}, registration("rooms", rooms=["!abc.*"], exclusive=False))
-    assert explain("#_irc_x:localhost")["kind"] == "alias" and explain("#_irc_x:localhost")["owner"]["appservice"] == "irc"
-    assert explain("!abcd:localhost")["appservices"][1]["matches"] and explain("!abcd:localhost")["query"] == []
-    uri = explain("irc://localhost/Bob,isnick")
-    assert uri["kind"] == "uri" and uri["maps_to"] == "@_irc_bob:localhost" and [one["maps_to"] for one in uri["uris"]] == ["@_irc_bob:localhost", None]
-    assert explain("irc://elsewhere/x")["maps_to"] is None
-    for nonsense in ("", "bob", "$event", " @x:y", "http:"):
-        with refused("M_INVALID_PARAM", 400, "URI"):
-            explain(nonsense)
 
 
 # ============================================================================
@@ -4832,20 +4834,6 @@ def test_a_change_of_a_session_that_has_ended_is_refused_though_it_was_asked_bef
             change()
 
 
-def test_an_openid_token_tells_a_third_party_who_somebody_is_for_an_hour(three):
-    hs, alice, bob, _, _ = three
-    made = alice.call("POST", path("user", alice.user_id, "openid", "request_token"), {})
-    assert made["token_type"] == "Bearer" and made["matrix_server_name"] == "localhost" and made["expires_in"] == 3600
-    where = "/_matrix/federation/v1/openid/userinfo?access_token="
-    assert ask(hs, "GET", where + made["access_token"]) == (200, {"sub": alice.user_id})
-    assert ask(hs, "GET", where + alice.token)[1]["errcode"] == "M_UNKNOWN_TOKEN"
-    assert ask(hs, "GET", path("account", "whoami"), made["access_token"])[0] == 401
-    with refused("M_FORBIDDEN", 403):
-        bob.call("POST", path("user", alice.user_id, "openid", "request_token"), {})
-    hs.advance(3601)
-    assert ask(hs, "GET", where + made["access_token"])[0] == 401
-
-
 # -- Accounts: changing the password, and deactivating.
 
 @pytest.mark.parametrize("where,body", [("/account/password", {"new_password": "n"}), ("/account/deactivate", {}), ("/delete_devices", {"devices": []})])
@@ -4996,7 +4984,7 @@ def test_a_service_deactivates_a_ghost_without_a_password_and_it_is_no_ghost_any
     assert bot.whoami()["user_id"] == "@_irc_bot:localhost"
 
 
-# -- Accounts: profiles, and who is found.
+# -- Accounts: profiles.
 
 def test_a_profile_spreads_into_the_rooms_that_one_has_joined(three):
     hs, alice, bob, _, room = three
@@ -5034,99 +5022,192 @@ def test_a_profile_belongs_to_its_user_and_an_unknown_one_is_not_found(three):
         bob.call("PUT", path("profile", bob.user_id, "displayname"), {"displayname": 5})
 
 
-def test_the_user_directory_has_those_whom_one_meets(three):
-    hs, alice, bob, carol, room = three
-    search = lambda client, term, **more: client.call("POST", path("user_directory", "search"), {"search_term": term, **more})  # noqa: E731
-    assert search(bob, "alice")["results"] == []
+# -- What may be seen of a room.
+
+@pytest.mark.parametrize("visibility,seen", [("world_readable", ["early", "invited", "joined"]), ("shared", ["early", "invited", "joined"]),
+                                             ("invited", ["invited", "joined"]), ("joined", ["joined"])])
+def test_who_has_joined_sees_as_much_as_the_history_visibility_says(three, visibility, seen):
+    hs, alice, bob, _, _ = three
+    room = alice.create_room(initial_state=[{"type": "m.room.history_visibility", "content": {"history_visibility": visibility}}])
+    alice.say(room, "early")
+    alice.invite(room, bob.user_id)
+    alice.say(room, "invited")
     bob.join(room)
-    alice.set_displayname("Alice Liddell")
-    assert search(bob, "LIDD") == {"results": [{"user_id": alice.user_id, "display_name": "Alice Liddell"}], "limited": False}
-    assert search(bob, "carol")["results"] == []
-    carol.create_room(visibility="public")
-    assert [one["user_id"] for one in search(bob, "carol")["results"]] == [carol.user_id]
-    assert search(bob, "localhost", limit=1)["limited"]
+    alice.say(room, "joined")
+    assert bodies(all_messages(bob, room)) == seen == bodies(reversed(all_messages(bob, room, "b")))
+    assert bodies(joined(bob.sync(filter={"room": {"timeline": {"limit": 100}}}), room)["timeline"]["events"]) == seen
 
 
-# -- Accounts: account data, tags, filters.
+@pytest.mark.parametrize("visibility,seen", [("shared", ["before", "during"]), ("invited", ["during"]), ("joined", ["during"]),
+                                             ("world_readable", ["before", "during", "after"])])
+def test_who_has_left_sees_what_was_there_until_then(three, visibility, seen):
+    hs, alice, bob, _, _ = three
+    room = alice.create_room(preset="public_chat", initial_state=[{"type": "m.room.history_visibility", "content": {"history_visibility": visibility}}])
+    alice.say(room, "before")
+    bob.join(room)
+    alice.say(room, "during")
+    alice.set_state(room, "m.room.topic", {"topic": "then"})
+    bob.leave(room)
+    alice.say(room, "after")
+    alice.set_state(room, "m.room.topic", {"topic": "now"})
+    assert bodies(all_messages(bob, room)) == seen
+    assert bob.state(room, "m.room.topic") == {"topic": "now" if visibility == "world_readable" else "then"}
+    topic = next(event["content"]["topic"] for event in bob.all_state(room) if event["type"] == "m.room.topic")
+    assert topic == bob.state(room, "m.room.topic")["topic"]
 
-def test_account_data_is_kept_and_synced_for_the_account_and_for_rooms(three):
+
+def test_who_was_never_there_sees_nothing_unless_the_room_is_world_readable(three):
     hs, alice, bob, _, room = three
-    since = alice.sync()["next_batch"]
-    for where in (None, room):
-        with refused("M_NOT_FOUND", 404):
-            alice.account_data("org.x", where)
-        alice.set_account_data("org.x", {"where": where or "account"}, where)
-        assert alice.account_data("org.x", where) == {"where": where or "account"}
-    for since in (since, None):
-        answer = alice.sync(since)
-        assert answer["account_data"]["events"][0] == {"type": "org.x", "content": {"where": "account"}}
-        assert joined(answer, room)["account_data"]["events"] == [{"type": "org.x", "content": {"where": room}}]
-    with refused("M_FORBIDDEN", 403):
-        bob.call("GET", path("user", alice.user_id, "account_data", "org.x"))
+    alice.set_alias("#two:localhost", room)
+    event_id = alice.say(room, "hello")
+    looks = [lambda: bob.messages(room), lambda: bob.all_state(room), lambda: bob.members(room), lambda: bob.state(room, "m.room.create"),
+             lambda: bob.call("GET", path("rooms", room, "context", event_id)), lambda: bob.call("GET", path("rooms", room, "aliases"))]
+    for look in looks:
+        with refused("M_FORBIDDEN", 403):
+            look()
+    alice.set_state(room, "m.room.history_visibility", {"history_visibility": "world_readable"})
+    event_id = alice.say(room, "for everybody")
+    assert bodies(bob.messages(room)["chunk"]) == ["for everybody"]
+    for look in looks:
+        assert look()
 
 
-def test_account_data_of_a_room_that_was_set_before_joining_comes_with_the_join(start):
-    hs = start()
-    alice, bob = hs.client("alice"), hs.client("bob")
+def test_who_is_invited_sees_neither_the_state_nor_the_timeline_of_a_shared_room(three):
+    hs, alice, bob, _, _ = three
     room = alice.create_room(invite=[bob.user_id])
-    bob.set_account_data("x", {"a": 1}, room)
-    since = bob.sync()["next_batch"]
+    alice.say(room, "x")
+    for look in (lambda: bob.messages(room), lambda: bob.all_state(room), lambda: bob.state(room, "m.room.name"), lambda: bob.members(room)):
+        with refused("M_FORBIDDEN", 403):
+            look()
+
+
+def test_what_was_said_between_leaving_and_coming_back_stays_hidden_in_a_joined_room(three):
+    hs, alice, bob, _, _ = three
+    room = alice.create_room(preset="public_chat", initial_state=[{"type": "m.room.history_visibility", "content": {"history_visibility": "joined"}}])
     bob.join(room)
-    assert {"type": "x", "content": {"a": 1}} in bob.sync(since)["rooms"]["join"][room]["account_data"]["events"]
-
-
-def test_tags_are_set_taken_off_and_told_as_account_data(three):
-    hs, alice, bob, _, room = three
-    tags = path("user", alice.user_id, "rooms", room, "tags")
-    assert alice.call("GET", tags) == {"tags": {}}
-    alice.call("PUT", tags + "/m.favourite", {"order": 0.5})
-    alice.call("PUT", tags + "/u.work", {})
-    assert alice.call("GET", tags) == {"tags": {"m.favourite": {"order": 0.5}, "u.work": {}}} == alice.account_data("m.tag", room)
-    alice.call("DELETE", tags + "/u.work")
-    assert joined(alice.sync(), room)["account_data"]["events"] == [{"type": "m.tag", "content": {"tags": {"m.favourite": {"order": 0.5}}}}]
-    with refused("M_FORBIDDEN", 403):
-        bob.call("GET", tags)
-
-
-def test_account_data_that_is_no_list_of_tags_does_not_spoil_tagging(three):
-    hs, alice, _, _, room = three
-    alice.set_account_data("m.tag", {"tags": 5}, room)
-    alice.call("PUT", path("user", alice.user_id, "rooms", room, "tags", "u.x"), {})
-    assert alice.account_data("m.tag", room) == {"tags": {"u.x": {}}}
-
-
-def test_a_stored_filter_is_given_back_used_and_ones_own(three):
-    hs, alice, bob, _, room = three
-    source = {"room": {"timeline": {"limit": 1, "types": ["m.room.message"]}}}
-    url = path("user", alice.user_id, "filter")
-    filter_id = alice.call("POST", url, source)["filter_id"]
-    assert alice.call("GET", f"{url}/{filter_id}") == source and alice.call("POST", url, source)["filter_id"] == filter_id
-    alice.say(room, "1"), alice.say(room, "2"), alice.set_state(room, "x", {})
-    for filter in (filter_id, source):
-        assert bodies(joined(alice.sync(filter=filter), room)["timeline"]["events"]) == ["2"]
+    alice.say(room, "one")
+    bob.leave(room)
+    hidden = alice.say(room, "two")
+    bob.join(room)
+    alice.say(room, "three")
+    assert bodies(all_messages(bob, room)) == ["one", "three"]
     with refused("M_NOT_FOUND", 404):
-        alice.call("GET", url + "/999")
-    with refused("M_NOT_FOUND", 404):
-        bob.sync(filter=filter_id)
-    with refused("M_FORBIDDEN", 403):
-        bob.call("GET", f"{url}/{filter_id}")
+        bob.event(room, hidden)
 
 
-@pytest.mark.parametrize("source", [{"room": 5}, {"room": {"timeline": {"limit": "1"}}}, {"room": {"timeline": {"types": "x"}}}, {"room": {"rooms": [5]}}])
-def test_a_filter_that_is_none_is_refused(three, source):
-    alice = three[1]
-    for use in (lambda: alice.sync(filter=source), lambda: alice.call("POST", path("user", alice.user_id, "filter"), source)):
-        with refused("M_BAD_JSON", 400):
-            use()
+class History:
+    """A room's events, all of them in order, and what the specification lets somebody see of them."""
+
+    def __init__(self, events, user_id):
+        self.events, self.ids = events, [event["event_id"] for event in events]
+        def changes(type, key, name):
+            return [(n, event["content"][name]) for n, event in enumerate(events, 1) if (event["type"], event.get("state_key")) == (type, key)]
+        self.visibilities = changes("m.room.history_visibility", "", "history_visibility")
+        self.memberships = [(0, "leave"), *changes("m.room.member", user_id, "membership")]
+        self.seen = [n for n in range(1, len(events) + 1) if spec_may_see(n, self.visibilities, self.memberships)]
+        self.now, self.open = self.memberships[-1][1], self.visibilities[-1][1] == "world_readable"
+        left = [n for (n, _), (_, before) in zip(self.memberships[1:], self.memberships, strict=False) if before == "join"]
+        self.upto = len(events) if self.now == "join" or self.open else left[-1] if left else 0      # as when the state may be seen; 0: not at all
+
+    def seen_ids(self):
+        return [self.ids[n - 1] for n in self.seen]
+
+    def state(self, upto, type=None):
+        found = {(event["type"], event["state_key"]): event["event_id"] for event in self.events[:upto] if "state_key" in event}
+        return {event_id for (kind, _), event_id in found.items() if type in (None, kind)}
+
+    def children(self, parent):
+        return [self.ids[n - 1] for n in self.seen if self.events[n - 1]["content"].get("m.relates_to", {}).get("event_id") == parent]
 
 
-@pytest.mark.parametrize("method, where, body, status, errcode", [
-    ("PUT", "C/profile/{user}/displayname", {"displayname": "x" * 257}, 400, "M_INVALID_PARAM"), ("PUT", "C/profile/{user}/avatar_url", {"avatar_url": "mxc://" + "x" * 1000}, 400, "M_INVALID_PARAM"),
-    ("PUT", "C/presence/{user}/status", {"presence": "online", "status_msg": "x" * 1001}, 400, "M_INVALID_PARAM"), ("PUT", "U/rooms/{room}/tags/x", {"x": "y" * 66_000}, 413, "M_TOO_LARGE")])
-def test_what_others_are_shown_or_what_is_written_anew_each_time_has_a_largest_size(target, method, where, body, status, errcode):
-    got, answer = target.ask(method, target.filled(pattern_of(where), quote), json.dumps(body).encode())
-    assert (got, json.loads(answer)["errcode"]) == (status, errcode)
-    assert target.ghost.profile()["displayname"] != "x" * 257
+def happens(dice, alice, bob, room):
+    """Some events, between which the visibility changes and bob comes and goes."""
+    said = [alice.say(room, "first")]
+    for n in range(16):
+        what = dice.choice(["say", "say", "reply", "visibility", "visibility", "topic", "come", "come", "go", "put out", "invite"])
+        with contextlib.suppress(MatrixError):               # not everything is possible always
+            if what == "say":
+                said.append(alice.say(room, str(n)))
+            elif what == "reply":
+                alice.send(room, "m.room.message", {"body": "r", "m.relates_to": {"rel_type": "m.thread", "event_id": dice.choice(said)}})
+            elif what == "visibility":
+                alice.set_state(room, "m.room.history_visibility", {"history_visibility": dice.choice(["world_readable", "shared", "invited", "joined"])})
+            elif what == "topic":
+                alice.set_state(room, "m.room.topic", {"topic": str(n)})
+            elif what == "invite":
+                alice.invite(room, bob.user_id)
+            elif what == "put out":
+                dice.choice([alice.kick, alice.ban])(room, bob.user_id)
+            elif what == "go":
+                bob.leave(room)
+            else:
+                with contextlib.suppress(MatrixError):
+                    alice.ask("POST", "rooms", room, "unban", body={"user_id": bob.user_id})
+                bob.join(room)
+    return said
+
+
+def readable(client, *where, **query):
+    """What this way to read answers; None if it is refused."""
+    try:
+        return client.ask("GET", *where, **query)
+    except MatrixError as error:
+        assert error.errcode in ("M_FORBIDDEN", "M_NOT_FOUND"), error
+        return None
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_each_way_to_read_a_room_shows_what_the_history_visibility_lets_one_see(three, seed):
+    hs, alice, bob, carol, _ = three
+    dice = asbridge.random.Random(seed)
+    room = alice.create_room(preset="public_chat")
+    start, said = bob.sync()["next_batch"], happens(dice, alice, bob, room)
+    history = History(all_messages(alice, room), bob.user_id)
+    seen, refused_all = history.seen_ids(), not history.seen and not history.upto
+    for dir in "fb":
+        page = readable(bob, "rooms", room, "messages", dir=dir, limit=100, filter='{"lazy_load_members":true}')
+        assert (page is None) == refused_all and ids(page["chunk"] if page else []) == (seen if dir == "f" else seen[::-1])
+        assert page is None or {*ids(page.get("state", []))} <= history.state(history.upto)
+    for n, event_id in enumerate(history.ids, 1):
+        may = n in history.seen
+        assert (readable(bob, "rooms", room, "event", event_id) is not None) == may
+        around = readable(bob, "rooms", room, "context", event_id, limit=100)
+        assert (around is not None) == may
+        if around:
+            assert [*ids(around["events_before"][::-1]), event_id, *ids(around["events_after"])] == seen
+            assert {*ids(around["state"])} == history.state(min(history.seen[-1], history.upto))
+        then, members = min(n, history.upto), readable(bob, "rooms", room, "members", at=asbridge.tick_of(event_id))
+        assert (members is not None) == (then in history.seen) or (then and then + 1 in history.seen)        # right before what one sees, too
+        assert members is None or {*ids(members["chunk"])} == history.state(then, "m.room.member")
+    for root in said:
+        page = readable(bob, "rooms", room, "relations", root, "m.thread")
+        assert (page is not None) == (root in seen) and ids(page["chunk"] if page else []) == (history.children(root)[::-1] if root in seen else [])
+    page = readable(bob, "rooms", room, "threads")
+    threads = {event["event_id"]: event["unsigned"]["m.relations"]["m.thread"] for event in page["chunk"]} if page else {}
+    assert {root: (one["count"], one["latest_event"]["event_id"]) for root, one in threads.items()} == {
+        root: (len(children), children[-1]) for root in said if root in seen and (children := history.children(root))}
+    for where, type in (("state", None), ("members", "m.room.member")):
+        page = readable(bob, "rooms", room, where)
+        assert {*ids(page["chunk"] if isinstance(page, dict) else page or [])} == history.state(history.upto, type) and (page is not None) == bool(history.upto)
+    topic = next((event for event in history.events[history.upto - 1::-1] if event["type"] == "m.room.topic"), None) if history.upto else None
+    assert readable(bob, "rooms", room, "state", "m.room.topic") == (topic and topic["content"])
+    assert (readable(bob, "rooms", room, "joined_members") is not None) == (readable(bob, "events", room_id=room) is not None) == (history.now == "join")
+    first = readable(bob, "rooms", room, "initialSync", limit=100)
+    assert (first is not None) == bool(history.upto)
+    if first:
+        assert ids(first["messages"]["chunk"]) == seen and {*ids(first["state"])} == history.state(history.upto)
+        assert history.now == "join" or not (first["presence"] or first["receipts"])
+    for since in (None, start):
+        rooms = bob.sync(since, filter={"room": {"rooms": [room], "include_leave": True, "timeline": {"limit": 100}}}).get("rooms", {})
+        section = {"join": "join", "invite": "invite"}.get(history.now, "leave")
+        entry = rooms.get(section, {}).get(room)
+        assert list(rooms) == ([section] if len(history.memberships) > 1 else [])
+        if section == "invite" or not entry:
+            continue
+        shown, own = ids(entry["timeline"]["events"]), [history.ids[history.memberships[-1][0] - 1]]
+        assert shown == own or shown == (seen if since is None else seen[-len(shown):])
+        state = {*ids(entry["state"]["events"])}
+        assert state == history.state(min(history.ids.index(shown[0]), history.upto)) if since is None and shown != own else state <= {*history.ids[:history.upto]}
 
 
 # -- Rooms: creating.
@@ -5232,6 +5313,31 @@ def test_additional_creators_that_are_none_are_refused(start, creators):
         hs.client("alice").create_room(room_version="12", preset="trusted_private_chat", invite=[hs.client("bob").user_id],
                                        creation_content={"additional_creators": creators if creators != [5] else [{}, 5]})
     assert caught.value.status == 400
+
+
+# -- Rooms: aliases.
+
+def test_an_alias_is_made_found_and_deleted(three):
+    hs, alice, bob, _, room = three
+    alice.set_alias("#two:localhost", room)
+    assert ask(hs, "GET", path("directory", "room", "#two:localhost")) == (200, {"room_id": room, "servers": ["localhost"]})
+    assert alice.call("GET", path("rooms", room, "aliases")) == {"aliases": ["#room:localhost", "#two:localhost"]}
+    with refused("M_UNKNOWN", 409):
+        alice.set_alias("#two:localhost", room)
+    with refused("M_FORBIDDEN", 403):
+        bob.delete_alias("#two:localhost")
+    with refused("M_FORBIDDEN", 403):
+        bob.set_alias("#three:localhost", room)
+    alice.delete_alias("#two:localhost")
+    for look in (lambda: alice.resolve("#two:localhost"), lambda: alice.delete_alias("#two:localhost")):
+        with refused("M_NOT_FOUND", 404):
+            look()
+
+
+@pytest.mark.parametrize("alias", ["#x", "#x:elsewhere.org", "x:localhost", "#:localhost", "#" + "x" * 250 + ":localhost"])
+def test_an_alias_that_is_none_is_refused(three, alias):
+    with refused("M_INVALID_PARAM", 400):
+        three[1].set_alias(alias, three[4])
 
 
 # -- Rooms: membership.
@@ -5679,7 +5785,7 @@ def test_redacted_state_loses_its_effect(three):
     assert alice.state(room, "m.room.join_rules") == {"join_rule": "invite"}
 
 
-# -- Rooms: reading.
+# -- Reading.
 
 def test_an_event_is_found_in_its_own_room_only(three):
     hs, alice, bob, _, room = three
@@ -5884,195 +5990,924 @@ def test_an_event_says_what_membership_one_had_then(three):
     assert [event["unsigned"]["membership"] for event in joined(bob.sync(since), room)["timeline"]["events"]] == ["join"]
 
 
-# -- Rooms: history visibility.
+# -- Sync.
 
-@pytest.mark.parametrize("visibility,seen", [("world_readable", ["early", "invited", "joined"]), ("shared", ["early", "invited", "joined"]),
-                                             ("invited", ["invited", "joined"]), ("joined", ["joined"])])
-def test_who_has_joined_sees_as_much_as_the_history_visibility_says(three, visibility, seen):
-    hs, alice, bob, _, _ = three
-    room = alice.create_room(initial_state=[{"type": "m.room.history_visibility", "content": {"history_visibility": visibility}}])
-    alice.say(room, "early")
-    alice.invite(room, bob.user_id)
-    alice.say(room, "invited")
+def test_the_first_sync_has_the_state_before_the_timeline_and_the_last_ten_events(three):
+    hs, alice, _, _, room = three
+    for i in range(12):
+        alice.say(room, f"n{i}")
+    entry = joined(alice.sync(), room)
+    assert bodies(entry["timeline"]["events"]) == [f"n{i}" for i in range(2, 12)] and entry["timeline"]["limited"] is True
+    assert types(entry["state"]["events"]) == ["m.room.create", "m.room.member", "m.room.power_levels", "m.room.canonical_alias", "m.room.join_rules",
+                                               "m.room.history_visibility", "m.room.guest_access"]
+    assert entry["summary"] == {"m.heroes": [], "m.joined_member_count": 1, "m.invited_member_count": 0}
+
+
+def test_the_next_sync_has_what_is_new_and_nothing_else(three):
+    hs, alice, _, _, room = three
+    alice.create_room()
+    since = alice.sync()["next_batch"]
+    keys = {"device_one_time_keys_count": {"signed_curve25519": 0}, "device_unused_fallback_key_types": []}      # in every answer
+    assert alice.sync(since) == {"next_batch": since, **keys}
+    alice.say(room, "new")
+    answer = alice.sync(since)
+    assert list(answer["rooms"]["join"]) == [room] and "account_data" not in answer
+    entry = joined(answer, room)
+    assert bodies(entry["timeline"]["events"]) == ["new"] and entry["timeline"]["limited"] is False and entry["state"]["events"] == []
+    assert alice.sync(since)["next_batch"] == answer["next_batch"] and alice.sync(answer["next_batch"]) == {"next_batch": answer["next_batch"], **keys}
+
+
+def test_a_limited_timeline_has_the_state_of_the_gap_and_a_prev_batch_that_leads_into_it(three):
+    hs, alice, _, _, room = three
+    since = alice.sync()["next_batch"]
+    alice.set_state(room, "m.room.topic", {"topic": "in the gap"})
+    sent = [alice.say(room, f"n{i}") for i in range(20)]
+    timeline = joined(answer := alice.sync(since, filter={"room": {"timeline": {"limit": 5}}}), room)["timeline"]
+    assert timeline["limited"] is True and [event["event_id"] for event in timeline["events"]] == sent[-5:]
+    assert [event["content"] for event in joined(answer, room)["state"]["events"]] == [{"topic": "in the gap"}]
+    gap = alice.messages(room, "b", 100, **{"from": timeline["prev_batch"], "to": since})["chunk"]
+    assert [event["event_id"] for event in reversed(gap)][1:] == sent[:-5]
+
+
+def test_a_long_poll_ends_with_the_first_event(three):
+    hs, alice, bob, _, room = three
     bob.join(room)
-    alice.say(room, "joined")
-    assert bodies(all_messages(bob, room)) == seen == bodies(reversed(all_messages(bob, room, "b")))
-    assert bodies(joined(bob.sync(filter={"room": {"timeline": {"limit": 100}}}), room)["timeline"]["events"]) == seen
+    since = bob.sync()["next_batch"]
+    with background(bob.sync, since, 30_000) as future:
+        eventually(lambda: hs.world.store.waiters.among({bob.user_id}))
+        assert not future.done()
+        alice.say(room, "wake up")
+        assert bodies(joined(future.result(5), room)["timeline"]["events"]) == ["wake up"]
 
 
-@pytest.mark.parametrize("visibility,seen", [("shared", ["before", "during"]), ("invited", ["during"]), ("joined", ["during"]),
-                                             ("world_readable", ["before", "during", "after"])])
-def test_who_has_left_sees_what_was_there_until_then(three, visibility, seen):
+def test_a_long_poll_ends_with_an_invitation_and_with_account_data(three):
+    hs, alice, bob, _, room = three
+    for cause, key in ((lambda: alice.create_room(invite=[bob.user_id]), "rooms"), (lambda: bob.set_account_data("x", {}), "account_data")):
+        since = bob.sync()["next_batch"]
+        with background(bob.sync, since, 30_000) as future:
+            eventually(lambda: hs.world.store.waiters.among({bob.user_id}))
+            cause()
+            assert key in future.result(5)
+
+
+def test_a_long_poll_does_not_look_where_nothing_has_happened(three, monkeypatch):
+    hs, alice, bob, _, room = three
+    bob.join(room)
+    since, looks, read = bob.sync()["next_batch"], [], asbridge.Window.read
+    monkeypatch.setattr(asbridge.Window, "read", lambda window: looks.append(window.since) or read(window))
+    with background(bob.sync, since, 30_000) as future:
+        eventually(lambda: hs.world.store.waiters.among({bob.user_id}))
+        hs.world.store.waiters.wake()
+        eventually(lambda: hs.world.store.waiters._looking == set())
+        assert looks == []
+        alice.say(room, "wake up")
+        assert bodies(joined(future.result(5), room)["timeline"]["events"]) == ["wake up"]
+    assert looks == [int(since)]
+
+
+def test_a_long_poll_ends_empty_after_its_time(three):
+    hs, alice, _, _, room = three
+    since = alice.sync()["next_batch"]
+    with background(alice.sync, since, 30_000) as future:
+        eventually(lambda: hs.world.store.waiters.among({alice.user_id}))
+        hs.advance(31)
+        found = future.result(5)
+    assert found["next_batch"] == since and not found.keys() & {"rooms", "account_data", "to_device"}
+
+
+def test_a_long_poll_does_not_wake_for_what_its_filter_leaves_out(three):
+    hs, alice, _, _, room = three
+    since = alice.sync()["next_batch"]
+    with background(alice.sync, since, 30_000, {"room": {"timeline": {"types": ["m.room.message"]}}}) as future:
+        eventually(lambda: hs.world.store.waiters.among({alice.user_id}))
+        alice.send(room, "org.other", {})
+        alice.say(room, "this")
+        assert bodies(joined(future.result(5), room)["timeline"]["events"]) == ["this"]
+
+
+def test_a_since_from_the_future_is_treated_as_none(three):
+    hs, alice, _, _, room = three
+    answer = alice.sync("99999999999", 30_000)
+    assert room in answer["rooms"]["join"] and int(answer["next_batch"]) < 99999999999
+    with refused("M_INVALID_PARAM", 400):
+        alice.sync("s_1")
+
+
+def test_an_invitation_comes_once_with_stripped_state(three):
     hs, alice, bob, _, _ = three
-    room = alice.create_room(preset="public_chat", initial_state=[{"type": "m.room.history_visibility", "content": {"history_visibility": visibility}}])
+    room = alice.create_room(name="n", invite=[bob.user_id], is_direct=True)
+    answer = bob.sync()
+    events = answer["rooms"]["invite"][room]["invite_state"]["events"]
+    assert {"m.room.create", "m.room.name", "m.room.join_rules"} <= set(types(events)) and all(set(event) == {"type", "state_key", "sender", "content"} for event in events)
+    assert [(event["state_key"], event["content"]["membership"]) for event in events if event["type"] == "m.room.member"] == [
+        (alice.user_id, "join"), (bob.user_id, "invite")]
+    alice.say(room, "not for bob yet")
+    assert "rooms" not in bob.sync(answer["next_batch"])
+
+
+def test_a_newly_joined_room_comes_with_its_whole_state(three):
+    hs, alice, bob, _, room = three
+    since = bob.sync()["next_batch"]
     alice.say(room, "before")
     bob.join(room)
-    alice.say(room, "during")
-    alice.set_state(room, "m.room.topic", {"topic": "then"})
-    bob.leave(room)
-    alice.say(room, "after")
-    alice.set_state(room, "m.room.topic", {"topic": "now"})
-    assert bodies(all_messages(bob, room)) == seen
-    assert bob.state(room, "m.room.topic") == {"topic": "now" if visibility == "world_readable" else "then"}
-    topic = next(event["content"]["topic"] for event in bob.all_state(room) if event["type"] == "m.room.topic")
-    assert topic == bob.state(room, "m.room.topic")["topic"]
+    entry = joined(bob.sync(since), room)
+    assert {"m.room.create", "m.room.power_levels"} <= set(types(entry["state"]["events"] + entry["timeline"]["events"]))
+    assert bodies(entry["timeline"]["events"]) == ["before"] and entry["timeline"]["events"][-1]["state_key"] == bob.user_id
+    assert entry["summary"] == {"m.heroes": [alice.user_id], "m.joined_member_count": 2, "m.invited_member_count": 0}
 
 
-def test_who_was_never_there_sees_nothing_unless_the_room_is_world_readable(three):
+@pytest.mark.parametrize("how", ["leave", "kick", "ban"])
+def test_a_room_that_one_has_left_comes_once_with_what_was_until_then(three, how):
     hs, alice, bob, _, room = three
-    alice.set_alias("#two:localhost", room)
-    event_id = alice.say(room, "hello")
-    looks = [lambda: bob.messages(room), lambda: bob.all_state(room), lambda: bob.members(room), lambda: bob.state(room, "m.room.create"),
-             lambda: bob.call("GET", path("rooms", room, "context", event_id)), lambda: bob.call("GET", path("rooms", room, "aliases"))]
-    for look in looks:
-        with refused("M_FORBIDDEN", 403):
-            look()
+    bob.join(room)
+    since = bob.sync()["next_batch"]
+    alice.say(room, "last words")
+    bob.leave(room) if how == "leave" else getattr(alice, how)(room, bob.user_id)
+    alice.say(room, "behind his back")
+    answer = bob.sync(since)
+    timeline = answer["rooms"]["leave"][room]["timeline"]["events"]
+    assert bodies(timeline) == ["last words"] and timeline[-1]["content"]["membership"] == ("ban" if how == "ban" else "leave")
+    assert "rooms" not in bob.sync(answer["next_batch"]) and "rooms" not in bob.sync()
+    assert bodies(bob.sync(filter={"room": {"include_leave": True}})["rooms"]["leave"][room]["timeline"]["events"]) == ["last words"]
+
+
+def test_the_timeline_of_a_room_that_one_has_left_ends_with_that_though_the_rest_could_be_read(three):
+    hs, alice, bob, _, room = three
     alice.set_state(room, "m.room.history_visibility", {"history_visibility": "world_readable"})
-    event_id = alice.say(room, "for everybody")
-    assert bodies(bob.messages(room)["chunk"]) == ["for everybody"]
-    for look in looks:
-        assert look()
+    bob.join(room)
+    since = bob.sync()["next_batch"]
+    bob.leave(room), alice.set_state(room, "m.room.topic", {"topic": "later"}), alice.say(room, "later")
+    entry = bob.sync(since)["rooms"]["leave"][room]
+    assert [event.get("state_key") for event in entry["timeline"]["events"]] == [bob.user_id] and entry["state"]["events"] == []
+    assert bodies(all_messages(bob, room)) == ["later"]
 
 
-def test_who_is_invited_sees_neither_the_state_nor_the_timeline_of_a_shared_room(three):
+def test_another_device_is_told_of_a_leave_after_which_the_room_was_forgotten(three):
+    hs, alice, bob, _, room = three
+    bob.join(room)
+    since = bob.sync()["next_batch"]
+    alice.say(room, "history"), bob.leave(room), bob.call("POST", path("rooms", room, "forget"), {})
+    answer = bob.sync(since)
+    assert [event["content"]["membership"] for event in answer["rooms"]["leave"][room]["timeline"]["events"]] == ["leave"]
+    assert "rooms" not in bob.sync(answer["next_batch"])
+
+
+def test_a_timeline_begins_after_what_one_may_not_see_so_that_no_state_is_missing(three):
+    hs, alice, bob, carol, room = three
+    since = bob.sync()["next_batch"]
+    alice.say(room, "seen"), alice.set_state(room, "m.room.history_visibility", {"history_visibility": "joined"})
+    carol.join(room), bob.join(room)
+    entry = joined(bob.sync(since), room)
+    timeline, state = entry["timeline"], {event["state_key"] for event in entry["state"]["events"] if event["type"] == "m.room.member"}
+    assert [event["state_key"] for event in timeline["events"]] == [bob.user_id] and timeline["limited"] and carol.user_id in state
+    assert bodies(bob.messages(room, "b", **{"from": timeline["prev_batch"]})["chunk"]) == ["seen"]
+
+
+def test_a_declined_invitation_comes_as_a_room_that_one_has_left(three):
     hs, alice, bob, _, _ = three
     room = alice.create_room(invite=[bob.user_id])
-    alice.say(room, "x")
-    for look in (lambda: bob.messages(room), lambda: bob.all_state(room), lambda: bob.state(room, "m.room.name"), lambda: bob.members(room)):
-        with refused("M_FORBIDDEN", 403):
-            look()
+    since = bob.sync()["next_batch"]
+    bob.leave(room)
+    entry = bob.sync(since)["rooms"]["leave"][room]
+    assert [(event["sender"], event["content"]["membership"]) for event in entry["timeline"]["events"]] == [(bob.user_id, "leave")] and entry["state"]["events"] == []
 
 
-def test_what_was_said_between_leaving_and_coming_back_stays_hidden_in_a_joined_room(three):
+def test_an_invitation_that_is_withdrawn_comes_as_a_room_that_one_has_left(three):
+    hs, alice, bob, _, _ = three
+    room = alice.create_room(invite=[bob.user_id])
+    since = bob.sync()["next_batch"]
+    alice.kick(room, bob.user_id)
+    assert bob.sync(since)["rooms"]["leave"][room]["timeline"]["events"][0]["sender"] == alice.user_id
+
+
+def test_who_was_put_out_and_invited_again_between_two_syncs_is_invited(three):
+    """In one section only: clients that handle the leave after the invitation would forget the latter."""
+    hs, alice, bob, _, room = three
+    bob.join(room)
+    since = bob.sync()["next_batch"]
+    alice.kick(room, bob.user_id), alice.invite(room, bob.user_id)
+    rooms = bob.sync(since)["rooms"]
+    assert list(rooms) == ["invite"] and list(rooms["invite"]) == [room]
+
+
+def test_a_room_that_one_knocks_at_comes_with_its_stripped_state(three):
+    hs, alice, bob, _, _ = three
+    room = alice.create_room(name="n", initial_state=[{"type": "m.room.join_rules", "content": {"join_rule": "knock"}}])
+    since = bob.sync()["next_batch"]
+    bob.call("POST", path("knock", room))
+    answer = bob.sync(since)
+    events = answer["rooms"]["knock"][room]["knock_state"]["events"]
+    assert events[-1]["content"]["membership"] == "knock" and "m.room.name" in types(events) and "rooms" not in bob.sync(answer["next_batch"])
+    bob.leave(room)
+    assert list(bob.sync(answer["next_batch"])["rooms"]) == ["leave"]
+
+
+def test_state_that_changed_while_one_was_away_is_told_after_coming_back(three):
     hs, alice, bob, _, _ = three
     room = alice.create_room(preset="public_chat", initial_state=[{"type": "m.room.history_visibility", "content": {"history_visibility": "joined"}}])
     bob.join(room)
-    alice.say(room, "one")
+    since = bob.sync()["next_batch"]
     bob.leave(room)
-    hidden = alice.say(room, "two")
+    alice.set_state(room, "m.room.topic", {"topic": "new"})
     bob.join(room)
-    alice.say(room, "three")
-    assert bodies(all_messages(bob, room)) == ["one", "three"]
-    with refused("M_NOT_FOUND", 404):
-        bob.event(room, hidden)
+    entry = joined(bob.sync(since), room)
+    assert {"topic": "new"} in [event["content"] for event in entry["state"]["events"] + entry["timeline"]["events"]]
 
 
-class History:
-    """A room's events, all of them in order, and what the specification lets somebody see of them."""
-
-    def __init__(self, events, user_id):
-        self.events, self.ids = events, [event["event_id"] for event in events]
-        def changes(type, key, name):
-            return [(n, event["content"][name]) for n, event in enumerate(events, 1) if (event["type"], event.get("state_key")) == (type, key)]
-        self.visibilities = changes("m.room.history_visibility", "", "history_visibility")
-        self.memberships = [(0, "leave"), *changes("m.room.member", user_id, "membership")]
-        self.seen = [n for n in range(1, len(events) + 1) if spec_may_see(n, self.visibilities, self.memberships)]
-        self.now, self.open = self.memberships[-1][1], self.visibilities[-1][1] == "world_readable"
-        left = [n for (n, _), (_, before) in zip(self.memberships[1:], self.memberships, strict=False) if before == "join"]
-        self.upto = len(events) if self.now == "join" or self.open else left[-1] if left else 0      # as when the state may be seen; 0: not at all
-
-    def seen_ids(self):
-        return [self.ids[n - 1] for n in self.seen]
-
-    def state(self, upto, type=None):
-        found = {(event["type"], event["state_key"]): event["event_id"] for event in self.events[:upto] if "state_key" in event}
-        return {event_id for (kind, _), event_id in found.items() if type in (None, kind)}
-
-    def children(self, parent):
-        return [self.ids[n - 1] for n in self.seen if self.events[n - 1]["content"].get("m.relates_to", {}).get("event_id") == parent]
+def test_full_state_gives_the_whole_state_again(three):
+    hs, alice, _, _, room = three
+    since = alice.sync()["next_batch"]
+    entry = joined(alice.call("GET", V3 + "/sync", since=since, full_state="true"), room)
+    assert "m.room.create" in types(entry["state"]["events"]) and entry["timeline"]["events"] == []
 
 
-def happens(dice, alice, bob, room):
-    """Some events, between which the visibility changes and bob comes and goes."""
-    said = [alice.say(room, "first")]
-    for n in range(16):
-        what = dice.choice(["say", "say", "reply", "visibility", "visibility", "topic", "come", "come", "go", "put out", "invite"])
-        with contextlib.suppress(MatrixError):               # not everything is possible always
-            if what == "say":
-                said.append(alice.say(room, str(n)))
-            elif what == "reply":
-                alice.send(room, "m.room.message", {"body": "r", "m.relates_to": {"rel_type": "m.thread", "event_id": dice.choice(said)}})
-            elif what == "visibility":
-                alice.set_state(room, "m.room.history_visibility", {"history_visibility": dice.choice(["world_readable", "shared", "invited", "joined"])})
-            elif what == "topic":
-                alice.set_state(room, "m.room.topic", {"topic": str(n)})
-            elif what == "invite":
-                alice.invite(room, bob.user_id)
-            elif what == "put out":
-                dice.choice([alice.kick, alice.ban])(room, bob.user_id)
-            elif what == "go":
-                bob.leave(room)
-            else:
-                with contextlib.suppress(MatrixError):
-                    alice.ask("POST", "rooms", room, "unban", body={"user_id": bob.user_id})
-                bob.join(room)
-    return said
+def test_lazy_loading_gives_the_members_who_speak(three):
+    hs, alice, bob, carol, room = three
+    bob.join(room), carol.join(room)
+    for i in range(12):
+        bob.say(room, f"n{i}")
+    lazy = {"room": {"state": {"lazy_load_members": True}, "timeline": {"limit": 5}}}
+    entry = joined(answer := alice.sync(filter=lazy), room)
+    assert {event["state_key"] for event in entry["state"]["events"] if event["type"] == "m.room.member"} == {alice.user_id, bob.user_id}
+    carol.say(room, "me too")
+    entry = joined(alice.sync(answer["next_batch"], filter=lazy), room)
+    assert {event["state_key"] for event in entry["state"]["events"]} - {alice.user_id} == {carol.user_id}
 
 
-def readable(client, *where, **query):
-    """What this way to read answers; None if it is refused."""
-    try:
-        return client.ask("GET", *where, **query)
-    except MatrixError as error:
-        assert error.errcode in ("M_FORBIDDEN", "M_NOT_FOUND"), error
-        return None
+def test_a_sync_filter_chooses_rooms_and_kinds(three):
+    hs, alice, _, _, room = three
+    other = alice.create_room()
+    alice.typing(room), alice.set_account_data("a", {}), alice.set_account_data("b", {}), alice.set_account_data("c", {}, room)
+    assert list(alice.sync(filter={"room": {"rooms": [other]}})["rooms"]["join"]) == [other]
+    assert list(alice.sync(filter={"room": {"not_rooms": [other]}})["rooms"]["join"]) == [room]
+    answer = alice.sync(filter={"account_data": {"types": ["a"]}, "room": {"ephemeral": {"types": []}, "account_data": {"not_types": ["c"]}, "state": {"types": []}}})
+    assert types(answer["account_data"]["events"]) == ["a"] and not {"ephemeral", "account_data"} & joined(answer, room).keys()
+    assert joined(answer, room)["state"]["events"] == []
 
 
-@pytest.mark.parametrize("seed", range(8))
-def test_each_way_to_read_a_room_shows_what_the_history_visibility_lets_one_see(three, seed):
+@pytest.mark.parametrize("part, missing", [("timeline", "timeline"), ("state", "state"), ("ephemeral", "ephemeral"), ("account_data", "account_data")])
+def test_each_part_of_a_filter_may_choose_rooms(three, part, missing):
+    hs, alice, _, _, room = three
+    alice.typing(room), alice.set_account_data("c", {}, room)
+    for _ in range(12):
+        alice.say(room, "x")
+    entry = joined(alice.sync(), room)
+    assert all(entry[key]["events"] for key in ("timeline", "state", "ephemeral", "account_data"))
+    for narrow in ({"not_rooms": [room]}, {"rooms": []}):
+        entry = joined(alice.sync(filter={"room": {part: narrow}}), room)
+        assert not entry.get(missing, {"events": []})["events"]
+    assert joined(alice.sync(filter={"room": {part: {"rooms": [room]}}}), room)[missing]["events"]
+
+
+@pytest.mark.parametrize("narrow, found", [
+    ({"senders": ["@bob:localhost"]}, ["picture", "b"]), ({"not_senders": ["@bob:localhost"]}, ["a"]), ({"types": ["m.room.*"], "not_types": ["m.room.member"]}, ["a", "picture", "b"]),
+    ({"contains_url": True}, ["picture"]), ({"contains_url": False, "types": ["m.room.message"]}, ["a", "b"]), ({"types": []}, []), ({"limit": 1}, ["b"]), ({"limit": 0}, ["b"])])
+def test_a_filter_chooses_what_the_timeline_has(three, narrow, found):
+    hs, alice, bob, _, room = three
+    bob.join(room)
+    since = alice.sync()["next_batch"]
+    alice.say(room, "a"), bob.send(room, "m.room.message", {"msgtype": "m.image", "body": "picture", "url": "mxc://localhost/x"}), bob.say(room, "b")
+    rooms = alice.sync(since, filter={"room": {"timeline": narrow}}).get("rooms", {"join": {room: {"timeline": {"events": []}}}})
+    assert bodies(rooms["join"][room].get("timeline", {"events": []})["events"]) == found
+
+
+def test_state_that_a_filter_keeps_out_of_the_timeline_comes_as_state(three):
+    hs, alice, _, _, room = three
+    narrow = {"room": {"timeline": {"types": ["m.room.message"], "limit": 2}}}
+    since = alice.sync()["next_batch"]
+
+    def news():
+        entry = joined(alice.sync(since, filter=narrow), room)
+        return bodies(entry["timeline"]["events"]), [event["content"]["topic"] for event in entry["state"]["events"]]
+    alice.set_state(room, "m.room.topic", {"topic": "1"})
+    assert news() == ([], ["1"])
+    alice.say(room, "a")
+    alice.set_state(room, "m.room.topic", {"topic": "2"})
+    assert news() == (["a"], ["2"])
+    alice.say(room, "b"), alice.say(room, "c")
+    assert news() == (["b", "c"], ["2"])
+    alice.set_state(room, "m.room.topic", {"topic": "3"})
+    assert news() == (["b", "c"], ["2", "3"])
+    entry = joined(alice.sync(since, filter={"room": {"timeline": {"types": ["m.room.topic"]}, "state": {"not_types": ["m.room.member"]}}}), room)
+    assert types(entry["timeline"]["events"]) == ["m.room.topic"] * 3 and entry["state"]["events"] == []       # not twice
+
+
+def test_a_filter_may_leave_state_with_a_url_out(three):
+    hs, alice, _, _, room = three
+    alice.set_state(room, "m.room.avatar", {"url": "mxc://localhost/x"})
+    for _ in range(12):
+        alice.say(room, "x")
+    for contains, found in ((True, {"m.room.avatar"}), (None, {"m.room.avatar", "m.room.create"}), (False, {"m.room.create"})):
+        state = joined(alice.sync(filter={"room": {"state": {"contains_url": contains}}}), room)["state"]["events"]
+        assert {"m.room.avatar", "m.room.create"} & set(types(state)) == found
+
+
+@pytest.mark.parametrize("source, errcode", [({"event_format": "federation"}, "M_INVALID_PARAM"), ({"event_format": 5}, "M_BAD_JSON"), ({"presence": []}, "M_BAD_JSON"),
+                                             ({"presence": {"types": "x"}}, "M_BAD_JSON"), ({"room": {"timeline": {"rooms": [5]}}}, "M_BAD_JSON"), ({"room": {"timeline": {"limit": "x"}}}, "M_BAD_JSON")])
+def test_a_sync_filter_that_is_none_is_refused(three, source, errcode):
+    with refused(errcode, 400):
+        three[1].sync(filter=source)
+    assert three[1].sync(filter={"event_format": "client", "event_fields": ["type"]})
+
+
+def test_lazy_loading_tells_all_changes_of_members_in_a_gap(three):
+    hs, alice, bob, carol, room = three
+    lazy = {"room": {"state": {"lazy_load_members": True}, "timeline": {"limit": 2}}}
+    since = alice.sync(filter=lazy)["next_batch"]
+    bob.join(room), carol.join(room), carol.leave(room), bob.say(room, "1"), alice.say(room, "2"), alice.say(room, "3")
+    entry = joined(alice.sync(since, filter=lazy), room)
+    assert {event["state_key"]: event["content"]["membership"] for event in entry["state"]["events"]} == {bob.user_id: "join", carol.user_id: "leave", alice.user_id: "join"}
+
+
+def test_lazy_loading_tells_who_comes_back_between_two_syncs_who_has_left_meanwhile(three):
+    hs, alice, bob, carol, room = three
+    lazy = {"room": {"state": {"lazy_load_members": True}}}
+    bob.join(room), carol.join(room)
+    since = bob.sync(filter=lazy)["next_batch"]
+    carol.leave(room), bob.leave(room), bob.join(room)
+    entry = joined(bob.sync(since, filter=lazy), room)
+    assert entry["timeline"]["limited"]
+    assert {event["state_key"]: event["content"]["membership"] for event in entry["state"]["events"] if event["type"] == "m.room.member"} == {carol.user_id: "leave", bob.user_id: "leave"}
+
+
+def test_lazy_loading_gives_those_by_whom_a_room_without_a_name_is_known(three):
     hs, alice, bob, carol, _ = three
-    dice = asbridge.random.Random(seed)
+    lazy = {"room": {"state": {"lazy_load_members": True}, "timeline": {"limit": 1}}}
     room = alice.create_room(preset="public_chat")
-    start, said = bob.sync()["next_batch"], happens(dice, alice, bob, room)
-    history = History(all_messages(alice, room), bob.user_id)
-    seen, refused_all = history.seen_ids(), not history.seen and not history.upto
-    for dir in "fb":
-        page = readable(bob, "rooms", room, "messages", dir=dir, limit=100, filter='{"lazy_load_members":true}')
-        assert (page is None) == refused_all and ids(page["chunk"] if page else []) == (seen if dir == "f" else seen[::-1])
-        assert page is None or {*ids(page.get("state", []))} <= history.state(history.upto)
-    for n, event_id in enumerate(history.ids, 1):
-        may = n in history.seen
-        assert (readable(bob, "rooms", room, "event", event_id) is not None) == may
-        around = readable(bob, "rooms", room, "context", event_id, limit=100)
-        assert (around is not None) == may
-        if around:
-            assert [*ids(around["events_before"][::-1]), event_id, *ids(around["events_after"])] == seen
-            assert {*ids(around["state"])} == history.state(min(history.seen[-1], history.upto))
-        then, members = min(n, history.upto), readable(bob, "rooms", room, "members", at=asbridge.tick_of(event_id))
-        assert (members is not None) == (then in history.seen) or (then and then + 1 in history.seen)        # right before what one sees, too
-        assert members is None or {*ids(members["chunk"])} == history.state(then, "m.room.member")
-    for root in said:
-        page = readable(bob, "rooms", room, "relations", root, "m.thread")
-        assert (page is not None) == (root in seen) and ids(page["chunk"] if page else []) == (history.children(root)[::-1] if root in seen else [])
-    page = readable(bob, "rooms", room, "threads")
-    threads = {event["event_id"]: event["unsigned"]["m.relations"]["m.thread"] for event in page["chunk"]} if page else {}
-    assert {root: (one["count"], one["latest_event"]["event_id"]) for root, one in threads.items()} == {
-        root: (len(children), children[-1]) for root in said if root in seen and (children := history.children(root))}
-    for where, type in (("state", None), ("members", "m.room.member")):
-        page = readable(bob, "rooms", room, where)
-        assert {*ids(page["chunk"] if isinstance(page, dict) else page or [])} == history.state(history.upto, type) and (page is not None) == bool(history.upto)
-    topic = next((event for event in history.events[history.upto - 1::-1] if event["type"] == "m.room.topic"), None) if history.upto else None
-    assert readable(bob, "rooms", room, "state", "m.room.topic") == (topic and topic["content"])
-    assert (readable(bob, "rooms", room, "joined_members") is not None) == (readable(bob, "events", room_id=room) is not None) == (history.now == "join")
-    first = readable(bob, "rooms", room, "initialSync", limit=100)
-    assert (first is not None) == bool(history.upto)
-    if first:
-        assert ids(first["messages"]["chunk"]) == seen and {*ids(first["state"])} == history.state(history.upto)
-        assert history.now == "join" or not (first["presence"] or first["receipts"])
-    for since in (None, start):
-        rooms = bob.sync(since, filter={"room": {"rooms": [room], "include_leave": True, "timeline": {"limit": 100}}}).get("rooms", {})
-        section = {"join": "join", "invite": "invite"}.get(history.now, "leave")
-        entry = rooms.get(section, {}).get(room)
-        assert list(rooms) == ([section] if len(history.memberships) > 1 else [])
-        if section == "invite" or not entry:
-            continue
-        shown, own = ids(entry["timeline"]["events"]), [history.ids[history.memberships[-1][0] - 1]]
-        assert shown == own or shown == (seen if since is None else seen[-len(shown):])
-        state = {*ids(entry["state"]["events"])}
-        assert state == history.state(min(history.ids.index(shown[0]), history.upto)) if since is None and shown != own else state <= {*history.ids[:history.upto]}
+    carol.join(room), bob.join(room), alice.say(room, "x")
+
+    def members():
+        entry = joined(alice.sync(filter=lazy), room)
+        return entry["summary"]["m.heroes"], [event["state_key"] for event in entry["state"]["events"] if event["type"] == "m.room.member"]
+    assert members() == ([carol.user_id, bob.user_id], [alice.user_id, carol.user_id, bob.user_id])        # who came first
+    carol.leave(room), bob.leave(room), alice.say(room, "x")
+    assert set(members()[0]) == {carol.user_id, bob.user_id}
+    alice.set_state(room, "m.room.name", {"name": "n"}), alice.say(room, "x")
+    assert members()[1] == [alice.user_id]
 
 
-# -- Rooms: relations and threads.
+@pytest.mark.parametrize("where", ["sync?since=", "rooms/{room}/messages?from=", "rooms/{room}/messages?to=", "rooms/{room}/members?at="])
+def test_a_token_that_is_none_is_refused(three, where):
+    hs, alice, _, _, room = three
+    for token in ("x", "s1_2", "-1", "1.5"):
+        with refused("M_INVALID_PARAM", 400):
+            alice.call("GET", f"{V3}/{where.format(room=room)}{token}")
+
+
+def test_timelines_put_together_are_the_history_none_twice_none_missing(three):
+    """A property: whatever the limits and whoever writes meanwhile, sync and messages together are the room."""
+    hs, alice, bob, carol, room = three
+    bob.join(room), carol.join(room)
+
+    def write(client, name):
+        for i in range(40):
+            client.say(room, f"{name}{i}")
+            if i % 10 == 0:
+                client.typing(room), client.set_state(room, "m.room.member", {"membership": "join", "displayname": f"{name}{i}"}, client.user_id)
+    seen, since, limits = [], None, [1, 2, 3, 7, 50]
+    with ThreadPoolExecutor(3) as pool:
+        writers = [pool.submit(write, client, client.user_id[1]) for client in (alice, bob, carol)]
+        while True:
+            over = all(writer.done() for writer in writers)
+            answer = alice.sync(since, 0, {"room": {"timeline": {"limit": limits[len(seen) % 5]}}})
+            timeline = answer.get("rooms", {}).get("join", {}).get(room, {}).get("timeline", {"events": []})
+            gap, start = [], timeline.get("prev_batch")
+            while timeline.get("limited") and start:
+                page = alice.messages(room, "b", 4, **{"from": start, "to": since})
+                gap, start = gap + page["chunk"], page.get("end")
+            seen += [event["event_id"] for event in [*reversed(gap), *timeline["events"]]]
+            since = answer["next_batch"]
+            if over:
+                break
+        [writer.result() for writer in writers]
+    history = [event["event_id"] for event in all_messages(alice, room)]
+    assert seen == history and len(set(seen)) == len(seen) >= 132
+
+
+def test_rooms_that_are_asked_about_together_are_what_they_are_one_by_one(three, monkeypatch):
+    hs, alice, bob, carol, _ = three
+    for number in range(7):
+        room = alice.create_room(preset="public_chat", invite=[carol.user_id] if number % 2 else [])
+        for say in range(number):
+            alice.say(room, f"{say}")
+        if number != 3:
+            bob.join(room)
+        if number == 4:
+            bob.leave(room)
+        if number == 5:
+            receipt(bob, room, alice.say(room, "read"))
+            alice.set_state(room, "m.room.history_visibility", {"history_visibility": "joined"})
+    carol.join(room)
+    answers = []
+    for rooms_at_once in (1, 3, 100):
+        monkeypatch.setattr(asbridge, "ROOMS_AT_ONCE", rooms_at_once)
+        answers.append([re.sub(r'"age": \d+', '"age": 0', json.dumps(one.sync()["rooms"])) for one in (alice, bob, carol)])
+    assert answers[0] == answers[1] == answers[2] and len(json.loads(answers[0][1])["join"]) == 5
+
+
+def test_a_filter_by_url_is_for_events_of_rooms_and_does_no_harm_elsewhere(pair):
+    hs, alice, bob, _, since = pair
+    bob.typing(bob.joined_rooms()[0])
+    part = {"contains_url": True}
+    chosen = {"presence": part, "account_data": part, "room": {"ephemeral": part, "account_data": part, "state": part, "timeline": part}}
+    assert alice.ask("GET", "sync", filter=json.dumps(chosen))["next_batch"]
+
+
+# -- Sync: the state after the timeline.
+
+@pytest.mark.parametrize("prefix", ["", "org.matrix.msc4222."])
+def test_the_state_may_be_asked_for_as_it_is_after_the_timeline(three, prefix):
+    hs, alice, bob, _, room = three
+
+    def sync(since=None, client=alice, section="join", **more):
+        answer = client.call("GET", V3 + "/sync", since=since, **{f"{prefix}use_state_after": "true"}, **more)
+        entry = answer["rooms"][section][room]
+        assert "state" not in entry
+        return types(entry.get("timeline", {"events": []})["events"]), {event["type"]: event["content"] for event in entry[f"{prefix}state_after"]["events"]}, answer["next_batch"]
+    alice.set_state(room, "m.room.topic", {"topic": "1"})
+    timeline, state, since = sync()
+    assert timeline[-1] == "m.room.topic" and state["m.room.topic"] == {"topic": "1"} and "m.room.create" in state
+    alice.say(room, "x")
+    assert sync(since)[:2] == (["m.room.message"], {})
+    alice.set_state(room, "m.room.topic", {"topic": "2"})
+    alice.set_state(room, "m.room.topic", {"topic": "3"})
+    assert sync(since)[1] == {"m.room.topic": {"topic": "3"}}
+    assert sync(since, filter=json.dumps({"room": {"timeline": {"limit": 1}}}))[:2] == (["m.room.topic"], {"m.room.topic": {"topic": "3"}})
+    since = sync(since)[2]
+    alice.typing(room)
+    assert sync(since)[:2] == ([], {})                       # there, though it is empty
+    assert sync(sync(since)[2], full_state="true")[1]["m.room.topic"] == {"topic": "3"}
+    bob.join(room)
+    since = bob.sync()["next_batch"]
+    bob.leave(room)
+    assert sync(since, bob, "leave")[1] == {"m.room.member": {"membership": "leave"}}
+
+
+@pytest.mark.parametrize("name, key", [("use_state_after", "state_after"), ("org.matrix.msc4222.use_state_after", "org.matrix.msc4222.state_after")])
+def test_a_sync_may_have_the_state_at_the_end_of_the_timeline_in_place_of_that_at_its_start(three, name, key):
+    hs, alice, bob, _, room = three
+    first = joined(alice.ask("GET", "sync", **{name: "true"}, filter=json.dumps({"room": {"timeline": {"limit": 1}}})), room)
+    assert "state" not in first and {event["type"] for event in first[key]["events"]} == {
+        event["type"] for event in alice.all_state(room)}
+    since = alice.sync()["next_batch"]
+    alice.set_state(room, "m.room.topic", {"topic": "one"})
+    alice.set_state(room, "m.room.topic", {"topic": "two"})
+    alice.say(room, "after")
+    entry = joined(alice.ask("GET", "sync", since=since, **{name: "true"}), room)
+    assert [event["content"] for event in entry[key]["events"]] == [{"topic": "two"}] and len(entry["timeline"]["events"]) == 3
+    assert key not in joined(alice.ask("GET", "sync", since=since, **{name: "false"}), room)
+
+
+# -- Sync: the echo of one's own event.
+
+@pytest.mark.parametrize("related", [True, False])
+def test_the_device_that_sent_a_relation_sees_it_in_its_sync_a_little_later_than_the_others(pair, monkeypatch, related):
+    hs, alice, bob, _, since = pair
+    room = alice.joined_rooms()[0]
+    root = alice.say(room, "root")
+    tokens = [client.sync()["next_batch"] for client in (alice, bob, alice)]
+    monkeypatch.setattr(asbridge, "ECHO_SECONDS", 0.3)
+    with background(alice.sync, tokens[2], 20_000) as own, background(bob.sync, tokens[1], 20_000) as others:
+        eventually(lambda: len(hs.world.store.waiters.among({alice.user_id, bob.user_id})) == 2)
+        began = time.monotonic()
+        alice.send(room, "m.room.message", {"body": "x", **({"m.relates_to": {"rel_type": "m.thread", "event_id": root}} if related else {})})
+        assert others.result(5) and time.monotonic() - began < 0.3
+        own.result(5)
+        assert (time.monotonic() - began >= 0.3) == related
+
+
+# -- Sync: what comes of those whom one ignores.
+
+def test_what_an_ignored_user_says_does_not_come_but_what_changes_the_room_does(three):
+    hs, alice, bob, _, room = three
+    bob.join(room)
+    alice.set_account_data("m.ignored_user_list", {"ignored_users": {bob.user_id: {}}})
+    since = alice.sync()["next_batch"]
+    before = bob.say(room, "unheard")
+    bob.set_displayname("Bobby")
+    alice.say(room, "own")
+    events = joined(alice.sync(since), room)["timeline"]["events"]
+    assert bodies(events) == ["own"] and [event["content"].get("displayname") for event in events if event["type"] == "m.room.member"] == ["Bobby"]
+    assert "unheard" not in bodies(alice.messages(room)["chunk"])
+    own = alice.ask("GET", "rooms", room, "context", alice.say(room, "again"))
+    assert "unheard" not in bodies(own["events_before"])
+    assert alice.event(room, before)["content"]["body"] == "unheard"     # asked for by its ID, it is there
+    alice.set_account_data("m.ignored_user_list", {"ignored_users": {}})
+    assert "unheard" in bodies(alice.messages(room)["chunk"])
+
+
+def test_an_invitation_of_an_ignored_user_does_not_come(three):
+    hs, alice, bob, carol, room = three
+    alice.set_account_data("m.ignored_user_list", {"ignored_users": {bob.user_id: {}}})
+    since = alice.sync()["next_batch"]
+    bob.create_room(invite=[alice.user_id])
+    wanted = carol.create_room(invite=[alice.user_id])
+    assert list(alice.sync(since)["rooms"]["invite"]) == list(alice.sync()["rooms"]["invite"]) == [wanted]
+
+
+@pytest.mark.parametrize("content", [{}, {"ignored_users": []}, {"ignored_users": ["@bob:localhost"]}, {"ignored_users": "@bob:localhost"}, {"ignored_users": None}])
+def test_a_list_of_ignored_users_that_is_none_ignores_nobody(three, content):
+    hs, alice, bob, _, room = three
+    bob.join(room)
+    alice.set_account_data("m.ignored_user_list", content)
+    bob.say(room, "heard")
+    assert "heard" in bodies(joined(alice.sync(), room)["timeline"]["events"])
+
+
+def test_the_relations_of_an_event_are_without_those_of_whom_one_ignores(three):
+    hs, alice, bob, _, room = three
+    bob.join(room)
+    said = alice.say(room, "x")
+    reaction = {"m.relates_to": {"rel_type": "m.annotation", "event_id": said, "key": "+"}}
+    bob.send(room, "m.reaction", reaction), alice.send(room, "m.reaction", reaction)
+    alice.set_account_data("m.ignored_user_list", {"ignored_users": {bob.user_id: {}}})
+    found = alice.call("GET", f"/_matrix/client/v1/rooms/{room}/relations/{said}")["chunk"]
+    assert [event["sender"] for event in found] == [alice.user_id]
+
+
+def test_a_long_poll_does_not_end_with_what_somebody_ignored_says(three):
+    hs, alice, bob, _, room = three
+    bob.join(room)
+    alice.set_account_data("m.ignored_user_list", {"ignored_users": {bob.user_id: {}}})
+    since = alice.sync()["next_batch"]
+    with background(alice.sync, since, 30_000) as future:
+        eventually(lambda: hs.world.store.waiters.among({alice.user_id}))
+        bob.say(room, "not this")
+        alice.say(room, "this")
+        assert bodies(joined(future.result(5), room)["timeline"]["events"]) == ["this"]
+
+
+# -- The older way: /events and a room's /initialSync.
+
+def test_events_are_a_plain_list_of_what_happened_since_a_token_and_the_next_token(pair):
+    hs, alice, bob, carol, since = pair
+    room = alice.joined_rooms()[0]
+    bob.say(room, "one")
+    bob.typing(room)
+    invited = carol.create_room(invite=[alice.user_id])
+    answer = alice.ask("GET", "events", **{"from": since})
+    assert answer["start"] == since and bodies([event for event in answer["chunk"] if event["type"] == "m.room.message"]) == ["one"]
+    assert {(event["type"], event.get("room_id")) for event in answer["chunk"]} >= {("m.room.message", room), ("m.typing", room), ("m.room.member", invited)}
+    assert alice.ask("GET", "events", **{"from": answer["end"]})["chunk"] == []
+    other = alice.create_room()
+    chunk = alice.ask("GET", "events", room_id=room, **{"from": answer["end"]})["chunk"]
+    assert other not in [event.get("room_id") for event in chunk]
+    with refused("M_FORBIDDEN", 403):
+        carol.ask("GET", "events", room_id=room)
+
+
+def test_events_wait_from_now_on_if_no_token_is_given(pair):
+    hs, alice, bob, _, since = pair
+    room = alice.joined_rooms()[0]
+    with background(alice.ask, "GET", "events", timeout="20000") as waiting:
+        eventually(lambda: hs.world.store.waiters.among({alice.user_id}))
+        bob.say(room, "now")
+        assert bodies(waiting.result(5)["chunk"]) == ["now"]
+
+
+def test_the_initial_sync_of_a_room_is_its_state_and_its_last_messages(three):
+    hs, alice, bob, carol, room = three
+    bob.join(room)
+    for n in range(5):
+        alice.say(room, str(n))
+    bob.set_account_data("org.x", {"a": 1}, room)
+    bob.receipt(room, read := alice.say(room, "5"))
+    alice.sync()
+    answer = bob.ask("GET", "rooms", room, "initialSync", limit=4)
+    assert list(answer["receipts"][0]["content"]) == [read] and presences({"presence": {"events": answer["presence"]}}) == {
+        alice.user_id: "online", bob.user_id: "offline"}
+    assert (answer["room_id"], answer["membership"], answer["visibility"]) == (room, "join", "private")
+    assert bodies(answer["messages"]["chunk"]) == ["2", "3", "4", "5"]
+    older = bob.messages(room, "b", 2, **{"from": answer["messages"]["start"]})["chunk"]
+    assert bodies(older) == ["1", "0"]
+    assert {event["type"] for event in answer["state"]} >= {"m.room.create", "m.room.member", "m.room.power_levels"}
+    assert answer["account_data"] == [{"type": "org.x", "content": {"a": 1}}]
+    with refused("M_FORBIDDEN", 403):
+        carol.ask("GET", "rooms", room, "initialSync")
+
+
+# -- Data of clients: account data, tags, filters, OpenID.
+
+def test_account_data_is_kept_and_synced_for_the_account_and_for_rooms(three):
+    hs, alice, bob, _, room = three
+    since = alice.sync()["next_batch"]
+    for where in (None, room):
+        with refused("M_NOT_FOUND", 404):
+            alice.account_data("org.x", where)
+        alice.set_account_data("org.x", {"where": where or "account"}, where)
+        assert alice.account_data("org.x", where) == {"where": where or "account"}
+    for since in (since, None):
+        answer = alice.sync(since)
+        assert answer["account_data"]["events"][0] == {"type": "org.x", "content": {"where": "account"}}
+        assert joined(answer, room)["account_data"]["events"] == [{"type": "org.x", "content": {"where": room}}]
+    with refused("M_FORBIDDEN", 403):
+        bob.call("GET", path("user", alice.user_id, "account_data", "org.x"))
+
+
+def test_account_data_of_a_room_that_was_set_before_joining_comes_with_the_join(start):
+    hs = start()
+    alice, bob = hs.client("alice"), hs.client("bob")
+    room = alice.create_room(invite=[bob.user_id])
+    bob.set_account_data("x", {"a": 1}, room)
+    since = bob.sync()["next_batch"]
+    bob.join(room)
+    assert {"type": "x", "content": {"a": 1}} in bob.sync(since)["rooms"]["join"][room]["account_data"]["events"]
+
+
+def test_tags_are_set_taken_off_and_told_as_account_data(three):
+    hs, alice, bob, _, room = three
+    tags = path("user", alice.user_id, "rooms", room, "tags")
+    assert alice.call("GET", tags) == {"tags": {}}
+    alice.call("PUT", tags + "/m.favourite", {"order": 0.5})
+    alice.call("PUT", tags + "/u.work", {})
+    assert alice.call("GET", tags) == {"tags": {"m.favourite": {"order": 0.5}, "u.work": {}}} == alice.account_data("m.tag", room)
+    alice.call("DELETE", tags + "/u.work")
+    assert joined(alice.sync(), room)["account_data"]["events"] == [{"type": "m.tag", "content": {"tags": {"m.favourite": {"order": 0.5}}}}]
+    with refused("M_FORBIDDEN", 403):
+        bob.call("GET", tags)
+
+
+def test_account_data_that_is_no_list_of_tags_does_not_spoil_tagging(three):
+    hs, alice, _, _, room = three
+    alice.set_account_data("m.tag", {"tags": 5}, room)
+    alice.call("PUT", path("user", alice.user_id, "rooms", room, "tags", "u.x"), {})
+    assert alice.account_data("m.tag", room) == {"tags": {"u.x": {}}}
+
+
+def test_a_stored_filter_is_given_back_used_and_ones_own(three):
+    hs, alice, bob, _, room = three
+    source = {"room": {"timeline": {"limit": 1, "types": ["m.room.message"]}}}
+    url = path("user", alice.user_id, "filter")
+    filter_id = alice.call("POST", url, source)["filter_id"]
+    assert alice.call("GET", f"{url}/{filter_id}") == source and alice.call("POST", url, source)["filter_id"] == filter_id
+    alice.say(room, "1"), alice.say(room, "2"), alice.set_state(room, "x", {})
+    for filter in (filter_id, source):
+        assert bodies(joined(alice.sync(filter=filter), room)["timeline"]["events"]) == ["2"]
+    with refused("M_NOT_FOUND", 404):
+        alice.call("GET", url + "/999")
+    with refused("M_NOT_FOUND", 404):
+        bob.sync(filter=filter_id)
+    with refused("M_FORBIDDEN", 403):
+        bob.call("GET", f"{url}/{filter_id}")
+
+
+@pytest.mark.parametrize("source", [{"room": 5}, {"room": {"timeline": {"limit": "1"}}}, {"room": {"timeline": {"types": "x"}}}, {"room": {"rooms": [5]}}])
+def test_a_filter_that_is_none_is_refused(three, source):
+    alice = three[1]
+    for use in (lambda: alice.sync(filter=source), lambda: alice.call("POST", path("user", alice.user_id, "filter"), source)):
+        with refused("M_BAD_JSON", 400):
+            use()
+
+
+@pytest.mark.parametrize("method, where, body, status, errcode", [
+    ("PUT", "C/profile/{user}/displayname", {"displayname": "x" * 257}, 400, "M_INVALID_PARAM"), ("PUT", "C/profile/{user}/avatar_url", {"avatar_url": "mxc://" + "x" * 1000}, 400, "M_INVALID_PARAM"),
+    ("PUT", "C/presence/{user}/status", {"presence": "online", "status_msg": "x" * 1001}, 400, "M_INVALID_PARAM"), ("PUT", "U/rooms/{room}/tags/x", {"x": "y" * 66_000}, 413, "M_TOO_LARGE")])
+def test_what_others_are_shown_or_what_is_written_anew_each_time_has_a_largest_size(target, method, where, body, status, errcode):
+    got, answer = target.ask(method, target.filled(pattern_of(where), quote), json.dumps(body).encode())
+    assert (got, json.loads(answer)["errcode"]) == (status, errcode)
+    assert target.ghost.profile()["displayname"] != "x" * 257
+
+
+def test_an_openid_token_tells_a_third_party_who_somebody_is_for_an_hour(three):
+    hs, alice, bob, _, _ = three
+    made = alice.call("POST", path("user", alice.user_id, "openid", "request_token"), {})
+    assert made["token_type"] == "Bearer" and made["matrix_server_name"] == "localhost" and made["expires_in"] == 3600
+    where = "/_matrix/federation/v1/openid/userinfo?access_token="
+    assert ask(hs, "GET", where + made["access_token"]) == (200, {"sub": alice.user_id})
+    assert ask(hs, "GET", where + alice.token)[1]["errcode"] == "M_UNKNOWN_TOKEN"
+    assert ask(hs, "GET", path("account", "whoami"), made["access_token"])[0] == 401
+    with refused("M_FORBIDDEN", 403):
+        bob.call("POST", path("user", alice.user_id, "openid", "request_token"), {})
+    hs.advance(3601)
+    assert ask(hs, "GET", where + made["access_token"])[0] == 401
+
+
+# -- The directory: of rooms.
+
+def test_the_directory_has_the_published_rooms_with_the_fields_that_clients_read(three):
+    hs, alice, bob, carol, room = three
+    alice.create_room(name="private", visibility="private", preset="public_chat")
+    alice.create_room(name="listed, but for those invited only", visibility="public", preset="private_chat")
+    big = alice.create_room(name="Big", topic="t", visibility="public", room_alias_name="big", creation_content={"type": "m.space"})
+    small = alice.create_room(name="Small", visibility="public", initial_state=[
+        {"type": "m.room.history_visibility", "content": {"history_visibility": "world_readable"}}, {"type": "m.room.guest_access", "content": {"guest_access": "can_join"}}])
+    bob.join(big)
+    answer = ask(hs, "GET", V3 + "/publicRooms")[1]
+    assert answer["total_room_count_estimate"] == 2 and answer["chunk"] == [
+        {"room_id": big, "num_joined_members": 2, "world_readable": False, "guest_can_join": False, "join_rule": "public", "name": "Big",
+         "topic": "t", "canonical_alias": "#big:localhost", "room_type": "m.space"},
+        {"room_id": small, "num_joined_members": 1, "world_readable": True, "guest_can_join": True, "join_rule": "public", "name": "Small"}]
+
+
+def test_the_directory_is_paged_and_searched(three):
+    hs, alice = three[:2]
+    for i in range(5):
+        alice.create_room(name=f"room {i}", visibility="public")
+    seen, since = [], None
+    while True:
+        page = alice.call("GET", V3 + "/publicRooms", limit=2, since=since)
+        seen += [room["name"] for room in page["chunk"]]
+        if not (since := page.get("next_batch")):
+            break
+    assert seen == [f"room {i}" for i in range(5)] and page["prev_batch"]
+    found = alice.call("POST", V3 + "/publicRooms", {"filter": {"generic_search_term": "ROOM 3"}, "limit": 10})
+    assert [room["name"] for room in found["chunk"]] == ["room 3"]
+
+
+def test_the_directory_is_searched_by_the_types_of_rooms(three):
+    hs, alice = three[:2]
+    for name, type in (("plain", None), ("space", "m.space"), ("other", "org.x")):
+        alice.create_room(name=name, visibility="public", creation_content={"type": type} if type else {})
+    for types, found in (([None], ["plain"]), (["m.space"], ["space"]), ([None, "org.x"], ["plain", "other"]), (["none"], []), ([], ["plain", "space", "other"])):
+        assert directory(alice, filter={"room_types": types}) == found
+    with refused("M_BAD_JSON", 400, "room_types"):
+        directory(alice, filter={"room_types": [5]})
+
+
+def test_the_pages_of_the_directory_lead_forth_and_back(three):
+    hs, alice = three[:2]
+    for i in range(5):
+        alice.create_room(name=f"room {i}", visibility="public")
+    pages, since = [], None
+    while since is not None or not pages:
+        page = alice.call("POST", V3 + "/publicRooms", {"limit": 2, **({"since": since} if since else {})})
+        assert page["total_room_count_estimate"] == 5
+        pages.append([room["name"] for room in page["chunk"]])
+        since = page.get("next_batch")
+    assert pages == [["room 0", "room 1"], ["room 2", "room 3"], ["room 4"]]
+    assert directory(alice, limit=2, since=page["prev_batch"]) == pages[1]
+    assert len(directory(alice, limit=0)) == len(alice.call("GET", V3 + "/publicRooms", limit=0)["chunk"]) == 5       # no limit, as Synapse has it
+
+
+def test_a_room_that_all_have_left_is_not_listed(three):
+    hs, alice = three[:2]
+    room = alice.create_room(name="over", visibility="public")
+    assert directory(alice) == ["over"]
+    alice.leave(room)
+    assert directory(alice) == []
+
+
+def test_the_directory_of_another_server_is_refused_with_the_reason(three):
+    hs, alice = three[:2]
+    alice.create_room(name="here", visibility="public")
+    for method, body in (("GET", None), ("POST", {})):
+        assert alice.call(method, V3 + "/publicRooms", body, server="localhost")["total_room_count_estimate"] == 1
+        with refused("M_FORBIDDEN", 403, "elsewhere"):
+            alice.call(method, V3 + "/publicRooms", body, server="elsewhere")
+
+
+def test_an_application_service_keeps_a_directory_for_each_of_its_networks(start, recorder):
+    r = recorder()
+    r.answer = lambda request, body: (200, {"instances": [{"network_id": "libera"}]})
+    hs = start(registration("irc", r.url, protocols=["irc"]), registration("other", users=["@x.*"], aliases=[]))
+    alice, irc, other = hs.client("alice"), hs.appservice("irc"), hs.appservice("other")
+    own, both, tea, coffee, hidden = (alice.create_room(name=name, preset=preset, visibility=visibility) for name, preset, visibility in (
+        ("own", None, "public"), ("both", None, "public"), ("tea", "public_chat", None), ("coffee", "public_chat", None), ("hidden", None, None)))
+    for service, network, rooms in ((irc, "libera", (both, tea, hidden)), (irc, "of/tc", (tea,)), (other, "libera", (coffee,))):
+        for room in rooms:
+            for _ in range(2):                               # again is no error
+                assert service.ask("PUT", "directory", "list", "appservice", network, room, body={"visibility": "public"}) == {}
+    network = third_party(alice, "protocol", "irc")["instances"][0]["instance_id"]
+    assert network == "irc|libera" and directory(alice, third_party_instance_id=network) == ["both", "tea"]
+    assert directory(alice, third_party_instance_id="irc|of/tc") == ["tea"] and directory(alice, third_party_instance_id="other|libera") == ["coffee"]
+    assert directory(alice, third_party_instance_id="irc|none") == directory(alice, third_party_instance_id="none") == []
+    assert directory(alice) == ["own", "both"] and directory(alice, include_all_networks=True) == ["own", "both", "tea", "coffee"]
+    assert directory(alice, include_all_networks=True, filter={"generic_search_term": "T"}) == ["both", "tea"]
+    irc.ask("PUT", "directory", "list", "appservice", "libera", tea, body={"visibility": "private"})
+    assert directory(alice, third_party_instance_id="irc|libera") == ["both"] and directory(alice, third_party_instance_id="irc|of/tc") == ["tea"]
+    with refused("M_INVALID_PARAM", 400, "include_all_networks"):
+        directory(alice, include_all_networks=True, third_party_instance_id="irc|libera")
+    assert {"room_id", "num_joined_members", "world_readable", "guest_can_join", "join_rule", "name"} == set(
+        alice.call("POST", V3 + "/publicRooms", {"include_all_networks": True})["chunk"][0])
+
+
+def test_a_directory_of_a_network_is_for_its_service_and_for_rooms_that_there_are(start):
+    hs = start(registration())
+    alice = hs.client("alice")
+    room, irc = alice.create_room(preset="public_chat"), hs.appservice("irc")
+    where = ("directory", "list", "appservice", "irc")
+    with refused("M_FORBIDDEN", 403, "as_token"):
+        alice.ask("PUT", *where, room, body={"visibility": "public"})
+    for room_id, body, errcode in (("!none:localhost", {}, "M_NOT_FOUND"), (room, {"visibility": "x"}, "M_INVALID_PARAM"), (room, {"visibility": 5}, "M_BAD_JSON")):
+        with refused(errcode):
+            irc.ask("PUT", *where, room_id, body=body)
+
+
+def test_a_network_is_not_listed_while_its_service_is_gone(start):
+    one, two = registration("one"), registration("two", users=["@two.*"], aliases=[])
+    hs = start(one, two)
+    alice = hs.client("alice")
+    room = alice.create_room(name="tea", preset="public_chat")
+    hs.appservice("two").ask("PUT", "directory", "list", "appservice", "net", room, body={"visibility": "public"})
+    for registrations, found in (([one], []), ([one, two], ["tea"])):
+        hs.reread = lambda: [asbridge.read_registration(each, "test") for each in registrations]
+        hs.reload()
+        assert directory(alice, third_party_instance_id="two|net") == directory(alice, include_all_networks=True) == found
+
+
+@pytest.mark.parametrize("since", ["9" * 5000, "x", "-1", "01", "\u0661"])
+def test_a_place_in_the_directory_that_is_none_is_refused(three, since):
+    assert three[1].call("POST", V3 + "/publicRooms", {"since": "1"})
+    with refused("M_INVALID_PARAM", 400, "since"):
+        three[1].call("POST", V3 + "/publicRooms", {"since": since})
+
+
+def test_a_room_is_listed_by_those_with_the_power_to_name_it(three):
+    hs, alice, bob, _, room = three
+    bob.join(room)
+    url = path("directory", "list", "room", room)
+    assert ask(hs, "GET", url) == (200, {"visibility": "private"})
+    with refused("M_FORBIDDEN", 403):
+        bob.call("PUT", url, {"visibility": "public"})
+    with refused("M_INVALID_PARAM", 400):
+        alice.call("PUT", url, {"visibility": "x"})
+    alice.call("PUT", url, {"visibility": "public"})
+    assert ask(hs, "GET", url) == (200, {"visibility": "public"})
+    assert ask(hs, "GET", path("directory", "list", "room", "!none:localhost"))[0] == 404
+
+
+# -- The directory: of what is in a space.
+
+def hierarchy(client, room, **query):
+    answer = client.call("GET", f"/_matrix/client/v1/rooms/{urllib.parse.quote(room)}/hierarchy", **query)
+    return [entry["room_id"] for entry in answer["rooms"]], answer
+
+
+def test_a_space_lists_the_rooms_below_it_that_one_may_see(three):
+    hs, alice, bob, _, room = three
+    hidden = alice.create_room()
+    below = alice.create_room(preset="public_chat", creation_content={"type": "m.space"})
+    space = alice.create_room(preset="public_chat", creation_content={"type": "m.space"})
+    for parent, child, order in ((space, below, "b"), (space, room, "a"), (space, hidden, "c"), (below, room, "a")):
+        alice.set_state(parent, "m.space.child", {"via": ["localhost"], "order": order}, child)
+    assert hierarchy(bob, space)[0] == [space, room, below]
+    assert hierarchy(alice, space)[0] == [space, room, below, hidden]
+    assert hierarchy(bob, space, max_depth=0)[0] == [space]
+    first = hierarchy(bob, space, limit=2)[1]["rooms"][0]
+    assert first["room_type"] == "m.space" and [event["state_key"] for event in first["children_state"]] == [room, below, hidden]
+
+
+def test_of_a_space_no_more_is_looked_at_than_is_shown(three, monkeypatch):
+    hs, alice, *_ = three
+    space, looked_at, look = alice.create_room(creation_content={"type": "m.space"}), [], asbridge.Rooms._space_entry
+    children = [alice.create_room() for _ in range(6)]
+    for n, child in enumerate(children):
+        alice.set_state(space, "m.space.child", {"via": ["localhost"], "order": str(n)}, child)
+    monkeypatch.setattr(asbridge.Rooms, "_space_entry", staticmethod(lambda *args: looked_at.append(args[2]) or look(*args)))
+    rooms, answer = hierarchy(alice, space, limit=2)
+    assert rooms == [space, children[0]] and looked_at == [space, *children[:2]]
+    pages = [rooms]
+    while "next_batch" in answer:
+        rooms, answer = hierarchy(alice, space, limit=2, **{"from": answer["next_batch"]})
+        pages.append(rooms)
+    assert [*itertools.chain(*pages)] == [space, *children]
+
+
+@pytest.mark.parametrize("allow, seen", [
+    (lambda space: [{"type": "m.room_membership", "room_id": space}], True), (lambda space: [{"type": "m.room_membership", "room_id": "!gone:localhost"}], False),
+    (lambda space: ["x", 5, {}, {"room_id": 5}], False), (lambda space: {"room_id": space}, False), (lambda space: None, False)])
+def test_a_restricted_room_is_seen_in_a_hierarchy_by_who_is_in_a_room_that_it_names(three, allow, seen):
+    hs, alice, bob, carol, _ = three
+    space = alice.create_room(preset="public_chat", creation_content={"type": "m.space"})
+    rule = {"join_rule": "restricted", "allow": allow(space)}
+    room = alice.create_room(initial_state=[{"type": "m.room.join_rules", "content": rule}])
+    alice.set_state(space, "m.space.child", {"via": ["localhost"]}, room)
+    bob.join(space)
+    assert hierarchy(bob, space)[0] == [space, room] * seen + [space] * (not seen)
+    assert hierarchy(carol, space)[0] == [space]
+
+
+def test_a_hierarchy_comes_in_pages_and_may_have_what_is_suggested_only(three):
+    hs, alice, bob, _, room = three
+    space = alice.create_room(preset="public_chat")
+    other = alice.create_room(preset="public_chat")
+    alice.set_state(space, "m.space.child", {"via": ["localhost"]}, room)
+    alice.set_state(space, "m.space.child", {"via": ["localhost"], "suggested": True}, other)
+    assert hierarchy(bob, space, suggested_only="true")[0] == [space, other]
+    first, answer = hierarchy(bob, space, limit=2)
+    assert len(first) == 2 and first + hierarchy(bob, space, limit=2, **{"from": answer["next_batch"]})[0] == hierarchy(bob, space)[0]
+    alice.set_state(space, "m.space.child", {}, room)
+    assert room not in hierarchy(bob, space)[0]
+    with refused("M_FORBIDDEN", 403):
+        hierarchy(bob, alice.create_room())
+
+
+# -- The directory: of users.
+
+def test_the_user_directory_has_those_whom_one_meets(three):
+    hs, alice, bob, carol, room = three
+    search = lambda client, term, **more: client.call("POST", path("user_directory", "search"), {"search_term": term, **more})  # noqa: E731
+    assert search(bob, "alice")["results"] == []
+    bob.join(room)
+    alice.set_displayname("Alice Liddell")
+    assert search(bob, "LIDD") == {"results": [{"user_id": alice.user_id, "display_name": "Alice Liddell"}], "limited": False}
+    assert search(bob, "carol")["results"] == []
+    carol.create_room(visibility="public")
+    assert [one["user_id"] for one in search(bob, "carol")["results"]] == [carol.user_id]
+    assert search(bob, "localhost", limit=1)["limited"]
+
+
+# -- Relations and threads.
 
 def test_the_events_that_relate_to_one_are_listed_the_latest_first(three):
     hs, alice, bob, _, room = three
@@ -6263,240 +7098,7 @@ def test_who_has_left_is_still_told_the_threads_as_they_were(three):
     assert [(event["event_id"], bundled(event)["m.thread"]["count"]) for event in found] == [(root, 1)]
 
 
-# -- Rooms: aliases and the directory.
-
-def test_an_alias_is_made_found_and_deleted(three):
-    hs, alice, bob, _, room = three
-    alice.set_alias("#two:localhost", room)
-    assert ask(hs, "GET", path("directory", "room", "#two:localhost")) == (200, {"room_id": room, "servers": ["localhost"]})
-    assert alice.call("GET", path("rooms", room, "aliases")) == {"aliases": ["#room:localhost", "#two:localhost"]}
-    with refused("M_UNKNOWN", 409):
-        alice.set_alias("#two:localhost", room)
-    with refused("M_FORBIDDEN", 403):
-        bob.delete_alias("#two:localhost")
-    with refused("M_FORBIDDEN", 403):
-        bob.set_alias("#three:localhost", room)
-    alice.delete_alias("#two:localhost")
-    for look in (lambda: alice.resolve("#two:localhost"), lambda: alice.delete_alias("#two:localhost")):
-        with refused("M_NOT_FOUND", 404):
-            look()
-
-
-@pytest.mark.parametrize("alias", ["#x", "#x:elsewhere.org", "x:localhost", "#:localhost", "#" + "x" * 250 + ":localhost"])
-def test_an_alias_that_is_none_is_refused(three, alias):
-    with refused("M_INVALID_PARAM", 400):
-        three[1].set_alias(alias, three[4])
-
-
-def test_the_directory_has_the_published_rooms_with_the_fields_that_clients_read(three):
-    hs, alice, bob, carol, room = three
-    alice.create_room(name="private", visibility="private", preset="public_chat")
-    alice.create_room(name="listed, but for those invited only", visibility="public", preset="private_chat")
-    big = alice.create_room(name="Big", topic="t", visibility="public", room_alias_name="big", creation_content={"type": "m.space"})
-    small = alice.create_room(name="Small", visibility="public", initial_state=[
-        {"type": "m.room.history_visibility", "content": {"history_visibility": "world_readable"}}, {"type": "m.room.guest_access", "content": {"guest_access": "can_join"}}])
-    bob.join(big)
-    answer = ask(hs, "GET", V3 + "/publicRooms")[1]
-    assert answer["total_room_count_estimate"] == 2 and answer["chunk"] == [
-        {"room_id": big, "num_joined_members": 2, "world_readable": False, "guest_can_join": False, "join_rule": "public", "name": "Big",
-         "topic": "t", "canonical_alias": "#big:localhost", "room_type": "m.space"},
-        {"room_id": small, "num_joined_members": 1, "world_readable": True, "guest_can_join": True, "join_rule": "public", "name": "Small"}]
-
-
-def test_the_directory_is_paged_and_searched(three):
-    hs, alice = three[:2]
-    for i in range(5):
-        alice.create_room(name=f"room {i}", visibility="public")
-    seen, since = [], None
-    while True:
-        page = alice.call("GET", V3 + "/publicRooms", limit=2, since=since)
-        seen += [room["name"] for room in page["chunk"]]
-        if not (since := page.get("next_batch")):
-            break
-    assert seen == [f"room {i}" for i in range(5)] and page["prev_batch"]
-    found = alice.call("POST", V3 + "/publicRooms", {"filter": {"generic_search_term": "ROOM 3"}, "limit": 10})
-    assert [room["name"] for room in found["chunk"]] == ["room 3"]
-
-
-def test_the_directory_is_searched_by_the_types_of_rooms(three):
-    hs, alice = three[:2]
-    for name, type in (("plain", None), ("space", "m.space"), ("other", "org.x")):
-        alice.create_room(name=name, visibility="public", creation_content={"type": type} if type else {})
-    for types, found in (([None], ["plain"]), (["m.space"], ["space"]), ([None, "org.x"], ["plain", "other"]), (["none"], []), ([], ["plain", "space", "other"])):
-        assert directory(alice, filter={"room_types": types}) == found
-    with refused("M_BAD_JSON", 400, "room_types"):
-        directory(alice, filter={"room_types": [5]})
-
-
-def test_the_pages_of_the_directory_lead_forth_and_back(three):
-    hs, alice = three[:2]
-    for i in range(5):
-        alice.create_room(name=f"room {i}", visibility="public")
-    pages, since = [], None
-    while since is not None or not pages:
-        page = alice.call("POST", V3 + "/publicRooms", {"limit": 2, **({"since": since} if since else {})})
-        assert page["total_room_count_estimate"] == 5
-        pages.append([room["name"] for room in page["chunk"]])
-        since = page.get("next_batch")
-    assert pages == [["room 0", "room 1"], ["room 2", "room 3"], ["room 4"]]
-    assert directory(alice, limit=2, since=page["prev_batch"]) == pages[1]
-    assert len(directory(alice, limit=0)) == len(alice.call("GET", V3 + "/publicRooms", limit=0)["chunk"]) == 5       # no limit, as Synapse has it
-
-
-def test_a_room_that_all_have_left_is_not_listed(three):
-    hs, alice = three[:2]
-    room = alice.create_room(name="over", visibility="public")
-    assert directory(alice) == ["over"]
-    alice.leave(room)
-    assert directory(alice) == []
-
-
-def test_the_directory_of_another_server_is_refused_with_the_reason(three):
-    hs, alice = three[:2]
-    alice.create_room(name="here", visibility="public")
-    for method, body in (("GET", None), ("POST", {})):
-        assert alice.call(method, V3 + "/publicRooms", body, server="localhost")["total_room_count_estimate"] == 1
-        with refused("M_FORBIDDEN", 403, "elsewhere"):
-            alice.call(method, V3 + "/publicRooms", body, server="elsewhere")
-
-
-def test_an_application_service_keeps_a_directory_for_each_of_its_networks(start, recorder):
-    r = recorder()
-    r.answer = lambda request, body: (200, {"instances": [{"network_id": "libera"}]})
-    hs = start(registration("irc", r.url, protocols=["irc"]), registration("other", users=["@x.*"], aliases=[]))
-    alice, irc, other = hs.client("alice"), hs.appservice("irc"), hs.appservice("other")
-    own, both, tea, coffee, hidden = (alice.create_room(name=name, preset=preset, visibility=visibility) for name, preset, visibility in (
-        ("own", None, "public"), ("both", None, "public"), ("tea", "public_chat", None), ("coffee", "public_chat", None), ("hidden", None, None)))
-    for service, network, rooms in ((irc, "libera", (both, tea, hidden)), (irc, "of/tc", (tea,)), (other, "libera", (coffee,))):
-        for room in rooms:
-            for _ in range(2):                               # again is no error
-                assert service.ask("PUT", "directory", "list", "appservice", network, room, body={"visibility": "public"}) == {}
-    network = third_party(alice, "protocol", "irc")["instances"][0]["instance_id"]
-    assert network == "irc|libera" and directory(alice, third_party_instance_id=network) == ["both", "tea"]
-    assert directory(alice, third_party_instance_id="irc|of/tc") == ["tea"] and directory(alice, third_party_instance_id="other|libera") == ["coffee"]
-    assert directory(alice, third_party_instance_id="irc|none") == directory(alice, third_party_instance_id="none") == []
-    assert directory(alice) == ["own", "both"] and directory(alice, include_all_networks=True) == ["own", "both", "tea", "coffee"]
-    assert directory(alice, include_all_networks=True, filter={"generic_search_term": "T"}) == ["both", "tea"]
-    irc.ask("PUT", "directory", "list", "appservice", "libera", tea, body={"visibility": "private"})
-    assert directory(alice, third_party_instance_id="irc|libera") == ["both"] and directory(alice, third_party_instance_id="irc|of/tc") == ["tea"]
-    with refused("M_INVALID_PARAM", 400, "include_all_networks"):
-        directory(alice, include_all_networks=True, third_party_instance_id="irc|libera")
-    assert {"room_id", "num_joined_members", "world_readable", "guest_can_join", "join_rule", "name"} == set(
-        alice.call("POST", V3 + "/publicRooms", {"include_all_networks": True})["chunk"][0])
-
-
-def test_a_directory_of_a_network_is_for_its_service_and_for_rooms_that_there_are(start):
-    hs = start(registration())
-    alice = hs.client("alice")
-    room, irc = alice.create_room(preset="public_chat"), hs.appservice("irc")
-    where = ("directory", "list", "appservice", "irc")
-    with refused("M_FORBIDDEN", 403, "as_token"):
-        alice.ask("PUT", *where, room, body={"visibility": "public"})
-    for room_id, body, errcode in (("!none:localhost", {}, "M_NOT_FOUND"), (room, {"visibility": "x"}, "M_INVALID_PARAM"), (room, {"visibility": 5}, "M_BAD_JSON")):
-        with refused(errcode):
-            irc.ask("PUT", *where, room_id, body=body)
-
-
-def test_a_network_is_not_listed_while_its_service_is_gone(start):
-    one, two = registration("one"), registration("two", users=["@two.*"], aliases=[])
-    hs = start(one, two)
-    alice = hs.client("alice")
-    room = alice.create_room(name="tea", preset="public_chat")
-    hs.appservice("two").ask("PUT", "directory", "list", "appservice", "net", room, body={"visibility": "public"})
-    for registrations, found in (([one], []), ([one, two], ["tea"])):
-        hs.reread = lambda: [asbridge.read_registration(each, "test") for each in registrations]
-        hs.reload()
-        assert directory(alice, third_party_instance_id="two|net") == directory(alice, include_all_networks=True) == found
-
-
-@pytest.mark.parametrize("since", ["9" * 5000, "x", "-1", "01", "\u0661"])
-def test_a_place_in_the_directory_that_is_none_is_refused(three, since):
-    assert three[1].call("POST", V3 + "/publicRooms", {"since": "1"})
-    with refused("M_INVALID_PARAM", 400, "since"):
-        three[1].call("POST", V3 + "/publicRooms", {"since": since})
-
-
-def test_a_room_is_listed_by_those_with_the_power_to_name_it(three):
-    hs, alice, bob, _, room = three
-    bob.join(room)
-    url = path("directory", "list", "room", room)
-    assert ask(hs, "GET", url) == (200, {"visibility": "private"})
-    with refused("M_FORBIDDEN", 403):
-        bob.call("PUT", url, {"visibility": "public"})
-    with refused("M_INVALID_PARAM", 400):
-        alice.call("PUT", url, {"visibility": "x"})
-    alice.call("PUT", url, {"visibility": "public"})
-    assert ask(hs, "GET", url) == (200, {"visibility": "public"})
-    assert ask(hs, "GET", path("directory", "list", "room", "!none:localhost"))[0] == 404
-
-
-# -- Rooms: spaces.
-
-def hierarchy(client, room, **query):
-    answer = client.call("GET", f"/_matrix/client/v1/rooms/{urllib.parse.quote(room)}/hierarchy", **query)
-    return [entry["room_id"] for entry in answer["rooms"]], answer
-
-
-def test_a_space_lists_the_rooms_below_it_that_one_may_see(three):
-    hs, alice, bob, _, room = three
-    hidden = alice.create_room()
-    below = alice.create_room(preset="public_chat", creation_content={"type": "m.space"})
-    space = alice.create_room(preset="public_chat", creation_content={"type": "m.space"})
-    for parent, child, order in ((space, below, "b"), (space, room, "a"), (space, hidden, "c"), (below, room, "a")):
-        alice.set_state(parent, "m.space.child", {"via": ["localhost"], "order": order}, child)
-    assert hierarchy(bob, space)[0] == [space, room, below]
-    assert hierarchy(alice, space)[0] == [space, room, below, hidden]
-    assert hierarchy(bob, space, max_depth=0)[0] == [space]
-    first = hierarchy(bob, space, limit=2)[1]["rooms"][0]
-    assert first["room_type"] == "m.space" and [event["state_key"] for event in first["children_state"]] == [room, below, hidden]
-
-
-def test_of_a_space_no_more_is_looked_at_than_is_shown(three, monkeypatch):
-    hs, alice, *_ = three
-    space, looked_at, look = alice.create_room(creation_content={"type": "m.space"}), [], asbridge.Rooms._space_entry
-    children = [alice.create_room() for _ in range(6)]
-    for n, child in enumerate(children):
-        alice.set_state(space, "m.space.child", {"via": ["localhost"], "order": str(n)}, child)
-    monkeypatch.setattr(asbridge.Rooms, "_space_entry", staticmethod(lambda *args: looked_at.append(args[2]) or look(*args)))
-    rooms, answer = hierarchy(alice, space, limit=2)
-    assert rooms == [space, children[0]] and looked_at == [space, *children[:2]]
-    pages = [rooms]
-    while "next_batch" in answer:
-        rooms, answer = hierarchy(alice, space, limit=2, **{"from": answer["next_batch"]})
-        pages.append(rooms)
-    assert [*itertools.chain(*pages)] == [space, *children]
-
-
-@pytest.mark.parametrize("allow, seen", [
-    (lambda space: [{"type": "m.room_membership", "room_id": space}], True), (lambda space: [{"type": "m.room_membership", "room_id": "!gone:localhost"}], False),
-    (lambda space: ["x", 5, {}, {"room_id": 5}], False), (lambda space: {"room_id": space}, False), (lambda space: None, False)])
-def test_a_restricted_room_is_seen_in_a_hierarchy_by_who_is_in_a_room_that_it_names(three, allow, seen):
-    hs, alice, bob, carol, _ = three
-    space = alice.create_room(preset="public_chat", creation_content={"type": "m.space"})
-    rule = {"join_rule": "restricted", "allow": allow(space)}
-    room = alice.create_room(initial_state=[{"type": "m.room.join_rules", "content": rule}])
-    alice.set_state(space, "m.space.child", {"via": ["localhost"]}, room)
-    bob.join(space)
-    assert hierarchy(bob, space)[0] == [space, room] * seen + [space] * (not seen)
-    assert hierarchy(carol, space)[0] == [space]
-
-
-def test_a_hierarchy_comes_in_pages_and_may_have_what_is_suggested_only(three):
-    hs, alice, bob, _, room = three
-    space = alice.create_room(preset="public_chat")
-    other = alice.create_room(preset="public_chat")
-    alice.set_state(space, "m.space.child", {"via": ["localhost"]}, room)
-    alice.set_state(space, "m.space.child", {"via": ["localhost"], "suggested": True}, other)
-    assert hierarchy(bob, space, suggested_only="true")[0] == [space, other]
-    first, answer = hierarchy(bob, space, limit=2)
-    assert len(first) == 2 and first + hierarchy(bob, space, limit=2, **{"from": answer["next_batch"]})[0] == hierarchy(bob, space)[0]
-    alice.set_state(space, "m.space.child", {}, room)
-    assert room not in hierarchy(bob, space)[0]
-    with refused("M_FORBIDDEN", 403):
-        hierarchy(bob, alice.create_room())
-
-
-# -- Rooms: receipts and read markers.
+# -- Receipts and read markers.
 
 def test_receipts_are_told_to_all_and_private_ones_to_nobody_else(three):
     hs, alice, bob, _, room = three
@@ -6568,7 +7170,7 @@ def test_read_markers_may_move_a_private_receipt(three):
     assert list(ephemeral(bob, room, type="m.receipt")[event_id]) == ["m.read.private"] and "rooms" not in alice.sync(since)
 
 
-# -- Typing.
+# -- What passes: typing.
 
 def test_typing_is_told_until_it_stops_or_runs_out(three):
     hs, alice, bob, _, room = three
@@ -6629,7 +7231,7 @@ def test_who_typed_stops_when_there_is_a_thread_for_it_again(start, monkeypatch)
     eventually(lambda: hs.api.typing._rooms[1][1].keys() == {bob.user_id})
 
 
-# -- Presence.
+# -- What passes: presence.
 
 def test_who_syncs_is_online_and_offline_some_time_after_the_last_sync(pair):
     hs, alice, bob, _, since = pair
@@ -7716,602 +8318,6 @@ def test_of_what_is_unread_the_newest_500_events_are_looked_at_and_each_once(thr
     carol.join(room)                                         # comings and goings take nobody's place
     alice.say(room, "x")
     assert unread(bob, room) == ([5, 4], {}) and len(asked) == 6
-
-
-# -- Sync.
-
-def test_the_first_sync_has_the_state_before_the_timeline_and_the_last_ten_events(three):
-    hs, alice, _, _, room = three
-    for i in range(12):
-        alice.say(room, f"n{i}")
-    entry = joined(alice.sync(), room)
-    assert bodies(entry["timeline"]["events"]) == [f"n{i}" for i in range(2, 12)] and entry["timeline"]["limited"] is True
-    assert types(entry["state"]["events"]) == ["m.room.create", "m.room.member", "m.room.power_levels", "m.room.canonical_alias", "m.room.join_rules",
-                                               "m.room.history_visibility", "m.room.guest_access"]
-    assert entry["summary"] == {"m.heroes": [], "m.joined_member_count": 1, "m.invited_member_count": 0}
-
-
-def test_the_next_sync_has_what_is_new_and_nothing_else(three):
-    hs, alice, _, _, room = three
-    alice.create_room()
-    since = alice.sync()["next_batch"]
-    keys = {"device_one_time_keys_count": {"signed_curve25519": 0}, "device_unused_fallback_key_types": []}      # in every answer
-    assert alice.sync(since) == {"next_batch": since, **keys}
-    alice.say(room, "new")
-    answer = alice.sync(since)
-    assert list(answer["rooms"]["join"]) == [room] and "account_data" not in answer
-    entry = joined(answer, room)
-    assert bodies(entry["timeline"]["events"]) == ["new"] and entry["timeline"]["limited"] is False and entry["state"]["events"] == []
-    assert alice.sync(since)["next_batch"] == answer["next_batch"] and alice.sync(answer["next_batch"]) == {"next_batch": answer["next_batch"], **keys}
-
-
-def test_a_limited_timeline_has_the_state_of_the_gap_and_a_prev_batch_that_leads_into_it(three):
-    hs, alice, _, _, room = three
-    since = alice.sync()["next_batch"]
-    alice.set_state(room, "m.room.topic", {"topic": "in the gap"})
-    sent = [alice.say(room, f"n{i}") for i in range(20)]
-    timeline = joined(answer := alice.sync(since, filter={"room": {"timeline": {"limit": 5}}}), room)["timeline"]
-    assert timeline["limited"] is True and [event["event_id"] for event in timeline["events"]] == sent[-5:]
-    assert [event["content"] for event in joined(answer, room)["state"]["events"]] == [{"topic": "in the gap"}]
-    gap = alice.messages(room, "b", 100, **{"from": timeline["prev_batch"], "to": since})["chunk"]
-    assert [event["event_id"] for event in reversed(gap)][1:] == sent[:-5]
-
-
-def test_a_long_poll_ends_with_the_first_event(three):
-    hs, alice, bob, _, room = three
-    bob.join(room)
-    since = bob.sync()["next_batch"]
-    with background(bob.sync, since, 30_000) as future:
-        eventually(lambda: hs.world.store.waiters.among({bob.user_id}))
-        assert not future.done()
-        alice.say(room, "wake up")
-        assert bodies(joined(future.result(5), room)["timeline"]["events"]) == ["wake up"]
-
-
-def test_a_long_poll_ends_with_an_invitation_and_with_account_data(three):
-    hs, alice, bob, _, room = three
-    for cause, key in ((lambda: alice.create_room(invite=[bob.user_id]), "rooms"), (lambda: bob.set_account_data("x", {}), "account_data")):
-        since = bob.sync()["next_batch"]
-        with background(bob.sync, since, 30_000) as future:
-            eventually(lambda: hs.world.store.waiters.among({bob.user_id}))
-            cause()
-            assert key in future.result(5)
-
-
-def test_a_long_poll_does_not_look_where_nothing_has_happened(three, monkeypatch):
-    hs, alice, bob, _, room = three
-    bob.join(room)
-    since, looks, read = bob.sync()["next_batch"], [], asbridge.Window.read
-    monkeypatch.setattr(asbridge.Window, "read", lambda window: looks.append(window.since) or read(window))
-    with background(bob.sync, since, 30_000) as future:
-        eventually(lambda: hs.world.store.waiters.among({bob.user_id}))
-        hs.world.store.waiters.wake()
-        eventually(lambda: hs.world.store.waiters._looking == set())
-        assert looks == []
-        alice.say(room, "wake up")
-        assert bodies(joined(future.result(5), room)["timeline"]["events"]) == ["wake up"]
-    assert looks == [int(since)]
-
-
-def test_a_long_poll_ends_empty_after_its_time(three):
-    hs, alice, _, _, room = three
-    since = alice.sync()["next_batch"]
-    with background(alice.sync, since, 30_000) as future:
-        eventually(lambda: hs.world.store.waiters.among({alice.user_id}))
-        hs.advance(31)
-        found = future.result(5)
-    assert found["next_batch"] == since and not found.keys() & {"rooms", "account_data", "to_device"}
-
-
-def test_a_long_poll_does_not_wake_for_what_its_filter_leaves_out(three):
-    hs, alice, _, _, room = three
-    since = alice.sync()["next_batch"]
-    with background(alice.sync, since, 30_000, {"room": {"timeline": {"types": ["m.room.message"]}}}) as future:
-        eventually(lambda: hs.world.store.waiters.among({alice.user_id}))
-        alice.send(room, "org.other", {})
-        alice.say(room, "this")
-        assert bodies(joined(future.result(5), room)["timeline"]["events"]) == ["this"]
-
-
-def test_a_since_from_the_future_is_treated_as_none(three):
-    hs, alice, _, _, room = three
-    answer = alice.sync("99999999999", 30_000)
-    assert room in answer["rooms"]["join"] and int(answer["next_batch"]) < 99999999999
-    with refused("M_INVALID_PARAM", 400):
-        alice.sync("s_1")
-
-
-def test_an_invitation_comes_once_with_stripped_state(three):
-    hs, alice, bob, _, _ = three
-    room = alice.create_room(name="n", invite=[bob.user_id], is_direct=True)
-    answer = bob.sync()
-    events = answer["rooms"]["invite"][room]["invite_state"]["events"]
-    assert {"m.room.create", "m.room.name", "m.room.join_rules"} <= set(types(events)) and all(set(event) == {"type", "state_key", "sender", "content"} for event in events)
-    assert [(event["state_key"], event["content"]["membership"]) for event in events if event["type"] == "m.room.member"] == [
-        (alice.user_id, "join"), (bob.user_id, "invite")]
-    alice.say(room, "not for bob yet")
-    assert "rooms" not in bob.sync(answer["next_batch"])
-
-
-def test_a_newly_joined_room_comes_with_its_whole_state(three):
-    hs, alice, bob, _, room = three
-    since = bob.sync()["next_batch"]
-    alice.say(room, "before")
-    bob.join(room)
-    entry = joined(bob.sync(since), room)
-    assert {"m.room.create", "m.room.power_levels"} <= set(types(entry["state"]["events"] + entry["timeline"]["events"]))
-    assert bodies(entry["timeline"]["events"]) == ["before"] and entry["timeline"]["events"][-1]["state_key"] == bob.user_id
-    assert entry["summary"] == {"m.heroes": [alice.user_id], "m.joined_member_count": 2, "m.invited_member_count": 0}
-
-
-@pytest.mark.parametrize("how", ["leave", "kick", "ban"])
-def test_a_room_that_one_has_left_comes_once_with_what_was_until_then(three, how):
-    hs, alice, bob, _, room = three
-    bob.join(room)
-    since = bob.sync()["next_batch"]
-    alice.say(room, "last words")
-    bob.leave(room) if how == "leave" else getattr(alice, how)(room, bob.user_id)
-    alice.say(room, "behind his back")
-    answer = bob.sync(since)
-    timeline = answer["rooms"]["leave"][room]["timeline"]["events"]
-    assert bodies(timeline) == ["last words"] and timeline[-1]["content"]["membership"] == ("ban" if how == "ban" else "leave")
-    assert "rooms" not in bob.sync(answer["next_batch"]) and "rooms" not in bob.sync()
-    assert bodies(bob.sync(filter={"room": {"include_leave": True}})["rooms"]["leave"][room]["timeline"]["events"]) == ["last words"]
-
-
-def test_the_timeline_of_a_room_that_one_has_left_ends_with_that_though_the_rest_could_be_read(three):
-    hs, alice, bob, _, room = three
-    alice.set_state(room, "m.room.history_visibility", {"history_visibility": "world_readable"})
-    bob.join(room)
-    since = bob.sync()["next_batch"]
-    bob.leave(room), alice.set_state(room, "m.room.topic", {"topic": "later"}), alice.say(room, "later")
-    entry = bob.sync(since)["rooms"]["leave"][room]
-    assert [event.get("state_key") for event in entry["timeline"]["events"]] == [bob.user_id] and entry["state"]["events"] == []
-    assert bodies(all_messages(bob, room)) == ["later"]
-
-
-def test_another_device_is_told_of_a_leave_after_which_the_room_was_forgotten(three):
-    hs, alice, bob, _, room = three
-    bob.join(room)
-    since = bob.sync()["next_batch"]
-    alice.say(room, "history"), bob.leave(room), bob.call("POST", path("rooms", room, "forget"), {})
-    answer = bob.sync(since)
-    assert [event["content"]["membership"] for event in answer["rooms"]["leave"][room]["timeline"]["events"]] == ["leave"]
-    assert "rooms" not in bob.sync(answer["next_batch"])
-
-
-def test_a_timeline_begins_after_what_one_may_not_see_so_that_no_state_is_missing(three):
-    hs, alice, bob, carol, room = three
-    since = bob.sync()["next_batch"]
-    alice.say(room, "seen"), alice.set_state(room, "m.room.history_visibility", {"history_visibility": "joined"})
-    carol.join(room), bob.join(room)
-    entry = joined(bob.sync(since), room)
-    timeline, state = entry["timeline"], {event["state_key"] for event in entry["state"]["events"] if event["type"] == "m.room.member"}
-    assert [event["state_key"] for event in timeline["events"]] == [bob.user_id] and timeline["limited"] and carol.user_id in state
-    assert bodies(bob.messages(room, "b", **{"from": timeline["prev_batch"]})["chunk"]) == ["seen"]
-
-
-def test_a_declined_invitation_comes_as_a_room_that_one_has_left(three):
-    hs, alice, bob, _, _ = three
-    room = alice.create_room(invite=[bob.user_id])
-    since = bob.sync()["next_batch"]
-    bob.leave(room)
-    entry = bob.sync(since)["rooms"]["leave"][room]
-    assert [(event["sender"], event["content"]["membership"]) for event in entry["timeline"]["events"]] == [(bob.user_id, "leave")] and entry["state"]["events"] == []
-
-
-def test_an_invitation_that_is_withdrawn_comes_as_a_room_that_one_has_left(three):
-    hs, alice, bob, _, _ = three
-    room = alice.create_room(invite=[bob.user_id])
-    since = bob.sync()["next_batch"]
-    alice.kick(room, bob.user_id)
-    assert bob.sync(since)["rooms"]["leave"][room]["timeline"]["events"][0]["sender"] == alice.user_id
-
-
-def test_who_was_put_out_and_invited_again_between_two_syncs_is_invited(three):
-    """In one section only: clients that handle the leave after the invitation would forget the latter."""
-    hs, alice, bob, _, room = three
-    bob.join(room)
-    since = bob.sync()["next_batch"]
-    alice.kick(room, bob.user_id), alice.invite(room, bob.user_id)
-    rooms = bob.sync(since)["rooms"]
-    assert list(rooms) == ["invite"] and list(rooms["invite"]) == [room]
-
-
-def test_a_room_that_one_knocks_at_comes_with_its_stripped_state(three):
-    hs, alice, bob, _, _ = three
-    room = alice.create_room(name="n", initial_state=[{"type": "m.room.join_rules", "content": {"join_rule": "knock"}}])
-    since = bob.sync()["next_batch"]
-    bob.call("POST", path("knock", room))
-    answer = bob.sync(since)
-    events = answer["rooms"]["knock"][room]["knock_state"]["events"]
-    assert events[-1]["content"]["membership"] == "knock" and "m.room.name" in types(events) and "rooms" not in bob.sync(answer["next_batch"])
-    bob.leave(room)
-    assert list(bob.sync(answer["next_batch"])["rooms"]) == ["leave"]
-
-
-def test_state_that_changed_while_one_was_away_is_told_after_coming_back(three):
-    hs, alice, bob, _, _ = three
-    room = alice.create_room(preset="public_chat", initial_state=[{"type": "m.room.history_visibility", "content": {"history_visibility": "joined"}}])
-    bob.join(room)
-    since = bob.sync()["next_batch"]
-    bob.leave(room)
-    alice.set_state(room, "m.room.topic", {"topic": "new"})
-    bob.join(room)
-    entry = joined(bob.sync(since), room)
-    assert {"topic": "new"} in [event["content"] for event in entry["state"]["events"] + entry["timeline"]["events"]]
-
-
-def test_full_state_gives_the_whole_state_again(three):
-    hs, alice, _, _, room = three
-    since = alice.sync()["next_batch"]
-    entry = joined(alice.call("GET", V3 + "/sync", since=since, full_state="true"), room)
-    assert "m.room.create" in types(entry["state"]["events"]) and entry["timeline"]["events"] == []
-
-
-def test_lazy_loading_gives_the_members_who_speak(three):
-    hs, alice, bob, carol, room = three
-    bob.join(room), carol.join(room)
-    for i in range(12):
-        bob.say(room, f"n{i}")
-    lazy = {"room": {"state": {"lazy_load_members": True}, "timeline": {"limit": 5}}}
-    entry = joined(answer := alice.sync(filter=lazy), room)
-    assert {event["state_key"] for event in entry["state"]["events"] if event["type"] == "m.room.member"} == {alice.user_id, bob.user_id}
-    carol.say(room, "me too")
-    entry = joined(alice.sync(answer["next_batch"], filter=lazy), room)
-    assert {event["state_key"] for event in entry["state"]["events"]} - {alice.user_id} == {carol.user_id}
-
-
-def test_a_sync_filter_chooses_rooms_and_kinds(three):
-    hs, alice, _, _, room = three
-    other = alice.create_room()
-    alice.typing(room), alice.set_account_data("a", {}), alice.set_account_data("b", {}), alice.set_account_data("c", {}, room)
-    assert list(alice.sync(filter={"room": {"rooms": [other]}})["rooms"]["join"]) == [other]
-    assert list(alice.sync(filter={"room": {"not_rooms": [other]}})["rooms"]["join"]) == [room]
-    answer = alice.sync(filter={"account_data": {"types": ["a"]}, "room": {"ephemeral": {"types": []}, "account_data": {"not_types": ["c"]}, "state": {"types": []}}})
-    assert types(answer["account_data"]["events"]) == ["a"] and not {"ephemeral", "account_data"} & joined(answer, room).keys()
-    assert joined(answer, room)["state"]["events"] == []
-
-
-@pytest.mark.parametrize("part, missing", [("timeline", "timeline"), ("state", "state"), ("ephemeral", "ephemeral"), ("account_data", "account_data")])
-def test_each_part_of_a_filter_may_choose_rooms(three, part, missing):
-    hs, alice, _, _, room = three
-    alice.typing(room), alice.set_account_data("c", {}, room)
-    for _ in range(12):
-        alice.say(room, "x")
-    entry = joined(alice.sync(), room)
-    assert all(entry[key]["events"] for key in ("timeline", "state", "ephemeral", "account_data"))
-    for narrow in ({"not_rooms": [room]}, {"rooms": []}):
-        entry = joined(alice.sync(filter={"room": {part: narrow}}), room)
-        assert not entry.get(missing, {"events": []})["events"]
-    assert joined(alice.sync(filter={"room": {part: {"rooms": [room]}}}), room)[missing]["events"]
-
-
-@pytest.mark.parametrize("narrow, found", [
-    ({"senders": ["@bob:localhost"]}, ["picture", "b"]), ({"not_senders": ["@bob:localhost"]}, ["a"]), ({"types": ["m.room.*"], "not_types": ["m.room.member"]}, ["a", "picture", "b"]),
-    ({"contains_url": True}, ["picture"]), ({"contains_url": False, "types": ["m.room.message"]}, ["a", "b"]), ({"types": []}, []), ({"limit": 1}, ["b"]), ({"limit": 0}, ["b"])])
-def test_a_filter_chooses_what_the_timeline_has(three, narrow, found):
-    hs, alice, bob, _, room = three
-    bob.join(room)
-    since = alice.sync()["next_batch"]
-    alice.say(room, "a"), bob.send(room, "m.room.message", {"msgtype": "m.image", "body": "picture", "url": "mxc://localhost/x"}), bob.say(room, "b")
-    rooms = alice.sync(since, filter={"room": {"timeline": narrow}}).get("rooms", {"join": {room: {"timeline": {"events": []}}}})
-    assert bodies(rooms["join"][room].get("timeline", {"events": []})["events"]) == found
-
-
-def test_state_that_a_filter_keeps_out_of_the_timeline_comes_as_state(three):
-    hs, alice, _, _, room = three
-    narrow = {"room": {"timeline": {"types": ["m.room.message"], "limit": 2}}}
-    since = alice.sync()["next_batch"]
-
-    def news():
-        entry = joined(alice.sync(since, filter=narrow), room)
-        return bodies(entry["timeline"]["events"]), [event["content"]["topic"] for event in entry["state"]["events"]]
-    alice.set_state(room, "m.room.topic", {"topic": "1"})
-    assert news() == ([], ["1"])
-    alice.say(room, "a")
-    alice.set_state(room, "m.room.topic", {"topic": "2"})
-    assert news() == (["a"], ["2"])
-    alice.say(room, "b"), alice.say(room, "c")
-    assert news() == (["b", "c"], ["2"])
-    alice.set_state(room, "m.room.topic", {"topic": "3"})
-    assert news() == (["b", "c"], ["2", "3"])
-    entry = joined(alice.sync(since, filter={"room": {"timeline": {"types": ["m.room.topic"]}, "state": {"not_types": ["m.room.member"]}}}), room)
-    assert types(entry["timeline"]["events"]) == ["m.room.topic"] * 3 and entry["state"]["events"] == []       # not twice
-
-
-def test_a_filter_may_leave_state_with_a_url_out(three):
-    hs, alice, _, _, room = three
-    alice.set_state(room, "m.room.avatar", {"url": "mxc://localhost/x"})
-    for _ in range(12):
-        alice.say(room, "x")
-    for contains, found in ((True, {"m.room.avatar"}), (None, {"m.room.avatar", "m.room.create"}), (False, {"m.room.create"})):
-        state = joined(alice.sync(filter={"room": {"state": {"contains_url": contains}}}), room)["state"]["events"]
-        assert {"m.room.avatar", "m.room.create"} & set(types(state)) == found
-
-
-@pytest.mark.parametrize("source, errcode", [({"event_format": "federation"}, "M_INVALID_PARAM"), ({"event_format": 5}, "M_BAD_JSON"), ({"presence": []}, "M_BAD_JSON"),
-                                             ({"presence": {"types": "x"}}, "M_BAD_JSON"), ({"room": {"timeline": {"rooms": [5]}}}, "M_BAD_JSON"), ({"room": {"timeline": {"limit": "x"}}}, "M_BAD_JSON")])
-def test_a_sync_filter_that_is_none_is_refused(three, source, errcode):
-    with refused(errcode, 400):
-        three[1].sync(filter=source)
-    assert three[1].sync(filter={"event_format": "client", "event_fields": ["type"]})
-
-
-def test_lazy_loading_tells_all_changes_of_members_in_a_gap(three):
-    hs, alice, bob, carol, room = three
-    lazy = {"room": {"state": {"lazy_load_members": True}, "timeline": {"limit": 2}}}
-    since = alice.sync(filter=lazy)["next_batch"]
-    bob.join(room), carol.join(room), carol.leave(room), bob.say(room, "1"), alice.say(room, "2"), alice.say(room, "3")
-    entry = joined(alice.sync(since, filter=lazy), room)
-    assert {event["state_key"]: event["content"]["membership"] for event in entry["state"]["events"]} == {bob.user_id: "join", carol.user_id: "leave", alice.user_id: "join"}
-
-
-def test_lazy_loading_tells_who_comes_back_between_two_syncs_who_has_left_meanwhile(three):
-    hs, alice, bob, carol, room = three
-    lazy = {"room": {"state": {"lazy_load_members": True}}}
-    bob.join(room), carol.join(room)
-    since = bob.sync(filter=lazy)["next_batch"]
-    carol.leave(room), bob.leave(room), bob.join(room)
-    entry = joined(bob.sync(since, filter=lazy), room)
-    assert entry["timeline"]["limited"]
-    assert {event["state_key"]: event["content"]["membership"] for event in entry["state"]["events"] if event["type"] == "m.room.member"} == {carol.user_id: "leave", bob.user_id: "leave"}
-
-
-def test_lazy_loading_gives_those_by_whom_a_room_without_a_name_is_known(three):
-    hs, alice, bob, carol, _ = three
-    lazy = {"room": {"state": {"lazy_load_members": True}, "timeline": {"limit": 1}}}
-    room = alice.create_room(preset="public_chat")
-    carol.join(room), bob.join(room), alice.say(room, "x")
-
-    def members():
-        entry = joined(alice.sync(filter=lazy), room)
-        return entry["summary"]["m.heroes"], [event["state_key"] for event in entry["state"]["events"] if event["type"] == "m.room.member"]
-    assert members() == ([carol.user_id, bob.user_id], [alice.user_id, carol.user_id, bob.user_id])        # who came first
-    carol.leave(room), bob.leave(room), alice.say(room, "x")
-    assert set(members()[0]) == {carol.user_id, bob.user_id}
-    alice.set_state(room, "m.room.name", {"name": "n"}), alice.say(room, "x")
-    assert members()[1] == [alice.user_id]
-
-
-@pytest.mark.parametrize("where", ["sync?since=", "rooms/{room}/messages?from=", "rooms/{room}/messages?to=", "rooms/{room}/members?at="])
-def test_a_token_that_is_none_is_refused(three, where):
-    hs, alice, _, _, room = three
-    for token in ("x", "s1_2", "-1", "1.5"):
-        with refused("M_INVALID_PARAM", 400):
-            alice.call("GET", f"{V3}/{where.format(room=room)}{token}")
-
-
-def test_timelines_put_together_are_the_history_none_twice_none_missing(three):
-    """A property: whatever the limits and whoever writes meanwhile, sync and messages together are the room."""
-    hs, alice, bob, carol, room = three
-    bob.join(room), carol.join(room)
-
-    def write(client, name):
-        for i in range(40):
-            client.say(room, f"{name}{i}")
-            if i % 10 == 0:
-                client.typing(room), client.set_state(room, "m.room.member", {"membership": "join", "displayname": f"{name}{i}"}, client.user_id)
-    seen, since, limits = [], None, [1, 2, 3, 7, 50]
-    with ThreadPoolExecutor(3) as pool:
-        writers = [pool.submit(write, client, client.user_id[1]) for client in (alice, bob, carol)]
-        while True:
-            over = all(writer.done() for writer in writers)
-            answer = alice.sync(since, 0, {"room": {"timeline": {"limit": limits[len(seen) % 5]}}})
-            timeline = answer.get("rooms", {}).get("join", {}).get(room, {}).get("timeline", {"events": []})
-            gap, start = [], timeline.get("prev_batch")
-            while timeline.get("limited") and start:
-                page = alice.messages(room, "b", 4, **{"from": start, "to": since})
-                gap, start = gap + page["chunk"], page.get("end")
-            seen += [event["event_id"] for event in [*reversed(gap), *timeline["events"]]]
-            since = answer["next_batch"]
-            if over:
-                break
-        [writer.result() for writer in writers]
-    history = [event["event_id"] for event in all_messages(alice, room)]
-    assert seen == history and len(set(seen)) == len(seen) >= 132
-
-
-def test_rooms_that_are_asked_about_together_are_what_they_are_one_by_one(three, monkeypatch):
-    hs, alice, bob, carol, _ = three
-    for number in range(7):
-        room = alice.create_room(preset="public_chat", invite=[carol.user_id] if number % 2 else [])
-        for say in range(number):
-            alice.say(room, f"{say}")
-        if number != 3:
-            bob.join(room)
-        if number == 4:
-            bob.leave(room)
-        if number == 5:
-            receipt(bob, room, alice.say(room, "read"))
-            alice.set_state(room, "m.room.history_visibility", {"history_visibility": "joined"})
-    carol.join(room)
-    answers = []
-    for rooms_at_once in (1, 3, 100):
-        monkeypatch.setattr(asbridge, "ROOMS_AT_ONCE", rooms_at_once)
-        answers.append([re.sub(r'"age": \d+', '"age": 0', json.dumps(one.sync()["rooms"])) for one in (alice, bob, carol)])
-    assert answers[0] == answers[1] == answers[2] and len(json.loads(answers[0][1])["join"]) == 5
-
-
-def test_a_filter_by_url_is_for_events_of_rooms_and_does_no_harm_elsewhere(pair):
-    hs, alice, bob, _, since = pair
-    bob.typing(bob.joined_rooms()[0])
-    part = {"contains_url": True}
-    chosen = {"presence": part, "account_data": part, "room": {"ephemeral": part, "account_data": part, "state": part, "timeline": part}}
-    assert alice.ask("GET", "sync", filter=json.dumps(chosen))["next_batch"]
-
-
-# -- Sync: the state after the timeline.
-
-@pytest.mark.parametrize("prefix", ["", "org.matrix.msc4222."])
-def test_the_state_may_be_asked_for_as_it_is_after_the_timeline(three, prefix):
-    hs, alice, bob, _, room = three
-
-    def sync(since=None, client=alice, section="join", **more):
-        answer = client.call("GET", V3 + "/sync", since=since, **{f"{prefix}use_state_after": "true"}, **more)
-        entry = answer["rooms"][section][room]
-        assert "state" not in entry
-        return types(entry.get("timeline", {"events": []})["events"]), {event["type"]: event["content"] for event in entry[f"{prefix}state_after"]["events"]}, answer["next_batch"]
-    alice.set_state(room, "m.room.topic", {"topic": "1"})
-    timeline, state, since = sync()
-    assert timeline[-1] == "m.room.topic" and state["m.room.topic"] == {"topic": "1"} and "m.room.create" in state
-    alice.say(room, "x")
-    assert sync(since)[:2] == (["m.room.message"], {})
-    alice.set_state(room, "m.room.topic", {"topic": "2"})
-    alice.set_state(room, "m.room.topic", {"topic": "3"})
-    assert sync(since)[1] == {"m.room.topic": {"topic": "3"}}
-    assert sync(since, filter=json.dumps({"room": {"timeline": {"limit": 1}}}))[:2] == (["m.room.topic"], {"m.room.topic": {"topic": "3"}})
-    since = sync(since)[2]
-    alice.typing(room)
-    assert sync(since)[:2] == ([], {})                       # there, though it is empty
-    assert sync(sync(since)[2], full_state="true")[1]["m.room.topic"] == {"topic": "3"}
-    bob.join(room)
-    since = bob.sync()["next_batch"]
-    bob.leave(room)
-    assert sync(since, bob, "leave")[1] == {"m.room.member": {"membership": "leave"}}
-
-
-@pytest.mark.parametrize("name, key", [("use_state_after", "state_after"), ("org.matrix.msc4222.use_state_after", "org.matrix.msc4222.state_after")])
-def test_a_sync_may_have_the_state_at_the_end_of_the_timeline_in_place_of_that_at_its_start(three, name, key):
-    hs, alice, bob, _, room = three
-    first = joined(alice.ask("GET", "sync", **{name: "true"}, filter=json.dumps({"room": {"timeline": {"limit": 1}}})), room)
-    assert "state" not in first and {event["type"] for event in first[key]["events"]} == {
-        event["type"] for event in alice.all_state(room)}
-    since = alice.sync()["next_batch"]
-    alice.set_state(room, "m.room.topic", {"topic": "one"})
-    alice.set_state(room, "m.room.topic", {"topic": "two"})
-    alice.say(room, "after")
-    entry = joined(alice.ask("GET", "sync", since=since, **{name: "true"}), room)
-    assert [event["content"] for event in entry[key]["events"]] == [{"topic": "two"}] and len(entry["timeline"]["events"]) == 3
-    assert key not in joined(alice.ask("GET", "sync", since=since, **{name: "false"}), room)
-
-
-# -- Sync: the echo of one's own event.
-
-@pytest.mark.parametrize("related", [True, False])
-def test_the_device_that_sent_a_relation_sees_it_in_its_sync_a_little_later_than_the_others(pair, monkeypatch, related):
-    hs, alice, bob, _, since = pair
-    room = alice.joined_rooms()[0]
-    root = alice.say(room, "root")
-    tokens = [client.sync()["next_batch"] for client in (alice, bob, alice)]
-    monkeypatch.setattr(asbridge, "ECHO_SECONDS", 0.3)
-    with background(alice.sync, tokens[2], 20_000) as own, background(bob.sync, tokens[1], 20_000) as others:
-        eventually(lambda: len(hs.world.store.waiters.among({alice.user_id, bob.user_id})) == 2)
-        began = time.monotonic()
-        alice.send(room, "m.room.message", {"body": "x", **({"m.relates_to": {"rel_type": "m.thread", "event_id": root}} if related else {})})
-        assert others.result(5) and time.monotonic() - began < 0.3
-        own.result(5)
-        assert (time.monotonic() - began >= 0.3) == related
-
-
-# -- Sync: what comes of those whom one ignores.
-
-def test_what_an_ignored_user_says_does_not_come_but_what_changes_the_room_does(three):
-    hs, alice, bob, _, room = three
-    bob.join(room)
-    alice.set_account_data("m.ignored_user_list", {"ignored_users": {bob.user_id: {}}})
-    since = alice.sync()["next_batch"]
-    before = bob.say(room, "unheard")
-    bob.set_displayname("Bobby")
-    alice.say(room, "own")
-    events = joined(alice.sync(since), room)["timeline"]["events"]
-    assert bodies(events) == ["own"] and [event["content"].get("displayname") for event in events if event["type"] == "m.room.member"] == ["Bobby"]
-    assert "unheard" not in bodies(alice.messages(room)["chunk"])
-    own = alice.ask("GET", "rooms", room, "context", alice.say(room, "again"))
-    assert "unheard" not in bodies(own["events_before"])
-    assert alice.event(room, before)["content"]["body"] == "unheard"     # asked for by its ID, it is there
-    alice.set_account_data("m.ignored_user_list", {"ignored_users": {}})
-    assert "unheard" in bodies(alice.messages(room)["chunk"])
-
-
-def test_an_invitation_of_an_ignored_user_does_not_come(three):
-    hs, alice, bob, carol, room = three
-    alice.set_account_data("m.ignored_user_list", {"ignored_users": {bob.user_id: {}}})
-    since = alice.sync()["next_batch"]
-    bob.create_room(invite=[alice.user_id])
-    wanted = carol.create_room(invite=[alice.user_id])
-    assert list(alice.sync(since)["rooms"]["invite"]) == list(alice.sync()["rooms"]["invite"]) == [wanted]
-
-
-@pytest.mark.parametrize("content", [{}, {"ignored_users": []}, {"ignored_users": ["@bob:localhost"]}, {"ignored_users": "@bob:localhost"}, {"ignored_users": None}])
-def test_a_list_of_ignored_users_that_is_none_ignores_nobody(three, content):
-    hs, alice, bob, _, room = three
-    bob.join(room)
-    alice.set_account_data("m.ignored_user_list", content)
-    bob.say(room, "heard")
-    assert "heard" in bodies(joined(alice.sync(), room)["timeline"]["events"])
-
-
-def test_the_relations_of_an_event_are_without_those_of_whom_one_ignores(three):
-    hs, alice, bob, _, room = three
-    bob.join(room)
-    said = alice.say(room, "x")
-    reaction = {"m.relates_to": {"rel_type": "m.annotation", "event_id": said, "key": "+"}}
-    bob.send(room, "m.reaction", reaction), alice.send(room, "m.reaction", reaction)
-    alice.set_account_data("m.ignored_user_list", {"ignored_users": {bob.user_id: {}}})
-    found = alice.call("GET", f"/_matrix/client/v1/rooms/{room}/relations/{said}")["chunk"]
-    assert [event["sender"] for event in found] == [alice.user_id]
-
-
-def test_a_long_poll_does_not_end_with_what_somebody_ignored_says(three):
-    hs, alice, bob, _, room = three
-    bob.join(room)
-    alice.set_account_data("m.ignored_user_list", {"ignored_users": {bob.user_id: {}}})
-    since = alice.sync()["next_batch"]
-    with background(alice.sync, since, 30_000) as future:
-        eventually(lambda: hs.world.store.waiters.among({alice.user_id}))
-        bob.say(room, "not this")
-        alice.say(room, "this")
-        assert bodies(joined(future.result(5), room)["timeline"]["events"]) == ["this"]
-
-
-# -- The older way: /events and a room's /initialSync.
-
-def test_events_are_a_plain_list_of_what_happened_since_a_token_and_the_next_token(pair):
-    hs, alice, bob, carol, since = pair
-    room = alice.joined_rooms()[0]
-    bob.say(room, "one")
-    bob.typing(room)
-    invited = carol.create_room(invite=[alice.user_id])
-    answer = alice.ask("GET", "events", **{"from": since})
-    assert answer["start"] == since and bodies([event for event in answer["chunk"] if event["type"] == "m.room.message"]) == ["one"]
-    assert {(event["type"], event.get("room_id")) for event in answer["chunk"]} >= {("m.room.message", room), ("m.typing", room), ("m.room.member", invited)}
-    assert alice.ask("GET", "events", **{"from": answer["end"]})["chunk"] == []
-    other = alice.create_room()
-    chunk = alice.ask("GET", "events", room_id=room, **{"from": answer["end"]})["chunk"]
-    assert other not in [event.get("room_id") for event in chunk]
-    with refused("M_FORBIDDEN", 403):
-        carol.ask("GET", "events", room_id=room)
-
-
-def test_events_wait_from_now_on_if_no_token_is_given(pair):
-    hs, alice, bob, _, since = pair
-    room = alice.joined_rooms()[0]
-    with background(alice.ask, "GET", "events", timeout="20000") as waiting:
-        eventually(lambda: hs.world.store.waiters.among({alice.user_id}))
-        bob.say(room, "now")
-        assert bodies(waiting.result(5)["chunk"]) == ["now"]
-
-
-def test_the_initial_sync_of_a_room_is_its_state_and_its_last_messages(three):
-    hs, alice, bob, carol, room = three
-    bob.join(room)
-    for n in range(5):
-        alice.say(room, str(n))
-    bob.set_account_data("org.x", {"a": 1}, room)
-    bob.receipt(room, read := alice.say(room, "5"))
-    alice.sync()
-    answer = bob.ask("GET", "rooms", room, "initialSync", limit=4)
-    assert list(answer["receipts"][0]["content"]) == [read] and presences({"presence": {"events": answer["presence"]}}) == {
-        alice.user_id: "online", bob.user_id: "offline"}
-    assert (answer["room_id"], answer["membership"], answer["visibility"]) == (room, "join", "private")
-    assert bodies(answer["messages"]["chunk"]) == ["2", "3", "4", "5"]
-    older = bob.messages(room, "b", 2, **{"from": answer["messages"]["start"]})["chunk"]
-    assert bodies(older) == ["1", "0"]
-    assert {event["type"] for event in answer["state"]} >= {"m.room.create", "m.room.member", "m.room.power_levels"}
-    assert answer["account_data"] == [{"type": "org.x", "content": {"a": 1}}]
-    with refused("M_FORBIDDEN", 403):
-        carol.ask("GET", "rooms", room, "initialSync")
 
 
 # -- The rules a second time: models of rooms, devices and counts, written from the specification alone, to be skipped at first reading.
