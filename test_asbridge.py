@@ -12663,79 +12663,6 @@ def test_each_row_of_the_inspector_is_for_the_owner_of_the_homeserver_alone(star
 # 10. The application service
 # ============================================================================
 
-# -- Client and Intent.
-
-def test_an_intent_registers_its_ghost_once_and_acts_as_it(fake, service):
-    ghost = service.intent("@_irc_bob:test")
-    ghost.say("!r:test", "one")
-    ghost.say("!r:test", "two", txn_id="t/2")
-    registered = [asked[3] for asked in fake.paths("/register") if asked[3]["username"] == "_irc_bob"]
-    assert registered == [{"type": "m.login.application_service", "username": "_irc_bob", "inhibit_login": True}]
-    sent = fake.paths("/send/")
-    assert [asked[2]["user_id"] for asked in sent] == ["@_irc_bob:test"] * 2
-    assert sent[1][1].endswith("/rooms/%21r%3Atest/send/m.room.message/t%2F2")
-
-
-def test_an_intent_takes_m_user_in_use_for_a_success(fake, service):
-    fake.fail = lambda request: asbridge.MatrixError("M_USER_IN_USE", "taken") if "register" in request.path else None
-    assert service.intent("@_irc_bob:test").say("!r:test", "one").startswith("$")
-
-
-def test_an_intent_joins_when_it_must_and_is_invited_when_it_may_not(fake, service):
-    refusals = {"/send/": 1, "/join/": 1}
-
-    def fail(request):
-        for part in refusals:
-            if part in request.path and refusals[part]:
-                refusals[part] -= 1
-                return asbridge.MatrixError("M_FORBIDDEN", "not in the room")
-        return None
-    fake.fail = fail
-    service.intent("@_irc_bob:test").say("!r:test", "one")
-    verbs = [re.search("/(send|join|invite)", asked[1])[1] for asked in fake.paths("/(send|join|invite)")]
-    assert verbs == ["send", "join", "invite", "join", "send"]
-
-
-def test_a_client_raises_what_the_homeserver_answers(fake):
-    fake.fail = lambda request: asbridge.MatrixError("M_LIMIT_EXCEEDED", "slower", retry_after_ms=7)
-    with pytest.raises(asbridge.MatrixError) as caught:
-        asbridge.Client(fake.url, "token").create_room()
-    assert (caught.value.status, caught.value.errcode) == (429, "M_LIMIT_EXCEEDED")
-    assert caught.value.extra == {"retry_after_ms": 7}
-
-
-@pytest.mark.parametrize("told", [{"http_status": 200, "self": 1}, {"errcode": ["x"], "error": 5}, {"status": "x", "extra": {}, "body": 1}])
-def test_a_refusal_may_say_anything(fake, told):
-    refusal = asbridge.MatrixError("M_FORBIDDEN", "no")
-    refusal.body = lambda: told
-    fake.fail = lambda request: refusal
-    with pytest.raises(asbridge.MatrixError) as caught:
-        asbridge.Client(fake.url, "token").create_room()
-    assert caught.value.status == 403 and caught.value.extra == {key: value for key, value in told.items() if key not in ("errcode", "error")}
-
-
-def always(value):
-    """Something in a homeserver's place that gives the same answer to everything."""
-    return asbridge.HttpServer(("127.0.0.1", 0), lambda request: asbridge.json_response(200, value))
-
-
-@pytest.mark.parametrize("value", [5, None, [], {}, {"user_id": 5}])
-def test_an_application_service_goes_on_asking_what_only_claims_to_be_a_homeserver(caplog, value):
-    server, asked = always(value), []
-    server.start()
-    service = asbridge.AppService(bridge_registration(), f"http://127.0.0.1:{server.port}")
-    service.clock.wait = lambda lock, until: (asked.append(until), setattr(service, "stopping", len(asked) == 3))
-    service._hello()
-    service.stop()
-    server.stop()
-    assert len(asked) == 3 and not [record for record in caplog.records if record.exc_info]
-
-
-def test_an_intent_is_of_a_whole_user_id(service):
-    with refused("M_INVALID_PARAM", text="bob is not of the form @localpart:server"):
-        service.intent("bob")
-
-
 # -- AppService: whom it answers.
 
 def test_an_application_service_refuses_a_missing_hs_token_with_401(service):
@@ -13047,6 +12974,79 @@ def test_a_bot_is_ten_lines(fake):
     bot.stop()
     assert len(fake.paths("/join/%21r%3Atest")) == 1
     assert fake.said() == ["hello"] and fake.paths("/send/")[0][1].endswith(event_id.replace("$", "%24"))
+
+
+# -- Asking the homeserver: Client and Intent.
+
+def test_an_intent_registers_its_ghost_once_and_acts_as_it(fake, service):
+    ghost = service.intent("@_irc_bob:test")
+    ghost.say("!r:test", "one")
+    ghost.say("!r:test", "two", txn_id="t/2")
+    registered = [asked[3] for asked in fake.paths("/register") if asked[3]["username"] == "_irc_bob"]
+    assert registered == [{"type": "m.login.application_service", "username": "_irc_bob", "inhibit_login": True}]
+    sent = fake.paths("/send/")
+    assert [asked[2]["user_id"] for asked in sent] == ["@_irc_bob:test"] * 2
+    assert sent[1][1].endswith("/rooms/%21r%3Atest/send/m.room.message/t%2F2")
+
+
+def test_an_intent_takes_m_user_in_use_for_a_success(fake, service):
+    fake.fail = lambda request: asbridge.MatrixError("M_USER_IN_USE", "taken") if "register" in request.path else None
+    assert service.intent("@_irc_bob:test").say("!r:test", "one").startswith("$")
+
+
+def test_an_intent_joins_when_it_must_and_is_invited_when_it_may_not(fake, service):
+    refusals = {"/send/": 1, "/join/": 1}
+
+    def fail(request):
+        for part in refusals:
+            if part in request.path and refusals[part]:
+                refusals[part] -= 1
+                return asbridge.MatrixError("M_FORBIDDEN", "not in the room")
+        return None
+    fake.fail = fail
+    service.intent("@_irc_bob:test").say("!r:test", "one")
+    verbs = [re.search("/(send|join|invite)", asked[1])[1] for asked in fake.paths("/(send|join|invite)")]
+    assert verbs == ["send", "join", "invite", "join", "send"]
+
+
+def test_a_client_raises_what_the_homeserver_answers(fake):
+    fake.fail = lambda request: asbridge.MatrixError("M_LIMIT_EXCEEDED", "slower", retry_after_ms=7)
+    with pytest.raises(asbridge.MatrixError) as caught:
+        asbridge.Client(fake.url, "token").create_room()
+    assert (caught.value.status, caught.value.errcode) == (429, "M_LIMIT_EXCEEDED")
+    assert caught.value.extra == {"retry_after_ms": 7}
+
+
+@pytest.mark.parametrize("told", [{"http_status": 200, "self": 1}, {"errcode": ["x"], "error": 5}, {"status": "x", "extra": {}, "body": 1}])
+def test_a_refusal_may_say_anything(fake, told):
+    refusal = asbridge.MatrixError("M_FORBIDDEN", "no")
+    refusal.body = lambda: told
+    fake.fail = lambda request: refusal
+    with pytest.raises(asbridge.MatrixError) as caught:
+        asbridge.Client(fake.url, "token").create_room()
+    assert caught.value.status == 403 and caught.value.extra == {key: value for key, value in told.items() if key not in ("errcode", "error")}
+
+
+def always(value):
+    """Something in a homeserver's place that gives the same answer to everything."""
+    return asbridge.HttpServer(("127.0.0.1", 0), lambda request: asbridge.json_response(200, value))
+
+
+@pytest.mark.parametrize("value", [5, None, [], {}, {"user_id": 5}])
+def test_an_application_service_goes_on_asking_what_only_claims_to_be_a_homeserver(caplog, value):
+    server, asked = always(value), []
+    server.start()
+    service = asbridge.AppService(bridge_registration(), f"http://127.0.0.1:{server.port}")
+    service.clock.wait = lambda lock, until: (asked.append(until), setattr(service, "stopping", len(asked) == 3))
+    service._hello()
+    service.stop()
+    server.stop()
+    assert len(asked) == 3 and not [record for record in caplog.records if record.exc_info]
+
+
+def test_an_intent_is_of_a_whole_user_id(service):
+    with refused("M_INVALID_PARAM", text="bob is not of the form @localpart:server"):
+        service.intent("bob")
 
 
 # ============================================================================
