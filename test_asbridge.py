@@ -481,17 +481,35 @@ def person(running, name="alice"):
 # -- People: what they do, and what they get.
 
 @pytest.fixture
-def three(start):
-    """A homeserver with alice, bob and carol, and a public room of alice's."""
-    hs = start()
-    alice, bob, carol = (hs.client(name) for name in ("alice", "bob", "carol"))
-    return hs, alice, bob, carol, alice.create_room(preset="public_chat", room_alias_name="room")
+def hs(start):
+    """A homeserver as it is where nothing is configured."""
+    return start()
 
 
 @pytest.fixture
-def pair(three):
+def alice(hs):
+    return hs.client("alice")
+
+
+@pytest.fixture
+def bob(hs):
+    return hs.client("bob")
+
+
+@pytest.fixture
+def carol(hs):
+    return hs.client("carol")
+
+
+@pytest.fixture
+def room(alice):
+    """A public room of alice's."""
+    return alice.create_room(preset="public_chat", room_alias_name="room")
+
+
+@pytest.fixture
+def pair(hs, alice, bob, carol, room):
     """alice and bob in a room; alice has synced, bob has not."""
-    hs, alice, bob, carol, room = three
     bob.join(room)
     return hs, alice, bob, carol, alice.sync()["next_batch"]
 
@@ -3115,8 +3133,7 @@ def test_a_voucher_that_is_no_text_is_a_refusal(voucher):
     assert changes_to(room_of(join_rule="restricted"), OUT, "join", OUT, join_authorised_via_users_server=voucher) == NO
 
 
-def test_nobody_vouches_for_themselves_into_a_restricted_room(start):
-    hs = start()
+def test_nobody_vouches_for_themselves_into_a_restricted_room(hs):
     alice, mallory = hs.client("alice"), hs.client("mallory")
     room = alice.create_room(initial_state=[{"type": "m.room.join_rules", "state_key": "", "content": {"join_rule": "restricted", "allow": []}}])
     content = {"membership": "join", "join_authorised_via_users_server": "@alice:localhost"}
@@ -3303,8 +3320,7 @@ def test_before_room_version_12_the_creator_has_what_the_power_levels_say(versio
 
 
 @pytest.mark.parametrize("more", [5, "@a:b", ["nobody"], [5], [{}], {}])
-def test_additional_creators_are_user_ids(start, more):
-    hs = start()
+def test_additional_creators_are_user_ids(hs, more):
     with refused("M_BAD_JSON" if not isinstance(more, list) else "M_INVALID_PARAM", 400):
         hs.api.rooms.create(asbridge.Who("@alice:localhost"), {"room_version": "12", "creation_content": {"additional_creators": more}})
 
@@ -4664,16 +4680,14 @@ def test_a_namespace_is_matched_from_the_start_and_sees_local_users_only(start):
 
 # -- Accounts: registering and logging in.
 
-def test_registration_is_user_interactive_with_the_dummy_stage(start):
-    hs = start()
+def test_registration_is_user_interactive_with_the_dummy_stage(hs):
     status, challenge = ask(hs, "POST", V3 + "/register", body={"username": "alice", "password": "w"})
     assert status == 401 and challenge["flows"] == [{"stages": ["m.login.dummy"]}] and challenge["params"] == {} and challenge["session"]
     status, answer = ask(hs, "POST", V3 + "/register", body={"username": "alice", "password": "w", "auth": {"type": "m.login.dummy", "session": challenge["session"]}})
     assert status == 200 and answer["user_id"] == "@alice:localhost" and answer["access_token"] and answer["device_id"]
 
 
-def test_a_name_that_is_none_or_taken_is_refused_before_the_challenge(start):
-    hs = start()
+def test_a_name_that_is_none_or_taken_is_refused_before_the_challenge(hs):
     hs.client("alice")
     for username, errcode in (("alice", "M_USER_IN_USE"), ("A b", "M_INVALID_USERNAME"), (5, "M_BAD_JSON")):
         assert ask(hs, "POST", V3 + "/register", body={"username": username})[1]["errcode"] == errcode
@@ -4703,8 +4717,7 @@ def test_there_are_no_guests(start):
     assert ask(start(), "POST", V3 + "/register?kind=guest", body={})[0] == 403
 
 
-def test_a_password_logs_in_by_localpart_or_whole_id_and_a_wrong_one_does_not(start):
-    hs = start()
+def test_a_password_logs_in_by_localpart_or_whole_id_and_a_wrong_one_does_not(hs):
     hs.client("alice", "wonderland")
     client = asbridge.Client(hs.url)
     for user in ("alice", "@alice:localhost"):
@@ -4765,8 +4778,7 @@ def test_the_login_flows_are_listed(start):
     assert [flow["type"] for flow in flows] == ["m.login.password", "m.login.application_service"]
 
 
-def test_a_new_login_of_a_device_ends_the_token_that_it_had(start):
-    hs = start()
+def test_a_new_login_of_a_device_ends_the_token_that_it_had(hs):
     alice = hs.client("alice", "w")
     device = alice.whoami()["device_id"]
     hs.api.accounts.login("alice", "w", device_id=device)
@@ -4775,8 +4787,7 @@ def test_a_new_login_of_a_device_ends_the_token_that_it_had(start):
 
 
 @pytest.mark.parametrize("everywhere", [False, True])
-def test_a_logout_ends_the_session_and_its_device(start, everywhere):
-    hs = start()
+def test_a_logout_ends_the_session_and_its_device(hs, everywhere):
     alice = hs.client("alice", "w")
     other = asbridge.Client(hs.url, hs.api.accounts.login("alice", "w", device_id="OTHER")["access_token"])
     assert ask(hs, "POST", V3 + "/logout" + "/all" * everywhere, alice.token, b"") == (200, {})
@@ -4794,9 +4805,7 @@ def test_whoami_says_user_device_and_that_it_is_no_guest(start):
     assert answer["user_id"] == "@alice:localhost" and answer["is_guest"] is False and answer["device_id"]
 
 
-def test_devices_are_listed_named_and_only_ones_own(start):
-    hs = start()
-    alice, bob = hs.client("alice"), hs.client("bob")
+def test_devices_are_listed_named_and_only_ones_own(alice, bob):
     device = alice.whoami()["device_id"]
     assert alice.call("GET", V3 + f"/devices/{device}")["display_name"] == ""          # null lets matrix-commander crash
     alice.call("PUT", V3 + f"/devices/{device}", {"display_name": "laptop"})
@@ -4806,25 +4815,21 @@ def test_devices_are_listed_named_and_only_ones_own(start):
             change()
 
 
-def test_a_device_can_be_deleted(start):
-    hs = start()
+def test_a_device_can_be_deleted(hs):
     alice = hs.client("alice", "w")
     hs.api.accounts.login("alice", "w", device_id="OLD")
     status, _ = ask(hs, "DELETE", V3 + "/devices/OLD", alice.token, b"")
     assert status in (200, 401)
 
 
-def test_to_delete_devices_that_are_not_there_takes_no_time(start):
-    hs = start()
+def test_to_delete_devices_that_are_not_there_takes_no_time(hs):
     who, deleted = asbridge.Who(hs.client("alice").user_id), []
     hs.world.store.write(lambda tx: setattr(tx, "delete_device", lambda *args: deleted.append(args)))
     hs.api.accounts.delete_devices(who, ["", *map(str, range(100_000)), *[who.device_id or "x"] * 1000])
     assert deleted == []
 
 
-def test_a_change_of_a_session_that_has_ended_is_refused_though_it_was_asked_before(start):
-    hs = start()
-    alice = hs.client("alice")
+def test_a_change_of_a_session_that_has_ended_is_refused_though_it_was_asked_before(hs, alice):
     who = hs.api.identify(asbridge.Request(f"GET / HTTP/1.1\r\nHost: h\r\nAuthorization: Bearer {alice.token}"), "user")
     hs.api.accounts.logout(who)
     for change in (lambda: hs.api.accounts.set_account_data(who, "", "x", {}), lambda: hs.api.accounts.add_filter(who, {}),
@@ -4837,8 +4842,7 @@ def test_a_change_of_a_session_that_has_ended_is_refused_though_it_was_asked_bef
 # -- Accounts: changing the password, and deactivating.
 
 @pytest.mark.parametrize("where,body", [("/account/password", {"new_password": "n"}), ("/account/deactivate", {}), ("/delete_devices", {"devices": []})])
-def test_what_matters_is_confirmed_by_the_password(start, where, body):
-    hs = start()
+def test_what_matters_is_confirmed_by_the_password(hs, where, body):
     alice = hs.client("alice", "w")
     hs.client("bob", "b")
     status, first = ask(hs, "POST", V3 + where, alice.token, body)
@@ -4858,14 +4862,11 @@ def test_what_matters_is_confirmed_by_the_password(start, where, body):
 
 @pytest.mark.parametrize("who", [{}, {"user": "alice"}, {"user": "@alice:localhost"}, {"identifier": {"type": "m.id.user", "user": "alice"}},
                                  {"identifier": {"type": "m.id.user", "user": "@alice:localhost"}}])
-def test_the_password_is_confirmed_with_or_without_the_users_name(start, who):
-    hs = start()
+def test_the_password_is_confirmed_with_or_without_the_users_name(hs, who):
     assert hs.client("alice", "w").call("POST", V3 + "/account/password", {"new_password": "n", **confirmed(**who)}) == {}
 
 
-def test_a_sync_that_waits_is_told_when_its_session_ends(start):
-    hs = start()
-    alice = hs.client("alice")
+def test_a_sync_that_waits_is_told_when_its_session_ends(hs, alice):
     other = again(hs, alice)
     tokens = [client.sync()["next_batch"] for client in (alice, other)]
     with background(alice.sync, tokens[0], 30_000) as first, background(other.sync, tokens[1], 200) as second:
@@ -4877,8 +4878,7 @@ def test_a_sync_that_waits_is_told_when_its_session_ends(start):
 
 
 @pytest.mark.parametrize("logout_devices", [None, True, False])
-def test_a_new_password_ends_the_other_sessions_unless_they_are_to_stay(start, logout_devices):
-    hs = start()
+def test_a_new_password_ends_the_other_sessions_unless_they_are_to_stay(hs, logout_devices):
     alice = hs.client("alice", "w")
     other = asbridge.Client(hs.url, hs.api.accounts.login("alice", "w")["access_token"])
     options = {} if logout_devices is None else {"logout_devices": logout_devices}
@@ -4909,8 +4909,7 @@ def test_a_service_cannot_change_a_password_and_is_told_so_beforehand(start):
 
 
 @pytest.mark.parametrize("erase", [{}, {"erase": False}, {"erase": True}])
-def test_a_deactivated_account_leaves_its_rooms_and_keeps_nothing_but_its_name(start, erase):
-    hs = start()
+def test_a_deactivated_account_leaves_its_rooms_and_keeps_nothing_but_its_name(hs, erase):
     alice, bob = hs.client("alice", "w"), hs.client("bob")
     other = asbridge.Client(hs.url, hs.api.accounts.login("alice", "w")["access_token"])
     joined, invited, knocked = bob.create_room(preset="public_chat"), bob.create_room(invite=[alice.user_id]), bob.create_room(
@@ -4986,8 +4985,7 @@ def test_a_service_deactivates_a_ghost_without_a_password_and_it_is_no_ghost_any
 
 # -- Accounts: profiles.
 
-def test_a_profile_spreads_into_the_rooms_that_one_has_joined(three):
-    hs, alice, bob, _, room = three
+def test_a_profile_spreads_into_the_rooms_that_one_has_joined(hs, alice, bob, room):
     left = alice.create_room()
     alice.leave(left)
     alice.set_displayname("Al")
@@ -4999,8 +4997,7 @@ def test_a_profile_spreads_into_the_rooms_that_one_has_joined(three):
     assert ask(hs, "GET", path("profile", bob.user_id, "avatar_url")) == (200, {})
 
 
-def test_an_empty_name_is_none(three):
-    hs, alice, _, _, room = three
+def test_an_empty_name_is_none(hs, alice, room):
     alice.set_avatar_url("mxc://localhost/x")
     for key in ("displayname", "avatar_url"):
         alice.ask("PUT", "profile", alice.user_id, key, body={key: ""})
@@ -5010,8 +5007,7 @@ def test_an_empty_name_is_none(three):
         assert ask(hs, "GET", where)[1]["errcode"] == "M_NOT_FOUND"
 
 
-def test_a_profile_belongs_to_its_user_and_an_unknown_one_is_not_found(three):
-    hs, alice, bob = three[:3]
+def test_a_profile_belongs_to_its_user_and_an_unknown_one_is_not_found(alice, bob):
     with refused("M_FORBIDDEN", 403):
         bob.call("PUT", path("profile", alice.user_id, "displayname"), {"displayname": "x"})
     with refused("M_NOT_FOUND", 404):
@@ -5026,8 +5022,7 @@ def test_a_profile_belongs_to_its_user_and_an_unknown_one_is_not_found(three):
 
 @pytest.mark.parametrize("visibility,seen", [("world_readable", ["early", "invited", "joined"]), ("shared", ["early", "invited", "joined"]),
                                              ("invited", ["invited", "joined"]), ("joined", ["joined"])])
-def test_who_has_joined_sees_as_much_as_the_history_visibility_says(three, visibility, seen):
-    hs, alice, bob, _, _ = three
+def test_who_has_joined_sees_as_much_as_the_history_visibility_says(alice, bob, visibility, seen):
     room = alice.create_room(initial_state=[{"type": "m.room.history_visibility", "content": {"history_visibility": visibility}}])
     alice.say(room, "early")
     alice.invite(room, bob.user_id)
@@ -5040,8 +5035,7 @@ def test_who_has_joined_sees_as_much_as_the_history_visibility_says(three, visib
 
 @pytest.mark.parametrize("visibility,seen", [("shared", ["before", "during"]), ("invited", ["during"]), ("joined", ["during"]),
                                              ("world_readable", ["before", "during", "after"])])
-def test_who_has_left_sees_what_was_there_until_then(three, visibility, seen):
-    hs, alice, bob, _, _ = three
+def test_who_has_left_sees_what_was_there_until_then(alice, bob, visibility, seen):
     room = alice.create_room(preset="public_chat", initial_state=[{"type": "m.room.history_visibility", "content": {"history_visibility": visibility}}])
     alice.say(room, "before")
     bob.join(room)
@@ -5056,8 +5050,7 @@ def test_who_has_left_sees_what_was_there_until_then(three, visibility, seen):
     assert topic == bob.state(room, "m.room.topic")["topic"]
 
 
-def test_who_was_never_there_sees_nothing_unless_the_room_is_world_readable(three):
-    hs, alice, bob, _, room = three
+def test_who_was_never_there_sees_nothing_unless_the_room_is_world_readable(alice, bob, room):
     alice.set_alias("#two:localhost", room)
     event_id = alice.say(room, "hello")
     looks = [lambda: bob.messages(room), lambda: bob.all_state(room), lambda: bob.members(room), lambda: bob.state(room, "m.room.create"),
@@ -5072,8 +5065,7 @@ def test_who_was_never_there_sees_nothing_unless_the_room_is_world_readable(thre
         assert look()
 
 
-def test_who_is_invited_sees_neither_the_state_nor_the_timeline_of_a_shared_room(three):
-    hs, alice, bob, _, _ = three
+def test_who_is_invited_sees_neither_the_state_nor_the_timeline_of_a_shared_room(alice, bob):
     room = alice.create_room(invite=[bob.user_id])
     alice.say(room, "x")
     for look in (lambda: bob.messages(room), lambda: bob.all_state(room), lambda: bob.state(room, "m.room.name"), lambda: bob.members(room)):
@@ -5081,8 +5073,7 @@ def test_who_is_invited_sees_neither_the_state_nor_the_timeline_of_a_shared_room
             look()
 
 
-def test_what_was_said_between_leaving_and_coming_back_stays_hidden_in_a_joined_room(three):
-    hs, alice, bob, _, _ = three
+def test_what_was_said_between_leaving_and_coming_back_stays_hidden_in_a_joined_room(alice, bob):
     room = alice.create_room(preset="public_chat", initial_state=[{"type": "m.room.history_visibility", "content": {"history_visibility": "joined"}}])
     bob.join(room)
     alice.say(room, "one")
@@ -5157,8 +5148,7 @@ def readable(client, *where, **query):
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_each_way_to_read_a_room_shows_what_the_history_visibility_lets_one_see(three, seed):
-    hs, alice, bob, carol, _ = three
+def test_each_way_to_read_a_room_shows_what_the_history_visibility_lets_one_see(alice, bob, seed):
     dice = asbridge.random.Random(seed)
     room = alice.create_room(preset="public_chat")
     start, said = bob.sync()["next_batch"], happens(dice, alice, bob, room)
@@ -5217,9 +5207,7 @@ ORDER = ["m.room.create", "m.room.member", "m.room.power_levels", "m.room.canoni
 
 
 @pytest.mark.parametrize("version", ["10", "11", "12"])
-def test_the_events_of_a_new_room_come_in_the_order_of_the_specification(start, version):
-    hs = start()
-    alice, bob = hs.client("alice"), hs.client("bob")
+def test_the_events_of_a_new_room_come_in_the_order_of_the_specification(alice, bob, version):
     room = alice.create_room(name="n", topic="t", invite=[bob.user_id], room_alias_name="x", room_version=version,
                              initial_state=[{"type": "org.example.state", "content": {}}])
     events = all_messages(alice, room)
@@ -5231,25 +5219,21 @@ def test_the_events_of_a_new_room_come_in_the_order_of_the_specification(start, 
     ({}, ("invite", "shared", "can_join")), ({"visibility": "public"}, ("public", "shared", "forbidden")),
     ({"preset": "private_chat"}, ("invite", "shared", "can_join")), ({"preset": "public_chat"}, ("public", "shared", "forbidden")),
     ({"preset": "trusted_private_chat"}, ("invite", "shared", "can_join")), ({"visibility": "public", "preset": "private_chat"}, ("invite", "shared", "can_join"))])
-def test_a_preset_sets_join_rule_history_visibility_and_guest_access(start, options, rules):
-    alice = start().client("alice")
+def test_a_preset_sets_join_rule_history_visibility_and_guest_access(alice, options, rules):
     room = alice.create_room(**options)
     assert (alice.state(room, "m.room.join_rules")["join_rule"], alice.state(room, "m.room.history_visibility")["history_visibility"],
             alice.state(room, "m.room.guest_access")["guest_access"]) == rules
 
 
 @pytest.mark.parametrize("version", ["10", "11", "12"])
-def test_a_trusted_private_chat_gives_those_invited_the_creators_power(start, version):
-    hs = start()
-    alice, bob = hs.client("alice"), hs.client("bob")
+def test_a_trusted_private_chat_gives_those_invited_the_creators_power(alice, bob, version):
     room = alice.create_room(preset="trusted_private_chat", invite=[bob.user_id], room_version=version)
     bob.join(room)
     bob.set_state(room, "m.room.power_levels", {**bob.state(room, "m.room.power_levels"), "kick": 99})
     assert bob.state(room, "m.room.create").get("additional_creators") == ([bob.user_id] if version == "12" else None)
 
 
-def test_the_creator_is_named_as_the_room_version_wants_it(start):
-    alice = start().client("alice")
+def test_the_creator_is_named_as_the_room_version_wants_it(alice):
     old, new, newest = (alice.create_room(room_version=version) for version in ("10", "11", "12"))
     assert alice.state(old, "m.room.create")["creator"] == alice.user_id and "creator" not in alice.state(new, "m.room.create")
     assert alice.state(new, "m.room.power_levels")["users"] == {alice.user_id: 100} and alice.state(newest, "m.room.power_levels")["users"] == {}
@@ -5265,8 +5249,7 @@ def test_a_new_room_has_the_configured_version_and_keeps_creation_content(start)
     assert (create["type"], create["room_version"], create["creator"]) == ("m.space", "10", alice.user_id)
 
 
-def test_initial_state_wins_over_the_preset_and_name_over_initial_state(start):
-    alice = start().client("alice")
+def test_initial_state_wins_over_the_preset_and_name_over_initial_state(alice):
     room = alice.create_room(preset="private_chat", name="new", initial_state=[
         {"type": "m.room.join_rules", "content": {"join_rule": "knock"}}, {"type": "m.room.name", "content": {"name": "old"}},
         {"type": "a", "state_key": "k", "content": {"v": 1}}])
@@ -5274,16 +5257,13 @@ def test_initial_state_wins_over_the_preset_and_name_over_initial_state(start):
     assert alice.state(room, "m.room.name") == {"name": "new"} and alice.state(room, "a", "k") == {"v": 1}
 
 
-def test_power_level_content_override_is_laid_over_the_default(start):
-    alice = start().client("alice")
+def test_power_level_content_override_is_laid_over_the_default(alice):
     room = alice.create_room(power_level_content_override={"events_default": 10, "users": {alice.user_id: 100, "@bob:localhost": 20}})
     levels = alice.state(room, "m.room.power_levels")
     assert (levels["events_default"], levels["users"]["@bob:localhost"], levels["ban"]) == (10, 20, 50)
 
 
-def test_is_direct_stands_in_the_invitations(start):
-    hs = start()
-    alice, bob = hs.client("alice"), hs.client("bob")
+def test_is_direct_stands_in_the_invitations(alice, bob):
     room = alice.create_room(is_direct=True, invite=[bob.user_id])
     assert alice.state(room, "m.room.member", bob.user_id)["is_direct"] is True
 
@@ -5298,8 +5278,7 @@ def test_is_direct_stands_in_the_invitations(start):
     ({"power_level_content_override": []}, "M_BAD_JSON"), ({"is_direct": 1}, "M_BAD_JSON"),
     ({"room_version": "12", "power_level_content_override": {"users": {"@alice:localhost": 100}}}, "M_INVALID_ROOM_STATE"),
     ({"room_version": "12", "creation_content": {"additional_creators": ["bob"]}}, "M_INVALID_PARAM")])
-def test_a_room_that_cannot_be_is_refused_as_a_whole(start, options, errcode):
-    alice = start().client("alice")
+def test_a_room_that_cannot_be_is_refused_as_a_whole(alice, options, errcode):
     first = alice.create_room(room_alias_name="taken")
     with refused(errcode, 400):
         alice.create_room(**options)
@@ -5307,8 +5286,7 @@ def test_a_room_that_cannot_be_is_refused_as_a_whole(start, options, errcode):
 
 
 @pytest.mark.parametrize("creators", [[{}], 5, [5]])
-def test_additional_creators_that_are_none_are_refused(start, creators):
-    hs = start()
+def test_additional_creators_that_are_none_are_refused(hs, creators):
     with pytest.raises(MatrixError) as caught:
         hs.client("alice").create_room(room_version="12", preset="trusted_private_chat", invite=[hs.client("bob").user_id],
                                        creation_content={"additional_creators": creators if creators != [5] else [{}, 5]})
@@ -5317,8 +5295,7 @@ def test_additional_creators_that_are_none_are_refused(start, creators):
 
 # -- Rooms: aliases.
 
-def test_an_alias_is_made_found_and_deleted(three):
-    hs, alice, bob, _, room = three
+def test_an_alias_is_made_found_and_deleted(hs, alice, bob, room):
     alice.set_alias("#two:localhost", room)
     assert ask(hs, "GET", path("directory", "room", "#two:localhost")) == (200, {"room_id": room, "servers": ["localhost"]})
     assert alice.call("GET", path("rooms", room, "aliases")) == {"aliases": ["#room:localhost", "#two:localhost"]}
@@ -5335,37 +5312,34 @@ def test_an_alias_is_made_found_and_deleted(three):
 
 
 @pytest.mark.parametrize("alias", ["#x", "#x:elsewhere.org", "x:localhost", "#:localhost", "#" + "x" * 250 + ":localhost"])
-def test_an_alias_that_is_none_is_refused(three, alias):
+def test_an_alias_that_is_none_is_refused(alice, room, alias):
     with refused("M_INVALID_PARAM", 400):
-        three[1].set_alias(alias, three[4])
+        alice.set_alias(alias, room)
 
 
 # -- Rooms: membership.
 
-def test_a_room_is_joined_by_id_or_alias_and_again_without_effect(three):
-    hs, alice, bob, _, room = three
+def test_a_room_is_joined_by_id_or_alias_and_again_without_effect(alice, bob, room):
     assert bob.join("#room:localhost") == bob.join(room) == bob.call("POST", path("rooms", room, "join"))["room_id"] == room
     assert len([event for event in all_messages(bob, room) if event.get("state_key") == bob.user_id]) == 1
     assert set(bob.joined_members(room)) == {alice.user_id, bob.user_id} and bob.joined_rooms() == [room]
 
 
-def test_a_join_carries_the_profile_and_the_reason(three):
-    hs, alice, bob, _, room = three
+def test_a_join_carries_the_profile_and_the_reason(alice, bob, room):
     bob.set_displayname("Bob")
     bob.call("POST", path("join", room), {"reason": "why not"})
     assert alice.state(room, "m.room.member", bob.user_id) == {"membership": "join", "displayname": "Bob", "reason": "why not"}
 
 
-def test_what_does_not_exist_cannot_be_joined(three):
+def test_what_does_not_exist_cannot_be_joined(bob):
     for room, errcode in (("!nowhere:localhost", "M_FORBIDDEN"), ("#nowhere:localhost", "M_NOT_FOUND")):
         with refused(errcode):
-            three[2].join(room)
+            bob.join(room)
     with refused("M_INVALID_PARAM", 400):
-        three[2].join("#nothing")
+        bob.join("#nothing")
 
 
-def test_a_private_room_is_joined_by_those_invited_only(three):
-    hs, alice, bob, carol, _ = three
+def test_a_private_room_is_joined_by_those_invited_only(alice, bob, carol):
     room = alice.create_room()
     alice.invite(room, bob.user_id, "come")
     assert bob.join(room) == room
@@ -5373,21 +5347,19 @@ def test_a_private_room_is_joined_by_those_invited_only(three):
         carol.join(room)
 
 
-def test_who_is_in_a_room_cannot_be_invited(three):
-    hs, alice, bob, _, room = three
+def test_who_is_in_a_room_cannot_be_invited(alice, bob, room):
     bob.join(room)
     with refused("M_FORBIDDEN", 403, "already in the room"):           # mautrix-python reads the text
         alice.invite(room, bob.user_id)
 
 
 @pytest.mark.parametrize("user_id,errcode", [("bob", "M_INVALID_PARAM"), ("@bob:elsewhere", "M_INVALID_PARAM"), (5, "M_BAD_JSON"), (None, "M_MISSING_PARAM")])
-def test_an_invitation_of_nobody_is_refused(three, user_id, errcode):
+def test_an_invitation_of_nobody_is_refused(alice, room, user_id, errcode):
     with refused(errcode, 400):
-        three[1].call("POST", path("rooms", three[4], "invite"), {"user_id": user_id})
+        alice.call("POST", path("rooms", room, "invite"), {"user_id": user_id})
 
 
-def test_an_invitation_can_be_declined_and_taken_back(three):
-    hs, alice, bob, carol, _ = three
+def test_an_invitation_can_be_declined_and_taken_back(alice, bob, carol):
     room = alice.create_room(invite=[bob.user_id, carol.user_id])
     bob.leave(room, "no thanks")
     alice.kick(room, carol.user_id)
@@ -5397,8 +5369,7 @@ def test_an_invitation_can_be_declined_and_taken_back(three):
         bob.join(room)
 
 
-def test_one_leaves_and_may_not_leave_twice(three):
-    hs, alice, bob, _, room = three
+def test_one_leaves_and_may_not_leave_twice(hs, bob, room):
     bob.join(room)
     assert ask(hs, "POST", path("rooms", room, "leave"), bob.token, b"") == (200, {})
     with refused("M_FORBIDDEN", 403, "not in the room"):
@@ -5407,8 +5378,7 @@ def test_one_leaves_and_may_not_leave_twice(three):
         bob.say(room, "still here")
 
 
-def test_a_kick_needs_power_and_carries_its_reason(three):
-    hs, alice, bob, carol, room = three
+def test_a_kick_needs_power_and_carries_its_reason(alice, bob, carol, room):
     bob.join(room), carol.join(room)
     with refused("M_FORBIDDEN", 403):
         bob.kick(room, carol.user_id)
@@ -5418,29 +5388,26 @@ def test_a_kick_needs_power_and_carries_its_reason(three):
     assert set(alice.joined_members(room)) == {alice.user_id}
 
 
-def test_who_is_not_in_the_room_cannot_be_kicked(three):
+def test_who_is_not_in_the_room_cannot_be_kicked(alice, bob, room):
     with refused("M_FORBIDDEN", 403):
-        three[1].kick(three[4], three[2].user_id)
+        alice.kick(room, bob.user_id)
 
 
-def test_who_kicks_oneself_leaves_with_a_reason_or_declines_and_needs_no_power(three):
-    hs, alice, bob, carol, room = three
+def test_who_kicks_oneself_leaves_with_a_reason_or_declines_and_needs_no_power(alice, bob, carol, room):
     bob.join(room), alice.invite(room, carol.user_id)
     for client in (bob, carol):                              # heisenbridge on PART, matrix-appservice-bridge on leave with a reason
         client.kick(room, client.user_id, "gone")
         assert alice.state(room, "m.room.member", client.user_id) == {"membership": "leave", "reason": "gone"}
 
 
-def test_a_kick_does_not_lift_a_ban(three):
-    hs, alice, bob, _, room = three
+def test_a_kick_does_not_lift_a_ban(alice, bob, room):
     alice.ban(room, bob.user_id)
     with contextlib.suppress(MatrixError):
         alice.kick(room, bob.user_id)
     assert alice.state(room, "m.room.member", bob.user_id)["membership"] == "ban"
 
 
-def test_an_invitation_and_a_ban_that_say_nothing_new_are_no_second_event(three):
-    hs, alice, bob, carol, room = three
+def test_an_invitation_and_a_ban_that_say_nothing_new_are_no_second_event(alice, bob, carol, room):
     bob.join(room)
     alice.call("PUT", path("rooms", room, "state", "m.room.power_levels"), {**alice.state(room, "m.room.power_levels"), "users": {alice.user_id: 100, bob.user_id: 100}})
     for verb, name in (("invite", "invite"), ("ban", "ban")):
@@ -5451,8 +5418,7 @@ def test_an_invitation_and_a_ban_that_say_nothing_new_are_no_second_event(three)
                                             for reason, who in ((None, alice.user_id), ("new", alice.user_id), ("new", bob.user_id))], key=str)
 
 
-def test_a_ban_keeps_out_until_it_is_lifted(three):
-    hs, alice, bob, _, room = three
+def test_a_ban_keeps_out_until_it_is_lifted(alice, bob, room):
     bob.join(room)
     alice.ban(room, bob.user_id, "spam")
     with refused("M_BAD_STATE", 403, "banned"):                        # mautrix-python unbans on this code only
@@ -5467,8 +5433,7 @@ def test_a_ban_keeps_out_until_it_is_lifted(three):
         bob.ban(room, alice.user_id)
 
 
-def test_nobody_from_outside_is_told_who_is_banned_or_in_the_room(three):
-    hs, alice, bob, carol, room = three
+def test_nobody_from_outside_is_told_who_is_banned_or_in_the_room(alice, bob, carol, room):
     alice.ban(room, carol.user_id)
     for change in (bob.unban, bob.kick, bob.ban, bob.invite):
         for user in (alice.user_id, carol.user_id):
@@ -5476,8 +5441,7 @@ def test_nobody_from_outside_is_told_who_is_banned_or_in_the_room(three):
                 change(room, user)
 
 
-def test_a_room_is_forgotten_only_after_leaving_and_then_gives_nothing_away(three):
-    hs, alice, bob, _, room = three
+def test_a_room_is_forgotten_only_after_leaving_and_then_gives_nothing_away(hs, bob, room):
     bob.join(room)
     with refused("M_UNKNOWN", 400, "leave it first"):
         bob.call("POST", path("rooms", room, "forget"), {})
@@ -5492,8 +5456,7 @@ def test_a_room_is_forgotten_only_after_leaving_and_then_gives_nothing_away(thre
 
 
 @pytest.mark.parametrize("rule", ["knock", "knock_restricted"])
-def test_a_knock_is_answered_by_an_invitation(three, rule):
-    hs, alice, bob, carol, _ = three
+def test_a_knock_is_answered_by_an_invitation(alice, bob, carol, rule):
     room = alice.create_room(name="n", initial_state=[{"type": "m.room.join_rules", "content": {"join_rule": rule}}])
     assert bob.call("POST", path("knock", room), {"reason": "please"})["room_id"] == room
     state = bob.sync()["rooms"]["knock"][room]["knock_state"]["events"]
@@ -5507,17 +5470,16 @@ def test_a_knock_is_answered_by_an_invitation(three, rule):
     assert carol.sync()["next_batch"] and room not in carol.joined_rooms()
 
 
-def test_one_cannot_knock_at_a_room_that_does_not_take_it(three):
+def test_one_cannot_knock_at_a_room_that_does_not_take_it(alice, bob, room):
     with refused("M_FORBIDDEN", 403, "knock"):
-        three[2].call("POST", path("knock", three[4]), {})
+        bob.call("POST", path("knock", room), {})
     with refused("M_FORBIDDEN", 403, "there is no room"):
-        three[2].call("POST", path("knock", "!none:localhost"), {})
+        bob.call("POST", path("knock", "!none:localhost"), {})
     with refused("M_FORBIDDEN", 403, "can't knock here: the join rule of the room is 'public'"):      # which is no secret
-        three[2].call("POST", path("knock", three[1].create_room(preset="public_chat")), {})
+        bob.call("POST", path("knock", alice.create_room(preset="public_chat")), {})
 
 
-def test_who_is_in_a_restricted_room_needs_nobody_to_vouch_for_a_new_name(three):
-    hs, alice, bob, _, room = three
+def test_who_is_in_a_restricted_room_needs_nobody_to_vouch_for_a_new_name(alice, bob, room):
     other = restricted(alice, room)
     bob.join(room), bob.join(other)
     assert bob.state(other, "m.room.member", bob.user_id)["join_authorised_via_users_server"] == alice.user_id
@@ -5525,8 +5487,7 @@ def test_who_is_in_a_restricted_room_needs_nobody_to_vouch_for_a_new_name(three)
     assert bob.state(other, "m.room.member", bob.user_id) == {"membership": "join", "displayname": "Bob"}
 
 
-def test_a_new_name_goes_only_into_rooms_whose_rules_take_it(three):
-    hs, alice, bob, _, room = three
+def test_a_new_name_goes_only_into_rooms_whose_rules_take_it(alice, bob, room):
     closed = alice.create_room(invite=[bob.user_id])
     bob.join(room), bob.join(closed)
     alice.set_state(closed, "m.room.join_rules", {"join_rule": "private"})           # by which nobody may send a join, not even who is in it
@@ -5535,41 +5496,37 @@ def test_a_new_name_goes_only_into_rooms_whose_rules_take_it(three):
 
 
 @pytest.mark.parametrize("version", ["10", "11", "12"])
-def test_a_restricted_room_is_joined_by_members_of_the_other_room(three, version):
-    hs, alice, bob, carol, other = three
-    room = restricted(alice, other, version=version)
-    bob.join(other)
+def test_a_restricted_room_is_joined_by_members_of_the_other_room(alice, bob, carol, room, version):
+    closed = restricted(alice, room, version=version)
     bob.join(room)
-    assert alice.state(room, "m.room.member", bob.user_id)["join_authorised_via_users_server"] == alice.user_id
+    bob.join(closed)
+    assert alice.state(closed, "m.room.member", bob.user_id)["join_authorised_via_users_server"] == alice.user_id
     with refused("M_FORBIDDEN", 403):
-        carol.join(room)
-    alice.invite(room, carol.user_id)
-    carol.join(room)
-    assert "join_authorised_via_users_server" not in alice.state(room, "m.room.member", carol.user_id)
+        carol.join(closed)
+    alice.invite(closed, carol.user_id)
+    carol.join(closed)
+    assert "join_authorised_via_users_server" not in alice.state(closed, "m.room.member", carol.user_id)
 
 
-def test_nobody_can_vouch_for_oneself_at_a_restricted_room(three):
-    hs, alice, bob, _, other = three
+def test_nobody_can_vouch_for_oneself_at_a_restricted_room(alice, bob, room):
     with refused("M_FORBIDDEN", 403):
-        bob.set_state(restricted(alice, other), "m.room.member",
+        bob.set_state(restricted(alice, room), "m.room.member",
                       {"membership": "join", "join_authorised_via_users_server": alice.user_id}, bob.user_id)
 
 
-def test_an_allow_condition_of_another_type_lets_nobody_in(three):
-    hs, alice, bob, _, other = three
-    bob.join(other)
+def test_an_allow_condition_of_another_type_lets_nobody_in(alice, bob, room):
+    bob.join(room)
     with refused("M_FORBIDDEN", 403):
-        bob.join(restricted(alice, other, "org.example.other"))
+        bob.join(restricted(alice, room, "org.example.other"))
 
 
 @pytest.mark.parametrize("key", ["bob", "@bob:elsewhere.org"])
-def test_a_member_event_needs_a_local_user(three, key):
+def test_a_member_event_needs_a_local_user(alice, room, key):
     with refused("M_INVALID_PARAM", 400):
-        three[1].set_state(three[4], "m.room.member", {"membership": "invite"}, key)
+        alice.set_state(room, "m.room.member", {"membership": "invite"}, key)
 
 
-def test_membership_by_put_state_follows_the_same_rules(three):
-    hs, alice, bob, carol, room = three
+def test_membership_by_put_state_follows_the_same_rules(alice, bob, carol, room):
     bob.set_state(room, "m.room.member", {"membership": "join", "displayname": "B"}, bob.user_id)
     assert alice.joined_members(room)[bob.user_id]["display_name"] == "B"
     with refused("M_FORBIDDEN", 403):
@@ -5580,8 +5537,7 @@ def test_membership_by_put_state_follows_the_same_rules(three):
 
 # -- Rooms: sending.
 
-def test_a_client_transaction_sends_once_for_each_device_and_room(three):
-    hs, alice, bob, _, room = three
+def test_a_client_transaction_sends_once_for_each_device_and_room(alice, bob, room):
     other = alice.create_room()
     first = alice.say(room, "one", "t")
     assert alice.say(room, "other text", "t") == first and alice.say(other, "one", "t") != first
@@ -5591,8 +5547,7 @@ def test_a_client_transaction_sends_once_for_each_device_and_room(three):
     assert bodies(alice.messages(room)["chunk"]) == ["one", "one"]
 
 
-def test_another_device_of_the_same_user_has_transactions_of_its_own(start):
-    hs = start()
+def test_another_device_of_the_same_user_has_transactions_of_its_own(hs):
     one = hs.client("alice", "w")
     two = asbridge.Client(hs.url, hs.api.accounts.login("alice", "w")["access_token"])
     room = one.create_room()
@@ -5621,8 +5576,7 @@ def test_client_transactions_are_remembered_over_a_restart(start, tmp_path):
     assert again.say(room, "x", "t") == first and bodies(again.messages(room)["chunk"]) == ["x"]
 
 
-def test_a_refused_transaction_can_be_tried_again(three):
-    hs, alice, bob, _, room = three
+def test_a_refused_transaction_can_be_tried_again(bob, room):
     with refused("M_FORBIDDEN", 403):
         bob.say(room, "x", "t")
     bob.join(room)
@@ -5631,29 +5585,25 @@ def test_a_refused_transaction_can_be_tried_again(three):
 
 @pytest.mark.parametrize("body,errcode", [(b"", None), (b"[]", "M_BAD_JSON"), (b"{", "M_NOT_JSON"), (b'{"a":1.5}', "M_BAD_JSON"), (b'{"a":9007199254740992}', "M_BAD_JSON"),
                                           (b'{"a":NaN}', "M_NOT_JSON"), (b'{"a":"\\ud800"}', "M_NOT_JSON"), (b"\xff", "M_NOT_JSON"), (b'{"a":9007199254740991}', None)])
-def test_an_event_is_canonical_json(three, body, errcode):
-    hs, alice, _, _, room = three
+def test_an_event_is_canonical_json(hs, alice, room, body, errcode):
     status, answer = ask(hs, "PUT", path("rooms", room, "send", "x", "t"), alice.token, body)
     assert (status, answer.get("errcode")) == ((200, None) if errcode is None else (400, errcode))
 
 
-def test_an_event_that_is_too_large_is_refused(three):
-    hs, alice, _, _, room = three
+def test_an_event_that_is_too_large_is_refused(alice, room):
     with refused("M_TOO_LARGE", 413):
         alice.say(room, "x" * 65_536)
     assert alice.say(room, "x" * 64_000)
 
 
 @pytest.mark.parametrize("type,state_key", [("t" * 256, None), ("t" * 256, ""), ("t", "k" * 256)])
-def test_type_and_state_key_have_255_bytes_at_most(three, type, state_key):
-    hs, alice, _, _, room = three
+def test_type_and_state_key_have_255_bytes_at_most(alice, room, type, state_key):
     with pytest.raises(MatrixError):
         alice.send(room, type, {}) if state_key is None else alice.set_state(room, type, {}, state_key)
 
 
 @pytest.mark.parametrize("depth", [500, 950])
-def test_json_may_be_nested_to_a_limit_only_and_never_makes_the_homeserver_fail(three, depth):
-    hs, alice, _, _, room = three
+def test_json_may_be_nested_to_a_limit_only_and_never_makes_the_homeserver_fail(hs, alice, room, depth):
     deep = b'{"a":' + b"[" * depth + b"]" * depth + b"}"
     statuses = [ask(hs, "PUT", path("user", alice.user_id, "account_data", "x"), alice.token, deep)[0],
                 ask(hs, "PUT", path("rooms", room, "state", "x", ""), alice.token, deep)[0], ask(hs, "GET", path("rooms", room, "state", "x"), alice.token)[0]]
@@ -5661,8 +5611,7 @@ def test_json_may_be_nested_to_a_limit_only_and_never_makes_the_homeserver_fail(
 
 
 @pytest.mark.parametrize("spelling", ["m.room.topic", "m.room.topic/", "m.room.topic/key"])
-def test_state_is_set_and_read_with_and_without_key_and_with_a_trailing_slash(three, spelling):
-    hs, alice, _, _, room = three
+def test_state_is_set_and_read_with_and_without_key_and_with_a_trailing_slash(hs, alice, room, spelling):
     url = path("rooms", room, "state") + "/" + spelling
     event_id = ask(hs, "PUT", url, alice.token, {"topic": "t"})[1]["event_id"]
     assert ask(hs, "GET", url, alice.token) == (200, {"topic": "t"})
@@ -5670,22 +5619,19 @@ def test_state_is_set_and_read_with_and_without_key_and_with_a_trailing_slash(th
     assert event["event_id"] == event_id and event["state_key"] == ("key" if spelling.endswith("key") else "")
 
 
-def test_missing_state_is_not_found(three):
+def test_missing_state_is_not_found(hs, alice, room):
     for url in ("org.none", "org.none/", "org.none/key"):
-        status, answer = ask(three[0], "GET", path("rooms", three[4], "state") + "/" + url, three[1].token)
+        status, answer = ask(hs, "GET", path("rooms", room, "state") + "/" + url, alice.token)
         assert (status, answer["errcode"]) == (404, "M_NOT_FOUND")
 
 
-def test_state_that_is_replaced_tells_what_was_before(three):
-    hs, alice, _, _, room = three
+def test_state_that_is_replaced_tells_what_was_before(alice, room):
     alice.set_state(room, "m.room.topic", {"topic": "old"})
     event = alice.event(room, alice.set_state(room, "m.room.topic", {"topic": "new"}))
     assert event["unsigned"]["prev_content"] == {"topic": "old"}
 
 
-def test_state_that_says_nothing_new_is_the_event_that_said_it_first(start):
-    hs = start()
-    alice = hs.client("alice")
+def test_state_that_says_nothing_new_is_the_event_that_said_it_first(alice):
     room = alice.create_room()
     first = alice.set_state(room, "m.room.topic", {"topic": "tea"})
     assert alice.set_state(room, "m.room.topic", {"topic": "tea"}) == first
@@ -5697,8 +5643,7 @@ def test_state_that_says_nothing_new_is_the_event_that_said_it_first(start):
     assert len(alice.messages(room)["chunk"]) == before
 
 
-def test_state_needs_power_and_a_user_id_as_key_belongs_to_that_user(three):
-    hs, alice, bob, carol, room = three
+def test_state_needs_power_and_a_user_id_as_key_belongs_to_that_user(alice, bob, carol, room):
     bob.join(room)
     with refused("M_FORBIDDEN", 403, "needs 50"):
         bob.set_state(room, "m.room.topic", {"topic": "x"})
@@ -5708,8 +5653,7 @@ def test_state_needs_power_and_a_user_id_as_key_belongs_to_that_user(three):
         bob.set_state(room, "org.example", {}, carol.user_id)
 
 
-def test_a_canonical_alias_must_point_to_the_room(three):
-    hs, alice, _, _, room = three
+def test_a_canonical_alias_must_point_to_the_room(alice, room):
     other = alice.create_room(room_alias_name="other")
     for content in ({"alias": "#other:localhost"}, {"alt_aliases": ["#none:localhost"]}):
         with refused("M_BAD_ALIAS", 400):
@@ -5718,17 +5662,14 @@ def test_a_canonical_alias_must_point_to_the_room(three):
     alice.set_state(room, "m.room.canonical_alias", {"alias": "#room:localhost", "alt_aliases": ["#two:localhost"]})
 
 
-def test_a_canonical_alias_without_a_list_of_alternatives_does_no_harm(three):
-    hs, alice, _, _, room = three
+def test_a_canonical_alias_without_a_list_of_alternatives_does_no_harm(alice, room):
     with contextlib.suppress(MatrixError):
         alice.set_state(room, "m.room.canonical_alias", {"alt_aliases": 5})
     alice.set_state(room, "m.room.canonical_alias", {"alias": "#room:localhost"})
 
 
 @pytest.mark.parametrize("version", ["10", "11", "12"])
-def test_a_redaction_takes_the_content_away_and_says_why(start, version):
-    hs = start()
-    alice = hs.client("alice")
+def test_a_redaction_takes_the_content_away_and_says_why(alice, version):
     room = alice.create_room(room_version=version)
     event_id = alice.say(room, "secret")
     redaction = alice.redact(room, event_id, "oops", "t")
@@ -5740,8 +5681,7 @@ def test_a_redaction_takes_the_content_away_and_says_why(start, version):
     assert "secret" not in json.dumps(alice.messages(room)) + json.dumps(alice.sync())
 
 
-def test_a_client_transaction_of_a_redaction_belongs_to_the_event_that_it_redacts(three):
-    hs, alice, _, _, room = three
+def test_a_client_transaction_of_a_redaction_belongs_to_the_event_that_it_redacts(alice, room):
     first, second = alice.say(room, "1"), alice.say(room, "2")
     redaction = alice.call("PUT", path("rooms", room, "redact", first, "t"), {})["event_id"]
     assert alice.call("PUT", path("rooms", room, "redact", first, "t"), {})["event_id"] == redaction
@@ -5753,8 +5693,7 @@ def test_a_client_transaction_of_a_redaction_belongs_to_the_event_that_it_redact
     assert bodies(all_messages(alice, room)) == []
 
 
-def test_others_events_are_redacted_with_power_only(three):
-    hs, alice, bob, carol, room = three
+def test_others_events_are_redacted_with_power_only(alice, bob, carol, room):
     bob.join(room)
     hers, his = alice.say(room, "hers"), bob.say(room, "his")
     with refused("M_FORBIDDEN", 403, "redact"):
@@ -5769,15 +5708,13 @@ def test_others_events_are_redacted_with_power_only(three):
         alice.redact(room, alice.all_state(room)[0]["event_id"])
 
 
-def test_a_redaction_may_come_by_send_as_in_room_version_11(three):
-    hs, alice, _, _, room = three
+def test_a_redaction_may_come_by_send_as_in_room_version_11(alice, room):
     event_id = alice.say(room, "x")
     alice.send(room, "m.room.redaction", {"redacts": event_id})
     assert alice.event(room, event_id)["content"] == {}
 
 
-def test_redacted_state_loses_its_effect(three):
-    hs, alice, bob, _, room = three
+def test_redacted_state_loses_its_effect(alice, room):
     alice.redact(room, alice.set_state(room, "m.room.topic", {"topic": "t"}))
     assert alice.state(room, "m.room.topic") == {}
     redacted = alice.set_state(room, "m.room.join_rules", {"join_rule": "invite", "x": 1})
@@ -5787,8 +5724,7 @@ def test_redacted_state_loses_its_effect(three):
 
 # -- Reading.
 
-def test_an_event_is_found_in_its_own_room_only(three):
-    hs, alice, bob, _, room = three
+def test_an_event_is_found_in_its_own_room_only(alice, room):
     event_id = alice.say(room, "x")
     event = alice.event(room, event_id)
     assert (event["event_id"], event["room_id"], event["sender"]) == (event_id, room, alice.user_id) and event["unsigned"]["age"] >= 0
@@ -5797,14 +5733,12 @@ def test_an_event_is_found_in_its_own_room_only(three):
             alice.event(wrong, event_id if wrong != room else event_id[:-1] + ("A" if event_id[-1] != "A" else "B"))
 
 
-def test_an_event_that_may_not_be_seen_is_not_found(three):
-    hs, alice, bob, _, room = three
+def test_an_event_that_may_not_be_seen_is_not_found(alice, bob, room):
     with refused("M_NOT_FOUND", 404):
         bob.event(room, alice.say(room, "x"))
 
 
-def test_members_are_told_as_they_are_or_were_and_by_membership(three):
-    hs, alice, bob, carol, room = three
+def test_members_are_told_as_they_are_or_were_and_by_membership(alice, bob, carol, room):
     bob.join(room)
     then = alice.sync()["next_batch"]
     bob.leave(room)
@@ -5817,8 +5751,7 @@ def test_members_are_told_as_they_are_or_were_and_by_membership(three):
     assert members(membership="join") == {"alice": "join"} and members(not_membership="leave") == {"alice": "join", "carol": "invite"}
 
 
-def test_joined_members_have_names_and_are_for_members(three):
-    hs, alice, bob, _, room = three
+def test_joined_members_have_names_and_are_for_members(hs, alice, bob, room):
     alice.set_avatar_url("mxc://localhost/a")
     assert alice.joined_members(room) == {alice.user_id: {"display_name": "alice", "avatar_url": "mxc://localhost/a"}}
     for client in (bob, hs.client("dave")):
@@ -5832,8 +5765,7 @@ def test_joined_members_are_for_a_service_with_any_of_its_users_in_the_room(star
     assert list(bot_of(hs).joined_members(bob.create_room())) == ["@_irc_bob:localhost"]
 
 
-def test_messages_go_both_ways_to_both_ends(three):
-    hs, alice, _, _, room = three
+def test_messages_go_both_ways_to_both_ends(alice, room):
     for i in range(20):
         alice.say(room, f"n{i}")
     forwards = all_messages(alice, room, "f")
@@ -5843,8 +5775,7 @@ def test_messages_go_both_ways_to_both_ends(three):
     assert last["start"] and alice.messages(room, "b", 10, **{"from": last["end"]}).keys() == {"start", "chunk"}
 
 
-def test_messages_start_from_a_sync_token_and_stop_at_another(three):
-    hs, alice, _, _, room = three
+def test_messages_start_from_a_sync_token_and_stop_at_another(alice, room):
     first = alice.sync()["next_batch"]
     alice.say(room, "in between")
     second = alice.sync(first)["next_batch"]
@@ -5854,9 +5785,8 @@ def test_messages_start_from_a_sync_token_and_stop_at_another(three):
     assert bodies(alice.messages(room, "f", 10, **{"from": first, "to": second})["chunk"]) == ["in between"]
 
 
-def test_a_page_of_messages_ends_after_some_bytes_and_goes_on_after_them(three, monkeypatch):
+def test_a_page_of_messages_ends_after_some_bytes_and_goes_on_after_them(alice, room, monkeypatch):
     monkeypatch.setattr(asbridge, "MAX_PAGE_BYTES", 1000)
-    hs, alice, _, _, room = three
     for n in range(7):
         alice.say(room, f"{n}" * 300)
     assert len(alice.messages(room, limit=1000)["chunk"]) == 2
@@ -5867,21 +5797,18 @@ def test_a_page_of_messages_ends_after_some_bytes_and_goes_on_after_them(three, 
     ({"types": ["m.room.message"]}, ["m.room.message"] * 2), ({"types": ["org.*"]}, ["org.x"]), ({"types": []}, []),
     ({"not_types": ["m.*"]}, ["org.x"]), ({"types": ["m.room.message"], "senders": ["@bob:localhost"]}, ["m.room.message"]),
     ({"types": ["m.room.message"], "not_senders": ["@bob:localhost"]}, ["m.room.message"]), ({"senders": []}, []), ({"types": ["m.room.mess?ge", "[o]*"]}, [])])
-def test_messages_are_filtered(three, filter, expected):
-    hs, alice, bob, _, room = three
+def test_messages_are_filtered(alice, bob, room, filter, expected):
     bob.join(room)
     alice.say(room, "a"), bob.say(room, "b"), alice.send(room, "org.x", {})
     assert types(alice.messages(room, "f", 100, filter=json.dumps(filter))["chunk"]) == expected
 
 
-def test_a_filters_limit_counts_where_the_query_has_none(three):
-    hs, alice, _, _, room = three
+def test_a_filters_limit_counts_where_the_query_has_none(alice, room):
     assert len(alice.call("GET", path("rooms", room, "messages"), filter='{"limit":3}')["chunk"]) == 3
     assert len(alice.call("GET", path("rooms", room, "messages"), filter='{"limit":3}', limit=2)["chunk"]) == 2
 
 
-def test_messages_with_lazy_loading_come_with_the_members_who_speak(three):
-    hs, alice, bob, carol, room = three
+def test_messages_with_lazy_loading_come_with_the_members_who_speak(alice, bob, carol, room):
     bob.join(room), carol.join(room), carol.say(room, "before"), bob.say(room, "1"), alice.say(room, "2")
     page = alice.messages(room, limit=2, filter='{"lazy_load_members": true}')
     assert [event["state_key"] for event in page["state"]] == [alice.user_id, bob.user_id] and page["state"][1]["content"]["membership"] == "join"
@@ -5891,21 +5818,20 @@ def test_messages_with_lazy_loading_come_with_the_members_who_speak(three):
 
 
 @pytest.mark.parametrize("query", [{"dir": "x"}, {"limit": "x"}, {"limit": -1}, {"from": "x"}, {"to": "-1"}, {"filter": "{"}, {"filter": '{"types":5}'}, {"filter": '{"limit":"1"}'}])
-def test_a_query_for_messages_that_is_none_is_refused(three, query):
+def test_a_query_for_messages_that_is_none_is_refused(alice, room, query):
     with pytest.raises(MatrixError) as caught:
-        three[1].call("GET", path("rooms", three[4], "messages"), **query)
+        alice.call("GET", path("rooms", room, "messages"), **query)
     assert caught.value.status == 400
 
 
 @pytest.mark.parametrize("query", [{"timeout": "0" * 5000}, {"since": "0" * 20 + "9" * 30 + "0" * 4300}])
-def test_a_number_with_thousands_of_digits_is_refused(three, query):
+def test_a_number_with_thousands_of_digits_is_refused(alice, query):
     with refused("M_INVALID_PARAM", 400):
-        three[1].call("GET", V3 + "/sync", **query)
+        alice.call("GET", V3 + "/sync", **query)
 
 
 @pytest.mark.parametrize("where", ["sync", "messages"])
-def test_a_filter_may_name_thousands_of_types(three, where):
-    hs, alice, _, _, room = three
+def test_a_filter_may_name_thousands_of_types(alice, room, where):
     many = {"types": [f"t{i}" for i in range(1500)]}
     if where == "sync":
         assert alice.sync(filter={"room": {"timeline": many}})["next_batch"]
@@ -5914,15 +5840,13 @@ def test_a_filter_may_name_thousands_of_types(three, where):
 
 
 @pytest.mark.parametrize("names", [["*a" * 200], ["x" * 256], ["*" * 300], ["x"] * 5001, ["x"] * 100 + [f"*{n}" for n in range(51)]])
-def test_a_filter_has_a_largest_size(three, names):
-    hs, alice, _, _, room = three
+def test_a_filter_has_a_largest_size(alice, room, names):
     for use in (lambda: alice.messages(room, filter=json.dumps({"types": names})), lambda: alice.ask("POST", "user", alice.user_id, "filter", body={"room": {"timeline": {"not_types": names}}})):
         with refused("M_INVALID_PARAM", 400, "255 characters"):
             use()
 
 
-def test_no_filter_takes_long(three):
-    hs, alice, _, _, room = three
+def test_no_filter_takes_long(hs, alice, room):
     event_id = alice.send(room, "a" * 255, {})
     hostile = {"types": ["*a" * 127 + "b", "*a*a*a*a*a*a*a*b"] * 25, "not_types": [f"*a*{n}*b" for n in range(50)] + ["x"] * 4950}
     began = time.thread_time()
@@ -5933,15 +5857,13 @@ def test_no_filter_takes_long(three):
 
 
 @pytest.mark.parametrize("contains,expected", [(True, ["i"]), (False, ["t"])])
-def test_a_filter_may_ask_for_events_with_a_url(three, contains, expected):
-    hs, alice, _, _, room = three
+def test_a_filter_may_ask_for_events_with_a_url(alice, room, contains, expected):
     alice.say(room, "t"), alice.send(room, "m.room.message", {"msgtype": "m.image", "body": "i", "url": "mxc://localhost/x"})
     assert bodies(alice.messages(room, filter=json.dumps({"types": ["m.room.message"], "contains_url": contains}))["chunk"]) == expected
 
 
 @pytest.mark.parametrize("limit,before,after", [(0, 0, 0), (1, 0, 1), (4, 2, 2), (100, 5, 5)])
-def test_the_context_of_an_event_is_what_stood_around_it(three, limit, before, after):
-    hs, alice, _, _, room = three
+def test_the_context_of_an_event_is_what_stood_around_it(alice, room, limit, before, after):
     ids = [alice.say(room, f"n{i}") for i in range(11)]
     context = alice.call("GET", path("rooms", room, "context", ids[5]), limit=limit, filter='{"types":["m.room.message"]}')
     assert context["event"]["event_id"] == ids[5]
@@ -5952,8 +5874,7 @@ def test_the_context_of_an_event_is_what_stood_around_it(three, limit, before, a
     assert earlier[0]["event_id"] == (ids[4 - before] if before < 5 else alice.messages(room, "f", 1000)["chunk"][-12]["event_id"])
 
 
-def test_lazy_loading_gives_a_context_the_members_who_speak(three):
-    hs, alice, bob, carol, room = three
+def test_lazy_loading_gives_a_context_the_members_who_speak(alice, bob, carol, room):
     bob.join(room), carol.join(room)
     where = path("rooms", room, "context", [bob.say(room, str(n)) for n in range(3)][1])
     for narrow, members in (({}, {alice.user_id, bob.user_id, carol.user_id}), ({"lazy_load_members": True}, {bob.user_id})):
@@ -5961,8 +5882,7 @@ def test_lazy_loading_gives_a_context_the_members_who_speak(three):
         assert {event["state_key"] for event in found["state"] if event["type"] == "m.room.member"} == members
 
 
-def test_members_are_told_as_they_were_at_a_token(three):
-    hs, alice, bob, carol, room = three
+def test_members_are_told_as_they_were_at_a_token(alice, bob, carol, room):
     bob.join(room)
     since = alice.sync()["next_batch"]
     carol.join(room), bob.leave(room)
@@ -5972,8 +5892,7 @@ def test_members_are_told_as_they_were_at_a_token(three):
     assert members(not_membership="leave").keys() == {alice.user_id, carol.user_id} and members(at=since, membership="leave") == {}
 
 
-def test_an_event_says_what_membership_one_had_then(three):
-    hs, alice, bob, _, room = three
+def test_an_event_says_what_membership_one_had_then(alice, bob, room):
     before = alice.say(room, "before")
     alice.invite(room, bob.user_id)
     since, while_invited = bob.sync()["next_batch"], alice.say(room, "invited")
@@ -5992,8 +5911,7 @@ def test_an_event_says_what_membership_one_had_then(three):
 
 # -- Sync.
 
-def test_the_first_sync_has_the_state_before_the_timeline_and_the_last_ten_events(three):
-    hs, alice, _, _, room = three
+def test_the_first_sync_has_the_state_before_the_timeline_and_the_last_ten_events(alice, room):
     for i in range(12):
         alice.say(room, f"n{i}")
     entry = joined(alice.sync(), room)
@@ -6003,8 +5921,7 @@ def test_the_first_sync_has_the_state_before_the_timeline_and_the_last_ten_event
     assert entry["summary"] == {"m.heroes": [], "m.joined_member_count": 1, "m.invited_member_count": 0}
 
 
-def test_the_next_sync_has_what_is_new_and_nothing_else(three):
-    hs, alice, _, _, room = three
+def test_the_next_sync_has_what_is_new_and_nothing_else(alice, room):
     alice.create_room()
     since = alice.sync()["next_batch"]
     keys = {"device_one_time_keys_count": {"signed_curve25519": 0}, "device_unused_fallback_key_types": []}      # in every answer
@@ -6017,8 +5934,7 @@ def test_the_next_sync_has_what_is_new_and_nothing_else(three):
     assert alice.sync(since)["next_batch"] == answer["next_batch"] and alice.sync(answer["next_batch"]) == {"next_batch": answer["next_batch"], **keys}
 
 
-def test_a_limited_timeline_has_the_state_of_the_gap_and_a_prev_batch_that_leads_into_it(three):
-    hs, alice, _, _, room = three
+def test_a_limited_timeline_has_the_state_of_the_gap_and_a_prev_batch_that_leads_into_it(alice, room):
     since = alice.sync()["next_batch"]
     alice.set_state(room, "m.room.topic", {"topic": "in the gap"})
     sent = [alice.say(room, f"n{i}") for i in range(20)]
@@ -6029,8 +5945,7 @@ def test_a_limited_timeline_has_the_state_of_the_gap_and_a_prev_batch_that_leads
     assert [event["event_id"] for event in reversed(gap)][1:] == sent[:-5]
 
 
-def test_a_long_poll_ends_with_the_first_event(three):
-    hs, alice, bob, _, room = three
+def test_a_long_poll_ends_with_the_first_event(hs, alice, bob, room):
     bob.join(room)
     since = bob.sync()["next_batch"]
     with background(bob.sync, since, 30_000) as future:
@@ -6040,8 +5955,7 @@ def test_a_long_poll_ends_with_the_first_event(three):
         assert bodies(joined(future.result(5), room)["timeline"]["events"]) == ["wake up"]
 
 
-def test_a_long_poll_ends_with_an_invitation_and_with_account_data(three):
-    hs, alice, bob, _, room = three
+def test_a_long_poll_ends_with_an_invitation_and_with_account_data(hs, alice, bob):
     for cause, key in ((lambda: alice.create_room(invite=[bob.user_id]), "rooms"), (lambda: bob.set_account_data("x", {}), "account_data")):
         since = bob.sync()["next_batch"]
         with background(bob.sync, since, 30_000) as future:
@@ -6050,8 +5964,7 @@ def test_a_long_poll_ends_with_an_invitation_and_with_account_data(three):
             assert key in future.result(5)
 
 
-def test_a_long_poll_does_not_look_where_nothing_has_happened(three, monkeypatch):
-    hs, alice, bob, _, room = three
+def test_a_long_poll_does_not_look_where_nothing_has_happened(hs, alice, bob, room, monkeypatch):
     bob.join(room)
     since, looks, read = bob.sync()["next_batch"], [], asbridge.Window.read
     monkeypatch.setattr(asbridge.Window, "read", lambda window: looks.append(window.since) or read(window))
@@ -6065,8 +5978,7 @@ def test_a_long_poll_does_not_look_where_nothing_has_happened(three, monkeypatch
     assert looks == [int(since)]
 
 
-def test_a_long_poll_ends_empty_after_its_time(three):
-    hs, alice, _, _, room = three
+def test_a_long_poll_ends_empty_after_its_time(hs, alice):
     since = alice.sync()["next_batch"]
     with background(alice.sync, since, 30_000) as future:
         eventually(lambda: hs.world.store.waiters.among({alice.user_id}))
@@ -6075,8 +5987,7 @@ def test_a_long_poll_ends_empty_after_its_time(three):
     assert found["next_batch"] == since and not found.keys() & {"rooms", "account_data", "to_device"}
 
 
-def test_a_long_poll_does_not_wake_for_what_its_filter_leaves_out(three):
-    hs, alice, _, _, room = three
+def test_a_long_poll_does_not_wake_for_what_its_filter_leaves_out(hs, alice, room):
     since = alice.sync()["next_batch"]
     with background(alice.sync, since, 30_000, {"room": {"timeline": {"types": ["m.room.message"]}}}) as future:
         eventually(lambda: hs.world.store.waiters.among({alice.user_id}))
@@ -6085,16 +5996,14 @@ def test_a_long_poll_does_not_wake_for_what_its_filter_leaves_out(three):
         assert bodies(joined(future.result(5), room)["timeline"]["events"]) == ["this"]
 
 
-def test_a_since_from_the_future_is_treated_as_none(three):
-    hs, alice, _, _, room = three
+def test_a_since_from_the_future_is_treated_as_none(alice, room):
     answer = alice.sync("99999999999", 30_000)
     assert room in answer["rooms"]["join"] and int(answer["next_batch"]) < 99999999999
     with refused("M_INVALID_PARAM", 400):
         alice.sync("s_1")
 
 
-def test_an_invitation_comes_once_with_stripped_state(three):
-    hs, alice, bob, _, _ = three
+def test_an_invitation_comes_once_with_stripped_state(alice, bob):
     room = alice.create_room(name="n", invite=[bob.user_id], is_direct=True)
     answer = bob.sync()
     events = answer["rooms"]["invite"][room]["invite_state"]["events"]
@@ -6105,8 +6014,7 @@ def test_an_invitation_comes_once_with_stripped_state(three):
     assert "rooms" not in bob.sync(answer["next_batch"])
 
 
-def test_a_newly_joined_room_comes_with_its_whole_state(three):
-    hs, alice, bob, _, room = three
+def test_a_newly_joined_room_comes_with_its_whole_state(alice, bob, room):
     since = bob.sync()["next_batch"]
     alice.say(room, "before")
     bob.join(room)
@@ -6117,8 +6025,7 @@ def test_a_newly_joined_room_comes_with_its_whole_state(three):
 
 
 @pytest.mark.parametrize("how", ["leave", "kick", "ban"])
-def test_a_room_that_one_has_left_comes_once_with_what_was_until_then(three, how):
-    hs, alice, bob, _, room = three
+def test_a_room_that_one_has_left_comes_once_with_what_was_until_then(alice, bob, room, how):
     bob.join(room)
     since = bob.sync()["next_batch"]
     alice.say(room, "last words")
@@ -6131,8 +6038,7 @@ def test_a_room_that_one_has_left_comes_once_with_what_was_until_then(three, how
     assert bodies(bob.sync(filter={"room": {"include_leave": True}})["rooms"]["leave"][room]["timeline"]["events"]) == ["last words"]
 
 
-def test_the_timeline_of_a_room_that_one_has_left_ends_with_that_though_the_rest_could_be_read(three):
-    hs, alice, bob, _, room = three
+def test_the_timeline_of_a_room_that_one_has_left_ends_with_that_though_the_rest_could_be_read(alice, bob, room):
     alice.set_state(room, "m.room.history_visibility", {"history_visibility": "world_readable"})
     bob.join(room)
     since = bob.sync()["next_batch"]
@@ -6142,8 +6048,7 @@ def test_the_timeline_of_a_room_that_one_has_left_ends_with_that_though_the_rest
     assert bodies(all_messages(bob, room)) == ["later"]
 
 
-def test_another_device_is_told_of_a_leave_after_which_the_room_was_forgotten(three):
-    hs, alice, bob, _, room = three
+def test_another_device_is_told_of_a_leave_after_which_the_room_was_forgotten(alice, bob, room):
     bob.join(room)
     since = bob.sync()["next_batch"]
     alice.say(room, "history"), bob.leave(room), bob.call("POST", path("rooms", room, "forget"), {})
@@ -6152,8 +6057,7 @@ def test_another_device_is_told_of_a_leave_after_which_the_room_was_forgotten(th
     assert "rooms" not in bob.sync(answer["next_batch"])
 
 
-def test_a_timeline_begins_after_what_one_may_not_see_so_that_no_state_is_missing(three):
-    hs, alice, bob, carol, room = three
+def test_a_timeline_begins_after_what_one_may_not_see_so_that_no_state_is_missing(alice, bob, carol, room):
     since = bob.sync()["next_batch"]
     alice.say(room, "seen"), alice.set_state(room, "m.room.history_visibility", {"history_visibility": "joined"})
     carol.join(room), bob.join(room)
@@ -6163,8 +6067,7 @@ def test_a_timeline_begins_after_what_one_may_not_see_so_that_no_state_is_missin
     assert bodies(bob.messages(room, "b", **{"from": timeline["prev_batch"]})["chunk"]) == ["seen"]
 
 
-def test_a_declined_invitation_comes_as_a_room_that_one_has_left(three):
-    hs, alice, bob, _, _ = three
+def test_a_declined_invitation_comes_as_a_room_that_one_has_left(alice, bob):
     room = alice.create_room(invite=[bob.user_id])
     since = bob.sync()["next_batch"]
     bob.leave(room)
@@ -6172,17 +6075,15 @@ def test_a_declined_invitation_comes_as_a_room_that_one_has_left(three):
     assert [(event["sender"], event["content"]["membership"]) for event in entry["timeline"]["events"]] == [(bob.user_id, "leave")] and entry["state"]["events"] == []
 
 
-def test_an_invitation_that_is_withdrawn_comes_as_a_room_that_one_has_left(three):
-    hs, alice, bob, _, _ = three
+def test_an_invitation_that_is_withdrawn_comes_as_a_room_that_one_has_left(alice, bob):
     room = alice.create_room(invite=[bob.user_id])
     since = bob.sync()["next_batch"]
     alice.kick(room, bob.user_id)
     assert bob.sync(since)["rooms"]["leave"][room]["timeline"]["events"][0]["sender"] == alice.user_id
 
 
-def test_who_was_put_out_and_invited_again_between_two_syncs_is_invited(three):
+def test_who_was_put_out_and_invited_again_between_two_syncs_is_invited(alice, bob, room):
     """In one section only: clients that handle the leave after the invitation would forget the latter."""
-    hs, alice, bob, _, room = three
     bob.join(room)
     since = bob.sync()["next_batch"]
     alice.kick(room, bob.user_id), alice.invite(room, bob.user_id)
@@ -6190,8 +6091,7 @@ def test_who_was_put_out_and_invited_again_between_two_syncs_is_invited(three):
     assert list(rooms) == ["invite"] and list(rooms["invite"]) == [room]
 
 
-def test_a_room_that_one_knocks_at_comes_with_its_stripped_state(three):
-    hs, alice, bob, _, _ = three
+def test_a_room_that_one_knocks_at_comes_with_its_stripped_state(alice, bob):
     room = alice.create_room(name="n", initial_state=[{"type": "m.room.join_rules", "content": {"join_rule": "knock"}}])
     since = bob.sync()["next_batch"]
     bob.call("POST", path("knock", room))
@@ -6202,8 +6102,7 @@ def test_a_room_that_one_knocks_at_comes_with_its_stripped_state(three):
     assert list(bob.sync(answer["next_batch"])["rooms"]) == ["leave"]
 
 
-def test_state_that_changed_while_one_was_away_is_told_after_coming_back(three):
-    hs, alice, bob, _, _ = three
+def test_state_that_changed_while_one_was_away_is_told_after_coming_back(alice, bob):
     room = alice.create_room(preset="public_chat", initial_state=[{"type": "m.room.history_visibility", "content": {"history_visibility": "joined"}}])
     bob.join(room)
     since = bob.sync()["next_batch"]
@@ -6214,15 +6113,13 @@ def test_state_that_changed_while_one_was_away_is_told_after_coming_back(three):
     assert {"topic": "new"} in [event["content"] for event in entry["state"]["events"] + entry["timeline"]["events"]]
 
 
-def test_full_state_gives_the_whole_state_again(three):
-    hs, alice, _, _, room = three
+def test_full_state_gives_the_whole_state_again(alice, room):
     since = alice.sync()["next_batch"]
     entry = joined(alice.call("GET", V3 + "/sync", since=since, full_state="true"), room)
     assert "m.room.create" in types(entry["state"]["events"]) and entry["timeline"]["events"] == []
 
 
-def test_lazy_loading_gives_the_members_who_speak(three):
-    hs, alice, bob, carol, room = three
+def test_lazy_loading_gives_the_members_who_speak(alice, bob, carol, room):
     bob.join(room), carol.join(room)
     for i in range(12):
         bob.say(room, f"n{i}")
@@ -6234,8 +6131,7 @@ def test_lazy_loading_gives_the_members_who_speak(three):
     assert {event["state_key"] for event in entry["state"]["events"]} - {alice.user_id} == {carol.user_id}
 
 
-def test_a_sync_filter_chooses_rooms_and_kinds(three):
-    hs, alice, _, _, room = three
+def test_a_sync_filter_chooses_rooms_and_kinds(alice, room):
     other = alice.create_room()
     alice.typing(room), alice.set_account_data("a", {}), alice.set_account_data("b", {}), alice.set_account_data("c", {}, room)
     assert list(alice.sync(filter={"room": {"rooms": [other]}})["rooms"]["join"]) == [other]
@@ -6246,8 +6142,7 @@ def test_a_sync_filter_chooses_rooms_and_kinds(three):
 
 
 @pytest.mark.parametrize("part, missing", [("timeline", "timeline"), ("state", "state"), ("ephemeral", "ephemeral"), ("account_data", "account_data")])
-def test_each_part_of_a_filter_may_choose_rooms(three, part, missing):
-    hs, alice, _, _, room = three
+def test_each_part_of_a_filter_may_choose_rooms(alice, room, part, missing):
     alice.typing(room), alice.set_account_data("c", {}, room)
     for _ in range(12):
         alice.say(room, "x")
@@ -6262,8 +6157,7 @@ def test_each_part_of_a_filter_may_choose_rooms(three, part, missing):
 @pytest.mark.parametrize("narrow, found", [
     ({"senders": ["@bob:localhost"]}, ["picture", "b"]), ({"not_senders": ["@bob:localhost"]}, ["a"]), ({"types": ["m.room.*"], "not_types": ["m.room.member"]}, ["a", "picture", "b"]),
     ({"contains_url": True}, ["picture"]), ({"contains_url": False, "types": ["m.room.message"]}, ["a", "b"]), ({"types": []}, []), ({"limit": 1}, ["b"]), ({"limit": 0}, ["b"])])
-def test_a_filter_chooses_what_the_timeline_has(three, narrow, found):
-    hs, alice, bob, _, room = three
+def test_a_filter_chooses_what_the_timeline_has(alice, bob, room, narrow, found):
     bob.join(room)
     since = alice.sync()["next_batch"]
     alice.say(room, "a"), bob.send(room, "m.room.message", {"msgtype": "m.image", "body": "picture", "url": "mxc://localhost/x"}), bob.say(room, "b")
@@ -6271,8 +6165,7 @@ def test_a_filter_chooses_what_the_timeline_has(three, narrow, found):
     assert bodies(rooms["join"][room].get("timeline", {"events": []})["events"]) == found
 
 
-def test_state_that_a_filter_keeps_out_of_the_timeline_comes_as_state(three):
-    hs, alice, _, _, room = three
+def test_state_that_a_filter_keeps_out_of_the_timeline_comes_as_state(alice, room):
     narrow = {"room": {"timeline": {"types": ["m.room.message"], "limit": 2}}}
     since = alice.sync()["next_batch"]
 
@@ -6292,8 +6185,7 @@ def test_state_that_a_filter_keeps_out_of_the_timeline_comes_as_state(three):
     assert types(entry["timeline"]["events"]) == ["m.room.topic"] * 3 and entry["state"]["events"] == []       # not twice
 
 
-def test_a_filter_may_leave_state_with_a_url_out(three):
-    hs, alice, _, _, room = three
+def test_a_filter_may_leave_state_with_a_url_out(alice, room):
     alice.set_state(room, "m.room.avatar", {"url": "mxc://localhost/x"})
     for _ in range(12):
         alice.say(room, "x")
@@ -6304,14 +6196,13 @@ def test_a_filter_may_leave_state_with_a_url_out(three):
 
 @pytest.mark.parametrize("source, errcode", [({"event_format": "federation"}, "M_INVALID_PARAM"), ({"event_format": 5}, "M_BAD_JSON"), ({"presence": []}, "M_BAD_JSON"),
                                              ({"presence": {"types": "x"}}, "M_BAD_JSON"), ({"room": {"timeline": {"rooms": [5]}}}, "M_BAD_JSON"), ({"room": {"timeline": {"limit": "x"}}}, "M_BAD_JSON")])
-def test_a_sync_filter_that_is_none_is_refused(three, source, errcode):
+def test_a_sync_filter_that_is_none_is_refused(alice, source, errcode):
     with refused(errcode, 400):
-        three[1].sync(filter=source)
-    assert three[1].sync(filter={"event_format": "client", "event_fields": ["type"]})
+        alice.sync(filter=source)
+    assert alice.sync(filter={"event_format": "client", "event_fields": ["type"]})
 
 
-def test_lazy_loading_tells_all_changes_of_members_in_a_gap(three):
-    hs, alice, bob, carol, room = three
+def test_lazy_loading_tells_all_changes_of_members_in_a_gap(alice, bob, carol, room):
     lazy = {"room": {"state": {"lazy_load_members": True}, "timeline": {"limit": 2}}}
     since = alice.sync(filter=lazy)["next_batch"]
     bob.join(room), carol.join(room), carol.leave(room), bob.say(room, "1"), alice.say(room, "2"), alice.say(room, "3")
@@ -6319,8 +6210,7 @@ def test_lazy_loading_tells_all_changes_of_members_in_a_gap(three):
     assert {event["state_key"]: event["content"]["membership"] for event in entry["state"]["events"]} == {bob.user_id: "join", carol.user_id: "leave", alice.user_id: "join"}
 
 
-def test_lazy_loading_tells_who_comes_back_between_two_syncs_who_has_left_meanwhile(three):
-    hs, alice, bob, carol, room = three
+def test_lazy_loading_tells_who_comes_back_between_two_syncs_who_has_left_meanwhile(bob, carol, room):
     lazy = {"room": {"state": {"lazy_load_members": True}}}
     bob.join(room), carol.join(room)
     since = bob.sync(filter=lazy)["next_batch"]
@@ -6330,8 +6220,7 @@ def test_lazy_loading_tells_who_comes_back_between_two_syncs_who_has_left_meanwh
     assert {event["state_key"]: event["content"]["membership"] for event in entry["state"]["events"] if event["type"] == "m.room.member"} == {carol.user_id: "leave", bob.user_id: "leave"}
 
 
-def test_lazy_loading_gives_those_by_whom_a_room_without_a_name_is_known(three):
-    hs, alice, bob, carol, _ = three
+def test_lazy_loading_gives_those_by_whom_a_room_without_a_name_is_known(alice, bob, carol):
     lazy = {"room": {"state": {"lazy_load_members": True}, "timeline": {"limit": 1}}}
     room = alice.create_room(preset="public_chat")
     carol.join(room), bob.join(room), alice.say(room, "x")
@@ -6347,16 +6236,14 @@ def test_lazy_loading_gives_those_by_whom_a_room_without_a_name_is_known(three):
 
 
 @pytest.mark.parametrize("where", ["sync?since=", "rooms/{room}/messages?from=", "rooms/{room}/messages?to=", "rooms/{room}/members?at="])
-def test_a_token_that_is_none_is_refused(three, where):
-    hs, alice, _, _, room = three
+def test_a_token_that_is_none_is_refused(alice, room, where):
     for token in ("x", "s1_2", "-1", "1.5"):
         with refused("M_INVALID_PARAM", 400):
             alice.call("GET", f"{V3}/{where.format(room=room)}{token}")
 
 
-def test_timelines_put_together_are_the_history_none_twice_none_missing(three):
+def test_timelines_put_together_are_the_history_none_twice_none_missing(alice, bob, carol, room):
     """A property: whatever the limits and whoever writes meanwhile, sync and messages together are the room."""
-    hs, alice, bob, carol, room = three
     bob.join(room), carol.join(room)
 
     def write(client, name):
@@ -6384,8 +6271,7 @@ def test_timelines_put_together_are_the_history_none_twice_none_missing(three):
     assert seen == history and len(set(seen)) == len(seen) >= 132
 
 
-def test_rooms_that_are_asked_about_together_are_what_they_are_one_by_one(three, monkeypatch):
-    hs, alice, bob, carol, _ = three
+def test_rooms_that_are_asked_about_together_are_what_they_are_one_by_one(alice, bob, carol, monkeypatch):
     for number in range(7):
         room = alice.create_room(preset="public_chat", invite=[carol.user_id] if number % 2 else [])
         for say in range(number):
@@ -6416,8 +6302,7 @@ def test_a_filter_by_url_is_for_events_of_rooms_and_does_no_harm_elsewhere(pair)
 # -- Sync: the state after the timeline.
 
 @pytest.mark.parametrize("prefix", ["", "org.matrix.msc4222."])
-def test_the_state_may_be_asked_for_as_it_is_after_the_timeline(three, prefix):
-    hs, alice, bob, _, room = three
+def test_the_state_may_be_asked_for_as_it_is_after_the_timeline(alice, bob, room, prefix):
 
     def sync(since=None, client=alice, section="join", **more):
         answer = client.call("GET", V3 + "/sync", since=since, **{f"{prefix}use_state_after": "true"}, **more)
@@ -6444,8 +6329,7 @@ def test_the_state_may_be_asked_for_as_it_is_after_the_timeline(three, prefix):
 
 
 @pytest.mark.parametrize("name, key", [("use_state_after", "state_after"), ("org.matrix.msc4222.use_state_after", "org.matrix.msc4222.state_after")])
-def test_a_sync_may_have_the_state_at_the_end_of_the_timeline_in_place_of_that_at_its_start(three, name, key):
-    hs, alice, bob, _, room = three
+def test_a_sync_may_have_the_state_at_the_end_of_the_timeline_in_place_of_that_at_its_start(alice, room, name, key):
     first = joined(alice.ask("GET", "sync", **{name: "true"}, filter=json.dumps({"room": {"timeline": {"limit": 1}}})), room)
     assert "state" not in first and {event["type"] for event in first[key]["events"]} == {
         event["type"] for event in alice.all_state(room)}
@@ -6478,8 +6362,7 @@ def test_the_device_that_sent_a_relation_sees_it_in_its_sync_a_little_later_than
 
 # -- Sync: what comes of those whom one ignores.
 
-def test_what_an_ignored_user_says_does_not_come_but_what_changes_the_room_does(three):
-    hs, alice, bob, _, room = three
+def test_what_an_ignored_user_says_does_not_come_but_what_changes_the_room_does(alice, bob, room):
     bob.join(room)
     alice.set_account_data("m.ignored_user_list", {"ignored_users": {bob.user_id: {}}})
     since = alice.sync()["next_batch"]
@@ -6496,8 +6379,7 @@ def test_what_an_ignored_user_says_does_not_come_but_what_changes_the_room_does(
     assert "unheard" in bodies(alice.messages(room)["chunk"])
 
 
-def test_an_invitation_of_an_ignored_user_does_not_come(three):
-    hs, alice, bob, carol, room = three
+def test_an_invitation_of_an_ignored_user_does_not_come(alice, bob, carol):
     alice.set_account_data("m.ignored_user_list", {"ignored_users": {bob.user_id: {}}})
     since = alice.sync()["next_batch"]
     bob.create_room(invite=[alice.user_id])
@@ -6506,16 +6388,14 @@ def test_an_invitation_of_an_ignored_user_does_not_come(three):
 
 
 @pytest.mark.parametrize("content", [{}, {"ignored_users": []}, {"ignored_users": ["@bob:localhost"]}, {"ignored_users": "@bob:localhost"}, {"ignored_users": None}])
-def test_a_list_of_ignored_users_that_is_none_ignores_nobody(three, content):
-    hs, alice, bob, _, room = three
+def test_a_list_of_ignored_users_that_is_none_ignores_nobody(alice, bob, room, content):
     bob.join(room)
     alice.set_account_data("m.ignored_user_list", content)
     bob.say(room, "heard")
     assert "heard" in bodies(joined(alice.sync(), room)["timeline"]["events"])
 
 
-def test_the_relations_of_an_event_are_without_those_of_whom_one_ignores(three):
-    hs, alice, bob, _, room = three
+def test_the_relations_of_an_event_are_without_those_of_whom_one_ignores(alice, bob, room):
     bob.join(room)
     said = alice.say(room, "x")
     reaction = {"m.relates_to": {"rel_type": "m.annotation", "event_id": said, "key": "+"}}
@@ -6525,8 +6405,7 @@ def test_the_relations_of_an_event_are_without_those_of_whom_one_ignores(three):
     assert [event["sender"] for event in found] == [alice.user_id]
 
 
-def test_a_long_poll_does_not_end_with_what_somebody_ignored_says(three):
-    hs, alice, bob, _, room = three
+def test_a_long_poll_does_not_end_with_what_somebody_ignored_says(hs, alice, bob, room):
     bob.join(room)
     alice.set_account_data("m.ignored_user_list", {"ignored_users": {bob.user_id: {}}})
     since = alice.sync()["next_batch"]
@@ -6565,8 +6444,7 @@ def test_events_wait_from_now_on_if_no_token_is_given(pair):
         assert bodies(waiting.result(5)["chunk"]) == ["now"]
 
 
-def test_the_initial_sync_of_a_room_is_its_state_and_its_last_messages(three):
-    hs, alice, bob, carol, room = three
+def test_the_initial_sync_of_a_room_is_its_state_and_its_last_messages(alice, bob, carol, room):
     bob.join(room)
     for n in range(5):
         alice.say(room, str(n))
@@ -6588,8 +6466,7 @@ def test_the_initial_sync_of_a_room_is_its_state_and_its_last_messages(three):
 
 # -- Data of clients: account data, tags, filters, OpenID.
 
-def test_account_data_is_kept_and_synced_for_the_account_and_for_rooms(three):
-    hs, alice, bob, _, room = three
+def test_account_data_is_kept_and_synced_for_the_account_and_for_rooms(alice, bob, room):
     since = alice.sync()["next_batch"]
     for where in (None, room):
         with refused("M_NOT_FOUND", 404):
@@ -6604,9 +6481,7 @@ def test_account_data_is_kept_and_synced_for_the_account_and_for_rooms(three):
         bob.call("GET", path("user", alice.user_id, "account_data", "org.x"))
 
 
-def test_account_data_of_a_room_that_was_set_before_joining_comes_with_the_join(start):
-    hs = start()
-    alice, bob = hs.client("alice"), hs.client("bob")
+def test_account_data_of_a_room_that_was_set_before_joining_comes_with_the_join(alice, bob):
     room = alice.create_room(invite=[bob.user_id])
     bob.set_account_data("x", {"a": 1}, room)
     since = bob.sync()["next_batch"]
@@ -6614,8 +6489,7 @@ def test_account_data_of_a_room_that_was_set_before_joining_comes_with_the_join(
     assert {"type": "x", "content": {"a": 1}} in bob.sync(since)["rooms"]["join"][room]["account_data"]["events"]
 
 
-def test_tags_are_set_taken_off_and_told_as_account_data(three):
-    hs, alice, bob, _, room = three
+def test_tags_are_set_taken_off_and_told_as_account_data(alice, bob, room):
     tags = path("user", alice.user_id, "rooms", room, "tags")
     assert alice.call("GET", tags) == {"tags": {}}
     alice.call("PUT", tags + "/m.favourite", {"order": 0.5})
@@ -6627,15 +6501,13 @@ def test_tags_are_set_taken_off_and_told_as_account_data(three):
         bob.call("GET", tags)
 
 
-def test_account_data_that_is_no_list_of_tags_does_not_spoil_tagging(three):
-    hs, alice, _, _, room = three
+def test_account_data_that_is_no_list_of_tags_does_not_spoil_tagging(alice, room):
     alice.set_account_data("m.tag", {"tags": 5}, room)
     alice.call("PUT", path("user", alice.user_id, "rooms", room, "tags", "u.x"), {})
     assert alice.account_data("m.tag", room) == {"tags": {"u.x": {}}}
 
 
-def test_a_stored_filter_is_given_back_used_and_ones_own(three):
-    hs, alice, bob, _, room = three
+def test_a_stored_filter_is_given_back_used_and_ones_own(alice, bob, room):
     source = {"room": {"timeline": {"limit": 1, "types": ["m.room.message"]}}}
     url = path("user", alice.user_id, "filter")
     filter_id = alice.call("POST", url, source)["filter_id"]
@@ -6652,8 +6524,7 @@ def test_a_stored_filter_is_given_back_used_and_ones_own(three):
 
 
 @pytest.mark.parametrize("source", [{"room": 5}, {"room": {"timeline": {"limit": "1"}}}, {"room": {"timeline": {"types": "x"}}}, {"room": {"rooms": [5]}}])
-def test_a_filter_that_is_none_is_refused(three, source):
-    alice = three[1]
+def test_a_filter_that_is_none_is_refused(alice, source):
     for use in (lambda: alice.sync(filter=source), lambda: alice.call("POST", path("user", alice.user_id, "filter"), source)):
         with refused("M_BAD_JSON", 400):
             use()
@@ -6668,8 +6539,7 @@ def test_what_others_are_shown_or_what_is_written_anew_each_time_has_a_largest_s
     assert target.ghost.profile()["displayname"] != "x" * 257
 
 
-def test_an_openid_token_tells_a_third_party_who_somebody_is_for_an_hour(three):
-    hs, alice, bob, _, _ = three
+def test_an_openid_token_tells_a_third_party_who_somebody_is_for_an_hour(hs, alice, bob):
     made = alice.call("POST", path("user", alice.user_id, "openid", "request_token"), {})
     assert made["token_type"] == "Bearer" and made["matrix_server_name"] == "localhost" and made["expires_in"] == 3600
     where = "/_matrix/federation/v1/openid/userinfo?access_token="
@@ -6684,8 +6554,7 @@ def test_an_openid_token_tells_a_third_party_who_somebody_is_for_an_hour(three):
 
 # -- The directory: of rooms.
 
-def test_the_directory_has_the_published_rooms_with_the_fields_that_clients_read(three):
-    hs, alice, bob, carol, room = three
+def test_the_directory_has_the_published_rooms_with_the_fields_that_clients_read(hs, alice, bob):
     alice.create_room(name="private", visibility="private", preset="public_chat")
     alice.create_room(name="listed, but for those invited only", visibility="public", preset="private_chat")
     big = alice.create_room(name="Big", topic="t", visibility="public", room_alias_name="big", creation_content={"type": "m.space"})
@@ -6699,8 +6568,7 @@ def test_the_directory_has_the_published_rooms_with_the_fields_that_clients_read
         {"room_id": small, "num_joined_members": 1, "world_readable": True, "guest_can_join": True, "join_rule": "public", "name": "Small"}]
 
 
-def test_the_directory_is_paged_and_searched(three):
-    hs, alice = three[:2]
+def test_the_directory_is_paged_and_searched(alice):
     for i in range(5):
         alice.create_room(name=f"room {i}", visibility="public")
     seen, since = [], None
@@ -6714,8 +6582,7 @@ def test_the_directory_is_paged_and_searched(three):
     assert [room["name"] for room in found["chunk"]] == ["room 3"]
 
 
-def test_the_directory_is_searched_by_the_types_of_rooms(three):
-    hs, alice = three[:2]
+def test_the_directory_is_searched_by_the_types_of_rooms(alice):
     for name, type in (("plain", None), ("space", "m.space"), ("other", "org.x")):
         alice.create_room(name=name, visibility="public", creation_content={"type": type} if type else {})
     for types, found in (([None], ["plain"]), (["m.space"], ["space"]), ([None, "org.x"], ["plain", "other"]), (["none"], []), ([], ["plain", "space", "other"])):
@@ -6724,8 +6591,7 @@ def test_the_directory_is_searched_by_the_types_of_rooms(three):
         directory(alice, filter={"room_types": [5]})
 
 
-def test_the_pages_of_the_directory_lead_forth_and_back(three):
-    hs, alice = three[:2]
+def test_the_pages_of_the_directory_lead_forth_and_back(alice):
     for i in range(5):
         alice.create_room(name=f"room {i}", visibility="public")
     pages, since = [], None
@@ -6739,16 +6605,14 @@ def test_the_pages_of_the_directory_lead_forth_and_back(three):
     assert len(directory(alice, limit=0)) == len(alice.call("GET", V3 + "/publicRooms", limit=0)["chunk"]) == 5       # no limit, as Synapse has it
 
 
-def test_a_room_that_all_have_left_is_not_listed(three):
-    hs, alice = three[:2]
+def test_a_room_that_all_have_left_is_not_listed(alice):
     room = alice.create_room(name="over", visibility="public")
     assert directory(alice) == ["over"]
     alice.leave(room)
     assert directory(alice) == []
 
 
-def test_the_directory_of_another_server_is_refused_with_the_reason(three):
-    hs, alice = three[:2]
+def test_the_directory_of_another_server_is_refused_with_the_reason(alice):
     alice.create_room(name="here", visibility="public")
     for method, body in (("GET", None), ("POST", {})):
         assert alice.call(method, V3 + "/publicRooms", body, server="localhost")["total_room_count_estimate"] == 1
@@ -6806,14 +6670,13 @@ def test_a_network_is_not_listed_while_its_service_is_gone(start):
 
 
 @pytest.mark.parametrize("since", ["9" * 5000, "x", "-1", "01", "\u0661"])
-def test_a_place_in_the_directory_that_is_none_is_refused(three, since):
-    assert three[1].call("POST", V3 + "/publicRooms", {"since": "1"})
+def test_a_place_in_the_directory_that_is_none_is_refused(alice, since):
+    assert alice.call("POST", V3 + "/publicRooms", {"since": "1"})
     with refused("M_INVALID_PARAM", 400, "since"):
-        three[1].call("POST", V3 + "/publicRooms", {"since": since})
+        alice.call("POST", V3 + "/publicRooms", {"since": since})
 
 
-def test_a_room_is_listed_by_those_with_the_power_to_name_it(three):
-    hs, alice, bob, _, room = three
+def test_a_room_is_listed_by_those_with_the_power_to_name_it(hs, alice, bob, room):
     bob.join(room)
     url = path("directory", "list", "room", room)
     assert ask(hs, "GET", url) == (200, {"visibility": "private"})
@@ -6833,8 +6696,7 @@ def hierarchy(client, room, **query):
     return [entry["room_id"] for entry in answer["rooms"]], answer
 
 
-def test_a_space_lists_the_rooms_below_it_that_one_may_see(three):
-    hs, alice, bob, _, room = three
+def test_a_space_lists_the_rooms_below_it_that_one_may_see(alice, bob, room):
     hidden = alice.create_room()
     below = alice.create_room(preset="public_chat", creation_content={"type": "m.space"})
     space = alice.create_room(preset="public_chat", creation_content={"type": "m.space"})
@@ -6847,8 +6709,7 @@ def test_a_space_lists_the_rooms_below_it_that_one_may_see(three):
     assert first["room_type"] == "m.space" and [event["state_key"] for event in first["children_state"]] == [room, below, hidden]
 
 
-def test_of_a_space_no_more_is_looked_at_than_is_shown(three, monkeypatch):
-    hs, alice, *_ = three
+def test_of_a_space_no_more_is_looked_at_than_is_shown(alice, monkeypatch):
     space, looked_at, look = alice.create_room(creation_content={"type": "m.space"}), [], asbridge.Rooms._space_entry
     children = [alice.create_room() for _ in range(6)]
     for n, child in enumerate(children):
@@ -6866,8 +6727,7 @@ def test_of_a_space_no_more_is_looked_at_than_is_shown(three, monkeypatch):
 @pytest.mark.parametrize("allow, seen", [
     (lambda space: [{"type": "m.room_membership", "room_id": space}], True), (lambda space: [{"type": "m.room_membership", "room_id": "!gone:localhost"}], False),
     (lambda space: ["x", 5, {}, {"room_id": 5}], False), (lambda space: {"room_id": space}, False), (lambda space: None, False)])
-def test_a_restricted_room_is_seen_in_a_hierarchy_by_who_is_in_a_room_that_it_names(three, allow, seen):
-    hs, alice, bob, carol, _ = three
+def test_a_restricted_room_is_seen_in_a_hierarchy_by_who_is_in_a_room_that_it_names(alice, bob, carol, allow, seen):
     space = alice.create_room(preset="public_chat", creation_content={"type": "m.space"})
     rule = {"join_rule": "restricted", "allow": allow(space)}
     room = alice.create_room(initial_state=[{"type": "m.room.join_rules", "content": rule}])
@@ -6877,8 +6737,7 @@ def test_a_restricted_room_is_seen_in_a_hierarchy_by_who_is_in_a_room_that_it_na
     assert hierarchy(carol, space)[0] == [space]
 
 
-def test_a_hierarchy_comes_in_pages_and_may_have_what_is_suggested_only(three):
-    hs, alice, bob, _, room = three
+def test_a_hierarchy_comes_in_pages_and_may_have_what_is_suggested_only(alice, bob, room):
     space = alice.create_room(preset="public_chat")
     other = alice.create_room(preset="public_chat")
     alice.set_state(space, "m.space.child", {"via": ["localhost"]}, room)
@@ -6894,8 +6753,7 @@ def test_a_hierarchy_comes_in_pages_and_may_have_what_is_suggested_only(three):
 
 # -- The directory: of users.
 
-def test_the_user_directory_has_those_whom_one_meets(three):
-    hs, alice, bob, carol, room = three
+def test_the_user_directory_has_those_whom_one_meets(alice, bob, carol, room):
     search = lambda client, term, **more: client.call("POST", path("user_directory", "search"), {"search_term": term, **more})  # noqa: E731
     assert search(bob, "alice")["results"] == []
     bob.join(room)
@@ -6909,8 +6767,7 @@ def test_the_user_directory_has_those_whom_one_meets(three):
 
 # -- Relations and threads.
 
-def test_the_events_that_relate_to_one_are_listed_the_latest_first(three):
-    hs, alice, bob, _, room = three
+def test_the_events_that_relate_to_one_are_listed_the_latest_first(alice, bob, room):
     bob.join(room)
     root = alice.say(room, "root")
     first, second = reply(bob, room, root), reply(alice, room, root, "m.annotation", type="m.reaction", key="x")
@@ -6922,8 +6779,7 @@ def test_the_events_that_relate_to_one_are_listed_the_latest_first(three):
     assert relations(bob, room, root, "m.annotation", "m.room.message")[0] == []
 
 
-def test_nobody_annotates_an_event_with_the_same_key_twice(three):
-    hs, alice, bob, _, room = three
+def test_nobody_annotates_an_event_with_the_same_key_twice(alice, bob, room):
     bob.join(room)
     root = alice.say(room, "x")
     react = functools.partial(reply, rel_type="m.annotation", type="m.reaction")
@@ -6936,8 +6792,7 @@ def test_nobody_annotates_an_event_with_the_same_key_twice(three):
     react(bob, room, root, key="+")                          # what was taken back may be said again
 
 
-def test_relations_come_in_pages(three):
-    hs, alice, _, _, room = three
+def test_relations_come_in_pages(alice, room):
     root = alice.say(room, "root")
     sent = [reply(alice, room, root, body=str(n)) for n in range(5)]
     got, answer = relations(alice, room, root, limit=2)
@@ -6947,8 +6802,7 @@ def test_relations_come_in_pages(three):
     assert got == sent[::-1]
 
 
-def test_relations_of_relations_are_found_if_they_are_asked_for(three):
-    hs, alice, _, _, room = three
+def test_relations_of_relations_are_found_if_they_are_asked_for(alice, room):
     root = alice.say(room, "root")
     child = reply(alice, room, root)
     grandchild = reply(alice, room, child, "m.annotation", type="m.reaction", key="x")
@@ -6957,16 +6811,14 @@ def test_relations_of_relations_are_found_if_they_are_asked_for(three):
     assert found == [grandchild, child] and answer["recursion_depth"] >= 2
 
 
-def test_a_redacted_event_relates_to_nothing(three):
-    hs, alice, _, _, room = three
+def test_a_redacted_event_relates_to_nothing(alice, room):
     root = alice.say(room, "root")
     child = reply(alice, room, root)
     alice.redact(room, child)
     assert relations(alice, room, root)[0] == []
 
 
-def test_relations_are_for_those_who_may_see_them(three):
-    hs, alice, bob, _, room = three
+def test_relations_are_for_those_who_may_see_them(alice, bob, room):
     root = alice.say(room, "root")
     reply(alice, room, root)
     with pytest.raises(MatrixError) as caught:
@@ -6977,8 +6829,7 @@ def test_relations_are_for_those_who_may_see_them(three):
     assert elsewhere not in relations(alice, room, root)[0]
 
 
-def test_a_room_has_threads_the_one_with_the_latest_reply_first_each_with_its_summary(three):
-    hs, alice, bob, carol, room = three
+def test_a_room_has_threads_the_one_with_the_latest_reply_first_each_with_its_summary(alice, bob, carol, room):
     bob.join(room)
     one, two = alice.say(room, "one"), alice.say(room, "two")
     reply(bob, room, two)
@@ -6996,8 +6847,7 @@ def test_a_room_has_threads_the_one_with_the_latest_reply_first_each_with_its_su
     assert [event["event_id"] for event in first["chunk"] + rest["chunk"]] == [one, two] and "next_batch" not in rest
 
 
-def test_the_root_of_a_thread_has_its_summary_wherever_it_is_read(three):
-    hs, alice, bob, _, room = three
+def test_the_root_of_a_thread_has_its_summary_wherever_it_is_read(alice, bob, room):
     bob.join(room)
     root = alice.say(room, "root")
     reply(bob, room, root)
@@ -7018,8 +6868,7 @@ def test_the_root_of_a_thread_has_its_summary_wherever_it_is_read(three):
     assert not everything["limited"] and not any(bundled(event) for event in everything["events"])      # all that relates is in it
 
 
-def test_an_edited_event_keeps_its_content_and_carries_its_latest_valid_replacement(three):
-    hs, alice, bob, _, room = three
+def test_an_edited_event_keeps_its_content_and_carries_its_latest_valid_replacement(alice, bob, room):
     bob.join(room)
     original = alice.say(room, "cake")
 
@@ -7041,8 +6890,7 @@ def test_an_edited_event_keeps_its_content_and_carries_its_latest_valid_replacem
     assert bundled(alice.call("GET", path("rooms", room, "event", original))) is None
 
 
-def test_references_are_listed_without_those_of_ignored_users_and_state_has_none(three):
-    hs, alice, bob, carol, room = three
+def test_references_are_listed_without_those_of_ignored_users_and_state_has_none(alice, bob, carol, room):
     bob.join(room), carol.join(room)
     parent = alice.say(room, "parent")
     one, two = reply(bob, room, parent, "m.reference"), reply(carol, room, parent, "m.reference")
@@ -7059,8 +6907,7 @@ def test_references_are_listed_without_those_of_ignored_users_and_state_has_none
     assert chunk(bob, state) is None
 
 
-def test_what_relates_to_an_event_after_one_has_left_is_not_bundled(three):
-    hs, alice, bob, _, room = three
+def test_what_relates_to_an_event_after_one_has_left_is_not_bundled(alice, bob, room):
     bob.join(room)
     root = alice.say(room, "root")
     reply(alice, room, root)
@@ -7070,8 +6917,7 @@ def test_what_relates_to_an_event_after_one_has_left_is_not_bundled(three):
         assert bundled(client.call("GET", path("rooms", room, "event", root)))["m.thread"]["count"] == count
 
 
-def test_a_thread_cannot_start_from_an_event_that_relates_to_another(three):
-    hs, alice, _, _, room = three
+def test_a_thread_cannot_start_from_an_event_that_relates_to_another(alice, room):
     root = alice.say(room, "root")
     inside = reply(alice, room, root)
     with refused("M_UNKNOWN", 400, "thread"):
@@ -7080,16 +6926,14 @@ def test_a_thread_cannot_start_from_an_event_that_relates_to_another(three):
     assert reply(alice, room, quote) and reply(alice, room, "$unknown")      # a plain reply has no rel_type
 
 
-def test_who_began_a_thread_has_participated_in_it(three):
-    hs, alice, bob, _, room = three
+def test_who_began_a_thread_has_participated_in_it(alice, bob, room):
     bob.join(room)
     reply(bob, room, root := alice.say(room, "root"))
     found = alice.call("GET", f"/_matrix/client/v1/rooms/{quote(room)}/threads", include="participated")["chunk"]
     assert [event["event_id"] for event in found] == [root] and bundled(found[0])["m.thread"]["current_user_participated"]
 
 
-def test_who_has_left_is_still_told_the_threads_as_they_were(three):
-    hs, alice, bob, _, room = three
+def test_who_has_left_is_still_told_the_threads_as_they_were(alice, bob, room):
     bob.join(room)
     reply(bob, room, root := alice.say(room, "root"))
     bob.leave(room)
@@ -7100,8 +6944,7 @@ def test_who_has_left_is_still_told_the_threads_as_they_were(three):
 
 # -- Receipts and read markers.
 
-def test_receipts_are_told_to_all_and_private_ones_to_nobody_else(three):
-    hs, alice, bob, _, room = three
+def test_receipts_are_told_to_all_and_private_ones_to_nobody_else(alice, bob, room):
     bob.join(room)
     event_id, since = alice.say(room, "x"), alice.sync()["next_batch"]
     bob.receipt(room, event_id, "m.read.private")
@@ -7113,16 +6956,14 @@ def test_receipts_are_told_to_all_and_private_ones_to_nobody_else(three):
     assert ephemeral(bob, room, type="m.receipt")[event_id]["m.read"][bob.user_id]["thread_id"] == "main"
 
 
-def test_a_receipt_needs_a_known_type_and_membership(three):
-    hs, alice, bob, _, room = three
+def test_a_receipt_needs_a_known_type_and_membership(alice, bob, room):
     with refused("M_INVALID_PARAM", 400):
         alice.receipt(room, "$x", "m.unread")
     with refused("M_FORBIDDEN", 403):
         bob.receipt(room, "$x")
 
 
-def test_read_markers_are_account_data_and_receipts(three):
-    hs, alice, _, _, room = three
+def test_read_markers_are_account_data_and_receipts(alice, room):
     one, two = alice.say(room, "1"), alice.say(room, "2")
     since = alice.sync()["next_batch"]
     alice.call("POST", path("rooms", room, "read_markers"), {"m.fully_read": one, "m.read": two})
@@ -7133,8 +6974,7 @@ def test_read_markers_are_account_data_and_receipts(three):
         alice.set_account_data("m.fully_read", {"event_id": two}, room)
 
 
-def test_a_receipt_moves_forward_only(three):
-    hs, alice, bob, _, room = three
+def test_a_receipt_moves_forward_only(alice, bob, room):
     bob.join(room)
     one, two = alice.say(room, "1"), alice.say(room, "2")
     receipt(bob, room, two)
@@ -7145,8 +6985,7 @@ def test_a_receipt_moves_forward_only(three):
     assert set(ephemeral(bob, room, type="m.receipt")) == {one, two}
 
 
-def test_a_receipt_is_for_an_event_in_its_thread(three):
-    hs, alice, _, _, room = three
+def test_a_receipt_is_for_an_event_in_its_thread(alice, room):
     root, other = alice.say(room, "root"), alice.say(room, "other")
     inside = reply(alice, room, root)
     reaction = reply(alice, room, inside, "m.annotation", type="m.reaction", key="x")
@@ -7162,8 +7001,7 @@ def test_a_receipt_is_for_an_event_in_its_thread(three):
         receipt(alice, room, "~local:1")
 
 
-def test_read_markers_may_move_a_private_receipt(three):
-    hs, alice, bob, _, room = three
+def test_read_markers_may_move_a_private_receipt(alice, bob, room):
     bob.join(room)
     event_id, since = alice.say(room, "1"), alice.sync()["next_batch"]
     bob.call("POST", path("rooms", room, "read_markers"), {"m.read.private": event_id, "m.read": None})
@@ -7172,8 +7010,7 @@ def test_read_markers_may_move_a_private_receipt(three):
 
 # -- What passes: typing.
 
-def test_typing_is_told_until_it_stops_or_runs_out(three):
-    hs, alice, bob, _, room = three
+def test_typing_is_told_until_it_stops_or_runs_out(hs, alice, bob, room):
     bob.join(room)
     since = alice.sync()["next_batch"]
     bob.typing(room, timeout=20_000)
@@ -7187,8 +7024,7 @@ def test_typing_is_told_until_it_stops_or_runs_out(three):
     assert ephemeral(bob, room) == {"user_ids": []}
 
 
-def test_typing_is_for_oneself_in_a_room_that_one_is_in(three):
-    hs, alice, bob, _, room = three
+def test_typing_is_for_oneself_in_a_room_that_one_is_in(alice, bob, room):
     for client, user in ((bob, bob), (alice, bob)):
         with refused("M_FORBIDDEN", 403):
             client.call("PUT", path("rooms", room, "typing", user.user_id), {"typing": True})
@@ -7196,8 +7032,7 @@ def test_typing_is_for_oneself_in_a_room_that_one_is_in(three):
         alice.call("PUT", path("rooms", room, "typing", alice.user_id), {})
 
 
-def test_who_leaves_stops_typing(three):
-    hs, alice, bob, _, room = three
+def test_who_leaves_stops_typing(alice, bob, room):
     bob.join(room), bob.typing(room), bob.leave(room)
     assert ephemeral(alice, room) in (None, {"user_ids": []})
 
@@ -7216,9 +7051,7 @@ def test_who_typed_when_the_homeserver_stopped_types_no_more(tmp_path):
         assert events == [{"type": "m.typing", "content": {"user_ids": []}}]
 
 
-def test_who_typed_stops_when_there_is_a_thread_for_it_again(start, monkeypatch):
-    hs = start()
-    alice = hs.client("alice")
+def test_who_typed_stops_when_there_is_a_thread_for_it_again(hs, alice, monkeypatch):
     room = alice.create_room()
     with monkeypatch.context() as patch:
         no_threads_named(patch, "typing")
@@ -7334,8 +7167,7 @@ def test_an_initial_sync_names_who_is_there_and_a_filter_leaves_them_out(pair):
     assert presences(alice.ask("GET", "sync", filter=json.dumps({"presence": {"senders": [bob.user_id]}}))) == {bob.user_id: "online"}
 
 
-def test_who_joins_is_told_who_is_there_and_the_others_that_somebody_has_come(three):
-    hs, alice, bob, carol, room = three
+def test_who_joins_is_told_who_is_there_and_the_others_that_somebody_has_come(alice, bob, room):
     tokens = {client: client.sync()["next_batch"] for client in (alice, bob)}
     bob.join(room)
     assert presences(bob.sync(tokens[bob])) == {alice.user_id: "online"} and presences(alice.sync(tokens[alice])) == {bob.user_id: "online"}
@@ -7426,8 +7258,7 @@ def test_who_asks_for_a_sync_without_end_is_offline_after_the_longest_that_there
 # -- Media.
 
 @pytest.mark.parametrize("old", [True, False])
-def test_what_is_uploaded_is_downloaded_with_its_type_and_name(three, old):
-    hs, alice = three[:2]
+def test_what_is_uploaded_is_downloaded_with_its_type_and_name(hs, alice, old):
     status, answer = ask(hs, "POST", "/_matrix/media/v3/upload?filename=na%C3%AFve%20caf%C3%A9.png", alice.token, b"\x89PNG\0", {"Content-Type": "image/png"})
     assert status == 200 and answer["content_uri"].startswith("mxc://localhost/")
     where = ("/_matrix/media/v3/download/" if old else "/_matrix/client/v1/media/download/") + answer["content_uri"][6:]
@@ -7441,8 +7272,7 @@ def test_what_is_uploaded_is_downloaded_with_its_type_and_name(three, old):
     connection.close()
 
 
-def test_what_could_be_run_is_no_inline_content(three):
-    hs, alice = three[:2]
+def test_what_could_be_run_is_no_inline_content(hs, alice):
     uri = ask(hs, "POST", "/_matrix/media/r0/upload", alice.token, b"<script>", {"Content-Type": "text/html"})[1]["content_uri"]
     with contextlib.closing(asbridge.http.client.HTTPConnection("127.0.0.1", hs.port, timeout=5)) as connection:
         connection.request("GET", "/_matrix/media/r0/download/" + uri[6:])
@@ -7450,8 +7280,7 @@ def test_what_could_be_run_is_no_inline_content(three):
 
 
 @pytest.mark.parametrize("old", [True, False])
-def test_the_thumbnail_of_a_picture_is_the_picture(three, old):
-    hs, alice = three[:2]
+def test_the_thumbnail_of_a_picture_is_the_picture(hs, alice, old):
     base = "/_matrix/media/v3" if old else "/_matrix/client/v1/media"
     headers = {} if old else {"Authorization": f"Bearer {alice.token}"}
     picture, text = (ask(hs, "POST", f"/_matrix/media/v3/upload?filename={name}", alice.token, b"content", {"Content-Type": type})[1]["content_uri"][6:]
@@ -7468,8 +7297,7 @@ def test_the_thumbnail_of_a_picture_is_the_picture(three, old):
     assert whole(hs, "GET", f"{base}/thumbnail/{picture}?width=32&height=32")[0] == (200 if old else 401)
 
 
-def test_a_user_uploads_four_large_files_at_a_time_and_any_number_of_small_ones(three):
-    hs, alice, bob, *_ = three
+def test_a_user_uploads_four_large_files_at_a_time_and_any_number_of_small_ones(hs, alice, bob):
     with contextlib.ExitStack() as going:
         for _ in range(asbridge.MAX_UPLOADS):
             going.enter_context(hs.api.media.uploading(asbridge.Who(alice.user_id)))
@@ -7480,8 +7308,7 @@ def test_a_user_uploads_four_large_files_at_a_time_and_any_number_of_small_ones(
     assert ask(hs, "POST", "/_matrix/media/v3/upload", alice.token, large)[0] == 200 and not hs.api.media._under_way
 
 
-def test_media_without_a_type_are_bytes(three):
-    hs, alice = three[:2]
+def test_media_without_a_type_are_bytes(hs, alice):
     for headers in ({}, {"Content-Type": ""}):
         uri = ask(hs, "POST", "/_matrix/media/v3/upload", alice.token, b"x", headers)[1]["content_uri"]
         assert whole(hs, "GET", "/_matrix/media/v3/download/" + uri[6:])[1]["Content-Type"] == "application/octet-stream"
@@ -7503,8 +7330,7 @@ def created(client):
     return uri.removeprefix("mxc://")
 
 
-def test_a_media_uri_can_be_made_before_its_content(three):
-    hs, alice, bob, _, _ = three
+def test_a_media_uri_can_be_made_before_its_content(hs, alice, bob):
     media = created(alice)
     with refused("M_NOT_YET_UPLOADED", 504):
         bob.call("GET", f"/_matrix/client/v1/media/download/{media}", timeout_ms=0)
@@ -7513,8 +7339,7 @@ def test_a_media_uri_can_be_made_before_its_content(three):
         assert waiting.result(5) == (200, "late")
 
 
-def test_the_content_of_a_media_uri_comes_once_and_from_who_made_it(three):
-    hs, alice, bob, _, _ = three
+def test_the_content_of_a_media_uri_comes_once_and_from_who_made_it(hs, alice, bob):
     media = created(alice)
     assert ask(hs, "PUT", f"/_matrix/media/v3/upload/{media}", bob.token, b"x")[1]["errcode"] == "M_FORBIDDEN"
     assert ask(hs, "PUT", f"/_matrix/media/v3/upload/{media}", alice.token, b"x")[0] == 200
@@ -7528,8 +7353,7 @@ def test_the_content_of_a_media_uri_comes_once_and_from_who_made_it(three):
 
 # -- Keys: of devices.
 
-def test_device_keys_are_queried_as_they_were_uploaded_with_the_devices_name(three):
-    hs, alice, bob, _, room = three
+def test_device_keys_are_queried_as_they_were_uploaded_with_the_devices_name(alice, bob):
     assert upload(alice) == {"signed_curve25519": 0}
     alice.ask("PUT", "devices", device_of(alice), body={"display_name": "Alice's phone"})
     found = query_keys(bob, alice, bob)
@@ -7550,16 +7374,14 @@ def test_keys_are_told_though_the_service_of_an_unknown_ghost_does_not_answer(st
     assert sorted(path.rpartition("/")[2] for _, path, *_ in r.requests) == ["@_irc_x:localhost", "@_irc_y:localhost"]
 
 
-def test_one_time_keys_go_out_in_the_order_in_which_they_came(three):
-    hs, alice, bob, *_ = three
+def test_one_time_keys_go_out_in_the_order_in_which_they_came(alice, bob):
     upload(alice, one_time="ZAM")
     with refused("M_BAD_JSON"):
         bob.ask("POST", "keys", "claim", body={"one_time_keys": {alice.user_id: {device_of(alice): 5}}})
     assert [claim(bob, alice, algorithm) for algorithm in ("*", "signed", "signed_curve25519", "signed_curve25519", "signed_curve25519")] == [None, None, "Z", "A", "M"]
 
 
-def test_a_device_with_keys_that_is_renamed_is_new_to_others(three):
-    hs, alice, bob, _, room = three
+def test_a_device_with_keys_that_is_renamed_is_new_to_others(alice, bob, room):
     bob.join(room)
     upload(bob)
     since = alice.sync()["next_batch"]
@@ -7567,8 +7389,7 @@ def test_a_device_with_keys_that_is_renamed_is_new_to_others(three):
     assert alice.sync(since)["device_lists"]["changed"] == [bob.user_id]
 
 
-def test_keys_of_a_user_on_another_server_are_a_failure_of_that_server(three):
-    hs, alice, *_ = three
+def test_keys_of_a_user_on_another_server_are_a_failure_of_that_server(alice):
     found = alice.ask("POST", "keys", "query", body={"device_keys": {"@x:other.org": []}})
     assert list(found["failures"]) == ["other.org"] and found["device_keys"] == {}
 
@@ -7576,14 +7397,12 @@ def test_keys_of_a_user_on_another_server_are_a_failure_of_that_server(three):
 @pytest.mark.parametrize("body, errcode", [
     ({"device_keys": {"user_id": "@bob:localhost", "device_id": "X"}}, "M_INVALID_PARAM"), ({"device_keys": []}, "M_BAD_JSON"), ({"one_time_keys": {"noalgorithm": {}}}, "M_INVALID_PARAM"),
     ({"one_time_keys": {"signed_curve25519:A": 5}}, "M_INVALID_PARAM"), ({"fallback_keys": {"signed_curve25519:A": None}}, "M_INVALID_PARAM"), ({"one_time_keys": 1}, "M_BAD_JSON")])
-def test_keys_that_are_not_of_the_device_that_uploads_them_or_not_of_their_form_are_refused(three, body, errcode):
-    hs, alice, *_ = three
+def test_keys_that_are_not_of_the_device_that_uploads_them_or_not_of_their_form_are_refused(alice, body, errcode):
     with refused(errcode, 400):
         alice.ask("POST", "keys", "upload", body=body)
 
 
-def test_a_one_time_key_is_claimed_once_and_then_the_fallback_key_again_and_again(three):
-    hs, alice, bob, _, room = three
+def test_a_one_time_key_is_claimed_once_and_then_the_fallback_key_again_and_again(alice, bob):
     assert upload(alice, one_time="AB", fallback="F") == {"signed_curve25519": 2}
     sync = alice.sync()
     assert (sync["device_one_time_keys_count"], sync["device_unused_fallback_key_types"]) == ({"signed_curve25519": 2}, ["signed_curve25519"])
@@ -7597,8 +7416,7 @@ def test_a_one_time_key_is_claimed_once_and_then_the_fallback_key_again_and_agai
     assert claim(bob, alice, "other") is None and claim(alice, bob) is None
 
 
-def test_each_one_time_key_goes_to_one_of_many_who_claim_at_the_same_time(three):
-    hs, alice, bob, carol, _ = three
+def test_each_one_time_key_goes_to_one_of_many_who_claim_at_the_same_time(alice, bob, carol):
     ids = [f"K{n:02}" for n in range(40)]
     upload(alice, one_time=ids)
     with ThreadPoolExecutor(8) as pool:
@@ -7606,15 +7424,13 @@ def test_each_one_time_key_goes_to_one_of_many_who_claim_at_the_same_time(three)
     assert sorted(id for id in got if id) == ids and got.count(None) == 8
 
 
-def test_a_one_time_key_may_be_uploaded_again_but_not_with_another_content(three):
-    hs, alice, *_ = three
+def test_a_one_time_key_may_be_uploaded_again_but_not_with_another_content(alice):
     assert upload(alice, one_time="A") == upload(alice, one_time="A") == {"signed_curve25519": 1}
     with refused("M_INVALID_PARAM", 400, "already exists"):
         alice.ask("POST", "keys", "upload", body={"one_time_keys": {"signed_curve25519:A": "other"}})
 
 
-def test_a_device_that_is_gone_takes_its_keys_along(three):
-    hs, alice, bob, _, room = three
+def test_a_device_that_is_gone_takes_its_keys_along(hs, alice, bob):
     second = again(hs, alice)
     upload(second, one_time="A", fallback="F")
     device_id = device_of(second)
@@ -7627,8 +7443,7 @@ def test_a_device_that_is_gone_takes_its_keys_along(three):
 
 # -- Keys: whose are new.
 
-def test_sync_names_who_shares_a_room_and_has_a_new_device(three):
-    hs, alice, bob, carol, room = three
+def test_sync_names_who_shares_a_room_and_has_a_new_device(hs, alice, bob, carol, room):
     bob.join(room)
     carol_alone = carol.create_room()
     since = alice.sync()["next_batch"]
@@ -7648,8 +7463,7 @@ def test_sync_names_who_shares_a_room_and_has_a_new_device(three):
     assert alice.sync(since)["device_lists"]["changed"] == [bob.user_id]
 
 
-def test_sync_names_whom_one_meets_and_whom_one_meets_no_more(three):
-    hs, alice, bob, carol, room = three
+def test_sync_names_whom_one_meets_and_whom_one_meets_no_more(alice, bob, carol, room):
     for client in (alice, bob, carol):
         upload(client)
     tokens = {client: client.sync()["next_batch"] for client in (alice, bob)}
@@ -7662,8 +7476,7 @@ def test_sync_names_whom_one_meets_and_whom_one_meets_no_more(three):
     assert bob.sync(tokens[bob])["device_lists"] == {"changed": [], "left": [alice.user_id]}
 
 
-def test_who_is_still_met_in_another_room_has_not_left(three):
-    hs, alice, bob, _, room = three
+def test_who_is_still_met_in_another_room_has_not_left(alice, bob, room):
     other = alice.create_room(preset="public_chat")
     upload(bob)
     for id in (room, other):
@@ -7674,8 +7487,7 @@ def test_who_is_still_met_in_another_room_has_not_left(three):
 
 
 @pytest.mark.parametrize("filter", [{"rooms": []}, {"not_rooms": ["{room}"]}])
-def test_device_lists_do_not_depend_on_the_rooms_that_a_filter_chooses(three, filter):
-    hs, alice, bob, _, room = three
+def test_device_lists_do_not_depend_on_the_rooms_that_a_filter_chooses(alice, bob, room, filter):
     upload(bob)
     since = alice.sync()["next_batch"]
     bob.join(room)
@@ -7683,8 +7495,7 @@ def test_device_lists_do_not_depend_on_the_rooms_that_a_filter_chooses(three, fi
 
 
 @pytest.mark.parametrize("how", ["declined", "taken back", "unbanned"])
-def test_who_was_never_in_a_room_does_not_learn_who_is(three, how):
-    hs, alice, bob, carol, _ = three
+def test_who_was_never_in_a_room_does_not_learn_who_is(alice, bob, carol, how):
     upload(alice), upload(bob)
     room = alice.create_room(invite=[bob.user_id, carol.user_id])
     bob.join(room)
@@ -7699,8 +7510,7 @@ def test_who_was_never_in_a_room_does_not_learn_who_is(three, how):
 
 # -- Keys: messages to devices.
 
-def test_a_message_to_a_device_comes_with_its_next_sync_and_is_gone_when_that_is_acknowledged(three):
-    hs, alice, bob, _, room = three
+def test_a_message_to_a_device_comes_with_its_next_sync_and_is_gone_when_that_is_acknowledged(hs, alice, bob):
     other = again(hs, alice)
     since = alice.sync()["next_batch"]
     bob.ask("PUT", "sendToDevice", "m.room_key", "1", body={"messages": {alice.user_id: {device_of(alice): {"n": 1}, "GONE": {}}, "@nobody:localhost": {"*": {}}}})
@@ -7712,8 +7522,7 @@ def test_a_message_to_a_device_comes_with_its_next_sync_and_is_gone_when_that_is
     assert "to_device" not in alice.sync()
 
 
-def test_what_a_sync_acknowledges_is_gone_even_if_it_has_nothing_new_to_look_for(three):
-    hs, alice, bob, _, room = three
+def test_what_a_sync_acknowledges_is_gone_even_if_it_has_nothing_new_to_look_for(hs, alice, bob):
     since = alice.sync()["next_batch"]
     bob.ask("PUT", "sendToDevice", "m.room_key", "1", body={"messages": {alice.user_id: {"*": {}}}})
     since = alice.sync(since)["next_batch"]
@@ -7726,8 +7535,7 @@ def test_what_a_sync_acknowledges_is_gone_even_if_it_has_nothing_new_to_look_for
     assert not hs.api.sync.handed
 
 
-def test_a_sync_is_answered_even_if_nothing_can_be_stored(three):
-    hs, alice, bob, _, room = three
+def test_a_sync_is_answered_even_if_nothing_can_be_stored(hs, alice, bob, room):
     since = alice.sync()["next_batch"]
     bob.ask("PUT", "sendToDevice", "m.room_key", "1", body={"messages": {alice.user_id: {"*": {}}}})
     found = alice.sync(since)
@@ -7740,8 +7548,7 @@ def test_a_sync_is_answered_even_if_nothing_can_be_stored(three):
     assert "to_device" not in alice.sync(found["next_batch"]) and alice.say(room, "there is room again")
 
 
-def test_a_message_to_all_devices_wakes_each_and_is_sent_once_for_its_transaction_id(three):
-    hs, alice, bob, _, room = three
+def test_a_message_to_all_devices_wakes_each_and_is_sent_once_for_its_transaction_id(hs, alice, bob):
     other = again(hs, alice)
     tokens = [client.sync()["next_batch"] for client in (alice, other)]
     with background(other.sync, tokens[1], 10_000) as future:
@@ -7763,15 +7570,13 @@ def test_messages_to_devices_outlive_the_homeserver(start, tmp_path):
 
 
 @pytest.mark.parametrize("body", [{}, {"messages": []}, {"messages": {"alice": {}}}, {"messages": {"@a:localhost": []}}, {"messages": {"@a:localhost": {"D": "x"}}}])
-def test_messages_to_devices_that_are_not_objects_are_refused(three, body):
-    hs, alice, *_ = three
+def test_messages_to_devices_that_are_not_objects_are_refused(alice, body):
     with pytest.raises(MatrixError) as caught:
         alice.ask("PUT", "sendToDevice", "m.x", "1", body=body)
     assert caught.value.status == 400
 
 
-def test_a_message_to_a_device_is_not_taken_away_by_events_which_does_not_carry_it(three):
-    hs, alice, bob, *_ = three
+def test_a_message_to_a_device_is_not_taken_away_by_events_which_does_not_carry_it(alice, bob):
     since = alice.sync()["next_batch"]
     bob.ask("PUT", "sendToDevice", "m.room_key", "1", body={"messages": {alice.user_id: {"*": {}}}})
     alice.ask("GET", "events")
@@ -7780,8 +7585,7 @@ def test_a_message_to_a_device_is_not_taken_away_by_events_which_does_not_carry_
 
 # -- Keys: cross-signing.
 
-def test_cross_signing_keys_are_seen_by_others_but_for_the_user_signing_key(three):
-    hs, alice, bob, _, room = three
+def test_cross_signing_keys_are_seen_by_others_but_for_the_user_signing_key(alice, bob, room):
     bob.join(room)
     since = bob.sync()["next_batch"]
     keys = cross_signing_keys(alice.user_id)
@@ -7793,8 +7597,7 @@ def test_cross_signing_keys_are_seen_by_others_but_for_the_user_signing_key(thre
             usage: {"signatures": {}, **keys[f"{usage}_key"]} if usage in usages else None for usage in ("master", "self_signing", "user_signing")}
 
 
-def test_cross_signing_keys_are_replaced_with_the_password_only_but_uploaded_again_without(start):
-    hs = start()
+def test_cross_signing_keys_are_replaced_with_the_password_only_but_uploaded_again_without(hs):
     answer = hs.api.accounts.register("alice", "secret")
     alice = asbridge.Client(hs.url, answer["access_token"])
     keys = cross_signing_keys(alice.user_id)
@@ -7822,16 +7625,14 @@ def test_an_application_service_replaces_cross_signing_keys_of_its_users_without
     (lambda keys: keys["master_key"].update(keys={"ed25519:A": "B"}), "M_INVALID_PARAM"), (lambda keys: keys["self_signing_key"].pop("signatures"), "M_INVALID_SIGNATURE"),
     (lambda keys: keys["user_signing_key"].update(signatures={"@alice:localhost": {"ed25519:other": "x"}}), "M_INVALID_SIGNATURE"), (lambda keys: keys.pop("master_key"), "M_MISSING_PARAM"),
     (lambda keys: keys.update(master_key=5), "M_BAD_JSON")])
-def test_cross_signing_keys_of_another_form_or_unsigned_are_refused(three, change, errcode):
-    hs, alice, *_ = three
+def test_cross_signing_keys_of_another_form_or_unsigned_are_refused(alice, change, errcode):
     keys = cross_signing_keys(alice.user_id)
     change(keys)
     with refused(errcode, 400):
         alice.ask("POST", "keys", "device_signing", "upload", body=keys)
 
 
-def test_signatures_are_merged_into_what_is_queried_and_others_are_seen_only_by_who_made_them(three):
-    hs, alice, bob, carol, room = three
+def test_signatures_are_merged_into_what_is_queried_and_others_are_seen_only_by_who_made_them(alice, bob, carol, room):
     for client in (alice, bob, carol):
         client.join(room)
         upload(client)
@@ -7853,8 +7654,7 @@ def test_signatures_are_merged_into_what_is_queried_and_others_are_seen_only_by_
     ("@alice:localhost", "GONE", {}, "M_NOT_FOUND"), ("@bob:localhost", "self_signing-a", {}, "M_NOT_FOUND"), ("@alice:localhost", "master-a", {"usage": ["x"]}, "M_INVALID_SIGNATURE"),
     ("@alice:localhost", "master-a", {"signatures": {}}, "M_INVALID_SIGNATURE"), ("@alice:localhost", "master-a", {"signatures": {"@alice:localhost": {"ed25519:D": 5}}}, "M_BAD_JSON"),
     ("@alice:localhost", "master-a", {"signatures": {"@alice:localhost": {f"ed25519:{n}": "x" for n in range(51)}}}, "M_TOO_LARGE")])
-def test_a_signature_on_what_was_not_uploaded_so_is_a_failure_of_that_key(three, user, name, change, errcode):
-    hs, alice, bob, *_ = three
+def test_a_signature_on_what_was_not_uploaded_so_is_a_failure_of_that_key(alice, bob, user, name, change, errcode):
     for client in (alice, bob):
         client.ask("POST", "keys", "device_signing", "upload", body=cross_signing_keys(client.user_id))
     key = {**cross_signing_keys(user)["master_key"], "signatures": {alice.user_id: {"ed25519:D": "x"}}, **change}
@@ -7862,8 +7662,7 @@ def test_a_signature_on_what_was_not_uploaded_so_is_a_failure_of_that_key(three,
     assert failures[user][name]["errcode"] == errcode
 
 
-def test_the_end_of_all_devices_ends_what_was_signed_of_them_and_no_more(three):
-    hs, alice, bob, *_ = three
+def test_the_end_of_all_devices_ends_what_was_signed_of_them_and_no_more(hs, alice, bob):
     for client in (alice, bob):
         upload(client)
         client.ask("POST", "keys", "device_signing", "upload", body=cross_signing_keys(client.user_id))
@@ -7878,8 +7677,7 @@ def test_the_end_of_all_devices_ends_what_was_signed_of_them_and_no_more(three):
         assert [row[0] for row in reader.signatures(alice.user_id, bob.user_id)] == ["master-a"]
 
 
-def test_of_two_first_master_keys_at_the_same_time_the_second_needs_to_be_confirmed(three):
-    hs, alice, *_ = three
+def test_of_two_first_master_keys_at_the_same_time_the_second_needs_to_be_confirmed(hs, alice):
     keys, who = hs.api.keys, asbridge.Who(alice.user_id, device_of(alice))
     both = [{"master": cross_signing_keys(alice.user_id, name)["master_key"]} for name in "ab"]
     assert [keys.check_cross_signing(who, one) for one in both] == [False, False]
@@ -7889,8 +7687,7 @@ def test_of_two_first_master_keys_at_the_same_time_the_second_needs_to_be_confir
     assert query_keys(alice, alice)["master_keys"][alice.user_id]["keys"] == both[0]["master"]["keys"]
 
 
-def test_signatures_that_all_fail_are_no_news(three):
-    hs, alice, *_ = three
+def test_signatures_that_all_fail_are_no_news(alice):
     since = alice.sync()["next_batch"]
     alice.ask("POST", "keys", "signatures", "upload", body={alice.user_id: {"GONE": {"signatures": {alice.user_id: {"ed25519:D": "x"}}}}})
     assert "device_lists" not in alice.sync(since)
@@ -7912,8 +7709,7 @@ def backup_key(verified=False, index=0, forwarded=0, data="x"):
     return {"is_verified": verified, "first_message_index": index, "forwarded_count": forwarded, "session_data": {"ciphertext": data}}
 
 
-def test_a_key_backup_is_made_found_changed_and_deleted(three):
-    hs, alice, bob, *_ = three
+def test_a_key_backup_is_made_found_changed_and_deleted(alice, bob):
     with refused("M_NOT_FOUND", 404):
         alice.ask("GET", "room_keys", "version")
     first, second = (alice.ask("POST", "room_keys", "version", body={"algorithm": "m.a", "auth_data": {"n": n}})["version"] for n in (1, 2))
@@ -7932,8 +7728,7 @@ def test_a_key_backup_is_made_found_changed_and_deleted(three):
             alice.ask("DELETE", "room_keys", "version", wrong)
 
 
-def test_backed_up_keys_are_put_and_read_and_deleted_one_by_one_by_room_or_together(three):
-    hs, alice, *_ = three
+def test_backed_up_keys_are_put_and_read_and_deleted_one_by_one_by_room_or_together(alice):
     version = alice.ask("POST", "room_keys", "version", body={"algorithm": "m.a", "auth_data": {}})["version"]
     put = functools.partial(alice.ask, "PUT", "room_keys", "keys", version=version)
     assert put("!a:b", "s1", body=backup_key()) == {"count": 1, "etag": "1"}
@@ -7954,8 +7749,7 @@ def test_backed_up_keys_are_put_and_read_and_deleted_one_by_one_by_room_or_toget
 @pytest.mark.parametrize("old, new, replaces", [
     ({}, {"data": "n"}, False), ({}, {"verified": True, "index": 5}, True), ({"verified": True}, {"index": 0}, False), ({"index": 5}, {"index": 4, "forwarded": 9}, True),
     ({"index": 4}, {"index": 5}, False), ({"forwarded": 2}, {"forwarded": 1}, True), ({"forwarded": 1}, {"forwarded": 2}, False)])
-def test_a_backed_up_key_is_replaced_by_a_better_one_only(three, old, new, replaces):
-    hs, alice, *_ = three
+def test_a_backed_up_key_is_replaced_by_a_better_one_only(alice, old, new, replaces):
     version = alice.ask("POST", "room_keys", "version", body={"algorithm": "m.a", "auth_data": {}})["version"]
     old, new = backup_key(**old), backup_key(**{"data": "new", **new})
     for key in (old, new):
@@ -7963,8 +7757,7 @@ def test_a_backed_up_key_is_replaced_by_a_better_one_only(three, old, new, repla
     assert alice.ask("GET", "room_keys", "keys", "!a:b", "s", version=version) == (new if replaces else old)
 
 
-def test_keys_go_into_the_last_backup_only_and_the_error_names_it(three):
-    hs, alice, *_ = three
+def test_keys_go_into_the_last_backup_only_and_the_error_names_it(alice):
     first, second = (alice.ask("POST", "room_keys", "version", body={"algorithm": "m.a", "auth_data": {}})["version"] for _ in range(2))
     with refused("M_WRONG_ROOM_KEYS_VERSION", 403) as caught:
         alice.ask("PUT", "room_keys", "keys", "!a:b", "s", body=backup_key(), version=first)
@@ -7986,8 +7779,7 @@ def rule_ids(client, kind):
     return [rule["rule_id"] for rule in client.call("GET", V3 + "/pushrules/")["global"][kind]]
 
 
-def test_the_default_rules_are_those_of_the_specification(three):
-    alice = three[1]
+def test_the_default_rules_are_those_of_the_specification(alice):
     rules = alice.call("GET", V3 + "/pushrules/")
     prefix = ".m.rule."
     assert {kind: [rule["rule_id"].removeprefix(prefix) for rule in rules["global"][kind]] for kind in rules["global"]} == {
@@ -8014,8 +7806,7 @@ def test_the_default_rules_are_those_of_the_specification(three):
     assert by_id["call"]["actions"] == ["notify", {"set_tweak": "sound", "value": "ring"}]
 
 
-def test_rules_are_found_with_and_without_a_trailing_slash_and_as_account_data(three):
-    alice = three[1]
+def test_rules_are_found_with_and_without_a_trailing_slash_and_as_account_data(alice):
     rules = alice.call("GET", V3 + "/pushrules/")
     assert alice.call("GET", V3 + "/pushrules") == rules == alice.account_data("m.push_rules")
     assert alice.call("GET", RULES) == alice.call("GET", RULES + "/") == rules["global"]
@@ -8024,22 +7815,20 @@ def test_rules_are_found_with_and_without_a_trailing_slash_and_as_account_data(t
         alice.set_account_data("m.push_rules", {})
 
 
-def test_a_new_rule_is_the_most_important_of_the_users_and_stands_above_the_servers(three):
-    alice = three[1]
+def test_a_new_rule_is_the_most_important_of_the_users_and_stands_above_the_servers(alice, bob):
     for id in ("one", "two"):
         alice.call("PUT", f"{RULES}/override/{id}", {"conditions": [], "actions": []})
         alice.call("PUT", f"{RULES}/content/{id}", {"pattern": "x", "actions": ["notify"]})
     assert rule_ids(alice, "override")[:4] == [".m.rule.master", "two", "one", ".m.rule.suppress_notices"]
     assert rule_ids(alice, "content") == ["two", "one", ".m.rule.contains_user_name"]
     assert alice.call("GET", f"{RULES}/content/two") == {"rule_id": "two", "default": False, "enabled": True, "pattern": "x", "actions": ["notify"]}
-    assert rule_ids(three[2], "content") == [".m.rule.contains_user_name"]
+    assert rule_ids(bob, "content") == [".m.rule.contains_user_name"]
 
 
 @pytest.mark.parametrize("query, order", [
     ({}, ["c", "b", "a"]), ({"before": "c"}, ["a", "c", "b"]), ({"after": "c"}, ["c", "a", "b"]), ({"before": "b", "after": "c"}, ["c", "a", "b"]),
     ({"after": "b"}, ["c", "b", "a"])])
-def test_a_rule_that_is_set_again_stays_or_goes_beside_another(three, query, order):
-    alice = three[1]
+def test_a_rule_that_is_set_again_stays_or_goes_beside_another(alice, query, order):
     for id in ("a", "b", "c"):
         alice.call("PUT", f"{RULES}/room/!{id}", {"actions": []})
     alice.call("PUT", f"{RULES}/room/!a/enabled", {"enabled": False})
@@ -8048,8 +7837,7 @@ def test_a_rule_that_is_set_again_stays_or_goes_beside_another(three, query, ord
     assert alice.call("GET", f"{RULES}/room/!a") == {"rule_id": "!a", "default": False, "enabled": False, "actions": ["notify"]}
 
 
-def test_a_rule_is_enabled_and_its_actions_are_changed_also_of_the_servers_rules(three):
-    alice = three[1]
+def test_a_rule_is_enabled_and_its_actions_are_changed_also_of_the_servers_rules(alice):
     since = alice.sync()["next_batch"]
     url = f"{RULES}/underride/.m.rule.message"
     assert alice.call("GET", url + "/enabled") == {"enabled": True} and alice.call("GET", url + "/actions") == {"actions": ["notify"]}
@@ -8058,16 +7846,14 @@ def test_a_rule_is_enabled_and_its_actions_are_changed_also_of_the_servers_rules
     assert alice.sync(since)["account_data"]["events"] == [{"type": "m.push_rules", "content": alice.call("GET", V3 + "/pushrules/")}]
 
 
-def test_all_rules_together_have_a_size_that_is_bounded(three, monkeypatch):
-    alice = three[1]
+def test_all_rules_together_have_a_size_that_is_bounded(alice, monkeypatch):
     monkeypatch.setattr(asbridge, "MAX_RULES_BYTES", 10_000)
     with refused("M_TOO_LARGE", 413):
         alice.call("PUT", f"{RULES}/content/x", {"pattern": "x", "actions": [{"set_tweak": "x" * 9000}]})
     assert rule_ids(alice, "content") == [".m.rule.contains_user_name"]
 
 
-def test_a_rule_is_deleted_but_not_one_of_the_servers(three):
-    alice = three[1]
+def test_a_rule_is_deleted_but_not_one_of_the_servers(alice):
     alice.call("PUT", f"{RULES}/sender/@bob:localhost", {"actions": []})
     assert alice.call("DELETE", f"{RULES}/sender/@bob:localhost") == {} and rule_ids(alice, "sender") == []
     for kind, id, errcode in (("sender", "@bob:localhost", "M_NOT_FOUND"), ("override", ".m.rule.master", "M_INVALID_PARAM")):
@@ -8084,8 +7870,7 @@ def test_a_rule_is_deleted_but_not_one_of_the_servers(three):
     ("override/x?before=y", {"actions": []}, "M_UNKNOWN"), ("override/x?after=.m.rule.master", {"actions": []}, "M_UNKNOWN"),
     ("override/x/enabled", {"enabled": True}, "M_NOT_FOUND"), ("override/.m.rule.master/enabled", {"enabled": 1}, "M_BAD_JSON"),
     ("override/.m.rule.master/actions", {"actions": "notify"}, "M_BAD_JSON")])
-def test_a_rule_that_is_none_is_refused(three, where, body, errcode):
-    hs, alice, *_ = three
+def test_a_rule_that_is_none_is_refused(hs, alice, where, body, errcode):
     status, answer = ask(hs, "PUT", f"{RULES}/{where}", alice.token, body)
     assert answer["errcode"] == errcode and status == (404 if errcode == "M_NOT_FOUND" else 400)
     assert alice.call("GET", RULES) == json.loads(asbridge.default_rules(alice.user_id))["global"]
@@ -8199,8 +7984,7 @@ def test_one_pattern_and_one_body_of_the_largest_size_take_no_second(pattern, bo
     assert time.thread_time() - began < 0.5
 
 
-def test_what_is_unread_is_counted_in_no_more_events_than_one_s_own_rules_leave_time_for(three, monkeypatch):
-    hs, alice, bob, _, room = three
+def test_what_is_unread_is_counted_in_no_more_events_than_one_s_own_rules_leave_time_for(hs, alice, bob, room, monkeypatch):
     bob.join(room)
     said = [alice.say(room, "x") for _ in range(10)]
     with hs.world.store.read() as reader:
@@ -8211,8 +7995,7 @@ def test_what_is_unread_is_counted_in_no_more_events_than_one_s_own_rules_leave_
     assert unread(bob, room)[0][0] in (2, 3, 4)
 
 
-def test_a_pattern_has_a_largest_length_and_what_is_longer_matches_nothing(three):
-    hs, alice, *_ = three
+def test_a_pattern_has_a_largest_length_and_what_is_longer_matches_nothing(alice):
     for kind, parts in (("content", {"pattern": "x" * 256}), ("override", {"conditions": [{"kind": "event_match", "key": "type", "pattern": "*" * 256}]})):
         with refused("M_INVALID_PARAM", 400, "255"):
             alice.call("PUT", f"{RULES}/{kind}/long", {"actions": [], **parts})
@@ -8223,8 +8006,7 @@ def test_a_pattern_has_a_largest_length_and_what_is_longer_matches_nothing(three
 
 # -- Notifications: what is unread.
 
-def test_what_others_say_after_ones_join_and_receipt_is_unread(three):
-    hs, alice, bob, _, room = three
+def test_what_others_say_after_ones_join_and_receipt_is_unread(alice, bob, room):
     alice.say(room, "before"), bob.join(room)
     assert unread(bob, room) == ([0, 0], {})
     one, two = alice.say(room, "1"), alice.say(room, "bob!")
@@ -8238,8 +8020,7 @@ def test_what_others_say_after_ones_join_and_receipt_is_unread(three):
     assert unread(bob, room, since) == unread(bob, room) == ([1, 0], {})
 
 
-def test_a_private_receipt_is_told_to_a_client_that_filters_receipts_out_by_its_counts(three):
-    hs, alice, bob, _, room = three
+def test_a_private_receipt_is_told_to_a_client_that_filters_receipts_out_by_its_counts(alice, bob, room):
     bob.join(room)
     event_id = alice.say(room, "x")
     filter = {"room": {"ephemeral": {"types": []}}}
@@ -8248,8 +8029,7 @@ def test_a_private_receipt_is_told_to_a_client_that_filters_receipts_out_by_its_
     assert joined(bob.sync(since, filter=filter), room) == {"unread_notifications": {"notification_count": 0, "highlight_count": 0}}
 
 
-def test_who_sends_something_has_read_what_stands_before_it(three):
-    hs, alice, bob, _, room = three
+def test_who_sends_something_has_read_what_stands_before_it(alice, bob, room):
     bob.join(room)
     alice.say(room, "1"), renamed(bob, "Bobby"), alice.say(room, "2")
     assert unread(bob, room) == ([2, 0], {})                 # a change of the profile is no answer
@@ -8257,8 +8037,7 @@ def test_who_sends_something_has_read_what_stands_before_it(three):
     assert unread(bob, room) == ([0, 0], {})
 
 
-def test_unread_counts_are_the_same_whether_they_grow_or_are_counted_anew(three):
-    hs, alice, bob, carol, room = three
+def test_unread_counts_are_the_same_whether_they_grow_or_are_counted_anew(hs, alice, bob, carol, room):
     bob.join(room), carol.join(room)
     gone = alice.say(room, "bob, this goes away")
     assert unread(bob, room) == ([1, 1], {})
@@ -8272,24 +8051,21 @@ def test_unread_counts_are_the_same_whether_they_grow_or_are_counted_anew(three)
     assert unread(bob, room) == ([2, 2], {})                 # what names him stands above rooms
 
 
-def test_who_comes_back_has_nothing_unread_of_the_time_before(three):
-    hs, alice, bob, _, room = three
+def test_who_comes_back_has_nothing_unread_of_the_time_before(alice, bob, room):
     bob.join(room), alice.say(room, "1")
     assert unread(bob, room) == ([1, 0], {})
     bob.leave(room), alice.say(room, "2"), bob.join(room), alice.say(room, "3")
     assert unread(bob, room) == ([1, 0], {})
 
 
-def test_what_an_ignored_user_says_is_not_unread(three):
-    hs, alice, bob, carol, room = three
+def test_what_an_ignored_user_says_is_not_unread(alice, bob, carol, room):
     bob.join(room), carol.join(room)
     bob.set_account_data("m.ignored_user_list", {"ignored_users": {carol.user_id: {}}})
     alice.say(room, "1"), carol.say(room, "bob")
     assert unread(bob, room) == ([1, 0], {})
 
 
-def test_a_thread_has_counts_of_its_own_where_the_filter_asks_for_them(three):
-    hs, alice, bob, _, room = three
+def test_a_thread_has_counts_of_its_own_where_the_filter_asks_for_them(alice, bob, room):
     bob.join(room)
     root, other = alice.say(room, "root"), alice.say(room, "other")
     first = reply(alice, room, root, body="bob")
@@ -8305,8 +8081,7 @@ def test_a_thread_has_counts_of_its_own_where_the_filter_asks_for_them(three):
     assert unread(bob, room, unread_thread_notifications=True) == ([0, 0], {})
 
 
-def test_of_what_is_unread_the_newest_500_events_are_looked_at_and_each_once(three, monkeypatch):
-    hs, alice, bob, carol, room = three
+def test_of_what_is_unread_the_newest_500_events_are_looked_at_and_each_once(alice, bob, carol, room, monkeypatch):
     bob.join(room)
     monkeypatch.setattr(asbridge, "MAX_UNREAD", 5)
     for n in range(8):
@@ -9190,8 +8965,8 @@ class Meetings:
 
 @pytest.mark.parametrize("seed, forgets", [(seed, forgets)
                                            for seed, forgets in ((1, False), (2, True))])
-def test_device_lists_name_everybody_whose_keys_are_new_or_who_is_newly_met_and_who_is_met_no_more(three, seed, forgets):
-    hs, *people, _ = three
+def test_device_lists_name_everybody_whose_keys_are_new_or_who_is_newly_met_and_who_is_met_no_more(alice, bob, carol, seed, forgets):
+    people = [alice, bob, carol]
     rnd = random.Random(seed)
     rooms = [people[0].create_room(preset="public_chat") for _ in range(3)]
     people[0].leave(rooms[2])
@@ -9271,8 +9046,7 @@ class Counts:
 
 
 @pytest.mark.parametrize("seed", [4, 11])
-def test_what_is_unread_is_what_the_default_rules_and_the_receipts_say(three, seed):
-    hs, alice, bob, carol, room = three
+def test_what_is_unread_is_what_the_default_rules_and_the_receipts_say(hs, alice, bob, carol, room, seed):
     bob.join(room), carol.join(room)
     rnd, people = random.Random(seed), [alice, bob, carol]
     models = {client: Counts(client.user_id, asbridge.localpart_of(client.user_id)) for client in (bob, carol)}
@@ -9334,8 +9108,7 @@ def test_what_is_unread_is_what_the_default_rules_and_the_receipts_say(three, se
     "not ignored any more",
     "redacted by somebody ignored",
     "own message redacted"])
-def test_counts_of_what_is_unread_are_the_same_anew(three, how):
-    hs, alice, bob, carol, room = three
+def test_counts_of_what_is_unread_are_the_same_anew(hs, alice, bob, carol, room, how):
     bob.join(room), carol.join(room)
     ignore = lambda *users: bob.set_account_data("m.ignored_user_list", {"ignored_users": {user.user_id: {} for user in users}})  # noqa: E731
     if how == "not ignored any more":
@@ -9356,8 +9129,7 @@ def test_counts_of_what_is_unread_are_the_same_anew(three, how):
 
 
 @pytest.mark.parametrize("seed", range(2))
-def test_threads_have_the_count_the_latest_event_and_the_participants_that_a_model_of_them_has(three, seed):
-    hs, alice, bob, carol, room = three
+def test_threads_have_the_count_the_latest_event_and_the_participants_that_a_model_of_them_has(alice, bob, carol, room, seed):
     bob.join(room), carol.join(room)
     rnd, people = random.Random(seed), [alice, bob, carol]
     roots, replies = [(client, client.say(room, "root")) for client in [*people, alice]], []
@@ -10035,8 +9807,7 @@ def test_those_who_are_invited_to_a_new_room_are_asked_for_at_the_same_time_and_
 
 @pytest.mark.parametrize("options", [{"invite": [f"@u{n}:localhost" for n in range(600)], "initial_state": [{"type": "x", "content": {}}] * 401},
                                      {"invite": ["@bob:localhost"] * 1001}], ids=["both", "invite"])
-def test_a_room_that_would_begin_with_too_many_events_is_refused_and_told_what_else_to_do(start, options):
-    hs = start()
+def test_a_room_that_would_begin_with_too_many_events_is_refused_and_told_what_else_to_do(hs, options):
     status, answer = ask(hs, "POST", V3 + "/createRoom", hs.client("alice").token, options)
     assert (status, answer["errcode"]) == (413, "M_TOO_LARGE") and "1000" in answer["error"] and "when the room is there" in answer["error"]
 
@@ -10244,8 +10015,7 @@ def test_a_reverse_look_up_asks_every_service_with_a_protocol(start, recorder, c
 
 @pytest.mark.parametrize("where,errcode", [("user", "M_MISSING_PARAM"), ("location", "M_MISSING_PARAM"), ("user?userid=bob", "M_INVALID_PARAM"), ("user/?userid=", "M_INVALID_PARAM"),
                                            ("location?alias=@a:b", "M_INVALID_PARAM"), ("room", "M_UNRECOGNIZED"), ("protocol", "M_UNRECOGNIZED")])
-def test_a_look_up_of_nothing_is_refused(start, where, errcode):
-    hs = start()
+def test_a_look_up_of_nothing_is_refused(hs, where, errcode):
     assert ask(hs, "GET", f"{V3}/thirdparty/{where}", hs.client("alice").token)[1]["errcode"] == errcode
     assert ask(hs, "GET", f"{V3}/thirdparty/protocols")[1]["errcode"] == "M_MISSING_TOKEN"
 
@@ -10981,8 +10751,7 @@ def test_what_everybody_may_ask_does_not_look_at_the_user_and_device_that_a_serv
     assert ghost.ask("GET", "profile", ghost.user_id, device_id="GONE") == {"displayname": "_irc_bob"}
 
 
-def test_a_person_does_not_act_as_another_device(three):
-    hs, alice, *_ = three
+def test_a_person_does_not_act_as_another_device(alice):
     assert alice.ask("GET", "account", "whoami", device_id="OTHER")["device_id"] == device_of(alice) != "OTHER"
 
 
@@ -11017,8 +10786,7 @@ def test_a_services_own_user_is_not_limited_and_its_ghosts_as_the_registration_s
 
 @pytest.mark.parametrize("method,where,status", [("GET", "/_matrix/client/v3/nothing", 404), ("GET", "/_matrix/client/v3/rooms/!x:y", 404), ("GET", V3 + "/sync/", 404),
                                                  ("GET", "/_matrix/client/v3/createRoom", 405), ("POST", V3 + "/sync", 405), ("PATCH", V3 + "/login", 405), ("GET", "//_matrix/client/versions", 404)])
-def test_an_unknown_path_is_404_and_a_wrong_method_405(start, method, where, status):
-    hs = start()
+def test_an_unknown_path_is_404_and_a_wrong_method_405(hs, method, where, status):
     got, answer = ask(hs, method, where, hs.client("alice").token, b"")
     assert (got, answer["errcode"]) == (status, "M_UNRECOGNIZED")
 
@@ -11039,8 +10807,7 @@ def test_an_unknown_path_is_404_and_a_wrong_method_405(start, method, where, sta
     # federation
     ("GET", "/_matrix/federation/v1/version"), ("PUT", "/_matrix/federation/v1/send/1"), ("GET", "/_matrix/federation/v1/publicRooms"), ("GET", "/_matrix/key/v2/server"),
     ("GET", "/.well-known/matrix/server"), ("GET", "/.well-known/matrix/support")])
-def test_what_is_left_out_is_not_recognised(start, method, where):
-    hs = start()
+def test_what_is_left_out_is_not_recognised(hs, method, where):
     token = hs.client("alice").token
     for spelling in (where, where.replace("/v3/", "/r0/")):
         status, answer = ask(hs, method, spelling, token, {} if method != "GET" else None)
@@ -11048,8 +10815,7 @@ def test_what_is_left_out_is_not_recognised(start, method, where):
 
 
 @pytest.mark.parametrize("method,where,body", [("POST", V3 + "/register?kind=guest", {}), ("GET", V3 + "/publicRooms?server=elsewhere", None), ("POST", V3 + "/publicRooms?server=elsewhere", {})])
-def test_what_is_left_out_of_an_endpoint_is_forbidden_with_the_reason(start, method, where, body):
-    hs = start()
+def test_what_is_left_out_of_an_endpoint_is_forbidden_with_the_reason(hs, method, where, body):
     status, answer = ask(hs, method, where, hs.client("alice").token, body)
     assert (status, answer["errcode"]) == (403, "M_FORBIDDEN") and re.search("guests|no other", answer["error"])
 
@@ -11057,41 +10823,35 @@ def test_what_is_left_out_of_an_endpoint_is_forbidden_with_the_reason(start, met
 @pytest.mark.parametrize("method,where,body", [
     ("GET", V3 + "/joined_rooms?unknown=x&_cacheBuster=1", b""), ("GET", "/_matrix/client/versions?user_id=@nobody:localhost", b""), ("GET", "/_matrix/client/r0/login", b""),
     ("POST", V3 + "/createRoom", b'{"com.beeper.auto_join_invites": true, "org.x": {"a": 1}}'), ("POST", V3 + "/logout", b'{"unknown": []}')])
-def test_what_an_endpoint_does_not_know_is_ignored(start, method, where, body):
-    hs = start()
+def test_what_an_endpoint_does_not_know_is_ignored(hs, method, where, body):
     headers = {"Content-Type": "application/json; charset=utf-8", "Accept-Encoding": "gzip, deflate"}      # nio and matrix-commander on GETs, too
     assert ask(hs, method, where, hs.client("alice").token, body, headers)[0] == 200
 
 
 @pytest.mark.parametrize("where", ["/_matrix/client/r0/", "/_matrix/client/v1/", "/_matrix/client/v3/", "/_matrix/client/unstable/"])
-def test_the_spellings_of_a_route_are_one(start, where):
-    hs = start()
+def test_the_spellings_of_a_route_are_one(hs, where):
     assert ask(hs, "GET", where + "account/whoami", hs.client("alice").token)[0] == 200
 
 
 @pytest.mark.parametrize("encode", [lambda id: id, lambda id: urllib.parse.quote(id, safe=""), lambda id: id.replace(":", "%3a"),
                                     lambda id: "".join(f"%{ord(c):02X}" for c in id)])
-def test_a_path_may_be_percent_encoded_or_not(three, encode):
-    hs, alice, _, _, room = three
+def test_a_path_may_be_percent_encoded_or_not(hs, alice, room, encode):
     assert ask(hs, "GET", f"{V3}/rooms/{encode(room)}/state/m.room.member/{encode(alice.user_id)}", alice.token)[1]["membership"] == "join"
 
 
-def test_a_segment_is_decoded_after_splitting(three):
-    hs, alice, _, _, room = three
+def test_a_segment_is_decoded_after_splitting(hs, alice, room):
     alice.set_state(room, "org.x", {"v": 1}, "a/b ü%+")
     assert ask(hs, "GET", f"{V3}/rooms/{room}/state/org.x/a%2Fb%20%C3%BC%25+", alice.token) == (200, {"v": 1})
     assert ask(hs, "GET", f"{V3}/rooms/{room}/state/org.x/%FF", alice.token)[1]["errcode"] == "M_INVALID_PARAM"
 
 
-def test_braces_in_a_path_are_letters_like_others(start):
-    hs = start()
+def test_braces_in_a_path_are_letters_like_others(hs):
     token = hs.client("alice").token
     for where, status in (("/profile/{}", 404), ("/profile/{userId}", 404), ("/joined_rooms/{}", 404), ("/rooms/{}/state", 403), ("/{}", 404)):
         assert ask(hs, "GET", V3 + where, token)[0] == status
 
 
-def test_an_endpoint_has_no_other_spelling(start):
-    hs = start()
+def test_an_endpoint_has_no_other_spelling(hs):
     token = hs.client("alice").token
     for where in ("/_matrix/client/*/joined_rooms", "/_matrix/client/%72%30/joined_rooms", "/_matrix/client/V3/joined_rooms", "/_matrix/client//joined_rooms", "/_MATRIX/client/v3/joined_rooms",
                   "/_matrix/client/v3/../v3/joined_rooms", "/_matrix/client/v3/joined%5Frooms", "/_matrix/client/v3/joined_rooms%2F"):
@@ -11118,13 +10878,11 @@ def test_every_answer_is_for_every_origin(start, method, where, status):
 
 
 @pytest.mark.parametrize("body,errcode", [(b"{", "M_NOT_JSON"), (b"[]", "M_BAD_JSON"), (b"5", "M_BAD_JSON"), (b"\xff", "M_NOT_JSON")])
-def test_a_body_that_is_no_object_is_refused(start, body, errcode):
-    hs = start()
+def test_a_body_that_is_no_object_is_refused(hs, body, errcode):
     assert ask(hs, "POST", V3 + "/createRoom", hs.client("alice").token, body)[1]["errcode"] == errcode
 
 
-def test_an_empty_body_is_an_empty_object(three):
-    hs, alice, bob, _, room = three
+def test_an_empty_body_is_an_empty_object(hs, bob, room):
     for where in (path("join", room), path("rooms", room, "leave"), path("rooms", room, "forget"), V3 + "/createRoom", V3 + "/logout"):
         assert ask(hs, "POST", where, bob.token, b"")[0] == 200
 
@@ -11158,8 +10916,7 @@ def test_a_token_in_a_url_stands_in_no_error_and_in_no_line_of_the_log(target, c
     assert caplog.text.count(V3) >= 6 and "hunter2" not in caplog.text and all("\n" not in record.getMessage() for record in caplog.records)
 
 
-def test_a_client_that_hangs_up_in_a_long_poll_is_noticed_and_one_that_waits_goes_on(three):
-    hs, alice, _, _, room = three
+def test_a_client_that_hangs_up_in_a_long_poll_is_noticed_and_one_that_waits_goes_on(hs, alice, room):
     since = alice.sync()["next_batch"]
     head = f"GET {V3}/sync?timeout=600000&since={since} HTTP/1.1\r\nHost: h\r\nAuthorization: Bearer {alice.token}\r\n\r\n".encode()
     before, asleep = set(hs._server.connections), hs.world.store.waiters._asleep
@@ -11182,8 +10939,7 @@ NAMES = ["x", "X", "\u0445", "\uff58", "x.", "x ", " x", "x\u200b", "\u00e9", "e
 
 @pytest.mark.parametrize("where", ["rooms/{room}/state/org.x/{}", "rooms/{room}/state/{}/key", "user/{user}/account_data/{}", "user/{user}/rooms/{room}/account_data/{}",
                                    "room_keys/keys/{}/s", "room_keys/keys/{room}/{}"])
-def test_what_is_stored_under_an_odd_name_is_found_under_it_and_under_no_other(three, where):
-    hs, alice, _, _, room = three
+def test_what_is_stored_under_an_odd_name_is_found_under_it_and_under_no_other(alice, room, where):
     before, _, after = [segment.format(room=room, user=alice.user_id) for segment in where.partition("{}")[0].split("/")], None, where.partition("{}")[2]
     before, after, query = before[:-1], [segment for segment in after.split("/") if segment], {}
     if before[0] == "room_keys":
@@ -11194,8 +10950,7 @@ def test_what_is_stored_under_an_odd_name_is_found_under_it_and_under_no_other(t
     assert {name: alice.ask("GET", *before, name, *after, **query) for name in NAMES} == contents
 
 
-def test_two_aliases_that_look_alike_are_two(three):
-    hs, alice, _, _, room = three
+def test_two_aliases_that_look_alike_are_two(alice, room):
     aliases, before = [f"#{name}:localhost" for name in NAMES], alice.ask("GET", "rooms", room, "aliases")["aliases"]
     for alias in aliases:
         alice.set_alias(alias, room)
@@ -11215,8 +10970,7 @@ def like(id):
     return [each for each in found if urllib.parse.unquote(each) != id]
 
 
-def test_what_looks_like_the_id_of_a_user_a_room_or_an_event_is_none(three):
-    hs, alice, bob, _, room = three
+def test_what_looks_like_the_id_of_a_user_a_room_or_an_event_is_none(hs, alice, room):
     event, wrong, client = alice.say(room, "x"), [], asbridge.HttpClient(hs.url)
     alice.call("PUT", path("user", alice.user_id, "account_data", "x"), {"secret": 1})
     digits = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_"
@@ -11264,8 +11018,7 @@ PARAMETERS = [                           # of a GET by alice: what is right, wha
 ]
 
 
-def test_each_parameter_of_a_query_is_taken_or_refused_by_name(three):
-    hs, alice, _, _, room = three
+def test_each_parameter_of_a_query_is_taken_or_refused_by_name(hs, alice, room):
     values = {"room": room, "user": alice.user_id, "event": alice.say(room, "x"), "filter": alice.ask("POST", "user", alice.user_id, "filter", body={})["filter_id"],
               "media": hs.api.media.upload(asbridge.Who(alice.user_id), b"x", "image/png", None).rpartition("/")[2]}
     client, wrong = asbridge.HttpClient(hs.url), []
@@ -11284,8 +11037,7 @@ def target_of(where, values):
     return pattern_of(where).format(**{name: quote(value) for name, value in values.items()})
 
 
-def test_a_limit_that_is_too_large_is_the_largest_there_is(three, monkeypatch):
-    hs, alice, _, _, room = three
+def test_a_limit_that_is_too_large_is_the_largest_there_is(alice, room, monkeypatch):
     monkeypatch.setattr(asbridge, "MAX_PAGE", 3)
     for limit in (4, 10**10, 10**4000):
         assert len(alice.messages(room, limit=limit)["chunk"]) == 3
@@ -11350,8 +11102,7 @@ def what_was_stored(alice, room, name, answer):
 
 
 @pytest.mark.parametrize("name", ["event", "state", "account data", "data of a room", "filter", "profile", "to-device"])
-def test_every_shape_of_json_is_refused_with_the_reason_or_comes_back_as_it_was(three, name):
-    hs, alice, _, _, room = three
+def test_every_shape_of_json_is_refused_with_the_reason_or_comes_back_as_it_was(hs, alice, room, name):
     for data, in_event, elsewhere, why in SHAPES:
         method, where, around = endpoints_that_store(alice, room)[name]
         errcode = in_event if name in ("event", "state") else elsewhere
@@ -11363,8 +11114,7 @@ def test_every_shape_of_json_is_refused_with_the_reason_or_comes_back_as_it_was(
         assert (status, answer["errcode"]) == (400, errcode) and why in answer["error"], data
 
 
-def test_a_nul_in_a_text_is_a_character_like_others_wherever_it_is_stored_and_looked_for(three):
-    hs, alice, bob, _, room = three
+def test_a_nul_in_a_text_is_a_character_like_others_wherever_it_is_stored_and_looked_for(alice, bob, room):
     bob.join(room)
     event_id = alice.say(room, "a\0b")
     assert bob.messages(room)["chunk"][0]["content"]["body"] == joined(bob.sync(), room)["timeline"]["events"][-1]["content"]["body"] == "a\0b"
@@ -11479,15 +11229,13 @@ def test_a_service_creates_names_and_deletes_devices_of_its_users(start):
     assert ghost.ask("POST", "delete_devices", body={"devices": ["DEV"]}) == {} and ghost.ask("GET", "devices")["devices"] == []
 
 
-def test_a_device_keeps_its_name_if_none_is_given(three):
-    hs, alice, *_ = three
+def test_a_device_keeps_its_name_if_none_is_given(alice):
     for body in ({"display_name": "phone"}, {"device_name": "x"}, {}):
         alice.ask("PUT", "devices", device_of(alice), body=body)
     assert alice.ask("GET", "devices", device_of(alice))["display_name"] == "phone"
 
 
-def test_a_person_does_not_create_devices(three):
-    hs, alice, *_ = three
+def test_a_person_does_not_create_devices(alice):
     with refused("M_NOT_FOUND", 404):
         alice.ask("PUT", "devices", "NEW", body={"display_name": "x"})
 
@@ -11933,8 +11681,7 @@ def test_a_member_does_not_find_out_whether_there_was_an_event_before_the_own_jo
     assert found == {"joined": ([True] * len(tries), False), "shared": ([True, *[False] * (len(tries) - 1)], True)}      # where it may be seen, it is told
 
 
-def test_a_stranger_joins_by_a_state_event_only_where_one_may_join(three):
-    hs, alice, bob, _, room = three
+def test_a_stranger_joins_by_a_state_event_only_where_one_may_join(alice, bob, room):
     bob.set_state(room, "m.room.member", {"membership": "join", "displayname": "B"}, bob.user_id)
     assert bob.user_id in alice.joined_members(room)
     with refused("M_FORBIDDEN", 403, "uninvited"):
@@ -12089,8 +11836,7 @@ def test_no_segment_of_a_path_makes_the_homeserver_fail(target):
     assert failed == []
 
 
-def test_who_names_nothing_as_a_device_to_delete_loses_none(start):
-    hs = start()
+def test_who_names_nothing_as_a_device_to_delete_loses_none(hs):
     alice = hs.client("alice", "w")
     other = again(hs, alice)
     with contextlib.suppress(MatrixError):
@@ -14010,8 +13756,7 @@ def test_a_thousand_messages_to_a_service_that_was_down_arrive_once_and_in_order
     in_about_ten(r, [f"n{i}" for i in range(1000)])
 
 
-def test_wait_for_gives_the_first_event_past_or_to_come_with_these_values(three):
-    hs, alice, bob, _, room = three
+def test_wait_for_gives_the_first_event_past_or_to_come_with_these_values(hs, alice, bob, room):
     first, _ = alice.say(room, "x"), alice.say(room, "x")
     assert hs.wait_for(type="m.room.message", body="x")["event_id"] == first
     with ThreadPoolExecutor() as pool:
@@ -14032,8 +13777,7 @@ def test_wait_for_that_waits_in_vain_prints_the_nearest_events_and_where_they_we
     assert "body='good bye'" in lines[0] and event_id in lines[1] and "body is 'hello'" in lines[1] and "did not go to irc: no rule says yes" in lines[2]
 
 
-def test_wait_for_says_which_key_no_event_has(three):
-    hs, alice, *_ = three
+def test_wait_for_says_which_key_no_event_has(hs, room):
     with pytest.raises(AssertionError, match="no event at all has 'typ'"):
         hs.wait_for(0.01, typ="m.room.message")
 
