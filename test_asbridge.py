@@ -99,6 +99,11 @@ def read_registration(data):
     return reader.read(), [str(finding) for finding in reader.findings]
 
 
+def in_files(*data):
+    """The registrations with where they stand: in a.yaml, b.yaml, …"""
+    return [(f"{chr(97 + n)}.yaml", read_registration(one)[0]) for n, one in enumerate(data)]
+
+
 def registrations_of(*data, server_name="localhost"):
     """Registrations of plain data, which must be right."""
     read = [read_registration(one) for one in data]
@@ -427,7 +432,7 @@ def ask(hs, method, path, token=None, body=None, headers=None):
 
 def whole(hs, method, where, headers={}, body=None):
     """Status, headers and body of one request."""
-    with contextlib.closing(asbridge.http.client.HTTPConnection("127.0.0.1", hs.port, timeout=5)) as connection:
+    with contextlib.closing(http.client.HTTPConnection("127.0.0.1", hs.port, timeout=5)) as connection:
         connection.request(method, where, body, headers)
         response = connection.getresponse()
         return response.status, response.headers, response.read()
@@ -584,7 +589,11 @@ def reply(client, room, parent, rel_type="m.thread", body="reply", type="m.room.
 def relations(client, room, event_id, *more, **query):
     answer = client.call("GET", "/_matrix/client/v1/rooms/" + "/".join(urllib.parse.quote(x, safe="") for x in (room, "relations", event_id, *more)),
                          **query)
-    return [event["event_id"] for event in answer["chunk"]], answer
+    return ids(answer["chunk"]), answer
+
+
+def threads(client, room, **query):
+    return client.call("GET", f"/_matrix/client/v1/rooms/{quote(room)}/threads", **query)
 
 
 def bundled(event):
@@ -656,12 +665,16 @@ def cross_signing_keys(user_id, name="a", signed_by=None):
 class Recorder:
     """An application service that writes down what it is sent. `answer` may be replaced: request, body -> (status, JSON or bytes)."""
 
-    def __init__(self):
+    def __init__(self, status=200, body={}):
         self.requests = []                                   # (method, path, headers, query, body)
-        self.answer = lambda request, body: (200, {})
+        self.answers(status, body)
         self.server = asbridge.HttpServer(("127.0.0.1", 0), self._serve)
         self.server.start()
         self.url = f"http://127.0.0.1:{self.server.port}"
+
+    def answers(self, status, body={}):
+        """So from now on, whatever it is asked."""
+        self.answer = lambda request, sent: (status, body)
 
     def _serve(self, request):
         body = request.body(50_000_000)
@@ -688,11 +701,11 @@ class Recorder:
 
 @pytest.fixture
 def recorder():
-    """Makes application services that record; they end with the test."""
+    """Makes application services that record and answer so; they end with the test."""
     made = []
 
-    def make():
-        made.append(Recorder())
+    def make(status=200, body={}):
+        made.append(Recorder(status, body))
         return made[-1]
     yield make
     for one in made:
@@ -1226,19 +1239,13 @@ def test_a_localpart_that_was_not_mapped_is_read_as_it_stands(localpart, text):
 
 # -- JSON.
 
-@pytest.mark.parametrize("data", [
-    b"{", b"nope", b"NaN", b'{"a":Infinity}', b"[-Infinity]", b"\xff", b'"\xed\xa0\x80"', b'"\\ud800"', b'{"\\udfff":1}', b'["\\uD83D x"]', b"\xef\xbb\xbf{}",
-    pytest.param(b"[" * 100_000, id="deep list"), pytest.param(b'{"a":' * 100_000, id="deep object"), pytest.param(b"1" * 5000, id="long number"), b'{"a":1,}', b"'a'", b'"\n"', b"{} {}", b" "])
-def test_what_is_not_json_is_refused(data):
-    with refused("M_NOT_JSON", 400):
-        asbridge.parse_json(data)
-
-
 @pytest.mark.parametrize("data,why", [
     (b"[" * 100_000, "nested deeper than 100 levels"), (b"[" * 101 + b"]" * 101, "nested deeper than 100 levels"), (b'{"a":NaN}', "NaN is no number"), (b"[-Infinity]", "-Infinity is no number"),
-    (b"1e400", "1e400 is no number"), (b'"\\ud800"', "surrogates not allowed"), ("{}".encode("utf-16"), "it is UTF-16"), ("{}".encode("utf-16-le"), "it is UTF-16"), ("{}".encode("utf-16-be"), "it is UTF-16"),
-    ("{}".encode("utf-32"), "it is UTF-16 or UTF-32"), (b"\xef\xbb\xbf{}", "byte order mark"), ("\ufeff{}", "byte order mark"), (b'{"a":1,}', "line 1 column 8")])
-def test_what_is_not_json_is_told_why(data, why):
+    (b"1e400", "1e400 is no number"), (b'{"a":1e400}', "1e400 is no number"), (b'"\\ud800"', "surrogates not allowed"), ("{}".encode("utf-16"), "it is UTF-16"), ("{}".encode("utf-16-le"), "it is UTF-16"), ("{}".encode("utf-16-be"), "it is UTF-16"),
+    ("{}".encode("utf-32"), "it is UTF-16 or UTF-32"), (b"\xef\xbb\xbf{}", "byte order mark"), ("\ufeff{}", "byte order mark"), (b'{"a":1,}', "line 1 column 8"),
+    *((data, "") for data in (b"{", b"nope", b"NaN", b'{"a":Infinity}', b"\xff", b'"\xed\xa0\x80"', b'{"\\udfff":1}', b'["\\uD83D x"]', b'{"a":' * 100_000, b"1" * 5000, b"'a'", b'"\n"', b"{} {}", b" "))],
+    ids=itertools.count())
+def test_what_is_not_json_is_refused_and_told_why(data, why):
     with refused("M_NOT_JSON", 400, why):
         asbridge.parse_json(data)
 
@@ -1249,11 +1256,6 @@ def test_of_a_key_that_stands_twice_the_last_value_counts():
 
 def test_surrogates_in_pairs_are_one_character():
     assert asbridge.parse_json(b'"\\ud83d\\ude00 \\\\ud800"') == "😀 \\ud800"
-
-
-def test_a_number_that_is_too_large_for_a_double_is_refused():
-    with refused("M_NOT_JSON", 400):
-        asbridge.parse_json(b'{"a":1e400}')
 
 
 def test_json_that_was_read_can_be_checked_and_written_however_deep_it_is():
@@ -1344,9 +1346,10 @@ def waiting_on(clock, one, seconds):
     return thread
 
 
-def test_waiting_ends_when_the_bell_rings():
+@pytest.mark.parametrize("seconds", [60, float("inf")])
+def test_waiting_ends_when_the_bell_rings_and_may_last_for_ever_till_then(seconds):
     clock, one = asbridge.Clock(), asbridge.bell()
-    thread = waiting_on(clock, one, 60)
+    thread = waiting_on(clock, one, seconds)
     asbridge.release(one)
     thread.join(5)
     assert not thread.is_alive() and not clock._waiting
@@ -1389,14 +1392,6 @@ def test_a_clock_with_a_start_stands_still_but_for_what_it_is_wound_on():
     assert clock.now() == clock.now() == 1000
     clock.advance(1.5)
     assert clock.now() == 2500
-
-
-def test_one_may_wait_for_ever():
-    clock, one = asbridge.Clock(), asbridge.bell()
-    thread = waiting_on(clock, one, float("inf"))
-    asbridge.release(one)
-    thread.join(5)
-    assert not thread.is_alive()
 
 
 # -- Chance.
@@ -1810,22 +1805,6 @@ def test_at_the_cap_the_connection_that_is_idle_for_longest_goes(serve):
         assert answers_in(first.recv(65_536))[0][0] == 200
 
 
-def test_without_a_handle_for_the_next_connection_the_one_that_is_idle_for_longest_goes(serve, monkeypatch):
-    server, take, missing = serve(), socket.socket.accept, [errno.EMFILE, errno.EMFILE]
-    with connect(server) as idle:
-        idle.sendall(b"GET / HTTP/1.1\r\nHost: h\r\n\r\n")
-        assert idle.recv(65_536)
-        eventually(lambda: all(connection.idle_since for connection in server.connections))
-
-        def accept(sock):
-            if sock is server.socket and missing:
-                raise OSError(missing.pop(), "too many open files")
-            return take(sock)
-        monkeypatch.setattr(socket.socket, "accept", accept)
-        assert talk(server, b"GET / HTTP/1.1\r\nHost: h\r\n\r\n").startswith(b"HTTP/1.1 200 ")
-        assert read_all(idle) == b"" and not missing
-
-
 def test_connections_leave_handles_for_the_rest(serve, monkeypatch):
     for limit, cap in ((250, 150), (50, 10), (-1, 10_000), (1_000_000, 10_000)):
         monkeypatch.setattr(os, "sysconf", lambda name, limit=limit: {"SC_OPEN_MAX": limit}[name])
@@ -1833,20 +1812,19 @@ def test_connections_leave_handles_for_the_rest(serve, monkeypatch):
 
 
 def test_where_no_handle_is_left_the_connection_that_is_idle_for_longest_goes_and_it_is_said_once(serve, monkeypatch, caplog):
-    server, left = serve(), [3]
+    server, take, missing = serve(), socket.socket.accept, [errno.EMFILE] * 3
+    with connect(server) as idle:
+        idle.sendall(b"GET / HTTP/1.1\r\nHost: h\r\n\r\n")
+        assert idle.recv(65_536)
+        eventually(lambda: all(connection.idle_since for connection in server.connections))
 
-    def get_request():
-        if left[0]:
-            left[0] -= 1
-            raise OSError(errno.EMFILE, "Too many open files")
-        return real()
-    with connect(server) as first:
-        first.sendall(b"GET / HTTP/1.1\r\nHost: h\r\n\r\n")
-        assert first.recv(65_536)
-        real = server.socket.accept
-        monkeypatch.setattr(asbridge.socketserver.TCPServer, "get_request", lambda self: get_request())
+        def accept(sock):
+            if sock is server.socket and missing:
+                raise OSError(missing.pop(), "Too many open files")
+            return take(sock)
+        monkeypatch.setattr(socket.socket, "accept", accept)
         assert talk(server, b"GET / HTTP/1.1\r\nHost: h\r\n\r\n").startswith(b"HTTP/1.1 200 ")
-        assert read_all(first) == b"" and left == [0]
+        assert read_all(idle) == b"" and not missing
     assert [record.getMessage() for record in caplog.records] == [
         f"no more connections can be taken on port {server.port}: Too many open files; there are 1 (ulimit -n and -u say what a process may have)"]
 
@@ -1990,13 +1968,13 @@ def test_an_answer_without_a_length_ends_with_the_connection(scripted, client):
 
 
 def test_an_answer_that_breaks_off_is_an_error(scripted, client):
-    with pytest.raises(asbridge.http.client.IncompleteRead):
+    with pytest.raises(http.client.IncompleteRead):
         client(scripted(says(b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\nhalf"))).request("GET", "/", seconds=5)
 
 
 @pytest.mark.parametrize("answer", [b"garbage\r\n\r\n", b"HTTP/1.1 abc OK\r\n\r\n", b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n" + b"A: b\r\n" * 200 + b"\r\n"])
 def test_an_answer_that_is_not_http_is_an_http_exception(scripted, client, answer):
-    with pytest.raises(asbridge.http.client.HTTPException):
+    with pytest.raises(http.client.HTTPException):
         client(scripted(says(answer))).request("GET", "/", seconds=5)
 
 
@@ -2032,7 +2010,7 @@ def test_of_an_answer_that_does_not_end_little_is_read(scripted, client, start_o
             sock.sendall(more)
             sent.append(len(more))
     one = client(scripted(floods))
-    with pytest.raises((ValueError, asbridge.http.client.HTTPException)):
+    with pytest.raises((ValueError, http.client.HTTPException)):
         one.request("GET", "/", seconds=5, limit=1000)
     assert one._connection is None and sum(sent) < 20_000_000        # what the kernel's buffers hold is no matter of ours
 
@@ -2111,7 +2089,7 @@ def test_any_file_name_may_be_a_database(tmp_path, name):
 @pytest.mark.parametrize("regex, id, matches", [
     ("@_irc_.*", "@_irc_bob:localhost", True), ("@_irc_", "@_irc_bob:localhost", True), ("_irc_.*", "@_irc_bob:localhost", False), (".*_irc_", "@_irc_bob:localhost", True),
     ("^@_irc_.*", "@_irc_bob:localhost", True), ("@_irc_.*:localhost$", "@_irc_bob:localhost", True), ("@_irc_b$", "@_irc_bob:localhost", False), ("@_IRC_", "@_irc_bob:localhost", False),
-    ("@a|@_irc", "@_irc_bob:localhost", True), ("a|_irc", "@_irc_bob:localhost", False)])
+    ("@a|@_irc", "@_irc_bob:localhost", True), ("a|_irc", "@_irc_bob:localhost", False), ("@_irc_.*", "@x_irc_bob:localhost", False)])
 def test_a_namespace_is_matched_from_the_start_of_the_id(regex, id, matches):
     claims = registrations_of(registration(users=[regex])).claims("users", id)
     assert [str(claim) for claim in claims] == ([f"{id} matches users[0]"] if matches else [])
@@ -2242,7 +2220,7 @@ def test_an_application_service_may_not_act_as_anybody_else(user_id):
 
 def test_an_application_service_is_found_by_the_digest_of_its_token():
     some = registrations_of(registration())
-    digest = asbridge.hashlib.sha256(b"as-irc").digest()
+    digest = hashlib.sha256(b"as-irc").digest()
     assert some.of_as_token(digest).id == "irc" and some.of_hs_token(digest) is None and some.of_as_token(b"") is None
 
 
@@ -2295,18 +2273,13 @@ def test_a_message_in_a_busy_room_costs_no_regex():
 
 # -- Whose is it? URIs.
 
-def uri_rules(**more):
-    return registration(uris={"users": [{"regex": "irc://localhost/(?P<nick>[^,/?#]+),(?:isuser|isnick)", "user_id": "@_irc_{nick}:{server_name}"}],
-                              "aliases": [{"regex": "irc://localhost/(?:%23|#)?(?P<channel>[^,/?#]+)(?:,ischannel)?", "alias": "#_irc_{channel}:{server_name}"}]}, **more)
-
-
 @pytest.mark.parametrize("kind, uri, id", [
     ("users", "irc://localhost/Bob,isuser", "@_irc_bob:localhost"), ("users", "irc://localhost/b%5Bo%5D,isnick", "@_irc_b=5bo=5d:localhost"), ("users", "irc://localhost/a%2Cb,isnick", "@_irc_a=2cb:localhost"),
     ("users", "irc://localhost/bob", None), ("users", "xirc://localhost/bob,isuser", None), ("users", "irc://localhost/bob,isuser#x", None), ("users", "irc://localhost/bob,isuser\n", None),
     ("aliases", "irc://localhost/%23lobby", "#_irc_lobby:localhost"), ("aliases", "irc://localhost/#lobby", "#_irc_lobby:localhost"), ("aliases", "irc://localhost/Lob%C3%A9,ischannel", "#_irc_Lobé:localhost"),
     ("aliases", "irc://elsewhere/lobby", None), ("aliases", "", None)])
 def test_a_uri_that_matches_as_a_whole_is_an_id(kind, uri, id):
-    assert registrations_of(uri_rules()).map_uri(kind, uri) == id
+    assert registrations_of(with_uris()).map_uri(kind, uri) == id
 
 
 def test_the_first_rule_that_matches_wins_and_the_result_must_be_in_that_namespace():
@@ -2330,7 +2303,7 @@ def test_a_template_that_cannot_be_filled_is_refused_at_the_start(regex, templat
 
 @pytest.mark.parametrize("kind, uri", [("users", f"irc://localhost/{'x' * 300},isuser"), ("aliases", "irc://localhost/a:b"), ("aliases", "irc://localhost/a%00b"), ("aliases", "irc://localhost/" + "x" * 300)])
 def test_what_a_uri_is_mapped_to_is_an_id_of_this_server(kind, uri):
-    assert registrations_of(uri_rules()).map_uri(kind, uri) is None
+    assert registrations_of(with_uris()).map_uri(kind, uri) is None
 
 
 # -- Why? What explain() says.
@@ -2393,10 +2366,6 @@ def test_explain_takes_aliases_room_ids_and_uris_and_says_what_else_is_none_of_t
 
 # -- Reading a registration.
 
-def without(key):
-    return {name: value for name, value in registration().items() if name != key}
-
-
 def test_a_registration_has_the_keys_of_the_specification():
     data = registration(url="http://h:1/base", rate_limited=True, protocols=["irc"], receive_ephemeral=True, **{"de.sorunome.msc2409.push_ephemeral": True,
                         "org.matrix.msc3202": True, "io.element.msc4190": True, "asbridge.sample": {"irc_port": 6667}, "com.example": 1})
@@ -2413,7 +2382,7 @@ def test_what_a_registration_need_not_have_has_defaults():
 
 @pytest.mark.parametrize("key", ["id", "url", "as_token", "hs_token", "sender_localpart", "namespaces"])
 def test_a_registration_without_a_required_key_is_refused(key):
-    one, findings = read_registration(without(key))
+    one, findings = read_registration({name: value for name, value in registration().items() if name != key})
     assert one is None and len(findings) == 1 and findings[0].startswith(f"x.yaml: {key}: is missing; write ")
 
 
@@ -2421,26 +2390,11 @@ def test_a_registration_without_a_required_key_is_refused(key):
     *[(key, value) for key in ("id", "as_token", "hs_token", "sender_localpart") for value in (5, None, ["x"], True)], ("id", ""), ("as_token", ""), ("hs_token", ""),
     ("url", 5), ("url", "localhost:1"), ("url", "ftp://h"), ("url", "http://"), ("url", "http://h?x=1"), ("url", ""), ("sender_localpart", ""),
     ("sender_localpart", "@bot:localhost"), ("sender_localpart", "a b"), ("sender_localpart", "x" * 201), ("namespaces", []), ("namespaces", None), ("rate_limited", "no"), ("rate_limited", 0),
-    ("receive_ephemeral", "true"), ("org.matrix.msc3202", 1), ("uris", []), ("asbridge.sample", None), ("asbridge.sample", [])])
+    ("receive_ephemeral", "true"), ("org.matrix.msc3202", 1), ("uris", []), *(("asbridge.sample", value) for value in (None, [], "abc", 5, True)), ("protocols", 5),
+    *(("url", value) for value in ("http://[::1", "http://localhost:abc", "http://localhost:99999", "http://a b:80"))])
 def test_a_key_of_the_wrong_kind_is_one_finding_that_names_it(key, value):
     one, findings = read_registration(registration(**{key: value}))
     assert one is None and len(findings) == 1 and findings[0].startswith(f"x.yaml: {key}: ") and "; write " in findings[0]
-
-
-@pytest.mark.parametrize("value", ["http://[::1", "http://localhost:abc", "http://localhost:99999", "http://a b:80"])
-def test_a_url_that_cannot_be_called_is_a_finding(value):
-    one, findings = read_registration(registration(url=value))
-    assert one is None and len(findings) == 1 and findings[0].startswith("x.yaml: url: ")
-
-
-@pytest.mark.parametrize("value", ["abc", 5, True])
-def test_a_sample_that_is_no_object_is_a_finding(value):
-    one, findings = read_registration(registration(**{"asbridge.sample": value}))
-    assert one is None and len(findings) == 1 and findings[0].startswith("x.yaml: asbridge.sample: ")
-
-
-def test_protocols_that_are_no_list_are_one_finding():
-    assert len(read_registration(registration(protocols=5))[1]) == 1
 
 
 def test_an_empty_registration_lacks_every_required_key():
@@ -2480,30 +2434,19 @@ def test_everything_that_is_wrong_is_found_at_once():
 def test_no_token_stands_in_a_finding_or_in_the_text_of_a_registration():
     one, _ = read_registration(registration(as_token="SECRET-A", hs_token="SECRET-H"))
     assert "SECRET" not in repr(one) + str(one) + repr(asbridge.Claim(one, "@a:b", None))
-    assert "SECRET" not in "".join(read_registration(registration(as_token="SECRET", hs_token="SECRET"))[1])
+    for token in ("SECRET", ["SECRET"], {"a": "SECRET"}):
+        assert "SECRET" not in "".join(read_registration(registration(as_token=token, hs_token=token))[1] + read_registration(registration(as_token=token))[1])
 
 
-@pytest.mark.parametrize("value", [["SECRET"], {"a": "SECRET"}])
-def test_no_token_of_the_wrong_type_stands_in_a_finding(value):
-    assert "SECRET" not in "".join(read_registration(registration(as_token=value))[1])
-
-
-@pytest.mark.parametrize("text", ['{"id": "\\ud800"}', '{"id": NaN}', '{"id": [Infinity]}', '{"\\udc00": 1}'])
-def test_what_no_json_can_hold_stands_in_no_registration(text):
-    with pytest.raises(ValueError):
-        asbridge.parse_registration(text)
-
-
-@pytest.mark.parametrize("text", ['{"a": ' + "[" * 100_000, "a: " + "[" * 2000], ids=["JSON", "YAML"])
-def test_a_registration_that_is_nested_too_deeply_is_refused(text):
+@pytest.mark.parametrize("text", ['{"id": "\\ud800"}', '{"id": NaN}', '{"id": [Infinity]}', '{"\\udc00": 1}', '{"a": ' + "[" * 100_000, "a: " + "[" * 2000], ids=range(6))
+def test_what_json_cannot_hold_and_what_is_nested_too_deeply_is_no_registration(text):
     with pytest.raises(ValueError):
         asbridge.parse_registration(text)
 
 
 def together_findings(*data):
     """What check_together finds between registrations that stand in a.yaml, b.yaml, …"""
-    read = [(f"{chr(97 + n)}.yaml", read_registration(one)[0]) for n, one in enumerate(data)]
-    return [str(finding) for finding in asbridge.check_together(read)]
+    return [str(finding) for finding in asbridge.check_together(in_files(*data))]
 
 
 def test_id_and_as_token_are_unique():
@@ -2669,14 +2612,9 @@ def test_blocks_of_yaml(text, value):
     ("a: 1\n\n# c\n- 2\n", 4), ("- 1\na: 2\n", 2), ("a: %x\n", 1), ("a: @x\n", 1), ("a: `x`\n", 1), ("a: [1,, 2]\n", 1), ("b: [}\n", 1),
     ("a: 1\nb: ]\n", 2), ("a: -\n", 1), ("a: - b\n", 1), ("? a\n", 1), ("a: ? b\n", 1), ("a: : b\n", 1), ("a: [- b]\n", 1), ("a: , b\n", 1), ("---\n---\na: 1\n", 2), ("a: {[b]: c}\n", 1),
     ("a: {? b: c}\n", 1), ("a: [?b]\n", 1), ("a: {,}\n", 1), ("a: [\xa0]\nb: [,\n", 2), ("a: 1\n\xa0b: 2\n", 2), ("a: 1\nb: \x0b\n", 2), ("# \x1b[2J\na: 1\n", 1), ("a: 1\u2028b: 2\n", 1), ("a: x\x85\n", 1), ("a: x\ufeff\n", 1),
-    (f"a: {'9' * 5000}\n", 1), ("a: 1.0e999\n", 1), ("a: 1\nb: \"\\ud800\"\n", 2), ('a: "\\x4"\n', 1), ('a: "\\U00110000"\n', 1), ('a: "\\Uffffffff"\n', 1), ('a: "b" "c"\n', 1), ("a: ' # b\n", 1)])
+    (f"a: {'9' * 5000}\n", 1), ("a: 1.0e999\n", 1), ("a: 1\nb: \"\\ud800\"\n", 2), ('a: "\\x4"\n', 1), ('a: "\\U00110000"\n', 1), ('a: "\\Uffffffff"\n', 1), ('a: "b" "c"\n', 1), ("a: ' # b\n", 1),
+    ("it's: 1\nb: 2\n", 1), ("a: 1\nb:\n  @c: 1\n  d: 2\n", 3), ("a: {exclusive: true, exclusive: false}\n", 1)])
 def test_yaml_that_is_not_read_is_refused_with_its_line_number(text, line):
-    with pytest.raises(ValueError, match=rf"^line {line}: "):
-        asbridge.parse_registration(text)
-
-
-@pytest.mark.parametrize("text, line", [("it's: 1\nb: 2\n", 1), ("a: 1\nb:\n  @c: 1\n  d: 2\n", 3)])
-def test_yaml_with_a_key_that_is_not_read_names_the_line_of_the_key(text, line):
     with pytest.raises(ValueError, match=rf"^line {line}: "):
         asbridge.parse_registration(text)
 
@@ -2684,11 +2622,6 @@ def test_yaml_with_a_key_that_is_not_read_names_the_line_of_the_key(text, line):
 @pytest.mark.parametrize("token", ["1e3", "12345e678", "1E+5", "089", "012"])
 def test_digits_without_a_point_that_are_no_integer_are_a_text(token):
     assert asbridge.Yaml(f"as_token: {token}\n").read() == {"as_token": token}
-
-
-def test_a_key_that_stands_twice_in_a_flow_mapping_is_refused():
-    with pytest.raises(ValueError, match="^line 1: "):
-        asbridge.Yaml("a: {exclusive: true, exclusive: false}\n").read()
 
 
 def test_a_line_full_of_quotes_is_read_in_no_time():
@@ -2842,14 +2775,10 @@ def test_a_uri_is_longer_than_an_id_and_matched_as_a_whole_so_that_its_regex_has
     assert one is None and "uris.users[0].regex" in findings[0] and "can take for ever" in findings[0]
 
 
-@pytest.mark.parametrize("regex", EXPONENTIAL)
-def test_no_exponential_regex_is_taken_for_one_that_needs_no_look(regex):
+@pytest.mark.parametrize("regex", [*EXPONENTIAL, "@.*_.*_.*:x", r"@a\b", "@(?=a).*", r"@(.)\1", "(?m)@a", "@a++b", "@a?+b", "(?:a|b|ab|ba){0,16}c"])
+def test_each_regex_that_is_refused_or_warned_of_is_looked_at(regex):
     assert asbridge.DESERVES_A_LOOK.search(regex)
-
-
-@pytest.mark.parametrize("regex", ["@.*_.*_.*:x", r"@a\b", "@(?=a).*", r"@(.)\1", "(?m)@a", "@a++b", "@a?+b", "(?:a|b|ab|ba){0,16}c"])
-def test_no_regex_of_which_is_warned_is_taken_for_one_that_needs_no_look(regex):
-    assert asbridge.DESERVES_A_LOOK.search(regex) and asbridge.cost_of(asbridge.compile_regex(regex)).verdict in ("heavy", "not analysable")
+    assert asbridge.cost_of(asbridge.compile_regex(regex)).verdict in (("exponential",) if regex in EXPONENTIAL else ("heavy", "not analysable"))
 
 
 @pytest.mark.parametrize("regex", [r"#(?:\d+[^0-9])*x", r"#(?:\s+[^ ])*x", r"#(?:\w+[^a-z0-9_])*x"])
@@ -2866,8 +2795,7 @@ def test_what_is_no_member_of_a_class_is_none_beyond_ascii_either(regex):
 
 def told(*data, server_name="example.org", port=8008):
     """The doctor's findings in registrations that stand in a.yaml, b.yaml, …"""
-    read = [(f"{chr(97 + n)}.yaml", read_registration(one)[0]) for n, one in enumerate(data)]
-    return asbridge.Doctor(server_name, port).examine(read)
+    return asbridge.Doctor(server_name, port).examine(in_files(*data))
 
 
 def complaints(*data, **keys):
@@ -3122,22 +3050,10 @@ def test_nobody_joins_for_another():
     assert changes_to(room_of(join_rule="public"), MOD, "join", OUT) == NO
 
 
-@pytest.mark.parametrize("voucher, errcode", [(MOD, None), (CREATOR, None), (USER, NO), (OUT, NO), ("@nobody:localhost", NO), (None, NO), (5, NO)])
+@pytest.mark.parametrize("voucher, errcode", [(MOD, None), (CREATOR, None), (USER, NO), (OUT, NO), ("@nobody:localhost", NO), (None, NO), (5, NO), ([], NO), ({}, NO)])
 @pytest.mark.parametrize("join_rule", ["restricted", "knock_restricted"])
 def test_a_restricted_join_needs_a_member_who_may_invite(join_rule, voucher, errcode):
     assert changes_to(room_of(join_rule=join_rule), OUT, "join", OUT, join_authorised_via_users_server=voucher) == errcode
-
-
-@pytest.mark.parametrize("voucher", [[], {}])
-def test_a_voucher_that_is_no_text_is_a_refusal(voucher):
-    assert changes_to(room_of(join_rule="restricted"), OUT, "join", OUT, join_authorised_via_users_server=voucher) == NO
-
-
-def test_nobody_vouches_for_themselves_into_a_restricted_room(hs):
-    alice, mallory = hs.client("alice"), hs.client("mallory")
-    room = alice.create_room(initial_state=[{"type": "m.room.join_rules", "state_key": "", "content": {"join_rule": "restricted", "allow": []}}])
-    content = {"membership": "join", "join_authorised_via_users_server": "@alice:localhost"}
-    assert ask(hs, "PUT", f"/_matrix/client/v3/rooms/{room}/state/m.room.member/@mallory:localhost", mallory.token, content)[0] == 403
 
 
 @pytest.mark.parametrize("sender, target, before, errcode", [
@@ -3233,7 +3149,7 @@ def spec_allows_membership(room, sender, target, membership, voucher):
 
 @VERSIONS
 def test_the_membership_rules_are_those_of_the_specification(version):
-    dice = asbridge.random.Random(int(version))
+    dice = random.Random(int(version))
     states, rules = ["join", "invite", "leave", "ban", "knock"], ["public", "invite", "knock", "restricted", "knock_restricted"]
     outcomes = set()
     for _ in range(3000):
@@ -3317,12 +3233,6 @@ def test_before_room_version_12_the_creator_has_what_the_power_levels_say(versio
     room = room_of(version, {"users": {CREATOR: 10}})
     room.put("m.room.create", "", asbridge.StateEvent(1, CREATOR, {"additional_creators": [USER]}))
     assert (room.power(CREATOR), room.power(USER), room.creators) == (10, 0, {CREATOR})
-
-
-@pytest.mark.parametrize("more", [5, "@a:b", ["nobody"], [5], [{}], {}])
-def test_additional_creators_are_user_ids(hs, more):
-    with refused("M_BAD_JSON" if not isinstance(more, list) else "M_INVALID_PARAM", 400):
-        hs.api.rooms.create(asbridge.Who("@alice:localhost"), {"room_version": "12", "creation_content": {"additional_creators": more}})
 
 
 # -- Redaction.
@@ -3413,7 +3323,7 @@ def spec_may_see(tick, visibilities, memberships):
 
 
 def test_history_visibility_is_that_of_the_specification():
-    dice = asbridge.random.Random(7)
+    dice = random.Random(7)
     for _ in range(3000):
         ticks = dice.sample(range(1, 16), dice.randint(0, 9))
         split = dice.randint(0, len(ticks))
@@ -3485,8 +3395,10 @@ def test_client_transactions_of_an_older_database_are_still_known(open_store, tm
     with contextlib.closing(sqlite3.connect(tmp_path / "a.db")) as db:       # as version 2 had it
         db.executescript("DROP INDEX sent; DROP TABLE to_device_txns; CREATE TABLE client_txns (sender TEXT, device_id TEXT, path TEXT, txn_id TEXT, "
                          "event_id TEXT NOT NULL, PRIMARY KEY (sender, device_id, path, txn_id)) WITHOUT ROWID; PRAGMA user_version = 2")
-    with open_store("a.db").read() as reader:
-                assert reader.one("SELECT count(*) FROM sqlite_master WHERE name = 'client_txns'")[0] == 0
+    store = open_store("a.db")
+    assert store.write(lambda tx: tx.sent(1, draft, "DEV", "txn")) == event_id
+    with store.read() as reader:
+        assert reader.one("SELECT count(*) FROM sqlite_master WHERE name = 'client_txns'")[0] == 0
 
 
 def test_client_transactions_of_messages_to_devices_are_known_for_a_day(open_store):
@@ -3497,26 +3409,18 @@ def test_client_transactions_of_messages_to_devices_are_known_for_a_day(open_sto
         (ALICE, "OTHER", "m.x"), (ALICE, "DEV", "m.y"), (GHOST, "DEV", "m.x"), (ALICE, "DEV", "m.x"))] == [True, True, True, False]
 
 
-def test_a_database_that_was_made_for_another_server_name_is_refused(open_store):
+def test_a_database_that_was_made_for_another_server_name_is_refused_and_let_go(open_store):
     open_store("a.db").close()
-    with pytest.raises(asbridge.DatabaseError, match="'localhost', not 'other.org'"):
+    with pytest.raises(asbridge.DatabaseError, match="'localhost', not 'other.org'") as held:
         open_store("a.db", server_name="other.org")
+    assert open_store("a.db").position == 0 and held
 
 
-def test_a_newer_or_foreign_database_is_refused(open_store, tmp_path):
+def test_a_database_of_a_newer_version_is_refused(open_store, tmp_path):
     open_store("a.db").close()
     with contextlib.closing(sqlite3.connect(tmp_path / "a.db")) as db:
         db.execute(f"PRAGMA user_version = {asbridge.SCHEMA_VERSION + 1}")
-    with contextlib.closing(sqlite3.connect(tmp_path / "b.db")) as db:
-        db.execute("CREATE TABLE somebody_elses (x)")
-    for name in ("a.db", "b.db"):
-        with pytest.raises(asbridge.DatabaseError, match="not a database of this asbridge"):
-            open_store(name)
-
-
-def test_a_file_that_is_no_database_is_refused(open_store, tmp_path):
-    (tmp_path / "a.db").write_bytes(b"this is not a database, but a text that is long enough to look at" * 100)
-    with pytest.raises(asbridge.DatabaseError, match="a.db"):
+    with pytest.raises(asbridge.DatabaseError, match="not a database of this asbridge"):
         open_store("a.db")
 
 
@@ -3525,7 +3429,7 @@ def test_a_database_in_no_directory_is_refused(open_store):
         open_store("nowhere/a.db")
 
 
-@pytest.mark.parametrize("kind, text", [("text", "not a database"), ("directory", "is a directory"), ("foreign", "not a database of this"), ("wal", "not a database of this"),
+@pytest.mark.parametrize("kind, text", [("text", "not a database"), ("directory", "is a directory"), ("foreign", "not a database of this asbridge"), ("wal", "not a database of this asbridge"),
                                         ("unwritable", "may only be read"), ("folder", "nothing may be written in")])
 def test_a_refused_database_is_named_with_the_reason_and_nothing_is_left_beside_it(open_store, tmp_path, monkeypatch, kind, text):
     path = tmp_path / "a.db"
@@ -3541,13 +3445,6 @@ def test_a_refused_database_is_named_with_the_reason_and_nothing_is_left_beside_
     with pytest.raises(asbridge.DatabaseError, match=f"a.db .*{text}"):
         open_store("a.db")
     assert os.listdir(tmp_path) == ["a.db"]
-
-
-def test_a_refused_database_is_let_go(open_store):
-    open_store("a.db").close()
-    with pytest.raises(asbridge.DatabaseError) as held:
-        open_store("a.db", server_name="other.org")
-    assert open_store("a.db").position == 0 and held
 
 
 def test_a_database_is_held_by_one_process(tmp_path):
@@ -4271,21 +4168,14 @@ def test_a_state_event_knows_what_it_replaced(open_store):
         assert [value for _, value in reader.changes([1], "m.room.topic", "topic")[1]] == ["one", "two"]
 
 
-def test_the_last_rooms_are_kept_in_memory_and_no_more(open_store, monkeypatch):
-    monkeypatch.setattr(asbridge, "MAX_CACHED_ROOMS", 3)
-    store = open_store()
-    for n in range(6):
-        make_room(store, room_id=f"!{n}:localhost")
-    store._tx.rooms.clear()
-    assert store.write(lambda tx: [tx.room(f"!{n}:localhost").joined for n in range(6)]) == [{ALICE}] * 6 and len(store._tx.rooms) == 3
-
-
-def test_new_rooms_count_among_those_that_are_kept_in_memory(open_store, monkeypatch):
+def test_the_last_rooms_new_or_old_are_kept_in_memory_and_no_more(open_store, monkeypatch):
     monkeypatch.setattr(asbridge, "MAX_CACHED_ROOMS", 3)
     store = open_store()
     for n in range(6):
         make_room(store, room_id=f"!{n}:localhost")
     assert len(store._tx.rooms) <= 3
+    store._tx.rooms.clear()
+    assert store.write(lambda tx: [tx.room(f"!{n}:localhost").joined for n in range(6)]) == [{ALICE}] * 6 and len(store._tx.rooms) == 3
 
 
 def test_a_redaction_takes_the_content_from_the_database_and_from_the_state(open_store):
@@ -4672,12 +4562,6 @@ def test_several_services_interested_in_one_event_each_get_it(start, recorder):
     assert one.texts() == two.texts() == ["hello"] and not three.requests
 
 
-def test_a_namespace_is_matched_from_the_start_and_sees_local_users_only(start):
-    hs = start(registration(users=["@_irc_.*"]), registration("remote", users=["@.*:elsewhere.org"]))
-    claims = hs.world.registrations.claims
-    assert not claims("users", "@x_irc_bob:localhost") and not claims("users", "@bob:elsewhere.org")
-
-
 # -- Accounts: registering and logging in.
 
 def test_registration_is_user_interactive_with_the_dummy_stage(hs):
@@ -4703,14 +4587,11 @@ def test_inhibit_login_registers_without_a_session(start):
     assert status == 200 and "access_token" not in answer and "device_id" not in answer
 
 
-def test_people_cannot_register_where_registration_is_closed_but_ghosts_can(start):
+def test_people_cannot_register_where_registration_is_closed_which_is_told_before_the_challenge_but_ghosts_can(start):
     hs = start(registration(), open_registration=False)
-    assert ask(hs, "POST", V3 + "/register", body={"username": "a", "auth": {"type": "m.login.dummy"}})[0] == 403
+    for auth in ({}, {"auth": {"type": "m.login.dummy"}}):
+        assert ask(hs, "POST", V3 + "/register", body={"username": "a", **auth})[0] == 403
     assert ask(hs, "POST", V3 + "/register", "as-irc", {**AS_LOGIN, "username": "_irc_a"})[0] == 200
-
-
-def test_a_closed_registration_is_told_before_the_challenge(start):
-    assert ask(start(open_registration=False), "POST", V3 + "/register", body={"username": "a"})[0] == 403
 
 
 def test_there_are_no_guests(start):
@@ -4743,8 +4624,8 @@ def test_two_with_the_same_password_have_it_stored_differently_and_a_guess_costs
 
     def scrypt(password, salt, **how):
         calls.append((how["n"], how["r"], how["p"]))
-        return asbridge.hashlib.sha256(salt + password).digest()
-    monkeypatch.setattr(asbridge.hashlib, "scrypt", scrypt)
+        return hashlib.sha256(salt + password).digest()
+    monkeypatch.setattr(hashlib, "scrypt", scrypt)
     hs.client("alice", "w"), hs.client("bob", "w"), hs.client("carol"), acting(hs, "irc", "@_irc_bob:localhost")
     with hs.world.store.read() as reader:
         stored = [reader.user(f"@{name}:localhost")[0].split("$") for name in ("alice", "bob")]
@@ -4789,7 +4670,7 @@ def test_a_new_login_of_a_device_ends_the_token_that_it_had(hs):
 @pytest.mark.parametrize("everywhere", [False, True])
 def test_a_logout_ends_the_session_and_its_device(hs, everywhere):
     alice = hs.client("alice", "w")
-    other = asbridge.Client(hs.url, hs.api.accounts.login("alice", "w", device_id="OTHER")["access_token"])
+    other = again(hs, alice, device_id="OTHER")
     assert ask(hs, "POST", V3 + "/logout" + "/all" * everywhere, alice.token, b"") == (200, {})
     with refused("M_UNKNOWN_TOKEN", 401):
         alice.whoami()
@@ -4815,11 +4696,13 @@ def test_devices_are_listed_named_and_only_ones_own(alice, bob):
             change()
 
 
-def test_a_device_can_be_deleted(hs):
+def test_a_device_is_deleted_by_its_user_who_confirms_it(hs):
     alice = hs.client("alice", "w")
-    hs.api.accounts.login("alice", "w", device_id="OLD")
-    status, _ = ask(hs, "DELETE", V3 + "/devices/OLD", alice.token, b"")
-    assert status in (200, 401)
+    old = again(hs, alice, device_id="OLD")
+    assert ask(hs, "DELETE", V3 + "/devices/OLD", alice.token, b"")[1]["flows"] == [{"stages": ["m.login.password"]}] and old.whoami()
+    assert alice.ask("DELETE", "devices", "OLD", body=confirmed()) == {}
+    with refused("M_UNKNOWN_TOKEN", 401):
+        old.whoami()
 
 
 def test_to_delete_devices_that_are_not_there_takes_no_time(hs):
@@ -4880,7 +4763,7 @@ def test_a_sync_that_waits_is_told_when_its_session_ends(hs, alice):
 @pytest.mark.parametrize("logout_devices", [None, True, False])
 def test_a_new_password_ends_the_other_sessions_unless_they_are_to_stay(hs, logout_devices):
     alice = hs.client("alice", "w")
-    other = asbridge.Client(hs.url, hs.api.accounts.login("alice", "w")["access_token"])
+    other = again(hs, alice)
     options = {} if logout_devices is None else {"logout_devices": logout_devices}
     assert alice.call("POST", V3 + "/account/password", {"new_password": "n", **options, **confirmed()}) == {}
     assert len(alice.call("GET", V3 + "/devices")["devices"]) == (2 if logout_devices is False else 1)
@@ -4911,7 +4794,7 @@ def test_a_service_cannot_change_a_password_and_is_told_so_beforehand(start):
 @pytest.mark.parametrize("erase", [{}, {"erase": False}, {"erase": True}])
 def test_a_deactivated_account_leaves_its_rooms_and_keeps_nothing_but_its_name(hs, erase):
     alice, bob = hs.client("alice", "w"), hs.client("bob")
-    other = asbridge.Client(hs.url, hs.api.accounts.login("alice", "w")["access_token"])
+    other = again(hs, alice)
     joined, invited, knocked = bob.create_room(preset="public_chat"), bob.create_room(invite=[alice.user_id]), bob.create_room(
         initial_state=[{"type": "m.room.join_rules", "content": {"join_rule": "knock"}}])
     alice.join(joined), alice.ask("POST", "knock", knocked, body={}), alice.set_displayname("Alice"), alice.set_account_data("org.x", {"a": 1})
@@ -4940,7 +4823,7 @@ def test_a_deactivated_account_leaves_its_rooms_and_keeps_nothing_but_its_name(h
 def test_deactivation_ends_what_waits_in_sync_and_nobody_acts_as_the_account_any_more(start):
     hs = start(registration(users=["@alice:.*"], exclusive=False))
     alice, acting_as = hs.client("alice", "w"), asbridge.Client(hs.url, "as-irc", "@alice:localhost")
-    other = asbridge.Client(hs.url, hs.api.accounts.login("alice", "w")["access_token"])
+    other = again(hs, alice)
     acting_as.whoami()
     since = alice.sync()["next_batch"]
     with ThreadPoolExecutor() as pool:
@@ -5003,15 +4886,14 @@ def test_an_empty_name_is_none(hs, alice, room):
         alice.ask("PUT", "profile", alice.user_id, key, body={key: ""})
         assert ask(hs, "GET", path("profile", alice.user_id, key)) == (200, {})
     assert alice.profile() == {} and alice.state(room, "m.room.member", alice.user_id) == {"membership": "join"}
-    for where in (path("profile", "@nobody:localhost"), path("profile", "@nobody:localhost", "displayname"), path("profile", "@alice:elsewhere", "avatar_url")):
-        assert ask(hs, "GET", where)[1]["errcode"] == "M_NOT_FOUND"
 
 
 def test_a_profile_belongs_to_its_user_and_an_unknown_one_is_not_found(alice, bob):
     with refused("M_FORBIDDEN", 403):
         bob.call("PUT", path("profile", alice.user_id, "displayname"), {"displayname": "x"})
-    with refused("M_NOT_FOUND", 404):
-        bob.profile("@nobody:localhost")
+    for where in (["@nobody:localhost"], ["@nobody:localhost", "displayname"], ["@alice:elsewhere", "avatar_url"]):
+        with refused("M_NOT_FOUND", 404):
+            bob.ask("GET", "profile", *where)
     with refused("M_UNRECOGNIZED", 404):
         bob.call("GET", path("profile", alice.user_id, "shoe_size"))
     with refused("M_BAD_JSON", 400):
@@ -5149,7 +5031,7 @@ def readable(client, *where, **query):
 
 @pytest.mark.parametrize("seed", range(8))
 def test_each_way_to_read_a_room_shows_what_the_history_visibility_lets_one_see(alice, bob, seed):
-    dice = asbridge.random.Random(seed)
+    dice = random.Random(seed)
     room = alice.create_room(preset="public_chat")
     start, said = bob.sync()["next_batch"], happens(dice, alice, bob, room)
     history = History(all_messages(alice, room), bob.user_id)
@@ -5285,12 +5167,11 @@ def test_a_room_that_cannot_be_is_refused_as_a_whole(alice, options, errcode):
     assert alice.joined_rooms() == [first]
 
 
-@pytest.mark.parametrize("creators", [[{}], 5, [5]])
-def test_additional_creators_that_are_none_are_refused(hs, creators):
-    with pytest.raises(MatrixError) as caught:
-        hs.client("alice").create_room(room_version="12", preset="trusted_private_chat", invite=[hs.client("bob").user_id],
-                                       creation_content={"additional_creators": creators if creators != [5] else [{}, 5]})
-    assert caught.value.status == 400
+@pytest.mark.parametrize("options", [{}, {"preset": "trusted_private_chat", "invite": ["@bob:localhost"]}])
+@pytest.mark.parametrize("more", [5, "@a:b", ["nobody"], [5], [{}], [{}, 5], {}])
+def test_additional_creators_are_user_ids(alice, bob, more, options):
+    with refused("M_INVALID_PARAM" if isinstance(more, list) else "M_BAD_JSON", 400):
+        alice.create_room(room_version="12", creation_content={"additional_creators": more}, **options)
 
 
 # -- Rooms: aliases.
@@ -5549,7 +5430,7 @@ def test_a_client_transaction_sends_once_for_each_device_and_room(alice, bob, ro
 
 def test_another_device_of_the_same_user_has_transactions_of_its_own(hs):
     one = hs.client("alice", "w")
-    two = asbridge.Client(hs.url, hs.api.accounts.login("alice", "w")["access_token"])
+    two = again(hs, one)
     room = one.create_room()
     first, second = one.say(room, "x", "t"), two.say(room, "x", "t")
     assert first != second
@@ -5749,6 +5630,7 @@ def test_members_are_told_as_they_are_or_were_and_by_membership(alice, bob, caro
                 for event in alice.call("GET", path("rooms", room, "members"), **query)["chunk"]}
     assert members() == {"alice": "join", "bob": "leave", "carol": "invite"} and members(at=then) == {"alice": "join", "bob": "join"}
     assert members(membership="join") == {"alice": "join"} and members(not_membership="leave") == {"alice": "join", "carol": "invite"}
+    assert members(at=then, membership="leave") == {}
 
 
 def test_joined_members_have_names_and_are_for_members(hs, alice, bob, room):
@@ -5770,7 +5652,7 @@ def test_messages_go_both_ways_to_both_ends(alice, room):
         alice.say(room, f"n{i}")
     forwards = all_messages(alice, room, "f")
     assert forwards[0]["type"] == "m.room.create" and bodies(forwards) == [f"n{i}" for i in range(20)]
-    assert [event["event_id"] for event in all_messages(alice, room, "b")] == [event["event_id"] for event in reversed(forwards)]
+    assert ids(all_messages(alice, room, "b")) == ids(reversed(forwards))
     last = alice.messages(room, "b", 1000)
     assert last["start"] and alice.messages(room, "b", 10, **{"from": last["end"]}).keys() == {"start", "chunk"}
 
@@ -5882,16 +5764,6 @@ def test_lazy_loading_gives_a_context_the_members_who_speak(alice, bob, carol, r
         assert {event["state_key"] for event in found["state"] if event["type"] == "m.room.member"} == members
 
 
-def test_members_are_told_as_they_were_at_a_token(alice, bob, carol, room):
-    bob.join(room)
-    since = alice.sync()["next_batch"]
-    carol.join(room), bob.leave(room)
-    members = lambda **query: {event["state_key"]: event["content"]["membership"] for event in alice.call("GET", path("rooms", room, "members"), **query)["chunk"]}  # noqa: E731
-    assert members(at=since) == {alice.user_id: "join", bob.user_id: "join"}
-    assert members() == {alice.user_id: "join", bob.user_id: "leave", carol.user_id: "join"}
-    assert members(not_membership="leave").keys() == {alice.user_id, carol.user_id} and members(at=since, membership="leave") == {}
-
-
 def test_an_event_says_what_membership_one_had_then(alice, bob, room):
     before = alice.say(room, "before")
     alice.invite(room, bob.user_id)
@@ -5939,10 +5811,10 @@ def test_a_limited_timeline_has_the_state_of_the_gap_and_a_prev_batch_that_leads
     alice.set_state(room, "m.room.topic", {"topic": "in the gap"})
     sent = [alice.say(room, f"n{i}") for i in range(20)]
     timeline = joined(answer := alice.sync(since, filter={"room": {"timeline": {"limit": 5}}}), room)["timeline"]
-    assert timeline["limited"] is True and [event["event_id"] for event in timeline["events"]] == sent[-5:]
+    assert timeline["limited"] is True and ids(timeline["events"]) == sent[-5:]
     assert [event["content"] for event in joined(answer, room)["state"]["events"]] == [{"topic": "in the gap"}]
     gap = alice.messages(room, "b", 100, **{"from": timeline["prev_batch"], "to": since})["chunk"]
-    assert [event["event_id"] for event in reversed(gap)][1:] == sent[:-5]
+    assert ids(reversed(gap))[1:] == sent[:-5]
 
 
 def test_a_long_poll_ends_with_the_first_event(hs, alice, bob, room):
@@ -6267,7 +6139,7 @@ def test_timelines_put_together_are_the_history_none_twice_none_missing(alice, b
             if over:
                 break
         [writer.result() for writer in writers]
-    history = [event["event_id"] for event in all_messages(alice, room)]
+    history = ids(all_messages(alice, room))
     assert seen == history and len(set(seen)) == len(seen) >= 132
 
 
@@ -6621,8 +6493,7 @@ def test_the_directory_of_another_server_is_refused_with_the_reason(alice):
 
 
 def test_an_application_service_keeps_a_directory_for_each_of_its_networks(start, recorder):
-    r = recorder()
-    r.answer = lambda request, body: (200, {"instances": [{"network_id": "libera"}]})
+    r = recorder(200, {"instances": [{"network_id": "libera"}]})
     hs = start(registration("irc", r.url, protocols=["irc"]), registration("other", users=["@x.*"], aliases=[]))
     alice, irc, other = hs.client("alice"), hs.appservice("irc"), hs.appservice("other")
     own, both, tea, coffee, hidden = (alice.create_room(name=name, preset=preset, visibility=visibility) for name, preset, visibility in (
@@ -6835,16 +6706,15 @@ def test_a_room_has_threads_the_one_with_the_latest_reply_first_each_with_its_su
     reply(bob, room, two)
     reply(bob, room, one)
     last = reply(bob, room, one, body="last")
-    threads = alice.call("GET", f"/_matrix/client/v1/rooms/{urllib.parse.quote(room)}/threads")
-    assert [event["event_id"] for event in threads["chunk"]] == [one, two]
-    summary = threads["chunk"][0]["unsigned"]["m.relations"]["m.thread"]
+    found = threads(alice, room)["chunk"]
+    assert ids(found) == [one, two]
+    summary = bundled(found[0])["m.thread"]
     assert summary["count"] == 2 and summary["latest_event"]["event_id"] == last and summary["current_user_participated"]
     carol.join(room)
-    mine = carol.call("GET", f"/_matrix/client/v1/rooms/{urllib.parse.quote(room)}/threads", include="participated")
-    assert mine["chunk"] == []
-    first = alice.call("GET", f"/_matrix/client/v1/rooms/{urllib.parse.quote(room)}/threads", limit=1)
-    rest = alice.call("GET", f"/_matrix/client/v1/rooms/{urllib.parse.quote(room)}/threads", limit=1, **{"from": first["next_batch"]})
-    assert [event["event_id"] for event in first["chunk"] + rest["chunk"]] == [one, two] and "next_batch" not in rest
+    assert threads(carol, room, include="participated")["chunk"] == []
+    first = threads(alice, room, limit=1)
+    rest = threads(alice, room, limit=1, **{"from": first["next_batch"]})
+    assert ids(first["chunk"] + rest["chunk"]) == [one, two] and "next_batch" not in rest
 
 
 def test_the_root_of_a_thread_has_its_summary_wherever_it_is_read(alice, bob, room):
@@ -6858,7 +6728,7 @@ def test_the_root_of_a_thread_has_its_summary_wherever_it_is_read(alice, bob, ro
     found = [next(event for event in events if event["event_id"] == root) for events in (
         alice.messages(room, "b", 50)["chunk"], [alice.call("GET", start + "/event/" + root)], [alice.call("GET", start + "/context/" + root)["event"]],
         alice.call("GET", start + "/context/" + last)["events_before"], joined(alice.sync(filter={"room": {"timeline": {"limit": 5}}}), room)["timeline"]["events"],
-        alice.call("GET", f"/_matrix/client/v1/rooms/{urllib.parse.quote(room)}/threads")["chunk"])]
+        threads(alice, room)["chunk"])]
     for event in found:
         thread = bundled(event)["m.thread"]
         assert (thread["count"], thread["latest_event"]["event_id"], thread["current_user_participated"]) == (2, last, True)
@@ -6929,8 +6799,8 @@ def test_a_thread_cannot_start_from_an_event_that_relates_to_another(alice, room
 def test_who_began_a_thread_has_participated_in_it(alice, bob, room):
     bob.join(room)
     reply(bob, room, root := alice.say(room, "root"))
-    found = alice.call("GET", f"/_matrix/client/v1/rooms/{quote(room)}/threads", include="participated")["chunk"]
-    assert [event["event_id"] for event in found] == [root] and bundled(found[0])["m.thread"]["current_user_participated"]
+    found = threads(alice, room, include="participated")["chunk"]
+    assert ids(found) == [root] and bundled(found[0])["m.thread"]["current_user_participated"]
 
 
 def test_who_has_left_is_still_told_the_threads_as_they_were(alice, bob, room):
@@ -6938,7 +6808,7 @@ def test_who_has_left_is_still_told_the_threads_as_they_were(alice, bob, room):
     reply(bob, room, root := alice.say(room, "root"))
     bob.leave(room)
     reply(alice, room, root)
-    found = bob.call("GET", f"/_matrix/client/v1/rooms/{quote(room)}/threads")["chunk"]
+    found = threads(bob, room)["chunk"]
     assert [(event["event_id"], bundled(event)["m.thread"]["count"]) for event in found] == [(root, 1)]
 
 
@@ -7263,7 +7133,7 @@ def test_what_is_uploaded_is_downloaded_with_its_type_and_name(hs, alice, old):
     assert status == 200 and answer["content_uri"].startswith("mxc://localhost/")
     where = ("/_matrix/media/v3/download/" if old else "/_matrix/client/v1/media/download/") + answer["content_uri"][6:]
     headers = {} if old else {"Authorization": f"Bearer {alice.token}"}
-    connection = asbridge.http.client.HTTPConnection("127.0.0.1", hs.port, timeout=5)
+    connection = http.client.HTTPConnection("127.0.0.1", hs.port, timeout=5)
     for suffix, name in (("", "na%C3%AFve%20caf%C3%A9.png"), ("/other.png", "other.png"), ("?allow_redirect=true&allow_remote=true", "na%C3%AFve%20caf%C3%A9.png")):
         connection.request("GET", where + suffix, headers=headers)
         response = connection.getresponse()
@@ -7274,7 +7144,7 @@ def test_what_is_uploaded_is_downloaded_with_its_type_and_name(hs, alice, old):
 
 def test_what_could_be_run_is_no_inline_content(hs, alice):
     uri = ask(hs, "POST", "/_matrix/media/r0/upload", alice.token, b"<script>", {"Content-Type": "text/html"})[1]["content_uri"]
-    with contextlib.closing(asbridge.http.client.HTTPConnection("127.0.0.1", hs.port, timeout=5)) as connection:
+    with contextlib.closing(http.client.HTTPConnection("127.0.0.1", hs.port, timeout=5)) as connection:
         connection.request("GET", "/_matrix/media/r0/download/" + uri[6:])
         assert connection.getresponse().headers["Content-Disposition"] == "attachment"
 
@@ -7364,8 +7234,7 @@ def test_device_keys_are_queried_as_they_were_uploaded_with_the_devices_name(ali
 
 
 def test_keys_are_told_though_the_service_of_an_unknown_ghost_does_not_answer(start, recorder):
-    r = recorder()
-    r.answer = lambda request, body: (503, {})
+    r = recorder(503)
     hs = start(registration(url=r.url))
     alice = hs.client("alice")
     upload(alice)
@@ -9149,8 +9018,8 @@ def test_threads_have_the_count_the_latest_event_and_the_participants_that_a_mod
         if n % 5 == 0:
             latest = sorted({root for _, root, _ in replies}, key=lambda root: -max(i for i, one in enumerate(replies) if one[1] == root))
             for client in people:
-                listed = client.call("GET", f"/_matrix/client/v1/rooms/{quote(room)}/threads")["chunk"]
-                assert [event["event_id"] for event in listed] == latest
+                listed = threads(client, room)["chunk"]
+                assert ids(listed) == latest
                 for sender, root in roots:
                     of = [one for one in replies if one[1] == root]
                     found = ((bundled(client.event(room, root)) or {}).get("m.thread"))
@@ -9267,8 +9136,7 @@ def test_a_pushed_redaction_says_at_the_top_and_in_its_content_what_it_redacts(s
 
 @pytest.mark.parametrize("status,body", [(500, {}), (404, {}), (401, {"errcode": "M_UNKNOWN_TOKEN"}), (202, {}), (302, {}), (503, b"<html>")])
 def test_a_transaction_comes_again_with_the_same_id_and_the_same_bytes_until_200(start, recorder, status, body):
-    r = recorder()
-    r.answer = lambda request, sent: (status, body)
+    r = recorder(status, body)
     hs = start(registration(url=r.url, rooms=["!.*"]))
     alice = hs.client("alice")
     room = alice.create_room()
@@ -9276,7 +9144,7 @@ def test_a_transaction_comes_again_with_the_same_id_and_the_same_bytes_until_200
         eventually(lambda: hs.delivery.worker("irc").failures == attempt)
         alice.say(room, f"later {attempt}")
         hs.advance(10)
-    r.answer = lambda request, sent: (200, {})
+    r.answers(200)
     eventually(lambda: hs.advance(5) or not hs.waiting())
     pushes = r.transactions
     first = [push for push in pushes if push[0] == pushes[0][0]]
@@ -9287,8 +9155,7 @@ def test_a_transaction_comes_again_with_the_same_id_and_the_same_bytes_until_200
 
 @pytest.mark.parametrize("body", [{}, b"", b"OK", b"[]", {"errcode": "M_UNKNOWN"}])
 def test_any_200_is_an_acknowledgement(start, recorder, body):
-    r = recorder()
-    r.answer = lambda request, sent: (200, body)
+    r = recorder(200, body)
     hs = start(registration(url=r.url, rooms=["!.*"]))
     hs.client("alice").create_room()
     hs.settle()
@@ -9315,8 +9182,7 @@ def test_an_acknowledgement_that_is_lost_brings_the_same_again(start):
 
 
 def test_the_backoff_doubles_up_to_its_limit(start, recorder):
-    r = recorder()
-    r.answer = lambda request, sent: (503, {})
+    r = recorder(503)
     hs = start(registration(url=r.url, rooms=["!.*"]), retry_first_ms=100_000, retry_max_ms=400_000)
     hs.client("alice").create_room()
     worker = hs.delivery.worker("irc")
@@ -9329,14 +9195,13 @@ def test_the_backoff_doubles_up_to_its_limit(start, recorder):
 
 
 def test_a_success_ends_the_backoff_and_the_next_failure_starts_small(start, recorder):
-    r = recorder()
-    r.answer = lambda request, sent: (503, {})
+    r = recorder(503)
     hs = start(registration(url=r.url, rooms=["!.*"]))
     alice = hs.client("alice")
     room = alice.create_room()
     worker = hs.delivery.worker("irc")
     eventually(lambda: worker.failures == 1)
-    r.answer = lambda request, sent: (200, {})
+    r.answers(200)
     eventually(lambda: hs.advance(1) or not hs.waiting())
     alice.say(room, "at once")
     hs.settle()
@@ -9344,14 +9209,13 @@ def test_a_success_ends_the_backoff_and_the_next_failure_starts_small(start, rec
 
 
 def test_a_successful_ping_ends_the_backoff(start, recorder):
-    r = recorder()
-    r.answer = lambda request, sent: (503, {})
+    r = recorder(503)
     hs = start(registration(url=r.url, rooms=["!.*"]), retry_first_ms=3_600_000, retry_max_ms=3_600_000)
     hs.client("alice").create_room()
     eventually(lambda: hs.delivery.worker("irc").failures == 1)
     with refused("M_BAD_STATUS", 502):
         bot_of(hs).call("POST", "/_matrix/client/v1/appservice/irc/ping", {})
-    r.answer = lambda request, sent: (200, {})
+    r.answers(200)
     bot_of(hs).call("POST", "/_matrix/client/v1/appservice/irc/ping", {})
     hs.settle()
 
@@ -9382,23 +9246,21 @@ def test_a_service_that_does_not_answer_holds_up_nobody(start, recorder):
 
 
 def test_a_backlog_goes_in_batches_of_a_hundred_at_most_and_in_order(start, recorder):
-    r = recorder()
-    r.answer = lambda request, sent: (503, {})
+    r = recorder(503)
     hs = start(registration(url=r.url, rooms=["!.*"]))
     alice = hs.client("alice")
     room = alice.create_room()
     eventually(lambda: hs.delivery.worker("irc").failures)
     for i in range(250):
         alice.say(room, f"n{i}")
-    r.answer = lambda request, sent: (200, {})
+    r.answers(200)
     eventually(lambda: hs.advance(1) or not hs.waiting())
     sizes = [len(json.loads(body)["events"]) for body in dict(r.transactions).values()]
     assert max(sizes) == 100 and len(sizes) <= 5 and r.texts() == [f"n{i}" for i in range(250)]
 
 
 def test_what_waits_survives_a_restart_and_goes_on_at_once_with_the_same_id(start, recorder, tmp_path):
-    r = recorder()
-    r.answer = lambda request, sent: (503, {})
+    r = recorder(503)
     config, database = registration(url=r.url, rooms=["!.*"]), str(tmp_path / "a.db")
     hs = start(config, database=database)
     alice = hs.client("alice")
@@ -9407,7 +9269,7 @@ def test_what_waits_survives_a_restart_and_goes_on_at_once_with_the_same_id(star
     alice.say(room, "while it was down")
     hs.stop()
     before = r.transactions[0]
-    r.answer = lambda request, sent: (200, {})
+    r.answers(200)
     start(config, database=database).settle()
     assert r.transactions.count(before) >= 2 and r.texts() == ["while it was down"]
 
@@ -9454,8 +9316,8 @@ def test_the_log_says_whose_failure_it_was():
     told = asbridge.read_registration(registration(url="http://127.0.0.1:1"), "here")
     for failure, text in ((asbridge.Answer(403, b"{}"), "403: it rejects the hs_token"), (asbridge.Answer(500, b"oops hs-irc"), "it answered 500 oops (hs_token)"),
                           (ConnectionRefusedError(), "nothing listens at http://127.0.0.1:1"), (TimeoutError(), "it did not answer in time"),
-                          (BrokenPipeError(), "it closed the connection"), (asbridge.http.client.IncompleteRead(b""), "it closed the connection, or said a wrong length"),
-                          (asbridge.http.client.BadStatusLine("SSH-2.0"), "what it answered is not HTTP/1.1 (BadStatusLine: SSH-2.0)"),
+                          (BrokenPipeError(), "it closed the connection"), (http.client.IncompleteRead(b""), "it closed the connection, or said a wrong length"),
+                          (http.client.BadStatusLine("SSH-2.0"), "what it answered is not HTTP/1.1 (BadStatusLine: SSH-2.0)"),
                           (ValueError("the answer does not end"), "what it answered is not HTTP/1.1 (ValueError: the answer does not end)"),
                           (MatrixError("M_NOT_JSON", "the body is not JSON"), "the body is not JSON"),
                           (MatrixError("M_UNKNOWN", "the homeserver could not store this"), "the homeserver could not store this")):
@@ -9499,8 +9361,7 @@ def test_a_private_receipt_is_for_the_service_of_its_user_only(start, recorder):
 
 
 def test_typing_is_stale_after_half_a_minute_though_the_clock_of_the_machine_goes_back(start, recorder, monkeypatch):
-    r = recorder()
-    r.answer = lambda request, body: (500, {"errcode": "M_UNKNOWN"})
+    r = recorder(500, {"errcode": "M_UNKNOWN"})
     hs = start(registration(url=r.url, rooms=["!.*"], receive_ephemeral=True))
     alice = hs.client("alice")
     room = alice.create_room()
@@ -9508,7 +9369,7 @@ def test_typing_is_stale_after_half_a_minute_though_the_clock_of_the_machine_goe
     alice.typing(room, timeout=100_000)
     monkeypatch.setattr(hs.clock, "now", lambda: int(time.time() * 1000) - 3_600_000)
     hs.advance(60)
-    r.answer = lambda request, body: (200, {})
+    r.answers(200)
     hs.advance(0)
     hs.settle()
     assert alice.say(room, "x") and hs.settle() is None
@@ -9516,8 +9377,7 @@ def test_typing_is_stale_after_half_a_minute_though_the_clock_of_the_machine_goe
 
 
 def test_ephemeral_data_that_waits_is_the_latest_of_each_kind_and_stale_typing_is_dropped(start, recorder):
-    r = recorder()
-    r.answer = lambda request, body: (500, {"errcode": "M_UNKNOWN"})
+    r = recorder(500, {"errcode": "M_UNKNOWN"})
     hs = start(registration(url=r.url, rooms=["!.*"], receive_ephemeral=True))
     alice = hs.client("alice")
     room = alice.create_room()
@@ -9527,7 +9387,7 @@ def test_ephemeral_data_that_waits_is_the_latest_of_each_kind_and_stale_typing_i
         alice.receipt(room, event_id)
     alice.typing(room, timeout=100_000)
     hs.advance(60)
-    r.answer = lambda request, body: (200, {})
+    r.answers(200)
     hs.advance(120)
     hs.settle()
     receipts = [data for data in ephemeral_of(r) if data["type"] == "m.receipt"]
@@ -9542,11 +9402,11 @@ def test_a_transaction_with_ephemeral_data_does_not_change_either(start, recorde
     room = alice.create_room()
     hs.settle()
     r.requests.clear()
-    r.answer = lambda request, body: (500, {"errcode": "M_UNKNOWN"})
+    r.answers(500, {"errcode": "M_UNKNOWN"})
     alice.typing(room)
     eventually(lambda: r.transactions)
     alice.typing(room, False)
-    r.answer = lambda request, body: (200, {})
+    r.answers(200)
     hs.advance(1)
     hs.settle()
     first = [body for txn_id, body in r.transactions if txn_id == r.transactions[0][0]]
@@ -9638,8 +9498,7 @@ def test_a_ping_goes_both_ways_and_tells_how_long_it_took(start, recorder):
 
 
 def test_a_ping_that_is_answered_with_an_error_tells_status_and_body(start, recorder):
-    r = recorder()
-    r.answer = lambda request, body: (403, b'{"errcode": "M_FORBIDDEN"}')
+    r = recorder(403, b'{"errcode": "M_FORBIDDEN"}')
     status, answer = ask(start(registration(url=r.url)), "POST", PING, "as-irc", {})
     assert (status, answer["errcode"], answer["status"], answer["body"]) == (502, "M_BAD_STATUS", 403, '{"errcode": "M_FORBIDDEN"}')
     assert len(r.requests) == 1 and "hs_token" in answer["error"] and "hs-irc" not in answer["error"]
@@ -9723,8 +9582,7 @@ def test_what_exists_or_lies_outside_is_not_asked_for(start, recorder):
 
 
 def test_an_alias_of_another_server_is_not_asked_for(start, recorder):
-    r = recorder()
-    r.answer = lambda request, body: (404, {})
+    r = recorder(404)
     hs = start(registration(url=r.url))
     with refused("M_NOT_FOUND", 404):
         hs.client("alice").resolve("#_irc_x:elsewhere.org")
@@ -9734,8 +9592,7 @@ def test_an_alias_of_another_server_is_not_asked_for(start, recorder):
 @pytest.mark.parametrize("look", [lambda client: client.profile("@_irc_x:localhost"), lambda client: client.resolve("#_irc_x:localhost"),
                                   lambda client: client.join("#_irc_x:localhost")])
 def test_a_404_is_not_found_at_once(start, recorder, look):
-    r = recorder()
-    r.answer = lambda request, body: (404, {"errcode": "M_NOT_FOUND"})
+    r = recorder(404, {"errcode": "M_NOT_FOUND"})
     with refused("M_NOT_FOUND", 404):
         look(start(registration(url=r.url)).client("alice"))
     assert len(queries(r)) == 1
@@ -9751,8 +9608,7 @@ def test_a_200_to_a_question_creates_nothing_by_itself_and_the_log_says_so(start
 
 @pytest.mark.parametrize("look", [lambda client: client.profile("@_irc_x:localhost"), lambda client: client.join("#_irc_x:localhost")])
 def test_no_answer_is_asked_for_again_and_is_then_408(start, recorder, look):
-    r = recorder()
-    r.answer = lambda request, body: (503, {})
+    r = recorder(503)
     hs = start(registration(url=r.url))
     with background(look, hs.client("alice")) as future:
         wound_on(hs, future)
@@ -9814,7 +9670,7 @@ def test_a_room_that_would_begin_with_too_many_events_is_refused_and_told_what_e
 
 def test_a_service_is_never_asked_about_its_own_and_others_are(start, recorder):
     r, other = recorder(), recorder()
-    other.answer = lambda request, body: (404, {"errcode": "M_NOT_FOUND"})
+    other.answers(404, {"errcode": "M_NOT_FOUND"})
     hs = start(registration(url=r.url, exclusive=False), registration("other", other.url, users=["@_irc_.*"], aliases=["#_irc_.*"], exclusive=False))
     for look in (lambda: bot_of(hs).profile("@_irc_x:localhost"), lambda: bot_of(hs).resolve("#_irc_x:localhost"), lambda: bot_of(hs).join("#_irc_x:localhost")):
         with refused("M_NOT_FOUND", 404):
@@ -9861,8 +9717,7 @@ def test_what_a_service_answers_does_not_carry_its_token_to_a_client(start, reco
 
 
 def test_a_long_answer_is_an_acknowledgement_too(start, recorder):
-    r = recorder()
-    r.answer = lambda request, body: (200, b"x" * 200_000)
+    r = recorder(200, b"x" * 200_000)
     hs = start(registration(url=r.url, rooms=["!.*"]))
     hs.client("alice").create_room()
     hs.settle()
@@ -9870,8 +9725,7 @@ def test_a_long_answer_is_an_acknowledgement_too(start, recorder):
 
 
 def test_if_the_first_of_two_services_is_down_the_second_is_asked(start, recorder):
-    r = recorder()
-    r.answer = lambda request, body: (404, {"errcode": "M_NOT_FOUND"})
+    r = recorder(404, {"errcode": "M_NOT_FOUND"})
     down = registration("down", nowhere(), users=["@_irc_.*"], exclusive=False)
     hs = start(down, registration("up", r.url, users=["@_irc_.*"], exclusive=False), query_timeout_ms=100)
     with background(hs.client("alice").profile, "@_irc_x:localhost") as future:
@@ -9929,7 +9783,7 @@ def test_what_is_known_of_a_protocol_is_asked_for_again_after_a_minute_and_after
     for asked, then in ((1, lambda: None), (1, lambda: hs.advance(61)), (2, hs.reload), (3, lambda: None)):
         assert third_party(alice, "protocols")["irc"]["instances"][0]["instance_id"] == "irc|libera" and len(look_ups(r)) == asked
         then()
-    r.answer = lambda request, body: (404, {"errcode": "M_NOT_FOUND"})
+    r.answers(404, {"errcode": "M_NOT_FOUND"})
     hs.advance(61)
     assert third_party(alice, "protocols") == {}
 
@@ -9963,7 +9817,7 @@ def test_no_value_of_a_wrong_type_in_the_answers_of_a_service_makes_the_homeserv
 def test_an_answer_to_a_query_is_its_status_whatever_its_body_says(start, recorder, status, answer):
     r = recorder()
     hs = start(registration(url=r.url))
-    r.answer = lambda request, body: (status, answer)
+    r.answers(status, answer)
     assert ask(hs, "GET", f"{V3}/profile/@_irc_bob:localhost", hs.client("alice").token) == (404, {"errcode": "M_NOT_FOUND", "error": "there is no user @_irc_bob:localhost"})
     assert ask(hs, "POST", "/_matrix/client/v1/appservice/irc/ping", "as-irc", {})[0] == (200 if status == 200 else 502)
 
@@ -10076,15 +9930,14 @@ def test_a_message_to_a_ghosts_device_is_pushed_once_and_in_order_to_a_service_t
 
 
 def test_messages_to_a_ghosts_device_wait_for_a_service_that_is_down_over_a_restart(start, recorder, tmp_path):
-    r = recorder()
-    r.answer = lambda request, body: (500, {"errcode": "M_UNKNOWN"})
+    r = recorder(500, {"errcode": "M_UNKNOWN"})
     keys = {"database": str(tmp_path / "a.db")}
     hs = start(registration(url=r.url, **ENCRYPTING), **keys)
     alice, ghost = hs.client("alice"), ghost_with_device(hs)
     for n in range(150):
         alice.ask("PUT", "sendToDevice", "m.x", str(n), body={"messages": {ghost.user_id: {"*": {"n": n}}}})
     hs.stop()
-    r.answer = lambda request, body: (200, {})
+    r.answers(200)
     hs = start(registration(url=r.url, **ENCRYPTING), **keys)
     hs.settle()
     parts = pushed(r, "de.sorunome.msc2409.to_device")
@@ -10137,12 +9990,12 @@ def test_a_change_of_devices_while_a_service_is_down_comes_after_a_restart(start
     alice, ghost = hs.client("alice"), ghost_with_device(hs)
     ghost.join(alice.create_room(preset="public_chat"))
     hs.settle()
-    r.answer = lambda request, body: (500, {"errcode": "M_UNKNOWN"})
+    r.answers(500, {"errcode": "M_UNKNOWN"})
     alice.create_room(invite=[ghost.user_id])                # holds the line
     eventually(lambda: hs.waiting()["irc"])
     upload(alice)
     hs.stop()
-    r.answer = lambda request, body: (200, {})
+    r.answers(200)
     start(registration(url=r.url, **ENCRYPTING), **keys).settle()
     assert pushed(r, "org.matrix.msc3202.device_lists") == [{"changed": [alice.user_id], "left": []}]
 
@@ -10291,7 +10144,7 @@ def test_faults_are_the_same_for_a_service_that_knows_the_older_paths_only(linke
 
 def test_garbage_does_not_acknowledge_what_was_refused(linked):
     hs, r, alice, room = linked
-    r.answer = lambda request, body: (500, {"errcode": "M_UNKNOWN"})
+    r.answers(500, {"errcode": "M_UNKNOWN"})
     hs.faults("irc").garbage()
     alice.say(room, "x")
     eventually(lambda: hs.delivery.worker("irc").failures)
@@ -10509,7 +10362,7 @@ def test_with_everything_at_once_each_transaction_keeps_its_bytes_and_all_comes_
             alice, ghost = asbridge.Client(hs.url, alice.token), ghost
             ghost.close()
             ghost.url = hs.url
-    r.answer = lambda request, body: (200, {})
+    r.answers(200)
     hs.settle()
     came = r.transactions
     assert all(len({body for id, body in came if id == txn_id}) == 1 for txn_id, _ in came) and len(came) > len(dict(came))
@@ -10572,12 +10425,12 @@ class Reloading:
         self.n += 1
 
     def refuse(self):
-        self.r.answer = lambda request, body: (500, {"errcode": "M_UNKNOWN"})
+        self.r.answers(500, {"errcode": "M_UNKNOWN"})
         self.alice.say(self.room, "holds the line")
         eventually(lambda: self.hs.waiting())
 
     def accept(self):
-        self.r.answer = lambda request, body: (200, {})
+        self.r.answers(200)
         self.hs.settle()
 
     def left_for_sync(self):
@@ -10641,7 +10494,7 @@ def test_through_any_changes_of_a_registration_each_event_comes_once_and_each_me
         elif act == "reload":
             it.reload(**rnd.choice([{}, ENCRYPTING, {"receive_ephemeral": True}, {"org.matrix.msc3202": True}, {"de.sorunome.msc2409.push_ephemeral": True}]))
     it.reload(**ENCRYPTING)
-    r.answer = lambda request, body: (500, {"errcode": "M_UNKNOWN"})
+    r.answers(500, {"errcode": "M_UNKNOWN"})
     said.append(it.alice.say(it.room, "holds the line"))
     eventually(lambda: it.hs.delivery.worker("irc").failures > 12)
     it.message(3)
@@ -12119,7 +11972,7 @@ def test_what_is_printed_of_an_object_has_no_secret_in_it(start, recorder):
 
 def test_of_a_service_that_repeats_its_other_token_it_is_not_kept(linked):
     hs, r, alice, room = linked
-    r.answer = lambda request, body: (500, b"you are as-irc")
+    r.answers(500, b"you are as-irc")
     alice.say(room, "x")
     assert eventually(lambda: [one.answer for one in hs.delivery.worker("irc").attempts if one.status == 500])[0] == b"you are (as_token)"
 
@@ -13742,8 +13595,7 @@ def in_about_ten(r, texts):
 
 
 def test_a_thousand_messages_to_a_service_that_was_down_arrive_once_and_in_order(start, recorder):
-    r = recorder()
-    r.answer = lambda request, body: (503, {})
+    r = recorder(503)
     hs = start(registration(url=r.url))
     alice, bob = hs.client("alice"), acting(hs, "irc", "@_irc_bob:localhost")
     room = alice.create_room(preset="public_chat")
@@ -13751,7 +13603,7 @@ def test_a_thousand_messages_to_a_service_that_was_down_arrive_once_and_in_order
     eventually(lambda: hs.delivery.worker("irc").failures)
     for i in range(1000):
         alice.say(room, f"n{i}")
-    r.answer = lambda request, body: (200, {})
+    r.answers(200)
     eventually(lambda: hs.advance(1) or not hs.waiting(), 10)
     in_about_ten(r, [f"n{i}" for i in range(1000)])
 
@@ -14265,7 +14117,7 @@ def test_a_message_that_was_answered_survives_a_kill_while_others_are_being_sent
     answered = []
 
     def write():
-        with contextlib.suppress(OSError, asbridge.http.client.HTTPException):
+        with contextlib.suppress(OSError, http.client.HTTPException):
             while True:
                 answered.append(alice.say(room, "x"))
     with ThreadPoolExecutor(1) as pool:
