@@ -2,7 +2,11 @@
 
     python -m pytest
 
-Rules are tested without sockets, the rest over real ones on free ports of the loopback interface. Nothing is left behind.
+Whoever reads only the names has read the specification. Rules are tested without sockets, the rest over real ones on free
+ports of the loopback interface. Nothing is left behind.
+
+What stands first is helpers, to be looked up when a test uses one. To be skipped at first reading: in section 3 what is marked
+so, and at the end of section 6 "The rules a second time", models of rooms and devices beside which a homeserver is led.
 """
 
 from __future__ import annotations
@@ -1313,7 +1317,7 @@ def test_json_that_is_already_written_goes_into_an_answer_as_it_is():
 
 
 @pytest.mark.parametrize("value, type_", [("x", str), ("", str), (0, int), (False, bool), ({}, dict), ([], list)])
-def test_a_field_of_a_body_has_its_type(value, type_):
+def test_a_field_of_a_body_is_read_if_it_has_its_type(value, type_):
     assert asbridge.field({"key": value}, "key", type_) == value
 
 
@@ -1389,7 +1393,7 @@ def test_winding_the_clock_on_wakes_all_who_wait():
     assert not any(thread.is_alive() for thread in threads)
 
 
-def test_winding_the_clock_moves_both_clocks():
+def test_winding_the_clock_on_moves_the_time_that_stamps_and_the_time_that_waits():
     clock = asbridge.Clock()
     now, monotonic = clock.now(), clock.monotonic()
     clock.advance(3600)
@@ -1887,7 +1891,7 @@ def test_a_server_that_was_never_started_can_be_stopped():
 
 # -- The HTTP client.
 
-def test_the_client_keeps_its_connection(scripted, client):
+def test_the_client_keeps_its_connection_for_the_next_request(scripted, client):
     one = client(scripted(says(OK_ANSWER, 3)))
     assert [one.request("GET", "/", seconds=5) for _ in range(3)] == [(200, b"ok")] * 3
 
@@ -2474,6 +2478,16 @@ def test_three_registrations_alike_are_two_findings_for_each_key():
     assert len(together_findings(registration(), registration(), registration())) == 4
 
 
+def test_a_registration_file_is_loaded_or_everything_wrong_with_it_is_said(tmp_path):
+    path = tmp_path / "r.json"
+    path.write_text(json.dumps(registration("one")))
+    assert asbridge.load_registration(str(path)).id == "one"
+    path.write_text(json.dumps({**registration("one"), "url": "x", "hs_token": 5}))
+    with pytest.raises(asbridge.ConfigError) as caught:
+        asbridge.load_registration(str(path))
+    assert len(caught.value.findings) == 2
+
+
 # -- YAML. To be skipped at first reading.
 
 HEISENBRIDGE = """\
@@ -2602,7 +2616,7 @@ def test_a_registration_may_be_json():
     ("[{a: 1}, {b: http://h:1/}]", [{"a": 1}, {"b": "http://h:1/"}]), ("---", "---"), ("-x", "-x"), (":x", ":x"), ("[a :b]", ["a :b"]), ("?a", "?a"), (".", "."), ("日本", "日本"), ("$x", "$x"), ("a\\", "a\\"),
     ('"\\\\x41 \\\\u0041"', "\\x41 \\u0041"), ('"\\U0001F600 \\ud83d\\ude00"', "😀 😀"), ('"\\0\\a\\b\\t\\n\\v\\f\\r\\e\\ \\N\\_\\L\\P"', "\0\a\b\t\n\v\f\r\x1b \x85\xa0\u2028\u2029"), ("don 't # x", "don 't"), ("a, 'b # c'", "a, 'b"), ("[a, 'b # c', d]", ["a", "b # c", "d"]), ("[it's, b\"c\", http://h:1]", ["it's", 'b"c"', "http://h:1"]), ('{"a":"b # c","d": [\'# e\']}', {"a": "b # c", "d": ["# e"]}),
     ("\xa0a\xa0", "\xa0a\xa0"), ("a\u3000b", "a\u3000b"), ("{1: a, true: b, null: c}", {"1": "a", "true": "b", "null": "c"}), ("a:\xa0b", "a:\xa0b")])
-def test_scalars_of_yaml(text, value):
+def test_a_scalar_of_yaml_is_the_value_that_yaml_says(text, value):
     assert asbridge.Yaml(f"key: {text}\nlast: 1\n").read() == {"key": value, "last": 1}
 
 
@@ -2610,7 +2624,7 @@ def test_scalars_of_yaml(text, value):
     ("", None), ("# nothing\n\n", None), ("- 1\n- - 2\n  - 3\n-\n- a: 1\n  b:\n  - 4\n", [1, [2, 3], None, {"a": 1, "b": [4]}]),
     ("a:\n- b:\n    c: 1\n  d: 2\ne:\n", {"a": [{"b": {"c": 1}, "d": 2}], "e": None}), ("a.b: 1\n'c d': 2\n", {"a.b": 1, "c d": 2}),
     ("-   a: 1\n    b: 2\n", [{"a": 1, "b": 2}]), ("plain", "plain")])
-def test_blocks_of_yaml(text, value):
+def test_a_block_of_yaml_is_a_mapping_or_a_list(text, value):
     assert asbridge.Yaml(text).read() == value
 
 
@@ -2791,7 +2805,7 @@ def test_each_regex_that_is_refused_or_warned_of_is_looked_at(regex):
 
 
 @pytest.mark.parametrize("regex", [r"#(?:\d+[^0-9])*x", r"#(?:\s+[^ ])*x", r"#(?:\w+[^a-z0-9_])*x"])
-def test_the_bound_knows_that_digits_letters_and_spaces_are_more_than_those_of_ascii(regex):
+def test_digits_letters_and_spaces_are_more_than_those_of_ascii(regex):
     assert asbridge.cost_of(asbridge.compile_regex(regex)).verdict == "exponential"
 
 
@@ -2957,7 +2971,7 @@ def test_a_sender_localpart_in_the_exclusive_namespace_of_another_is_an_error():
     assert complaints(registration_for(["@irc.*:example\\.org"])) == []
 
 
-def test_every_complaint_is_tested_and_says_why():
+def test_every_complaint_of_the_doctor_is_tested_and_says_why():
     with open(__file__, encoding="utf-8") as file:
         source = file.read()
     assert [name for name, (level, _, why, _) in asbridge.COMPLAINTS.items() if not (level in ("error", "warning") and why and f'"{name}"' in source)] == []
@@ -3010,7 +3024,7 @@ def test_who_is_not_in_the_room_may_not_send():
 @pytest.mark.parametrize("type, state_key, who", [
     ("m.room.message", None, [CREATOR, MOD, USER]), ("m.room.topic", "", [CREATOR, MOD]), ("m.room.name", "", [CREATOR]), ("m.room.name", None, [CREATOR]),
     ("x.easy", None, [CREATOR, MOD, USER, LOW]), ("x.easy", "", [CREATOR, MOD, USER, LOW]), ("m.room.message", "", [CREATOR, MOD])])
-def test_the_type_of_an_event_needs_its_power(version, type, state_key, who):
+def test_an_event_needs_the_power_that_its_type_needs(version, type, state_key, who):
     room = room_of(version)
     assert [user for user in (CREATOR, MOD, USER, LOW) if allowed(room, type, user, {}, state_key) is None] == who
 
@@ -3045,7 +3059,7 @@ def test_a_state_key_that_is_a_user_id_belongs_to_that_user():
     ("public", "leave", None), ("public", "knock", None), ("public", "ban", "M_BAD_STATE"), ("public", "join", None), ("invite", "leave", NO), ("invite", "invite", None), ("invite", "join", None),
     ("invite", "ban", "M_BAD_STATE"), ("knock", "knock", NO), ("knock", "invite", None), ("restricted", "leave", NO), ("restricted", "invite", None), ("knock_restricted", "leave", NO),
     ("knock_restricted", "invite", None), ("private", "leave", NO), (None, "leave", NO), (None, "invite", None), ("x.unknown", "leave", NO)])
-def test_who_may_join(join_rule, membership, errcode):
+def test_the_join_rule_and_the_own_membership_say_who_may_join(join_rule, membership, errcode):
     assert changes_to(room_of(join_rule=join_rule, out=membership), OUT, "join", OUT) == errcode
 
 
@@ -3068,7 +3082,7 @@ def test_a_restricted_join_needs_a_member_who_may_invite(join_rule, voucher, err
 @pytest.mark.parametrize("sender, target, before, errcode", [
     (MOD, OUT, "leave", None), (CREATOR, OUT, "leave", None), (USER, OUT, "leave", NO), (OUT, "@x:localhost", "join", NO), (MOD, OUT, "invite", None), (MOD, OUT, "knock", None),
     (MOD, OUT, "join", NO), (MOD, OUT, "ban", NO), ("@x:localhost", OUT, "leave", NO)])
-def test_who_may_invite(sender, target, before, errcode):
+def test_a_member_with_the_power_may_invite_who_is_neither_in_the_room_nor_banned(sender, target, before, errcode):
     assert changes_to(room_of(out=before), sender, "invite", target) == errcode
 
 
@@ -3076,7 +3090,7 @@ def test_who_may_invite(sender, target, before, errcode):
     (OUT, OUT, "join", None), (OUT, OUT, "invite", None), (OUT, OUT, "knock", None), (OUT, OUT, "leave", NO), (OUT, OUT, "ban", NO),            # to leave, to decline
     (MOD, OUT, "join", None), (MOD, OUT, "invite", None), (MOD, OUT, "knock", None), (USER, OUT, "join", NO), (USER, OUT, "invite", NO),         # to kick, to take back
     (MOD, CREATOR, None, NO), (MOD, MOD, None, None), (CREATOR, MOD, None, None), ("@x:localhost", OUT, "join", NO), (MOD, OUT, "ban", None), (USER, OUT, "ban", NO)])
-def test_who_may_make_leave(sender, target, before, errcode):
+def test_one_leaves_by_oneself_and_makes_others_leave_with_more_power_than_theirs(sender, target, before, errcode):
     room = room_of(**({"out": before} if before else {}))
     assert changes_to(room, sender, "leave", target) == errcode
 
@@ -3090,14 +3104,14 @@ def test_to_unban_needs_the_power_to_ban_and_to_kick():
 @pytest.mark.parametrize("sender, target, errcode", [
     (MOD, OUT, None), (MOD, USER, None), (MOD, MOD, NO), (MOD, CREATOR, NO), (CREATOR, MOD, None), (USER, LOW, NO), (OUT, USER, NO), (CREATOR, CREATOR, NO)])
 @pytest.mark.parametrize("before", ["leave", "invite", "ban", "knock"])
-def test_who_may_ban(sender, target, errcode, before):
+def test_a_member_with_the_power_may_ban_who_has_less(sender, target, errcode, before):
     assert changes_to(room_of(out=before), sender, "ban", target) == errcode
 
 
 @pytest.mark.parametrize("join_rule, before, sender, errcode", [
     ("knock", "leave", OUT, None), ("knock_restricted", "leave", OUT, None), ("knock", "knock", OUT, None), ("knock", "invite", OUT, NO), ("knock", "join", OUT, NO), ("knock", "ban", OUT, NO),
     ("knock", "leave", MOD, NO), ("public", "leave", OUT, NO), ("invite", "leave", OUT, NO), ("restricted", "leave", OUT, NO), (None, "leave", OUT, NO)])
-def test_who_may_knock(join_rule, before, sender, errcode):
+def test_one_may_knock_where_the_join_rule_says_so_unless_one_is_in_invited_or_banned(join_rule, before, sender, errcode):
     assert changes_to(room_of(join_rule=join_rule, out=before), sender, "knock", OUT) == errcode
 
 
@@ -3212,7 +3226,7 @@ def test_a_level_above_ones_own_may_not_be_removed():
 
 
 @VERSIONS
-def test_the_first_power_levels_are_free(version):
+def test_the_first_power_levels_of_a_room_may_say_anything(version):
     users = {MOD: 100} if version == "12" else {CREATOR: 1000, MOD: 100}
     assert allowed(room_of(version, None), "m.room.power_levels", CREATOR, {"users": users, "ban": 5000}, "") is None
 
@@ -3293,12 +3307,12 @@ CAME_AND_WENT = [(3, "invite"), (5, "join"), (8, "leave")]
 
 
 @pytest.mark.parametrize("visibility, ticks", [("world_readable", range(2, 12)), ("shared", range(2, 9)), ("invited", range(3, 9)), ("joined", range(5, 9))])
-def test_what_a_member_sees_who_came_and_went(visibility, ticks):
+def test_a_member_who_came_and_went_sees_what_the_visibility_says(visibility, ticks):
     assert seen([(0, visibility)], CAME_AND_WENT)[-len(ticks):] == list(ticks) and len(seen([(0, visibility)], CAME_AND_WENT)) - len(ticks) == (visibility in ("world_readable", "shared"))
 
 
 @pytest.mark.parametrize("visibility, ticks", [("world_readable", range(1, 12)), ("shared", ()), ("invited", range(3, 12)), ("joined", ())])
-def test_what_somebody_invited_sees(visibility, ticks):
+def test_somebody_invited_sees_only_what_is_for_those_invited_or_for_all(visibility, ticks):
     assert seen([(0, visibility)], [(3, "invite")]) == list(ticks)
 
 
@@ -3503,6 +3517,10 @@ def test_a_store_that_can_not_be_opened_leaves_nothing_open(tmp_path, monkeypatc
 
 # -- The one who writes: ticks and batches.
 
+def first_id(tx):
+    return tx.events(1, 0, 2**62, 9, False, asbridge.Filter(types=["m.room.message"]))[0].event_id
+
+
 def test_ticks_rise_and_go_on_after_a_restart(open_store):
     store = open_store("a.db")
     make_room(store)
@@ -3536,7 +3554,7 @@ def test_the_events_of_a_batch_go_into_the_database_together(open_store):
 
 
 @pytest.mark.parametrize("count, sizes", [(0, []), (1, [1]), (2, [2]), (3, [2, 1]), (7, [4, 2, 1]), (8, [8]), (20, [8, 8, 4]), (31, [8, 8, 8, 4, 2, 1])])
-def test_rows_are_inserted_in_few_different_sizes(count, sizes):
+def test_many_rows_are_inserted_by_statements_of_few_sizes(count, sizes):
     pieces = [*asbridge.in_powers_of_two(range(count), 8)]
     assert [len(piece) for piece in pieces] == sizes and [one for piece in pieces for one in piece] == [*range(count)]
 
@@ -3553,12 +3571,8 @@ def test_a_job_sees_what_those_before_it_in_the_batch_have_stored(open_store):
     assert second.value == (["1", "2"], True) and third.value == {"body": "1"} and texts_in(store) == ["1", "2"]
 
 
-def first_id(tx):
-    return tx.events(1, 0, 2**62, 9, False, asbridge.Filter(types=["m.room.message"]))[0].event_id
-
-
 @pytest.mark.parametrize("seed", range(12))
-def test_jobs_of_one_batch_leave_what_they_leave_one_after_the_other(open_store, seed):
+def test_the_jobs_of_one_batch_leave_what_they_would_leave_one_by_one(open_store, seed):
     def job(n):
         kind, refuse = rnd.choice(["say", "say", "say", "state", "profile", "redact", "look", "alias"]), rnd.random() < 0.3
         early, target = rnd.random() < 0.5, rnd.random()
@@ -3708,7 +3722,7 @@ def test_a_job_that_fails_gets_an_error_of_its_own_and_the_others_of_the_batch_a
     assert texts_in(store) == ["1", "3"] and first.value and third.value and "secret" in caplog.text
 
 
-def test_a_statement_that_fails_in_a_job_does_the_same(open_store):
+def test_a_job_whose_statement_fails_gets_an_error_and_the_others_of_the_batch_are_stored(open_store):
     store = open_store()
     make_room(store)
     store._tx.db.execute("CREATE TRIGGER no BEFORE INSERT ON events WHEN NEW.sender = '@no:localhost' BEGIN SELECT RAISE(ROLLBACK, 'the disk is full'); END")
@@ -3960,7 +3974,7 @@ def test_readers_see_nothing_before_the_commit(open_store):
     assert texts_in(store) == ["hello"] and store.position == before + 1 and "@new:localhost" in store.users
 
 
-def test_reading_does_not_write(open_store):
+def test_who_reads_cannot_write(open_store):
     with open_store().read() as reader, pytest.raises(sqlite3.OperationalError):
         reader.db.execute("DELETE FROM meta")
 
@@ -4224,7 +4238,7 @@ def test_a_filter_passes_the_same_events_in_sql_and_out_of_it(open_store, filter
 
 
 @pytest.mark.parametrize("filter", [{"senders": 1500}, {"not_senders": 1500}, {"types": 1500}, {"not_types": 1500}])
-def test_a_filter_may_be_long(open_store, filter):
+def test_a_filter_may_have_many_entries(open_store, filter):
     (key, count), = filter.items()
     with open_store().read() as reader:
         assert reader.events(1, 0, 2**62, 10, False, asbridge.Filter(**{key: [f"@u{n}:localhost" for n in range(count)]})) == []
@@ -4434,7 +4448,7 @@ def test_an_application_service_cannot_register_in_anothers_exclusive_namespace(
 
 @pytest.mark.parametrize("username,errcode", [("_irc_x", "M_EXCLUSIVE"), ("alice", "M_USER_IN_USE"), ("Ümlaut", "M_INVALID_USERNAME"),
                                               ("a" * 250, "M_INVALID_USERNAME"), ("", "M_INVALID_USERNAME"), (None, "M_MISSING_PARAM")])
-def test_register_available_tells_the_same(start, username, errcode):
+def test_register_available_tells_what_registering_would_tell(start, username, errcode):
     hs = start(registration())
     hs.client("alice")
     with refused(errcode, 400):
@@ -5098,6 +5112,30 @@ def test_each_way_to_read_a_room_shows_what_the_history_visibility_lets_one_see(
         assert state == history.state(min(history.ids.index(shown[0]), history.upto)) if since is None and shown != own else state <= {*history.ids[:history.upto]}
 
 
+# -- Rooms: aliases.
+
+def test_an_alias_is_made_found_and_deleted(hs, alice, bob, room):
+    alice.set_alias("#two:localhost", room)
+    assert ask(hs, "GET", path("directory", "room", "#two:localhost")) == (200, {"room_id": room, "servers": ["localhost"]})
+    assert alice.call("GET", path("rooms", room, "aliases")) == {"aliases": ["#room:localhost", "#two:localhost"]}
+    with refused("M_UNKNOWN", 409):
+        alice.set_alias("#two:localhost", room)
+    with refused("M_FORBIDDEN", 403):
+        bob.delete_alias("#two:localhost")
+    with refused("M_FORBIDDEN", 403):
+        bob.set_alias("#three:localhost", room)
+    alice.delete_alias("#two:localhost")
+    for look in (lambda: alice.resolve("#two:localhost"), lambda: alice.delete_alias("#two:localhost")):
+        with refused("M_NOT_FOUND", 404):
+            look()
+
+
+@pytest.mark.parametrize("alias", ["#x", "#x:elsewhere.org", "x:localhost", "#:localhost", "#" + "x" * 250 + ":localhost"])
+def test_an_alias_that_is_none_is_refused(alice, room, alias):
+    with refused("M_INVALID_PARAM", 400):
+        alice.set_alias(alias, room)
+
+
 # -- Rooms: creating.
 
 ORDER = ["m.room.create", "m.room.member", "m.room.power_levels", "m.room.canonical_alias", "m.room.join_rules", "m.room.history_visibility",
@@ -5195,30 +5233,6 @@ def test_a_room_that_would_begin_with_too_many_events_is_refused_and_told_what_e
 def test_additional_creators_are_user_ids(alice, bob, more, options):
     with refused("M_INVALID_PARAM" if isinstance(more, list) else "M_BAD_JSON", 400):
         alice.create_room(room_version="12", creation_content={"additional_creators": more}, **options)
-
-
-# -- Rooms: aliases.
-
-def test_an_alias_is_made_found_and_deleted(hs, alice, bob, room):
-    alice.set_alias("#two:localhost", room)
-    assert ask(hs, "GET", path("directory", "room", "#two:localhost")) == (200, {"room_id": room, "servers": ["localhost"]})
-    assert alice.call("GET", path("rooms", room, "aliases")) == {"aliases": ["#room:localhost", "#two:localhost"]}
-    with refused("M_UNKNOWN", 409):
-        alice.set_alias("#two:localhost", room)
-    with refused("M_FORBIDDEN", 403):
-        bob.delete_alias("#two:localhost")
-    with refused("M_FORBIDDEN", 403):
-        bob.set_alias("#three:localhost", room)
-    alice.delete_alias("#two:localhost")
-    for look in (lambda: alice.resolve("#two:localhost"), lambda: alice.delete_alias("#two:localhost")):
-        with refused("M_NOT_FOUND", 404):
-            look()
-
-
-@pytest.mark.parametrize("alias", ["#x", "#x:elsewhere.org", "x:localhost", "#:localhost", "#" + "x" * 250 + ":localhost"])
-def test_an_alias_that_is_none_is_refused(alice, room, alias):
-    with refused("M_INVALID_PARAM", 400):
-        alice.set_alias(alias, room)
 
 
 # -- Rooms: membership.
@@ -6168,7 +6182,7 @@ def test_timelines_put_together_are_the_history_none_twice_none_missing(alice, b
     assert seen == history and len(set(seen)) == len(seen) >= 132
 
 
-def test_rooms_that_are_asked_about_together_are_what_they_are_one_by_one(alice, bob, carol, monkeypatch):
+def test_a_sync_says_of_many_rooms_what_it_says_of_each_alone(alice, bob, carol, monkeypatch):
     for number in range(7):
         room = alice.create_room(preset="public_chat", invite=[carol.user_id] if number % 2 else [])
         for say in range(number):
@@ -7132,7 +7146,7 @@ def test_a_ghost_that_is_online_does_not_go_idle(start):
     assert presence_of(alice, ghost)["presence"] == "online"
 
 
-def test_who_changes_again_is_told_again(pair):
+def test_each_change_of_presence_is_told(pair):
     hs, alice, bob, _, since = pair
     since = bob.sync()["next_batch"]
     for presence in ("unavailable", "online"):
@@ -7878,7 +7892,7 @@ def test_one_pattern_and_one_body_of_the_largest_size_take_no_second(pattern, bo
     assert time.thread_time() - began < 0.5
 
 
-def test_what_is_unread_is_counted_in_no_more_events_than_one_s_own_rules_leave_time_for(hs, alice, bob, room, monkeypatch):
+def test_what_is_unread_is_counted_in_no_more_events_than_ones_own_rules_leave_time_for(hs, alice, bob, room, monkeypatch):
     bob.join(room)
     said = [alice.say(room, "x") for _ in range(10)]
     with hs.world.store.read() as reader:
@@ -9002,7 +9016,7 @@ def test_what_is_unread_is_what_the_default_rules_and_the_receipts_say(hs, alice
     "not ignored any more",
     "redacted by somebody ignored",
     "own message redacted"])
-def test_counts_of_what_is_unread_are_the_same_anew(hs, alice, bob, carol, room, how):
+def test_what_is_unread_is_the_same_counted_on_and_counted_anew(hs, alice, bob, carol, room, how):
     bob.join(room), carol.join(room)
     ignore = lambda *users: bob.set_account_data("m.ignored_user_list", {"ignored_users": {user.user_id: {} for user in users}})  # noqa: E731
     if how == "not ignored any more":
@@ -9312,7 +9326,7 @@ def test_a_transaction_id_rises_and_is_not_used_again_with_a_new_database(start,
     assert ids == sorted(set(ids)) and ids[0] > 1_700_000_000_000_000
 
 
-def test_url_null_sends_and_queues_nothing(start):
+def test_to_a_service_whose_url_is_null_nothing_is_sent_and_nothing_is_queued(start):
     hs = start(registration(url=None, rooms=["!.*"]))
     alice = hs.client("alice")
     event_id = alice.say(alice.create_room(invite=["@_irc_new:localhost"]), "x")
@@ -9603,7 +9617,7 @@ def test_what_exists_or_lies_outside_is_not_asked_for(start, recorder):
 
 @pytest.mark.parametrize("look", [lambda client: client.profile("@_irc_x:localhost"), lambda client: client.resolve("#_irc_x:localhost"),
                                   lambda client: client.join("#_irc_x:localhost")])
-def test_a_404_is_not_found_at_once(start, recorder, look):
+def test_a_404_to_a_question_is_a_404_for_who_asked_at_once(start, recorder, look):
     r = recorder(404, {"errcode": "M_NOT_FOUND"})
     with refused("M_NOT_FOUND", 404):
         look(start(registration(url=r.url)).client("alice"))
@@ -9619,7 +9633,7 @@ def test_a_200_to_a_question_creates_nothing_by_itself_and_the_log_says_so(start
 
 
 @pytest.mark.parametrize("look", [lambda client: client.profile("@_irc_x:localhost"), lambda client: client.join("#_irc_x:localhost")])
-def test_no_answer_is_asked_for_again_and_is_then_408(start, recorder, look):
+def test_a_question_without_an_answer_is_asked_again_and_is_then_a_408_for_who_asked(start, recorder, look):
     r = recorder(503)
     hs = start(registration(url=r.url))
     with background(look, hs.client("alice")) as future:
@@ -10516,6 +10530,15 @@ def test_without_a_user_id_a_service_acts_as_its_own_user(start):
     assert ask(hs, "GET", V3 + "/account/whoami?user_id=", "as-irc")[1]["user_id"] == "@_irc_bot:localhost"
 
 
+def test_what_a_service_does_is_done_by_the_user_that_it_acts_as(start):
+    hs = start(registration())
+    bob, carol = acting(hs, "irc", "@_irc_bob:localhost"), acting(hs, "irc", "@_irc_carol:localhost")
+    room = bob.create_room(invite=[carol.user_id])
+    carol.join(room)
+    assert carol.event(room, carol.say(room, "x"))["sender"] == carol.user_id
+    assert bob.joined_rooms() == carol.joined_rooms() == [room] and bot_of(hs).joined_rooms() == []
+
+
 ACTS = [("GET", "/account/whoami", None), ("GET", "/joined_rooms", None), ("GET", "/sync", None), ("POST", "/createRoom", {}), ("GET", "/devices", None),
         ("GET", "/capabilities", None), ("POST", "/keys/query", {"device_keys": {}}), ("PUT", "/user/{user}/account_data/x", {}),
         ("POST", "/user/{user}/filter", {}), ("PUT", "/profile/{user}/displayname", {"displayname": "x"}), ("GET", "/rooms/{room}/state", None),
@@ -10535,15 +10558,6 @@ def test_a_service_acts_as_any_user_of_its_namespace_on_every_route(start, metho
         status, answer = ask(hs, method, f"{where}?user_id={user_id}", "as-irc", body)
         assert (status, answer["errcode"]) == (403, "M_FORBIDDEN") and text in answer["error"]
     assert ask(hs, method, f"{where}?user_id={bob.user_id}", "as-irc", body)[0] == 200
-
-
-def test_what_a_service_does_is_done_by_the_user_that_it_acts_as(start):
-    hs = start(registration())
-    bob, carol = acting(hs, "irc", "@_irc_bob:localhost"), acting(hs, "irc", "@_irc_carol:localhost")
-    room = bob.create_room(invite=[carol.user_id])
-    carol.join(room)
-    assert carol.event(room, carol.say(room, "x"))["sender"] == carol.user_id
-    assert bob.joined_rooms() == carol.joined_rooms() == [room] and bot_of(hs).joined_rooms() == []
 
 
 def test_a_persons_token_ignores_user_id(start):
@@ -10718,7 +10732,7 @@ def test_a_path_of_the_table_has_a_handler_and_is_found(start):
 
 @pytest.mark.parametrize("method,where,status", [("OPTIONS", V3 + "/sync", 204), ("GET", "/_matrix/client/versions", 200), ("GET", V3 + "/sync", 401),
                                                  ("GET", "/_matrix/client/v3/nothing", 404), ("DELETE", V3 + "/sync", 405), ("POST", V3 + "/register", 401), ("HEAD", "/_matrix/client/versions", 200)])
-def test_every_answer_is_for_every_origin(start, method, where, status):
+def test_every_answer_may_be_read_by_a_page_of_any_origin(start, method, where, status):
     got, headers, body = whole(start(), method, where)
     assert got == status and headers["Access-Control-Allow-Origin"] == "*"
     assert headers["Access-Control-Allow-Methods"] == "GET, HEAD, POST, PUT, DELETE, OPTIONS"
@@ -10839,6 +10853,10 @@ def test_what_looks_like_the_id_of_a_user_a_room_or_an_event_is_none(hs, alice, 
     assert wrong == [] and alice.joined_rooms() == [room]
 
 
+def target_of(where, values):
+    return pattern_of(where).format(**{name: quote(value) for name, value in values.items()})
+
+
 NO_NUMBER = ["x", "-1", "1.5", "1e3", "0x1", "%20" + "1", "1%00", "%D9%A3", "1_0", "9" * 20, "9007199254740992", "NaN", "[]", "{}", "9" * 4000]
 ANY = ["", "0", "1", "9007199254740991"]
 MUCH = ["9007199254740992", "9" * 20, "9" * 4000]
@@ -10880,10 +10898,6 @@ def test_each_parameter_of_a_query_is_taken_or_refused_by_name(hs, alice, room):
                 wrong.append((where, name, value, got, answer[:100]))
     client.close()
     assert wrong == []
-
-
-def target_of(where, values):
-    return pattern_of(where).format(**{name: quote(value) for name, value in values.items()})
 
 
 def test_a_limit_that_is_too_large_is_the_largest_there_is(alice, room, monkeypatch):
@@ -11163,7 +11177,7 @@ def test_a_uri_is_not_mapped_outside_the_namespace(start):
     assert ask(hs, "GET", "/_matrix/app/v1/user?uri=irc://localhost/bob,isuser")[0] == 404
 
 
-def test_versions_capabilities_and_well_known(start):
+def test_versions_capabilities_and_well_known_tell_a_client_what_there_is(start):
     hs = start(public_url="https://matrix.example.org", room_version="12")
     versions = ask(hs, "GET", "/_matrix/client/versions")[1]
     assert {"r0.6.1", "v1.1", "v1.7", "v1.11", "v1.15"} <= set(versions["versions"]) and "v1.16" not in versions["versions"]
@@ -11746,7 +11760,7 @@ def test_why_knows_of_a_service_without_a_url_and_of_one_that_came_later(start, 
             hs.why(unknown, "late")
 
 
-def test_why_is_not_too_long_ago_before_anything_was_pruned(start, recorder):
+def test_why_tells_who_was_only_invited_and_takes_nothing_for_too_long_ago_before_anything_was_pruned(start, recorder):
     hs = start(registration(url=recorder().url))
     alice = hs.client("alice")
     room = alice.create_room()
@@ -11777,7 +11791,7 @@ def test_why_is_quick_with_a_long_regex_and_many_members(start, recorder):
     assert time.process_time() - began < 2 and len(rules) == 2 + asbridge.MAX_MISSES
 
 
-def test_why_admits_what_is_too_long_ago(linked, monkeypatch):
+def test_why_says_what_is_too_long_ago_to_be_known(linked, monkeypatch):
     hs, r, alice, room = linked
     event_id = alice.say(room, "first")
     hs.settle()
@@ -11904,7 +11918,7 @@ def test_of_a_header_that_may_hold_a_secret_only_the_name_is_shown(target, name)
     assert name.lower() in target.hs.delivery.wire.since(0, 0)[1][-2].headers
 
 
-def test_huge_heads_are_not_kept(target):
+def test_of_a_huge_head_only_a_part_is_kept(target):
     ask(target.hs, "GET", "/_matrix/client/versions", headers={f"X-{n}": "x" * 900 for n in range(50)})
     assert sum(map(len, target.hs.delivery.wire.since(0, 0)[1][-1].headers.values())) < 10_000
 
@@ -12245,6 +12259,7 @@ def test_each_endpoint_of_an_application_service_refuses_a_missing_hs_token_with
                                           (None, "other", (403, "M_FORBIDDEN")), ("hs-secret", "other", (403, "M_FORBIDDEN")), ("other", "hs-secret", (403, "M_FORBIDDEN"))):
                 status, answer = as_request(service, method, where, some_events("$1"), token, in_query)
                 assert (status, answer["errcode"]) == says and "hs-secret" not in str(answer), (method, where, token, in_query)
+    assert service.events == []
 
 
 @pytest.mark.parametrize("token, in_query", [("hs-secret", None), (None, "hs-secret"), ("hs-secret", "hs-secret")])
@@ -12282,7 +12297,7 @@ def test_a_homeserver_that_goes_away_inside_a_transaction_is_no_failure_of_the_s
         service.stop()
 
 
-def test_unknown_keys_and_event_types_are_tolerated(service):
+def test_a_transaction_may_have_unknown_keys_and_events_of_unknown_types(service):
     body = {**some_events("$1", type="org.example.new"), "ephemeral": [{}], "de.sorunome.x": 1}
     assert as_request(service, "PUT", PUSH + "1", body) == (200, {})
     assert service.events == ["$1"]
@@ -12448,7 +12463,7 @@ def test_an_event_that_needs_a_homeserver_that_is_away_is_pushed_again(tmp_path)
 # -- AppService: what it is asked, and how it starts.
 
 @pytest.mark.parametrize("prefix", ["/_matrix/app/v1", ""])
-def test_queries_ask_the_hooks(service, prefix):
+def test_a_query_for_a_user_or_an_alias_is_answered_by_the_hook_for_it(service, prefix):
     assert as_request(service, "GET", prefix + "/users/%40_irc_bob%3Atest") == (200, {})
     assert as_request(service, "GET", prefix + "/rooms/%23_irc_lobby%3Atest") == (200, {})
     for path in ("/users/%40_irc_eve%3Atest", "/rooms/%23_irc_none%3Atest"):
@@ -12457,7 +12472,7 @@ def test_queries_ask_the_hooks(service, prefix):
 
 
 @pytest.mark.parametrize("version", ["v1", "unstable"])
-def test_third_party_look_ups_ask_the_hooks(service, version):
+def test_a_third_party_look_up_is_answered_by_the_hook_for_it(service, version):
     prefix = f"/_matrix/app/{version}/thirdparty/"
     for where in ("protocol/irc", "user/irc?nickname=bob", "user?userid=@_irc_bob:test", "location/irc?channel=%23tea", "location?alias=%23a:test"):
         status, answer = as_request(service, "GET", prefix + where)
@@ -12472,7 +12487,7 @@ def test_third_party_look_ups_ask_the_hooks(service, version):
     assert as_request(service, "GET", prefix + "other/irc")[0] == 404
 
 
-def test_a_path_in_the_url_is_honoured(fake):
+def test_an_application_service_answers_under_the_path_of_its_url(fake):
     service = Handled(bridge_registration(url="http://127.0.0.1:0/a/b/"), fake.url)
     service.start()
     assert service.url == f"http://127.0.0.1:{service.port}/a/b"
@@ -12482,12 +12497,12 @@ def test_a_path_in_the_url_is_honoured(fake):
     service.stop()
 
 
-def test_it_learns_the_server_name_and_asks_for_a_ping_when_it_starts(fake, service):
+def test_an_application_service_that_starts_learns_the_server_name_and_asks_for_a_ping(fake, service):
     asked = eventually(lambda: fake.paths("/appservice/irc/ping"))
     assert asked[0][0] == "POST" and service.server_name == "test"
 
 
-def test_it_waits_for_a_homeserver_that_is_not_there_yet():
+def test_an_application_service_waits_for_a_homeserver_that_is_not_there_yet():
     clock, port = asbridge.Clock(), closed_port()
     service = Handled(bridge_registration(url=None), f"http://127.0.0.1:{port}", clock=clock)
     service.start()
@@ -12558,7 +12573,7 @@ def test_a_client_raises_what_the_homeserver_answers(fake):
 
 
 @pytest.mark.parametrize("told", [{"http_status": 200, "self": 1}, {"errcode": ["x"], "error": 5}, {"status": "x", "extra": {}, "body": 1}])
-def test_a_refusal_may_say_anything(fake, told):
+def test_a_refusal_of_the_homeserver_may_say_anything(fake, told):
     refusal = asbridge.MatrixError("M_FORBIDDEN", "no")
     refusal.body = lambda: told
     fake.fail = lambda request: refusal
@@ -12663,6 +12678,12 @@ def test_an_irc_client_is_welcomed_by_001_to_005_and_a_motd(bridge):
         bob.wait(f"^:irc.asbridge {number} bob ")
 
 
+def test_before_registration_commands_are_refused_by_451(bridge):
+    bob = Irc(bridge)
+    bob.send("JOIN #lobby")
+    bob.wait(" 451 ")
+
+
 @pytest.mark.parametrize("line, answer", [
     ("NICK", "431"), ("NICK 1bob", "432 bob 1bob"), ("NICK Taken", "433 bob Taken"),
     ("NONSENSE", "421 bob NONSENSE"), ("JOIN", "461"), ("JOIN lobby", "403"), ("PART #none", "403"),
@@ -12680,26 +12701,6 @@ def test_a_command_is_answered_by_its_numeric(bridge, line, answer):
     _taken, bob = Irc(bridge, "taken", "#busy"), Irc(bridge, "bob")
     bob.send(line)
     assert bob.wait(r"^:irc.asbridge \d+ ").startswith(f":irc.asbridge {answer}")
-
-
-def test_when_a_bridge_has_stopped_it_takes_no_connection_any_more_and_no_thread_of_it_waits_for_one(bridge):
-    for _ in range(5):
-        bridge.stop()
-        assert not [thread for thread in threading.enumerate() if thread is bridge._accepter]
-        bridge = asbridge.IrcBridge(bridge_registration(), bridge.homeserver_url)
-        bridge.start()
-    bridge.stop()
-
-
-def test_no_line_waits_for_another_to_be_acknowledged(bridge):
-    Irc(bridge, "bob")
-    assert [client.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) for client in bridge.clients] == [1]
-
-
-def test_before_registration_commands_are_refused_by_451(bridge):
-    bob = Irc(bridge)
-    bob.send("JOIN #lobby")
-    bob.wait(" 451 ")
 
 
 def test_a_ping_is_answered_by_a_pong(bridge):
@@ -12743,6 +12744,11 @@ def test_an_overlong_line_is_cut_and_what_is_relayed_fits_512_bytes(bridge):
         assert len(line.encode()) <= 510
         got += line.partition(" :")[2]
     assert got == "x" * (510 - len("PRIVMSG #lobby :"))
+
+
+def test_no_line_waits_for_another_to_be_acknowledged(bridge):
+    Irc(bridge, "bob")
+    assert [client.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) for client in bridge.clients] == [1]
 
 
 def test_a_slow_reader_is_dropped_and_the_others_do_not_wait(bridge, monkeypatch):
@@ -12806,6 +12812,15 @@ def test_a_web_page_cannot_speak_irc_for_its_reader(bridge, line):
     assert page.closed() and not bridge.people
 
 
+def test_a_line_without_an_end_is_forgotten_but_for_its_beginning(bridge):
+    bob, eve = Irc(bridge, "bob", "#lobby"), Irc(bridge, "eve", "#lobby")
+    bob.sock.sendall(b"PRIVMSG #lobby :" + b"\0\xff" * 500_000)
+    bob.sock.sendall(b"\nPRIVMSG #lobby :after\n")           # LF alone ends a line, too
+    assert len(eve.wait("PRIVMSG #lobby :").encode()) <= 510
+    eve.wait("PRIVMSG #lobby :after$")
+    bob.never("ERROR")
+
+
 NONSENSE = [
     b"", b"\0", b"\r", b"\x16\x03\x01\x02\0\x01\0\x01\xfc\x03\x03", b"\xff\xfe\xfd", b":", b"@", b"@tag", b":x", b": :", b"@a :b  ", b"x" * 5_000,
     b"NICK", b"NICK :", b"NICK \0", b"USER", b"USER : : : :", b"USER \xff \0 \x01 :\xff", b"CAP", b"CAP :", b"CAP \x01", b"CAP REQ", b"PING", b"PING :",
@@ -12823,15 +12838,6 @@ def test_no_line_whatever_it_is_makes_the_server_fail_or_drop_who_sent_it(bridge
     bob.sock.sendall(b"\r\n".join([*NONSENSE, b""]))
     bob.never("^ERROR")
     assert bool(bridge.people) == registered and not [record for record in caplog.records if record.exc_info]
-
-
-def test_a_line_without_an_end_is_forgotten_but_for_its_beginning(bridge):
-    bob, eve = Irc(bridge, "bob", "#lobby"), Irc(bridge, "eve", "#lobby")
-    bob.sock.sendall(b"PRIVMSG #lobby :" + b"\0\xff" * 500_000)
-    bob.sock.sendall(b"\nPRIVMSG #lobby :after\n")           # LF alone ends a line, too
-    assert len(eve.wait("PRIVMSG #lobby :").encode()) <= 510
-    eve.wait("PRIVMSG #lobby :after$")
-    bob.never("ERROR")
 
 
 def test_more_channels_than_a_client_may_have_are_refused_by_405(bridge, monkeypatch):
@@ -12933,6 +12939,15 @@ def test_an_irc_client_for_which_there_is_no_thread_is_closed_and_the_next_is_ta
     assert Irc(bridge, "bob", "#lobby") and len(bridge.clients) == 1
     assert [record.getMessage() for record in caplog.records if record.levelname == "ERROR"] == [
         "irc: no more IRC clients can be taken: can't start new thread; there are 0"]
+
+
+def test_when_a_bridge_has_stopped_it_takes_no_connection_any_more_and_no_thread_of_it_waits_for_one(bridge):
+    for _ in range(5):
+        bridge.stop()
+        assert not [thread for thread in threading.enumerate() if thread is bridge._accepter]
+        bridge = asbridge.IrcBridge(bridge_registration(), bridge.homeserver_url)
+        bridge.start()
+    bridge.stop()
 
 
 # -- Across the bridge, with a homeserver that says yes.
@@ -13414,7 +13429,7 @@ def test_a_matrix_user_starts_a_private_talk(world):
     assert alice.wait_for(lambda e: e["content"].get("body") == "yes?")["room_id"] == room_id
 
 
-def test_many_lines_arrive_once_and_in_order(world):
+def test_many_lines_cross_the_bridge_once_and_in_order(world):
     alice, channel = world.client(unique("alice")), "#" + unique("many")
     room_id = alice.join(alias_of(world, channel))
     bob = Irc(world.bridge, unique("bob"), channel)
@@ -13454,6 +13469,118 @@ def test_a_bridge_that_is_started_again_finds_its_rooms_and_its_ghosts_leave(wor
 # ============================================================================
 # 12. Running it
 # ============================================================================
+
+# -- The configuration.
+
+def configured(tmp_path, capsys, text):
+    """Exit code and stderr of a start with this configuration, which is wrong."""
+    file = tmp_path / "c.json"
+    file.write_text(text if isinstance(text, str) else json.dumps(text))
+    code = asbridge.main(["--config", str(file)])
+    out, err = capsys.readouterr()
+    assert out == "" and "Traceback" not in err
+    return code, err
+
+
+@pytest.mark.parametrize("key,value", [
+    ("server_name", ""), ("server_name", "a b"), ("server_name", 5), ("bind", 5), ("port", "8008"), ("port", 65536), ("port", -1), ("port", True), ("database", 5), ("database", ""), ("database", "a\0b"),
+    ("registrations", {}), ("open_registration", "yes"), ("open_registration", 1), ("public_url", 5), ("public_url", "foo"), ("public_url", "http://"),
+    ("public_url", "https://x/?y"), ("admin_token", 5), ("admin_token", ""), ("admin_token", " "), ("admin_token", "gehe\u00edm"), ("admin_token", "a\nb"), ("max_event_bytes", 0), ("max_event_bytes", "1"),
+    ("max_request_bytes", -1), ("max_upload_bytes", 1.5), ("retry_first_ms", 0), ("retry_max_ms", None), ("push_timeout_ms", "1"), ("query_timeout_ms", 0),
+    ("room_version", "1"), ("room_version", 11), ("rate_limit", 5), ("rate_limit", {"per_second": 1}), ("rate_limit", {"per_second": 0, "burst": 1}), ("rate_limit", {"per_second": 1, "burst": "2"})])
+def test_a_key_with_a_wrong_value_is_named_with_what_would_be_right(tmp_path, capsys, key, value):
+    code, err = configured(tmp_path, capsys, {key: value})
+    assert code == 2 and f"c.json: {key}: is " in err and "write " in err and len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("value", [5771932, ["5771932"], " 5771932", {"a": "5771932"}])
+def test_no_finding_repeats_the_admin_token(tmp_path, capsys, value):
+    code, err = configured(tmp_path, capsys, {"admin_token": value})
+    assert code == 2 and "admin_token: is none that can be used; write a long random text" in err and "5771932" not in err
+
+
+@pytest.mark.parametrize("keys", [{"retry_first_ms": 9000, "retry_max_ms": 8999}, {"retry_first_ms": 60_001}, {"retry_max_ms": 499}])
+def test_the_first_pause_between_attempts_is_not_longer_than_the_last(tmp_path, capsys, keys):
+    code, err = configured(tmp_path, capsys, keys)
+    assert code == 2 and re.search(r"c.json: retry_first_ms: is \d+, more than retry_max_ms, which is \d+; write a smaller number\n$", err)
+
+
+@pytest.mark.parametrize("keys", [{"public_url": ""}, {"public_url": "https://matrix.example.org/x"}, {"admin_token": None}, {"admin_token": "open sesame"},
+                                  {"retry_first_ms": 5, "retry_max_ms": 5}])
+def test_a_value_that_is_right_is_no_finding(keys):
+    config = asbridge.ConfigReader(keys, "x", "").read()
+    assert {key: getattr(config, key) for key in keys} == keys
+
+
+@pytest.mark.parametrize("key", ["as_token", "hs_token", "sender_localpart", "namespaces"])
+def test_a_registration_alone_is_known_as_one_even_if_a_key_is_missing(tmp_path, capsys, key):
+    code, err = configured(tmp_path, capsys, {name: value for name, value in registration().items() if name != key})
+    assert code == 2 and f"c.json: {key}: is missing; write " in err and len(err.splitlines()) == 1
+
+
+def test_every_key_of_the_design_is_a_key_of_the_configuration():
+    fields = {one.name for one in asbridge.dataclasses.fields(asbridge.Config)}
+    assert fields == set(asbridge.CONFIG_KEYS) == {
+        "server_name", "bind", "port", "database", "registrations", "open_registration", "public_url", "admin_token", "max_event_bytes", "max_request_bytes",
+        "max_upload_bytes", "retry_first_ms", "retry_max_ms", "push_timeout_ms", "query_timeout_ms", "room_version", "rate_limit", "one_cpu"}
+    config = asbridge.ConfigReader({}, "x", "").read()
+    assert (config.server_name, config.bind, config.port, config.database, config.room_version) == ("localhost", "127.0.0.1", 8008, "asbridge.db", "11")
+    assert (config.max_event_bytes, config.max_request_bytes, config.max_upload_bytes) == (65536, 2**20, 50 * 2**20)
+    assert (config.retry_first_ms, config.retry_max_ms, config.push_timeout_ms, config.query_timeout_ms) == (500, 60000, 60000, 10000)
+
+
+@pytest.mark.parametrize("key,nearest", [("servername", "server_name"), ("prot", "port"), ("registration", "registrations"), ("zzz", "")])
+def test_an_unknown_key_names_the_nearest_known_one(tmp_path, capsys, key, nearest):
+    code, err = configured(tmp_path, capsys, {key: 1})
+    assert code == 2 and key in err and f"'{nearest}" in err
+
+
+def test_all_findings_are_printed_and_not_the_first(tmp_path, capsys):
+    (tmp_path / "bad.yaml").write_text("id: x\nurl: 5\n")
+    twins = [registration(), registration()]
+    code, err = configured(tmp_path, capsys, {"port": "x", "colour": 1, "registrations": [*twins, "bad.yaml", "missing.json", 5]})
+    assert code == 2
+    for part in ("port", "colour", "registrations[1]: id", "registrations[1]: as_token", "bad.yaml: url", "bad.yaml: as_token: is missing", "missing.json", "registrations[4]"):
+        assert part in err, part
+
+
+@pytest.mark.parametrize("entry", [{}, None])
+def test_an_empty_registration_is_a_finding(tmp_path, capsys, entry):
+    with pytest.raises(asbridge.ConfigError):
+        asbridge.ConfigReader({"registrations": [entry]}, "x", "").read()
+
+
+@pytest.mark.parametrize("text", ["", "[]", "5", "{", '{"a": 1,}', "\x00", "a: [1", "- x"])
+def test_a_file_that_is_no_configuration_is_refused(tmp_path, capsys, text):
+    code, err = configured(tmp_path, capsys, text)
+    assert code == 2 and "c.json" in err
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path, capsys):
+    assert asbridge.main(["--config", str(tmp_path / "none.json")]) == 2
+    assert "none.json" in capsys.readouterr().err
+
+
+def test_the_role_of_an_application_service_needs_a_sample(tmp_path, capsys):
+    (tmp_path / "r.json").write_text(json.dumps(registration()))
+    assert asbridge.main(["--role", "appservice", "--config", str(tmp_path / "r.json")]) == 2
+    assert "asbridge.sample" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", [HEISENBRIDGE, json.dumps(registration("heisenbridge"))])
+def test_a_registration_alone_is_a_configuration(tmp_path, text):
+    (tmp_path / "r.yaml").write_text(text)
+    config = asbridge.read_config(str(tmp_path / "r.yaml"))
+    assert [one.id for one in config.registrations] == ["heisenbridge"] and config.port == 8008
+
+
+def test_paths_in_a_configuration_are_relative_to_it(tmp_path):
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "r.yaml").write_text(HEISENBRIDGE)
+    (tmp_path / "sub" / "c.json").write_text(json.dumps({"registrations": ["r.yaml", registration()], "database": "d.db"}))
+    config = asbridge.read_config(str(tmp_path / "sub" / "c.json"))
+    assert [one.id for one in config.registrations] == ["heisenbridge", "irc"] and config.database == str(tmp_path / "sub" / "d.db")
+
 
 # -- Homeserver, in a program or a test.
 
@@ -13752,96 +13879,7 @@ def test_to_stop_while_a_service_has_an_event_in_hand_is_no_failure(start, recor
     assert worker.failures == 1 and not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
 
-# -- The configuration.
-
-def configured(tmp_path, capsys, text):
-    """Exit code and stderr of a start with this configuration, which is wrong."""
-    file = tmp_path / "c.json"
-    file.write_text(text if isinstance(text, str) else json.dumps(text))
-    code = asbridge.main(["--config", str(file)])
-    out, err = capsys.readouterr()
-    assert out == "" and "Traceback" not in err
-    return code, err
-
-
-@pytest.mark.parametrize("key,value", [
-    ("server_name", ""), ("server_name", "a b"), ("server_name", 5), ("bind", 5), ("port", "8008"), ("port", 65536), ("port", -1), ("port", True), ("database", 5), ("database", ""), ("database", "a\0b"),
-    ("registrations", {}), ("open_registration", "yes"), ("open_registration", 1), ("public_url", 5), ("public_url", "foo"), ("public_url", "http://"),
-    ("public_url", "https://x/?y"), ("admin_token", 5), ("admin_token", ""), ("admin_token", " "), ("admin_token", "gehe\u00edm"), ("admin_token", "a\nb"), ("max_event_bytes", 0), ("max_event_bytes", "1"),
-    ("max_request_bytes", -1), ("max_upload_bytes", 1.5), ("retry_first_ms", 0), ("retry_max_ms", None), ("push_timeout_ms", "1"), ("query_timeout_ms", 0),
-    ("room_version", "1"), ("room_version", 11), ("rate_limit", 5), ("rate_limit", {"per_second": 1}), ("rate_limit", {"per_second": 0, "burst": 1}), ("rate_limit", {"per_second": 1, "burst": "2"})])
-def test_a_key_with_a_wrong_value_is_named_with_what_would_be_right(tmp_path, capsys, key, value):
-    code, err = configured(tmp_path, capsys, {key: value})
-    assert code == 2 and f"c.json: {key}: is " in err and "write " in err and len(err.splitlines()) == 1
-
-
-@pytest.mark.parametrize("value", [5771932, ["5771932"], " 5771932", {"a": "5771932"}])
-def test_no_finding_repeats_the_admin_token(tmp_path, capsys, value):
-    code, err = configured(tmp_path, capsys, {"admin_token": value})
-    assert code == 2 and "admin_token: is none that can be used; write a long random text" in err and "5771932" not in err
-
-
-@pytest.mark.parametrize("keys", [{"retry_first_ms": 9000, "retry_max_ms": 8999}, {"retry_first_ms": 60_001}, {"retry_max_ms": 499}])
-def test_the_first_pause_between_attempts_is_not_longer_than_the_last(tmp_path, capsys, keys):
-    code, err = configured(tmp_path, capsys, keys)
-    assert code == 2 and re.search(r"c.json: retry_first_ms: is \d+, more than retry_max_ms, which is \d+; write a smaller number\n$", err)
-
-
-@pytest.mark.parametrize("keys", [{"public_url": ""}, {"public_url": "https://matrix.example.org/x"}, {"admin_token": None}, {"admin_token": "open sesame"},
-                                  {"retry_first_ms": 5, "retry_max_ms": 5}])
-def test_what_is_right_is_no_finding(keys):
-    config = asbridge.ConfigReader(keys, "x", "").read()
-    assert {key: getattr(config, key) for key in keys} == keys
-
-
-@pytest.mark.parametrize("key", ["as_token", "hs_token", "sender_localpart", "namespaces"])
-def test_a_registration_alone_is_known_as_one_even_if_a_key_is_missing(tmp_path, capsys, key):
-    code, err = configured(tmp_path, capsys, {name: value for name, value in registration().items() if name != key})
-    assert code == 2 and f"c.json: {key}: is missing; write " in err and len(err.splitlines()) == 1
-
-
-def test_every_key_of_the_design_is_a_key_of_the_configuration():
-    fields = {one.name for one in asbridge.dataclasses.fields(asbridge.Config)}
-    assert fields == set(asbridge.CONFIG_KEYS) == {
-        "server_name", "bind", "port", "database", "registrations", "open_registration", "public_url", "admin_token", "max_event_bytes", "max_request_bytes",
-        "max_upload_bytes", "retry_first_ms", "retry_max_ms", "push_timeout_ms", "query_timeout_ms", "room_version", "rate_limit", "one_cpu"}
-    config = asbridge.ConfigReader({}, "x", "").read()
-    assert (config.server_name, config.bind, config.port, config.database, config.room_version) == ("localhost", "127.0.0.1", 8008, "asbridge.db", "11")
-    assert (config.max_event_bytes, config.max_request_bytes, config.max_upload_bytes) == (65536, 2**20, 50 * 2**20)
-    assert (config.retry_first_ms, config.retry_max_ms, config.push_timeout_ms, config.query_timeout_ms) == (500, 60000, 60000, 10000)
-
-
-@pytest.mark.parametrize("key,nearest", [("servername", "server_name"), ("prot", "port"), ("registration", "registrations"), ("zzz", "")])
-def test_an_unknown_key_names_the_nearest_known_one(tmp_path, capsys, key, nearest):
-    code, err = configured(tmp_path, capsys, {key: 1})
-    assert code == 2 and key in err and f"'{nearest}" in err
-
-
-def test_all_findings_are_printed_and_not_the_first(tmp_path, capsys):
-    (tmp_path / "bad.yaml").write_text("id: x\nurl: 5\n")
-    twins = [registration(), registration()]
-    code, err = configured(tmp_path, capsys, {"port": "x", "colour": 1, "registrations": [*twins, "bad.yaml", "missing.json", 5]})
-    assert code == 2
-    for part in ("port", "colour", "registrations[1]: id", "registrations[1]: as_token", "bad.yaml: url", "bad.yaml: as_token: is missing", "missing.json", "registrations[4]"):
-        assert part in err, part
-
-
-@pytest.mark.parametrize("entry", [{}, None])
-def test_an_empty_registration_is_a_finding(tmp_path, capsys, entry):
-    with pytest.raises(asbridge.ConfigError):
-        asbridge.ConfigReader({"registrations": [entry]}, "x", "").read()
-
-
-@pytest.mark.parametrize("text", ["", "[]", "5", "{", '{"a": 1,}', "\x00", "a: [1", "- x"])
-def test_a_file_that_is_no_configuration_is_refused(tmp_path, capsys, text):
-    code, err = configured(tmp_path, capsys, text)
-    assert code == 2 and "c.json" in err
-
-
-def test_a_file_that_is_not_there_is_named(tmp_path, capsys):
-    assert asbridge.main(["--config", str(tmp_path / "none.json")]) == 2
-    assert "none.json" in capsys.readouterr().err
-
+# -- The command line.
 
 @pytest.mark.parametrize("flags", [["--port", "99999"], ["--server-name", "a b"]])
 def test_a_wrong_flag_is_named(flags, capsys):
@@ -13856,202 +13894,19 @@ def test_a_wrong_command_line_ends_with_2(flags, capsys):
     assert caught.value.code == 2 and capsys.readouterr().out == ""
 
 
-def test_the_role_of_an_application_service_needs_a_sample(tmp_path, capsys):
-    (tmp_path / "r.json").write_text(json.dumps(registration()))
-    assert asbridge.main(["--role", "appservice", "--config", str(tmp_path / "r.json")]) == 2
-    assert "asbridge.sample" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("text", [HEISENBRIDGE, json.dumps(registration("heisenbridge"))])
-def test_a_registration_alone_is_a_configuration(tmp_path, text):
-    (tmp_path / "r.yaml").write_text(text)
-    config = asbridge.read_config(str(tmp_path / "r.yaml"))
-    assert [one.id for one in config.registrations] == ["heisenbridge"] and config.port == 8008
-
-
-def test_paths_in_a_configuration_are_relative_to_it(tmp_path):
-    (tmp_path / "sub").mkdir()
-    (tmp_path / "sub" / "r.yaml").write_text(HEISENBRIDGE)
-    (tmp_path / "sub" / "c.json").write_text(json.dumps({"registrations": ["r.yaml", registration()], "database": "d.db"}))
-    config = asbridge.read_config(str(tmp_path / "sub" / "c.json"))
-    assert [one.id for one in config.registrations] == ["heisenbridge", "irc"] and config.database == str(tmp_path / "sub" / "d.db")
-
-
 def test_flags_override_the_file(tmp_path):
     (tmp_path / "c.json").write_text('{"server_name": "a", "port": 1, "bind": "0.0.0.0", "database": "x.db", "room_version": "12"}')
     config = asbridge.config_of(asbridge.parse_args(["--config", str(tmp_path / "c.json"), "--server-name", "b", "--port", "0", "--bind", "127.0.0.1", "--database", ":memory:"]))
     assert (config.server_name, config.port, config.bind, config.database, config.room_version) == ("b", 0, "127.0.0.1", ":memory:", "12")
 
 
-# -- The command line.
-
-def test_the_program_announces_itself_in_one_line_and_ends_with_0_on_sigterm(program, tmp_path):
-    running = program({"registrations": [registration()]}, "--port-file", str(tmp_path / "port"), path=(PROGRAM,))
-    assert re.fullmatch(r"asbridge ready at http://127\.0\.0\.1:[0-9]+\n", running.ready)
-    assert running.url.endswith(":" + (tmp_path / "port").read_text().strip()) and ask(running, "GET", "/_matrix/client/versions")[0] == 200
-    code, out, err = running.end()
-    assert (code, out) == (0, "") and "irc" in err and "as-irc" not in err and "hs-irc" not in err and (tmp_path / "asbridge.db").exists()
-
-
-def test_the_program_ends_with_0_on_sigint(program):
-    assert program({"database": ":memory:"}).end(signal.SIGINT)[0] == 0
-
-
-def test_two_signals_that_come_together_are_one(program):
-    running = program({"database": ":memory:"})
-    running.process.send_signal(signal.SIGINT)
-    assert running.end(signal.SIGTERM)[0] == 0
-
-
-@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="no such signal here")
-def test_sighup_reads_the_registrations_again(tmp_path):
-    (tmp_path / "r.json").write_text(json.dumps(registration()))
-    (tmp_path / "x.json").write_text(json.dumps({"port": 0, "registrations": ["r.json"]}))
-    with subprocess.Popen([sys.executable, os.path.join(HERE, "asbridge.py"), "--config", "x.json"], cwd=tmp_path,
-                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        try:
-            process.stdout.readline()
-            (tmp_path / "r.json").write_text(json.dumps(registration("other")))
-            process.send_signal(signal.SIGHUP)
-            line = next(line for line in process.stderr if "read again" in line)
-            assert "added 'other'" in line and "removed 'irc'" in line
-        finally:
-            process.terminate()
-        assert process.wait(10) == 0
-
-
-def test_the_program_suggests_the_inspector_and_three_things_that_can_be_pasted(program):
-    running = program({"registrations": [sample()], "database": ":memory:"})
-    code, out, err = running.end()
-    tries = [line.partition("try: ")[2] for line in err.splitlines() if "try: " in line]
-    assert code == 0 and out == "" and [line.split()[0] for line in tries] == ["open", "irssi", "(printf", "curl"] and running.url in tries[3]
-    body = re.search(r"-d '(.*)'", tries[3])[1]
-    assert json.loads(body)["auth"] == {"type": "m.login.dummy"}
-
-
-def test_at_the_start_the_log_says_of_each_service_what_waits_for_it(program):
-    config = {"registrations": [registration(url=nowhere(), rooms=["!.*"])]}
-    running = program(config)
-    person(running).create_room()
-    running.end()
-    err = program(config).end()[2]
-    line = next(line for line in err.splitlines() if "application service irc at" in line)
-    assert "does not answer" in line and re.search(r"\bevents that wait: [1-9]", line) and "@_irc_.*" in line
-
-
-def test_of_a_service_without_a_url_the_log_says_so(start, caplog):
-    caplog.set_level(logging.INFO, "asbridge")
-    asbridge.describe(start(registration()))
-    assert "application service irc without a url (nothing is sent): " in caplog.text and "None" not in caplog.text
-    assert asbridge.IrcBridge(bridge_registration(url=None), "http://127.0.0.1:1").url == ""
-
-
-def test_at_the_start_the_log_warns_of_a_namespace_that_can_never_match_and_of_nothing_else_that_the_doctor_finds(start, caplog):
-    asbridge.describe(start(registration(users=["_irc_.*", "@_irc_.*", "@.*_irc"], aliases=["#irc:other"])))
-    assert [record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == [
-        "application service irc: namespaces.users[0].regex: '_irc_.*' matches no user ID; write '@_irc_.*'",
-        "application service irc: namespaces.aliases[0].regex: '#irc:other' matches no alias of localhost; "
-        "write '#irc:localhost', or give the other name as server_name (--server-name)"]
-
-
-def test_at_the_start_and_when_registrations_are_read_again_the_log_warns_of_a_regex_that_can_be_slow_or_can_not_be_analysed(start, caplog, tmp_path):
-    (tmp_path / "r.json").write_text(json.dumps(registration(users=["@_irc_.*_.*_.*:x"], aliases=["#(?=_irc).*"], uris={"users": [{"regex": "x:(.*),(.*)", "user_id": "@_irc_x:{server_name}"}]})))
-    hs = start(str(tmp_path / "r.json"), server_name="x")
-    told = ["namespaces.users[0].regex: '@_irc_.*_.*_.*:x' can be slow: it can match a text in 16,777,216 ways", "namespaces.aliases[0].regex: '#(?=_irc).*' can't be analysed, for it has a look-around",
-            "uris.users: 'x:(.*),(.*)' can be slow: it can match a text in 4,198,401 ways"]
-    for say in (lambda: asbridge.describe(hs), lambda: asbridge.reload(hs)):
-        caplog.clear(), say()
-        assert [record.getMessage().split("; ")[0] for record in caplog.records if record.levelname == "WARNING"] == [f"application service irc: {one}" for one in told]
-        (tmp_path / "r.json").write_text((tmp_path / "r.json").read_text().replace("as-irc", "as-other"))
-    caplog.clear(), asbridge.reload(hs)                      # nothing new, nothing said
-    assert not [record for record in caplog.records if record.levelname == "WARNING"]
-
-
-def test_a_port_that_is_taken_is_named_with_the_way_out(program):
-    with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as taken:
-        code, out, err = program({"database": ":memory:"}, port=str(taken.getsockname()[1])).end()
-    assert code == 1 and out == "" and "--port 0" in err and str(taken) not in err and "Traceback" not in err
-
-
-def test_a_second_process_on_the_same_database_is_refused(program):
-    first = program({})
-    code, out, err = program({}).end()
-    assert code == 1 and out == "" and "in use" in err and "Traceback" not in err and ask(first, "GET", "/_matrix/client/versions")[0] == 200
-
-
-def test_a_database_of_another_server_name_is_refused(program):
-    program({}).end()
-    code, _, err = program({}, "--server-name", "other.org").end()
-    assert code == 1 and "'localhost'" in err and "Traceback" not in err
-
-
-def test_the_log_may_be_json(program):
-    err = program({"database": ":memory:", "registrations": [registration()]}, "--log-format", "json", "-v").end()[2]
-    lines = [json.loads(line) for line in err.splitlines()]
-    assert lines and all({"ts", "level", "message"} <= line.keys() for line in lines)
-
-
-def test_quiet_says_nothing_while_all_is_well(program):
-    assert program({"database": ":memory:", "registrations": [registration(url=nowhere())]}, "-q").end() == (0, "", "")
-
-
-def test_the_role_of_a_homeserver_runs_no_sample(program):
-    err = program({"registrations": [sample()], "database": ":memory:"}, "--role", "homeserver").end()[2]
-    assert "try: irssi" not in err
-
-
-@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="not to be told here")
-@pytest.mark.parametrize("one_cpu", [True, False])
-def test_the_program_keeps_to_one_processor_unless_told_otherwise(program, one_cpu):
-    running = program({} if one_cpu else {"one_cpu": False})
-    allowed, threads = set(), os.listdir(f"/proc/{running.process.pid}/task")
-    for thread in threads:
-        with contextlib.suppress(ProcessLookupError):        # it may have ended meanwhile
-            allowed.add(frozenset(os.sched_getaffinity(int(thread))))
-    assert len(threads) > 2 and len(allowed) == 1 and {len(one) for one in allowed} == {1 if one_cpu else len(os.sched_getaffinity(0))}
-
-
-def test_a_message_that_was_answered_survives_a_kill_while_others_are_being_sent(program):
-    running = program({})
-    alice = person(running)
-    room = alice.create_room()
-    answered = []
-
-    def write():
-        with contextlib.suppress(OSError, http.client.HTTPException):
-            while True:
-                answered.append(alice.say(room, "x"))
-    with ThreadPoolExecutor(1) as pool:
-        pool.submit(write)
-        eventually(lambda: len(answered) > 50)
-        running.process.kill()
-        running.process.wait()
-    again = asbridge.Client(program({}).url, alice.token)
-    history = [event["event_id"] for event in again.messages(room, "f", 1000)["chunk"] if event["type"] == "m.room.message"]
-    assert history[:len(answered)] == answered and len(history) <= len(answered) + 1
-
-
-@pytest.mark.parametrize("format, coloured", [("text", False), ("text", True), ("json", False)])
-def test_the_trace_is_lines_in_colour_on_a_terminal_or_json(format, coloured):
-    record = logging.makeLogRecord({"name": "asbridge.trace", "msg": "HS ---> irc", "created": 1.5, "exchange": {"arrow": "--->", "back": False, "status": None, "n": 7}})
-    if format == "json":
-        assert json.loads(asbridge.JsonLines().format(record))["n"] == 7
-        return
-    line = asbridge.Lines(coloured).format(record)
-    assert line.startswith("\x1b[36m") == coloured and line.endswith("\x1b[0m" if coloured else "HS ---> irc")
-    record.exchange = {"arrow": "<---", "back": True, "status": 403}
-    assert asbridge.Lines(coloured).format(record).startswith("\x1b[31m") == coloured
-    del record.exchange
-    assert "\x1b" not in asbridge.Lines(coloured).format(record)
-
-
-def test_version_is_printed(capsys):
+def test_the_version_is_printed(capsys):
     with pytest.raises(SystemExit) as caught:
         asbridge.main(["--version"])
     assert caught.value.code == 0 and capsys.readouterr().out == f"asbridge {asbridge.__version__}\n"
 
 
-# -- The command line: generate, routes, explain.
+# -- The commands that answer a question and end: generate, routes, explain.
 
 @pytest.mark.parametrize("arguments", [["my", "--url", "localhost:29300"], ["my", "--url", "http://"]])
 def test_generate_refuses_a_url_that_cannot_be_called(capsys, arguments):
@@ -14063,16 +13918,6 @@ def test_generate_refuses_a_url_that_cannot_be_called(capsys, arguments):
 def test_the_bot_of_a_generated_registration_lies_in_its_namespace(prefix):
     made = asbridge.read_registration(asbridge.generate_registration("my", "http://127.0.0.1:1", prefix), "generated")
     assert made.namespaces["users"][0].pattern.match(made.sender("localhost"))
-
-
-def test_a_registration_file_is_loaded_or_everything_wrong_with_it_is_said(tmp_path):
-    path = tmp_path / "r.json"
-    path.write_text(json.dumps(registration("one")))
-    assert asbridge.load_registration(str(path)).id == "one"
-    path.write_text(json.dumps({**registration("one"), "url": "x", "hs_token": 5}))
-    with pytest.raises(asbridge.ConfigError) as caught:
-        asbridge.load_registration(str(path))
-    assert len(caught.value.findings) == 2
 
 
 def test_generate_prints_a_registration_with_fresh_tokens(capsys):
@@ -14111,7 +13956,7 @@ def test_explain_of_the_command_line_reads_registrations_and_database_and_change
     assert asbridge.main(command) == 2
 
 
-# -- The command line: check, and the examiner.
+# -- The commands that answer a question and end: check, and the examiner.
 
 def checked(tmp_path, capsys, config, *flags):
     """Exit code and stdout of `check` for this configuration."""
@@ -14268,7 +14113,7 @@ def test_examine_says_what_to_do_where_the_port_of_the_homeserver_is_taken(tmp_p
     assert code == 1 and out == "" and "asbridge.sample.irc_port" in err and "stop it" not in err
 
 
-def test_examine_can_be_interrupted(tmp_path, capsys, monkeypatch):
+def test_an_examination_can_be_interrupted(tmp_path, capsys, monkeypatch):
     def interrupt(self):
         raise KeyboardInterrupt
     monkeypatch.setattr(asbridge.Examiner, "results", interrupt)
@@ -14282,6 +14127,170 @@ def test_examine_waits_for_one_that_is_about_to_start_and_leaves_a_sample_that_r
     service = recorder(answering())
     code, out, err = examining(tmp_path, capsys, registrations=[registration(url=service.url, **{"asbridge.sample": {"irc_port": 1}})])
     assert code == 0 and err == "" and service.transactions
+
+
+# -- The log.
+
+def test_the_log_may_be_json(program):
+    err = program({"database": ":memory:", "registrations": [registration()]}, "--log-format", "json", "-v").end()[2]
+    lines = [json.loads(line) for line in err.splitlines()]
+    assert lines and all({"ts", "level", "message"} <= line.keys() for line in lines)
+
+
+def test_a_quiet_program_says_nothing_while_all_is_well(program):
+    assert program({"database": ":memory:", "registrations": [registration(url=nowhere())]}, "-q").end() == (0, "", "")
+
+
+@pytest.mark.parametrize("format, coloured", [("text", False), ("text", True), ("json", False)])
+def test_the_trace_is_lines_in_colour_on_a_terminal_or_json(format, coloured):
+    record = logging.makeLogRecord({"name": "asbridge.trace", "msg": "HS ---> irc", "created": 1.5, "exchange": {"arrow": "--->", "back": False, "status": None, "n": 7}})
+    if format == "json":
+        assert json.loads(asbridge.JsonLines().format(record))["n"] == 7
+        return
+    line = asbridge.Lines(coloured).format(record)
+    assert line.startswith("\x1b[36m") == coloured and line.endswith("\x1b[0m" if coloured else "HS ---> irc")
+    record.exchange = {"arrow": "<---", "back": True, "status": 403}
+    assert asbridge.Lines(coloured).format(record).startswith("\x1b[31m") == coloured
+    del record.exchange
+    assert "\x1b" not in asbridge.Lines(coloured).format(record)
+
+
+def test_at_the_start_the_log_says_of_each_service_what_waits_for_it(program):
+    config = {"registrations": [registration(url=nowhere(), rooms=["!.*"])]}
+    running = program(config)
+    person(running).create_room()
+    running.end()
+    err = program(config).end()[2]
+    line = next(line for line in err.splitlines() if "application service irc at" in line)
+    assert "does not answer" in line and re.search(r"\bevents that wait: [1-9]", line) and "@_irc_.*" in line
+
+
+def test_of_a_service_without_a_url_the_log_says_so(start, caplog):
+    caplog.set_level(logging.INFO, "asbridge")
+    asbridge.describe(start(registration()))
+    assert "application service irc without a url (nothing is sent): " in caplog.text and "None" not in caplog.text
+    assert asbridge.IrcBridge(bridge_registration(url=None), "http://127.0.0.1:1").url == ""
+
+
+def test_at_the_start_the_log_warns_of_a_namespace_that_can_never_match_and_of_nothing_else_that_the_doctor_finds(start, caplog):
+    asbridge.describe(start(registration(users=["_irc_.*", "@_irc_.*", "@.*_irc"], aliases=["#irc:other"])))
+    assert [record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == [
+        "application service irc: namespaces.users[0].regex: '_irc_.*' matches no user ID; write '@_irc_.*'",
+        "application service irc: namespaces.aliases[0].regex: '#irc:other' matches no alias of localhost; "
+        "write '#irc:localhost', or give the other name as server_name (--server-name)"]
+
+
+def test_at_the_start_and_when_registrations_are_read_again_the_log_warns_of_a_regex_that_can_be_slow_or_can_not_be_analysed(start, caplog, tmp_path):
+    (tmp_path / "r.json").write_text(json.dumps(registration(users=["@_irc_.*_.*_.*:x"], aliases=["#(?=_irc).*"], uris={"users": [{"regex": "x:(.*),(.*)", "user_id": "@_irc_x:{server_name}"}]})))
+    hs = start(str(tmp_path / "r.json"), server_name="x")
+    told = ["namespaces.users[0].regex: '@_irc_.*_.*_.*:x' can be slow: it can match a text in 16,777,216 ways", "namespaces.aliases[0].regex: '#(?=_irc).*' can't be analysed, for it has a look-around",
+            "uris.users: 'x:(.*),(.*)' can be slow: it can match a text in 4,198,401 ways"]
+    for say in (lambda: asbridge.describe(hs), lambda: asbridge.reload(hs)):
+        caplog.clear(), say()
+        assert [record.getMessage().split("; ")[0] for record in caplog.records if record.levelname == "WARNING"] == [f"application service irc: {one}" for one in told]
+        (tmp_path / "r.json").write_text((tmp_path / "r.json").read_text().replace("as-irc", "as-other"))
+    caplog.clear(), asbridge.reload(hs)                      # nothing new, nothing said
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
+
+
+# -- The program: starts, says that it is ready, and ends on a signal.
+
+def test_the_program_announces_itself_in_one_line_and_ends_with_0_on_sigterm(program, tmp_path):
+    running = program({"registrations": [registration()]}, "--port-file", str(tmp_path / "port"), path=(PROGRAM,))
+    assert re.fullmatch(r"asbridge ready at http://127\.0\.0\.1:[0-9]+\n", running.ready)
+    assert running.url.endswith(":" + (tmp_path / "port").read_text().strip()) and ask(running, "GET", "/_matrix/client/versions")[0] == 200
+    code, out, err = running.end()
+    assert (code, out) == (0, "") and "irc" in err and "as-irc" not in err and "hs-irc" not in err and (tmp_path / "asbridge.db").exists()
+
+
+def test_the_program_ends_with_0_on_sigint(program):
+    assert program({"database": ":memory:"}).end(signal.SIGINT)[0] == 0
+
+
+def test_two_signals_that_come_together_are_one(program):
+    running = program({"database": ":memory:"})
+    running.process.send_signal(signal.SIGINT)
+    assert running.end(signal.SIGTERM)[0] == 0
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="no such signal here")
+def test_sighup_reads_the_registrations_again(tmp_path):
+    (tmp_path / "r.json").write_text(json.dumps(registration()))
+    (tmp_path / "x.json").write_text(json.dumps({"port": 0, "registrations": ["r.json"]}))
+    with subprocess.Popen([sys.executable, os.path.join(HERE, "asbridge.py"), "--config", "x.json"], cwd=tmp_path,
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            process.stdout.readline()
+            (tmp_path / "r.json").write_text(json.dumps(registration("other")))
+            process.send_signal(signal.SIGHUP)
+            line = next(line for line in process.stderr if "read again" in line)
+            assert "added 'other'" in line and "removed 'irc'" in line
+        finally:
+            process.terminate()
+        assert process.wait(10) == 0
+
+
+def test_the_program_suggests_the_inspector_and_three_things_that_can_be_pasted(program):
+    running = program({"registrations": [sample()], "database": ":memory:"})
+    code, out, err = running.end()
+    tries = [line.partition("try: ")[2] for line in err.splitlines() if "try: " in line]
+    assert code == 0 and out == "" and [line.split()[0] for line in tries] == ["open", "irssi", "(printf", "curl"] and running.url in tries[3]
+    body = re.search(r"-d '(.*)'", tries[3])[1]
+    assert json.loads(body)["auth"] == {"type": "m.login.dummy"}
+
+
+def test_a_port_that_is_taken_is_named_with_the_way_out(program):
+    with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as taken:
+        code, out, err = program({"database": ":memory:"}, port=str(taken.getsockname()[1])).end()
+    assert code == 1 and out == "" and "--port 0" in err and str(taken) not in err and "Traceback" not in err
+
+
+def test_a_second_process_on_the_same_database_is_refused(program):
+    first = program({})
+    code, out, err = program({}).end()
+    assert code == 1 and out == "" and "in use" in err and "Traceback" not in err and ask(first, "GET", "/_matrix/client/versions")[0] == 200
+
+
+def test_a_database_of_another_server_name_is_refused(program):
+    program({}).end()
+    code, _, err = program({}, "--server-name", "other.org").end()
+    assert code == 1 and "'localhost'" in err and "Traceback" not in err
+
+
+def test_in_the_role_of_a_homeserver_no_sample_runs(program):
+    err = program({"registrations": [sample()], "database": ":memory:"}, "--role", "homeserver").end()[2]
+    assert "try: irssi" not in err
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="not to be told here")
+@pytest.mark.parametrize("one_cpu", [True, False])
+def test_the_program_keeps_to_one_processor_unless_told_otherwise(program, one_cpu):
+    running = program({} if one_cpu else {"one_cpu": False})
+    allowed, threads = set(), os.listdir(f"/proc/{running.process.pid}/task")
+    for thread in threads:
+        with contextlib.suppress(ProcessLookupError):        # it may have ended meanwhile
+            allowed.add(frozenset(os.sched_getaffinity(int(thread))))
+    assert len(threads) > 2 and len(allowed) == 1 and {len(one) for one in allowed} == {1 if one_cpu else len(os.sched_getaffinity(0))}
+
+
+def test_a_message_that_was_answered_survives_a_kill_while_others_are_being_sent(program):
+    running = program({})
+    alice = person(running)
+    room = alice.create_room()
+    answered = []
+
+    def write():
+        with contextlib.suppress(OSError, http.client.HTTPException):
+            while True:
+                answered.append(alice.say(room, "x"))
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(write)
+        eventually(lambda: len(answered) > 50)
+        running.process.kill()
+        running.process.wait()
+    again = asbridge.Client(program({}).url, alice.token)
+    history = [event["event_id"] for event in again.messages(room, "f", 1000)["chunk"] if event["type"] == "m.room.message"]
+    assert history[:len(answered)] == answered and len(history) <= len(answered) + 1
 
 
 # -- The README, the example, and the file itself.
