@@ -2325,32 +2325,6 @@ def explainer(*registrations):
     return asbridge.Registrations("localhost", [asbridge.read_registration(one, "here") for one in registrations]).explain
 
 
-@pytest.mark.parametrize("regex, id, miss", [
-    ("@irc_.*",                 "@Irc_bob:localhost",     "differs at character 2: 'irc_.*' is wanted, 'Irc_bob:localhost' is there; it is only the case"),
-    ("@irc_.*",                 "@alice:localhost",       "differs at character 2: 'irc_.*' is wanted, 'alice:localhost' is there"),
-    ("@irc_[a-z]+:example.org", "@irc_bob:localhost",     "differs at character 10: 'example.org' is wanted, 'localhost' is there"),
-    ("@irc_[0-9]{3}",           "@irc_12",                "differs at character 7: '{3}' is wanted, '2' is there"),
-    ("irc_.*",                  "@irc_bob:localhost",     "differs at character 1: 'irc_.*' is wanted"),
-    ("@irc_bob:localhost.de",   "@irc_bob:localhost",     "differs at character 19: '.de' is wanted, nothing is there"),
-    ("@(irc|xmpp)_.*",          "@icq_x:localhost",       "differs at character 2: '(irc|xmpp)_.*' is wanted, 'icq_x:localhost' is there"),
-])
-def test_the_nearest_miss_of_a_regex_is_where_the_id_stops_being_what_it_wants(regex, id, miss):
-    namespace = asbridge.Namespace("users", 0, regex, True, asbridge.compile_regex(regex))
-    assert namespace.explain(id)["miss"] == miss and not namespace.explain(id)["matches"]
-
-
-@pytest.mark.parametrize("regex, id, matches, unanchored, whole", [
-    ("@irc_.*",   "@irc_bob:localhost",       True,  True,  True),
-    ("@irc_",     "@irc_bob:localhost",       True,  True,  False),
-    ("irc_.*",    "@irc_bob:localhost",       False, True,  False),
-    ("@x.*",      "@irc_bob:localhost",       False, False, False),
-])
-def test_a_namespace_says_how_a_search_and_a_full_match_would_decide(regex, id, matches, unanchored, whole):
-    namespace = asbridge.Namespace("users", 0, regex, True, asbridge.compile_regex(regex))
-    said = namespace.explain(id)
-    assert (said["matches"], said["unanchored"], said["whole"]) == (matches, unanchored, whole)
-
-
 def test_explain_names_who_claims_a_user_who_owns_it_and_who_may_create_it():
     explain = explainer(registration(url="http://x"), registration("all", users=["@.*"], exclusive=False, url="http://y"), registration("no", users=[]))
     said = explain("@_irc_bob:localhost")
@@ -2375,6 +2349,32 @@ def test_explain_takes_aliases_room_ids_and_uris_and_says_what_else_is_none_of_t
     for nonsense in ("", "bob", "$event", " @x:y", "http:"):
         with refused("M_INVALID_PARAM", 400, "URI"):
             explain(nonsense)
+
+
+@pytest.mark.parametrize("regex, id, miss", [
+    ("@irc_.*",                 "@Irc_bob:localhost",     "differs at character 2: 'irc_.*' is wanted, 'Irc_bob:localhost' is there; it is only the case"),
+    ("@irc_.*",                 "@alice:localhost",       "differs at character 2: 'irc_.*' is wanted, 'alice:localhost' is there"),
+    ("@irc_[a-z]+:example.org", "@irc_bob:localhost",     "differs at character 10: 'example.org' is wanted, 'localhost' is there"),
+    ("@irc_[0-9]{3}",           "@irc_12",                "differs at character 7: '{3}' is wanted, '2' is there"),
+    ("irc_.*",                  "@irc_bob:localhost",     "differs at character 1: 'irc_.*' is wanted"),
+    ("@irc_bob:localhost.de",   "@irc_bob:localhost",     "differs at character 19: '.de' is wanted, nothing is there"),
+    ("@(irc|xmpp)_.*",          "@icq_x:localhost",       "differs at character 2: '(irc|xmpp)_.*' is wanted, 'icq_x:localhost' is there"),
+])
+def test_the_nearest_miss_of_a_regex_is_where_the_id_stops_being_what_it_wants(regex, id, miss):
+    namespace = asbridge.Namespace("users", 0, regex, True, asbridge.compile_regex(regex))
+    assert namespace.explain(id)["miss"] == miss and not namespace.explain(id)["matches"]
+
+
+@pytest.mark.parametrize("regex, id, matches, unanchored, whole", [
+    ("@irc_.*",   "@irc_bob:localhost",       True,  True,  True),
+    ("@irc_",     "@irc_bob:localhost",       True,  True,  False),
+    ("irc_.*",    "@irc_bob:localhost",       False, True,  False),
+    ("@x.*",      "@irc_bob:localhost",       False, False, False),
+])
+def test_a_namespace_says_how_a_search_and_a_full_match_would_decide(regex, id, matches, unanchored, whole):
+    namespace = asbridge.Namespace("users", 0, regex, True, asbridge.compile_regex(regex))
+    said = namespace.explain(id)
+    assert (said["matches"], said["unanchored"], said["whole"]) == (matches, unanchored, whole)
 
 
 # -- Reading a registration.
@@ -3571,46 +3571,47 @@ def test_a_job_sees_what_those_before_it_in_the_batch_have_stored(open_store):
     assert second.value == (["1", "2"], True) and third.value == {"body": "1"} and texts_in(store) == ["1", "2"]
 
 
+def random_job(rnd, n, seen):
+    """A job that changes something, looks, or is refused in the end; what it saw goes into `seen`."""
+    kind, refuse = rnd.choice(["say", "say", "say", "state", "profile", "redact", "look", "alias"]), rnd.random() < 0.3
+    early, target, sender = rnd.random() < 0.5, rnd.random(), rnd.choice([ALICE, GHOST])
+
+    def redact(tx):
+        events = tx.events(1, 0, 2**62, 1000, False, asbridge.Filter(types=["m.room.message"]))
+        if events:
+            tx.redact(tx.room("!r:localhost"), events[int(target * len(events))], tx.tick())
+    change = {"say": lambda tx: say(tx, body=f"{n}", sender=sender), "profile": lambda tx: tx.set_profile(GHOST, "displayname", f"{n}"), "redact": redact,
+              "state": lambda tx: tx.append(tx.room("!r:localhost"), asbridge.Draft("m.room.topic", ALICE, {"topic": f"{n}"}, ""), 1000),
+              "alias": lambda tx: tx.add_alias(f"#a{n}:localhost", tx.room("!r:localhost"), ALICE), "look": lambda tx: None}[kind]
+
+    def job(tx):
+        if early:
+            say(tx, body=f"{n} first")
+        change(tx)
+        seen.append((n, len(tx.events(1, 0, 2**62, 1000, False)), tx.room("!r:localhost").content("m.room.topic")) if kind == "look" else n)
+        if refuse:
+            raise MatrixError("M_FORBIDDEN", f"{n}")
+    return job
+
+
+def all_that_is_there(store):
+    with store.read() as reader:
+        events = [(event.type, event.sender, event.content, event.redacted_because is None) for event in reader.events(1, 0, 2**62, 10_000, False)]
+        return (events, reader.user(GHOST)[2], reader.aliases_of(1), [reason for (reason,) in reader.all("SELECT reason FROM outbox ORDER BY tick")],
+                [event.content for event in reader.state_at(1)])
+
+
 @pytest.mark.parametrize("seed", range(12))
 def test_the_jobs_of_one_batch_leave_what_they_would_leave_one_by_one(open_store, seed):
-    def job(n):
-        kind, refuse = rnd.choice(["say", "say", "say", "state", "profile", "redact", "look", "alias"]), rnd.random() < 0.3
-        early, target = rnd.random() < 0.5, rnd.random()
-
-        def fn(tx):
-            if early:
-                say(tx, body=f"{n} first")
-            if kind == "say":
-                say(tx, body=f"{n}", sender=rnd_sender)
-            elif kind == "state":
-                tx.append(tx.room("!r:localhost"), asbridge.Draft("m.room.topic", ALICE, {"topic": f"{n}"}, ""), 1000)
-            elif kind == "profile":
-                tx.set_profile(GHOST, "displayname", f"{n}")
-            elif kind == "alias":
-                tx.add_alias(f"#a{n}:localhost", tx.room("!r:localhost"), ALICE)
-            elif kind == "redact":
-                events = tx.events(1, 0, 2**62, 1000, False, asbridge.Filter(types=["m.room.message"]))
-                if events:
-                    tx.redact(tx.room("!r:localhost"), events[int(target * len(events))], tx.tick())
-            seen.append((n, len(tx.events(1, 0, 2**62, 1000, False)), tx.room("!r:localhost").content("m.room.topic")) if kind == "look" else n)
-            if refuse:
-                raise MatrixError("M_FORBIDDEN", f"{n}")
-        rnd_sender = rnd.choice([ALICE, GHOST])
-        return fn
-
-    def left(store):
-        with store.read() as reader:
-            events = [(event.type, event.sender, event.content, event.redacted_because is None) for event in reader.events(1, 0, 2**62, 10_000, False)]
-            return (events, reader.user(GHOST)[2], reader.aliases_of(1), [reason for (reason,) in reader.all("SELECT reason FROM outbox ORDER BY tick")],
-                    [event.content for event in reader.state_at(1)])
-    outcomes, rnd = [], random.Random(seed)
-    jobs = [job(n) for n in range(rnd.choice([3, 10, 40]))]
+    outcomes, seen, rnd = [], [], random.Random(seed)
+    jobs = [random_job(rnd, n, seen) for n in range(rnd.choice([3, 10, 40]))]
     for run in (lambda store: in_one_batch(store, *jobs), lambda store: [in_one_batch(store, one)[0] for one in jobs]):
-        store, seen = open_store(), []
+        store = open_store()
+        seen.clear()
         make_room(store, GHOST)
         store.write(lambda tx: tx.add_user(GHOST, None, "irc", 1))
         results = run(store)
-        outcomes.append((left(store), seen, [result.error and result.error.error for result in results], [*store._tx.room("!r:localhost").events]))
+        outcomes.append((all_that_is_there(store), [*seen], [result.error and result.error.error for result in results], [*store._tx.room("!r:localhost").events]))
     assert outcomes[0] == outcomes[1] and (len(jobs) < 10 or any(outcomes[0][2]))
 
 
@@ -5059,57 +5060,87 @@ def readable(client, *where, **query):
         return None
 
 
-@pytest.mark.parametrize("seed", range(8))
-def test_each_way_to_read_a_room_shows_what_the_history_visibility_lets_one_see(alice, bob, seed):
-    dice = random.Random(seed)
-    room = alice.create_room(preset="public_chat")
-    start, said = bob.sync()["next_batch"], happens(dice, alice, bob, room)
-    history = History(all_messages(alice, room), bob.user_id)
-    seen, refused_all = history.seen_ids(), not history.seen and not history.upto
-    for dir in "fb":
-        page = readable(bob, "rooms", room, "messages", dir=dir, limit=100, filter='{"lazy_load_members":true}')
-        assert (page is None) == refused_all and ids(page["chunk"] if page else []) == (seen if dir == "f" else seen[::-1])
-        assert page is None or {*ids(page.get("state", []))} <= history.state(history.upto)
-    for n, event_id in enumerate(history.ids, 1):
-        may = n in history.seen
-        assert (readable(bob, "rooms", room, "event", event_id) is not None) == may
-        around = readable(bob, "rooms", room, "context", event_id, limit=100)
-        assert (around is not None) == may
-        if around:
-            assert [*ids(around["events_before"][::-1]), event_id, *ids(around["events_after"])] == seen
-            assert {*ids(around["state"])} == history.state(min(history.seen[-1], history.upto))
-        then, members = min(n, history.upto), readable(bob, "rooms", room, "members", at=asbridge.tick_of(event_id))
-        assert (members is not None) == (then in history.seen) or (then and then + 1 in history.seen)        # right before what one sees, too
-        assert members is None or {*ids(members["chunk"])} == history.state(then, "m.room.member")
-    for root in said:
-        page = readable(bob, "rooms", room, "relations", root, "m.thread")
-        assert (page is not None) == (root in seen) and ids(page["chunk"] if page else []) == (history.children(root)[::-1] if root in seen else [])
-    page = readable(bob, "rooms", room, "threads")
-    threads = {event["event_id"]: event["unsigned"]["m.relations"]["m.thread"] for event in page["chunk"]} if page else {}
-    assert {root: (one["count"], one["latest_event"]["event_id"]) for root, one in threads.items()} == {
-        root: (len(children), children[-1]) for root in said if root in seen and (children := history.children(root))}
-    for where, type in (("state", None), ("members", "m.room.member")):
-        page = readable(bob, "rooms", room, where)
-        assert {*ids(page["chunk"] if isinstance(page, dict) else page or [])} == history.state(history.upto, type) and (page is not None) == bool(history.upto)
-    topic = next((event for event in history.events[history.upto - 1::-1] if event["type"] == "m.room.topic"), None) if history.upto else None
-    assert readable(bob, "rooms", room, "state", "m.room.topic") == (topic and topic["content"])
-    assert (readable(bob, "rooms", room, "joined_members") is not None) == (readable(bob, "events", room_id=room) is not None) == (history.now == "join")
-    first = readable(bob, "rooms", room, "initialSync", limit=100)
-    assert (first is not None) == bool(history.upto)
-    if first:
-        assert ids(first["messages"]["chunk"]) == seen and {*ids(first["state"])} == history.state(history.upto)
-        assert history.now == "join" or not (first["presence"] or first["receipts"])
-    for since in (None, start):
-        rooms = bob.sync(since, filter={"room": {"rooms": [room], "include_leave": True, "timeline": {"limit": 100}}}).get("rooms", {})
+class Eyes:
+    """What bob finds in a room by each way to read it, held against what he may see."""
+
+    def __init__(self, bob, room, history):
+        self.bob, self.room, self.history, self.seen = bob, room, history, history.seen_ids()
+
+    def look(self, *where, **query):
+        return readable(self.bob, "rooms", self.room, *where, **query)
+
+    def check_messages(self):
+        for dir in "fb":
+            page = self.look("messages", dir=dir, limit=100, filter='{"lazy_load_members":true}')
+            assert (page is None) == (not self.seen and not self.history.upto)
+            assert ids(page["chunk"] if page else []) == (self.seen if dir == "f" else self.seen[::-1])
+            assert page is None or {*ids(page.get("state", []))} <= self.history.state(self.history.upto)
+
+    def check_events(self):
+        history, seen = self.history, self.seen
+        for n, event_id in enumerate(history.ids, 1):
+            assert (self.look("event", event_id) is not None) == (n in history.seen)
+            around = self.look("context", event_id, limit=100)
+            assert (around is not None) == (n in history.seen)
+            if around:
+                assert [*ids(around["events_before"][::-1]), event_id, *ids(around["events_after"])] == seen
+                assert {*ids(around["state"])} == history.state(min(history.seen[-1], history.upto))
+            then, members = min(n, history.upto), self.look("members", at=asbridge.tick_of(event_id))
+            assert (members is not None) == (then in history.seen) or (then and then + 1 in history.seen)        # right before what one sees, too
+            assert members is None or {*ids(members["chunk"])} == history.state(then, "m.room.member")
+
+    def check_threads(self, said):
+        children = {root: self.history.children(root) for root in said if root in self.seen}
+        for root in said:
+            page = self.look("relations", root, "m.thread")
+            assert (page is not None) == (root in self.seen) and ids(page["chunk"] if page else []) == children.get(root, [])[::-1]
+        page = self.look("threads")
+        threads = {event["event_id"]: bundled(event)["m.thread"] for event in page["chunk"]} if page else {}
+        assert {root: (one["count"], one["latest_event"]["event_id"]) for root, one in threads.items()} == {
+            root: (len(found), found[-1]) for root, found in children.items() if found}
+
+    def check_state(self):
+        upto, events = self.history.upto, self.history.events
+        for where, type in (("state", None), ("members", "m.room.member")):
+            page = self.look(where)
+            assert {*ids(page["chunk"] if isinstance(page, dict) else page or [])} == self.history.state(upto, type) and (page is not None) == bool(upto)
+        topic = next((event for event in events[upto - 1::-1] if event["type"] == "m.room.topic"), None) if upto else None
+        assert self.look("state", "m.room.topic") == (topic and topic["content"])
+        assert (self.look("joined_members") is not None) == (readable(self.bob, "events", room_id=self.room) is not None) == (self.history.now == "join")
+
+    def check_initial_sync(self):
+        first = self.look("initialSync", limit=100)
+        assert (first is not None) == bool(self.history.upto)
+        if first:
+            assert ids(first["messages"]["chunk"]) == self.seen and {*ids(first["state"])} == self.history.state(self.history.upto)
+            assert self.history.now == "join" or not (first["presence"] or first["receipts"])
+
+    def check_sync(self, since):
+        history = self.history
+        rooms = self.bob.sync(since, filter={"room": {"rooms": [self.room], "include_leave": True, "timeline": {"limit": 100}}}).get("rooms", {})
         section = {"join": "join", "invite": "invite"}.get(history.now, "leave")
-        entry = rooms.get(section, {}).get(room)
+        entry = rooms.get(section, {}).get(self.room)
         assert list(rooms) == ([section] if len(history.memberships) > 1 else [])
         if section == "invite" or not entry:
-            continue
+            return
         shown, own = ids(entry["timeline"]["events"]), [history.ids[history.memberships[-1][0] - 1]]
-        assert shown == own or shown == (seen if since is None else seen[-len(shown):])
+        assert shown == own or shown == (self.seen if since is None else self.seen[-len(shown):])
         state = {*ids(entry["state"]["events"])}
         assert state == history.state(min(history.ids.index(shown[0]), history.upto)) if since is None and shown != own else state <= {*history.ids[:history.upto]}
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_each_way_to_read_a_room_shows_what_the_history_visibility_lets_one_see(alice, bob, seed):
+    room = alice.create_room(preset="public_chat")
+    start, said = bob.sync()["next_batch"], happens(random.Random(seed), alice, bob, room)
+    eyes = Eyes(bob, room, History(all_messages(alice, room), bob.user_id))
+    eyes.check_messages()
+    eyes.check_events()
+    eyes.check_threads(said)
+    eyes.check_state()
+    eyes.check_initial_sync()
+    for since in (None, start):
+        eyes.check_sync(since)
 
 
 # -- Rooms: aliases.
@@ -8806,44 +8837,55 @@ def test_a_walk_beside_a_model_of_the_rules_meets_no_difference(seed, recorder, 
         server.hs.stop()
 
 
+class Post:
+    """What was sent to the devices of one user, and what each of them got."""
+
+    def __init__(self, devices):
+        self.names = {device: device_of(device) for device in devices}
+        self.sent, self.got = {device: [] for device in devices}, {device: [] for device in devices}     # got: but for answers lost on the way
+        self.tokens, self.acknowledged = {device: [("", 0)] for device in devices}, dict.fromkeys(devices, 0)      # token and how many had been sent then
+
+    def send(self, sender, user_id, txn_id, contents, times):
+        for _ in range(times):                               # it may be sent again, with the same transaction ID
+            sender.ask("PUT", "sendToDevice", "m.x", txn_id, body={"messages": {user_id: contents}})
+        for device, name in self.names.items():
+            if content := contents.get(name, contents.get("*")):
+                self.sent[device].append(content["n"])
+
+    def sync(self, device, token, upto, lost):
+        answer = device.sync(token or None)
+        found = [message["content"]["n"] for message in answer.get("to_device", {}).get("events", [])]
+        assert found == self.sent[device][max(upto, self.acknowledged[device]):]
+        self.acknowledged[device] = max(self.acknowledged[device], upto)
+        if not lost:
+            self.got[device] += found
+            self.tokens[device].append((answer["next_batch"], len(self.sent[device])))
+
+
 @pytest.mark.parametrize("seed", range(2))
 def test_each_message_comes_to_each_device_until_a_later_token_acknowledges_it_in_order_and_over_restarts(start, tmp_path, seed):
     rnd, keys = random.Random(seed), {"database": str(tmp_path / "a.db")}
     hs = start(**keys)
-    alice, senders = hs.client("alice"), [hs.client(name) for name in ("bob", "carol")]
+    alice, bob = hs.client("alice"), hs.client("bob")
     devices = [alice, again(hs, alice)]
-    names = {device: device_of(device) for device in devices}
-    sent, tokens, acknowledged = {one: [] for one in devices}, {one: [("", 0)] for one in devices}, dict.fromkeys(devices, 0)
-    processed = {one: [] for one in devices}                 # of those answers that were not lost on the way
+    post = Post(devices)
     for n in range(120):
         act, device = rnd.choice(["send"] * 5 + ["sync"] * 5 + ["again", "old", "anew"] + ["restart"] * (n % 40 == 0)), rnd.choice(devices)
         if act == "send":
-            chosen = rnd.choice(["*", names[device], "both"])
-            contents = {names[device]: {"n": n}, "*": {"n": -n}} if chosen == "both" else {chosen: {"n": n}}
-            for _ in range(rnd.choice([1, 1, 2])):           # it may be sent again, with the same transaction ID
-                rnd.choice(senders[:1]).ask("PUT", "sendToDevice", "m.x", f"{seed}-{n}", body={"messages": {alice.user_id: contents}})
-            for one in devices:
-                content = contents.get(names[one], contents.get("*"))
-                if content:
-                    sent[one].append(content["n"])
+            name = post.names[device]
+            post.send(bob, alice.user_id, f"{n}", rnd.choice([{"*": {"n": n}}, {name: {"n": n}}, {name: {"n": n}, "*": {"n": -n}}]), rnd.choice([1, 1, 2]))
         elif act == "restart":
             hs.stop()
             hs = start(**keys)
-            for client in (*devices, *senders):
+            for client in (*devices, bob):
                 client.close()
                 client.url = hs.url
         else:
-            token, upto = {"sync": tokens[device][-1], "again": tokens[device][-1], "old": rnd.choice(tokens[device]), "anew": ("", 0)}[act]
-            answer = device.sync(token or None)
-            found = [message["content"]["n"] for message in answer.get("to_device", {}).get("events", [])]
-            assert found == sent[device][max(upto, acknowledged[device]):], (n, act)
-            acknowledged[device] = max(acknowledged[device], upto)
-            if act == "sync":                                # the others are lost on the way back
-                processed[device] += found
-                tokens[device].append((answer["next_batch"], len(sent[device])))
+            tokens = post.tokens[device]
+            post.sync(device, *{"sync": tokens[-1], "again": tokens[-1], "old": rnd.choice(tokens), "anew": ("", 0)}[act], lost=act != "sync")
     for device in devices:
-        processed[device] += [message["content"]["n"] for message in device.sync(tokens[device][-1][0] or None).get("to_device", {}).get("events", [])]
-    assert processed == sent and all(len(found) > 20 for found in processed.values())
+        post.sync(device, *post.tokens[device][-1], lost=False)
+    assert post.got == post.sent and all(len(found) > 20 for found in post.got.values())
 
 
 class Meetings:
@@ -8870,34 +8912,47 @@ class Meetings:
                 left.add(other)
         return changed, left
 
+    def check(self, one, since, changed, left):
+        """What a sync names: at least whom it must, and nobody who is not met any more, or is still."""
+        must_change, must_leave = self.expected(one, since)
+        assert must_change <= set(changed) and must_leave <= set(left)
+        assert all(other == one or self.together(self.moments[-1], one, other) for other in changed)
+        assert not any(self.together(self.moments[-1], one, other) for other in left)
 
-@pytest.mark.parametrize("seed, forgets", [(seed, forgets)
-                                           for seed, forgets in ((1, False), (2, True))])
+    def joins(self, person, room):
+        person.join(room)
+        self.rooms[room].add(person.user_id)
+
+    def leaves(self, person, room, forgets):
+        person.leave(room)
+        self.rooms[room].discard(person.user_id)
+        if forgets:
+            person.call("POST", path("rooms", room, "forget"), {})
+
+    def is_kicked(self, user_id, room, by):
+        by.kick(room, user_id)
+        self.rooms[room].discard(user_id)
+
+
+@pytest.mark.parametrize("seed, forgets", [(1, False), (2, True)])
 def test_device_lists_name_everybody_whose_keys_are_new_or_who_is_newly_met_and_who_is_met_no_more(alice, bob, carol, seed, forgets):
-    people = [alice, bob, carol]
-    rnd = random.Random(seed)
-    rooms = [people[0].create_room(preset="public_chat") for _ in range(3)]
-    people[0].leave(rooms[2])
+    rnd, people = random.Random(seed), [alice, bob, carol]
+    rooms = [alice.create_room(preset="public_chat") for _ in range(3)]
+    alice.leave(rooms[2])
     model = Meetings(rooms)
     for room in rooms[:2]:
-        model.rooms[room].add(people[0].user_id)
+        model.rooms[room].add(alice.user_id)
     model.note()
     tokens = {person: [(person.sync()["next_batch"], 0)] for person in people}
     for n in range(150):
         act, person, room = rnd.choice(["join"] * 4 + ["leave"] * 3 + ["kick", "rename", "key", "key", "sync", "sync", "sync"]), rnd.choice(people), rnd.choice(rooms)
-        inside = model.rooms[room]
+        others = sorted(model.rooms[room] - {alice.user_id})
         if act == "join":
-            person.join(room)
-            inside.add(person.user_id)
-        elif act == "leave" and person.user_id in inside and len(inside) > 1:
-            person.leave(room)
-            inside.discard(person.user_id)
-            if forgets:
-                person.call("POST", path("rooms", room, "forget"), {})
-        elif act == "kick" and people[0].user_id in inside and len(inside) > 1:
-            other = rnd.choice(sorted(inside - {people[0].user_id}))
-            people[0].call("POST", path("rooms", room, "kick"), {"user_id": other})
-            inside.discard(other)
+            model.joins(person, room)
+        elif act == "leave" and person.user_id in model.rooms[room] and len(model.rooms[room]) > 1:
+            model.leaves(person, room, forgets)
+        elif act == "kick" and others and alice.user_id in model.rooms[room]:
+            model.is_kicked(rnd.choice(others), room, by=alice)
         elif act == "rename":
             renamed(person, f"name {n}")
         elif act == "key":
@@ -8907,11 +8962,7 @@ def test_device_lists_name_everybody_whose_keys_are_new_or_who_is_newly_met_and_
         if act == "sync":
             token, since = rnd.choice(tokens[person][-2:])
             answer = person.sync(token)
-            found = answer.get("device_lists", {"changed": [], "left": []})
-            changed, left = model.expected(person.user_id, since)
-            assert changed <= set(found["changed"]) and left <= set(found["left"]), (n, person.user_id)
-            assert all(other == person.user_id or model.together(model.moments[-1], person.user_id, other) for other in found["changed"])
-            assert not any(model.together(model.moments[-1], person.user_id, other) for other in found["left"])
+            model.check(person.user_id, since, **answer.get("device_lists", {"changed": [], "left": []}))
             tokens[person].append((answer["next_batch"], len(model.moments) - 1))
 
 
@@ -8953,62 +9004,74 @@ class Counts:
         return main, found
 
 
+class Chat:
+    """Three who talk in a room, of whom two are modelled; does() lets one of them do something."""
+
+    def __init__(self, seed, hs, alice, bob, carol, room):
+        self.rnd, self.hs, self.alice, self.bob, self.carol, self.room = random.Random(seed), hs, alice, bob, carol, room
+        self.models = {client: Counts(client.user_id, asbridge.localpart_of(client.user_id)) for client in (bob, carol)}
+        self.sent, self.roots = [], []                       # (event ID, root of its thread or 0, who); what may be a root
+
+    def any_content(self, act, n):
+        """(type, content, root of its thread or 0)."""
+        rnd, body = self.rnd, self.rnd.choice(["x", "bob: hello", "for carol?", "bobby", "@room", "@rooms", "CAROL"])
+        content = {"msgtype": rnd.choice(["m.text", "m.text", "m.text", "m.notice"]), "body": body}
+        if rnd.random() < 0.5:
+            content["m.mentions"] = rnd.choice([{}, {"user_ids": [self.bob.user_id]}, {"user_ids": [self.carol.user_id, "@x:y"]}, {"room": True}])
+        root = rnd.choice(self.roots) if act in ("thread", "react", "edit") and self.roots else 0
+        if act == "react" and root:
+            return "m.reaction", {"m.relates_to": {"rel_type": "m.annotation", "event_id": root, "key": str(n)}}, 0
+        if act == "edit" and root:
+            return "m.room.message", {**content, "m.relates_to": {"rel_type": "m.replace", "event_id": root}, "m.new_content": {"body": body}}, 0
+        return "m.room.message", {**content, **({"m.relates_to": {"rel_type": "m.thread", "event_id": root}} if root else {})}, root
+
+    def says(self, client, act, n):
+        type, content, root = ("m.room.topic", {"topic": "x"}, 0) if act == "state" else self.any_content(act, n)
+        id = client.set_state(self.room, type, {"topic": f"bob {n}"}) if act == "state" else client.send(self.room, type, content)
+        for model in self.models.values():
+            model.happened(id, client.user_id, content, type, root, client is self.alice)
+        self.sent.append((id, root, client))
+        if act == "say":
+            self.roots.append(id)
+
+    def redacts(self):
+        id, _, whose = self.rnd.choice(self.sent)
+        if whose is self.alice and id not in self.roots:
+            self.alice.redact(self.room, id)
+            for model in self.models.values():
+                next(event for event in model.events if event["id"] == id)["notify"] = False
+
+    def reads(self, client, threaded):
+        id, root, _ = self.rnd.choice(self.sent[-8:])
+        with contextlib.suppress(MatrixError) if threaded else contextlib.nullcontext():     # one that was redacted is in no thread any more
+            receipt(client, self.room, id, **({"thread_id": root or "main"} if threaded else {"type": self.rnd.choice(["m.read", "m.read.private"])}))
+            self.models[client].receipt(root if threaded else -1, id)
+
+    def looks(self, client):
+        main, threads = self.models[client].counts()
+        assert unread(client, self.room, unread_thread_notifications=True) == (main, threads)
+        assert unread(client, self.room) == ([sum(column) for column in zip(main, *threads.values(), strict=True)], {})
+
+    def does(self, act, client, n):
+        if act in ("say", "thread", "react", "edit") or (act == "state" and client is self.alice):
+            self.says(client, act, n)
+        elif act == "redact" and self.sent:
+            self.redacts()
+        elif act in ("receipt", "threaded") and client is not self.alice and self.sent:
+            self.reads(client, act == "threaded")
+        elif act == "anew":
+            self.hs.api.sync.unread = asbridge.Unread()      # as after a restart
+        elif act == "look" and client is not self.alice:
+            self.looks(client)
+
+
 @pytest.mark.parametrize("seed", [4, 11])
 def test_what_is_unread_is_what_the_default_rules_and_the_receipts_say(hs, alice, bob, carol, room, seed):
     bob.join(room), carol.join(room)
-    rnd, people = random.Random(seed), [alice, bob, carol]
-    models = {client: Counts(client.user_id, asbridge.localpart_of(client.user_id)) for client in (bob, carol)}
-    sent, roots = [], []
+    chat = Chat(seed, hs, alice, bob, carol, room)
     for n in range(140):
-        act, client = rnd.choice(["say"] * 6 + ["thread"] * 3 + ["react", "edit", "state", "redact", "receipt", "anew"] + ["threaded"] * 4 + ["look"] * 3), rnd.choice(people)
-        if act in ("say", "thread", "react", "edit", "state"):
-            body = rnd.choice(["x", "bob: hello", "for carol?", "bobby", "@room", "@rooms", "CAROL"])
-            content = {"msgtype": rnd.choice(["m.text", "m.text", "m.text", "m.notice"]), "body": body}
-            if rnd.random() < 0.5:
-                content["m.mentions"] = rnd.choice([{}, {"user_ids": [bob.user_id]}, {"user_ids": [carol.user_id, "@x:y"]}, {"room": True}])
-            type, root = "m.room.message", 0
-            if act in ("thread", "react", "edit") and roots:
-                root = rnd.choice(roots)
-                if act == "thread":
-                    content["m.relates_to"] = {"rel_type": "m.thread", "event_id": root}
-                elif act == "edit":
-                    content["m.relates_to"], content["m.new_content"], root = {"rel_type": "m.replace", "event_id": root}, {"body": body}, 0
-                else:
-                    type, content, root = "m.reaction", {"m.relates_to": {"rel_type": "m.annotation", "event_id": root, "key": str(n)}}, 0
-            if act == "state":
-                if client is not alice:
-                    continue
-                id = client.set_state(room, "m.room.topic", {"topic": f"bob {n}"})
-                type, content = "m.room.topic", {"topic": "x"}
-            else:
-                id = client.send(room, type, content)
-            for model in models.values():
-                model.happened(id, client.user_id, content, type, root, client is alice)
-            sent.append((id, root, client))
-            if act == "say":
-                roots.append(id)
-        elif act == "redact" and sent:
-            id, root, whose = rnd.choice(sent)
-            if whose is alice and id not in roots:
-                alice.redact(room, id)
-                for model in models.values():
-                    next(event for event in model.events if event["id"] == id)["notify"] = False
-        elif act in ("receipt", "threaded") and client is not alice and sent:
-            id, root, _ = rnd.choice(sent[-8:])
-            if act == "receipt":
-                receipt(client, room, id, rnd.choice(["m.read", "m.read.private"]))
-                models[client].receipt(-1, id)
-            else:
-                with contextlib.suppress(MatrixError):       # one that was redacted is in no thread any more
-                    receipt(client, room, id, thread_id=root or "main")
-                    models[client].receipt(root, id)
-        elif act == "anew":
-            hs.api.sync.unread = asbridge.Unread()           # as after a restart
-        elif act == "look" and client is not alice:
-            main, threads = models[client].counts()
-            assert unread(client, room, unread_thread_notifications=True) == (main, threads), n
-            everything = [sum(column) for column in zip(main, *threads.values(), strict=True)]
-            assert unread(client, room) == (everything, {}), n
+        act = chat.rnd.choice(["say"] * 6 + ["thread"] * 3 + ["react", "edit", "state", "redact", "receipt", "anew"] + ["threaded"] * 4 + ["look"] * 3)
+        chat.does(act, chat.rnd.choice([alice, bob, carol]), n)
 
 
 @pytest.mark.parametrize("how", [
@@ -9349,6 +9412,15 @@ def test_what_could_not_be_pushed_for_want_of_a_thread_is_pushed_when_there_is_o
     assert r.texts() == ["first", "second"]
     said = [record.getMessage() for record in caplog.records]
     assert said == ["application service irc: nothing can be pushed: can't start new thread"]
+
+
+def test_an_error_in_the_push_itself_does_not_end_it(linked, monkeypatch):
+    hs, r, alice, room = linked
+    worker, fails = hs.delivery.worker("irc"), [1]
+    push = worker._push
+    monkeypatch.setattr(worker, "_push", lambda transaction: 1 / 0 if fails and fails.pop() else push(transaction))
+    push_under_faults(hs, alice, room)
+    assert not fails and r.texts() == ["x"]
 
 
 def test_the_log_says_whose_failure_it_was():
@@ -9706,6 +9778,27 @@ def test_a_service_is_never_asked_about_its_own_and_others_are(start, recorder):
     assert not queries(r) and queries(other) == ["users/@_irc_x:localhost", "rooms/#_irc_x:localhost", "rooms/#_irc_x:localhost"]
 
 
+def test_a_session_of_a_ghost_never_makes_its_own_service_be_asked(start, recorder):
+    r = recorder()
+    hs = start(registration(url=r.url))
+    acting(hs, "irc", "@_irc_bob:localhost")
+    token = hs.api.accounts.login_ghost(hs.world.registrations.by_id["irc"], "_irc_bob")["access_token"]
+    with refused("M_NOT_FOUND", 404):
+        asbridge.Client(hs.url, token).profile("@_irc_other:localhost")
+    assert r.requests == []
+
+
+def test_if_the_first_of_two_services_is_down_the_second_is_asked(start, recorder):
+    r = recorder(404, {"errcode": "M_NOT_FOUND"})
+    down = registration("down", nowhere(), users=["@_irc_.*"], exclusive=False)
+    hs = start(down, registration("up", r.url, users=["@_irc_.*"], exclusive=False), query_timeout_ms=100)
+    with background(hs.client("alice").profile, "@_irc_x:localhost") as future:
+        wound_on(hs, future)
+    with pytest.raises(MatrixError):
+        future.result()
+    assert len(r.requests) == 1
+
+
 def test_a_question_holds_up_nothing_else(start, recorder):
     r, go = recorder(), threading.Event()
     r.answer = lambda request, body: (go.wait(10), (404, {}))[1]
@@ -9744,36 +9837,12 @@ def test_what_a_service_answers_does_not_carry_its_token_to_a_client(start, reco
     assert caught.value.status == 408 and "hs-irc" not in caught.value.error
 
 
-def test_if_the_first_of_two_services_is_down_the_second_is_asked(start, recorder):
-    r = recorder(404, {"errcode": "M_NOT_FOUND"})
-    down = registration("down", nowhere(), users=["@_irc_.*"], exclusive=False)
-    hs = start(down, registration("up", r.url, users=["@_irc_.*"], exclusive=False), query_timeout_ms=100)
-    with background(hs.client("alice").profile, "@_irc_x:localhost") as future:
-        wound_on(hs, future)
-    with pytest.raises(MatrixError):
-        future.result()
-    assert len(r.requests) == 1
-
-
-def test_a_session_of_a_ghost_never_makes_its_own_service_be_asked(start, recorder):
-    r = recorder()
-    hs = start(registration(url=r.url))
-    acting(hs, "irc", "@_irc_bob:localhost")
-    token = hs.api.accounts.login_ghost(hs.world.registrations.by_id["irc"], "_irc_bob")["access_token"]
-    with refused("M_NOT_FOUND", 404):
-        asbridge.Client(hs.url, token).profile("@_irc_other:localhost")
-    assert r.requests == []
-
-
 def test_what_is_asked_of_several_at_once_is_asked_one_after_the_other_where_there_is_no_thread(monkeypatch):
     no_threads_named(monkeypatch, "")
     assert asbridge.at_once(lambda n: n * n, [1, 2, 3]) == [1, 4, 9]
 
 
 # -- Third-party networks.
-
-OTHERS = [b"", b"[" * 100_000, b"NaN", b"1e400", b'"\\ud800"', b"\xff\xfe[\0]\0", b'[{"userid":"@a:b","protocol":"irc","fields":{"' + b"k" * 1_000_000 + b'":1}}]']     # answers that are no value of a wrong type
-
 
 def look_ups(recorder):
     return [(path.partition("/thirdparty/")[2], query) for _, path, _, query, _ in recorder.requests if "/thirdparty/" in path]
@@ -9806,41 +9875,6 @@ def test_what_is_known_of_a_protocol_is_asked_for_again_after_a_minute_and_after
     r.answers(404, {"errcode": "M_NOT_FOUND"})
     hs.advance(61)
     assert third_party(alice, "protocols") == {}
-
-
-@pytest.mark.parametrize("garbage", [500, 403, b"no json", b"", b"[]", b"5", b"null", b"NaN", b'"irc"', b"{}", {"instances": {}}, {"instances": [5]}, {"instances": [{}]}, {"instances": [{"network_id": 5}]},
-                                     {"instances": [], "icon": 5}, {"instances": [], "user_fields": {}}, {"instances": [], "x": float("inf")}])
-def test_a_service_that_fails_or_tells_nonsense_of_a_protocol_is_left_out(start, recorder, caplog, garbage):
-    bad, good = network(recorder, protocol_irc=garbage), network(recorder, protocol_irc=IRC_PROTOCOL)
-    hs = start(registration("bad", bad.url, protocols=["irc"]), registration("good", good.url, users=["@g.*"], aliases=[], protocols=["irc"]))
-    found = third_party(hs.client("alice"), "protocols")
-    assert [one["instance_id"] for one in found["irc"]["instances"]] == ["good|libera"]
-    assert [record.args[0] for record in caplog.records if "third-party" in record.message] == ["bad"]
-
-
-def test_no_value_of_a_wrong_type_in_the_answers_of_a_service_makes_the_homeserver_fail(start, recorder):
-    r = recorder()
-    hs = start(registration(url=r.url, protocols=["irc"]))
-    alice, client = hs.client("alice"), asbridge.HttpClient(hs.url)
-    people = [{"userid": "@_irc_bob:localhost", "protocol": "irc", "fields": {"nickname": "bob"}}]
-    places = [{"alias": "#_irc_x:localhost", "protocol": "irc", "fields": {"channel": "#x"}}]
-    for where, right in (("protocols", IRC_PROTOCOL), ("user/irc", people), ("location/irc", places), ("user?userid=@_irc_bob:localhost", people)):
-        for answer in (*WRONG, *some(mutations(right)), *OTHERS):
-            r.answer = lambda request, body, answer=answer: (200, answer)
-            hs.advance(61)                                   # what it said about a protocol is forgotten
-            status, found = client.request("GET", f"{V3}/thirdparty/{where}", None, {"Authorization": f"Bearer {alice.token}"})
-            assert status == 200 or (status, json.loads(found)["errcode"]) == (404, "M_NOT_FOUND"), (where, answer, status, found)
-    client.close()
-
-
-@pytest.mark.parametrize("garbage", [500, b"no json", b"5", {}, [{}], [5], [{"userid": 5, "protocol": "irc", "fields": {}}], [{"userid": "@a:b", "protocol": "irc"}],
-                                     [{"userid": "@a:b", "protocol": None, "fields": {}}], [{"userid": "@a:b", "protocol": "irc", "fields": []}]])
-def test_a_service_that_fails_or_tells_nonsense_of_a_user_is_left_out(start, recorder, caplog, garbage):
-    bob = {"userid": "@g_bob:localhost", "protocol": "irc", "fields": {"nickname": "bob"}}
-    bad, good = network(recorder, user_irc=garbage), network(recorder, user_irc=[bob])
-    hs = start(registration("bad", bad.url, protocols=["irc"]), registration("good", good.url, users=["@g.*"], aliases=[], protocols=["irc"]))
-    assert third_party(hs.client("alice"), "user", "irc") == [bob]
-    assert [record.args[0] for record in caplog.records if "third-party" in record.message] == ["bad"]
 
 
 def test_the_services_of_a_protocol_are_asked_with_the_fields_and_their_answers_are_joined(start, recorder):
@@ -9894,19 +9928,6 @@ def test_a_look_up_falls_back_to_the_unstable_path(start, recorder):
     assert r.requests[-1][1] == "/_matrix/app/unstable/thirdparty/user/irc" and r.requests[-1][3] == {"nickname": "a", "access_token": "hs-irc"}
 
 
-def test_several_services_that_do_not_answer_cost_one_deadline(start, recorder):
-    go = threading.Event()
-    dead = [recorder() for _ in range(4)]
-    for r in dead:
-        r.answer = lambda request, body: (go.wait(20), (200, []))[1]
-    good = network(recorder, protocol_irc=IRC_PROTOCOL)
-    hs = start(*(registration(f"as{n}", r.url, users=[f"@{n}_.*"], aliases=[], protocols=["irc"]) for n, r in enumerate([*dead, good])), query_timeout_ms=400)
-    began = time.monotonic()
-    assert third_party(hs.client("alice"), "protocols")["irc"]["instances"][0]["instance_id"] == "as4|libera"
-    assert time.monotonic() - began < 1.5
-    go.set()
-
-
 def test_a_service_is_not_asked_about_its_own_network_while_it_waits(start, recorder):
     bob = {"userid": "@two_bob:localhost", "protocol": "irc", "fields": {}}
     one, two = network(recorder, protocol_irc=IRC_PROTOCOL, user_irc=[bob]), network(recorder, protocol_irc=IRC_PROTOCOL, user_irc=[bob])
@@ -9920,6 +9941,57 @@ def test_a_service_is_not_asked_about_its_own_network_while_it_waits(start, reco
     assert not look_ups(one) and look_ups(two)[-1] == ("user/irc", {"nickname": "bob", "access_token": "hs-two"})      # without user_id
     assert instances(hs.client("alice")) == ["one|libera", "two|libera"]
     assert instances(hs.appservice("one")) == ["one|libera", "two|libera"]             # what is known needs no question
+
+
+@pytest.mark.parametrize("garbage", [500, 403, b"no json", b"", b"[]", b"5", b"null", b"NaN", b'"irc"', b"{}", {"instances": {}}, {"instances": [5]}, {"instances": [{}]}, {"instances": [{"network_id": 5}]},
+                                     {"instances": [], "icon": 5}, {"instances": [], "user_fields": {}}, {"instances": [], "x": float("inf")}])
+def test_a_service_that_fails_or_tells_nonsense_of_a_protocol_is_left_out(start, recorder, caplog, garbage):
+    bad, good = network(recorder, protocol_irc=garbage), network(recorder, protocol_irc=IRC_PROTOCOL)
+    hs = start(registration("bad", bad.url, protocols=["irc"]), registration("good", good.url, users=["@g.*"], aliases=[], protocols=["irc"]))
+    found = third_party(hs.client("alice"), "protocols")
+    assert [one["instance_id"] for one in found["irc"]["instances"]] == ["good|libera"]
+    assert [record.args[0] for record in caplog.records if "third-party" in record.message] == ["bad"]
+
+
+@pytest.mark.parametrize("garbage", [500, b"no json", b"5", {}, [{}], [5], [{"userid": 5, "protocol": "irc", "fields": {}}], [{"userid": "@a:b", "protocol": "irc"}],
+                                     [{"userid": "@a:b", "protocol": None, "fields": {}}], [{"userid": "@a:b", "protocol": "irc", "fields": []}]])
+def test_a_service_that_fails_or_tells_nonsense_of_a_user_is_left_out(start, recorder, caplog, garbage):
+    bob = {"userid": "@g_bob:localhost", "protocol": "irc", "fields": {"nickname": "bob"}}
+    bad, good = network(recorder, user_irc=garbage), network(recorder, user_irc=[bob])
+    hs = start(registration("bad", bad.url, protocols=["irc"]), registration("good", good.url, users=["@g.*"], aliases=[], protocols=["irc"]))
+    assert third_party(hs.client("alice"), "user", "irc") == [bob]
+    assert [record.args[0] for record in caplog.records if "third-party" in record.message] == ["bad"]
+
+
+def test_several_services_that_do_not_answer_cost_one_deadline(start, recorder):
+    go = threading.Event()
+    dead = [recorder() for _ in range(4)]
+    for r in dead:
+        r.answer = lambda request, body: (go.wait(20), (200, []))[1]
+    good = network(recorder, protocol_irc=IRC_PROTOCOL)
+    hs = start(*(registration(f"as{n}", r.url, users=[f"@{n}_.*"], aliases=[], protocols=["irc"]) for n, r in enumerate([*dead, good])), query_timeout_ms=400)
+    began = time.monotonic()
+    assert third_party(hs.client("alice"), "protocols")["irc"]["instances"][0]["instance_id"] == "as4|libera"
+    assert time.monotonic() - began < 1.5
+    go.set()
+
+
+OTHERS = [b"", b"[" * 100_000, b"NaN", b"1e400", b'"\\ud800"', b"\xff\xfe[\0]\0", b'[{"userid":"@a:b","protocol":"irc","fields":{"' + b"k" * 1_000_000 + b'":1}}]']     # answers that are no value of a wrong type
+
+
+def test_no_value_of_a_wrong_type_in_the_answers_of_a_service_makes_the_homeserver_fail(start, recorder):
+    r = recorder()
+    hs = start(registration(url=r.url, protocols=["irc"]))
+    alice, client = hs.client("alice"), asbridge.HttpClient(hs.url)
+    people = [{"userid": "@_irc_bob:localhost", "protocol": "irc", "fields": {"nickname": "bob"}}]
+    places = [{"alias": "#_irc_x:localhost", "protocol": "irc", "fields": {"channel": "#x"}}]
+    for where, right in (("protocols", IRC_PROTOCOL), ("user/irc", people), ("location/irc", places), ("user?userid=@_irc_bob:localhost", people)):
+        for answer in (*WRONG, *some(mutations(right)), *OTHERS):
+            r.answer = lambda request, body, answer=answer: (200, answer)
+            hs.advance(61)                                   # what it said about a protocol is forgotten
+            status, found = client.request("GET", f"{V3}/thirdparty/{where}", None, {"Authorization": f"Bearer {alice.token}"})
+            assert status == 200 or (status, json.loads(found)["errcode"]) == (404, "M_NOT_FOUND"), (where, answer, status, found)
+    client.close()
 
 
 # -- Encrypting application services.
@@ -10070,7 +10142,7 @@ def test_who_looks_for_what_passes_waits_until_something_does():
     assert seen[0][0] == 2 and len(seen[0][1]) == 1 and not wire._bells
 
 
-# -- Faults, and the levers.
+# -- Faults.
 
 def push_under_faults(hs, alice, room):
     """A message of alice's, pushed under the faults that are set; its event ID."""
@@ -10143,13 +10215,14 @@ def test_of_two_faults_of_a_sort_one_acts_at_a_time(linked, twice):
     assert len(hs.transactions("irc")[-1]["attempts"]) == (3 if len(set(twice)) == 1 else 2)
 
 
-@pytest.mark.parametrize("fault, more, came", [("lose_ack", {}, 2), ("duplicate", {}, 2), ("delay", {"delay_ms": 100}, 1), ("garbage", {}, 1)])
-def test_faults_are_the_same_for_a_service_that_knows_the_older_paths_only(linked, fault, more, came):
-    hs, r, alice, room = linked
-    r.answer = lambda request, body: (404, b"no") if request.path.startswith("/_matrix/app/v1") else (200, {})
-    hs.faults("irc").add(fault, **more)
-    push_under_faults(hs, alice, room)
-    assert len([path for _, path, *_ in r.requests if path.startswith("/transactions/")]) == came and hs.transactions("irc")[-1]["acknowledged"]
+def test_a_delay_as_long_as_an_answer_is_waited_for_is_no_answer(start, recorder):
+    r = recorder()
+    hs = start(registration(url=r.url), push_timeout_ms=2000)
+    bob = acting(hs, "irc", "@_irc_bob:localhost")
+    hs.faults("irc").delay(delay_ms=2000)
+    push_under_faults(hs, bob, bob.create_room())
+    first = hs.transactions("irc")[0]["attempts"]
+    assert "did not answer in time" in first[0]["error"] and first[1]["status"] == 200
 
 
 def test_garbage_does_not_acknowledge_what_was_refused(linked):
@@ -10161,30 +10234,13 @@ def test_garbage_does_not_acknowledge_what_was_refused(linked):
     assert hs.waiting() == {"irc": 1}
 
 
-def test_a_transaction_that_is_skipped_while_it_is_under_way_delays_the_next_in_no_way(linked):
+@pytest.mark.parametrize("fault, more, came", [("lose_ack", {}, 2), ("duplicate", {}, 2), ("delay", {"delay_ms": 100}, 1), ("garbage", {}, 1)])
+def test_faults_are_the_same_for_a_service_that_knows_the_older_paths_only(linked, fault, more, came):
     hs, r, alice, room = linked
-    go = threading.Event()
-    r.answer = lambda request, body: (200, {}) if b"after" in body else (go.wait(20), (503, {}))[1]
-    alice.say(room, "stuck")
-    eventually(lambda: r.transactions)
-    alice.say(room, "after")
-    hs.skip("irc")
-    hs.settle(3)
-    assert r.texts()[-1] == "after" and hs.transactions("irc")[-1]["attempts"][0]["status"] == 200
-    go.set()
-    assert hs.delivery.worker("irc").failures == 0
-
-
-def test_a_retry_while_an_attempt_is_under_way_counts_for_the_next(linked):
-    hs, r, alice, room = linked
-    go = threading.Event()
-    r.answer = lambda request, body: (go.wait(20), (503, {}))[1] if len(r.transactions) == 1 else (200, {})
-    alice.say(room, "x")
-    eventually(lambda: r.transactions)
-    hs.retry("irc")
-    go.set()
-    hs.settle(0.4)                                           # the backoff would be longer
-    assert len(r.transactions) == 2
+    r.answer = lambda request, body: (404, b"no") if request.path.startswith("/_matrix/app/v1") else (200, {})
+    hs.faults("irc").add(fault, **more)
+    push_under_faults(hs, alice, room)
+    assert len([path for _, path, *_ in r.requests if path.startswith("/transactions/")]) == came and hs.transactions("irc")[-1]["acknowledged"]
 
 
 @pytest.mark.parametrize("on", ["transactions", "queries"])
@@ -10207,36 +10263,7 @@ def test_what_a_fault_delays_is_not_sent_any_more_after_the_end(linked, monkeypa
     assert not r.requests
 
 
-def test_an_error_in_the_push_itself_does_not_end_it(linked, monkeypatch):
-    hs, r, alice, room = linked
-    worker, fails = hs.delivery.worker("irc"), [1]
-    push = worker._push
-    monkeypatch.setattr(worker, "_push", lambda transaction: 1 / 0 if fails and fails.pop() else push(transaction))
-    push_under_faults(hs, alice, room)
-    assert not fails and r.texts() == ["x"]
-
-
-def test_a_pause_outlives_a_change_of_the_registration(linked):
-    hs, r, alice, room = linked
-    hs.pause("irc")
-    alice.say(room, "x")
-    hs.reread = lambda: [asbridge.read_registration(registration(url=r.url, rooms=["!.*"], users=["@other_.*"], exclusive=False), "here")]
-    assert hs.reload() == ["changed 'irc'"]
-    hs.advance(100)
-    assert hs.inspector.status()["appservices"][0]["state"] == "paused" and not r.requests
-    hs.resume("irc")
-    assert heard(hs, r) == ["x"]
-
-
-def test_a_delay_as_long_as_an_answer_is_waited_for_is_no_answer(start, recorder):
-    r = recorder()
-    hs = start(registration(url=r.url), push_timeout_ms=2000)
-    bob = acting(hs, "irc", "@_irc_bob:localhost")
-    hs.faults("irc").delay(delay_ms=2000)
-    push_under_faults(hs, bob, bob.create_room())
-    first = hs.transactions("irc")[0]["attempts"]
-    assert "did not answer in time" in first[0]["error"] and first[1]["status"] == 200
-
+# -- Levers: pause, retry, skip, replay.
 
 def test_while_it_is_paused_nothing_is_pushed_and_then_all_of_it_in_order(linked):
     hs, r, alice, room = linked
@@ -10251,6 +10278,18 @@ def test_while_it_is_paused_nothing_is_pushed_and_then_all_of_it_in_order(linked
     assert heard(hs, r) == ["0", "1", "2"]
 
 
+def test_a_pause_outlives_a_change_of_the_registration(linked):
+    hs, r, alice, room = linked
+    hs.pause("irc")
+    alice.say(room, "x")
+    hs.reread = lambda: [asbridge.read_registration(registration(url=r.url, rooms=["!.*"], users=["@other_.*"], exclusive=False), "here")]
+    assert hs.reload() == ["changed 'irc'"]
+    hs.advance(100)
+    assert hs.inspector.status()["appservices"][0]["state"] == "paused" and not r.requests
+    hs.resume("irc")
+    assert heard(hs, r) == ["x"]
+
+
 def test_a_retry_ends_the_backoff(linked):
     hs, r, alice, room = linked
     hs.faults("irc").refuse()
@@ -10258,7 +10297,19 @@ def test_a_retry_ends_the_backoff(linked):
     one = eventually(lambda: hs.inspector.status()["appservices"][0]["state"] == "backing off" and hs.inspector.status()["appservices"][0])
     assert one["failures"] == 1 and one["down_since"] and one["next_attempt"] > one["down_since"] and one["open"]["events"] == 1
     hs.retry("irc")
-    assert heard(hs, r) == ["x"] and hs.inspector.status()["appservices"][0]["down_since"] is None
+    assert heard(hs, r) == ["x"] and eventually(lambda: hs.inspector.status()["appservices"][0]["down_since"] is None)
+
+
+def test_a_retry_while_an_attempt_is_under_way_counts_for_the_next(linked):
+    hs, r, alice, room = linked
+    go = threading.Event()
+    r.answer = lambda request, body: (go.wait(20), (503, {}))[1] if len(r.transactions) == 1 else (200, {})
+    alice.say(room, "x")
+    eventually(lambda: r.transactions)
+    hs.retry("irc")
+    go.set()
+    hs.settle(0.4)                                           # the backoff would be longer
+    assert len(r.transactions) == 2
 
 
 def test_a_transaction_that_is_refused_for_ever_can_be_skipped(linked):
@@ -10274,6 +10325,20 @@ def test_a_transaction_that_is_refused_for_ever_can_be_skipped(linked):
         hs.skip("irc")
     alice.say(room, "again")
     assert heard(hs, r) == ["after", "again"]
+
+
+def test_a_transaction_that_is_skipped_while_it_is_under_way_delays_the_next_in_no_way(linked):
+    hs, r, alice, room = linked
+    go = threading.Event()
+    r.answer = lambda request, body: (200, {}) if b"after" in body else (go.wait(20), (503, {}))[1]
+    alice.say(room, "stuck")
+    eventually(lambda: r.transactions)
+    alice.say(room, "after")
+    hs.skip("irc")
+    hs.settle(3)
+    assert r.texts()[-1] == "after" and hs.transactions("irc")[-1]["attempts"][0]["status"] == 200
+    go.set()
+    assert hs.delivery.worker("irc").failures == 0
 
 
 def test_a_replay_sends_the_same_bytes_with_the_same_id_or_with_a_new_one(linked):
@@ -10331,59 +10396,79 @@ def to_device_of(r):
     return [message["content"]["n"] for part in pushed(r, "de.sorunome.msc2409.to_device") for message in part]
 
 
+class Everything:
+    """A homeserver, a person and a ghost with a device in one room, and all that can be pushed to the service of the ghost."""
+
+    def __init__(self, start, data, keys):
+        self.restart_with = lambda: start(data, **keys)
+        self.hs = self.restart_with()
+        self.alice, self.ghost = self.hs.client("alice"), ghost_with_device(self.hs)
+        self.room = self.alice.create_room(preset="public_chat")
+        self.ghost.join(self.room)
+        self.ghost.ask("POST", "keys", "upload", body={"device_keys": device_keys(self.ghost), "one_time_keys": {f"signed_curve25519:{n}": {} for n in range(50)}})
+        self.said, self.sent, self.claimed, self.changes, self.last = [], [], 0, 0, ""
+
+    def say(self, n):
+        self.last = self.alice.say(self.room, str(n))
+        self.said.append(str(n))
+
+    def message(self, n):
+        self.alice.ask("PUT", "sendToDevice", "m.x", f"{n}", body={"messages": {self.ghost.user_id: {"*": {"n": n}}}})
+        self.sent.append(n)
+
+    def claim(self, n):
+        claim(self.alice, self.ghost)
+        self.claimed += 1
+
+    def keys(self, n):
+        upload(self.alice, change=n)
+        self.changes += 1
+
+    def typing(self, n):
+        self.alice.typing(self.room, bool(n % 2))
+
+    def receipt(self, n):
+        if self.last:
+            self.alice.receipt(self.room, self.last)
+
+    def restart(self, n):
+        self.hs.stop()
+        self.hs = self.restart_with()
+        for client in (self.alice, self.ghost):
+            client.close()
+            client.url = self.hs.url
+
+    def check_all_came_once(self, r):
+        came, event_ids = r.transactions, ids(r.events)
+        assert all(len({body for id, body in came if id == txn_id}) == 1 for txn_id, _ in came) and len(came) > len(dict(came))
+        assert [id for id, _ in came] == sorted([id for id, _ in came], key=int)        # the next one after the acknowledgement only
+        assert r.texts() == self.said and len(set(event_ids)) == len(event_ids) and to_device_of(r) == self.sent
+
+    def check_keys_and_receipts(self, r):
+        counts = [part[self.ghost.user_id]["GHOST"]["signed_curve25519"] for part in pushed(r, "org.matrix.msc3202.device_one_time_keys_count") if self.ghost.user_id in part]
+        assert counts[-1] == 50 - self.claimed and counts == sorted(counts, reverse=True)
+        lists = pushed(r, "org.matrix.msc3202.device_lists")
+        assert {self.alice.user_id} <= {user for part in lists for user in part["changed"]} and len(lists) <= self.changes + 1
+        assert [data["content"] for data in ephemeral_of(r) if data["type"] == "m.receipt"]
+
+
 @pytest.mark.parametrize("seed", range(2))
 def test_with_everything_at_once_each_transaction_keeps_its_bytes_and_all_comes_once_and_in_order_over_restarts(start, recorder, tmp_path, seed):
-    r, rnd, keys = recorder(), random.Random(seed), {"database": str(tmp_path / "a.db"), "retry_first_ms": 1, "retry_max_ms": 3}
+    rnd = random.Random(seed)
 
     def unreliable(request, body):
         fate = rnd.random()
         if fate < 0.3:
             raise ConnectionError                            # it was taken, but the answer gets lost
         return (500, {"errcode": "M_UNKNOWN"}) if fate < 0.5 else (200, {})
-    r.answer = unreliable
-    data = registration(url=r.url, **ENCRYPTING)
-    hs = start(data, **keys)
-    alice, ghost = hs.client("alice"), ghost_with_device(hs)
-    room = alice.create_room(preset="public_chat")
-    ghost.join(room)
-    ghost.ask("POST", "keys", "upload", body={"device_keys": device_keys(ghost), "one_time_keys": {f"signed_curve25519:{n}": {} for n in range(50)}})
-    said, sent, claimed, changes, last = [], [], 0, 0, ""
+    r = recorder(unreliable)
+    it = Everything(start, registration(url=r.url, **ENCRYPTING), {"database": str(tmp_path / "a.db"), "retry_first_ms": 1, "retry_max_ms": 3})
     for n in range(90):
-        act = rnd.choice(["say", "say", "message", "message", "claim", "keys", "typing", "receipt", "restart" if n % 10 == 0 else "say"])
-        if act == "say":
-            last = alice.say(room, str(n))
-            said.append(str(n))
-        elif act == "message":
-            alice.ask("PUT", "sendToDevice", "m.x", f"{n}", body={"messages": {ghost.user_id: {"*": {"n": n}}}})
-            sent.append(n)
-        elif act == "claim":
-            claim(alice, ghost)
-            claimed += 1
-        elif act == "keys":
-            upload(alice, change=n)
-            changes += 1
-        elif act == "typing":
-            alice.typing(room, bool(n % 2))
-        elif act == "receipt" and last:
-            alice.receipt(room, last)
-        elif act == "restart":
-            hs.stop()
-            hs = start(data, **keys)
-            alice, ghost = asbridge.Client(hs.url, alice.token), ghost
-            ghost.close()
-            ghost.url = hs.url
+        getattr(it, rnd.choice(["say", "say", "message", "message", "claim", "keys", "typing", "receipt", "restart" if n % 10 == 0 else "say"]))(n)
     r.answers(200)
-    hs.settle()
-    came = r.transactions
-    assert all(len({body for id, body in came if id == txn_id}) == 1 for txn_id, _ in came) and len(came) > len(dict(came))
-    assert [id for id, _ in came] == sorted([id for id, _ in came], key=int)        # the next one after the acknowledgement only
-    ids = [event["event_id"] for event in r.events]
-    assert r.texts() == said and len(set(ids)) == len(ids) and to_device_of(r) == sent
-    counts = [part[ghost.user_id]["GHOST"]["signed_curve25519"] for part in pushed(r, "org.matrix.msc3202.device_one_time_keys_count") if ghost.user_id in part]
-    assert counts[-1] == 50 - claimed and counts == sorted(counts, reverse=True)
-    lists = pushed(r, "org.matrix.msc3202.device_lists")
-    assert {alice.user_id} <= {user for part in lists for user in part["changed"]} and len(lists) <= changes + 1
-    assert [data["content"] for data in ephemeral_of(r) if data["type"] == "m.receipt"]
+    it.hs.settle()
+    it.check_all_came_once(r)
+    it.check_keys_and_receipts(r)
 
 
 def test_ephemeral_data_that_waits_survives_a_commit_that_fails(start, recorder):
@@ -11902,6 +11987,21 @@ def test_an_exchange_opens_to_headers_and_bodies_without_any_token(linked):
     assert inspect(hs, "GET", "exchange?n=999999")[0] == 404
 
 
+def test_whoever_looks_at_what_passes_is_answered_as_soon_as_something_does(linked):
+    hs, r, alice, room = linked
+    since = inspect(hs, "GET", "exchanges")[1]["next"]
+    with ThreadPoolExecutor() as pool:
+        looking = pool.submit(inspect, hs, "GET", f"exchanges?since={since}&timeout=10000")
+        eventually(lambda: hs.delivery.wire._bells)
+        alice.whoami()
+        assert looking.result()[1]["exchanges"][0]["path"] == "/_matrix/client/v3/account/whoami"
+        since = inspect(hs, "GET", "exchanges")[1]["next"]
+        looking = pool.submit(inspect, hs, "GET", f"exchanges?since={since}&timeout=10000")
+        eventually(lambda: hs.delivery.wire._bells)
+        hs.stop()                                            # and does not wait for it
+        looking.result()
+
+
 @pytest.mark.parametrize("body", [
     '{"pass\\u0077ord": "hunter2"}', '{"Password": "hunter2"}', '{"password": ["hunter2", "hunter2"]}', '{"auth": {"type": "x", "password": "hunter2"}}', "password=hunter2&x=1",
     "{'password': 'hunter2'}", '{"access_token": "hunter2', '{"a": 1, "as_token":"hunter2"', '{"pass": "hunter2"}', '{"client_secret": "hunter2"}', "GET /x?access_token=hunter2 HTTP/1.1"])
@@ -11938,19 +12038,11 @@ def test_a_service_that_repeats_what_it_was_asked_does_not_make_its_token_known(
     assert not [one for one in cut if "xhs" in one or len(one) > 300]
 
 
-def test_whoever_looks_at_what_passes_is_answered_as_soon_as_something_does(linked):
+def test_of_a_service_that_repeats_its_other_token_it_is_not_kept(linked):
     hs, r, alice, room = linked
-    since = inspect(hs, "GET", "exchanges")[1]["next"]
-    with ThreadPoolExecutor() as pool:
-        looking = pool.submit(inspect, hs, "GET", f"exchanges?since={since}&timeout=10000")
-        eventually(lambda: hs.delivery.wire._bells)
-        alice.whoami()
-        assert looking.result()[1]["exchanges"][0]["path"] == "/_matrix/client/v3/account/whoami"
-        since = inspect(hs, "GET", "exchanges")[1]["next"]
-        looking = pool.submit(inspect, hs, "GET", f"exchanges?since={since}&timeout=10000")
-        eventually(lambda: hs.delivery.wire._bells)
-        hs.stop()                                            # and does not wait for it
-        looking.result()
+    r.answers(500, b"you are as-irc")
+    alice.say(room, "x")
+    assert eventually(lambda: [one.answer for one in hs.delivery.worker("irc").attempts if one.status == 500])[0] == b"you are (as_token)"
 
 
 def test_what_is_printed_of_an_object_has_no_secret_in_it(start, recorder):
@@ -11963,13 +12055,6 @@ def test_what_is_printed_of_an_object_has_no_secret_in_it(start, recorder):
     exchanges = hs.delivery.wire.since(0, 0)[1]
     shown = repr([hs, hs.config, hs.world.settings, hs.world.registrations.by_id, hs.delivery.worker("irc").attempts, exchanges, alice, hs.appservice("irc")])
     assert len(exchanges) > 4 and "SECRET" not in shown and alice.token not in shown and "/v3/login" in shown
-
-
-def test_of_a_service_that_repeats_its_other_token_it_is_not_kept(linked):
-    hs, r, alice, room = linked
-    r.answers(500, b"you are as-irc")
-    alice.say(room, "x")
-    assert eventually(lambda: [one.answer for one in hs.delivery.worker("irc").attempts if one.status == 500])[0] == b"you are (as_token)"
 
 
 # -- The bridge examiner.
@@ -12142,6 +12227,70 @@ def test_the_inspector_has_no_cors_headers_and_its_own_page_may_ask(target):
 
 # -- Handlers: for the owner of the homeserver alone.
 
+ADMIN_ASKERS = {  # who asks: token and headers, and what each row says if there is an admin_token, and if there is none; None: it may
+    "no token": (None, {}, "M_MISSING_TOKEN", None), "a wrong one": ("x", {}, "M_UNKNOWN_TOKEN", None), "a person": ("{alice}", {}, "M_UNKNOWN_TOKEN", None),
+    "a service": ("as-irc", {}, "M_UNKNOWN_TOKEN", None), "an hs_token": ("hs-irc", {}, "M_UNKNOWN_TOKEN", None), "the owner": ("hunter2", {}, None, None),
+    "another site's page": ("hunter2", {"Origin": "http://evil.example"}, "M_FORBIDDEN", "M_FORBIDDEN"), "another name": ("hunter2", {"Host": "evil.example"}, "M_FORBIDDEN", "M_FORBIDDEN")}
+
+
+@pytest.mark.parametrize("admin_token", ["hunter2", None])
+def test_each_row_of_the_inspector_is_for_the_owner_of_the_homeserver_alone(start, admin_token):
+    hs = start(registration(), **({"admin_token": admin_token} if admin_token else {}))
+    alice, http_client, wrong = hs.client("alice").token, asbridge.HttpClient(hs.url), []
+    for route, (token, headers, *says) in itertools.product(asbridge.ADMIN_ROUTES, ADMIN_ASKERS.values()):
+        token = {"{alice}": alice}.get(token, token)
+        status, answer = http_client.request(route.method, route.path, None if route.method == "GET" else b"{}", {**headers, **({"Authorization": f"Bearer {token}"} if token else {})})
+        says = says[admin_token is None] if route.auth != "nobody" else None
+        got = status, json.loads(answer)["errcode"] if status in (401, 403) else None
+        if got != (asbridge.ERRORS[says], says) if says else status in (401, 403) or (route.auth == "nobody" and status != 200):
+            wrong.append((route.method, route.path, token, headers, status, answer[:80]))
+    http_client.close()
+    assert wrong == [] and {route.auth for route in asbridge.ADMIN_ROUTES[1:]} == {"admin"}
+
+
+def test_an_admin_token_is_asked_for_where_there_is_one_and_needed_beyond_this_machine(start):
+    hs = start(admin_token="hunter2")
+    for token, errcode in ((None, "M_MISSING_TOKEN"), ("wrong", "M_UNKNOWN_TOKEN"), (hs.client("alice").token, "M_UNKNOWN_TOKEN")):
+        status, answer = ask(hs, "GET", "/_asbridge/status", token)
+        assert (status, answer["errcode"]) == (401, errcode)
+    assert ask(hs, "GET", "/_asbridge/status", "hunter2")[0] == 200
+    hs = start(bind="0.0.0.0")
+    status, answer = inspect(hs, "GET", "status")
+    assert status == 403 and "admin_token" in answer["error"]
+    hs = start(bind="0.0.0.0", admin_token="hunter2")
+    assert ask(hs, "GET", "/_asbridge/status", "hunter2", headers={"Host": "matrix.example.org"})[0] == 200
+    assert ask(hs, "GET", "/_asbridge/status", "hunter2", headers={"Host": "a.example", "Origin": "http://b.example"})[0] == 403
+
+
+@pytest.mark.parametrize("headers", [
+    {"Host": "evil.example"}, {"Host": "evil.example:8008"}, {"Host": "127.0.0.1.evil.example"}, {"Host": "192.168.0.7"},
+    {"Host": ""}, {"Host": "localhost.evil.example"}, {"Host": "127.0.0.1.nip.io:8008"}, {"Host": "localhost@evil.example"}, {"Host": "evil.example#localhost"},
+    {"Host": "localhost:1, evil.example"}, {"Host": "evil.example:localhost"}, {"Host": "[::1].evil.example"}, {"Host": "[fe80::1]:8008"}, {"Host": "0.0.0.0"},
+    {"Host": "0x7f.1"}, {"Host": "2130706433"}, {"Host": "127.1"}, {"Host": "localhost:8008x"}, {"Host": "//localhost"}, {"Host": "l\u00f6calhost"},
+    {"Origin": "http://evil.example"}, {"Origin": "null"}, {"Origin": "http://localhost:1"}, {"Origin": "file://"}, {"Origin": ""}, {"Origin": "http://127.0.0.1.evil.example"},
+    {"Sec-Fetch-Site": "cross-site"}, {"Sec-Fetch-Site": "same-site"}, {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "navigate", "Sec-Fetch-Dest": "iframe"},
+    {"Origin": "http://evil.example", "Upgrade": "websocket", "Connection": "Upgrade", "Sec-WebSocket-Version": "13", "Sec-WebSocket-Key": "AAAAAAAAAAAAAAAAAAAAAA=="},
+    {"Origin": "http://evil.example", "Content-Type": "text/plain"}, {"Origin": "http://evil.example", "Content-Type": "application/x-www-form-urlencoded"},
+    {"Origin": "http://evil.example", "Access-Control-Request-Method": "POST"}, {"Origin": "null", "Content-Type": "multipart/form-data; boundary=x"}])
+def test_the_inspector_answers_to_no_other_host_name_and_to_no_other_sites_page(target, headers):
+    for method, path, body in (("GET", "status", None), ("POST", "clock", {"advance": 3600}), ("POST", "people", {"name": "mallory"})):
+        status, answer = inspect(target.hs, method, path, body, **headers)
+        assert (status, answer["errcode"]) in ((403, "M_FORBIDDEN"), (400, "M_UNKNOWN")) and (status == 403 or "Host is one name" in answer["error"])
+    assert target.hs.clock.wound == 0 and "@mallory:localhost" not in target.hs.inspector.people()
+
+
+@pytest.mark.parametrize("headers", [
+    {}, {"Host": "localhost"}, {"Host": "127.0.0.1:1"}, {"Host": "[::1]:8008"}, {"Host": "127.8.8.8"}, {"Sec-Fetch-Site": "none"},
+    {"Host": "localhost:1", "Origin": "http://localhost:1", "Sec-Fetch-Site": "same-origin"}, {"Upgrade": "websocket", "Connection": "Upgrade"}])
+def test_the_inspector_answers_to_its_own_page_and_to_programs_on_this_machine(target, headers):
+    assert inspect(target.hs, "GET", "status", **headers)[0] == 200
+
+
+def test_the_inspector_goes_by_the_host_that_is_asked_for_whichever_way_a_request_says_it(target):
+    for line, host, status in (("/", "localhost", 200), ("http://evil.example/", "localhost", 403), ("http://localhost/", "evil.example", 200), ("/", "localhost\r\nHost: evil.example", 400)):
+        assert talk(target.hs, f"GET {line}_asbridge/status HTTP/1.1\r\nHost: {host}\r\n\r\n".encode()).startswith(f"HTTP/1.1 {status} ".encode())
+
+
 @pytest.mark.parametrize("method, path, body, errcode", [
     ("GET", "why?event=$x", None, "M_MISSING_PARAM"), ("GET", "explain", None, "M_MISSING_PARAM"), ("GET", "explain?id=x", None, "M_INVALID_PARAM"),
     ("GET", "exchanges?since=x", None, "M_INVALID_PARAM"), ("POST", "faults", {"appservice": "irc", "fault": "x"}, "M_INVALID_PARAM"),
@@ -12176,70 +12325,6 @@ def test_no_value_of_a_wrong_type_makes_the_inspector_fail(start):
     assert {path for path, _ in ADMIN_BODIES} == {route.path.removeprefix("/_asbridge/") for route in asbridge.ADMIN_ROUTES if route.method == "POST"}
     target.hs.faults("irc").clear()
     target.reads()
-
-
-@pytest.mark.parametrize("headers", [
-    {"Host": "evil.example"}, {"Host": "evil.example:8008"}, {"Host": "127.0.0.1.evil.example"}, {"Host": "192.168.0.7"},
-    {"Host": ""}, {"Host": "localhost.evil.example"}, {"Host": "127.0.0.1.nip.io:8008"}, {"Host": "localhost@evil.example"}, {"Host": "evil.example#localhost"},
-    {"Host": "localhost:1, evil.example"}, {"Host": "evil.example:localhost"}, {"Host": "[::1].evil.example"}, {"Host": "[fe80::1]:8008"}, {"Host": "0.0.0.0"},
-    {"Host": "0x7f.1"}, {"Host": "2130706433"}, {"Host": "127.1"}, {"Host": "localhost:8008x"}, {"Host": "//localhost"}, {"Host": "l\u00f6calhost"},
-    {"Origin": "http://evil.example"}, {"Origin": "null"}, {"Origin": "http://localhost:1"}, {"Origin": "file://"}, {"Origin": ""}, {"Origin": "http://127.0.0.1.evil.example"},
-    {"Sec-Fetch-Site": "cross-site"}, {"Sec-Fetch-Site": "same-site"}, {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "navigate", "Sec-Fetch-Dest": "iframe"},
-    {"Origin": "http://evil.example", "Upgrade": "websocket", "Connection": "Upgrade", "Sec-WebSocket-Version": "13", "Sec-WebSocket-Key": "AAAAAAAAAAAAAAAAAAAAAA=="},
-    {"Origin": "http://evil.example", "Content-Type": "text/plain"}, {"Origin": "http://evil.example", "Content-Type": "application/x-www-form-urlencoded"},
-    {"Origin": "http://evil.example", "Access-Control-Request-Method": "POST"}, {"Origin": "null", "Content-Type": "multipart/form-data; boundary=x"}])
-def test_the_inspector_answers_to_no_other_host_name_and_to_no_other_sites_page(target, headers):
-    for method, path, body in (("GET", "status", None), ("POST", "clock", {"advance": 3600}), ("POST", "people", {"name": "mallory"})):
-        status, answer = inspect(target.hs, method, path, body, **headers)
-        assert (status, answer["errcode"]) in ((403, "M_FORBIDDEN"), (400, "M_UNKNOWN")) and (status == 403 or "Host is one name" in answer["error"])
-    assert target.hs.clock.wound == 0 and "@mallory:localhost" not in target.hs.inspector.people()
-
-
-@pytest.mark.parametrize("headers", [
-    {}, {"Host": "localhost"}, {"Host": "127.0.0.1:1"}, {"Host": "[::1]:8008"}, {"Host": "127.8.8.8"}, {"Sec-Fetch-Site": "none"},
-    {"Host": "localhost:1", "Origin": "http://localhost:1", "Sec-Fetch-Site": "same-origin"}, {"Upgrade": "websocket", "Connection": "Upgrade"}])
-def test_the_inspector_answers_to_its_own_page_and_to_programs_on_this_machine(target, headers):
-    assert inspect(target.hs, "GET", "status", **headers)[0] == 200
-
-
-def test_the_inspector_goes_by_the_host_that_is_asked_for_whichever_way_a_request_says_it(target):
-    for line, host, status in (("/", "localhost", 200), ("http://evil.example/", "localhost", 403), ("http://localhost/", "evil.example", 200), ("/", "localhost\r\nHost: evil.example", 400)):
-        assert talk(target.hs, f"GET {line}_asbridge/status HTTP/1.1\r\nHost: {host}\r\n\r\n".encode()).startswith(f"HTTP/1.1 {status} ".encode())
-
-
-def test_an_admin_token_is_asked_for_where_there_is_one_and_needed_beyond_this_machine(start):
-    hs = start(admin_token="hunter2")
-    for token, errcode in ((None, "M_MISSING_TOKEN"), ("wrong", "M_UNKNOWN_TOKEN"), (hs.client("alice").token, "M_UNKNOWN_TOKEN")):
-        status, answer = ask(hs, "GET", "/_asbridge/status", token)
-        assert (status, answer["errcode"]) == (401, errcode)
-    assert ask(hs, "GET", "/_asbridge/status", "hunter2")[0] == 200
-    hs = start(bind="0.0.0.0")
-    status, answer = inspect(hs, "GET", "status")
-    assert status == 403 and "admin_token" in answer["error"]
-    hs = start(bind="0.0.0.0", admin_token="hunter2")
-    assert ask(hs, "GET", "/_asbridge/status", "hunter2", headers={"Host": "matrix.example.org"})[0] == 200
-    assert ask(hs, "GET", "/_asbridge/status", "hunter2", headers={"Host": "a.example", "Origin": "http://b.example"})[0] == 403
-
-
-ADMIN_ASKERS = {  # who asks: token and headers, and what each row says if there is an admin_token, and if there is none; None: it may
-    "no token": (None, {}, "M_MISSING_TOKEN", None), "a wrong one": ("x", {}, "M_UNKNOWN_TOKEN", None), "a person": ("{alice}", {}, "M_UNKNOWN_TOKEN", None),
-    "a service": ("as-irc", {}, "M_UNKNOWN_TOKEN", None), "an hs_token": ("hs-irc", {}, "M_UNKNOWN_TOKEN", None), "the owner": ("hunter2", {}, None, None),
-    "another site's page": ("hunter2", {"Origin": "http://evil.example"}, "M_FORBIDDEN", "M_FORBIDDEN"), "another name": ("hunter2", {"Host": "evil.example"}, "M_FORBIDDEN", "M_FORBIDDEN")}
-
-
-@pytest.mark.parametrize("admin_token", ["hunter2", None])
-def test_each_row_of_the_inspector_is_for_the_owner_of_the_homeserver_alone(start, admin_token):
-    hs = start(registration(), **({"admin_token": admin_token} if admin_token else {}))
-    alice, http_client, wrong = hs.client("alice").token, asbridge.HttpClient(hs.url), []
-    for route, (token, headers, *says) in itertools.product(asbridge.ADMIN_ROUTES, ADMIN_ASKERS.values()):
-        token = {"{alice}": alice}.get(token, token)
-        status, answer = http_client.request(route.method, route.path, None if route.method == "GET" else b"{}", {**headers, **({"Authorization": f"Bearer {token}"} if token else {})})
-        says = says[admin_token is None] if route.auth != "nobody" else None
-        got = status, json.loads(answer)["errcode"] if status in (401, 403) else None
-        if got != (asbridge.ERRORS[says], says) if says else status in (401, 403) or (route.auth == "nobody" and status != 200):
-            wrong.append((route.method, route.path, token, headers, status, answer[:80]))
-    http_client.close()
-    assert wrong == [] and {route.auth for route in asbridge.ADMIN_ROUTES[1:]} == {"admin"}
 
 
 # ============================================================================
@@ -12512,6 +12597,18 @@ def test_an_application_service_waits_for_a_homeserver_that_is_not_there_yet():
     homeserver.server.stop()
 
 
+@pytest.mark.parametrize("value", [5, None, [], {}, {"user_id": 5}])
+def test_an_application_service_goes_on_asking_what_only_claims_to_be_a_homeserver(caplog, value):
+    server, asked = asbridge.HttpServer(("127.0.0.1", 0), lambda request: asbridge.json_response(200, value)), []
+    server.start()
+    service = asbridge.AppService(bridge_registration(), f"http://127.0.0.1:{server.port}")
+    service.clock.wait = lambda lock, until: (asked.append(until), setattr(service, "stopping", len(asked) == 3))
+    service._hello()
+    service.stop()
+    server.stop()
+    assert len(asked) == 3 and not [record for record in caplog.records if record.exc_info]
+
+
 def test_a_bot_is_ten_lines(fake):
     class Echo(asbridge.AppService):
         def on_event(self, event):
@@ -12532,6 +12629,29 @@ def test_a_bot_is_ten_lines(fake):
 
 
 # -- Asking the homeserver: Client and Intent.
+
+def test_a_client_raises_what_the_homeserver_answers(fake):
+    fake.fail = lambda request: asbridge.MatrixError("M_LIMIT_EXCEEDED", "slower", retry_after_ms=7)
+    with pytest.raises(asbridge.MatrixError) as caught:
+        asbridge.Client(fake.url, "token").create_room()
+    assert (caught.value.status, caught.value.errcode) == (429, "M_LIMIT_EXCEEDED")
+    assert caught.value.extra == {"retry_after_ms": 7}
+
+
+@pytest.mark.parametrize("told", [{"http_status": 200, "self": 1}, {"errcode": ["x"], "error": 5}, {"status": "x", "extra": {}, "body": 1}])
+def test_a_refusal_of_the_homeserver_may_say_anything(fake, told):
+    refusal = asbridge.MatrixError("M_FORBIDDEN", "no")
+    refusal.body = lambda: told
+    fake.fail = lambda request: refusal
+    with pytest.raises(asbridge.MatrixError) as caught:
+        asbridge.Client(fake.url, "token").create_room()
+    assert caught.value.status == 403 and caught.value.extra == {key: value for key, value in told.items() if key not in ("errcode", "error")}
+
+
+def test_an_intent_is_of_a_whole_user_id(service):
+    with refused("M_INVALID_PARAM", text="bob is not of the form @localpart:server"):
+        service.intent("bob")
+
 
 def test_an_intent_registers_its_ghost_once_and_acts_as_it(fake, service):
     ghost = service.intent("@_irc_bob:test")
@@ -12562,41 +12682,6 @@ def test_an_intent_joins_when_it_must_and_is_invited_when_it_may_not(fake, servi
     service.intent("@_irc_bob:test").say("!r:test", "one")
     verbs = [re.search("/(send|join|invite)", asked[1])[1] for asked in fake.paths("/(send|join|invite)")]
     assert verbs == ["send", "join", "invite", "join", "send"]
-
-
-def test_a_client_raises_what_the_homeserver_answers(fake):
-    fake.fail = lambda request: asbridge.MatrixError("M_LIMIT_EXCEEDED", "slower", retry_after_ms=7)
-    with pytest.raises(asbridge.MatrixError) as caught:
-        asbridge.Client(fake.url, "token").create_room()
-    assert (caught.value.status, caught.value.errcode) == (429, "M_LIMIT_EXCEEDED")
-    assert caught.value.extra == {"retry_after_ms": 7}
-
-
-@pytest.mark.parametrize("told", [{"http_status": 200, "self": 1}, {"errcode": ["x"], "error": 5}, {"status": "x", "extra": {}, "body": 1}])
-def test_a_refusal_of_the_homeserver_may_say_anything(fake, told):
-    refusal = asbridge.MatrixError("M_FORBIDDEN", "no")
-    refusal.body = lambda: told
-    fake.fail = lambda request: refusal
-    with pytest.raises(asbridge.MatrixError) as caught:
-        asbridge.Client(fake.url, "token").create_room()
-    assert caught.value.status == 403 and caught.value.extra == {key: value for key, value in told.items() if key not in ("errcode", "error")}
-
-
-@pytest.mark.parametrize("value", [5, None, [], {}, {"user_id": 5}])
-def test_an_application_service_goes_on_asking_what_only_claims_to_be_a_homeserver(caplog, value):
-    server, asked = asbridge.HttpServer(("127.0.0.1", 0), lambda request: asbridge.json_response(200, value)), []
-    server.start()
-    service = asbridge.AppService(bridge_registration(), f"http://127.0.0.1:{server.port}")
-    service.clock.wait = lambda lock, until: (asked.append(until), setattr(service, "stopping", len(asked) == 3))
-    service._hello()
-    service.stop()
-    server.stop()
-    assert len(asked) == 3 and not [record for record in caplog.records if record.exc_info]
-
-
-def test_an_intent_is_of_a_whole_user_id(service):
-    with refused("M_INVALID_PARAM", text="bob is not of the form @localpart:server"):
-        service.intent("bob")
 
 
 # ============================================================================
