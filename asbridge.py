@@ -4744,6 +4744,10 @@ class World:
         unknown = [user_id for user_id in user_ids if user_id not in self.store.users and server_of(user_id) == self.name]
         at_once(lambda user_id: self.ask("users", user_id, by, False), unknown[:MAX_ASKED])
 
+    def has_user_among(self, registration: Registration | None, user_ids: Iterable[str]) -> bool:
+        claim_of = self.registrations.claim_of
+        return registration is not None and any(claim_of(registration, "users", user_id) for user_id in user_ids)
+
     def use(self, registrations: Registrations) -> None:
         """From here on these. Queues are kept; the tokens of what is gone are no tokens any more."""
         self.store.write(lambda tx: tx.after.append(lambda: setattr(self.store, "registrations", registrations)))
@@ -4792,12 +4796,10 @@ def password_fits(password: str, stored: str) -> bool:
 # -- Accounts.
 
 class Accounts:
-    """Users, their devices and sessions, profiles, and what they keep on the server."""
+    """Users, their devices and sessions, and their profiles."""
 
     def __init__(self, world: World) -> None:
         self.world, self.store = world, world.store
-        self._openid: dict[bytes, tuple[str, float]] = {}    # digest of a token → user, until when
-        self._guard = threading.Lock()                       # guards changes of _openid
 
     # -- registering and logging in
 
@@ -4972,22 +4974,6 @@ class Accounts:
                 tx.delete_device(who.user_id, device_id)
         self.store.write(job, who.token)
 
-    # -- who somebody is, told to others (OpenID)
-
-    def openid_token(self, who: Who) -> JsonObject:
-        """A token with which the user can prove to a third party who they are; for an hour, and in memory only."""
-        token, now = self.world.chance.text(who.user_id, 43), self.world.clock.monotonic()
-        with self._guard:
-            self._openid = {key: value for key, value in self._openid.items() if value[1] > now}
-            self._openid[digest(token)] = (who.user_id, now + OPENID_SECONDS)
-        return {"access_token": token, "token_type": "Bearer", "matrix_server_name": self.world.name, "expires_in": OPENID_SECONDS}
-
-    def openid_user(self, token: str) -> str:
-        user_id, until = self._openid.get(digest(token), ("", 0.0))
-        if until < self.world.clock.monotonic() or user_id not in self.store.users:
-            raise MatrixError("M_UNKNOWN_TOKEN", "this OpenID token was not given here, or its hour is over")
-        return user_id
-
     # -- profiles
 
     def profile(self, user_id: str, by: Registration | None) -> JsonObject:
@@ -5018,63 +5004,8 @@ class Accounts:
                     tx.append(room, draft, self.world.clock.now())
         self.store.write(job, who.token)
 
-    def search(self, who: Who, term: str, limit: int) -> JsonObject:
-        """The user directory: people whose ID or name has the term in it and who are met in a common or a public room."""
-        with self.store.read() as reader:
-            rows = reader.users_like(who.user_id, term, limit + 1)
-        results = [{"user_id": user_id, **({"display_name": name} if name else {}), **({"avatar_url": url} if url else {})}
-                   for user_id, name, url in rows[:limit]]
-        return {"results": results, "limited": len(rows) > limit}
 
-    # -- account data and filters
-
-    def account_data(self, who: Who, room_id: str, type: str) -> Raw:
-        with self.store.read() as reader:
-            found = reader.account_data(who.user_id, room_id, type)
-        if found is None:
-            raise MatrixError("M_NOT_FOUND", f"there is no account data of type {shorten(type)}")
-        return found
-
-    def set_account_data(self, who: Who, room_id: str, type: str, content: JsonObject) -> None:
-        self.store.write(lambda tx: tx.set_account_data(who.user_id, room_id, type, to_json(content)), who.token)
-
-    def tags(self, who: Who, room_id: str) -> JsonObject:
-        with self.store.read() as reader:
-            found = reader.account_data(who.user_id, room_id, "m.tag")
-        return self._tags(found)
-
-    @staticmethod
-    def _tags(found: str | None) -> JsonObject:
-        """Content of m.tag, whatever a client may have put there."""
-        content = json.loads(found or "{}")
-        return content if isinstance(content.get("tags"), dict) else {**content, "tags": {}}
-
-    def set_tag(self, who: Who, room_id: str, tag: str, content: JsonObject | None) -> None:
-        """Sets a tag on a room, or takes it off with content None."""
-        def job(tx: Tx) -> None:
-            tags = self._tags(tx.account_data(who.user_id, room_id, "m.tag"))
-            tags["tags"].pop(tag, None)
-            if content is not None:
-                tags["tags"][tag] = content
-            text = to_json(tags)
-            if content is not None and len(text) > MAX_TAGS_BYTES:
-                raise MatrixError("M_TOO_LARGE", f"all tags of a room may have {MAX_TAGS_BYTES} bytes at most")
-            tx.set_account_data(who.user_id, room_id, "m.tag", text)
-        self.store.write(job, who.token)
-
-    def add_filter(self, who: Who, content: JsonObject) -> str:
-        return str(self.store.write(lambda tx: tx.add_filter(who.user_id, to_json(content)), who.token))
-
-    def filter(self, who: Who, filter_id: str) -> JsonObject:
-        with self.store.read() as reader:
-            number = number_in(filter_id)
-            row = None if number is None else reader.filter(who.user_id, number)
-        if not row:
-            raise MatrixError("M_NOT_FOUND", f"{who.user_id} has no filter {shorten(filter_id)}")
-        return cast(JsonObject, json.loads(row[0]))
-
-
-# -- Rooms.
+# -- What may be seen of a room.
 
 class View(NamedTuple):
     """What one user may see of one room."""
@@ -5136,6 +5067,30 @@ def view_of(reader: Reader, user_id: str, room_id: str) -> View:
     raise not_in(user_id, room_id)
 
 
+def view_by(room: int, room_id: str, memberships: Sequence[tuple[int, str]], visibilities: Sequence[tuple[int, str]]) -> View | None:
+    """By the changes of the user's membership and of the room's history visibility. None: there is nothing to see."""
+    ranges = visible_ranges(visibilities, memberships)
+    membership = memberships[-1][1] if memberships else "leave"
+    if membership == "join" or (visibilities and visibilities[-1][1] == "world_readable"):
+        return View(room, room_id, membership, ranges, FOREVER, memberships)
+    left = [tick for (tick, _), (_, before) in zip(memberships[1:], memberships, strict=False)
+            if before == "join"]
+    if ranges:
+        return View(room, room_id, membership, ranges, left[-1] if left else -1, memberships)
+    return None
+
+
+@contextlib.contextmanager
+def viewing(store: Store, who: Who, room_id: str, errcode: str = "M_FORBIDDEN") -> Iterator[tuple[Reader, View]]:
+    """`errcode`: for whom there is nothing to see."""
+    with store.read() as reader:
+        try:
+            view = view_of(reader, who.user_id, room_id)
+        except MatrixError as error:
+            raise MatrixError(errcode, error.error) from None
+        yield reader, view
+
+
 def not_in(user_id: str, room_id: str) -> MatrixError:
     """The same whether there is such a room or not, so that nobody finds out by asking."""
     hint = "; that is an alias: GET /directory/room/{alias} says which room ID to write here" if room_id[:1] == "#" else ""
@@ -5150,73 +5105,171 @@ def room_for(tx: Tx, who: Who, room_id: str, joined: bool = False) -> Room:
     return room
 
 
-def view_by(room: int, room_id: str, memberships: Sequence[tuple[int, str]], visibilities: Sequence[tuple[int, str]]) -> View | None:
-    """By the changes of the user's membership and of the room's history visibility. None: there is nothing to see."""
-    ranges = visible_ranges(visibilities, memberships)
-    membership = memberships[-1][1] if memberships else "leave"
-    if membership == "join" or (visibilities and visibilities[-1][1] == "world_readable"):
-        return View(room, room_id, membership, ranges, FOREVER, memberships)
-    left = [tick for (tick, _), (_, before) in zip(memberships[1:], memberships, strict=False)
-            if before == "join"]
-    if ranges:
-        return View(room, room_id, membership, ranges, left[-1] if left else -1, memberships)
-    return None
-
-
 def sees(tx: Tx, room: Room, user_id: str, tick: int) -> bool:
     """Whether a member may see an event of the room. What came after the own join is not looked up."""
     member = room.events["m.room.member", user_id]
     return tick >= member.tick or view_of(tx, user_id, room.room_id).sees(tick)
 
 
-def thread_of(reader: Reader, tick: int) -> int:
-    """The tick of the root of the thread that an event is in; 0: it is in the main timeline (Threaded read receipts)."""
-    return next((parent for parent, rel_type in reader.ancestors(tick, MAX_RELATION_DEPTH) if rel_type == "m.thread"), 0)
+# -- Rooms.
+
+PRESETS = {  # preset: join_rule, history_visibility, guest_access
+    "private_chat":         ("invite", "shared", "can_join"),
+    "trusted_private_chat": ("invite", "shared", "can_join"),
+    "public_chat":          ("public", "shared", "forbidden"),
+}
 
 
-def in_thread(reader: Reader, tick: int, thread_id: str) -> bool:
-    """Whether a receipt of this thread may name the event. The root and what relates to it are in both: main and thread."""
-    if thread_id == "main":
-        return not thread_of(reader, tick)
-    return tick_of(thread_id) in (tick, *(parent for parent, _ in reader.ancestors(tick, MAX_RELATION_DEPTH)))
+class RoomPlan:
+    """A createRoom request, checked: what the room begins with."""
+
+    def __init__(self, world: World, who: Who, options: JsonObject) -> None:
+        self.who, self.options = who, options
+        version = field(options, "room_version", str, world.settings.room_version)
+        if version not in ROOM_VERSIONS:
+            raise MatrixError("M_UNSUPPORTED_ROOM_VERSION", f"room version {shorten(version)} is not offered; "
+                              f"these are: {', '.join(ROOM_VERSIONS)}")
+        self.version = ROOM_VERSIONS[version]
+        visibility = field(options, "visibility", str, "private")
+        self.published = visibility == "public"
+        self.preset = field(options, "preset", str, "public_chat" if self.published else "private_chat")
+        if visibility not in ("public", "private") or self.preset not in PRESETS:
+            raise MatrixError("M_INVALID_PARAM", f"visibility must be public or private, not {quoted(visibility)}; preset one of "
+                              f"{', '.join(PRESETS)}, not {quoted(self.preset)}")
+        self.invite = [check_id("@", user_id, world.name) for user_id in field(options, "invite", list, [])]
+        self.initial_state = field(options, "initial_state", list, [])
+        if len(self.invite) + len(self.initial_state) > MAX_FIRST_EVENTS:
+            raise MatrixError("M_TOO_LARGE", f"invite and initial_state may have {MAX_FIRST_EVENTS} entries together; send "
+                              "the others when the room is there")
+        self.is_direct = field(options, "is_direct", bool, False)
+        localpart = field(options, "room_alias_name", str, "")
+        if ":" in localpart or localpart[:1] == "#":
+            raise MatrixError("M_INVALID_PARAM", f"room_alias_name is what stands between '#' and ':' alone, not {quoted(localpart)}")
+        self.alias = check_id("#", f"#{localpart}:{world.name}") if localpart else ""
+        if self.alias:
+            world.registrations.check_may_create("aliases", self.alias, who.appservice)
+        check_canonical(options)
+
+    def drafts(self, member: JsonObject) -> Iterator[Draft]:
+        """The first events in the order of the spec, but for the invitations. `member`: content of the
+        creator's join.
+        """
+        get, sender = self.options.get, self.who.user_id
+        yield Draft("m.room.create", sender, self._create(), "")
+        yield Draft("m.room.member", sender, member, sender)
+        yield Draft("m.room.power_levels", sender, self._power_levels(), "")
+        if self.alias:
+            yield Draft("m.room.canonical_alias", sender, {"alias": self.alias}, "")
+        join_rule, visibility, guests = PRESETS[self.preset]
+        yield Draft("m.room.join_rules", sender, {"join_rule": join_rule}, "")
+        yield Draft("m.room.history_visibility", sender, {"history_visibility": visibility}, "")
+        yield Draft("m.room.guest_access", sender, {"guest_access": guests}, "")
+        for event in self.initial_state:
+            if not isinstance(event, dict):
+                raise MatrixError("M_BAD_JSON", "initial_state must be a list of objects with type, state_key "
+                                  "and content")
+            yield Draft(field(event, "type", str), sender, field(event, "content", dict),
+                        field(event, "state_key", str, ""))
+        for key in ("name", "topic"):
+            if get(key) is not None:
+                yield Draft(f"m.room.{key}", sender, {key: field(self.options, key, str)}, "")
+
+    def _create(self) -> JsonObject:
+        content = {**field(self.options, "creation_content", dict, {}), "room_version": self.version.id}
+        if self.version.create_has_creator:
+            content["creator"] = self.who.user_id
+        if self.version.creators_rule and self.preset == "trusted_private_chat" and self.invite:
+            content["additional_creators"] = [*field(content, "additional_creators", list, []), *self.invite]
+        if self.version.creators_rule and "additional_creators" in content:
+            creators = [check_id("@", user_id) for user_id in field(content, "additional_creators", list, [])]
+            content["additional_creators"] = sorted({*creators} - {self.who.user_id})
+        return content
+
+    def _power_levels(self) -> JsonObject:
+        trusted = self.invite if self.preset == "trusted_private_chat" else ()
+        tops = [] if self.version.creators_rule else [self.who.user_id, *trusted]
+        highest = 150 if self.version.creators_rule else 100
+        levels: JsonObject = {
+            "users": dict.fromkeys(tops, 100), "users_default": 0, "events_default": 0, "state_default": 50,
+            "ban": 50, "kick": 50, "redact": 50, "invite": 0, "historical": 100,
+            "events": {"m.room.name": 50, "m.room.avatar": 50, "m.room.canonical_alias": 50,
+                       "m.room.power_levels": 100,
+                       "m.room.history_visibility": 100, "m.room.encryption": 100,
+                       "m.room.server_acl": 100, "m.room.tombstone": highest}}
+        levels.update(field(self.options, "power_level_content_override", dict, {}))
+        users = levels.get("users")
+        if not self.version.creators_rule and not (isinstance(users, dict)
+                                                   and is_a(users.get(self.who.user_id), int)):
+            raise MatrixError("M_BAD_JSON", "power_level_content_override.users must give the room's creator "
+                              "a level, too; "
+                              "without it nobody could change the room")
+        return levels
 
 
-def aggregations(reader: Reader, who: Who, events: Sequence[Event], visible: str, now: int) -> dict[int, list[str]]:
-    """By tick, for those of the events that have such: what others that may be seen relate to them, as a part of
-    `unsigned` (Aggregations of child events). State events get none.
-    """
-    parents = {event.tick: event for event in events if event.related and event.state_key is None}
-    found: dict[int, JsonObject] = {}
-    for tick, rel_type, count, last, own, ids in reader.aggregations([*parents], who.user_id, visible) if parents else ():
-        children = found.setdefault(tick, {})
-        if rel_type == "m.thread":
-            latest = reader.event_at(last)
-            more = aggregations(reader, who, [latest], visible, now)     # no thread: one starts from what relates to nothing
-            children[rel_type] = {"latest_event": latest.for_client(now, who.user_id, who.device_id, *more.get(last, ())),
-                                  "count": count,
-                                  "current_user_participated": bool(own) or parents[tick].sender == who.user_id}
-        elif rel_type == "m.reference":
-            children[rel_type] = {"chunk": [{"event_id": id} for id in sorted(json.loads(ids), key=tick_of)]}
-        elif edit := reader.latest_edit(parents[tick], visible):
-            children[rel_type] = edit.for_client(now, who.user_id, who.device_id)
-    return {tick: [f'"m.relations":{to_json(children)}'] for tick, children in found.items() if children}
+class Aliases:
+    """The names of rooms."""
 
+    def __init__(self, world: World) -> None:
+        self.world, self.store = world, world.store
 
-def receipts_event(receipts: Sequence[Any], user_id: str) -> JsonObject | None:
-    """The m.receipt event of these receipts; others' private ones are not in it."""
-    content: JsonObject = {}
-    for type, reader_id, thread_id, event_id, ts in receipts:
-        if type == "m.read" or reader_id == user_id:
-            receipt = {"ts": ts, **({"thread_id": thread_id} if thread_id else {})}
-            content.setdefault(event_id, {}).setdefault(type, {})[reader_id] = receipt
-    return {"type": "m.receipt", "content": content} if content else None
+    def resolve(self, alias: str, by: Registration | None) -> str:
+        """The room ID that an alias points to; an unknown one's application service is asked."""
+        check_id("#", alias)
+        why = ""
+        for again in (False, True):
+            with self.store.read() as reader:
+                row = reader.alias(alias)
+            if row:
+                return str(row[0])
+            if again or server_of(alias) != self.world.name:
+                break
+            if self.world.ask("aliases", alias, by, True):   # looks again in any case: it may have come meanwhile
+                why = "; its application service was asked and said yes, but has not created it"
+        elsewhere = "" if server_of(alias) == self.world.name else f"; this server, {self.world.name}, knows no other one"
+        raise MatrixError("M_NOT_FOUND", f"there is no room alias {shorten(alias)}{why}{elsewhere}")
+
+    def add(self, who: Who, alias: str, room_id: str) -> None:
+        def job(tx: Tx) -> None:
+            found = tx.room(room_id) if who.appservice else None     # to any room: its aliases are its own affair
+            self.put(tx, who, alias, found or room_for(tx, who, room_id, joined=True), "M_UNKNOWN")
+        self.store.write(job, who.token)
+
+    def put(self, tx: Tx, who: Who, alias: str, room: Room, taken: str) -> None:
+        check_id("#", alias, self.world.name)
+        self.world.registrations.check_may_create("aliases", alias, who.appservice)
+        if tx.alias(alias):
+            raise MatrixError(taken, f"the alias {alias} exists already", 409 if taken == "M_UNKNOWN" else None)
+        tx.add_alias(alias, room, who.user_id)
+
+    def delete(self, who: Who, alias: str) -> None:
+        """By who made it, by who may change the canonical alias, or by the application service that claims it."""
+        check_id("#", alias)
+
+        def job(tx: Tx) -> None:
+            self.world.registrations.check_may_create("aliases", alias, who.appservice)
+            row = tx.alias(alias)
+            room = tx.room(row[0]) if row else None
+            if not room:
+                raise MatrixError("M_NOT_FOUND", f"there is no room alias {shorten(alias)}")
+            needed = room.needed_to_send("m.room.canonical_alias", True)
+            may = who.user_id in room.joined and room.power(who.user_id) >= needed
+            if not (may or who.appservice or row[1] == who.user_id):
+                raise forbidden(f"{alias} may be deleted by who made it, or by who may change the canonical alias of its room")
+            tx.delete_alias(alias, room)
+        self.store.write(job, who.token)
+
+    def of_room(self, who: Who, room_id: str) -> list[str]:
+        with viewing(self.store, who, room_id) as (reader, view):
+            if view.state_upto < FOREVER:                    # those that there are now
+                raise not_in(who.user_id, room_id)
+            return reader.aliases_of(view.room)
 
 
 class Rooms:
     """Everything that happens in rooms."""
 
-    def __init__(self, world: World) -> None:
-        self.world, self.store = world, world.store
+    def __init__(self, world: World, aliases: Aliases) -> None:
+        self.world, self.store, self.aliases = world, world.store, aliases
 
     def _append(self, tx: Tx, room: Room, draft: Draft, ts: int | None = None, device_id: str | None = None,
                 txn_id: str | None = None) -> str:
@@ -5267,7 +5320,7 @@ class Rooms:
             for index, draft in enumerate(plan.drafts(self._member_content(tx, who.user_id, "join"))):
                 self._append_first(tx, room, draft)
                 if index == 0 and plan.alias:
-                    self._add_alias(tx, who, plan.alias, room, "M_ROOM_IN_USE")
+                    self.aliases.put(tx, who, plan.alias, room, "M_ROOM_IN_USE")
             for user_id in plan.invite:
                 direct = {"is_direct": True} if plan.is_direct else {}
                 self._append_first(tx, room, self._member(tx, who, user_id, "invite", direct))
@@ -5327,7 +5380,7 @@ class Rooms:
 
     def _id_of(self, room_id_or_alias: str, who: Who) -> str:
         if room_id_or_alias[:1] == "#":
-            return self.resolve(room_id_or_alias, who.appservice)
+            return self.aliases.resolve(room_id_or_alias, who.appservice)
         return check_id("!", room_id_or_alias)
 
     def _voucher(self, tx: Tx, room: Room, user_id: str) -> JsonObject:
@@ -5472,17 +5525,14 @@ class Rooms:
         draft = Draft("m.room.redaction", who.user_id, {**content, "redacts": event_id}, redacts=event_id)
         return self._once(who, room_id, draft, txn_id, ts, find)
 
-    # -- reading
 
-    @contextlib.contextmanager
-    def viewing(self, who: Who, room_id: str, errcode: str = "M_FORBIDDEN") -> Iterator[tuple[Reader, View]]:
-        """`errcode`: for whom there is nothing to see."""
-        with self.store.read() as reader:
-            try:
-                view = view_of(reader, who.user_id, room_id)
-            except MatrixError as error:
-                raise MatrixError(errcode, error.error) from None
-            yield reader, view
+# -- Reading.
+
+class History:
+    """What there is and was in rooms."""
+
+    def __init__(self, world: World) -> None:
+        self.world, self.store = world, world.store
 
     def render(self, who: Who, events: Iterable[Event]) -> list[Raw]:
         now = self.world.clock.now()
@@ -5497,18 +5547,18 @@ class Rooms:
 
     def event(self, who: Who, room_id: str, event_id: str) -> Raw:
         """M_NOT_FOUND also for what may not be seen."""
-        with self.viewing(who, room_id, "M_NOT_FOUND") as (reader, view):
-            return self.bundle(who, reader, view, [self._visible(reader, view, event_id)])[0]
+        with viewing(self.store, who, room_id, "M_NOT_FOUND") as (reader, view):
+            return self.bundle(who, reader, view, [self.visible(reader, view, event_id)])[0]
 
     @staticmethod
-    def _visible(reader: Reader, view: View, event_id: str) -> Event:
+    def visible(reader: Reader, view: View, event_id: str) -> Event:
         event = reader.event(view.room, event_id)
         if not event or not view.sees(event.tick):
             raise MatrixError("M_NOT_FOUND", f"there is no event {shorten(event_id)} here that may be seen")
         return event
 
     def state(self, who: Who, room_id: str) -> list[Raw]:
-        with self.viewing(who, room_id) as (reader, view):
+        with viewing(self.store, who, room_id) as (reader, view):
             self._check_state_visible(view)
             return self.render(who, reader.state_at(view.room, view.state_upto))
 
@@ -5518,7 +5568,7 @@ class Rooms:
             raise forbidden(f"the state of the room {view.room_id} can't be seen before joining it")
 
     def state_event(self, who: Who, room_id: str, type: str, state_key: str) -> Event:
-        with self.viewing(who, room_id) as (reader, view):
+        with viewing(self.store, who, room_id) as (reader, view):
             self._check_state_visible(view)
             event = reader.state_event(view.room, type, state_key, view.state_upto)
         if not event:
@@ -5529,7 +5579,7 @@ class Rooms:
     def members(self, who: Who, room_id: str, upto: int | None = None, membership: str | None = None,
                 not_membership: str | None = None) -> list[Raw]:
         """Member events, as they are or were at the tick `upto`."""
-        with self.viewing(who, room_id) as (reader, view):
+        with viewing(self.store, who, room_id) as (reader, view):
             self._check_state_visible(view)
             upto = view.state_upto if upto is None else min(view.state_upto, upto)
             if not (view.sees(upto) or view.sees(upto + 1)):         # or right before what may be seen: prev_batch of /sync
@@ -5544,7 +5594,7 @@ class Rooms:
         with self.store.read() as reader:
             row = reader.room_row(room_id)
             users = reader.members(row.n) if row else []
-            if not row or (who.user_id not in users and not self._has_user_among(who.appservice, users)):
+            if not row or (who.user_id not in users and not self.world.has_user_among(who.appservice, users)):
                 raise not_in(who.user_id, room_id)
             events = [reader.state_event(row.n, "m.room.member", user_id)
                       for user_id in users]
@@ -5552,14 +5602,10 @@ class Rooms:
         return {user_id: {"display_name": content.get("displayname"), "avatar_url": content.get("avatar_url")}
                 for user_id, content in contents.items()}
 
-    def _has_user_among(self, registration: Registration | None, user_ids: Iterable[str]) -> bool:
-        claim_of = self.world.registrations.claim_of
-        return registration is not None and any(claim_of(registration, "users", user_id) for user_id in user_ids)
-
     def messages(self, who: Who, room_id: str, start: int | None, backwards: bool, limit: int, filter: Filter,
                  stop: int | None = None, lazy: bool = False) -> JsonObject:
         """A page of history: from the tick `start` (the end, if None) backwards, or forwards. `lazy`: with who speaks."""
-        with self.viewing(who, room_id) as (reader, view):
+        with viewing(self.store, who, room_id) as (reader, view):
             start = (reader.position() if backwards else 0) if start is None else start
             filter = filter.in_room(room_id)._replace(ignored=reader.ignored(who.user_id))
             events, _ = view.page(lambda *window: reader.events(view.room, window[0], window[1], window[2], window[3], filter),
@@ -5572,24 +5618,10 @@ class Rooms:
         end = {"end": str(events[-1].tick - backwards)} if events else {}    # also with the last: clients ask on until none comes
         return {"start": str(start), "chunk": chunk, **end, **({"state": state} if state else {})}
 
-    def initial_sync(self, who: Who, room_id: str, limit: int, presence: Callable[[Sequence[str]], list[JsonObject]]) -> JsonObject:
-        """One room as it is, with its last messages (deprecated; old software begins so). `presence`: tells that of members."""
-        page = self.messages(who, room_id, None, True, limit, EVERYTHING)
-        with self.viewing(who, room_id) as (reader, view):
-            inside = view.membership == "join"               # who has left is not told how it went on
-            data, members = reader.account_data_since(who.user_id, 0), reader.members(view.room) if inside else []
-            receipts = receipts_event(reader.receipts_since([view.room], 0)[view.room] if inside else [], who.user_id)
-            published = cast(RoomRow, reader.room_row(room_id)).published
-        chunk = page["chunk"][::-1]
-        return {"room_id": room_id, "membership": view.membership, "visibility": "public" if published else "private",
-                "messages": {"chunk": chunk, "start": page.get("end", "0"), "end": page["start"]},
-                "state": self.state(who, room_id), "presence": presence(members), "receipts": [receipts] if receipts else [],
-                "account_data": [{"type": type, "content": Raw(text)} for where, type, text in data if where == room_id]}
-
     def context(self, who: Who, room_id: str, event_id: str, limit: int, filter: Filter, lazy: bool = False) -> JsonObject:
         """An event with what stood before and after it; `limit` events of these at most. `lazy`: of members, who speaks."""
-        with self.viewing(who, room_id) as (reader, view):
-            event = self._visible(reader, view, event_id)
+        with viewing(self.store, who, room_id) as (reader, view):
+            event = self.visible(reader, view, event_id)
             filter = filter.in_room(room_id)._replace(ignored=reader.ignored(who.user_id))
             before = view.events(reader, 0, event.tick - 1, limit // 2, True, filter)
             after = view.events(reader, event.tick, FOREVER, limit - limit // 2, False, filter)
@@ -5602,90 +5634,499 @@ class Rooms:
         return {"event": bundled[0], "events_before": bundled[1:len(before) + 1], "events_after": bundled[len(before) + 1:],
                 "state": self.render(who, state), "start": str(first - 1), "end": str(last)}
 
-    # -- relations and threads (for clients only: section "Forming relationships between events")
+    def initial_sync(self, who: Who, room_id: str, limit: int, presence: Callable[[Sequence[str]], list[JsonObject]]) -> JsonObject:
+        """One room as it is, with its last messages (deprecated; old software begins so). `presence`: tells that of members."""
+        page = self.messages(who, room_id, None, True, limit, EVERYTHING)
+        with viewing(self.store, who, room_id) as (reader, view):
+            inside = view.membership == "join"               # who has left is not told how it went on
+            data, members = reader.account_data_since(who.user_id, 0), reader.members(view.room) if inside else []
+            receipts = receipts_event(reader.receipts_since([view.room], 0)[view.room] if inside else [], who.user_id)
+            published = cast(RoomRow, reader.room_row(room_id)).published
+        chunk = page["chunk"][::-1]
+        return {"room_id": room_id, "membership": view.membership, "visibility": "public" if published else "private",
+                "messages": {"chunk": chunk, "start": page.get("end", "0"), "end": page["start"]},
+                "state": self.state(who, room_id), "presence": presence(members), "receipts": [receipts] if receipts else [],
+                "account_data": [{"type": type, "content": Raw(text)} for where, type, text in data if where == room_id]}
 
-    def relations(self, who: Who, room_id: str, event_id: str, rel_type: str | None, type: str | None, start: int | None,
-                  stop: int | None, backwards: bool, limit: int, recurse: bool) -> JsonObject:
-        """A page of the events that relate to one."""
-        depth = MAX_RELATION_DEPTH if recurse else 1
-        with self.viewing(who, room_id, "M_NOT_FOUND") as (reader, view):
-            parent = self._visible(reader, view, event_id).tick
-            start = (reader.position() if backwards else 0) if start is None else start
-            events, end = view.page(lambda *window: reader.related(parent, depth, rel_type, type, *window),
-                                    start, stop, backwards, limit)
-            ignored = reader.ignored(who.user_id)
-            chunk = self.bundle(who, reader, view, [event for event in events if event.sender not in ignored])
-        return {"chunk": chunk, **({"next_batch": end} if end else {}),
-                **({"recursion_depth": depth} if recurse else {})}
 
-    def threads(self, who: Who, room_id: str, participated: bool, start: int | None, limit: int) -> JsonObject:
-        """The roots of a room's threads, the one with the latest reply first, each with its summary."""
-        with self.viewing(who, room_id) as (reader, view):
-            rows = [row for row in reader.threads(view.room, who.user_id, view.visible, FOREVER if start is None else start)
-                    if view.sees(row[0]) and view.sees(row[1]) and (row[2] or not participated)]
-            chunk = self.bundle(who, reader, view, [reader.event_at(root) for root, _, _ in rows[:limit]])
-        return {"chunk": chunk, **({"next_batch": str(rows[limit - 1][1] - 1)} if len(rows) > limit else {})}
+# -- Sync.
 
-    # -- aliases and the directory
+class SyncFilter:
+    """A client's filter (Client-Server API, Filtering), as far as /sync reads it.
 
-    def resolve(self, alias: str, by: Registration | None) -> str:
-        """The room ID that an alias points to; an unknown one's application service is asked."""
-        check_id("#", alias)
-        why = ""
-        for again in (False, True):
-            with self.store.read() as reader:
-                row = reader.alias(alias)
-            if row:
-                return str(row[0])
-            if again or server_of(alias) != self.world.name:
-                break
-            if self.world.ask("aliases", alias, by, True):   # looks again in any case: it may have come meanwhile
-                why = "; its application service was asked and said yes, but has not created it"
-        elsewhere = "" if server_of(alias) == self.world.name else f"; this server, {self.world.name}, knows no other one"
-        raise MatrixError("M_NOT_FOUND", f"there is no room alias {shorten(alias)}{why}{elsewhere}")
+    `event_fields` is left out: a server may include more fields than were asked for. A `limit` counts for the timeline only:
+    what it cut off elsewhere the client would never get.
+    """
 
-    def add_alias(self, who: Who, alias: str, room_id: str) -> None:
+    def __init__(self, source: JsonObject) -> None:
+        if field(source, "event_format", str, "client") != "client":
+            raise MatrixError("M_INVALID_PARAM", "events come in the format \"client\" only: this server does not federate")
+        room = field(source, "room", dict, {})
+        timeline, state = field(room, "timeline", dict, {}), field(room, "state", dict, {})
+        self.rooms, self.include_leave = event_filter(room), bool(room.get("include_leave"))
+        self.timeline, self.state = event_filter(timeline), event_filter(state)
+        self.ephemeral, self.room_data = (event_filter(field(room, key, dict, {})) for key in ("ephemeral", "account_data"))
+        self.account_data, self.presence = (event_filter(field(source, key, dict, {})) for key in ("account_data", "presence"))
+        self.threads = bool(timeline.get("unread_thread_notifications"))
+        self.lazy = bool(state.get("lazy_load_members") or timeline.get("lazy_load_members"))
+        self.limit = min(max(field(timeline, "limit", int, TIMELINE), 1), MAX_PAGE)
+
+
+@functools.lru_cache(128)
+def inline_filter(text: str) -> SyncFilter:
+    """One that a client sends with each request."""
+    return SyncFilter(parse_object(text, "filter"))
+
+
+def event_filter(source: JsonObject) -> Filter:
+    """EventFilter or RoomEventFilter."""
+    return EVERYTHING if not source else Filter(
+        names_in(source, "types"), names_in(source, "not_types") or (), names_in(source, "senders"),
+        names_in(source, "not_senders") or (), field(source, "contains_url", bool, None),
+        rooms=names_in(source, "rooms"), not_rooms=names_in(source, "not_rooms") or ())
+
+
+def names_in(source: JsonObject, key: str) -> list[str] | None:
+    names = source.get(key)
+    if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        raise MatrixError("M_BAD_JSON", f"{key!r} in a filter must be a list of texts, not {shorten(names)}")
+    if names and (len(names) > MAX_NAMES or len(max(names, key=len)) > MAX_ID_BYTES or sum("*" in name for name in names) > MAX_GLOBS):
+        raise MatrixError("M_INVALID_PARAM", f"{key!r} in a filter may have {MAX_NAMES:,} texts of {MAX_ID_BYTES} characters at most, "
+                          f"and of those with a '*' {MAX_GLOBS}")
+    return names
+
+
+class Sync:
+    """What is new for one user: everything that lies after a tick."""
+
+    def __init__(self, world: World, typing: Typing, presence: Presence, unread: Unread) -> None:
+        self.world, self.store, self.typing, self.presence, self.unread = world, world.store, typing, presence, unread
+        self.handed: set[tuple[str, str]] = set()            # user and device that have been given messages, to be dropped next time
+
+    def sync(self, who: Who, since: int | None, filter: SyncFilter, timeout: float = 0.0, full_state: bool = False,
+             state_after: str = "", set_presence: str = "online", check_client: Callable[[], None] = lambda: None) -> JsonObject:
+        """Waits up to `timeout` seconds until there is something new after the tick `since`.
+
+        `state_after`: the key for the state at the end of each timeline, in place of `state` at its start. `check_client`:
+        raises if nobody waits any more; asked now and then.
+        """
+        clock = self.world.clock
+        timeout = min(timeout, MAX_SYNC_SECONDS)
+        with contextlib.suppress(MatrixError):               # the disk is full, say: that is no reason not to read
+            self.presence.polling(who, set_presence, timeout)
+        if since is not None and since > self.store.position:
+            since = None                                     # from the future: of another database, say
+        deadline = clock.monotonic() + timeout
+        waiting = self.store.waiters.enter(who.user_id)
+        try:
+            while True:
+                over = clock.monotonic() >= deadline or self.world.stopping
+                if (over or full_state or since is None or since < self.store.position       # else nothing has happened
+                        or (who.user_id, who.device_id or "") in self.handed):
+                    window = Window(self, who, since, filter, full_state, state_after)
+                    answer = window.read()
+                    if over or full_state or window.initial or window.news:
+                        break
+                    del window, answer                       # and hold nothing while it waits: many may
+                self.store.check_session(who.token)
+                look = clock.monotonic() + LOOK_SECONDS
+                self.store.waiters.wait(waiting, min(deadline, look))
+                if look <= clock.monotonic():
+                    check_client()
+        finally:
+            self.store.waiters.leave(who.user_id, waiting)
+        self.store.check_session(who.token)
+        if window.echo:
+            time.sleep(ECHO_SECONDS)
+        return answer
+
+
+class Window:
+    """One look: what lies between `since` and now, for one user and filter."""
+
+    def __init__(self, sync: Sync, who: Who, since: int | None, filter: SyncFilter, full_state: bool, state_after: str) -> None:
+        self.sync, self.who, self.filter, self.full_state, self.state_after = sync, who, filter, full_state, state_after
+        self.store, self.clock_now = sync.store, sync.world.clock.now()
+        self.initial, self.since = since is None, since or 0
+        self.now = 0
+        self.news = False                                    # whether there was any
+        self.changed: dict[int, list[str]] = {}              # room → whose membership changed, for rooms that moved
+        # Whether a relation that this device has just sent is in it. matrix-js-sdk never sends again if it sees an event of
+        # a thread in /sync before it has the answer to its PUT.
+        self.echo = False
+        # By room, of some rooms at a time:
+        self.own: dict[int, list[tuple[int, str]]] = {}      # the user's membership and
+        self.visibilities: dict[int, list[tuple[int, str]]] = {}     # the room's visibility, each change, where the user may be new
+        self.counts: dict[int, dict[str, int]] = {}          # members by membership, where that has changed,
+        self.heroes: dict[int, list[str]] = {}               # and by whom the room is known
+        self.receipts: dict[int, list[Any]] = {}             # the new ones, and all
+        self.own_receipts: dict[int, list[Any]] = {}         # of the user
+
+    def read(self) -> JsonObject:
+        """The answer of /sync."""
+        me = self.who.user_id
+        device = (me, self.who.device_id or "")
+        with self.store.read() as self.reader:
+            self.now = self.reader.position()
+            self.store.wait_published(self.now)
+            self.data, self.ignored = self._account_data(self.since), self.reader.ignored(me)
+            self.memberships = self.reader.memberships_of(me)
+            self.met = self._met()
+            presence = self.sync.presence.since(self.reader, me, self.since, self.now, self.met)
+            messages = self.reader.to_device(*device)
+            parts = {"account_data": self._events(self.filter.account_data, self.data.pop("", [])),
+                     "presence": self._events(self.filter.presence, presence), "rooms": self._rooms(),
+                     "to_device": {"events": fresh} if (fresh := [Raw(text) for tick, text in messages if tick > self.since]) else {},
+                     "device_lists": self._device_lists()}
+            answer = {"next_batch": str(self.now), **{key: part for key, part in parts.items() if part}, **self._key_counts()}
+        self.news = any(parts.values())
+        if messages and messages[0][0] <= self.since:        # the device has got them
+            with contextlib.suppress(MatrixError):           # who reads did not ask for it; next time, then
+                self.store.write(lambda tx: tx.drop_to_device(*device, self.since))
+        (self.sync.handed.add if fresh else self.sync.handed.discard)(device)
+        return answer
+
+    def _events(self, filter: Filter, found: Sequence[JsonObject | None]) -> JsonObject:
+        """Of these the ones that the filter wants."""
+        events = [event for event in found if event and filter.passes(
+            Event(0, event["type"], None, event.get("sender", ""), 0, '{"content":{}}', None, None, None, None, 0))]
+        return {"events": events} if events else {}
+
+    def _rooms(self) -> JsonObject:
+        rooms: dict[str, dict[str, Raw]] = {}
+        pause = time.monotonic() + SLICE_SECONDS
+        shown = [one for one in self.memberships if self._concerns(*one)]
+        for start in range(0, len(shown), ROOMS_AT_ONCE):
+            self._ask(shown[start:start + ROOMS_AT_ONCE])
+            for room, room_id, membership, tick, forgotten in shown[start:start + ROOMS_AT_ONCE]:
+                if time.monotonic() > pause:                 # a thousand rooms: let others to the interpreter's lock
+                    time.sleep(0.0001)
+                    pause = time.monotonic() + SLICE_SECONDS
+                section, entry = self._room(room, room_id, membership, tick, forgotten)
+                if entry:
+                    rooms.setdefault(section, {})[room_id] = Raw(to_json(entry))     # written piece by piece, too
+        return rooms
+
+    def _concerns(self, room: int, room_id: str, membership: str, tick: int, forgotten: int) -> bool:
+        """Whether there may be something to say of this room."""
+        if not self.filter.rooms.wants(room_id):
+            return False
+        if membership in ("leave", "ban"):
+            return tick > self.since if not self.initial else self.filter.include_leave and not forgotten
+        return tick > self.since or (membership == "join" and (
+            self.full_state or room_id in self.data or self.store.moved_since(room, self.since)))
+
+    def _ask(self, shown: Sequence[Any]) -> None:
+        """Reads what is asked of each of these rooms, with one statement for all."""
+        me, rooms, new = self.who.user_id, [one[0] for one in shown], [one[0] for one in shown if one[3] > self.since]
+        self.own = self.reader.changes(new, *MEMBERSHIP, me)
+        self.visibilities = self.reader.changes(new, *HISTORY_VISIBILITY)
+        counted = rooms if self.initial or self.full_state else [room for room in rooms if self.changed.get(room)]
+        self.counts, self.heroes = self.reader.member_counts(counted), self.reader.heroes(counted, me)
+        self.receipts, self.own_receipts = self.reader.receipts_since(rooms, self.since), self.reader.own_receipts(rooms, me)
+
+    def _met(self) -> set[str]:
+        """Whom the user may have met or lost sight of since."""
+        met: set[str] = set()
+        for room, _, membership, tick, _ in self.memberships if not self.initial else ():
+            if tick > self.since:
+                self.changed[room] = [self.who.user_id]
+                met |= self.reader.met_in(room, self.who.user_id, self.since)
+            elif membership == "join" and self.store.moved_since(room, self.since):
+                self.changed[room] = self.reader.changed_members(room, self.since)
+                met.update(self.changed[room])
+        return met - {self.who.user_id}
+
+    def _device_lists(self) -> JsonObject:
+        """Whose keys to ask for again, and who is met in no room any more."""
+        if self.initial:
+            return {}
+        users = self.reader.key_news(self.who.user_id, self.since, self.met)
+        changed = sorted(user_id for user_id, shared in users.items() if shared)
+        left = sorted(user_id for user_id in users.keys() & self.met if not users[user_id])
+        return {"changed": changed, "left": left} if changed or left else {}
+
+    def _key_counts(self) -> JsonObject:
+        if not self.who.device_id:
+            return {}
+        device = (self.who.user_id, self.who.device_id)
+        return {"device_one_time_keys_count": self.reader.one_time_counts(*device),
+                "device_unused_fallback_key_types": self.reader.unused_fallbacks(*device)}
+
+    def _account_data(self, since: int) -> dict[str, list[JsonObject]]:
+        """By room ID; '' has the account's."""
+        found: dict[str, list[JsonObject]] = {}
+        for room_id, type, content in self.reader.account_data_since(self.who.user_id, since):
+            found.setdefault(room_id, []).append({"type": type, "content": Raw(content)})
+        account = found.setdefault("", [])
+        if self.initial and not any(event["type"] == "m.push_rules" for event in account):
+            account.append({"type": "m.push_rules", "content": push_rules(self.reader, self.who.user_id)})
+        return found
+
+    def _room(self, room: int, room_id: str, membership: str, tick: int, forgotten: int) -> tuple[str, JsonObject]:
+        if membership == "join":
+            return "join", self._joined(room, room_id, tick)
+        if membership in ("invite", "knock"):
+            events = self._stripped(room)
+            return membership, {} if events[-1]["sender"] in self.ignored else {f"{membership}_state": {"events": events}}
+        return "leave", self._left(room, room_id, tick, forgotten)
+
+    def _joined(self, room: int, room_id: str, tick: int) -> JsonObject:
+        view = self._view(room, room_id)
+        came_back = self._came_back(room) if view and not self.initial else None
+        fresh = self.initial or came_back is not None
+        summary = self._summary(room)
+        entry = self._timeline(room, room_id, view, self.since if came_back is None else came_back, fresh, summary.get("m.heroes", ()))
+        if summary:
+            entry["summary"] = summary
+        since = 0 if fresh else self.since
+        receipts = self.receipts if since == self.since else self.reader.receipts_since([room], since)
+        passing = [self.sync.typing.since(room, since, self.now), receipts_event(receipts[room], self.who.user_id)]
+        known = self._account_data(0) if fresh and not self.initial else self.data   # what was set before the user came in, too
+        for key, events in (("ephemeral", self._events(self.filter.ephemeral.in_room(room_id), passing)),
+                            ("account_data", self._events(self.filter.room_data.in_room(room_id), known.get(room_id, [])))):
+            if events:
+                entry[key] = events
+        entry.update(self._unread(room, tick, bool(entry)))
+        if entry and self.state_after:
+            entry.setdefault(self.state_after, {"events": []})
+        return entry
+
+    def _unread(self, room: int, tick: int, moved: bool) -> JsonObject:
+        """How much is unread in a room that moved, or in which the user has read on; by thread, if the filter wants that."""
+        receipts = self.own_receipts[room]
+        if not moved and all(read_at <= self.since for _, _, read_at in receipts):
+            return {}
+        counts = self.sync.unread.count(self.reader, self.who.user_id, self._push_rules, self.ignored, room, tick, receipts, self.now)
+        if not self.filter.threads:
+            counts = {0: [sum(column) for column in zip([0, 0], *counts.values(), strict=True)]}
+        shown = {root: {"notification_count": count[0], "highlight_count": count[1]} for root, count in {0: [0, 0], **counts}.items()}
+        entry: JsonObject = {"unread_notifications": shown.pop(0)}
+        if shown:
+            entry["unread_thread_notifications"] = {self.reader.event_at(root).event_id: count for root, count in shown.items()}
+        return entry
+
+    @functools.cached_property
+    def _push_rules(self) -> PushRules:
+        return self.sync.unread.rules(self.reader, self.who.user_id)
+
+    def _view(self, room: int, room_id: str) -> View | None:
+        """What the user, who may be new here, may see. None: nothing, or is not new and sees all that comes."""
+        return view_by(room, room_id, self.own[room], self.visibilities[room]) if room in self.own else None
+
+    def _came_back(self, room: int) -> int | None:
+        """If the user was out of the room at `since` or after it: the tick of the last leave, or 0. Else None."""
+        changes = self.own[room]
+        before = [value for tick, value in changes if tick <= self.since][-1:]
+        if before == ["join"] and all(value == "join" for tick, value in changes if tick > self.since):
+            return None
+        return max((tick for tick, value in changes if value in ("leave", "ban")), default=0)
+
+    def _left(self, room: int, room_id: str, tick: int, forgotten: int) -> JsonObject:
+        """The room up to the leave, which is told in any case: also if it was of an invitation, or if the room has been
+        forgotten since, of which other devices do not know.
+        """
+        view = (None if forgotten else self._view(room, room_id)) or View(room, room_id, "leave", [], -1, self.own[room])
+        if not view.sees(tick):
+            view = view._replace(ranges=[*(one for one in view.ranges if one[1] < tick), (tick, tick)])
+        if entry := self._timeline(room, room_id, view, self.since, upto=tick):
+            return entry
+        own = self.reader.event_at(tick)                     # the filter wants nothing of it
+        return {"timeline": {"events": self._render([own]), "limited": False, "prev_batch": str(tick)},
+                self.state_after or "state": {"events": []}}
+
+    def _timeline(self, room: int, room_id: str, view: View | None, after: int, fresh: bool = False,
+                  heroes: Iterable[str] = (), upto: int = FOREVER) -> JsonObject:
+        """timeline, and the state that leads to it or follows from it. Without a view all is visible. A timeline has no gaps:
+        what changed unseen between two of its events would be in no state.
+        """
+        upto = min(upto, self.now)
+        seen = [max(after + 1, first) for first, last in view.ranges if last > after and first <= upto] if view else [after + 1]
+        filter = self.filter.timeline.in_room(room_id)._replace(ignored=self.ignored)
+        events = self.reader.events(room, seen[-1] - 1, upto, self.filter.limit + 1, True, filter)
+        away = fresh and after > self.since                  # the client may not know that the user was out of the room meanwhile
+        limited = len(events) > self.filter.limit or len(seen) > 1 or away
+        events = events[:self.filter.limit][::-1]
+        whole = self.full_state or fresh or not after
+        last = min(upto, view.state_upto) if view else upto
+        state = self._state(room, 0 if whole else after, last, events, whole or limited)
+        unknown = 0 if not whole else self.since if away else FOREVER
+        state = self._chosen(room, room_id, state, events, last, unknown, heroes)
+        if not events and not state:
+            return {}
+        visible = view.visible if view else to_json([(0, self.now)])     # an unlimited timeline has what relates to its events
+        more = aggregations(self.reader, self.who, events, visible, self.clock_now) if limited else {}
+        then = view.then if view else lambda tick: '"membership":"join"'
+        shown = self._render(events, lambda tick: (then(tick), *more.get(tick, ())))
+        prev_batch = (events[0].tick if events else seen[-1]) - 1 if limited or events else upto
+        return {"timeline": {"events": shown, "limited": limited, "prev_batch": str(prev_batch)},
+                self.state_after or "state": {"events": self._render(state)}}
+
+    def _state(self, room: int, after: int, last: int, timeline: list[Event], gap: bool) -> list[Event]:
+        """What changed after `after`, up to the start of the timeline or its end. `gap`: it may be much."""
+        start = min(timeline[0].tick - 1, last) if timeline and not self.state_after else last
+        state = self.reader.state_at(room, start, after) if gap else []
+        if self.state_after or self.filter.timeline != EVERYTHING:           # what the filter keeps out of the timeline comes here
+            shown = set() if self.state_after else {event.tick for event in timeline}
+            more = self.reader.state_changes(room, start if gap else after, last)
+            state += [event for event in more if event.tick not in shown]
+        return state
+
+    def _chosen(self, room: int, room_id: str, state: list[Event], timeline: list[Event], last: int, unknown: int,
+                heroes: Iterable[str]) -> list[Event]:
+        """Of the state, what the filter wants. With lazy loading, of the members: who speaks, and by whom a room without
+        a name is known; but all changes after the tick `unknown`, for the client keeps a list. 0: these are changes only.
+        """
+        if self.filter.lazy:
+            named = any(self.reader.contents(room, ("m.room.name", "m.room.canonical_alias")).values()) if heroes else True
+            speakers = {*(event.sender for event in timeline), *(() if named else heroes), *([self.who.user_id] if unknown else ())}
+            state = [event for event in state if event.tick > unknown or event.type != "m.room.member" or event.state_key in speakers]
+            shown = state if self.state_after else [*state, *timeline]
+            known = {event.state_key for event in shown if event.type == "m.room.member"}
+            members = [self.reader.state_event(room, "m.room.member", user_id, last) for user_id in sorted(speakers - known)]
+            state += [event for event in members if event]
+        filter = self.filter.state.in_room(room_id)
+        return state if filter == EVERYTHING else [event for event in state if filter.passes(event)]
+
+    def _render(self, events: list[Event], more: Callable[[int], Iterable[str]] = lambda tick: ()) -> Raw:
+        """The list of them in JSON. `more`: from an event's tick to further parts of its `unsigned`."""
+        user, device = self.who.user_id, self.who.device_id
+        self.echo |= any(event.device_id == device and 0 <= self.clock_now - event.ts < 100 and "m.relates_to" in event.json
+                         for event in events if event.txn_id)
+        return Raw("[" + ",".join([event.for_client(self.clock_now, user, device, *more(event.tick)) for event in events]) + "]")
+
+    def _stripped(self, room: int) -> list[JsonObject]:
+        """What somebody invited may know: the room's face, the invitation, and who sent it."""
+        events = [self.reader.state_event(room, type, "") for type in STRIPPED_STATE]
+        own = self.reader.state_event(room, "m.room.member", self.who.user_id)
+        if own and own.sender != self.who.user_id:
+            events.append(self.reader.state_event(room, "m.room.member", own.sender))
+        return [{"type": event.type, "state_key": event.state_key, "sender": event.sender,
+                 "content": event.content}
+                for event in [*events, own] if event]
+
+    def _summary(self, room: int) -> JsonObject:
+        """Counts and heroes, when a membership has changed."""
+        if room not in self.counts:
+            return {}
+        return {"m.heroes": self.heroes[room], "m.joined_member_count": self.counts[room].get("join", 0),
+                "m.invited_member_count": self.counts[room].get("invite", 0)}
+
+
+# -- Data of clients.
+
+class ClientData:
+    """What a client keeps on the server for its user."""
+
+    def __init__(self, world: World) -> None:
+        self.world, self.store = world, world.store
+
+    def account_data(self, who: Who, room_id: str, type: str) -> Raw:
+        with self.store.read() as reader:
+            found = reader.account_data(who.user_id, room_id, type)
+        if found is None:
+            raise MatrixError("M_NOT_FOUND", f"there is no account data of type {shorten(type)}")
+        return found
+
+    def set_account_data(self, who: Who, room_id: str, type: str, content: JsonObject) -> None:
+        self.store.write(lambda tx: tx.set_account_data(who.user_id, room_id, type, to_json(content)), who.token)
+
+    def tags(self, who: Who, room_id: str) -> JsonObject:
+        with self.store.read() as reader:
+            found = reader.account_data(who.user_id, room_id, "m.tag")
+        return self._tags(found)
+
+    @staticmethod
+    def _tags(found: str | None) -> JsonObject:
+        """Content of m.tag, whatever a client may have put there."""
+        content = json.loads(found or "{}")
+        return content if isinstance(content.get("tags"), dict) else {**content, "tags": {}}
+
+    def set_tag(self, who: Who, room_id: str, tag: str, content: JsonObject | None) -> None:
+        """Sets a tag on a room, or takes it off with content None."""
         def job(tx: Tx) -> None:
-            found = tx.room(room_id) if who.appservice else None     # to any room: its aliases are its own affair
-            self._add_alias(tx, who, alias, found or room_for(tx, who, room_id, joined=True), "M_UNKNOWN")
+            tags = self._tags(tx.account_data(who.user_id, room_id, "m.tag"))
+            tags["tags"].pop(tag, None)
+            if content is not None:
+                tags["tags"][tag] = content
+            text = to_json(tags)
+            if content is not None and len(text) > MAX_TAGS_BYTES:
+                raise MatrixError("M_TOO_LARGE", f"all tags of a room may have {MAX_TAGS_BYTES} bytes at most")
+            tx.set_account_data(who.user_id, room_id, "m.tag", text)
         self.store.write(job, who.token)
 
-    def _add_alias(self, tx: Tx, who: Who, alias: str, room: Room, taken: str) -> None:
-        check_id("#", alias, self.world.name)
-        self.world.registrations.check_may_create("aliases", alias, who.appservice)
-        if tx.alias(alias):
-            raise MatrixError(taken, f"the alias {alias} exists already", 409 if taken == "M_UNKNOWN" else None)
-        tx.add_alias(alias, room, who.user_id)
+    def add_filter(self, who: Who, content: JsonObject) -> str:
+        return str(self.store.write(lambda tx: tx.add_filter(who.user_id, to_json(content)), who.token))
 
-    def delete_alias(self, who: Who, alias: str) -> None:
-        """By who made it, by who may change the canonical alias, or by the application service that claims it."""
-        check_id("#", alias)
+    def filter(self, who: Who, filter_id: str) -> JsonObject:
+        with self.store.read() as reader:
+            number = number_in(filter_id)
+            row = None if number is None else reader.filter(who.user_id, number)
+        if not row:
+            raise MatrixError("M_NOT_FOUND", f"{who.user_id} has no filter {shorten(filter_id)}")
+        return cast(JsonObject, json.loads(row[0]))
 
-        def job(tx: Tx) -> None:
-            self.world.registrations.check_may_create("aliases", alias, who.appservice)
-            row = tx.alias(alias)
-            room = tx.room(row[0]) if row else None
-            if not room:
-                raise MatrixError("M_NOT_FOUND", f"there is no room alias {shorten(alias)}")
-            needed = room.needed_to_send("m.room.canonical_alias", True)
-            may = who.user_id in room.joined and room.power(who.user_id) >= needed
-            if not (may or who.appservice or row[1] == who.user_id):
-                raise forbidden(f"{alias} may be deleted by who made it, or by who may change the canonical alias of its room")
-            tx.delete_alias(alias, room)
-        self.store.write(job, who.token)
 
-    def aliases(self, who: Who, room_id: str) -> list[str]:
-        with self.viewing(who, room_id) as (reader, view):
-            if view.state_upto < FOREVER:                    # those that there are now
-                raise not_in(who.user_id, room_id)
-            return reader.aliases_of(view.room)
+class OpenId:
+    """Who somebody is, told to others."""
+
+    def __init__(self, world: World) -> None:
+        self.world, self.store = world, world.store
+        self._openid: dict[bytes, tuple[str, float]] = {}    # digest of a token → user, until when
+        self._guard = threading.Lock()                       # guards changes of _openid
+
+    def token(self, who: Who) -> JsonObject:
+        """A token with which the user can prove to a third party who they are; for an hour, and in memory only."""
+        token, now = self.world.chance.text(who.user_id, 43), self.world.clock.monotonic()
+        with self._guard:
+            self._openid = {key: value for key, value in self._openid.items() if value[1] > now}
+            self._openid[digest(token)] = (who.user_id, now + OPENID_SECONDS)
+        return {"access_token": token, "token_type": "Bearer", "matrix_server_name": self.world.name, "expires_in": OPENID_SECONDS}
+
+    def user(self, token: str) -> str:
+        user_id, until = self._openid.get(digest(token), ("", 0.0))
+        if until < self.world.clock.monotonic() or user_id not in self.store.users:
+            raise MatrixError("M_UNKNOWN_TOKEN", "this OpenID token was not given here, or its hour is over")
+        return user_id
+
+
+# -- The directory.
+
+def public_entry(reader: Reader, row: RoomRow) -> JsonObject:
+    """One room of the directory (PublishedRoomsChunk)."""
+    state = reader.contents(row.n, ("m.room.create", "m.room.name", "m.room.topic", "m.room.avatar",
+                                    "m.room.canonical_alias",
+                                    "m.room.join_rules", "m.room.guest_access", "m.room.history_visibility"))
+
+    def get(type: str, key: str) -> Any:
+        return state.get(f"m.room.{type}", {}).get(key)
+
+    entry = {"room_id": row.room_id, "num_joined_members": reader.count_members(row.n, "join"),
+             "world_readable": get("history_visibility", "history_visibility") == "world_readable",
+             "guest_can_join": get("guest_access", "guest_access") == "can_join",
+             "join_rule": get("join_rules", "join_rule") or "invite",
+             "name": get("name", "name"), "topic": get("topic", "topic"), "avatar_url": get("avatar", "url"),
+             "canonical_alias": get("canonical_alias", "alias"), "room_type": get("create", "type")}
+    return {key: value for key, value in entry.items() if value is not None}
+
+
+def open_to_all(entry: JsonObject) -> bool:
+    """Whether anybody may know of the room with this entry, listed or not: to join it, to knock at it, or to read in it."""
+    return entry["join_rule"] in OPEN_RULES or bool(entry["world_readable"])
+
+
+class Directory:
+    """What may be found by who does not know of it yet."""
+
+    def __init__(self, world: World) -> None:
+        self.world, self.store = world, world.store
 
     def is_published(self, who: Who, room_id: str) -> bool:
         """M_NOT_FOUND also for a room that is neither listed nor open, if the asker has nothing to do with it."""
         with self.store.read() as reader:
             row = reader.room_row(room_id)
             known = row and (row.published or open_to_all(public_entry(reader, row)) or reader.membership(who.user_id, row.n)
-                             or self._has_user_among(who.appservice, reader.members(row.n)))
+                             or self.world.has_user_among(who.appservice, reader.members(row.n)))
         if not row or not known:
             raise MatrixError("M_NOT_FOUND", f"there is no room {shorten(room_id)} in the directory")
         return bool(row.published)
@@ -5768,9 +6209,98 @@ class Rooms:
                                     "sender": event.sender, "origin_server_ts": event.ts} for event in children]
         return entry
 
-    # -- what passes: typing, receipts, read markers
+    def search_users(self, who: Who, term: str, limit: int) -> JsonObject:
+        """The user directory: people whose ID or name has the term in it and who are met in a common or a public room."""
+        with self.store.read() as reader:
+            rows = reader.users_like(who.user_id, term, limit + 1)
+        results = [{"user_id": user_id, **({"display_name": name} if name else {}), **({"avatar_url": url} if url else {})}
+                   for user_id, name, url in rows[:limit]]
+        return {"results": results, "limited": len(rows) > limit}
 
-    def add_receipt(self, who: Who, room_id: str, types: Mapping[str, str], thread_id: str = "") -> None:
+
+# -- Relations and threads.
+
+def thread_of(reader: Reader, tick: int) -> int:
+    """The tick of the root of the thread that an event is in; 0: it is in the main timeline (Threaded read receipts)."""
+    return next((parent for parent, rel_type in reader.ancestors(tick, MAX_RELATION_DEPTH) if rel_type == "m.thread"), 0)
+
+
+def in_thread(reader: Reader, tick: int, thread_id: str) -> bool:
+    """Whether a receipt of this thread may name the event. The root and what relates to it are in both: main and thread."""
+    if thread_id == "main":
+        return not thread_of(reader, tick)
+    return tick_of(thread_id) in (tick, *(parent for parent, _ in reader.ancestors(tick, MAX_RELATION_DEPTH)))
+
+
+def aggregations(reader: Reader, who: Who, events: Sequence[Event], visible: str, now: int) -> dict[int, list[str]]:
+    """By tick, for those of the events that have such: what others that may be seen relate to them, as a part of
+    `unsigned` (Aggregations of child events). State events get none.
+    """
+    parents = {event.tick: event for event in events if event.related and event.state_key is None}
+    found: dict[int, JsonObject] = {}
+    for tick, rel_type, count, last, own, ids in reader.aggregations([*parents], who.user_id, visible) if parents else ():
+        children = found.setdefault(tick, {})
+        if rel_type == "m.thread":
+            latest = reader.event_at(last)
+            more = aggregations(reader, who, [latest], visible, now)     # no thread: one starts from what relates to nothing
+            children[rel_type] = {"latest_event": latest.for_client(now, who.user_id, who.device_id, *more.get(last, ())),
+                                  "count": count,
+                                  "current_user_participated": bool(own) or parents[tick].sender == who.user_id}
+        elif rel_type == "m.reference":
+            children[rel_type] = {"chunk": [{"event_id": id} for id in sorted(json.loads(ids), key=tick_of)]}
+        elif edit := reader.latest_edit(parents[tick], visible):
+            children[rel_type] = edit.for_client(now, who.user_id, who.device_id)
+    return {tick: [f'"m.relations":{to_json(children)}'] for tick, children in found.items() if children}
+
+
+class Relations:
+    """The events that relate to others."""
+
+    def __init__(self, world: World, history: History) -> None:
+        self.world, self.store, self.history = world, world.store, history
+
+    def related(self, who: Who, room_id: str, event_id: str, rel_type: str | None, type: str | None, start: int | None,
+                  stop: int | None, backwards: bool, limit: int, recurse: bool) -> JsonObject:
+        """A page of the events that relate to one."""
+        depth = MAX_RELATION_DEPTH if recurse else 1
+        with viewing(self.store, who, room_id, "M_NOT_FOUND") as (reader, view):
+            parent = self.history.visible(reader, view, event_id).tick
+            start = (reader.position() if backwards else 0) if start is None else start
+            events, end = view.page(lambda *window: reader.related(parent, depth, rel_type, type, *window),
+                                    start, stop, backwards, limit)
+            ignored = reader.ignored(who.user_id)
+            chunk = self.history.bundle(who, reader, view, [event for event in events if event.sender not in ignored])
+        return {"chunk": chunk, **({"next_batch": end} if end else {}),
+                **({"recursion_depth": depth} if recurse else {})}
+
+    def threads(self, who: Who, room_id: str, participated: bool, start: int | None, limit: int) -> JsonObject:
+        """The roots of a room's threads, the one with the latest reply first, each with its summary."""
+        with viewing(self.store, who, room_id) as (reader, view):
+            rows = [row for row in reader.threads(view.room, who.user_id, view.visible, FOREVER if start is None else start)
+                    if view.sees(row[0]) and view.sees(row[1]) and (row[2] or not participated)]
+            chunk = self.history.bundle(who, reader, view, [reader.event_at(root) for root, _, _ in rows[:limit]])
+        return {"chunk": chunk, **({"next_batch": str(rows[limit - 1][1] - 1)} if len(rows) > limit else {})}
+
+
+# -- Receipts.
+
+def receipts_event(receipts: Sequence[Any], user_id: str) -> JsonObject | None:
+    """The m.receipt event of these receipts; others' private ones are not in it."""
+    content: JsonObject = {}
+    for type, reader_id, thread_id, event_id, ts in receipts:
+        if type == "m.read" or reader_id == user_id:
+            receipt = {"ts": ts, **({"thread_id": thread_id} if thread_id else {})}
+            content.setdefault(event_id, {}).setdefault(type, {})[reader_id] = receipt
+    return {"type": "m.receipt", "content": content} if content else None
+
+
+class Receipts:
+    """What has been read."""
+
+    def __init__(self, world: World) -> None:
+        self.world, self.store = world, world.store
+
+    def add(self, who: Who, room_id: str, types: Mapping[str, str], thread_id: str = "") -> None:
         """`types`: m.read or m.read.private → the event that was read; m.fully_read becomes account data.
 
         `thread_id`: "main", the event ID of a thread's root, or "": the receipt is for all threads.
@@ -5804,122 +6334,6 @@ class Rooms:
         if event and event.tick > tick_of(tx.receipt(room.n, type, who.user_id, thread_id) or ""):
             tx.add_receipt(room, type, who.user_id, thread_id, event_id, self.world.clock.now())
             (tx.wake_room(room) if type == "m.read" else tx.wake(who.user_id))
-
-
-PRESETS = {  # preset: join_rule, history_visibility, guest_access
-    "private_chat":         ("invite", "shared", "can_join"),
-    "trusted_private_chat": ("invite", "shared", "can_join"),
-    "public_chat":          ("public", "shared", "forbidden"),
-}
-
-
-class RoomPlan:
-    """A createRoom request, checked: what the room begins with."""
-
-    def __init__(self, world: World, who: Who, options: JsonObject) -> None:
-        self.who, self.options = who, options
-        version = field(options, "room_version", str, world.settings.room_version)
-        if version not in ROOM_VERSIONS:
-            raise MatrixError("M_UNSUPPORTED_ROOM_VERSION", f"room version {shorten(version)} is not offered; "
-                              f"these are: {', '.join(ROOM_VERSIONS)}")
-        self.version = ROOM_VERSIONS[version]
-        visibility = field(options, "visibility", str, "private")
-        self.published = visibility == "public"
-        self.preset = field(options, "preset", str, "public_chat" if self.published else "private_chat")
-        if visibility not in ("public", "private") or self.preset not in PRESETS:
-            raise MatrixError("M_INVALID_PARAM", f"visibility must be public or private, not {quoted(visibility)}; preset one of "
-                              f"{', '.join(PRESETS)}, not {quoted(self.preset)}")
-        self.invite = [check_id("@", user_id, world.name) for user_id in field(options, "invite", list, [])]
-        self.initial_state = field(options, "initial_state", list, [])
-        if len(self.invite) + len(self.initial_state) > MAX_FIRST_EVENTS:
-            raise MatrixError("M_TOO_LARGE", f"invite and initial_state may have {MAX_FIRST_EVENTS} entries together; send "
-                              "the others when the room is there")
-        self.is_direct = field(options, "is_direct", bool, False)
-        localpart = field(options, "room_alias_name", str, "")
-        if ":" in localpart or localpart[:1] == "#":
-            raise MatrixError("M_INVALID_PARAM", f"room_alias_name is what stands between '#' and ':' alone, not {quoted(localpart)}")
-        self.alias = check_id("#", f"#{localpart}:{world.name}") if localpart else ""
-        if self.alias:
-            world.registrations.check_may_create("aliases", self.alias, who.appservice)
-        check_canonical(options)
-
-    def drafts(self, member: JsonObject) -> Iterator[Draft]:
-        """The first events in the order of the spec, but for the invitations. `member`: content of the
-        creator's join.
-        """
-        get, sender = self.options.get, self.who.user_id
-        yield Draft("m.room.create", sender, self._create(), "")
-        yield Draft("m.room.member", sender, member, sender)
-        yield Draft("m.room.power_levels", sender, self._power_levels(), "")
-        if self.alias:
-            yield Draft("m.room.canonical_alias", sender, {"alias": self.alias}, "")
-        join_rule, visibility, guests = PRESETS[self.preset]
-        yield Draft("m.room.join_rules", sender, {"join_rule": join_rule}, "")
-        yield Draft("m.room.history_visibility", sender, {"history_visibility": visibility}, "")
-        yield Draft("m.room.guest_access", sender, {"guest_access": guests}, "")
-        for event in self.initial_state:
-            if not isinstance(event, dict):
-                raise MatrixError("M_BAD_JSON", "initial_state must be a list of objects with type, state_key "
-                                  "and content")
-            yield Draft(field(event, "type", str), sender, field(event, "content", dict),
-                        field(event, "state_key", str, ""))
-        for key in ("name", "topic"):
-            if get(key) is not None:
-                yield Draft(f"m.room.{key}", sender, {key: field(self.options, key, str)}, "")
-
-    def _create(self) -> JsonObject:
-        content = {**field(self.options, "creation_content", dict, {}), "room_version": self.version.id}
-        if self.version.create_has_creator:
-            content["creator"] = self.who.user_id
-        if self.version.creators_rule and self.preset == "trusted_private_chat" and self.invite:
-            content["additional_creators"] = [*field(content, "additional_creators", list, []), *self.invite]
-        if self.version.creators_rule and "additional_creators" in content:
-            creators = [check_id("@", user_id) for user_id in field(content, "additional_creators", list, [])]
-            content["additional_creators"] = sorted({*creators} - {self.who.user_id})
-        return content
-
-    def _power_levels(self) -> JsonObject:
-        trusted = self.invite if self.preset == "trusted_private_chat" else ()
-        tops = [] if self.version.creators_rule else [self.who.user_id, *trusted]
-        highest = 150 if self.version.creators_rule else 100
-        levels: JsonObject = {
-            "users": dict.fromkeys(tops, 100), "users_default": 0, "events_default": 0, "state_default": 50,
-            "ban": 50, "kick": 50, "redact": 50, "invite": 0, "historical": 100,
-            "events": {"m.room.name": 50, "m.room.avatar": 50, "m.room.canonical_alias": 50,
-                       "m.room.power_levels": 100,
-                       "m.room.history_visibility": 100, "m.room.encryption": 100,
-                       "m.room.server_acl": 100, "m.room.tombstone": highest}}
-        levels.update(field(self.options, "power_level_content_override", dict, {}))
-        users = levels.get("users")
-        if not self.version.creators_rule and not (isinstance(users, dict)
-                                                   and is_a(users.get(self.who.user_id), int)):
-            raise MatrixError("M_BAD_JSON", "power_level_content_override.users must give the room's creator "
-                              "a level, too; "
-                              "without it nobody could change the room")
-        return levels
-
-
-def public_entry(reader: Reader, row: RoomRow) -> JsonObject:
-    """One room of the directory (PublishedRoomsChunk)."""
-    state = reader.contents(row.n, ("m.room.create", "m.room.name", "m.room.topic", "m.room.avatar",
-                                    "m.room.canonical_alias",
-                                    "m.room.join_rules", "m.room.guest_access", "m.room.history_visibility"))
-
-    def get(type: str, key: str) -> Any:
-        return state.get(f"m.room.{type}", {}).get(key)
-
-    entry = {"room_id": row.room_id, "num_joined_members": reader.count_members(row.n, "join"),
-             "world_readable": get("history_visibility", "history_visibility") == "world_readable",
-             "guest_can_join": get("guest_access", "guest_access") == "can_join",
-             "join_rule": get("join_rules", "join_rule") or "invite",
-             "name": get("name", "name"), "topic": get("topic", "topic"), "avatar_url": get("avatar", "url"),
-             "canonical_alias": get("canonical_alias", "alias"), "room_type": get("create", "type")}
-    return {key: value for key, value in entry.items() if value is not None}
-
-
-def open_to_all(entry: JsonObject) -> bool:
-    """Whether anybody may know of the room with this entry, listed or not: to join it, to knock at it, or to read in it."""
-    return entry["join_rule"] in OPEN_RULES or bool(entry["world_readable"])
 
 
 # -- What passes: typing and presence, kept in memory only.
@@ -6941,370 +7355,6 @@ class Unread:
                 else:
                     read[thread] = max(tick, read.get(thread, 0))
         return notes
-
-
-# -- Sync.
-
-class SyncFilter:
-    """A client's filter (Client-Server API, Filtering), as far as /sync reads it.
-
-    `event_fields` is left out: a server may include more fields than were asked for. A `limit` counts for the timeline only:
-    what it cut off elsewhere the client would never get.
-    """
-
-    def __init__(self, source: JsonObject) -> None:
-        if field(source, "event_format", str, "client") != "client":
-            raise MatrixError("M_INVALID_PARAM", "events come in the format \"client\" only: this server does not federate")
-        room = field(source, "room", dict, {})
-        timeline, state = field(room, "timeline", dict, {}), field(room, "state", dict, {})
-        self.rooms, self.include_leave = event_filter(room), bool(room.get("include_leave"))
-        self.timeline, self.state = event_filter(timeline), event_filter(state)
-        self.ephemeral, self.room_data = (event_filter(field(room, key, dict, {})) for key in ("ephemeral", "account_data"))
-        self.account_data, self.presence = (event_filter(field(source, key, dict, {})) for key in ("account_data", "presence"))
-        self.threads = bool(timeline.get("unread_thread_notifications"))
-        self.lazy = bool(state.get("lazy_load_members") or timeline.get("lazy_load_members"))
-        self.limit = min(max(field(timeline, "limit", int, TIMELINE), 1), MAX_PAGE)
-
-
-@functools.lru_cache(128)
-def inline_filter(text: str) -> SyncFilter:
-    """One that a client sends with each request."""
-    return SyncFilter(parse_object(text, "filter"))
-
-
-def event_filter(source: JsonObject) -> Filter:
-    """EventFilter or RoomEventFilter."""
-    return EVERYTHING if not source else Filter(
-        names_in(source, "types"), names_in(source, "not_types") or (), names_in(source, "senders"),
-        names_in(source, "not_senders") or (), field(source, "contains_url", bool, None),
-        rooms=names_in(source, "rooms"), not_rooms=names_in(source, "not_rooms") or ())
-
-
-def names_in(source: JsonObject, key: str) -> list[str] | None:
-    names = source.get(key)
-    if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
-        raise MatrixError("M_BAD_JSON", f"{key!r} in a filter must be a list of texts, not {shorten(names)}")
-    if names and (len(names) > MAX_NAMES or len(max(names, key=len)) > MAX_ID_BYTES or sum("*" in name for name in names) > MAX_GLOBS):
-        raise MatrixError("M_INVALID_PARAM", f"{key!r} in a filter may have {MAX_NAMES:,} texts of {MAX_ID_BYTES} characters at most, "
-                          f"and of those with a '*' {MAX_GLOBS}")
-    return names
-
-
-class Sync:
-    """What is new for one user: everything that lies after a tick."""
-
-    def __init__(self, world: World, typing: Typing, presence: Presence) -> None:
-        self.world, self.store, self.typing, self.presence, self.unread = world, world.store, typing, presence, Unread()
-        self.handed: set[tuple[str, str]] = set()            # user and device that have been given messages, to be dropped next time
-
-    def sync(self, who: Who, since: int | None, filter: SyncFilter, timeout: float = 0.0, full_state: bool = False,
-             state_after: str = "", set_presence: str = "online", check_client: Callable[[], None] = lambda: None) -> JsonObject:
-        """Waits up to `timeout` seconds until there is something new after the tick `since`.
-
-        `state_after`: the key for the state at the end of each timeline, in place of `state` at its start. `check_client`:
-        raises if nobody waits any more; asked now and then.
-        """
-        clock = self.world.clock
-        timeout = min(timeout, MAX_SYNC_SECONDS)
-        with contextlib.suppress(MatrixError):               # the disk is full, say: that is no reason not to read
-            self.presence.polling(who, set_presence, timeout)
-        if since is not None and since > self.store.position:
-            since = None                                     # from the future: of another database, say
-        deadline = clock.monotonic() + timeout
-        waiting = self.store.waiters.enter(who.user_id)
-        try:
-            while True:
-                over = clock.monotonic() >= deadline or self.world.stopping
-                if (over or full_state or since is None or since < self.store.position       # else nothing has happened
-                        or (who.user_id, who.device_id or "") in self.handed):
-                    window = Window(self, who, since, filter, full_state, state_after)
-                    answer = window.read()
-                    if over or full_state or window.initial or window.news:
-                        break
-                    del window, answer                       # and hold nothing while it waits: many may
-                self.store.check_session(who.token)
-                look = clock.monotonic() + LOOK_SECONDS
-                self.store.waiters.wait(waiting, min(deadline, look))
-                if look <= clock.monotonic():
-                    check_client()
-        finally:
-            self.store.waiters.leave(who.user_id, waiting)
-        self.store.check_session(who.token)
-        if window.echo:
-            time.sleep(ECHO_SECONDS)
-        return answer
-
-
-class Window:
-    """One look: what lies between `since` and now, for one user and filter."""
-
-    def __init__(self, sync: Sync, who: Who, since: int | None, filter: SyncFilter, full_state: bool, state_after: str) -> None:
-        self.sync, self.who, self.filter, self.full_state, self.state_after = sync, who, filter, full_state, state_after
-        self.store, self.clock_now = sync.store, sync.world.clock.now()
-        self.initial, self.since = since is None, since or 0
-        self.now = 0
-        self.news = False                                    # whether there was any
-        self.changed: dict[int, list[str]] = {}              # room → whose membership changed, for rooms that moved
-        # Whether a relation that this device has just sent is in it. matrix-js-sdk never sends again if it sees an event of
-        # a thread in /sync before it has the answer to its PUT.
-        self.echo = False
-        # By room, of some rooms at a time:
-        self.own: dict[int, list[tuple[int, str]]] = {}      # the user's membership and
-        self.visibilities: dict[int, list[tuple[int, str]]] = {}     # the room's visibility, each change, where the user may be new
-        self.counts: dict[int, dict[str, int]] = {}          # members by membership, where that has changed,
-        self.heroes: dict[int, list[str]] = {}               # and by whom the room is known
-        self.receipts: dict[int, list[Any]] = {}             # the new ones, and all
-        self.own_receipts: dict[int, list[Any]] = {}         # of the user
-
-    def read(self) -> JsonObject:
-        """The answer of /sync."""
-        me = self.who.user_id
-        device = (me, self.who.device_id or "")
-        with self.store.read() as self.reader:
-            self.now = self.reader.position()
-            self.store.wait_published(self.now)
-            self.data, self.ignored = self._account_data(self.since), self.reader.ignored(me)
-            self.memberships = self.reader.memberships_of(me)
-            self.met = self._met()
-            presence = self.sync.presence.since(self.reader, me, self.since, self.now, self.met)
-            messages = self.reader.to_device(*device)
-            parts = {"account_data": self._events(self.filter.account_data, self.data.pop("", [])),
-                     "presence": self._events(self.filter.presence, presence), "rooms": self._rooms(),
-                     "to_device": {"events": fresh} if (fresh := [Raw(text) for tick, text in messages if tick > self.since]) else {},
-                     "device_lists": self._device_lists()}
-            answer = {"next_batch": str(self.now), **{key: part for key, part in parts.items() if part}, **self._key_counts()}
-        self.news = any(parts.values())
-        if messages and messages[0][0] <= self.since:        # the device has got them
-            with contextlib.suppress(MatrixError):           # who reads did not ask for it; next time, then
-                self.store.write(lambda tx: tx.drop_to_device(*device, self.since))
-        (self.sync.handed.add if fresh else self.sync.handed.discard)(device)
-        return answer
-
-    def _events(self, filter: Filter, found: Sequence[JsonObject | None]) -> JsonObject:
-        """Of these the ones that the filter wants."""
-        events = [event for event in found if event and filter.passes(
-            Event(0, event["type"], None, event.get("sender", ""), 0, '{"content":{}}', None, None, None, None, 0))]
-        return {"events": events} if events else {}
-
-    def _rooms(self) -> JsonObject:
-        rooms: dict[str, dict[str, Raw]] = {}
-        pause = time.monotonic() + SLICE_SECONDS
-        shown = [one for one in self.memberships if self._concerns(*one)]
-        for start in range(0, len(shown), ROOMS_AT_ONCE):
-            self._ask(shown[start:start + ROOMS_AT_ONCE])
-            for room, room_id, membership, tick, forgotten in shown[start:start + ROOMS_AT_ONCE]:
-                if time.monotonic() > pause:                 # a thousand rooms: let others to the interpreter's lock
-                    time.sleep(0.0001)
-                    pause = time.monotonic() + SLICE_SECONDS
-                section, entry = self._room(room, room_id, membership, tick, forgotten)
-                if entry:
-                    rooms.setdefault(section, {})[room_id] = Raw(to_json(entry))     # written piece by piece, too
-        return rooms
-
-    def _concerns(self, room: int, room_id: str, membership: str, tick: int, forgotten: int) -> bool:
-        """Whether there may be something to say of this room."""
-        if not self.filter.rooms.wants(room_id):
-            return False
-        if membership in ("leave", "ban"):
-            return tick > self.since if not self.initial else self.filter.include_leave and not forgotten
-        return tick > self.since or (membership == "join" and (
-            self.full_state or room_id in self.data or self.store.moved_since(room, self.since)))
-
-    def _ask(self, shown: Sequence[Any]) -> None:
-        """Reads what is asked of each of these rooms, with one statement for all."""
-        me, rooms, new = self.who.user_id, [one[0] for one in shown], [one[0] for one in shown if one[3] > self.since]
-        self.own = self.reader.changes(new, *MEMBERSHIP, me)
-        self.visibilities = self.reader.changes(new, *HISTORY_VISIBILITY)
-        counted = rooms if self.initial or self.full_state else [room for room in rooms if self.changed.get(room)]
-        self.counts, self.heroes = self.reader.member_counts(counted), self.reader.heroes(counted, me)
-        self.receipts, self.own_receipts = self.reader.receipts_since(rooms, self.since), self.reader.own_receipts(rooms, me)
-
-    def _met(self) -> set[str]:
-        """Whom the user may have met or lost sight of since."""
-        met: set[str] = set()
-        for room, _, membership, tick, _ in self.memberships if not self.initial else ():
-            if tick > self.since:
-                self.changed[room] = [self.who.user_id]
-                met |= self.reader.met_in(room, self.who.user_id, self.since)
-            elif membership == "join" and self.store.moved_since(room, self.since):
-                self.changed[room] = self.reader.changed_members(room, self.since)
-                met.update(self.changed[room])
-        return met - {self.who.user_id}
-
-    def _device_lists(self) -> JsonObject:
-        """Whose keys to ask for again, and who is met in no room any more."""
-        if self.initial:
-            return {}
-        users = self.reader.key_news(self.who.user_id, self.since, self.met)
-        changed = sorted(user_id for user_id, shared in users.items() if shared)
-        left = sorted(user_id for user_id in users.keys() & self.met if not users[user_id])
-        return {"changed": changed, "left": left} if changed or left else {}
-
-    def _key_counts(self) -> JsonObject:
-        if not self.who.device_id:
-            return {}
-        device = (self.who.user_id, self.who.device_id)
-        return {"device_one_time_keys_count": self.reader.one_time_counts(*device),
-                "device_unused_fallback_key_types": self.reader.unused_fallbacks(*device)}
-
-    def _account_data(self, since: int) -> dict[str, list[JsonObject]]:
-        """By room ID; '' has the account's."""
-        found: dict[str, list[JsonObject]] = {}
-        for room_id, type, content in self.reader.account_data_since(self.who.user_id, since):
-            found.setdefault(room_id, []).append({"type": type, "content": Raw(content)})
-        account = found.setdefault("", [])
-        if self.initial and not any(event["type"] == "m.push_rules" for event in account):
-            account.append({"type": "m.push_rules", "content": push_rules(self.reader, self.who.user_id)})
-        return found
-
-    def _room(self, room: int, room_id: str, membership: str, tick: int, forgotten: int) -> tuple[str, JsonObject]:
-        if membership == "join":
-            return "join", self._joined(room, room_id, tick)
-        if membership in ("invite", "knock"):
-            events = self._stripped(room)
-            return membership, {} if events[-1]["sender"] in self.ignored else {f"{membership}_state": {"events": events}}
-        return "leave", self._left(room, room_id, tick, forgotten)
-
-    def _joined(self, room: int, room_id: str, tick: int) -> JsonObject:
-        view = self._view(room, room_id)
-        came_back = self._came_back(room) if view and not self.initial else None
-        fresh = self.initial or came_back is not None
-        summary = self._summary(room)
-        entry = self._timeline(room, room_id, view, self.since if came_back is None else came_back, fresh, summary.get("m.heroes", ()))
-        if summary:
-            entry["summary"] = summary
-        since = 0 if fresh else self.since
-        receipts = self.receipts if since == self.since else self.reader.receipts_since([room], since)
-        passing = [self.sync.typing.since(room, since, self.now), receipts_event(receipts[room], self.who.user_id)]
-        known = self._account_data(0) if fresh and not self.initial else self.data   # what was set before the user came in, too
-        for key, events in (("ephemeral", self._events(self.filter.ephemeral.in_room(room_id), passing)),
-                            ("account_data", self._events(self.filter.room_data.in_room(room_id), known.get(room_id, [])))):
-            if events:
-                entry[key] = events
-        entry.update(self._unread(room, tick, bool(entry)))
-        if entry and self.state_after:
-            entry.setdefault(self.state_after, {"events": []})
-        return entry
-
-    def _unread(self, room: int, tick: int, moved: bool) -> JsonObject:
-        """How much is unread in a room that moved, or in which the user has read on; by thread, if the filter wants that."""
-        receipts = self.own_receipts[room]
-        if not moved and all(read_at <= self.since for _, _, read_at in receipts):
-            return {}
-        counts = self.sync.unread.count(self.reader, self.who.user_id, self._push_rules, self.ignored, room, tick, receipts, self.now)
-        if not self.filter.threads:
-            counts = {0: [sum(column) for column in zip([0, 0], *counts.values(), strict=True)]}
-        shown = {root: {"notification_count": count[0], "highlight_count": count[1]} for root, count in {0: [0, 0], **counts}.items()}
-        entry: JsonObject = {"unread_notifications": shown.pop(0)}
-        if shown:
-            entry["unread_thread_notifications"] = {self.reader.event_at(root).event_id: count for root, count in shown.items()}
-        return entry
-
-    @functools.cached_property
-    def _push_rules(self) -> PushRules:
-        return self.sync.unread.rules(self.reader, self.who.user_id)
-
-    def _view(self, room: int, room_id: str) -> View | None:
-        """What the user, who may be new here, may see. None: nothing, or is not new and sees all that comes."""
-        return view_by(room, room_id, self.own[room], self.visibilities[room]) if room in self.own else None
-
-    def _came_back(self, room: int) -> int | None:
-        """If the user was out of the room at `since` or after it: the tick of the last leave, or 0. Else None."""
-        changes = self.own[room]
-        before = [value for tick, value in changes if tick <= self.since][-1:]
-        if before == ["join"] and all(value == "join" for tick, value in changes if tick > self.since):
-            return None
-        return max((tick for tick, value in changes if value in ("leave", "ban")), default=0)
-
-    def _left(self, room: int, room_id: str, tick: int, forgotten: int) -> JsonObject:
-        """The room up to the leave, which is told in any case: also if it was of an invitation, or if the room has been
-        forgotten since, of which other devices do not know.
-        """
-        view = (None if forgotten else self._view(room, room_id)) or View(room, room_id, "leave", [], -1, self.own[room])
-        if not view.sees(tick):
-            view = view._replace(ranges=[*(one for one in view.ranges if one[1] < tick), (tick, tick)])
-        if entry := self._timeline(room, room_id, view, self.since, upto=tick):
-            return entry
-        own = self.reader.event_at(tick)                     # the filter wants nothing of it
-        return {"timeline": {"events": self._render([own]), "limited": False, "prev_batch": str(tick)},
-                self.state_after or "state": {"events": []}}
-
-    def _timeline(self, room: int, room_id: str, view: View | None, after: int, fresh: bool = False,
-                  heroes: Iterable[str] = (), upto: int = FOREVER) -> JsonObject:
-        """timeline, and the state that leads to it or follows from it. Without a view all is visible. A timeline has no gaps:
-        what changed unseen between two of its events would be in no state.
-        """
-        upto = min(upto, self.now)
-        seen = [max(after + 1, first) for first, last in view.ranges if last > after and first <= upto] if view else [after + 1]
-        filter = self.filter.timeline.in_room(room_id)._replace(ignored=self.ignored)
-        events = self.reader.events(room, seen[-1] - 1, upto, self.filter.limit + 1, True, filter)
-        away = fresh and after > self.since                  # the client may not know that the user was out of the room meanwhile
-        limited = len(events) > self.filter.limit or len(seen) > 1 or away
-        events = events[:self.filter.limit][::-1]
-        whole = self.full_state or fresh or not after
-        last = min(upto, view.state_upto) if view else upto
-        state = self._state(room, 0 if whole else after, last, events, whole or limited)
-        unknown = 0 if not whole else self.since if away else FOREVER
-        state = self._chosen(room, room_id, state, events, last, unknown, heroes)
-        if not events and not state:
-            return {}
-        visible = view.visible if view else to_json([(0, self.now)])     # an unlimited timeline has what relates to its events
-        more = aggregations(self.reader, self.who, events, visible, self.clock_now) if limited else {}
-        then = view.then if view else lambda tick: '"membership":"join"'
-        shown = self._render(events, lambda tick: (then(tick), *more.get(tick, ())))
-        prev_batch = (events[0].tick if events else seen[-1]) - 1 if limited or events else upto
-        return {"timeline": {"events": shown, "limited": limited, "prev_batch": str(prev_batch)},
-                self.state_after or "state": {"events": self._render(state)}}
-
-    def _state(self, room: int, after: int, last: int, timeline: list[Event], gap: bool) -> list[Event]:
-        """What changed after `after`, up to the start of the timeline or its end. `gap`: it may be much."""
-        start = min(timeline[0].tick - 1, last) if timeline and not self.state_after else last
-        state = self.reader.state_at(room, start, after) if gap else []
-        if self.state_after or self.filter.timeline != EVERYTHING:           # what the filter keeps out of the timeline comes here
-            shown = set() if self.state_after else {event.tick for event in timeline}
-            more = self.reader.state_changes(room, start if gap else after, last)
-            state += [event for event in more if event.tick not in shown]
-        return state
-
-    def _chosen(self, room: int, room_id: str, state: list[Event], timeline: list[Event], last: int, unknown: int,
-                heroes: Iterable[str]) -> list[Event]:
-        """Of the state, what the filter wants. With lazy loading, of the members: who speaks, and by whom a room without
-        a name is known; but all changes after the tick `unknown`, for the client keeps a list. 0: these are changes only.
-        """
-        if self.filter.lazy:
-            named = any(self.reader.contents(room, ("m.room.name", "m.room.canonical_alias")).values()) if heroes else True
-            speakers = {*(event.sender for event in timeline), *(() if named else heroes), *([self.who.user_id] if unknown else ())}
-            state = [event for event in state if event.tick > unknown or event.type != "m.room.member" or event.state_key in speakers]
-            shown = state if self.state_after else [*state, *timeline]
-            known = {event.state_key for event in shown if event.type == "m.room.member"}
-            members = [self.reader.state_event(room, "m.room.member", user_id, last) for user_id in sorted(speakers - known)]
-            state += [event for event in members if event]
-        filter = self.filter.state.in_room(room_id)
-        return state if filter == EVERYTHING else [event for event in state if filter.passes(event)]
-
-    def _render(self, events: list[Event], more: Callable[[int], Iterable[str]] = lambda tick: ()) -> Raw:
-        """The list of them in JSON. `more`: from an event's tick to further parts of its `unsigned`."""
-        user, device = self.who.user_id, self.who.device_id
-        self.echo |= any(event.device_id == device and 0 <= self.clock_now - event.ts < 100 and "m.relates_to" in event.json
-                         for event in events if event.txn_id)
-        return Raw("[" + ",".join([event.for_client(self.clock_now, user, device, *more(event.tick)) for event in events]) + "]")
-
-    def _stripped(self, room: int) -> list[JsonObject]:
-        """What somebody invited may know: the room's face, the invitation, and who sent it."""
-        events = [self.reader.state_event(room, type, "") for type in STRIPPED_STATE]
-        own = self.reader.state_event(room, "m.room.member", self.who.user_id)
-        if own and own.sender != self.who.user_id:
-            events.append(self.reader.state_event(room, "m.room.member", own.sender))
-        return [{"type": event.type, "state_key": event.state_key, "sender": event.sender,
-                 "content": event.content}
-                for event in [*events, own] if event]
-
-    def _summary(self, room: int) -> JsonObject:
-        """Counts and heroes, when a membership has changed."""
-        if room not in self.counts:
-            return {}
-        return {"m.heroes": self.heroes[room], "m.joined_member_count": self.counts[room].get("join", 0),
-                "m.invited_member_count": self.counts[room].get("invite", 0)}
 
 
 # ============================================================================
@@ -8375,9 +8425,12 @@ class Api:
 
     def __init__(self, world: World, delivery: Delivery, routes: Sequence[Route]) -> None:
         self.world, self.delivery = world, delivery
-        self.accounts, self.rooms, self.media = Accounts(world), Rooms(world), Media(world)
-        self.typing, self.presence, self.keys, self.backups = Typing(world), Presence(world), Keys(world), Backups(world)
-        self.sync, self.notifications = Sync(world, self.typing, self.presence), Notifications(world)
+        self.accounts, self.aliases, self.history = Accounts(world), Aliases(world), History(world)
+        self.rooms, self.relations, self.directory = Rooms(world, self.aliases), Relations(world, self.history), Directory(world)
+        self.data, self.openid, self.media = ClientData(world), OpenId(world), Media(world)
+        self.typing, self.presence, self.receipts = Typing(world), Presence(world), Receipts(world)
+        self.keys, self.backups, self.notifications = Keys(world), Backups(world), Notifications(world)
+        self.sync = Sync(world, self.typing, self.presence, Unread())
         self.router, self.limiter = router_of(tuple(routes)), Limiter(world)
 
     def __call__(self, request: Request) -> Response:
@@ -8788,31 +8841,31 @@ def get_account_data(call: Call) -> Any:
     call.own(call["userId"])
     if call["type"] == "m.push_rules" and "roomId" not in call.params:
         return call.api.notifications.rules(call.who)
-    return call.api.accounts.account_data(call.who, data_room(call), call["type"])
+    return call.api.data.account_data(call.who, data_room(call), call["type"])
 
 
 def put_account_data(call: Call) -> Any:
     call.own(call["userId"])
     if call["type"] in ("m.fully_read", "m.push_rules"):
         raise MatrixError("M_BAD_JSON", f"{call['type']} is set by its own endpoint", 405)
-    call.api.accounts.set_account_data(call.who, data_room(call), call["type"], call.body)
+    call.api.data.set_account_data(call.who, data_room(call), call["type"], call.body)
     return {}
 
 
 def get_tags(call: Call) -> Any:
     call.own(call["userId"])
-    return call.api.accounts.tags(call.who, data_room(call))
+    return call.api.data.tags(call.who, data_room(call))
 
 
 def put_tag(call: Call) -> Any:
     call.own(call["userId"])
-    call.api.accounts.set_tag(call.who, data_room(call), call["tag"], call.body)
+    call.api.data.set_tag(call.who, data_room(call), call["tag"], call.body)
     return {}
 
 
 def delete_tag(call: Call) -> Any:
     call.own(call["userId"])
-    call.api.accounts.set_tag(call.who, data_room(call), call["tag"], None)
+    call.api.data.set_tag(call.who, data_room(call), call["tag"], None)
     return {}
 
 
@@ -8820,17 +8873,17 @@ def post_filter(call: Call) -> Any:
     call.own(call["userId"])
     source = call.body
     SyncFilter(source)                                       # refuses what it can't read
-    return {"filter_id": call.api.accounts.add_filter(call.who, source)}
+    return {"filter_id": call.api.data.add_filter(call.who, source)}
 
 
 def get_filter(call: Call) -> Any:
     call.own(call["userId"])
-    return call.api.accounts.filter(call.who, call["filterId"])
+    return call.api.data.filter(call.who, call["filterId"])
 
 
 def post_openid_token(call: Call) -> Any:
     call.own(call["userId"])
-    return call.api.accounts.openid_token(call.who)
+    return call.api.openid.token(call.who)
 
 
 def get_push_rules(call: Call) -> Any:
@@ -8890,7 +8943,7 @@ def openid_userinfo(call: Call) -> Any:
     token = call.query("access_token")
     if not token:
         raise MatrixError("M_MISSING_TOKEN", "the query must have access_token, an OpenID token")
-    return {"sub": call.api.accounts.openid_user(token)}
+    return {"sub": call.api.openid.user(token)}
 
 
 # -- Handlers: end-to-end encryption.
@@ -9070,28 +9123,28 @@ def put_state(call: Call) -> Any:
 
 
 def get_state_event(call: Call) -> Any:
-    event = call.api.rooms.state_event(call.who, call["roomId"], call["eventType"],
+    event = call.api.history.state_event(call.who, call["roomId"], call["eventType"],
                                        call.params.get("stateKey", ""))
     whole = call.choice("format", ("content", "event"), "content") == "event"
-    return call.api.rooms.render(call.who, [event])[0] if whole else event.content
+    return call.api.history.render(call.who, [event])[0] if whole else event.content
 
 
 def get_state(call: Call) -> Any:
-    return call.api.rooms.state(call.who, call["roomId"])
+    return call.api.history.state(call.who, call["roomId"])
 
 
 def get_event(call: Call) -> Any:
-    return call.api.rooms.event(call.who, call["roomId"], call["eventId"])
+    return call.api.history.event(call.who, call["roomId"], call["eventId"])
 
 
 def get_members(call: Call) -> Any:
-    return {"chunk": call.api.rooms.members(call.who, call["roomId"], call.integer("at", None),
+    return {"chunk": call.api.history.members(call.who, call["roomId"], call.integer("at", None),
                                             *(call.choice(name, tuple(MEMBERSHIP_RULES), "") if call.query(name) else None
                                               for name in ("membership", "not_membership")))}
 
 
 def get_joined_members(call: Call) -> Any:
-    return {"joined": call.api.rooms.joined_members(call.who, call["roomId"])}
+    return {"joined": call.api.history.joined_members(call.who, call["roomId"])}
 
 
 def query_filter(call: Call) -> tuple[Filter, JsonObject]:
@@ -9104,19 +9157,19 @@ def get_messages(call: Call) -> Any:
     filter, source = query_filter(call)
     limit = call.limit(field(source, "limit", int, 10))
     backwards = call.choice("dir", ("b", "f"), "b") == "b"
-    return call.api.rooms.messages(call.who, call["roomId"], call.integer("from", None), backwards, limit,
+    return call.api.history.messages(call.who, call["roomId"], call.integer("from", None), backwards, limit,
                                    filter, call.integer("to", None), field(source, "lazy_load_members", bool, False))
 
 
 def get_context(call: Call) -> Any:
     filter, source = query_filter(call)
-    return call.api.rooms.context(call.who, call["roomId"], call["eventId"],
+    return call.api.history.context(call.who, call["roomId"], call["eventId"],
                                   call.limit(10), filter, field(source, "lazy_load_members", bool, False))
 
 
 def get_relations(call: Call) -> Any:
     recurse = call.choice("recurse", ("true", "false"), "false") == "true"
-    return call.api.rooms.relations(
+    return call.api.relations.related(
         call.who, call["roomId"], call["eventId"], call.params.get("relType"), call.params.get("eventType"),
         call.integer("from", None), call.integer("to", None), call.choice("dir", ("b", "f"), "b") == "b",
         call.limit(50, 1), recurse)
@@ -9124,31 +9177,31 @@ def get_relations(call: Call) -> Any:
 
 def get_threads(call: Call) -> Any:
     participated = call.choice("include", ("all", "participated"), "all") == "participated"
-    return call.api.rooms.threads(call.who, call["roomId"], participated, call.integer("from", None),
+    return call.api.relations.threads(call.who, call["roomId"], participated, call.integer("from", None),
                                   call.limit(50, 1))
 
 
 def room_aliases(call: Call) -> Any:
-    return {"aliases": call.api.rooms.aliases(call.who, call["roomId"])}
+    return {"aliases": call.api.aliases.of_room(call.who, call["roomId"])}
 
 
 def get_alias(call: Call) -> Any:
-    return {"room_id": call.api.rooms.resolve(call["roomAlias"], call.asker),
+    return {"room_id": call.api.aliases.resolve(call["roomAlias"], call.asker),
             "servers": [call.api.world.name]}
 
 
 def put_alias(call: Call) -> Any:
-    call.api.rooms.add_alias(call.who, call["roomAlias"], field(call.body, "room_id", str))
+    call.api.aliases.add(call.who, call["roomAlias"], field(call.body, "room_id", str))
     return {}
 
 
 def delete_alias(call: Call) -> Any:
-    call.api.rooms.delete_alias(call.who, call["roomAlias"])
+    call.api.aliases.delete(call.who, call["roomAlias"])
     return {}
 
 
 def get_visibility(call: Call) -> Any:
-    return {"visibility": "public" if call.api.rooms.is_published(call.who, call["roomId"]) else "private"}
+    return {"visibility": "public" if call.api.directory.is_published(call.who, call["roomId"]) else "private"}
 
 
 def wants_public(call: Call) -> bool:
@@ -9159,25 +9212,25 @@ def wants_public(call: Call) -> bool:
 
 
 def put_visibility(call: Call) -> Any:
-    call.api.rooms.publish(call.who, call["roomId"], wants_public(call))
+    call.api.directory.publish(call.who, call["roomId"], wants_public(call))
     return {}
 
 
 def put_network_room(call: Call) -> Any:
-    call.api.rooms.publish_in_network(call.who, call["networkId"], call["roomId"], wants_public(call))
+    call.api.directory.publish_in_network(call.who, call["networkId"], call["roomId"], wants_public(call))
     return {}
 
 
 def get_hierarchy(call: Call) -> Any:
     suggested_only = call.choice("suggested_only", ("true", "false"), "false") == "true"
     max_depth = min(call.integer("max_depth", MAX_SPACE_DEPTH), MAX_SPACE_DEPTH)
-    return call.api.rooms.hierarchy(call.who, call["roomId"], suggested_only, max_depth, call.integer("from", 0),
+    return call.api.directory.hierarchy(call.who, call["roomId"], suggested_only, max_depth, call.integer("from", 0),
                                     call.limit(50, 1))
 
 
 def search_users(call: Call) -> Any:
     body = call.body
-    return call.api.accounts.search(call.who, field(body, "search_term", str), min(max(field(body, "limit", int, 10), 1), 50))
+    return call.api.directory.search_users(call.who, field(body, "search_term", str), min(max(field(body, "limit", int, 10), 1), 50))
 
 
 def own_directory(call: Call) -> None:
@@ -9189,7 +9242,7 @@ def own_directory(call: Call) -> None:
 
 def get_public_rooms(call: Call) -> Any:
     own_directory(call)
-    return call.api.rooms.public(call.integer("since", 0), call.limit(100))
+    return call.api.directory.public(call.integer("since", 0), call.limit(100))
 
 
 def search_public_rooms(call: Call) -> Any:
@@ -9204,7 +9257,7 @@ def search_public_rooms(call: Call) -> Any:
     everywhere = field(body, "include_all_networks", bool, False)
     if everywhere and network:
         raise MatrixError("M_INVALID_PARAM", "it is either include_all_networks or one third_party_instance_id")
-    return call.api.rooms.public(
+    return call.api.directory.public(
         since, max(field(body, "limit", int, 100), 0),
         field(filter, "generic_search_term", str, ""), types, None if everywhere else network)
 
@@ -9223,7 +9276,7 @@ def post_receipt(call: Call) -> Any:
     thread_id = body.get("thread_id", "")
     if not isinstance(thread_id, str) or ("thread_id" in body and not thread_id):
         raise MatrixError("M_INVALID_PARAM", f"thread_id must be \"main\" or the event ID of a root, not {quoted(thread_id)}")
-    call.api.rooms.add_receipt(call.who, call["roomId"], {call["receiptType"]: call["eventId"]}, thread_id)
+    call.api.receipts.add(call.who, call["roomId"], {call["receiptType"]: call["eventId"]}, thread_id)
     return {}
 
 
@@ -9231,13 +9284,13 @@ def post_read_markers(call: Call) -> Any:
     body = call.body
     types = {str(type): field(body, type, str) for type in ("m.fully_read", "m.read", "m.read.private")
              if body.get(type) is not None}
-    call.api.rooms.add_receipt(call.who, call["roomId"], types)
+    call.api.receipts.add(call.who, call["roomId"], types)
     return {}
 
 
 def get_sync(call: Call) -> Any:
     chosen = call.query("filter") or "{}"
-    filter = inline_filter(chosen) if chosen[:1] == "{" else SyncFilter(call.api.accounts.filter(call.who, chosen))
+    filter = inline_filter(chosen) if chosen[:1] == "{" else SyncFilter(call.api.data.filter(call.who, chosen))
     timeout = call.integer("timeout", 0) / 1000
     full_state = call.choice("full_state", ("true", "false"), "false") == "true"
     state_after = next((prefix + "state_after" for prefix in ("", "org.matrix.msc4222.")
@@ -9267,7 +9320,7 @@ def get_events(call: Call) -> Any:
 
 
 def get_initial_sync(call: Call) -> Any:
-    return call.api.rooms.initial_sync(call.who, call["roomId"], call.limit(10), call.api.presence.events)
+    return call.api.history.initial_sync(call.who, call["roomId"], call.limit(10), call.api.presence.events)
 
 
 def get_presence(call: Call) -> Any:

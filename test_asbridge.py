@@ -7683,8 +7683,8 @@ def test_a_change_of_a_session_that_has_ended_is_refused_though_it_was_asked_bef
     alice = hs.client("alice")
     who = hs.api.identify(asbridge.Request(f"GET / HTTP/1.1\r\nHost: h\r\nAuthorization: Bearer {alice.token}"), "user")
     hs.api.accounts.logout(who)
-    for change in (lambda: hs.api.accounts.set_account_data(who, "", "x", {}), lambda: hs.api.accounts.add_filter(who, {}),
-                   lambda: hs.api.accounts.set_tag(who, "!r:localhost", "u.x", {}), lambda: hs.api.rooms.create(who, {}),
+    for change in (lambda: hs.api.data.set_account_data(who, "", "x", {}), lambda: hs.api.data.add_filter(who, {}),
+                   lambda: hs.api.data.set_tag(who, "!r:localhost", "u.x", {}), lambda: hs.api.rooms.create(who, {}),
                    lambda: hs.api.media.upload(who, b"x", "text/plain", None)):
         with refused("M_UNKNOWN_TOKEN", 401):
             change()
@@ -7939,11 +7939,11 @@ def test_a_space_lists_the_rooms_below_it_that_one_may_see(three):
 
 def test_of_a_space_no_more_is_looked_at_than_is_shown(three, monkeypatch):
     hs, alice, *_ = three
-    space, looked_at, look = alice.create_room(creation_content={"type": "m.space"}), [], asbridge.Rooms._space_entry
+    space, looked_at, look = alice.create_room(creation_content={"type": "m.space"}), [], asbridge.Directory._space_entry
     children = [alice.create_room() for _ in range(6)]
     for n, child in enumerate(children):
         alice.set_state(space, "m.space.child", {"via": ["localhost"], "order": str(n)}, child)
-    monkeypatch.setattr(asbridge.Rooms, "_space_entry", staticmethod(lambda *args: looked_at.append(args[2]) or look(*args)))
+    monkeypatch.setattr(asbridge.Directory, "_space_entry", staticmethod(lambda *args: looked_at.append(args[2]) or look(*args)))
     rooms, answer = hierarchy(alice, space, limit=2)
     assert rooms == [space, children[0]] and looked_at == [space, *children[:2]]
     pages = [rooms]
@@ -11583,12 +11583,12 @@ class Target:
             api.sync.sync(who, None, one)
         api.keys.query(alice, {ghost.user_id: []})
         with contextlib.suppress(MatrixError):               # she may have been thrown out
-            api.rooms.messages(alice, self.room, None, True, 3, asbridge.Filter(), lazy=True)
-            api.rooms.threads(alice, self.room, False, None, 3)
-            api.rooms.hierarchy(alice, self.room, False, 1, 0, 3)
-        api.rooms.public(0, 3)
-        api.accounts.tags(ghost, self.room)
-        api.accounts.search(alice, "bob", 3)
+            api.history.messages(alice, self.room, None, True, 3, asbridge.Filter(), lazy=True)
+            api.relations.threads(alice, self.room, False, None, 3)
+            api.directory.hierarchy(alice, self.room, False, 1, 0, 3)
+        api.directory.public(0, 3)
+        api.data.tags(ghost, self.room)
+        api.directory.search_users(alice, "bob", 3)
         assert api.accounts.device(ghost, "GHOST") and self.alice.user_id in self.hs.world.store.users
 
 
