@@ -4661,39 +4661,53 @@ def create_schema(db: sqlite3.Connection, path: str, server_name: str) -> None:
 # a room, join, send, read, sync. A verb checks within its job on the writer
 # thread, so that what it saw is still true when it is stored. Spec:
 # Client-Server API. Does not know HTTP; asks an application service only through
-# the function that it is given. Presence, Keys and Notifications are for clients
-# only: who comes for the application service may skip them.
+# the function that it is given.
+#
+# In front stands what an application service meets: accounts, rooms, their
+# history, sync. From "Clients' data" on it is for the comfort of clients, and may
+# be skipped at first reading.
 
-MAX_SYNC_SECONDS = 600.0
-LOOK_SECONDS = 30.0              # how often a long poll looks whether its client is still there
-UNUSED_MEDIA_MS = DAY_MS         # how long a URI waits for its content
-OPENID_SECONDS = 3600            # how long an OpenID token is good
-MAX_SPACE_DEPTH = 10             # levels of rooms below a space in one answer
-MAX_RELATION_DEPTH = 3           # for /relations with recurse, and from an event up to its thread
-MAX_PAGE_BYTES = 4_194_304       # of events, after which a page of /messages ends
-MAX_PAGE = 1000                  # events in one answer
-OFFLINE_SECONDS = 30.0           # after the last /sync has ended
-UNAVAILABLE_SECONDS = 300.0      # without doing anything: from online to unavailable
-ECHO_SECONDS = 0.005             # how long one's own relation waits for the answer to its PUT to be read before it
-SLICE_SECONDS = 0.001            # how long a look works until it lets others in
-ROOMS_AT_ONCE = 50               # that it asks about together
-TIMELINE = 10                    # events in a /sync timeline, unless a filter says otherwise
-MAX_FIRST_EVENTS = 1000          # that a createRoom asks for: everybody waits while they are made
-MAX_ASKED = 50                   # unknown users in one request for whom application services are asked
-MAX_UNREAD = 500                 # the newest events of a room that are looked at, to count what is unread
-MAX_TALLIES = 5000               # counts that are kept in memory, each of one user and room
-MAX_RULES_BYTES = 65_536         # of all push rules of a user
-MAX_LOOKS = 5 * 10**9            # bytes of a user's own rules times bytes of events that are held against them in one go
-MAX_PATTERN = 255                # characters that a push rule looks for
-MAX_NAMES, MAX_GLOBS = 5000, 50  # types, senders or rooms in one list of a filter; those of them with a '*'
-MAX_PROFILE = {"displayname": 256, "avatar_url": 1000}       # characters
-MAX_STATUS = 1000                # characters of a status message
-MAX_TAGS_BYTES = 65_536          # of all tags of a room
-MAX_SIGNATURES = 50              # of one user on one key
-MAX_UPLOADS, SMALL_UPLOAD = 4, 1_048_576         # of one user at the same time; bytes up to which they don't count
+# -- Limits. Seconds, unless the name says MS or BYTES, or the line says what is counted.
+
+# Accounts
 SCRYPT = {"n": 16_384, "r": 8, "p": 1}   # 16 MiB and 50 ms for a password:
 PASSWORDS = threading.Semaphore(2)       # two at a time
+MAX_PROFILE = {"displayname": 256, "avatar_url": 1000}       # characters, of what others are shown and can't help;
+MAX_STATUS = 1000                # the same of a status message
+OPENID_SECONDS = 3600            # how long an OpenID token is good
+MAX_TAGS_BYTES = 65_536          # of all tags of a room
+# Rooms, and what is read in them
+MAX_ASKED = 50                   # unknown users in one request for whom application services are asked
+MAX_FIRST_EVENTS = 1000          # that a createRoom asks for: everybody waits while they are made
+MAX_PAGE = 1000                  # events, or rooms, in one answer
+MAX_PAGE_BYTES = 4_194_304       # of events, after which a page of /messages ends
+MAX_RELATION_DEPTH = 3           # steps: of /relations with recurse, and from an event up to its thread
+MAX_SPACE_DEPTH = 10             # levels of rooms below a space in one answer
+# Sync
+MAX_SYNC_SECONDS = 600.0         # that a long poll may ask to wait
+LOOK_SECONDS = 30.0              # how often a long poll looks whether its client is still there
+TIMELINE = 10                    # events in a timeline, unless a filter says otherwise
+MAX_NAMES, MAX_GLOBS = 5000, 50  # types, senders or rooms in one list of a filter; those of them with a '*'
+ROOMS_AT_ONCE = 50               # that a look asks about together
+SLICE_SECONDS = 0.001            # how long a look works until it lets others in
+ECHO_SECONDS = 0.005             # how long one's own relation waits for the answer to its PUT to be read before it
+# Presence
+OFFLINE_SECONDS = 30.0           # after the last /sync has ended
+UNAVAILABLE_SECONDS = 300.0      # without doing anything: from online to unavailable
+# Media and keys
+MAX_UPLOADS = 4                  # of one user at the same time,
+SMALL_UPLOAD = 1_048_576         # but those of so many bytes don't count
+UNUSED_MEDIA_MS = DAY_MS         # how long a URI waits for its content
+MAX_SIGNATURES = 50              # of one user on one key
+# Push rules, and what is unread
+MAX_RULES_BYTES = 65_536         # of all push rules of a user
+MAX_PATTERN = 255                # characters that a push rule looks for
+MAX_UNREAD = 500                 # the newest events of a room that are looked at, to count what is unread
+MAX_LOOKS = 5 * 10**9            # bytes of a user's own rules times bytes of events that are held against them in one go
+MAX_TALLIES = 5000               # counts that are kept in memory, each of one user and room
 
+
+# -- The world: what all verbs work on, and who is asking.
 
 @dataclass
 class Settings:
@@ -4728,16 +4742,29 @@ class World:
 
     def __init__(self, settings: Settings, clock: Clock, registrations: Registrations, database: str,
                  seed: str | None = None) -> None:
-        self.settings, self.clock, self.name, self.chance = settings, clock, settings.server_name, Chance(seed)
-        self.store = Store(database, settings.server_name, registrations, clock)
+        self.settings, self.clock, self.chance = settings, clock, Chance(seed)
+        self.name = settings.server_name                     # what stands after the colon of every ID
+        self.store = Store(database, self.name, registrations, clock)
         self.stopping = False                                # who waits is to answer
         # Asks for "users" or "aliases" that don't exist yet; True if an application service says that it has created
-        # it. `by` is the one that is asking itself. Patient: tries again, and raises 408 in the end. Set by section 12.
+        # it. `by` is the one that is asking itself. Patient: tries again, and raises 408 in the end. Set by section 7.
         self.ask: Callable[[str, str, Registration | None, bool], bool] = lambda kind, id, by, patient: False
 
     @property
     def registrations(self) -> Registrations:
         return self.store.registrations
+
+    def find(self, kind: str, id: str, by: Registration | None, look: Callable[[Reader], T | None]) -> tuple[T | None, bool]:
+        """What `look` finds. If that is nothing, an application service is asked (Querying) and it looks again, whatever the
+        answer was, for it may have come meanwhile. And whether the answer was yes.
+        """
+        with self.store.read() as reader:
+            found = look(reader)
+        if found is not None or server_of(id) != self.name:
+            return found, False
+        created = self.ask(kind, id, by, True)
+        with self.store.read() as reader:
+            return look(reader), created
 
     def ask_for_users(self, user_ids: Iterable[str], by: Registration | None) -> None:
         """Asks for those that don't exist yet, once and at the same time."""
@@ -4766,6 +4793,24 @@ class World:
         self.store.write(job)
 
 
+class Verbs:
+    """Each class of verbs has the same world. Any number of threads use them at a time."""
+
+    def __init__(self, world: World) -> None:
+        self.world, self.store, self.clock = world, world.store, world.clock
+
+
+def existing(found: T | None, error: str) -> T:
+    """What was looked for; M_NOT_FOUND if there is none."""
+    if found is None:
+        raise MatrixError("M_NOT_FOUND", error)
+    return found
+
+
+def without_none(source: Mapping[str, Any]) -> JsonObject:
+    return {key: value for key, value in source.items() if value is not None}
+
+
 def as_far(items: list[T], costs: Iterable[int], most: int) -> list[T]:
     """The first one, and as many more as follow what costs less than `most` together."""
     return items[:1 + sum(cost < most for cost in itertools.accumulate(costs))]
@@ -4782,6 +4827,8 @@ def digest(token: str) -> bytes:
     return hashlib.sha256(token.encode("utf-8", "replace")).digest()
 
 
+# -- Accounts: who there is, people and ghosts (Account registration, Login, Device Management, Profiles; AS: Permissions).
+
 def hash_password(password: str, salt: bytes | None = None) -> str:
     salt = salt or secrets.token_bytes(16)
     with PASSWORDS:
@@ -4793,34 +4840,27 @@ def password_fits(password: str, stored: str) -> bool:
     return hmac.compare_digest(hash_password(password, bytes.fromhex(stored.split("$")[1])), stored)
 
 
-# -- Accounts.
+class Accounts(Verbs):
+    """Users, their sessions, devices and profiles."""
 
-class Accounts:
-    """Users, their devices and sessions, and their profiles."""
-
-    def __init__(self, world: World) -> None:
-        self.world, self.store = world, world.store
-
-    # -- registering and logging in
+    # -- registering
 
     def register(self, username: str | None, password: str | None, **device: Any) -> JsonObject:
         """A new person. `device`: device_id, display_name, ip, inhibit_login."""
         self.check_open()
-        user_id = self.check_available(username if username is not None else self.world.chance.text("", 10).lower(), None)
-        return self._add(user_id, hash_password(password) if password else None, None, **device)
+        return self.add_person(username if username is not None else self.world.chance.text("", 10).lower(), password, **device)
 
-    def add_person(self, name: str, password: str | None = None) -> JsonObject:
+    def add_person(self, name: str, password: str | None = None, **device: Any) -> JsonObject:
         """A new person, whatever open_registration says; without a password nobody can log in as them again."""
-        return self._add(self.check_available(name, None), hash_password(password) if password else None, None)
+        return self._add(self.check_available(name, None), password, None, **device)
+
+    def register_ghost(self, registration: Registration, username: str | None, **device: Any) -> JsonObject:
+        """A new user of an application service (Server admin style permissions)."""
+        return self._add(self.check_available(username or "", registration), None, registration, **device)
 
     def check_open(self) -> None:
         if not self.world.settings.open_registration:
             raise forbidden("people can't register here: open_registration is false in the configuration")
-
-    def register_ghost(self, registration: Registration, username: str | None, **device: Any) -> JsonObject:
-        """A new user of an application service (Server admin style permissions)."""
-        user_id = self.check_available(username or "", registration)
-        return self._add(user_id, None, registration, **device)
 
     def check_available(self, username: str, by: Registration | None) -> str:
         """The user ID, if it may be registered; M_INVALID_USERNAME, M_EXCLUSIVE or M_USER_IN_USE."""
@@ -4840,23 +4880,19 @@ class Accounts:
         if reader.user(user_id):
             raise MatrixError("M_USER_IN_USE", f"{user_id} exists already")
 
-    def _add(self, user_id: str, password: str | None, by: Registration | None, device_id: str | None = None,
-             display_name: str | None = None, ip: str | None = None, inhibit_login: bool = False) -> JsonObject:
+    def _add(self, user_id: str, password: str | None, by: Registration | None, inhibit_login: bool = False,
+             **device: Any) -> JsonObject:
+        hashed = hash_password(password) if password else None
+
         def job(tx: Tx) -> JsonObject:
             self._check_free(tx, user_id)
-            tx.add_user(user_id, password, by.id if by else None, self.world.clock.now())
+            tx.add_user(user_id, hashed, by.id if by else None, self.clock.now())
             if inhibit_login:
                 return {"user_id": user_id, "home_server": self.world.name}
-            return self._new_session(tx, user_id, device_id, display_name, ip)
+            return self._new_session(tx, user_id, **device)
         return self.store.write(job)
 
-    def _new_session(self, tx: Tx, user_id: str, device_id: str | None = None, display_name: str | None = None,
-                     ip: str | None = None) -> JsonObject:
-        self._check_active(tx, user_id)
-        token, device_id = self.world.chance.text(user_id, 43), device_id or self.world.chance.text(user_id, 10).upper()
-        tx.add_session(user_id, device_id, display_name, digest(token), self.world.clock.now(), ip)
-        return {"user_id": user_id, "access_token": token, "device_id": device_id,
-                "home_server": self.world.name}
+    # -- logging in
 
     def full_id(self, user: str) -> str:
         """A localpart or a whole user ID as the latter."""
@@ -4866,14 +4902,6 @@ class Accounts:
         user_id = self.full_id(user)
         self.check_password(user_id, password)
         return self.store.write(lambda tx: self._new_session(tx, user_id, **device))
-
-    def check_password(self, user_id: str, password: str) -> None:
-        with self.store.read() as reader:
-            self._check_active(reader, user_id)
-            row = reader.user(user_id)
-        stored = row[0] if row else None
-        if not password_fits(password, stored or "scrypt$00$") or not stored:    # as long for an unknown name
-            raise forbidden("wrong user name or password")
 
     def login_ghost(self, registration: Registration, user: str, **device: Any) -> JsonObject:
         """A session of its own for a user of an application service (m.login.application_service)."""
@@ -4886,15 +4914,31 @@ class Accounts:
             return self._new_session(tx, user_id, **device)
         return self.store.write(job)
 
+    def _new_session(self, tx: Tx, user_id: str, device_id: str | None = None, display_name: str | None = None,
+                     ip: str | None = None) -> JsonObject:
+        self._active(tx, user_id)
+        token, device_id = self.world.chance.text(user_id, 43), device_id or self.world.chance.text(user_id, 10).upper()
+        tx.add_session(user_id, device_id, display_name, digest(token), self.clock.now(), ip)
+        return {"user_id": user_id, "access_token": token, "device_id": device_id, "home_server": self.world.name}
+
     @staticmethod
-    def _check_active(reader: Reader, user_id: str) -> None:
+    def _active(reader: Reader, user_id: str) -> Any:
+        """The user's row, if there is such a user; M_USER_DEACTIVATED."""
         row = reader.user(user_id)
         if row and row[4]:
             raise MatrixError("M_USER_DEACTIVATED", f"{user_id} has been deactivated, for good")
+        return row
 
     def check_active(self, user_id: str) -> None:
         with self.store.read() as reader:
-            self._check_active(reader, user_id)
+            self._active(reader, user_id)
+
+    def check_password(self, user_id: str, password: str) -> None:
+        with self.store.read() as reader:
+            row = self._active(reader, user_id)
+        stored = row[0] if row else None
+        if not password_fits(password, stored or "scrypt$00$") or not stored:    # as long for an unknown name
+            raise forbidden("wrong user name or password")
 
     def change_password(self, who: Who, password: str, logout_devices: bool) -> None:
         """A new password, and the end of the user's other sessions, if wished."""
@@ -4922,7 +4966,7 @@ class Accounts:
                 room = tx.room(room_id)
                 if room and membership in ("join", "invite", "knock"):
                     draft = Draft("m.room.member", who.user_id, {"membership": "leave"}, who.user_id)
-                    tx.append(room, draft, self.world.clock.now())
+                    tx.append(room, draft, self.clock.now())
             tx.deactivate(who.user_id)
         self.store.write(job, who.token)
 
@@ -4941,32 +4985,28 @@ class Accounts:
 
     def device(self, who: Who, device_id: str) -> JsonObject:
         with self.store.read() as reader:
-            row = reader.device(who.user_id, device_id)
-        if not row:
-            raise self._no_device(who, device_id)
-        return self._device(who, row)
+            return self._device(who, self._row(reader, who, device_id))
+
+    @staticmethod
+    def _row(reader: Reader, who: Who, device_id: str) -> Any:
+        return existing(reader.device(who.user_id, device_id), f"{who.user_id} has no device {shorten(device_id)}")
 
     @staticmethod
     def _device(who: Who, row: Sequence[Any]) -> JsonObject:
-        return {"device_id": row[0], "display_name": row[1] or "", "last_seen_ts": row[2],
-                "last_seen_ip": row[3], "user_id": who.user_id}
+        return {"device_id": row[0], "display_name": row[1] or "", "last_seen_ts": row[2], "last_seen_ip": row[3],
+                "user_id": who.user_id}
 
     def set_device(self, who: Who, device_id: str, display_name: str | None) -> bool:
         """Names a device. An application service creates one so, if there is none (Device management); whether it did."""
         def job(tx: Tx) -> bool:
-            known = tx.device(who.user_id, device_id)
-            if known and display_name is not None:
+            if who.appservice and not tx.device(who.user_id, device_id):
+                tx.add_device(who.user_id, device_id, display_name, self.clock.now())
+                return True
+            self._row(tx, who, device_id)
+            if display_name is not None:
                 tx.rename_device(who.user_id, device_id, display_name)
-            elif not known and who.appservice:
-                tx.add_device(who.user_id, device_id, display_name, self.world.clock.now())
-            elif not known:
-                raise self._no_device(who, device_id)
-            return not known
+            return False
         return self.store.write(job, who.token)
-
-    @staticmethod
-    def _no_device(who: Who, device_id: str) -> MatrixError:
-        return MatrixError("M_NOT_FOUND", f"{who.user_id} has no device {shorten(device_id)}")
 
     def delete_devices(self, who: Who, device_ids: Sequence[str]) -> None:
         def job(tx: Tx) -> None:
@@ -4978,15 +5018,9 @@ class Accounts:
 
     def profile(self, user_id: str, by: Registration | None) -> JsonObject:
         """displayname and avatar_url, as far as they are set. An unknown ghost's application service is asked."""
-        for again in (False, True):
-            with self.store.read() as reader:
-                row = reader.user(user_id)
-            if row:
-                return {key: value for key, value in (("displayname", row[2]), ("avatar_url", row[3]))
-                        if value is not None}
-            if not again:
-                self.world.ask("users", user_id, by, True)   # and looks again in any case: it may have come meanwhile
-        raise MatrixError("M_NOT_FOUND", f"there is no user {shorten(user_id)}")
+        found, _ = self.world.find("users", user_id, by, lambda reader: reader.user(user_id))
+        _, _, displayname, avatar_url, _ = existing(found, f"there is no user {shorten(user_id)}")
+        return without_none({"displayname": displayname, "avatar_url": avatar_url})
 
     def set_profile(self, who: Who, user_id: str, key: str, value: str | None) -> None:
         """Changes the profile and with it the member events of the rooms that the user is in."""
@@ -4998,14 +5032,14 @@ class Accounts:
             tx.set_profile(user_id, key, value)
             for room in tx.joined_rooms(user_id):
                 before = room.content("m.room.member", user_id)
-                content = {k: v for k, v in {**before, key: value}.items() if v is not None}
+                content = without_none({**before, key: value})
                 draft = Draft("m.room.member", user_id, content, user_id)
                 if content != before and is_allowed(room, draft):   # where the rules let nobody join any more, the old name stays
-                    tx.append(room, draft, self.world.clock.now())
+                    tx.append(room, draft, self.clock.now())
         self.store.write(job, who.token)
 
 
-# -- What may be seen of a room.
+# -- What may be seen of a room (Room history visibility; Leaving rooms). Who reads or answers in a room does so through these.
 
 class View(NamedTuple):
     """What one user may see of one room."""
@@ -5016,18 +5050,26 @@ class View(NamedTuple):
     state_upto: int                      # the state may be seen as it was then; -1: not at all
     memberships: Sequence[tuple[int, str]]       # the user's changes, (tick, membership) from old to new
 
-    def then(self, tick: int) -> str:
-        """As a part of `unsigned`: the user's membership at an event, and with it."""
-        for at, membership in reversed(self.memberships):    # mostly the last one, in a loop that is run for each event
-            if at <= tick:
-                return f'"membership":"{membership}"'
-        return '"membership":"leave"'
+    def sees(self, tick: int) -> bool:
+        return any(first <= tick <= last for first, last in self.ranges)
 
-    def events(self, reader: Reader, after: int, upto: int, limit: int, newest: bool,
-               filter: Filter = EVERYTHING) -> list[Event]:
-        """Visible events with after < tick <= upto."""
-        return self.collect(lambda *window: reader.events(self.room, window[0], window[1], window[2], window[3], filter),
-                            after, upto, limit, newest)
+    @property
+    def visible(self) -> str:
+        """The ranges as the store takes them."""
+        return to_json(self.ranges)
+
+    def last_state(self) -> int:
+        """The tick up to which the state may be seen; M_FORBIDDEN if it may not at all."""
+        if self.state_upto < 0:
+            raise forbidden(f"the state of the room {self.room_id} can't be seen before joining it")
+        return self.state_upto
+
+    def find(self, reader: Reader, event_id: str) -> Event:
+        """M_NOT_FOUND also for what may not be seen."""
+        event = reader.event(self.room, event_id)
+        if not event or not self.sees(event.tick):
+            raise MatrixError("M_NOT_FOUND", f"there is no event {shorten(event_id)} here that may be seen")
+        return event
 
     def collect(self, read: Callable[[int, int, int, bool], list[Event]], after: int, upto: int, limit: int,
                 newest: bool) -> list[Event]:
@@ -5039,32 +5081,20 @@ class View(NamedTuple):
                 found += read(start, end, limit - len(found), newest)
         return found
 
-    def page(self, read: Callable[[int, int, int, bool], list[Event]], start: int, stop: int | None, backwards: bool,
-             limit: int) -> tuple[list[Event], str | None]:
-        """A page from the tick `start` on, and the token of the next one; none: there is no more."""
+    def page(self, reader: Reader, read: Callable[[int, int, int, bool], list[Event]], start: int | None, stop: int | None,
+             backwards: bool, limit: int) -> tuple[int, list[Event]]:
+        """A page from the tick `start` on (None: from now backwards, or from the beginning) as far as `stop`; with its start."""
+        if start is None:
+            start = reader.position() if backwards else 0
         after, upto = (stop or 0, start) if backwards else (start, FOREVER if stop is None else stop)
-        events = self.collect(read, after, upto, limit, backwards)
-        full = len(events) == limit and bool(events)
-        return events, str(events[-1].tick - backwards) if full else None
+        return start, self.collect(read, after, upto, limit, backwards)
 
-    def sees(self, tick: int) -> bool:
-        return any(first <= tick <= last for first, last in self.ranges)
-
-    @property
-    def visible(self) -> str:
-        """The ranges as the store takes them."""
-        return to_json(self.ranges)
-
-
-def view_of(reader: Reader, user_id: str, room_id: str) -> View:
-    """M_FORBIDDEN if there is nothing to see, or no such room: that makes no difference."""
-    row = reader.room_row(room_id)
-    if row:
-        own = reader.membership(user_id, row.n)
-        memberships = [] if not own or own[2] else reader.changes([row.n], *MEMBERSHIP, user_id)[row.n]
-        if view := view_by(row.n, room_id, memberships, reader.changes([row.n], *HISTORY_VISIBILITY)[row.n]):
-            return view
-    raise not_in(user_id, room_id)
+    def then(self, tick: int) -> str:
+        """As a part of `unsigned`: the user's membership at an event, and with it."""
+        for at, membership in reversed(self.memberships):    # mostly the last one, in a loop that is run for each event
+            if at <= tick:
+                return f'"membership":"{membership}"'
+        return '"membership":"leave"'
 
 
 def view_by(room: int, room_id: str, memberships: Sequence[tuple[int, str]], visibilities: Sequence[tuple[int, str]]) -> View | None:
@@ -5073,28 +5103,32 @@ def view_by(room: int, room_id: str, memberships: Sequence[tuple[int, str]], vis
     membership = memberships[-1][1] if memberships else "leave"
     if membership == "join" or (visibilities and visibilities[-1][1] == "world_readable"):
         return View(room, room_id, membership, ranges, FOREVER, memberships)
-    left = [tick for (tick, _), (_, before) in zip(memberships[1:], memberships, strict=False)
-            if before == "join"]
-    if ranges:
-        return View(room, room_id, membership, ranges, left[-1] if left else -1, memberships)
-    return None
+    left = [tick for (tick, _), (_, before) in zip(memberships[1:], memberships, strict=False) if before == "join"]
+    return View(room, room_id, membership, ranges, left[-1] if left else -1, memberships) if ranges else None
+
+
+def view_of(reader: Reader, user_id: str, room_id: str, errcode: str = "M_FORBIDDEN") -> View:
+    """Refused with the errcode if there is nothing to see, or no such room: that makes no difference."""
+    row = reader.room_row(room_id)
+    if row:
+        own = reader.membership(user_id, row.n)
+        memberships = [] if not own or own[2] else reader.changes([row.n], *MEMBERSHIP, user_id)[row.n]
+        if view := view_by(row.n, room_id, memberships, reader.changes([row.n], *HISTORY_VISIBILITY)[row.n]):
+            return view
+    raise MatrixError(errcode, not_in(user_id, room_id).error)
 
 
 @contextlib.contextmanager
 def viewing(store: Store, who: Who, room_id: str, errcode: str = "M_FORBIDDEN") -> Iterator[tuple[Reader, View]]:
-    """`errcode`: for whom there is nothing to see."""
+    """A moment of the database, and what may be seen of the room in it."""
     with store.read() as reader:
-        try:
-            view = view_of(reader, who.user_id, room_id)
-        except MatrixError as error:
-            raise MatrixError(errcode, error.error) from None
-        yield reader, view
+        yield reader, view_of(reader, who.user_id, room_id, errcode)
 
 
-def not_in(user_id: str, room_id: str) -> MatrixError:
-    """The same whether there is such a room or not, so that nobody finds out by asking."""
-    hint = "; that is an alias: GET /directory/room/{alias} says which room ID to write here" if room_id[:1] == "#" else ""
-    return forbidden(f"{user_id} is not in the room {shorten(room_id)}{hint}")
+def sees(tx: Tx, room: Room, user_id: str, tick: int) -> bool:
+    """Whether a member may see an event of the room. What came after the own join is not looked up."""
+    member = room.events["m.room.member", user_id]
+    return tick >= member.tick or view_of(tx, user_id, room.room_id).sees(tick)
 
 
 def room_for(tx: Tx, who: Who, room_id: str, joined: bool = False) -> Room:
@@ -5105,13 +5139,75 @@ def room_for(tx: Tx, who: Who, room_id: str, joined: bool = False) -> Room:
     return room
 
 
-def sees(tx: Tx, room: Room, user_id: str, tick: int) -> bool:
-    """Whether a member may see an event of the room. What came after the own join is not looked up."""
-    member = room.events["m.room.member", user_id]
-    return tick >= member.tick or view_of(tx, user_id, room.room_id).sees(tick)
+def not_in(user_id: str, room_id: str) -> MatrixError:
+    """The same whether there is such a room or not, so that nobody finds out by asking."""
+    hint = "; that is an alias: GET /directory/room/{alias} says which room ID to write here" if room_id[:1] == "#" else ""
+    return forbidden(f"{user_id} is not in the room {shorten(room_id)}{hint}")
 
 
-# -- Rooms.
+# -- Rooms: their aliases, how they begin, who comes and goes, what is sent (Room Aliases, Creation, Room membership, Sending
+# events to a room, Redactions). The rules of section 4 say what may happen.
+
+class Aliases(Verbs):
+    """Names for rooms. Those in an application service's namespace are its own affair."""
+
+    def resolve(self, alias: str, by: Registration | None) -> str:
+        """The room ID that an alias points to; an unknown one's application service is asked."""
+        check_id("#", alias)
+        row, created = self.world.find("aliases", alias, by, lambda reader: reader.alias(alias))
+        why = "; its application service was asked and said yes, but has not created it" if created else ""
+        elsewhere = "" if server_of(alias) == self.world.name else f"; this server, {self.world.name}, knows no other one"
+        return str(existing(row, f"there is no room alias {shorten(alias)}{why}{elsewhere}")[0])
+
+    def of_room(self, who: Who, room_id: str) -> list[str]:
+        with viewing(self.store, who, room_id) as (reader, view):
+            if view.state_upto < FOREVER:                    # those that there are now
+                raise not_in(who.user_id, room_id)
+            return reader.aliases_of(view.room)
+
+    def add(self, who: Who, alias: str, room_id: str) -> None:
+        def job(tx: Tx) -> None:
+            found = tx.room(room_id) if who.appservice else None     # to any room
+            self.put(tx, who, alias, found or room_for(tx, who, room_id, joined=True), "M_UNKNOWN")
+        self.store.write(job, who.token)
+
+    def put(self, tx: Tx, who: Who, alias: str, room: Room, taken: str) -> None:
+        """The same within a job. `taken`: the errcode for one that exists already."""
+        check_id("#", alias, self.world.name)
+        self.world.registrations.check_may_create("aliases", alias, who.appservice)
+        if tx.alias(alias):
+            raise MatrixError(taken, f"the alias {alias} exists already", 409 if taken == "M_UNKNOWN" else None)
+        tx.add_alias(alias, room, who.user_id)
+
+    def delete(self, who: Who, alias: str) -> None:
+        """By who made it, by who may change the canonical alias, or by the application service that claims it."""
+        check_id("#", alias)
+
+        def job(tx: Tx) -> None:
+            self.world.registrations.check_may_create("aliases", alias, who.appservice)
+            room_id, creator = existing(tx.alias(alias), f"there is no room alias {shorten(alias)}")
+            room = cast(Room, tx.room(room_id))
+            if not (who.appservice or creator == who.user_id or may_name(room, who.user_id)):
+                raise forbidden(f"{alias} may be deleted by who made it, or by who may change the canonical alias of its room")
+            tx.delete_alias(alias, room)
+        self.store.write(job, who.token)
+
+    @staticmethod
+    def check_content(tx: Tx, room: Room, content: JsonObject) -> None:
+        """Of m.room.canonical_alias: what is new in it points to the room; M_BAD_ALIAS."""
+        old = room.content("m.room.canonical_alias")
+        known = [old.get("alias"), *field(old, "alt_aliases", list, [])]
+        for alias in [content.get("alias"), *field(content, "alt_aliases", list, [])]:
+            if alias and alias not in known:
+                row = tx.alias(check_id("#", alias))
+                if not row or row[0] != room.room_id:
+                    raise MatrixError("M_BAD_ALIAS", f"{shorten(alias)} does not point to this room; create the alias first")
+
+
+def may_name(room: Room, user_id: str) -> bool:
+    """Whether the user may change the canonical alias, and so what names the room and lists it."""
+    return is_allowed(room, Draft("m.room.canonical_alias", user_id, {}, ""))
+
 
 PRESETS = {  # preset: join_rule, history_visibility, guest_access
     "private_chat":         ("invite", "shared", "can_join"),
@@ -5131,12 +5227,13 @@ class RoomPlan:
                               f"these are: {', '.join(ROOM_VERSIONS)}")
         self.version = ROOM_VERSIONS[version]
         visibility = field(options, "visibility", str, "private")
-        self.published = visibility == "public"
+        self.published = visibility == "public"              # in the directory
         self.preset = field(options, "preset", str, "public_chat" if self.published else "private_chat")
         if visibility not in ("public", "private") or self.preset not in PRESETS:
             raise MatrixError("M_INVALID_PARAM", f"visibility must be public or private, not {quoted(visibility)}; preset one of "
                               f"{', '.join(PRESETS)}, not {quoted(self.preset)}")
         self.invite = [check_id("@", user_id, world.name) for user_id in field(options, "invite", list, [])]
+        self.trusted = self.invite if self.preset == "trusted_private_chat" else []      # with the power of the creator
         self.initial_state = field(options, "initial_state", list, [])
         if len(self.invite) + len(self.initial_state) > MAX_FIRST_EVENTS:
             raise MatrixError("M_TOO_LARGE", f"invite and initial_state may have {MAX_FIRST_EVENTS} entries together; send "
@@ -5150,161 +5247,57 @@ class RoomPlan:
             world.registrations.check_may_create("aliases", self.alias, who.appservice)
         check_canonical(options)
 
-    def drafts(self, member: JsonObject) -> Iterator[Draft]:
-        """The first events in the order of the spec, but for the invitations. `member`: content of the
-        creator's join.
-        """
-        get, sender = self.options.get, self.who.user_id
+    def drafts(self, join: Draft) -> Iterator[Draft]:
+        """The first events in the order of the spec, but for the invitations. `join`: the creator's."""
+        sender, (join_rule, visibility, guests) = self.who.user_id, PRESETS[self.preset]
         yield Draft("m.room.create", sender, self._create(), "")
-        yield Draft("m.room.member", sender, member, sender)
+        yield join
         yield Draft("m.room.power_levels", sender, self._power_levels(), "")
         if self.alias:
             yield Draft("m.room.canonical_alias", sender, {"alias": self.alias}, "")
-        join_rule, visibility, guests = PRESETS[self.preset]
         yield Draft("m.room.join_rules", sender, {"join_rule": join_rule}, "")
         yield Draft("m.room.history_visibility", sender, {"history_visibility": visibility}, "")
         yield Draft("m.room.guest_access", sender, {"guest_access": guests}, "")
         for event in self.initial_state:
             if not isinstance(event, dict):
-                raise MatrixError("M_BAD_JSON", "initial_state must be a list of objects with type, state_key "
-                                  "and content")
-            yield Draft(field(event, "type", str), sender, field(event, "content", dict),
-                        field(event, "state_key", str, ""))
+                raise MatrixError("M_BAD_JSON", "initial_state must be a list of objects with type, state_key and content")
+            yield Draft(field(event, "type", str), sender, field(event, "content", dict), field(event, "state_key", str, ""))
         for key in ("name", "topic"):
-            if get(key) is not None:
+            if self.options.get(key) is not None:
                 yield Draft(f"m.room.{key}", sender, {key: field(self.options, key, str)}, "")
 
     def _create(self) -> JsonObject:
         content = {**field(self.options, "creation_content", dict, {}), "room_version": self.version.id}
         if self.version.create_has_creator:
             content["creator"] = self.who.user_id
-        if self.version.creators_rule and self.preset == "trusted_private_chat" and self.invite:
-            content["additional_creators"] = [*field(content, "additional_creators", list, []), *self.invite]
-        if self.version.creators_rule and "additional_creators" in content:
-            creators = [check_id("@", user_id) for user_id in field(content, "additional_creators", list, [])]
-            content["additional_creators"] = sorted({*creators} - {self.who.user_id})
+        if self.version.creators_rule and (self.trusted or "additional_creators" in content):
+            creators = [*field(content, "additional_creators", list, []), *self.trusted]
+            content["additional_creators"] = sorted({check_id("@", user_id) for user_id in creators} - {self.who.user_id})
         return content
 
     def _power_levels(self) -> JsonObject:
-        trusted = self.invite if self.preset == "trusted_private_chat" else ()
-        tops = [] if self.version.creators_rule else [self.who.user_id, *trusted]
-        highest = 150 if self.version.creators_rule else 100
+        by_creation = self.version.creators_rule             # has the creator all power
         levels: JsonObject = {
-            "users": dict.fromkeys(tops, 100), "users_default": 0, "events_default": 0, "state_default": 50,
+            "users": {} if by_creation else dict.fromkeys([self.who.user_id, *self.trusted], 100),
+            "users_default": 0, "events_default": 0, "state_default": 50,
             "ban": 50, "kick": 50, "redact": 50, "invite": 0, "historical": 100,
-            "events": {"m.room.name": 50, "m.room.avatar": 50, "m.room.canonical_alias": 50,
-                       "m.room.power_levels": 100,
-                       "m.room.history_visibility": 100, "m.room.encryption": 100,
-                       "m.room.server_acl": 100, "m.room.tombstone": highest}}
-        levels.update(field(self.options, "power_level_content_override", dict, {}))
+            "events": {"m.room.name": 50, "m.room.avatar": 50, "m.room.canonical_alias": 50, "m.room.power_levels": 100,
+                       "m.room.history_visibility": 100, "m.room.encryption": 100, "m.room.server_acl": 100,
+                       "m.room.tombstone": 150 if by_creation else 100},
+            **field(self.options, "power_level_content_override", dict, {})}
         users = levels.get("users")
-        if not self.version.creators_rule and not (isinstance(users, dict)
-                                                   and is_a(users.get(self.who.user_id), int)):
-            raise MatrixError("M_BAD_JSON", "power_level_content_override.users must give the room's creator "
-                              "a level, too; "
+        if not by_creation and not (isinstance(users, dict) and is_a(users.get(self.who.user_id), int)):
+            raise MatrixError("M_BAD_JSON", "power_level_content_override.users must give the room's creator a level, too; "
                               "without it nobody could change the room")
         return levels
 
 
-class Aliases:
-    """The names of rooms."""
-
-    def __init__(self, world: World) -> None:
-        self.world, self.store = world, world.store
-
-    def resolve(self, alias: str, by: Registration | None) -> str:
-        """The room ID that an alias points to; an unknown one's application service is asked."""
-        check_id("#", alias)
-        why = ""
-        for again in (False, True):
-            with self.store.read() as reader:
-                row = reader.alias(alias)
-            if row:
-                return str(row[0])
-            if again or server_of(alias) != self.world.name:
-                break
-            if self.world.ask("aliases", alias, by, True):   # looks again in any case: it may have come meanwhile
-                why = "; its application service was asked and said yes, but has not created it"
-        elsewhere = "" if server_of(alias) == self.world.name else f"; this server, {self.world.name}, knows no other one"
-        raise MatrixError("M_NOT_FOUND", f"there is no room alias {shorten(alias)}{why}{elsewhere}")
-
-    def add(self, who: Who, alias: str, room_id: str) -> None:
-        def job(tx: Tx) -> None:
-            found = tx.room(room_id) if who.appservice else None     # to any room: its aliases are its own affair
-            self.put(tx, who, alias, found or room_for(tx, who, room_id, joined=True), "M_UNKNOWN")
-        self.store.write(job, who.token)
-
-    def put(self, tx: Tx, who: Who, alias: str, room: Room, taken: str) -> None:
-        check_id("#", alias, self.world.name)
-        self.world.registrations.check_may_create("aliases", alias, who.appservice)
-        if tx.alias(alias):
-            raise MatrixError(taken, f"the alias {alias} exists already", 409 if taken == "M_UNKNOWN" else None)
-        tx.add_alias(alias, room, who.user_id)
-
-    def delete(self, who: Who, alias: str) -> None:
-        """By who made it, by who may change the canonical alias, or by the application service that claims it."""
-        check_id("#", alias)
-
-        def job(tx: Tx) -> None:
-            self.world.registrations.check_may_create("aliases", alias, who.appservice)
-            row = tx.alias(alias)
-            room = tx.room(row[0]) if row else None
-            if not room:
-                raise MatrixError("M_NOT_FOUND", f"there is no room alias {shorten(alias)}")
-            needed = room.needed_to_send("m.room.canonical_alias", True)
-            may = who.user_id in room.joined and room.power(who.user_id) >= needed
-            if not (may or who.appservice or row[1] == who.user_id):
-                raise forbidden(f"{alias} may be deleted by who made it, or by who may change the canonical alias of its room")
-            tx.delete_alias(alias, room)
-        self.store.write(job, who.token)
-
-    def of_room(self, who: Who, room_id: str) -> list[str]:
-        with viewing(self.store, who, room_id) as (reader, view):
-            if view.state_upto < FOREVER:                    # those that there are now
-                raise not_in(who.user_id, room_id)
-            return reader.aliases_of(view.room)
-
-
-class Rooms:
-    """Everything that happens in rooms."""
+class Rooms(Verbs):
+    """What happens in rooms."""
 
     def __init__(self, world: World, aliases: Aliases) -> None:
-        self.world, self.store, self.aliases = world, world.store, aliases
-
-    def _append(self, tx: Tx, room: Room, draft: Draft, ts: int | None = None, device_id: str | None = None,
-                txn_id: str | None = None) -> str:
-        """Stores an event if the rules of the room pass it."""
-        check_shape(draft, self.world.name)
-        authorise(room, draft)
-        self._check_relation(tx, room, draft)
-        return tx.append(room, draft, self.world.clock.now() if ts is None else ts, device_id, txn_id,
-                         self.world.settings.max_event_bytes)
-
-    def _change_state(self, tx: Tx, room: Room, draft: Draft, ts: int | None = None) -> str:
-        """Stores a state event; where nothing would change, it is the event that says so already."""
-        now = room.events.get((draft.type, draft.state_key or ""))
-        if not now or now.sender != draft.sender or canonical_json(now.content) != canonical_json(draft.content):      # true is not 1
-            return self._append(tx, room, draft, ts)
-        authorise(room, draft)
-        event = tx.state_event(room.n, draft.type, draft.state_key or "")
-        return event.event_id if event else ""
-
-    @staticmethod
-    def _check_relation(tx: Tx, room: Room, draft: Draft) -> None:
-        """A thread can't start from an event that itself relates to another (Threading, Validation), and nobody says the
-        same of an event twice (Event annotations, Avoiding duplicate annotations).
-        """
-        found = draft.content.get("m.relates_to")
-        relation = found if isinstance(found, dict) else {}
-        kind, event_id = relation.get("rel_type"), relation.get("event_id")
-        parent = tx.event(room.n, event_id) if kind in ("m.thread", "m.annotation") and isinstance(event_id, str) else None
-        if not parent or draft.sender not in room.joined or not sees(tx, room, draft.sender, parent.tick):
-            return
-        if kind == "m.thread" and tx.ancestors(parent.tick, 1):
-            raise MatrixError("M_UNKNOWN", f"a thread can't start from {parent.event_id}, which itself relates to "
-                              "another event; name the root of that one", 400)
-        if kind == "m.annotation" and tx.has_annotated(parent.tick, draft.sender, draft.type, relation.get("key")):
-            raise MatrixError("M_DUPLICATE_ANNOTATION", f"{draft.sender} has annotated {parent.event_id} with this key already")
+        super().__init__(world)
+        self.aliases = aliases
 
     # -- creating
 
@@ -5317,7 +5310,7 @@ class Rooms:
             room = tx.add_room(f"!{self.world.chance.text(who.user_id)}:{self.world.name}", plan.version)
             if plan.published:
                 tx.publish_room(room, True)
-            for index, draft in enumerate(plan.drafts(self._member_content(tx, who.user_id, "join"))):
+            for index, draft in enumerate(plan.drafts(self._member(tx, who, who.user_id, "join"))):
                 self._append_first(tx, room, draft)
                 if index == 0 and plan.alias:
                     self.aliases.put(tx, who, plan.alias, room, "M_ROOM_IN_USE")
@@ -5329,61 +5322,67 @@ class Rooms:
 
     def _append_first(self, tx: Tx, room: Room, draft: Draft) -> None:
         try:
-            if draft.type == "m.room.power_levels":
-                check_power_levels_shape(draft.content)
-            elif draft.type == "m.room.canonical_alias":
-                self._check_canonical_alias(tx, room, draft.content)
             self._append(tx, room, draft)
         except MatrixError as error:
             if error.errcode == "M_FORBIDDEN":
-                raise MatrixError("M_INVALID_ROOM_STATE", f"the room can't begin with this {draft.type}: "
-                                  f"{error.error}") from None
+                raise MatrixError("M_INVALID_ROOM_STATE", f"the room can't begin with this {draft.type}: {error.error}") from None
             raise
 
-    # -- membership
+    def _append(self, tx: Tx, room: Room, draft: Draft, ts: int | None = None, device_id: str | None = None,
+                txn_id: str | None = None) -> str:
+        """Stores an event if the rules of the room pass it."""
+        if draft.type == "m.room.canonical_alias" and draft.state_key is not None:
+            self.aliases.check_content(tx, room, draft.content)
+        check_shape(draft, self.world.name)
+        authorise(room, draft)
+        check_relation(tx, room, draft)
+        return tx.append(room, draft, self.clock.now() if ts is None else ts, device_id, txn_id,
+                         self.world.settings.max_event_bytes)
 
-    def _member(self, tx: Tx, who: Who, user_id: str, membership: str, extra: JsonObject | None = None) -> Draft:
-        return Draft("m.room.member", who.user_id, self._member_content(tx, user_id, membership, extra), user_id)
-
-    def _member_content(self, tx: Tx, user_id: str, membership: str,
-                        extra: JsonObject | None = None) -> JsonObject:
-        """Content of a member event, with the profile of the user that it is about."""
-        row = tx.user(user_id) if membership in ("join", "invite", "knock") else None
-        profile = {"displayname": row[2], "avatar_url": row[3]} if row else {}
-        content = {"membership": membership, **profile, **(extra or {})}
-        return {key: value for key, value in content.items() if value is not None}
+    # -- coming and going
 
     def join(self, who: Who, room_id_or_alias: str, extra: JsonObject | None = None) -> str:
         """Joins a room; the room ID. An unknown alias's application service is asked. `extra` goes into the event."""
-        room_id = self._id_of(room_id_or_alias, who)
-
-        def come(tx: Tx, room: Room) -> str:
+        def enter(tx: Tx, room: Room) -> None:
             if who.user_id not in room.joined:
                 vouched = {**(extra or {}), **self._voucher(tx, room, who.user_id)}
                 self._append(tx, room, self._member(tx, who, who.user_id, "join", vouched))
-            return room_id
-        return self.store.write(lambda tx: self._from_outside(tx, who, room_id, come), who.token)
+        return self._approach(who, room_id_or_alias, enter)
+
+    def knock(self, who: Who, room_id_or_alias: str, extra: JsonObject | None = None) -> str:
+        def enter(tx: Tx, room: Room) -> None:
+            self._append(tx, room, self._member(tx, who, who.user_id, "knock", extra))
+        return self._approach(who, room_id_or_alias, enter)
+
+    def _approach(self, who: Who, room_id_or_alias: str, enter: Callable[[Tx, Room], object]) -> str:
+        is_alias = room_id_or_alias[:1] == "#"
+        room_id = self.aliases.resolve(room_id_or_alias, who.appservice) if is_alias else check_id("!", room_id_or_alias)
+        self.store.write(lambda tx: self._from_outside(tx, who, room_id, enter), who.token)
+        return room_id
 
     @staticmethod
-    def _from_outside(tx: Tx, who: Who, room_id: str, come: Callable[[Tx, Room], str]) -> str:
+    def _from_outside(tx: Tx, who: Who, room_id: str, enter: Callable[[Tx, Room], T]) -> T:
         """For who wants in. Who is refused and never had to do with the room is not told whether there is one."""
         room = tx.room(room_id)
         try:
             if not room:
                 raise forbidden("")
-            return come(tx, room)
+            return enter(tx, room)
         except MatrixError as error:
             known = room and (room.knows(who.user_id) or room.join_rule in OPEN_RULES)
             if error.errcode in ("M_FORBIDDEN", "M_BAD_JSON") and not known:
                 raise forbidden(f"there is no room {shorten(room_id)} that {who.user_id} may join or knock at uninvited") from None
             raise
 
-    def _id_of(self, room_id_or_alias: str, who: Who) -> str:
-        if room_id_or_alias[:1] == "#":
-            return self.aliases.resolve(room_id_or_alias, who.appservice)
-        return check_id("!", room_id_or_alias)
+    @staticmethod
+    def _member(tx: Tx, who: Who, user_id: str, membership: str, extra: JsonObject | None = None) -> Draft:
+        """A member event, with the profile of the user that it is about."""
+        row = tx.user(user_id) if membership in ("join", "invite", "knock") else None
+        profile = {"displayname": row[2], "avatar_url": row[3]} if row else {}
+        return Draft("m.room.member", who.user_id, without_none({"membership": membership, **profile, **(extra or {})}), user_id)
 
-    def _voucher(self, tx: Tx, room: Room, user_id: str) -> JsonObject:
+    @staticmethod
+    def _voucher(tx: Tx, room: Room, user_id: str) -> JsonObject:
         """For a restricted room: a member with the power to invite, if the user is in a room that it names."""
         if room.join_rule not in ("restricted", "knock_restricted") or room.membership(user_id) in ("invite", "join"):
             return {}
@@ -5397,40 +5396,29 @@ class Rooms:
                     return {"join_authorised_via_users_server": member}
         return {}
 
-    def knock(self, who: Who, room_id_or_alias: str, extra: JsonObject | None = None) -> str:
-        room_id = self._id_of(room_id_or_alias, who)
-
-        def come(tx: Tx, room: Room) -> str:
-            self._append(tx, room, self._member(tx, who, who.user_id, "knock", extra))
-            return room_id
-        return self.store.write(lambda tx: self._from_outside(tx, who, room_id, come), who.token)
-
     def invite(self, who: Who, room_id: str, user_id: str, extra: JsonObject | None = None) -> None:
         """Invites; a ghost that does not exist yet is asked for first, and invited whatever the answer was."""
         self.world.ask("users", user_id, who.appservice, False)
         self.set_membership(who, room_id, user_id, "invite", extra)
 
-    def set_membership(self, who: Who, room_id: str, user_id: str, membership: str,
-                       extra: JsonObject | None = None, check: Callable[[str], object] = lambda current: None) -> None:
-        """invite, leave (oneself or another), ban. `check` may refuse by the membership that there is now."""
-        def job(tx: Tx) -> None:
-            room = room_for(tx, who, room_id, joined=user_id != who.user_id)
-            check(room.membership(user_id))
-            self._change_state(tx, room, self._member(tx, who, user_id, membership, extra))
-        self.store.write(job, who.token)
-
     def kick(self, who: Who, room_id: str, user_id: str, extra: JsonObject | None = None) -> None:
         """Puts somebody out, or takes an invitation back."""
-        def check(current: str) -> None:
-            if current not in ("join", "invite", "knock"):
-                raise forbidden(f"{shorten(user_id)} is not in the room")
-        self.set_membership(who, room_id, user_id, "leave", extra, check)
+        refusal = forbidden(f"{shorten(user_id)} is not in the room")
+        self.set_membership(who, room_id, user_id, "leave", extra, ("join", "invite", "knock"), refusal)
 
     def unban(self, who: Who, room_id: str, user_id: str, extra: JsonObject | None = None) -> None:
-        def check(current: str) -> None:
-            if current != "ban":
-                raise MatrixError("M_BAD_STATE", f"{shorten(user_id)} is not banned")
-        self.set_membership(who, room_id, user_id, "leave", extra, check)
+        refusal = MatrixError("M_BAD_STATE", f"{shorten(user_id)} is not banned")
+        self.set_membership(who, room_id, user_id, "leave", extra, ("ban",), refusal)
+
+    def set_membership(self, who: Who, room_id: str, user_id: str, membership: str, extra: JsonObject | None = None,
+                       only: Sequence[str] = (), refusal: MatrixError | None = None) -> None:
+        """invite, leave (oneself or another), ban. `refusal`: for whom the membership is not one of `only` now."""
+        def job(tx: Tx) -> None:
+            room = room_for(tx, who, room_id, joined=user_id != who.user_id)
+            if refusal and room.membership(user_id) not in only:
+                raise refusal
+            self._change_state(tx, room, self._member(tx, who, user_id, membership, extra))
+        self.store.write(job, who.token)
 
     def forget(self, who: Who, room_id: str) -> None:
         def job(tx: Tx) -> None:
@@ -5443,20 +5431,35 @@ class Rooms:
 
     def joined(self, who: Who) -> list[str]:
         with self.store.read() as reader:
-            return [room_id for _, room_id, membership, _, _ in reader.memberships_of(who.user_id)
-                    if membership == "join"]
+            return [room_id for _, room_id, membership, _, _ in reader.memberships_of(who.user_id) if membership == "join"]
 
     # -- sending
 
-    def send(self, who: Who, room_id: str, type: str, content: JsonObject, txn_id: str,
-             ts: int | None = None) -> str:
-        """A message event; the same again for the same client transaction. `ts`: an application service's
-        origin_server_ts.
-        """
+    def send(self, who: Who, room_id: str, type: str, content: JsonObject, txn_id: str, ts: int | None = None) -> str:
+        """A message event; the same again for the same client transaction. `ts`: an application service's origin_server_ts."""
         if type == "m.room.redaction" and isinstance(content.get("redacts"), str):
             return self.redact(who, room_id, content["redacts"], content, txn_id, ts)
         check_canonical(content)
         return self._once(who, room_id, Draft(type, who.user_id, content), txn_id, ts)
+
+    def redact(self, who: Who, room_id: str, event_id: str, content: JsonObject, txn_id: str, ts: int | None = None) -> str:
+        """Takes an event's content away: one's own, or with the power to redact."""
+        check_canonical(content)
+
+        def find(tx: Tx, room: Room) -> Event:
+            if who.user_id not in room.joined:
+                raise not_in(who.user_id, room_id)
+            event, power, needed = tx.event(room.n, event_id), room.power(who.user_id), room.needed("redact")
+            may = event and (event.sender == who.user_id or power >= needed)
+            if not event or not (may or sees(tx, room, who.user_id, event.tick)):
+                raise MatrixError("M_NOT_FOUND", f"there is no event {shorten(event_id)} in this room")
+            if event.type == "m.room.create":
+                raise forbidden("the creation of a room can't be redacted")
+            if not may:
+                raise forbidden(f"{who.user_id} has power {power}; to redact others' events needs {needed}")
+            return event
+        draft = Draft("m.room.redaction", who.user_id, {**content, "redacts": event_id}, redacts=event_id)
+        return self._once(who, room_id, draft, txn_id, ts, find)
 
     def _once(self, who: Who, room_id: str, draft: Draft, txn_id: str, ts: int | None,
               redacted_by: Callable[[Tx, Room], Event | None] = lambda tx, room: None) -> str:
@@ -5472,17 +5475,14 @@ class Rooms:
             return event_id
         return self.store.write(job, who.token)
 
-    def set_state(self, who: Who, room_id: str, type: str, state_key: str, content: JsonObject,
-                  ts: int | None = None) -> str:
+    def set_state(self, who: Who, room_id: str, type: str, state_key: str, content: JsonObject, ts: int | None = None) -> str:
         check_canonical(content)
         if type == "m.room.member" and content.get("membership") == "invite":
             self.world.ask("users", state_key, who.appservice, False)
 
         def put(tx: Tx, room: Room) -> str:
             chosen = content
-            if type == "m.room.canonical_alias":
-                self._check_canonical_alias(tx, room, content)
-            elif type == "m.room.member":                    # who vouches for a join is for the homeserver to say
+            if type == "m.room.member":                      # who vouches for a join is for the homeserver to say
                 chosen = {key: value for key, value in content.items() if key != "join_authorised_via_users_server"}
                 chosen |= self._voucher(tx, room, state_key) if content.get("membership") == "join" else {}
             return self._change_state(tx, room, Draft(type, who.user_id, chosen, state_key), ts)
@@ -5493,95 +5493,57 @@ class Rooms:
             return put(tx, room_for(tx, who, room_id, joined=True))
         return self.store.write(job, who.token)
 
-    @staticmethod
-    def _check_canonical_alias(tx: Tx, room: Room, content: JsonObject) -> None:
-        old = room.content("m.room.canonical_alias")
-        known = [old.get("alias"), *field(old, "alt_aliases", list, [])]
-        for alias in [content.get("alias"), *field(content, "alt_aliases", list, [])]:
-            if alias and alias not in known:
-                row = tx.alias(check_id("#", alias))
-                if not row or row[0] != room.room_id:
-                    raise MatrixError("M_BAD_ALIAS", f"{shorten(alias)} does not point to this room; "
-                                      "create the alias first")
-
-    def redact(self, who: Who, room_id: str, event_id: str, content: JsonObject, txn_id: str,
-               ts: int | None = None) -> str:
-        """Takes an event's content away: one's own, or with the power to redact."""
-        check_canonical(content)
-
-        def find(tx: Tx, room: Room) -> Event:
-            event = tx.event(room.n, event_id)
-            may = event and (event.sender == who.user_id or room.power(who.user_id) >= room.needed("redact"))
-            if who.user_id not in room.joined:
-                raise not_in(who.user_id, room_id)
-            if not event or not (may or sees(tx, room, who.user_id, event.tick)):
-                raise MatrixError("M_NOT_FOUND", f"there is no event {shorten(event_id)} in this room")
-            if event.type == "m.room.create":
-                raise forbidden("the creation of a room can't be redacted")
-            if not may:
-                raise forbidden(f"{who.user_id} has power {room.power(who.user_id)}; to redact others' events "
-                                f"needs {room.needed('redact')}")
-            return event
-        draft = Draft("m.room.redaction", who.user_id, {**content, "redacts": event_id}, redacts=event_id)
-        return self._once(who, room_id, draft, txn_id, ts, find)
+    def _change_state(self, tx: Tx, room: Room, draft: Draft, ts: int | None = None) -> str:
+        """Stores a state event; where nothing would change, it is the event that says so already."""
+        now = room.events.get((draft.type, draft.state_key or ""))
+        if not now or now.sender != draft.sender or canonical_json(now.content) != canonical_json(draft.content):      # true is not 1
+            return self._append(tx, room, draft, ts)
+        authorise(room, draft)
+        event = tx.state_event(room.n, draft.type, draft.state_key or "")
+        return event.event_id if event else ""
 
 
-# -- Reading.
+# -- Reading: what there is in a room, and what there was (Getting events for a room, Event Context). Nothing is told of what
+# the user may not see.
 
-class History:
+def state_events(reader: Reader, room: int, keys: Iterable[tuple[str, str]], upto: int = FOREVER) -> list[Event]:
+    """Of these types and state keys the events that there are, or were at `upto`."""
+    found = [reader.state_event(room, type, state_key, upto) for type, state_key in keys]
+    return [event for event in found if event]
+
+
+def bundled(reader: Reader, who: Who, view: View, events: Sequence[Event], now: int) -> list[Raw]:
+    """Events as clients get them, with the user's membership at the time and what others relate to them."""
+    more = aggregations(reader, who, events, view.visible, now)
+    return [event.for_client(now, who.user_id, who.device_id, view.then(event.tick), *more.get(event.tick, ())) for event in events]
+
+
+class History(Verbs):
     """What there is and was in rooms."""
 
-    def __init__(self, world: World) -> None:
-        self.world, self.store = world, world.store
-
     def render(self, who: Who, events: Iterable[Event]) -> list[Raw]:
-        now = self.world.clock.now()
+        now = self.clock.now()
         return [event.for_client(now, who.user_id, who.device_id) for event in events]
 
-    def bundle(self, who: Who, reader: Reader, view: View, events: Sequence[Event]) -> list[Raw]:
-        """The same with bundled aggregations."""
-        now = self.world.clock.now()
-        more = aggregations(reader, who, events, view.visible, now)
-        return [event.for_client(now, who.user_id, who.device_id, view.then(event.tick), *more.get(event.tick, ()))
-                for event in events]
-
     def event(self, who: Who, room_id: str, event_id: str) -> Raw:
-        """M_NOT_FOUND also for what may not be seen."""
         with viewing(self.store, who, room_id, "M_NOT_FOUND") as (reader, view):
-            return self.bundle(who, reader, view, [self.visible(reader, view, event_id)])[0]
-
-    @staticmethod
-    def visible(reader: Reader, view: View, event_id: str) -> Event:
-        event = reader.event(view.room, event_id)
-        if not event or not view.sees(event.tick):
-            raise MatrixError("M_NOT_FOUND", f"there is no event {shorten(event_id)} here that may be seen")
-        return event
+            return bundled(reader, who, view, [view.find(reader, event_id)], self.clock.now())[0]
 
     def state(self, who: Who, room_id: str) -> list[Raw]:
         with viewing(self.store, who, room_id) as (reader, view):
-            self._check_state_visible(view)
-            return self.render(who, reader.state_at(view.room, view.state_upto))
-
-    @staticmethod
-    def _check_state_visible(view: View) -> None:
-        if view.state_upto < 0:
-            raise forbidden(f"the state of the room {view.room_id} can't be seen before joining it")
+            return self.render(who, reader.state_at(view.room, view.last_state()))
 
     def state_event(self, who: Who, room_id: str, type: str, state_key: str) -> Event:
         with viewing(self.store, who, room_id) as (reader, view):
-            self._check_state_visible(view)
-            event = reader.state_event(view.room, type, state_key, view.state_upto)
-        if not event:
-            raise MatrixError("M_NOT_FOUND", f"the room has no state {shorten(type)} with the key "
-                              f"{shorten(state_key)!r}")
-        return event
+            return existing(reader.state_event(view.room, type, state_key, view.last_state()),
+                            f"the room has no state {shorten(type)} with the key {shorten(state_key)!r}")
 
     def members(self, who: Who, room_id: str, upto: int | None = None, membership: str | None = None,
                 not_membership: str | None = None) -> list[Raw]:
         """Member events, as they are or were at the tick `upto`."""
         with viewing(self.store, who, room_id) as (reader, view):
-            self._check_state_visible(view)
-            upto = view.state_upto if upto is None else min(view.state_upto, upto)
+            last = view.last_state()
+            upto = last if upto is None else min(last, upto)
             if not (view.sees(upto) or view.sees(upto + 1)):         # or right before what may be seen: prev_batch of /sync
                 raise forbidden(f"{who.user_id} may not see what there was in the room {view.room_id} at {upto}")
             events = reader.state_at(view.room, upto, 0, "m.room.member")
@@ -5596,9 +5558,8 @@ class History:
             users = reader.members(row.n) if row else []
             if not row or (who.user_id not in users and not self.world.has_user_among(who.appservice, users)):
                 raise not_in(who.user_id, room_id)
-            events = [reader.state_event(row.n, "m.room.member", user_id)
-                      for user_id in users]
-        contents = {event.state_key or "": event.content for event in events if event}
+            events = state_events(reader, row.n, [("m.room.member", user_id) for user_id in users])
+        contents = {event.state_key or "": event.content for event in events}
         return {user_id: {"display_name": content.get("displayname"), "avatar_url": content.get("avatar_url")}
                 for user_id, content in contents.items()}
 
@@ -5606,32 +5567,31 @@ class History:
                  stop: int | None = None, lazy: bool = False) -> JsonObject:
         """A page of history: from the tick `start` (the end, if None) backwards, or forwards. `lazy`: with who speaks."""
         with viewing(self.store, who, room_id) as (reader, view):
-            start = (reader.position() if backwards else 0) if start is None else start
             filter = filter.in_room(room_id)._replace(ignored=reader.ignored(who.user_id))
-            events, _ = view.page(lambda *window: reader.events(view.room, window[0], window[1], window[2], window[3], filter),
-                                  start, stop, backwards, min(limit, MAX_PAGE))
+            read = functools.partial(reader.events, view.room, filter=filter)
+            start, events = view.page(reader, read, start, stop, backwards, min(limit, MAX_PAGE))
             events = as_far(events, (len(event.json) for event in events), MAX_PAGE_BYTES)
-            members = [reader.state_event(view.room, "m.room.member", sender, view.state_upto)
-                       for sender in sorted({event.sender for event in events} if lazy else ())]
-            chunk = self.bundle(who, reader, view, events)
-        state = self.render(who, [event for event in members if event])
-        end = {"end": str(events[-1].tick - backwards)} if events else {}    # also with the last: clients ask on until none comes
-        return {"start": str(start), "chunk": chunk, **end, **({"state": state} if state else {})}
+            speakers = sorted({event.sender for event in events} if lazy else ())
+            members = state_events(reader, view.room, [("m.room.member", sender) for sender in speakers], view.state_upto)
+            chunk = bundled(reader, who, view, events, self.clock.now())
+        end = str(events[-1].tick - backwards) if events else None       # also with the last: clients ask on until none comes
+        return without_none({"start": str(start), "chunk": chunk, "end": end, "state": self.render(who, members) or None})
 
     def context(self, who: Who, room_id: str, event_id: str, limit: int, filter: Filter, lazy: bool = False) -> JsonObject:
         """An event with what stood before and after it; `limit` events of these at most. `lazy`: of members, who speaks."""
         with viewing(self.store, who, room_id) as (reader, view):
-            event = self.visible(reader, view, event_id)
+            event = view.find(reader, event_id)
             filter = filter.in_room(room_id)._replace(ignored=reader.ignored(who.user_id))
-            before = view.events(reader, 0, event.tick - 1, limit // 2, True, filter)
-            after = view.events(reader, event.tick, FOREVER, limit - limit // 2, False, filter)
+            read = functools.partial(reader.events, view.room, filter=filter)
+            before = view.collect(read, 0, event.tick - 1, limit // 2, True)
+            after = view.collect(read, event.tick, FOREVER, limit - limit // 2, False)
             last = after[-1].tick if after else event.tick
             speakers = {one.sender for one in (event, *before, *after)}
             state = [one for one in reader.state_at(view.room, min(last, view.state_upto))
                      if not lazy or one.type != "m.room.member" or one.state_key in speakers]
-            bundled = self.bundle(who, reader, view, [event, *before, *after])
+            around = bundled(reader, who, view, [event, *before, *after], self.clock.now())
         first = before[-1].tick if before else event.tick
-        return {"event": bundled[0], "events_before": bundled[1:len(before) + 1], "events_after": bundled[len(before) + 1:],
+        return {"event": around[0], "events_before": around[1:len(before) + 1], "events_after": around[len(before) + 1:],
                 "state": self.render(who, state), "start": str(first - 1), "end": str(last)}
 
     def initial_sync(self, who: Who, room_id: str, limit: int, presence: Callable[[Sequence[str]], list[JsonObject]]) -> JsonObject:
@@ -5642,14 +5602,15 @@ class History:
             data, members = reader.account_data_since(who.user_id, 0), reader.members(view.room) if inside else []
             receipts = receipts_event(reader.receipts_since([view.room], 0)[view.room] if inside else [], who.user_id)
             published = cast(RoomRow, reader.room_row(room_id)).published
-        chunk = page["chunk"][::-1]
         return {"room_id": room_id, "membership": view.membership, "visibility": "public" if published else "private",
-                "messages": {"chunk": chunk, "start": page.get("end", "0"), "end": page["start"]},
+                "messages": {"chunk": page["chunk"][::-1], "start": page.get("end", "0"), "end": page["start"]},
                 "state": self.state(who, room_id), "presence": presence(members), "receipts": [receipts] if receipts else [],
                 "account_data": [{"type": type, "content": Raw(text)} for where, type, text in data if where == room_id]}
 
 
-# -- Sync.
+# -- Sync: what is new for a user (Syncing, Filtering). The token `since` is a tick, and everything that lies after it is new: Sync
+# waits until there is something, and a Window reads it in one moment of the database. Typing, presence, receipts and what is
+# unread tell theirs; they stand further down.
 
 class SyncFilter:
     """A client's filter (Client-Server API, Filtering), as far as /sync reads it.
@@ -5667,9 +5628,9 @@ class SyncFilter:
         self.timeline, self.state = event_filter(timeline), event_filter(state)
         self.ephemeral, self.room_data = (event_filter(field(room, key, dict, {})) for key in ("ephemeral", "account_data"))
         self.account_data, self.presence = (event_filter(field(source, key, dict, {})) for key in ("account_data", "presence"))
-        self.threads = bool(timeline.get("unread_thread_notifications"))
+        self.threads = bool(timeline.get("unread_thread_notifications"))         # whether what is unread is counted by thread
         self.lazy = bool(state.get("lazy_load_members") or timeline.get("lazy_load_members"))
-        self.limit = min(max(field(timeline, "limit", int, TIMELINE), 1), MAX_PAGE)
+        self.limit = min(max(field(timeline, "limit", int, TIMELINE), 1), MAX_PAGE)      # events in a timeline
 
 
 @functools.lru_cache(128)
@@ -5696,11 +5657,12 @@ def names_in(source: JsonObject, key: str) -> list[str] | None:
     return names
 
 
-class Sync:
+class Sync(Verbs):
     """What is new for one user: everything that lies after a tick."""
 
     def __init__(self, world: World, typing: Typing, presence: Presence, unread: Unread) -> None:
-        self.world, self.store, self.typing, self.presence, self.unread = world, world.store, typing, presence, unread
+        super().__init__(world)
+        self.typing, self.presence, self.unread = typing, presence, unread
         self.handed: set[tuple[str, str]] = set()            # user and device that have been given messages, to be dropped next time
 
     def sync(self, who: Who, since: int | None, filter: SyncFilter, timeout: float = 0.0, full_state: bool = False,
@@ -5710,8 +5672,7 @@ class Sync:
         `state_after`: the key for the state at the end of each timeline, in place of `state` at its start. `check_client`:
         raises if nobody waits any more; asked now and then.
         """
-        clock = self.world.clock
-        timeout = min(timeout, MAX_SYNC_SECONDS)
+        clock, timeout = self.clock, min(timeout, MAX_SYNC_SECONDS)
         with contextlib.suppress(MatrixError):               # the disk is full, say: that is no reason not to read
             self.presence.polling(who, set_presence, timeout)
         if since is not None and since > self.store.position:
@@ -5720,14 +5681,12 @@ class Sync:
         waiting = self.store.waiters.enter(who.user_id)
         try:
             while True:
-                over = clock.monotonic() >= deadline or self.world.stopping
-                if (over or full_state or since is None or since < self.store.position       # else nothing has happened
-                        or (who.user_id, who.device_id or "") in self.handed):
-                    window = Window(self, who, since, filter, full_state, state_after)
-                    answer = window.read()
-                    if over or full_state or window.initial or window.news:
+                over = full_state or since is None or clock.monotonic() >= deadline or self.world.stopping
+                if over or (since or 0) < self.store.position or (who.user_id, who.device_id or "") in self.handed:
+                    window = self._look(who, since, filter, full_state, state_after)
+                    if over or window.news:
                         break
-                    del window, answer                       # and hold nothing while it waits: many may
+                    del window                               # and hold nothing while it waits: many may
                 self.store.check_session(who.token)
                 look = clock.monotonic() + LOOK_SECONDS
                 self.store.waiters.wait(waiting, min(deadline, look))
@@ -5738,23 +5697,45 @@ class Sync:
         self.store.check_session(who.token)
         if window.echo:
             time.sleep(ECHO_SECONDS)
-        return answer
+        return window.answer
+
+    def _look(self, who: Who, since: int | None, filter: SyncFilter, full_state: bool, state_after: str) -> Window:
+        """Reads the answer, and drops the messages to the device that it has got: those up to `since`."""
+        device = (who.user_id, who.device_id or "")
+        with self.store.read() as reader:
+            window = Window(self, reader, who, since, filter, full_state, state_after)
+            window.read()
+        ticks = [tick for tick, _ in window.messages]
+        if ticks and ticks[0] <= window.since:
+            with contextlib.suppress(MatrixError):           # who reads did not ask for it; next time, then
+                self.store.write(lambda tx: tx.drop_to_device(*device, window.since))
+        (self.handed.add if ticks and ticks[-1] > window.since else self.handed.discard)(device)
+        return window
 
 
 class Window:
-    """One look: what lies between `since` and now, for one user and filter."""
+    """One look: what lies between `since` and now, for one user and filter. Rooms are named by their numbers in the store."""
 
-    def __init__(self, sync: Sync, who: Who, since: int | None, filter: SyncFilter, full_state: bool, state_after: str) -> None:
-        self.sync, self.who, self.filter, self.full_state, self.state_after = sync, who, filter, full_state, state_after
-        self.store, self.clock_now = sync.store, sync.world.clock.now()
+    def __init__(self, sync: Sync, reader: Reader, who: Who, since: int | None, filter: SyncFilter, full_state: bool,
+                 state_after: str) -> None:
+        self.sync, self.store, self.reader = sync, sync.store, reader
+        self.who, self.filter, self.full_state, self.state_after = who, filter, full_state, state_after
         self.initial, self.since = since is None, since or 0
-        self.now = 0
-        self.news = False                                    # whether there was any
-        self.changed: dict[int, list[str]] = {}              # room → whose membership changed, for rooms that moved
+        self.now, self.ts = reader.position(), sync.clock.now()      # the last tick in it, and the time for `age`
+        self.store.wait_published(self.now)
+        self.answer: JsonObject = {}                         # of /sync
+        self.news = False                                    # whether there is any in it
         # Whether a relation that this device has just sent is in it. matrix-js-sdk never sends again if it sees an event of
         # a thread in /sync before it has the answer to its PUT.
         self.echo = False
-        # By room, of some rooms at a time:
+        # What the user has to do with:
+        self.memberships = reader.memberships_of(who.user_id)        # (room, room_id, membership, tick, forgotten) of each room
+        self.data = self._account_data(self.since)           # room ID, or "" for the account's → what has changed
+        self.ignored = reader.ignored(who.user_id)           # users
+        self.messages = reader.to_device(who.user_id, who.device_id or "")   # (tick, json), with those that the device has got
+        self.changed: dict[int, list[str]] = {}              # room → whose membership changed, for rooms that moved
+        self.met = self._met()                               # whom the user may have met or lost sight of
+        # By room, of some rooms at a time (_ask):
         self.own: dict[int, list[tuple[int, str]]] = {}      # the user's membership and
         self.visibilities: dict[int, list[tuple[int, str]]] = {}     # the room's visibility, each change, where the user may be new
         self.counts: dict[int, dict[str, int]] = {}          # members by membership, where that has changed,
@@ -5762,35 +5743,42 @@ class Window:
         self.receipts: dict[int, list[Any]] = {}             # the new ones, and all
         self.own_receipts: dict[int, list[Any]] = {}         # of the user
 
-    def read(self) -> JsonObject:
-        """The answer of /sync."""
-        me = self.who.user_id
-        device = (me, self.who.device_id or "")
-        with self.store.read() as self.reader:
-            self.now = self.reader.position()
-            self.store.wait_published(self.now)
-            self.data, self.ignored = self._account_data(self.since), self.reader.ignored(me)
-            self.memberships = self.reader.memberships_of(me)
-            self.met = self._met()
-            presence = self.sync.presence.since(self.reader, me, self.since, self.now, self.met)
-            messages = self.reader.to_device(*device)
-            parts = {"account_data": self._events(self.filter.account_data, self.data.pop("", [])),
-                     "presence": self._events(self.filter.presence, presence), "rooms": self._rooms(),
-                     "to_device": {"events": fresh} if (fresh := [Raw(text) for tick, text in messages if tick > self.since]) else {},
-                     "device_lists": self._device_lists()}
-            answer = {"next_batch": str(self.now), **{key: part for key, part in parts.items() if part}, **self._key_counts()}
+    def _account_data(self, since: int) -> dict[str, list[JsonObject]]:
+        """By room ID; '' has the account's."""
+        found: dict[str, list[JsonObject]] = {"": []}
+        for room_id, type, content in self.reader.account_data_since(self.who.user_id, since):
+            found.setdefault(room_id, []).append({"type": type, "content": Raw(content)})
+        if self.initial and not any(event["type"] == "m.push_rules" for event in found[""]):
+            found[""].append({"type": "m.push_rules", "content": push_rules(self.reader, self.who.user_id)})
+        return found
+
+    def _met(self) -> set[str]:
+        met: set[str] = set()
+        for room, _, membership, tick, _ in self.memberships if not self.initial else ():
+            if tick > self.since:
+                self.changed[room] = [self.who.user_id]
+                met |= self.reader.met_in(room, self.who.user_id, self.since)
+            elif membership == "join" and self.store.moved_since(room, self.since):
+                self.changed[room] = self.reader.changed_members(room, self.since)
+                met.update(self.changed[room])
+        return met - {self.who.user_id}
+
+    def read(self) -> None:
+        presence = self.sync.presence.since(self.reader, self.who.user_id, self.since, self.now, self.met)
+        fresh = [Raw(text) for tick, text in self.messages if tick > self.since]
+        parts = {"account_data": self._events(self.filter.account_data, self.data.pop("")),
+                 "presence": self._events(self.filter.presence, presence), "rooms": self._rooms(),
+                 "to_device": {"events": fresh} if fresh else {}, "device_lists": self._device_lists()}
         self.news = any(parts.values())
-        if messages and messages[0][0] <= self.since:        # the device has got them
-            with contextlib.suppress(MatrixError):           # who reads did not ask for it; next time, then
-                self.store.write(lambda tx: tx.drop_to_device(*device, self.since))
-        (self.sync.handed.add if fresh else self.sync.handed.discard)(device)
-        return answer
+        self.answer = {"next_batch": str(self.now), **{key: part for key, part in parts.items() if part}, **self._key_counts()}
 
     def _events(self, filter: Filter, found: Sequence[JsonObject | None]) -> JsonObject:
         """Of these the ones that the filter wants."""
         events = [event for event in found if event and filter.passes(
             Event(0, event["type"], None, event.get("sender", ""), 0, '{"content":{}}', None, None, None, None, 0))]
         return {"events": events} if events else {}
+
+    # -- rooms
 
     def _rooms(self) -> JsonObject:
         rooms: dict[str, dict[str, Raw]] = {}
@@ -5825,45 +5813,8 @@ class Window:
         self.counts, self.heroes = self.reader.member_counts(counted), self.reader.heroes(counted, me)
         self.receipts, self.own_receipts = self.reader.receipts_since(rooms, self.since), self.reader.own_receipts(rooms, me)
 
-    def _met(self) -> set[str]:
-        """Whom the user may have met or lost sight of since."""
-        met: set[str] = set()
-        for room, _, membership, tick, _ in self.memberships if not self.initial else ():
-            if tick > self.since:
-                self.changed[room] = [self.who.user_id]
-                met |= self.reader.met_in(room, self.who.user_id, self.since)
-            elif membership == "join" and self.store.moved_since(room, self.since):
-                self.changed[room] = self.reader.changed_members(room, self.since)
-                met.update(self.changed[room])
-        return met - {self.who.user_id}
-
-    def _device_lists(self) -> JsonObject:
-        """Whose keys to ask for again, and who is met in no room any more."""
-        if self.initial:
-            return {}
-        users = self.reader.key_news(self.who.user_id, self.since, self.met)
-        changed = sorted(user_id for user_id, shared in users.items() if shared)
-        left = sorted(user_id for user_id in users.keys() & self.met if not users[user_id])
-        return {"changed": changed, "left": left} if changed or left else {}
-
-    def _key_counts(self) -> JsonObject:
-        if not self.who.device_id:
-            return {}
-        device = (self.who.user_id, self.who.device_id)
-        return {"device_one_time_keys_count": self.reader.one_time_counts(*device),
-                "device_unused_fallback_key_types": self.reader.unused_fallbacks(*device)}
-
-    def _account_data(self, since: int) -> dict[str, list[JsonObject]]:
-        """By room ID; '' has the account's."""
-        found: dict[str, list[JsonObject]] = {}
-        for room_id, type, content in self.reader.account_data_since(self.who.user_id, since):
-            found.setdefault(room_id, []).append({"type": type, "content": Raw(content)})
-        account = found.setdefault("", [])
-        if self.initial and not any(event["type"] == "m.push_rules" for event in account):
-            account.append({"type": "m.push_rules", "content": push_rules(self.reader, self.who.user_id)})
-        return found
-
     def _room(self, room: int, room_id: str, membership: str, tick: int, forgotten: int) -> tuple[str, JsonObject]:
+        """The section of the answer that the room belongs to, and what is new in it."""
         if membership == "join":
             return "join", self._joined(room, room_id, tick)
         if membership in ("invite", "knock"):
@@ -5892,23 +5843,18 @@ class Window:
             entry.setdefault(self.state_after, {"events": []})
         return entry
 
-    def _unread(self, room: int, tick: int, moved: bool) -> JsonObject:
-        """How much is unread in a room that moved, or in which the user has read on; by thread, if the filter wants that."""
-        receipts = self.own_receipts[room]
-        if not moved and all(read_at <= self.since for _, _, read_at in receipts):
-            return {}
-        counts = self.sync.unread.count(self.reader, self.who.user_id, self._push_rules, self.ignored, room, tick, receipts, self.now)
-        if not self.filter.threads:
-            counts = {0: [sum(column) for column in zip([0, 0], *counts.values(), strict=True)]}
-        shown = {root: {"notification_count": count[0], "highlight_count": count[1]} for root, count in {0: [0, 0], **counts}.items()}
-        entry: JsonObject = {"unread_notifications": shown.pop(0)}
-        if shown:
-            entry["unread_thread_notifications"] = {self.reader.event_at(root).event_id: count for root, count in shown.items()}
-        return entry
-
-    @functools.cached_property
-    def _push_rules(self) -> PushRules:
-        return self.sync.unread.rules(self.reader, self.who.user_id)
+    def _left(self, room: int, room_id: str, tick: int, forgotten: int) -> JsonObject:
+        """The room up to the leave, which is told in any case: also if it was of an invitation, or if the room has been
+        forgotten since, of which other devices do not know.
+        """
+        view = (None if forgotten else self._view(room, room_id)) or View(room, room_id, "leave", [], -1, self.own[room])
+        if not view.sees(tick):
+            view = view._replace(ranges=[*(one for one in view.ranges if one[1] < tick), (tick, tick)])
+        if entry := self._timeline(room, room_id, view, self.since, upto=tick):
+            return entry
+        own = self.reader.event_at(tick)                     # the filter wants nothing of it
+        return {"timeline": {"events": self._render([own]), "limited": False, "prev_batch": str(tick)},
+                self.state_after or "state": {"events": []}}
 
     def _view(self, room: int, room_id: str) -> View | None:
         """What the user, who may be new here, may see. None: nothing, or is not new and sees all that comes."""
@@ -5922,18 +5868,23 @@ class Window:
             return None
         return max((tick for tick, value in changes if value in ("leave", "ban")), default=0)
 
-    def _left(self, room: int, room_id: str, tick: int, forgotten: int) -> JsonObject:
-        """The room up to the leave, which is told in any case: also if it was of an invitation, or if the room has been
-        forgotten since, of which other devices do not know.
-        """
-        view = (None if forgotten else self._view(room, room_id)) or View(room, room_id, "leave", [], -1, self.own[room])
-        if not view.sees(tick):
-            view = view._replace(ranges=[*(one for one in view.ranges if one[1] < tick), (tick, tick)])
-        if entry := self._timeline(room, room_id, view, self.since, upto=tick):
-            return entry
-        own = self.reader.event_at(tick)                     # the filter wants nothing of it
-        return {"timeline": {"events": self._render([own]), "limited": False, "prev_batch": str(tick)},
-                self.state_after or "state": {"events": []}}
+    def _summary(self, room: int) -> JsonObject:
+        """Counts and heroes, when a membership has changed."""
+        if room not in self.counts:
+            return {}
+        return {"m.heroes": self.heroes[room], "m.joined_member_count": self.counts[room].get("join", 0),
+                "m.invited_member_count": self.counts[room].get("invite", 0)}
+
+    def _stripped(self, room: int) -> list[JsonObject]:
+        """What somebody invited may know: the room's face, who sent the invitation, and last the invitation itself."""
+        me = self.who.user_id
+        own = self.reader.state_event(room, "m.room.member", me)
+        speakers = [own.sender, me] if own and own.sender != me else [me]
+        keys = [*((type, "") for type in STRIPPED_STATE), *(("m.room.member", user_id) for user_id in speakers)]
+        return [{"type": event.type, "state_key": event.state_key, "sender": event.sender, "content": event.content}
+                for event in state_events(self.reader, room, keys)]
+
+    # -- a room's timeline, and its state
 
     def _timeline(self, room: int, room_id: str, view: View | None, after: int, fresh: bool = False,
                   heroes: Iterable[str] = (), upto: int = FOREVER) -> JsonObject:
@@ -5955,7 +5906,7 @@ class Window:
         if not events and not state:
             return {}
         visible = view.visible if view else to_json([(0, self.now)])     # an unlimited timeline has what relates to its events
-        more = aggregations(self.reader, self.who, events, visible, self.clock_now) if limited else {}
+        more = aggregations(self.reader, self.who, events, visible, self.ts) if limited else {}
         then = view.then if view else lambda tick: '"membership":"join"'
         shown = self._render(events, lambda tick: (then(tick), *more.get(tick, ())))
         prev_batch = (events[0].tick if events else seen[-1]) - 1 if limited or events else upto
@@ -5983,69 +5934,81 @@ class Window:
             state = [event for event in state if event.tick > unknown or event.type != "m.room.member" or event.state_key in speakers]
             shown = state if self.state_after else [*state, *timeline]
             known = {event.state_key for event in shown if event.type == "m.room.member"}
-            members = [self.reader.state_event(room, "m.room.member", user_id, last) for user_id in sorted(speakers - known)]
-            state += [event for event in members if event]
+            state += state_events(self.reader, room, [("m.room.member", user_id) for user_id in sorted(speakers - known)], last)
         filter = self.filter.state.in_room(room_id)
         return state if filter == EVERYTHING else [event for event in state if filter.passes(event)]
 
     def _render(self, events: list[Event], more: Callable[[int], Iterable[str]] = lambda tick: ()) -> Raw:
         """The list of them in JSON. `more`: from an event's tick to further parts of its `unsigned`."""
         user, device = self.who.user_id, self.who.device_id
-        self.echo |= any(event.device_id == device and 0 <= self.clock_now - event.ts < 100 and "m.relates_to" in event.json
+        self.echo |= any(event.device_id == device and 0 <= self.ts - event.ts < 100 and "m.relates_to" in event.json
                          for event in events if event.txn_id)
-        return Raw("[" + ",".join([event.for_client(self.clock_now, user, device, *more(event.tick)) for event in events]) + "]")
+        return Raw("[" + ",".join([event.for_client(self.ts, user, device, *more(event.tick)) for event in events]) + "]")
 
-    def _stripped(self, room: int) -> list[JsonObject]:
-        """What somebody invited may know: the room's face, the invitation, and who sent it."""
-        events = [self.reader.state_event(room, type, "") for type in STRIPPED_STATE]
-        own = self.reader.state_event(room, "m.room.member", self.who.user_id)
-        if own and own.sender != self.who.user_id:
-            events.append(self.reader.state_event(room, "m.room.member", own.sender))
-        return [{"type": event.type, "state_key": event.state_key, "sender": event.sender,
-                 "content": event.content}
-                for event in [*events, own] if event]
+    # -- for clients: what is unread; keys for end-to-end encryption
 
-    def _summary(self, room: int) -> JsonObject:
-        """Counts and heroes, when a membership has changed."""
-        if room not in self.counts:
+    def _unread(self, room: int, tick: int, moved: bool) -> JsonObject:
+        """How much is unread in a room that moved, or in which the user has read on; by thread, if the filter wants that."""
+        receipts = self.own_receipts[room]
+        if not moved and all(read_at <= self.since for _, _, read_at in receipts):
             return {}
-        return {"m.heroes": self.heroes[room], "m.joined_member_count": self.counts[room].get("join", 0),
-                "m.invited_member_count": self.counts[room].get("invite", 0)}
+        counts = self.sync.unread.count(self.reader, self.who.user_id, self._push_rules, self.ignored, room, tick, receipts, self.now)
+        if not self.filter.threads:
+            counts = {0: [sum(column) for column in zip([0, 0], *counts.values(), strict=True)]}
+        shown = {root: {"notification_count": count[0], "highlight_count": count[1]} for root, count in {0: [0, 0], **counts}.items()}
+        entry: JsonObject = {"unread_notifications": shown.pop(0)}
+        if shown:
+            entry["unread_thread_notifications"] = {self.reader.event_at(root).event_id: count for root, count in shown.items()}
+        return entry
+
+    @functools.cached_property
+    def _push_rules(self) -> PushRules:
+        return self.sync.unread.rules(self.reader, self.who.user_id)
+
+    def _device_lists(self) -> JsonObject:
+        """Whose keys to ask for again, and who is met in no room any more."""
+        if self.initial:
+            return {}
+        users = self.reader.key_news(self.who.user_id, self.since, self.met)
+        changed = sorted(user_id for user_id, shared in users.items() if shared)
+        left = sorted(user_id for user_id in users.keys() & self.met if not users[user_id])
+        return {"changed": changed, "left": left} if changed or left else {}
+
+    def _key_counts(self) -> JsonObject:
+        if not self.who.device_id:
+            return {}
+        device = (self.who.user_id, self.who.device_id)
+        return {"device_one_time_keys_count": self.reader.one_time_counts(*device),
+                "device_unused_fallback_key_types": self.reader.unused_fallbacks(*device)}
 
 
-# -- Data of clients.
+# -- Clients' data: account data, tags and filters that the server only keeps; OpenID tokens (Client Config, Room Tagging,
+# Filtering, OpenID). From here to the end of the section all is for the comfort of clients: to be skipped at first reading.
 
-class ClientData:
-    """What a client keeps on the server for its user."""
-
-    def __init__(self, world: World) -> None:
-        self.world, self.store = world, world.store
+class ClientData(Verbs):
+    """What clients keep on the server for their user. `room_id` "": for no room."""
 
     def account_data(self, who: Who, room_id: str, type: str) -> Raw:
         with self.store.read() as reader:
-            found = reader.account_data(who.user_id, room_id, type)
-        if found is None:
-            raise MatrixError("M_NOT_FOUND", f"there is no account data of type {shorten(type)}")
-        return found
+            return existing(reader.account_data(who.user_id, room_id, type), f"there is no account data of type {shorten(type)}")
 
     def set_account_data(self, who: Who, room_id: str, type: str, content: JsonObject) -> None:
         self.store.write(lambda tx: tx.set_account_data(who.user_id, room_id, type, to_json(content)), who.token)
 
     def tags(self, who: Who, room_id: str) -> JsonObject:
         with self.store.read() as reader:
-            found = reader.account_data(who.user_id, room_id, "m.tag")
-        return self._tags(found)
+            return self._tags(reader, who, room_id)
 
     @staticmethod
-    def _tags(found: str | None) -> JsonObject:
+    def _tags(reader: Reader, who: Who, room_id: str) -> JsonObject:
         """Content of m.tag, whatever a client may have put there."""
-        content = json.loads(found or "{}")
+        content = json.loads(reader.account_data(who.user_id, room_id, "m.tag") or "{}")
         return content if isinstance(content.get("tags"), dict) else {**content, "tags": {}}
 
     def set_tag(self, who: Who, room_id: str, tag: str, content: JsonObject | None) -> None:
         """Sets a tag on a room, or takes it off with content None."""
         def job(tx: Tx) -> None:
-            tags = self._tags(tx.account_data(who.user_id, room_id, "m.tag"))
+            tags = self._tags(tx, who, room_id)
             tags["tags"].pop(tag, None)
             if content is not None:
                 tags["tags"][tag] = content
@@ -6059,55 +6022,52 @@ class ClientData:
         return str(self.store.write(lambda tx: tx.add_filter(who.user_id, to_json(content)), who.token))
 
     def filter(self, who: Who, filter_id: str) -> JsonObject:
+        number = number_in(filter_id)
         with self.store.read() as reader:
-            number = number_in(filter_id)
             row = None if number is None else reader.filter(who.user_id, number)
-        if not row:
-            raise MatrixError("M_NOT_FOUND", f"{who.user_id} has no filter {shorten(filter_id)}")
-        return cast(JsonObject, json.loads(row[0]))
+        return cast(JsonObject, json.loads(existing(row, f"{who.user_id} has no filter {shorten(filter_id)}")[0]))
 
 
-class OpenId:
-    """Who somebody is, told to others."""
+class OpenId(Verbs):
+    """Tokens with which users prove to a third party who they are; for an hour, and in memory only."""
 
     def __init__(self, world: World) -> None:
-        self.world, self.store = world, world.store
-        self._openid: dict[bytes, tuple[str, float]] = {}    # digest of a token → user, until when
-        self._guard = threading.Lock()                       # guards changes of _openid
+        super().__init__(world)
+        self._tokens: dict[bytes, tuple[str, float]] = {}    # digest of a token → user, until when (monotonic)
+        self._guard = threading.Lock()                       # guards changes of _tokens
 
     def token(self, who: Who) -> JsonObject:
-        """A token with which the user can prove to a third party who they are; for an hour, and in memory only."""
-        token, now = self.world.chance.text(who.user_id, 43), self.world.clock.monotonic()
+        token, now = self.world.chance.text(who.user_id, 43), self.clock.monotonic()
         with self._guard:
-            self._openid = {key: value for key, value in self._openid.items() if value[1] > now}
-            self._openid[digest(token)] = (who.user_id, now + OPENID_SECONDS)
+            self._tokens = {key: value for key, value in self._tokens.items() if value[1] > now}
+            self._tokens[digest(token)] = (who.user_id, now + OPENID_SECONDS)
         return {"access_token": token, "token_type": "Bearer", "matrix_server_name": self.world.name, "expires_in": OPENID_SECONDS}
 
     def user(self, token: str) -> str:
-        user_id, until = self._openid.get(digest(token), ("", 0.0))
-        if until < self.world.clock.monotonic() or user_id not in self.store.users:
+        user_id, until = self._tokens.get(digest(token), ("", 0.0))
+        if until < self.clock.monotonic() or user_id not in self.store.users:
             raise MatrixError("M_UNKNOWN_TOKEN", "this OpenID token was not given here, or its hour is over")
         return user_id
 
 
-# -- The directory.
+# -- The directory: which rooms and people may be found by who does not know them yet (Published room directory, Spaces, User
+# Directory; AS: Room directories). For clients.
 
 def public_entry(reader: Reader, row: RoomRow) -> JsonObject:
     """One room of the directory (PublishedRoomsChunk)."""
-    state = reader.contents(row.n, ("m.room.create", "m.room.name", "m.room.topic", "m.room.avatar",
-                                    "m.room.canonical_alias",
+    state = reader.contents(row.n, ("m.room.create", "m.room.name", "m.room.topic", "m.room.avatar", "m.room.canonical_alias",
                                     "m.room.join_rules", "m.room.guest_access", "m.room.history_visibility"))
 
     def get(type: str, key: str) -> Any:
         return state.get(f"m.room.{type}", {}).get(key)
 
-    entry = {"room_id": row.room_id, "num_joined_members": reader.count_members(row.n, "join"),
-             "world_readable": get("history_visibility", "history_visibility") == "world_readable",
-             "guest_can_join": get("guest_access", "guest_access") == "can_join",
-             "join_rule": get("join_rules", "join_rule") or "invite",
-             "name": get("name", "name"), "topic": get("topic", "topic"), "avatar_url": get("avatar", "url"),
-             "canonical_alias": get("canonical_alias", "alias"), "room_type": get("create", "type")}
-    return {key: value for key, value in entry.items() if value is not None}
+    return without_none({
+        "room_id": row.room_id, "num_joined_members": reader.count_members(row.n, "join"),
+        "world_readable": get("history_visibility", "history_visibility") == "world_readable",
+        "guest_can_join": get("guest_access", "guest_access") == "can_join",
+        "join_rule": get("join_rules", "join_rule") or "invite",
+        "name": get("name", "name"), "topic": get("topic", "topic"), "avatar_url": get("avatar", "url"),
+        "canonical_alias": get("canonical_alias", "alias"), "room_type": get("create", "type")})
 
 
 def open_to_all(entry: JsonObject) -> bool:
@@ -6115,11 +6075,8 @@ def open_to_all(entry: JsonObject) -> bool:
     return entry["join_rule"] in OPEN_RULES or bool(entry["world_readable"])
 
 
-class Directory:
-    """What may be found by who does not know of it yet."""
-
-    def __init__(self, world: World) -> None:
-        self.world, self.store = world, world.store
+class Directory(Verbs):
+    """Rooms that are listed, spaces, and people."""
 
     def is_published(self, who: Who, room_id: str) -> bool:
         """M_NOT_FOUND also for a room that is neither listed nor open, if the asker has nothing to do with it."""
@@ -6136,10 +6093,9 @@ class Directory:
             room = tx.room(room_id)
             if not room or not room.knows(who.user_id):
                 raise MatrixError("M_NOT_FOUND", f"there is no room {shorten(room_id)} that {who.user_id} is in")
-            needed = room.needed_to_send("m.room.canonical_alias", True)
-            if who.user_id not in room.joined or room.power(who.user_id) < needed:
-                raise forbidden(f"to list the room in the directory, {who.user_id} must be in it with power "
-                                f"{needed}")
+            if not may_name(room, who.user_id):
+                needed = room.needed_to_send("m.room.canonical_alias", True)
+                raise forbidden(f"to list the room in the directory, {who.user_id} must be in it with power {needed}")
             tx.publish_room(room, published)
         self.store.write(job, who.token)
 
@@ -6163,35 +6119,28 @@ class Directory:
             rooms = [public_entry(reader, row) for row in reader.published_rooms(not network, network, appservices)]
         wanted = [room for room in rooms if room["join_rule"] not in ("invite", "private") and room["num_joined_members"]
                   and (not room_types or room.get("room_type") in room_types)
-                  and search.lower() in " ".join(str(room.get(key, ""))
-                                                 for key in ("name", "topic", "canonical_alias")).lower()]
+                  and search.lower() in " ".join(str(room.get(key, "")) for key in ("name", "topic", "canonical_alias")).lower()]
         wanted.sort(key=lambda room: -int(room["num_joined_members"]))
-        answer: JsonObject = {"chunk": wanted[offset:offset + limit], "total_room_count_estimate": len(wanted)}
-        if offset + limit < len(wanted):
-            answer["next_batch"] = str(offset + limit)
-        if offset:
-            answer["prev_batch"] = str(max(0, offset - limit))
-        return answer
+        return without_none({"chunk": wanted[offset:offset + limit], "total_room_count_estimate": len(wanted),
+                             "next_batch": str(offset + limit) if offset + limit < len(wanted) else None,
+                             "prev_batch": str(max(0, offset - limit)) if offset else None})
 
     def hierarchy(self, who: Who, room_id: str, suggested_only: bool, max_depth: int, offset: int, limit: int) -> JsonObject:
         """A space and the rooms below it, as far as the user may see them, level by level (Spaces)."""
+        found: list[JsonObject] = []
+        depths, ahead = {room_id: 0}, collections.deque([room_id])           # of all rooms met; those to look at
         with self.store.read() as reader:
-            found: list[JsonObject] = []
-            level, seen = [room_id], {room_id}
-            for depth in range(max_depth + 1):
-                below: list[str] = []
-                for id in level:
-                    if len(found) > offset + limit:          # one more than is shown
-                        break
-                    if entry := self._space_entry(reader, who, id, suggested_only):
-                        found.append(entry)
-                        below += [event["state_key"] for event in entry["children_state"]]
-                if depth == 0 and not found:
-                    raise forbidden(f"{who.user_id} can't see the room {shorten(room_id)}")
-                level = [id for id in dict.fromkeys(below) if id not in seen]
-                seen.update(level)
-        more = {"next_batch": str(offset + limit)} if offset + limit < len(found) else {}
-        return {"rooms": found[offset:offset + limit], **more}
+            while ahead and len(found) <= offset + limit:    # one more than is shown
+                id = ahead.popleft()
+                if entry := self._space_entry(reader, who, id, suggested_only):
+                    found.append(entry)
+                    below = [event["state_key"] for event in entry["children_state"]] if depths[id] < max_depth else []
+                    ahead += [child for child in dict.fromkeys(below) if child not in depths]
+                    depths |= {child: depths[id] + 1 for child in below if child not in depths}
+        if not found:
+            raise forbidden(f"{who.user_id} can't see the room {shorten(room_id)}")
+        more = str(offset + limit) if offset + limit < len(found) else None
+        return without_none({"rooms": found[offset:offset + limit], "next_batch": more})
 
     @staticmethod
     def _space_entry(reader: Reader, who: Who, room_id: str, suggested_only: bool) -> JsonObject | None:
@@ -6213,23 +6162,34 @@ class Directory:
         """The user directory: people whose ID or name has the term in it and who are met in a common or a public room."""
         with self.store.read() as reader:
             rows = reader.users_like(who.user_id, term, limit + 1)
-        results = [{"user_id": user_id, **({"display_name": name} if name else {}), **({"avatar_url": url} if url else {})}
+        results = [without_none({"user_id": user_id, "display_name": name or None, "avatar_url": url or None})
                    for user_id, name, url in rows[:limit]]
         return {"results": results, "limited": len(rows) > limit}
 
 
-# -- Relations and threads.
+# -- Relations: threads, edits, reactions (Forming relationships between events). What may be said of an event, and what is told
+# with it. For clients.
+
+def check_relation(tx: Tx, room: Room, draft: Draft) -> None:
+    """A thread can't start from an event that itself relates to another (Threading, Validation), and nobody says the
+    same of an event twice (Event annotations, Avoiding duplicate annotations).
+    """
+    found = draft.content.get("m.relates_to")
+    relation = found if isinstance(found, dict) else {}
+    kind, event_id = relation.get("rel_type"), relation.get("event_id")
+    parent = tx.event(room.n, event_id) if kind in ("m.thread", "m.annotation") and isinstance(event_id, str) else None
+    if not parent or draft.sender not in room.joined or not sees(tx, room, draft.sender, parent.tick):
+        return
+    if kind == "m.thread" and tx.ancestors(parent.tick, 1):
+        raise MatrixError("M_UNKNOWN", f"a thread can't start from {parent.event_id}, which itself relates to "
+                          "another event; name the root of that one", 400)
+    if kind == "m.annotation" and tx.has_annotated(parent.tick, draft.sender, draft.type, relation.get("key")):
+        raise MatrixError("M_DUPLICATE_ANNOTATION", f"{draft.sender} has annotated {parent.event_id} with this key already")
+
 
 def thread_of(reader: Reader, tick: int) -> int:
     """The tick of the root of the thread that an event is in; 0: it is in the main timeline (Threaded read receipts)."""
     return next((parent for parent, rel_type in reader.ancestors(tick, MAX_RELATION_DEPTH) if rel_type == "m.thread"), 0)
-
-
-def in_thread(reader: Reader, tick: int, thread_id: str) -> bool:
-    """Whether a receipt of this thread may name the event. The root and what relates to it are in both: main and thread."""
-    if thread_id == "main":
-        return not thread_of(reader, tick)
-    return tick_of(thread_id) in (tick, *(parent for parent, _ in reader.ancestors(tick, MAX_RELATION_DEPTH)))
 
 
 def aggregations(reader: Reader, who: Who, events: Sequence[Event], visible: str, now: int) -> dict[int, list[str]]:
@@ -6253,52 +6213,37 @@ def aggregations(reader: Reader, who: Who, events: Sequence[Event], visible: str
     return {tick: [f'"m.relations":{to_json(children)}'] for tick, children in found.items() if children}
 
 
-class Relations:
+class Relations(Verbs):
     """The events that relate to others."""
 
-    def __init__(self, world: World, history: History) -> None:
-        self.world, self.store, self.history = world, world.store, history
-
     def related(self, who: Who, room_id: str, event_id: str, rel_type: str | None, type: str | None, start: int | None,
-                  stop: int | None, backwards: bool, limit: int, recurse: bool) -> JsonObject:
+                stop: int | None, backwards: bool, limit: int, recurse: bool) -> JsonObject:
         """A page of the events that relate to one."""
         depth = MAX_RELATION_DEPTH if recurse else 1
         with viewing(self.store, who, room_id, "M_NOT_FOUND") as (reader, view):
-            parent = self.history.visible(reader, view, event_id).tick
-            start = (reader.position() if backwards else 0) if start is None else start
-            events, end = view.page(lambda *window: reader.related(parent, depth, rel_type, type, *window),
-                                    start, stop, backwards, limit)
+            read = functools.partial(reader.related, view.find(reader, event_id).tick, depth, rel_type, type)
+            _, events = view.page(reader, read, start, stop, backwards, limit)
             ignored = reader.ignored(who.user_id)
-            chunk = self.history.bundle(who, reader, view, [event for event in events if event.sender not in ignored])
-        return {"chunk": chunk, **({"next_batch": end} if end else {}),
-                **({"recursion_depth": depth} if recurse else {})}
+            shown = [event for event in events if event.sender not in ignored]
+            chunk = bundled(reader, who, view, shown, self.clock.now())
+        end = str(events[-1].tick - backwards) if len(events) == limit else None
+        return without_none({"chunk": chunk, "next_batch": end, "recursion_depth": depth if recurse else None})
 
     def threads(self, who: Who, room_id: str, participated: bool, start: int | None, limit: int) -> JsonObject:
         """The roots of a room's threads, the one with the latest reply first, each with its summary."""
         with viewing(self.store, who, room_id) as (reader, view):
             rows = [row for row in reader.threads(view.room, who.user_id, view.visible, FOREVER if start is None else start)
                     if view.sees(row[0]) and view.sees(row[1]) and (row[2] or not participated)]
-            chunk = self.history.bundle(who, reader, view, [reader.event_at(root) for root, _, _ in rows[:limit]])
-        return {"chunk": chunk, **({"next_batch": str(rows[limit - 1][1] - 1)} if len(rows) > limit else {})}
+            roots = [reader.event_at(root) for root, _, _ in rows[:limit]]
+            chunk = bundled(reader, who, view, roots, self.clock.now())
+        return without_none({"chunk": chunk, "next_batch": str(rows[limit - 1][1] - 1) if len(rows) > limit else None})
 
 
-# -- Receipts.
+# -- What passes: receipts; typing and presence, which are kept in memory only (Receipts, Read and unread markers, Typing
+# Notifications, Presence). Application services that want ephemeral data get it, too; else for clients.
 
-def receipts_event(receipts: Sequence[Any], user_id: str) -> JsonObject | None:
-    """The m.receipt event of these receipts; others' private ones are not in it."""
-    content: JsonObject = {}
-    for type, reader_id, thread_id, event_id, ts in receipts:
-        if type == "m.read" or reader_id == user_id:
-            receipt = {"ts": ts, **({"thread_id": thread_id} if thread_id else {})}
-            content.setdefault(event_id, {}).setdefault(type, {})[reader_id] = receipt
-    return {"type": "m.receipt", "content": content} if content else None
-
-
-class Receipts:
-    """What has been read."""
-
-    def __init__(self, world: World) -> None:
-        self.world, self.store = world, world.store
+class Receipts(Verbs):
+    """Up to where each user has read."""
 
     def add(self, who: Who, room_id: str, types: Mapping[str, str], thread_id: str = "") -> None:
         """`types`: m.read or m.read.private → the event that was read; m.fully_read becomes account data.
@@ -6319,35 +6264,50 @@ class Receipts:
                 if type == "m.fully_read":
                     tx.set_account_data(who.user_id, room_id, type, to_json({"event_id": event_id}))
                 else:
-                    self._receipt(tx, room, who, type, event_id, thread_id)
+                    self._add(tx, room, who.user_id, type, event_id, thread_id)
         self.store.write(job, who.token)
 
-    def _receipt(self, tx: Tx, room: Room, who: Who, type: str, event_id: str, thread_id: str) -> None:
+    def _add(self, tx: Tx, room: Room, user_id: str, type: str, event_id: str, thread_id: str) -> None:
         """Moves forward only, so that a device that lags behind does not make unread again what another has read. What is
         no event of the room says nothing, and is no error either.
         """
         event = tx.event(room.n, event_id)
-        if event and not sees(tx, room, who.user_id, event.tick):
-            event = None
-        if event and thread_id and not in_thread(tx, event.tick, thread_id):
+        if not event or not sees(tx, room, user_id, event.tick):
+            return
+        if thread_id and not in_thread(tx, event.tick, thread_id):
             raise MatrixError("M_INVALID_PARAM", f"{event_id} is not in the thread {shorten(thread_id)}")
-        if event and event.tick > tick_of(tx.receipt(room.n, type, who.user_id, thread_id) or ""):
-            tx.add_receipt(room, type, who.user_id, thread_id, event_id, self.world.clock.now())
-            (tx.wake_room(room) if type == "m.read" else tx.wake(who.user_id))
+        if event.tick > tick_of(tx.receipt(room.n, type, user_id, thread_id) or ""):
+            tx.add_receipt(room, type, user_id, thread_id, event_id, self.clock.now())
+            (tx.wake_room(room) if type == "m.read" else tx.wake(user_id))
 
 
-# -- What passes: typing and presence, kept in memory only.
+def in_thread(reader: Reader, tick: int, thread_id: str) -> bool:
+    """Whether a receipt of this thread may name the event. The root and what relates to it are in both: main and thread."""
+    if thread_id == "main":
+        return not thread_of(reader, tick)
+    return tick_of(thread_id) in (tick, *(parent for parent, _ in reader.ancestors(tick, MAX_RELATION_DEPTH)))
+
+
+def receipts_event(receipts: Sequence[Any], user_id: str) -> JsonObject | None:
+    """The m.receipt event of these receipts; others' private ones are not in it."""
+    content: JsonObject = {}
+    for type, reader_id, thread_id, event_id, ts in receipts:
+        if type == "m.read" or reader_id == user_id:
+            receipt = {"ts": ts, **({"thread_id": thread_id} if thread_id else {})}
+            content.setdefault(event_id, {}).setdefault(type, {})[reader_id] = receipt
+    return {"type": "m.receipt", "content": content} if content else None
+
 
 class Timer:
     """Does something when the next of some points of time has come, on a thread that is started when first needed."""
 
     def __init__(self, clock: Clock, name: str, next: Callable[[], float], do: Callable[[], object]) -> None:
-        self.clock, self._next, self._do = clock, next, do
+        self.clock, self._name = clock, name
+        self._next, self._do = next, do                      # tells the next point of time (monotonic), and what is done then
         self._due = math.inf                                 # what the thread waits for; inf while it looks
         self._bell, self._stopped = bell(), False
         self._guard = threading.Lock()                       # guards _thread
         self._thread: threading.Thread | None = None
-        self._name = name
 
     def set(self, at: float) -> None:
         """There is something to do at this monotonic time."""
@@ -6380,24 +6340,29 @@ class Timer:
             self._thread.join()
 
 
-class Typing:
-    """Who is typing where. Kept in memory only; a timer takes out who has stopped."""
+class Typing(Verbs):
+    """Who is typing where. A timer takes out who has stopped."""
 
     def __init__(self, world: World) -> None:
-        self.world = world
-        # room → tick of the last change, user → until when
-        self._rooms: dict[int, tuple[int, dict[str, float]]] = {}
+        super().__init__(world)
+        self._rooms: dict[int, tuple[int, dict[str, float]]] = {}    # room → tick of the last change, user → until when
         self._guard = threading.Lock()                       # guards _rooms
-        self._began = world.store.began()                    # whoever typed before this tick has stopped
-        self.timer = Timer(world.clock, "typing", self._ends, lambda: world.store.write(self._drop_expired))
-        world.store.on_membership = lambda room, user_id, tick: self._publish(room, tick, {user_id: None})
+        self._began = self.store.began()                     # whoever typed before this tick has stopped
+        self.timer = Timer(self.clock, "typing", self._ends, lambda: self.store.write(self._drop_expired))
+        self.store.on_membership = lambda room, user_id, tick: self._publish(room, tick, {user_id: None})
 
     def set(self, who: Who, room_id: str, until: float | None) -> None:
         """`until`: the clock's monotonic time; None: stopped typing."""
         def job(tx: Tx) -> None:
             self._change(tx, room_for(tx, who, room_id, joined=True), {who.user_id: until})
-        self.world.store.write(job, who.token)
+        self.store.write(job, who.token)
         self.timer.set(math.inf if until is None else until)
+
+    def since(self, room: int, since: int, now: int) -> JsonObject | None:
+        """The m.typing event of a room, if it changed after `since` and not after `now`."""
+        with self._guard:
+            tick, users = self._rooms.get(room, (self._began, {}))
+            return {"type": "m.typing", "content": {"user_ids": sorted(users)}} if since < tick <= now else None
 
     def _change(self, tx: Tx, room: Room, users: Mapping[str, float | None]) -> None:
         tick = tx.tick()
@@ -6406,33 +6371,23 @@ class Typing:
         tx.after.append(lambda: self._publish(room.n, tick, users))
         with self._guard:
             now = {**self._rooms.get(room.n, (0, {}))[1], **users}
-        typing = sorted(user_id for user_id, until in now.items() if until is not None)
         for user_id in users:
-            tx.push_ephemeral(room, user_id, "m.typing", {"content": {"user_ids": typing}})
+            tx.push_ephemeral(room, user_id, "m.typing", {"content": {"user_ids": sorted(without_none(now))}})
 
     def _publish(self, room: int, tick: int, users: Mapping[str, float | None]) -> None:
         with self._guard:
             before = self._rooms.get(room, (0, {}))[1]
-            if not before.keys() & users.keys() and not any(users.values()):
-                return                                       # who stopped had not started
-            now = {**before, **users}
-            self._rooms[room] = (tick, {user_id: until for user_id, until in now.items() if until is not None})
-
-    def since(self, room: int, since: int, now: int) -> JsonObject | None:
-        """The m.typing event of a room, if it changed after `since` and not after `now`."""
-        with self._guard:
-            tick, users = self._rooms.get(room, (self._began, {}))
-            return {"type": "m.typing", "content": {"user_ids": sorted(users)}} if since < tick <= now else None
+            if before.keys() & users.keys() or any(users.values()):          # else who stopped had not started
+                self._rooms[room] = (tick, without_none({**before, **users}))
 
     def _ends(self) -> float:
         with self._guard:
             return min((until for _, users in self._rooms.values() for until in users.values()), default=math.inf)
 
     def _drop_expired(self, tx: Tx) -> None:
-        now = self.world.clock.monotonic()
+        now = self.clock.monotonic()
         with self._guard:
-            ended = {room: [user for user, until in users.items() if until <= now] for room,
-                     (_, users) in self._rooms.items()}
+            ended = {room: [user for user, until in users.items() if until <= now] for room, (_, users) in self._rooms.items()}
         over = {room: users for room, users in ended.items() if users}
         for room in list(tx.rooms.values()):
             if room.n in over:
@@ -6465,22 +6420,26 @@ class Status(NamedTuple):
         """When it is too long without doing anything. A ghost, which stays, is as its application service says."""
         return self.active_at + UNAVAILABLE_SECONDS if self.presence == "online" and self.until < math.inf else math.inf
 
+    @property
+    def next_at(self) -> float:
+        """When it becomes another by itself."""
+        return min(self.until, self.idle_at)
+
     def content(self, now: int) -> JsonObject:
         """Of m.presence."""
-        active = {"last_active_ago": max(0, now - self.active_ts)} if self.active_ts else {}
-        message = {} if self.message is None else {"status_msg": self.message}
-        return {"presence": self.presence, "currently_active": self.presence == "online", **active, **message}
+        return without_none({"presence": self.presence, "currently_active": self.presence == "online",
+                             "last_active_ago": max(0, now - self.active_ts) if self.active_ts else None, "status_msg": self.message})
 
 
-class Presence:
-    """Who is there. Kept in memory only: after a start everybody is offline until they come back (Presence)."""
+class Presence(Verbs):
+    """Who is there. After a start everybody is offline until they come back."""
 
     def __init__(self, world: World) -> None:
-        self.world = world
+        super().__init__(world)
         self._users: dict[str, Status] = {}
         self._guard = threading.Lock()                       # guards _users
         self._last = 0                                       # tick of the last change of all
-        self.timer = Timer(world.clock, "presence", self._next, self._expire)
+        self.timer = Timer(self.clock, "presence", self._next, self._expire)
 
     def set(self, who: Who, presence: str, message: str | None) -> None:
         """As the user says. A ghost is so until its application service says otherwise."""
@@ -6510,18 +6469,18 @@ class Presence:
                 active_at=now, presence="offline" if status.presence == "offline" else "online"))
 
     def get(self, who: Who, user_id: str) -> JsonObject:
-        with self.world.store.read() as reader:
+        with self.store.read() as reader:
             own = who.appservice and self.world.registrations.claim_of(who.appservice, "users", user_id)
             if not own and user_id not in reader.met_by(who.user_id, [user_id]):
                 raise forbidden(f"{who.user_id} is in no room with {shorten(user_id)}")
-        return self._users.get(user_id, Status()).content(self.world.clock.now())
+        return self._users.get(user_id, Status()).content(self.clock.now())
 
     def since(self, reader: Reader, user_id: str, since: int, now: int, new: Iterable[str] = ()) -> list[JsonObject]:
         """An m.presence event for each whom the user meets and who changed after `since` and not after `now`; `new`: whom
         the user has not met before.
         """
-        if since and since < self.world.store.started_at:    # whoever was online then may have been told of
-            new = self.world.store.users
+        if since and since < self.store.started_at:          # whoever was online then may have been told of
+            new = self.store.users
         if self._last <= since and not new:
             return []
         with self._guard:
@@ -6531,29 +6490,28 @@ class Presence:
         return self.events([other for other, status in told.items() if other in met and (since or status.presence != "offline")])
 
     def events(self, user_ids: Iterable[str]) -> list[JsonObject]:
-        now = self.world.clock.now()
+        now = self.clock.now()
         return [{"type": "m.presence", "sender": user_id, "content": self._users.get(user_id, Status()).content(now)}
                 for user_id in user_ids]
 
     def _change(self, user_id: str, change: Callable[[Status, float], Status]) -> None:
         """Changes a status. Only what others see takes a tick."""
-        now = self.world.clock.monotonic()
+        now = self.clock.monotonic()
         with self._guard:
             old = self._users.get(user_id, Status())
             new = change(old, now)
             if new.active_at == now:
-                new = new._replace(active_ts=self.world.clock.now())
-            seen = (old.presence, old.message) != (new.presence, new.message)
+                new = new._replace(active_ts=self.clock.now())
             self._users[user_id] = new
         try:
-            if seen:
+            if (old.presence, old.message) != (new.presence, new.message):
                 self._tell(user_id)
         except Exception:                                    # nobody was told, so it has not happened
             with self._guard:
                 if self._users[user_id] is new:
                     self._users[user_id] = old
             raise
-        self.timer.set(min(new.until, new.idle_at))
+        self.timer.set(new.next_at)
 
     def _tell(self, user_id: str) -> None:
         def job(tx: Tx) -> None:
@@ -6561,7 +6519,7 @@ class Presence:
             tx.push_presence(user_id, *self.events([user_id]))
             tx.after.append(lambda: self._publish(user_id, tick))
             tx.woken_around.add(user_id)
-        self.world.store.write(job)
+        self.store.write(job)
 
     def _publish(self, user_id: str, tick: int) -> None:
         with self._guard:
@@ -6570,24 +6528,24 @@ class Presence:
 
     def _next(self) -> float:
         with self._guard:
-            return min((min(status.until, status.idle_at) for status in self._users.values()), default=math.inf)
+            return min((status.next_at for status in self._users.values()), default=math.inf)
 
     def _expire(self) -> None:
-        now = self.world.clock.monotonic()
+        now = self.clock.monotonic()
         with self._guard:
-            over = [user_id for user_id, status in self._users.items() if min(status.until, status.idle_at) <= now]
+            over = [user_id for user_id, status in self._users.items() if status.next_at <= now]
         for user_id in over:
             self._change(user_id, Status.at)
 
 
-# -- Media.
+# -- Media: what was uploaded, kept in the database as it came (Content repository). For clients.
 
-class Media:
-    """What was uploaded: kept in the database."""
+class Media(Verbs):
+    """Uploads and downloads."""
 
     def __init__(self, world: World) -> None:
-        self.world, self.store = world, world.store
-        self._under_way = collections.Counter[str]()         # by user
+        super().__init__(world)
+        self._under_way = collections.Counter[str]()         # large uploads, by user
         self._guard = threading.Lock()                       # guards it
 
     @contextlib.contextmanager
@@ -6604,73 +6562,80 @@ class Media:
             with self._guard:
                 self._under_way -= collections.Counter([who.user_id])        # which forgets who has none
 
-    def upload(self, who: Who, content: bytes, content_type: str, filename: str | None) -> str:
-        """The mxc: URI of the new content."""
-        return self._put(who, self.world.chance.text(who.user_id, 24), content, content_type, filename)
-
-    def _put(self, who: Who, media_id: str, content: bytes | None, content_type: str, filename: str | None) -> str:
-        now = self.world.clock.now()
+    def upload(self, who: Who, content: bytes | None, content_type: str, filename: str | None) -> str:
+        """The mxc: URI of the new content; None: it comes later."""
+        media_id, now = self.world.chance.text(who.user_id, 24), self.clock.now()
         self.store.write(lambda tx: tx.put_media(media_id, content_type, filename, who.user_id, now, content), who.token)
         return f"mxc://{self.world.name}/{media_id}"
 
     def create(self, who: Who) -> JsonObject:
         """A URI whose content comes later (asynchronous upload), by the same user and within a day."""
-        return {"content_uri": self._put(who, self.world.chance.text(who.user_id, 24), None, "", None),
-                "unused_expires_at": self.world.clock.now() + UNUSED_MEDIA_MS}
+        return {"content_uri": self.upload(who, None, "", None), "unused_expires_at": self.clock.now() + UNUSED_MEDIA_MS}
 
     def fill(self, who: Who, server_name: str, media_id: str, content: bytes, content_type: str, filename: str | None) -> None:
         def job(tx: Tx) -> None:
-            row = tx.media(media_id) if server_name == self.world.name else None
-            if not row or (row[2] is None and row[4] + UNUSED_MEDIA_MS < self.world.clock.now()):
-                raise self._not_found(server_name, media_id)
-            if row[3] != who.user_id:
+            _, _, known, owner, created_ts = self._row(tx, server_name, media_id, self.clock.now() - UNUSED_MEDIA_MS)
+            if owner != who.user_id:
                 raise forbidden(f"the URI was made by somebody else than {who.user_id}")
-            if row[2] is not None:
+            if known is not None:
                 raise MatrixError("M_CANNOT_OVERWRITE_MEDIA", "this has its content already; make another URI")
-            tx.put_media(media_id, content_type, filename, who.user_id, row[4], content)
+            tx.put_media(media_id, content_type, filename, who.user_id, created_ts, content)
         self.store.write(job, who.token)
+
+    def _row(self, reader: Reader, server_name: str, media_id: str, since: int = 0) -> Any:
+        """(content_type, filename, content, user_id, created_ts); M_NOT_FOUND, also if it has been empty since before `since`."""
+        row = reader.media(media_id) if server_name == self.world.name else None
+        if not row or (row[2] is None and row[4] < since):
+            raise MatrixError("M_NOT_FOUND", f"there is no media mxc://{shorten(server_name)}/{shorten(media_id)} on this server")
+        return row
 
     def download(self, server_name: str, media_id: str, timeout: float = 0.0) -> tuple[str, str | None, bytes]:
         """Type, file name and content, for which it waits up to `timeout` seconds if only its URI was made yet."""
-        clock, waiting = self.world.clock, self.store.waiters.enter(media_id)
+        clock, waiting = self.clock, self.store.waiters.enter(media_id)
         deadline = clock.monotonic() + timeout
         try:
             while True:
                 with self.store.read() as reader:
-                    row = reader.media(media_id) if server_name == self.world.name else None
-                if not row:
-                    raise self._not_found(server_name, media_id)
-                if row[2] is not None:
-                    return row[0], row[1], row[2]
+                    content_type, filename, content, _, _ = self._row(reader, server_name, media_id)
+                if content is not None:
+                    return content_type, filename, content
                 if clock.monotonic() >= deadline or self.world.stopping:
                     raise MatrixError("M_NOT_YET_UPLOADED", "the content of this URI has not been uploaded yet; try again later")
                 self.store.waiters.wait(waiting, deadline)
         finally:
             self.store.waiters.leave(media_id, waiting)
 
-    @staticmethod
-    def _not_found(server_name: str, media_id: str) -> MatrixError:
-        return MatrixError("M_NOT_FOUND", f"there is no media mxc://{shorten(server_name)}/{shorten(media_id)} on this server")
 
-
-# -- Keys: for end-to-end encryption, which the homeserver only serves and does not understand. To be skipped by a
-# reader who comes for the application service.
+# -- Keys for end-to-end encryption, messages from device to device, and key backups (End-to-End Encryption, Send-to-Device
+# messaging, Server-side key backups). The homeserver only serves them and does not understand them. For clients.
 
 USAGES = ("master", "self_signing", "user_signing")
 
 
-class Keys:
-    """Device keys, one-time keys and cross-signing keys, and messages from device to device."""
+def public_part(key: JsonObject) -> str:
+    """The public key of a cross-signing key, by which it is named; '' if it has not exactly one."""
+    keys = list(field(key, "keys", dict, {}).items())
+    return str(keys[0][1]) if len(keys) == 1 and keys[0][0] == f"ed25519:{keys[0][1]}" else ""
 
-    def __init__(self, world: World) -> None:
-        self.world, self.store = world, world.store
+
+def bare(key: JsonObject) -> JsonObject:
+    """What of a key is signed."""
+    return {name: value for name, value in key.items() if name not in ("signatures", "unsigned")}
+
+
+def signatures_by(user_id: str, key: JsonObject) -> JsonObject:
+    """On an uploaded key: {key ID: signature}."""
+    return field(field(key, "signatures", dict, {}), user_id, dict, {})
+
+
+class Keys(Verbs):
+    """Device keys, one-time keys and cross-signing keys, and messages from device to device."""
 
     # -- of one device
 
     def upload(self, who: Who, device_keys: JsonObject, one_time: JsonObject, fallback: JsonObject) -> dict[str, int]:
         """Publishes keys of the asking device; the number of its one-time keys by algorithm."""
-        user_id, device_id = who.user_id, self._own_device(who)
-        self._check_upload(who, device_keys, {**one_time, **fallback})
+        user_id, device_id = who.user_id, self._check_upload(who, device_keys, {**one_time, **fallback})
 
         def job(tx: Tx) -> dict[str, int]:
             if not tx.device(user_id, device_id):
@@ -6690,18 +6655,16 @@ class Keys:
         return self.store.write(job, who.token)
 
     @staticmethod
-    def _own_device(who: Who) -> str:
+    def _check_upload(who: Who, device_keys: JsonObject, others: JsonObject) -> str:
+        """The asking device, if these may be its keys."""
         if not who.device_id:
             raise MatrixError("M_MISSING_PARAM", "this is for a device: log in, or name one of the user's with device_id in the query")
-        return who.device_id
-
-    @staticmethod
-    def _check_upload(who: Who, device_keys: JsonObject, others: JsonObject) -> None:
         if device_keys and (device_keys.get("user_id"), device_keys.get("device_id")) != (who.user_id, who.device_id):
             raise MatrixError("M_INVALID_PARAM", f"device_keys must be those of {who.user_id} and of the device {who.device_id}")
         for key_id, key in others.items():
             if not re.fullmatch(r"[^:]+:.+", key_id) or not isinstance(key, (str, dict)):
                 raise MatrixError("M_INVALID_PARAM", f"{quoted({key_id: key})} is not of the form {{\"algorithm:id\": key}}")
+        return who.device_id
 
     # -- of everybody
 
@@ -6713,28 +6676,25 @@ class Keys:
                 if server_of(user_id) != self.world.name:
                     answer["failures"][server_of(user_id)] = {"errcode": "M_UNRECOGNIZED", "error": "this server does not federate"}
                     continue
-                signed = self._signer(reader, user_id, who.user_id)
+                rows = reader.signatures(user_id, who.user_id)
                 answer["device_keys"][user_id] = {
-                    device_id: {**signed(device_id, json.loads(text)), "unsigned": {"device_display_name": name} if name else {}}
+                    device_id: {**self._signed(json.loads(text), device_id, rows),
+                                "unsigned": {"device_display_name": name} if name else {}}
                     for device_id, name, text in reader.keys_of(user_id) if not device_ids or device_id in device_ids}
                 for usage, key in reader.cross_signing(user_id).items():
                     if usage != "user_signing" or user_id == who.user_id:
-                        answer[f"{usage}_keys"][user_id] = signed(public_part(key), key)
+                        answer[f"{usage}_keys"][user_id] = self._signed(key, public_part(key), rows)
         return answer
 
     @staticmethod
-    def _signer(reader: Reader, user_id: str, asker: str) -> Callable[[str, JsonObject], JsonObject]:
-        """A function that adds to one of the user's keys the signatures on it that the asker may see."""
-        rows = reader.signatures(user_id, asker)
-
-        def signed(name: str, key: JsonObject) -> JsonObject:
-            claimed = key.get("signatures")                    # whatever a client may have put there
-            by_signer = claimed if isinstance(claimed, dict) else {}
-            signatures = {signer: dict(by) for signer, by in by_signer.items() if isinstance(by, dict)}
-            for _, signer, key_id, signature in (row for row in rows if row[0] == name):
-                signatures.setdefault(signer, {})[key_id] = signature
-            return {**key, "signatures": signatures}
-        return signed
+    def _signed(key: JsonObject, name: str, rows: list[Any]) -> JsonObject:
+        """The key of this name with the signatures on it that are among the rows."""
+        claimed = key.get("signatures")                      # whatever a client may have put there
+        by_signer = claimed if isinstance(claimed, dict) else {}
+        signatures = {signer: dict(by) for signer, by in by_signer.items() if isinstance(by, dict)}
+        for _, signer, key_id, signature in (row for row in rows if row[0] == name):
+            signatures.setdefault(signer, {})[key_id] = signature
+        return {**key, "signatures": signatures}
 
     def claim(self, who: Who, wanted: Mapping[str, JsonObject]) -> JsonObject:
         """One key of each device, {user: {device: algorithm}}; each one-time key goes out once, then the fallback key."""
@@ -6742,8 +6702,7 @@ class Keys:
             found: dict[str, dict[str, JsonObject]] = {}
             for user_id, devices in wanted.items():
                 for device_id in devices:
-                    key = tx.claim_key(user_id, device_id, field(devices, device_id, str))
-                    if key:
+                    if key := tx.claim_key(user_id, device_id, field(devices, device_id, str)):
                         found.setdefault(user_id, {})[device_id] = {key[0]: Raw(key[1])}
             return found
         return {"one_time_keys": self.store.write(job, who.token), "failures": {}}
@@ -6762,8 +6721,7 @@ class Keys:
         if not master:
             raise MatrixError("M_MISSING_PARAM", "there is no master key yet; upload it with or before the others")
         for usage in keys.keys() - {"master"}:
-            signatures = field(field(keys[usage], "signatures", dict, {}), who.user_id, dict, {})
-            if f"ed25519:{public_part(master)}" not in signatures:
+            if f"ed25519:{public_part(master)}" not in signatures_by(who.user_id, keys[usage]):
                 raise MatrixError("M_INVALID_SIGNATURE", f"the {usage} key must be signed by the master key")
         return self._replaces(keys, known)
 
@@ -6806,7 +6764,7 @@ class Keys:
         known = master if public_part(master) == name else json.loads(text or "{}")
         if not known:
             raise MatrixError("M_NOT_FOUND", f"{shorten(user_id)} has no key {shorten(name)} that {who.user_id} may sign")
-        signatures = field(field(key, "signatures", dict, {}), who.user_id, dict, {})
+        signatures = signatures_by(who.user_id, key)
         if bare(known) != bare(key) or not signatures:
             raise MatrixError("M_INVALID_SIGNATURE", f"what is signed must be the key {shorten(name)} as it was uploaded, "
                               f"with a signature of {who.user_id}")
@@ -6827,7 +6785,7 @@ class Keys:
                 field(contents, device_id, dict)
 
         def job(tx: Tx) -> None:
-            if not tx.first_to_device(who.user_id, who.device_id or "", type, txn_id, self.world.clock.now()):
+            if not tx.first_to_device(who.user_id, who.device_id or "", type, txn_id, self.clock.now()):
                 return
             for user_id, contents in messages.items():
                 for device_id in [row[0] for row in tx.devices(user_id)]:
@@ -6837,35 +6795,19 @@ class Keys:
         self.store.write(job, who.token)
 
 
-def public_part(key: JsonObject) -> str:
-    """The public key of a cross-signing key, by which it is named; '' if it has not exactly one."""
-    keys = list(field(key, "keys", dict, {}).items())
-    return str(keys[0][1]) if len(keys) == 1 and keys[0][0] == f"ed25519:{keys[0][1]}" else ""
-
-
-def bare(key: JsonObject) -> JsonObject:
-    """What of a key is signed."""
-    return {name: value for name, value in key.items() if name not in ("signatures", "unsigned")}
-
-
-class Backups:
-    """Encrypted copies of room keys, for new devices of the same user (Server-side key backups)."""
-
-    def __init__(self, world: World) -> None:
-        self.store = world.store
+class Backups(Verbs):
+    """Encrypted copies of room keys, for new devices of the same user. Each version has an etag, which changes with its keys."""
 
     def create(self, who: Who, algorithm: str, auth_data: JsonObject) -> str:
         return str(self.store.write(lambda tx: tx.add_backup(who.user_id, algorithm, to_json(auth_data)), who.token))
 
     @staticmethod
     def _find(reader: Reader, who: Who, version: str | None) -> Any:
-        """The row of this version, or of the last; M_NOT_FOUND."""
+        """(version, algorithm, auth_data, etag, number of keys) of this version, or of the last; M_NOT_FOUND."""
         number = None if version is None else number_in(version)
         row = None if number is None and version is not None else reader.backup(who.user_id, number)
-        if not row:
-            which = f"key backup of version {shorten(version)}" if version else "key backup"
-            raise MatrixError("M_NOT_FOUND", f"{who.user_id} has no {which}")
-        return row
+        which = f"key backup of version {shorten(version)}" if version else "key backup"
+        return existing(row, f"{who.user_id} has no {which}")
 
     def get(self, who: Who, version: str | None) -> JsonObject:
         with self.store.read() as reader:
@@ -6889,18 +6831,17 @@ class Backups:
 
     def put_keys(self, who: Who, version: str, rooms: Mapping[str, Mapping[str, JsonObject]]) -> JsonObject:
         """Adds keys, {room: {session: key}}, to the last backup. One that is there stays, unless the new one is better."""
-        for sessions in rooms.values():
-            for key in sessions.values():
-                self._quality(key)
-                field(key, "session_data", dict)
+        keys = [(room_id, session_id, key) for room_id, sessions in rooms.items() for session_id, key in sessions.items()]
+        for _, _, key in keys:
+            self._quality(key)
+            field(key, "session_data", dict)
 
         def job(tx: Tx) -> JsonObject:
             row, last = self._find(tx, who, version), self._find(tx, who, None)
             if row != last:
                 raise MatrixError("M_WRONG_ROOM_KEYS_VERSION", f"the backup to write to is version {last[0]}, not "
                                   f"{shorten(version)}", current_version=str(last[0]))
-            new = [(room_id, session_id, key) for room_id, sessions in rooms.items() for session_id, key in sessions.items()
-                   if self._is_better(key, tx.backup_keys(last[0], room_id, session_id))]
+            new = [one for one in keys if self._is_better(one[2], tx.backup_keys(last[0], *one[:2]))]
             for room_id, session_id, key in new:
                 tx.put_backup_key(last[0], room_id, session_id, to_json(key))
             if new:
@@ -6933,8 +6874,7 @@ class Backups:
         return self.store.write(job, who.token)
 
 
-# -- Notifications: push rules, and what is unread (Push Notifications; Receiving notifications). They are for clients only:
-# a reader who comes for the application service may skip them, down to "Sync".
+# -- Push rules: which events notify whom (Push Notifications). For clients.
 
 RULE_KINDS = ("override", "content", "room", "sender", "underride")      # in the order in which they are asked
 CONDITIONS: dict[str, JsonObject] = {        # the words of the table below; what has a '=' in it is key=pattern
@@ -6999,11 +6939,8 @@ def push_rules(reader: Reader, user_id: str) -> Raw:
     return reader.account_data(user_id, "", "m.push_rules") or default_rules(user_id)
 
 
-class Notifications:
+class Notifications(Verbs):
     """The push rules of users: kept as the account data m.push_rules, so that /sync tells when they change."""
-
-    def __init__(self, world: World) -> None:
-        self.store = world.store
 
     def rules(self, who: Who) -> JsonObject:
         with self.store.read() as reader:
@@ -7014,20 +6951,8 @@ class Notifications:
 
     @staticmethod
     def _rule(content: JsonObject, kind: str, id: str) -> JsonObject:
-        rule = next((rule for rule in content["global"][kind] if rule["rule_id"] == id), None)
-        if not rule:
-            raise MatrixError("M_NOT_FOUND", f"there is no {kind} rule {shorten(id)}")
-        return cast(JsonObject, rule)
-
-    def _change(self, who: Who, change: Callable[[JsonObject], object]) -> None:
-        def job(tx: Tx) -> None:
-            content = json.loads(push_rules(tx, who.user_id))
-            change(content)
-            text = to_json(content)
-            if len(text.encode()) > MAX_RULES_BYTES:
-                raise MatrixError("M_TOO_LARGE", f"all push rules together may have {MAX_RULES_BYTES} bytes at most")
-            tx.set_account_data(who.user_id, "", "m.push_rules", text)
-        self.store.write(job, who.token)
+        found = [rule for rule in content["global"][kind] if rule["rule_id"] == id]
+        return cast(JsonObject, existing(found[0] if found else None, f"there is no {kind} rule {shorten(id)}"))
 
     def set_rule(self, who: Who, kind: str, id: str, parts: JsonObject, before: str | None, after: str | None) -> None:
         """Adds a rule above the user's others of its kind, or changes one; next to another if `before` or `after` names one."""
@@ -7063,6 +6988,19 @@ class Notifications:
         """`part`: the rule's new `enabled` or `actions`."""
         self._change(who, lambda content: self._rule(content, kind, id).update(part))
 
+    def _change(self, who: Who, change: Callable[[JsonObject], object]) -> None:
+        def job(tx: Tx) -> None:
+            content = json.loads(push_rules(tx, who.user_id))
+            change(content)
+            text = to_json(content)
+            if len(text.encode()) > MAX_RULES_BYTES:
+                raise MatrixError("M_TOO_LARGE", f"all push rules together may have {MAX_RULES_BYTES} bytes at most")
+            tx.set_account_data(who.user_id, "", "m.push_rules", text)
+        self.store.write(job, who.token)
+
+
+# -- What is unread, by these rules (Receiving notifications). A user's rules are made ready once and held against every event
+# that is new to the user, when the user asks. For clients.
 
 @functools.lru_cache(maxsize=4096)
 def glob_matcher(pattern: str, words: bool) -> Callable[[str], object]:
@@ -7101,8 +7039,7 @@ class RoomFacts:
     @functools.cached_property
     def state(self) -> RoomState:
         """As much of the state as power needs."""
-        found = [self.reader.state_event(self.room, type, "") for type in ("m.room.create", "m.room.power_levels")]
-        events = [event for event in found if event]
+        events = state_events(self.reader, self.room, [("m.room.create", ""), ("m.room.power_levels", "")])
         state = RoomState(ROOM_VERSIONS[events[0].content["room_version"]])
         for event in events:
             state.put(event.type, "", StateEvent(event.tick, event.sender, event.content))
@@ -7206,10 +7143,7 @@ class ReadyRule(NamedTuple):
     highlight: bool
     types: list[Callable[[str], object]]         # tests of the event's type
     hint: str                                    # stands in every event that the rule matches
-    tests: list[Callable[[Notable], object]]
-
-    def matches(self, event: Notable) -> bool:
-        return all(test(event) for test in self.tests)
+    tests: list[Callable[[Notable], object]]     # all have to hold
 
 
 def conditions_of(kind: str, rule: JsonObject) -> list[JsonObject]:
@@ -7264,7 +7198,7 @@ class PushRules:
         """The rule that decides."""
         text = event.text
         for rule in self.of_type(event.type):
-            if rule.hint in text and rule.matches(event):
+            if rule.hint in text and all(test(event) for test in rule.tests):
                 return rule
         return None
 
@@ -8426,7 +8360,7 @@ class Api:
     def __init__(self, world: World, delivery: Delivery, routes: Sequence[Route]) -> None:
         self.world, self.delivery = world, delivery
         self.accounts, self.aliases, self.history = Accounts(world), Aliases(world), History(world)
-        self.rooms, self.relations, self.directory = Rooms(world, self.aliases), Relations(world, self.history), Directory(world)
+        self.rooms, self.relations, self.directory = Rooms(world, self.aliases), Relations(world), Directory(world)
         self.data, self.openid, self.media = ClientData(world), OpenId(world), Media(world)
         self.typing, self.presence, self.receipts = Typing(world), Presence(world), Receipts(world)
         self.keys, self.backups, self.notifications = Keys(world), Backups(world), Notifications(world)
