@@ -5041,6 +5041,9 @@ class Accounts(Verbs):
 
 # -- What may be seen of a room (Room history visibility; Leaving rooms). Who reads or answers in a room does so through these.
 
+ReadEvents = Callable[[int, int, int, bool], list[Event]]    # those with after < tick <= upto, the newest or oldest `limit` of them
+
+
 class View(NamedTuple):
     """What one user may see of one room."""
     room: int
@@ -5071,8 +5074,7 @@ class View(NamedTuple):
             raise MatrixError("M_NOT_FOUND", f"there is no event {shorten(event_id)} here that may be seen")
         return event
 
-    def collect(self, read: Callable[[int, int, int, bool], list[Event]], after: int, upto: int, limit: int,
-                newest: bool) -> list[Event]:
+    def collect(self, read: ReadEvents, after: int, upto: int, limit: int, newest: bool) -> list[Event]:
         """What `read` finds in the visible parts of after < tick <= upto."""
         found: list[Event] = []
         for first, last in reversed(self.ranges) if newest else self.ranges:
@@ -5081,8 +5083,8 @@ class View(NamedTuple):
                 found += read(start, end, limit - len(found), newest)
         return found
 
-    def page(self, reader: Reader, read: Callable[[int, int, int, bool], list[Event]], start: int | None, stop: int | None,
-             backwards: bool, limit: int) -> tuple[int, list[Event]]:
+    def page(self, reader: Reader, read: ReadEvents, start: int | None, stop: int | None, backwards: bool,
+             limit: int) -> tuple[int, list[Event]]:
         """A page from the tick `start` on (None: from now backwards, or from the beginning) as far as `stop`; with its start."""
         if start is None:
             start = reader.position() if backwards else 0
@@ -5148,6 +5150,11 @@ def not_in(user_id: str, room_id: str) -> MatrixError:
 # -- Rooms: their aliases, how they begin, who comes and goes, what is sent (Room Aliases, Creation, Room membership, Sending
 # events to a room, Redactions). The rules of section 4 say what may happen.
 
+def may_name(room: Room, user_id: str) -> bool:
+    """Whether the user may change the canonical alias, and so what names the room and lists it."""
+    return is_allowed(room, Draft("m.room.canonical_alias", user_id, {}, ""))
+
+
 class Aliases(Verbs):
     """Names for rooms. Those in an application service's namespace are its own affair."""
 
@@ -5202,11 +5209,6 @@ class Aliases(Verbs):
                 row = tx.alias(check_id("#", alias))
                 if not row or row[0] != room.room_id:
                     raise MatrixError("M_BAD_ALIAS", f"{shorten(alias)} does not point to this room; create the alias first")
-
-
-def may_name(room: Room, user_id: str) -> bool:
-    """Whether the user may change the canonical alias, and so what names the room and lists it."""
-    return is_allowed(room, Draft("m.room.canonical_alias", user_id, {}, ""))
 
 
 PRESETS = {  # preset: join_rule, history_visibility, guest_access
@@ -5299,6 +5301,28 @@ class Rooms(Verbs):
         super().__init__(world)
         self.aliases = aliases
 
+    # -- what most verbs come to
+
+    def _append(self, tx: Tx, room: Room, draft: Draft, ts: int | None = None, device_id: str | None = None,
+                txn_id: str | None = None) -> str:
+        """Stores an event if the rules of the room pass it."""
+        if draft.type == "m.room.canonical_alias" and draft.state_key is not None:
+            self.aliases.check_content(tx, room, draft.content)
+        check_shape(draft, self.world.name)
+        authorise(room, draft)
+        check_relation(tx, room, draft)
+        return tx.append(room, draft, self.clock.now() if ts is None else ts, device_id, txn_id,
+                         self.world.settings.max_event_bytes)
+
+    def _change_state(self, tx: Tx, room: Room, draft: Draft, ts: int | None = None) -> str:
+        """Stores a state event; where nothing would change, it is the event that says so already."""
+        now = room.events.get((draft.type, draft.state_key or ""))
+        if not now or now.sender != draft.sender or canonical_json(now.content) != canonical_json(draft.content):      # true is not 1
+            return self._append(tx, room, draft, ts)
+        authorise(room, draft)
+        event = tx.state_event(room.n, draft.type, draft.state_key or "")
+        return event.event_id if event else ""
+
     # -- creating
 
     def create(self, who: Who, options: JsonObject) -> str:
@@ -5327,17 +5351,6 @@ class Rooms(Verbs):
             if error.errcode == "M_FORBIDDEN":
                 raise MatrixError("M_INVALID_ROOM_STATE", f"the room can't begin with this {draft.type}: {error.error}") from None
             raise
-
-    def _append(self, tx: Tx, room: Room, draft: Draft, ts: int | None = None, device_id: str | None = None,
-                txn_id: str | None = None) -> str:
-        """Stores an event if the rules of the room pass it."""
-        if draft.type == "m.room.canonical_alias" and draft.state_key is not None:
-            self.aliases.check_content(tx, room, draft.content)
-        check_shape(draft, self.world.name)
-        authorise(room, draft)
-        check_relation(tx, room, draft)
-        return tx.append(room, draft, self.clock.now() if ts is None else ts, device_id, txn_id,
-                         self.world.settings.max_event_bytes)
 
     # -- coming and going
 
@@ -5492,15 +5505,6 @@ class Rooms(Verbs):
                 return self._from_outside(tx, who, room_id, put)
             return put(tx, room_for(tx, who, room_id, joined=True))
         return self.store.write(job, who.token)
-
-    def _change_state(self, tx: Tx, room: Room, draft: Draft, ts: int | None = None) -> str:
-        """Stores a state event; where nothing would change, it is the event that says so already."""
-        now = room.events.get((draft.type, draft.state_key or ""))
-        if not now or now.sender != draft.sender or canonical_json(now.content) != canonical_json(draft.content):      # true is not 1
-            return self._append(tx, room, draft, ts)
-        authorise(room, draft)
-        event = tx.state_event(room.n, draft.type, draft.state_key or "")
-        return event.event_id if event else ""
 
 
 # -- Reading: what there is in a room, and what there was (Getting events for a room, Event Context). Nothing is told of what
@@ -6128,15 +6132,17 @@ class Directory(Verbs):
     def hierarchy(self, who: Who, room_id: str, suggested_only: bool, max_depth: int, offset: int, limit: int) -> JsonObject:
         """A space and the rooms below it, as far as the user may see them, level by level (Spaces)."""
         found: list[JsonObject] = []
-        depths, ahead = {room_id: 0}, collections.deque([room_id])           # of all rooms met; those to look at
+        depths = {room_id: 0}                                # how far below the space each room is that was met
+        ahead = collections.deque(depths)                    # rooms to look at
         with self.store.read() as reader:
             while ahead and len(found) <= offset + limit:    # one more than is shown
                 id = ahead.popleft()
                 if entry := self._space_entry(reader, who, id, suggested_only):
                     found.append(entry)
-                    below = [event["state_key"] for event in entry["children_state"]] if depths[id] < max_depth else []
-                    ahead += [child for child in dict.fromkeys(below) if child not in depths]
-                    depths |= {child: depths[id] + 1 for child in below if child not in depths}
+                    for child in [event["state_key"] for event in entry["children_state"]]:
+                        if child not in depths and depths[id] < max_depth:
+                            depths[child] = depths[id] + 1
+                            ahead.append(child)
         if not found:
             raise forbidden(f"{who.user_id} can't see the room {shorten(room_id)}")
         more = str(offset + limit) if offset + limit < len(found) else None
@@ -6242,6 +6248,23 @@ class Relations(Verbs):
 # -- What passes: receipts; typing and presence, which are kept in memory only (Receipts, Read and unread markers, Typing
 # Notifications, Presence). Application services that want ephemeral data get it, too; else for clients.
 
+def in_thread(reader: Reader, tick: int, thread_id: str) -> bool:
+    """Whether a receipt of this thread may name the event. The root and what relates to it are in both: main and thread."""
+    if thread_id == "main":
+        return not thread_of(reader, tick)
+    return tick_of(thread_id) in (tick, *(parent for parent, _ in reader.ancestors(tick, MAX_RELATION_DEPTH)))
+
+
+def receipts_event(receipts: Sequence[Any], user_id: str) -> JsonObject | None:
+    """The m.receipt event of these receipts; others' private ones are not in it."""
+    content: JsonObject = {}
+    for type, reader_id, thread_id, event_id, ts in receipts:
+        if type == "m.read" or reader_id == user_id:
+            receipt = {"ts": ts, **({"thread_id": thread_id} if thread_id else {})}
+            content.setdefault(event_id, {}).setdefault(type, {})[reader_id] = receipt
+    return {"type": "m.receipt", "content": content} if content else None
+
+
 class Receipts(Verbs):
     """Up to where each user has read."""
 
@@ -6279,23 +6302,6 @@ class Receipts(Verbs):
         if event.tick > tick_of(tx.receipt(room.n, type, user_id, thread_id) or ""):
             tx.add_receipt(room, type, user_id, thread_id, event_id, self.clock.now())
             (tx.wake_room(room) if type == "m.read" else tx.wake(user_id))
-
-
-def in_thread(reader: Reader, tick: int, thread_id: str) -> bool:
-    """Whether a receipt of this thread may name the event. The root and what relates to it are in both: main and thread."""
-    if thread_id == "main":
-        return not thread_of(reader, tick)
-    return tick_of(thread_id) in (tick, *(parent for parent, _ in reader.ancestors(tick, MAX_RELATION_DEPTH)))
-
-
-def receipts_event(receipts: Sequence[Any], user_id: str) -> JsonObject | None:
-    """The m.receipt event of these receipts; others' private ones are not in it."""
-    content: JsonObject = {}
-    for type, reader_id, thread_id, event_id, ts in receipts:
-        if type == "m.read" or reader_id == user_id:
-            receipt = {"ts": ts, **({"thread_id": thread_id} if thread_id else {})}
-            content.setdefault(event_id, {}).setdefault(type, {})[reader_id] = receipt
-    return {"type": "m.receipt", "content": content} if content else None
 
 
 class Timer:
@@ -6425,6 +6431,10 @@ class Status(NamedTuple):
         """When it becomes another by itself."""
         return min(self.until, self.idle_at)
 
+    def lasting(self, until: float) -> Status:
+        """Who is there, not offline before `until`; who was offline, from then on."""
+        return self._replace(until=until if self.presence == "offline" else max(until, self.until))
+
     def content(self, now: int) -> JsonObject:
         """Of m.presence."""
         return without_none({"presence": self.presence, "currently_active": self.presence == "online",
@@ -6436,7 +6446,7 @@ class Presence(Verbs):
 
     def __init__(self, world: World) -> None:
         super().__init__(world)
-        self._users: dict[str, Status] = {}
+        self._users: dict[str, Status] = {}                  # who has been there since the start
         self._guard = threading.Lock()                       # guards _users
         self._last = 0                                       # tick of the last change of all
         self.timer = Timer(self.clock, "presence", self._next, self._expire)
@@ -6445,8 +6455,7 @@ class Presence(Verbs):
         """As the user says. A ghost is so until its application service says otherwise."""
         def change(status: Status, now: float) -> Status:
             until = math.inf if who.appservice or presence == "offline" else now + OFFLINE_SECONDS
-            return status._replace(presence=presence, message=message, active_at=now,
-                                   until=until if status.presence == "offline" else max(until, status.until))
+            return status.lasting(until)._replace(presence=presence, message=message, active_at=now)
         self._change(who.user_id, change)
 
     def polling(self, who: Who, wish: str, seconds: float) -> None:
@@ -6454,11 +6463,11 @@ class Presence(Verbs):
         the device's last one: of several devices, the one that is most there counts.
         """
         def change(status: Status, now: float) -> Status:
-            until, back = now + seconds + OFFLINE_SECONDS, status.presence == "offline"
-            if back or status.wishes.get(who.device_id) != wish:
-                wishes = {**status.wishes, who.device_id: wish}
-                status = status._replace(presence=min(wishes.values(), key=PRESENCES.index), active_at=now, wishes=wishes)
-            return status._replace(until=until if back else max(until, status.until))
+            after = status.lasting(now + seconds + OFFLINE_SECONDS)
+            if status.presence != "offline" and status.wishes.get(who.device_id) == wish:
+                return after
+            wishes = {**status.wishes, who.device_id: wish}
+            return after._replace(presence=min(wishes.values(), key=PRESENCES.index), active_at=now, wishes=wishes)
         if wish != "offline":
             self._change(who.user_id, change)
 
@@ -6841,10 +6850,13 @@ class Backups(Verbs):
             if row != last:
                 raise MatrixError("M_WRONG_ROOM_KEYS_VERSION", f"the backup to write to is version {last[0]}, not "
                                   f"{shorten(version)}", current_version=str(last[0]))
-            new = [one for one in keys if self._is_better(one[2], tx.backup_keys(last[0], *one[:2]))]
-            for room_id, session_id, key in new:
-                tx.put_backup_key(last[0], room_id, session_id, to_json(key))
-            if new:
+            changed = False
+            for room_id, session_id, key in keys:
+                known = tx.backup_keys(last[0], room_id, session_id)
+                if not known or self._quality(key) < self._quality(json.loads(known[0][2])):
+                    tx.put_backup_key(last[0], room_id, session_id, to_json(key))
+                    changed = True
+            if changed:
                 tx.backup_changed(last[0])
             return self._size(self._find(tx, who, version))
         return self.store.write(job, who.token)
@@ -6853,9 +6865,6 @@ class Backups(Verbs):
     def _quality(key: JsonObject) -> tuple[bool, int, int]:
         """The less, the better."""
         return not field(key, "is_verified", bool), field(key, "first_message_index", int), field(key, "forwarded_count", int)
-
-    def _is_better(self, key: JsonObject, known: list[Any]) -> bool:
-        return not known or self._quality(key) < self._quality(json.loads(known[0][2]))
 
     def keys(self, who: Who, version: str, room_id: str | None, session_id: str | None) -> dict[str, JsonObject]:
         """{room: {session: key}} of a backup, of one room, or of one session."""
@@ -6914,17 +6923,13 @@ LEGACY_RULES = (".m.rule.contains_display_name", ".m.rule.roomnotif", ".m.rule.c
 JSON_TYPES = (str, int, bool, type(None))        # what event_property_is and event_property_contains compare
 
 
-def default_condition(word: str) -> JsonObject:
-    key, _, pattern = word.partition("=")
-    return CONDITIONS.get(word, {"kind": "event_match", "key": key, "pattern": pattern})
-
-
 @functools.lru_cache(maxsize=1000)
 def default_rules(user_id: str) -> Raw:
     """Content of m.push_rules for a user who has changed nothing."""
     rules: dict[str, list[JsonObject]] = {kind: [] for kind in RULE_KINDS}
     for kind, id, conditions, actions in DEFAULT_RULES:
-        words = [default_condition(word) for word in conditions.split()]
+        words = [CONDITIONS.get(key) or {"kind": "event_match", "key": key, "pattern": pattern}
+                 for key, _, pattern in (word.partition("=") for word in conditions.split())]
         rules[kind].append({"rule_id": f".m.rule.{id}", "default": True, "enabled": id != "master",
                             "actions": [ACTIONS[name] for name in actions.split()],
                             **({"pattern": conditions} if kind == "content" else {"conditions": words})})
@@ -7028,7 +7033,7 @@ class RoomFacts:
     def __init__(self, reader: Reader, room: int, displayname: str) -> None:
         self.reader, self.room = reader, room
         self.displayname, self.name_in_text = displayname, _in_text(displayname)[1:-1]   # of the user whose rules are asked
-        self._members: dict[int, int] = {}
+        self._members: dict[int, int] = {}                   # how far it was counted → how many there are
 
     def members(self, upto: int) -> int:
         """How many are in the room; those past `upto` need not be counted."""
@@ -7174,9 +7179,10 @@ class PushRules:
 
     def __init__(self, content: str) -> None:
         ruleset = json.loads(content)["global"]
-        self.content, self.weight = content, 100 + max(0, len(content) - DEFAULT_RULES_BYTES)
+        self.content = content                               # of m.push_rules
+        self.weight = 100 + max(0, len(content) - DEFAULT_RULES_BYTES)       # what a byte of an event costs: of the user's own rules
         self._rules = [ready_rule(kind, rule) for kind in RULE_KINDS for rule in ruleset[kind] if rule["enabled"]]
-        self._by_type: dict[str, list[ReadyRule]] = {}
+        self._by_type: dict[str, list[ReadyRule]] = {}       # see of_type
         # Whether comings and goings may notify. Who has joined is not invited.
         self.members = any(rule.notify and rule.id != ".m.rule.invite_for_me" for rule in self.of_type("m.room.member"))
 
@@ -7204,12 +7210,10 @@ class PushRules:
 
 
 class Tally(NamedTuple):
-    """What one user has not read in one room. Good as long as the rules, the user's member event and whom the user ignores are
-    the same.
-    """
+    """What one user has not read in one room. Good as long as the first three are the same."""
     rules: PushRules
-    member_tick: int
-    ignored: list[str]
+    member_tick: int                     # of the user's member event
+    ignored: list[str]                   # users
     displayname: str
     upto: int                            # looked at up to this tick
     notes: dict[int, tuple[int, bool]]   # tick of an event that notifies → root of its thread or 0, highlight; old to new
@@ -7219,8 +7223,8 @@ class Unread:
     """Counts what users have not read when they ask, and keeps it in memory, so that next time only what is new is looked at."""
 
     def __init__(self) -> None:
-        self._rules: dict[str, PushRules] = {}
-        self._tallies: dict[tuple[str, int], Tally] = {}
+        self._rules: dict[str, PushRules] = {}               # by user; of each the latest last
+        self._tallies: dict[tuple[str, int], Tally] = {}     # by user and room, likewise
         self._guard = threading.Lock()                       # guards both
 
     def rules(self, reader: Reader, user_id: str) -> PushRules:
@@ -7232,7 +7236,7 @@ class Unread:
 
     def _keep(self, kept: dict[Any, Any], key: Any, value: Any) -> None:
         with self._guard:
-            kept.pop(key, None)                              # the latest last
+            kept.pop(key, None)
             kept[key] = value
             if len(kept) > MAX_TALLIES:
                 del kept[next(iter(kept))]
