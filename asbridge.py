@@ -100,7 +100,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from json.encoder import encode_basestring
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar, cast
 
 __version__ = "0.1.0"
 
@@ -4659,9 +4659,9 @@ def create_schema(db: sqlite3.Connection, path: str, server_name: str) -> None:
 # ============================================================================
 # What users do, as verbs with plain values in and out: register, log in, create
 # a room, join, send, read, sync. A verb checks within its job on the writer
-# thread, so that what it saw is still true when it is stored. Spec:
-# Client-Server API. Does not know HTTP; asks an application service only through
-# the function that it is given.
+# thread (@job: it is one from beginning to end), so that what it saw is still
+# true when it is stored. Spec: Client-Server API. Does not know HTTP; asks an
+# application service only through the function that it is given.
 #
 # In front stands what an application service meets: accounts, rooms, their
 # history, sync. From "Clients' data" on it is for the comfort of clients, and may
@@ -4798,6 +4798,20 @@ class Verbs:
 
     def __init__(self, world: World) -> None:
         self.world, self.store, self.clock = world, world.store, world.clock
+
+
+V = TypeVar("V", bound=Verbs)
+P = ParamSpec("P")                       # what a verb takes besides who is asking
+
+
+def job(verb: Callable[Concatenate[V, Tx, Who, P], T]) -> Callable[Concatenate[V, Who, P], T]:
+    """A verb that is a job from beginning to end: called without `tx`, it runs on the writer thread, and returns when what it has
+    done is durable. Refused, it has done nothing.
+    """
+    @functools.wraps(verb)
+    def call(self: V, who: Who, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        return self.store.write(lambda tx: verb(self, tx, who, *args, **kwargs), who.token)
+    return call
 
 
 def existing(found: T | None, error: str) -> T:
@@ -4955,20 +4969,18 @@ class Accounts(Verbs):
                     tx.delete_device(who.user_id, device_id)
         self.store.write(job, who.token)
 
-    def deactivate(self, who: Who) -> None:
+    @job
+    def deactivate(self, tx: Tx, who: Who) -> None:
         """Ends an account for good: it leaves its rooms, and what belongs to it alone goes. Its name stays taken."""
         if who.appservice and who.user_id == who.appservice.sender(self.world.name):
             raise forbidden(f"{who.user_id} is the application service's own user, without which it could do nothing; "
                             "to deactivate one of its ghosts, name it in user_id=")
-
-        def job(tx: Tx) -> None:
-            for _, room_id, membership, _, _ in tx.memberships_of(who.user_id):
-                room = tx.room(room_id)
-                if room and membership in ("join", "invite", "knock"):
-                    draft = Draft("m.room.member", who.user_id, {"membership": "leave"}, who.user_id)
-                    tx.append(room, draft, self.clock.now())
-            tx.deactivate(who.user_id)
-        self.store.write(job, who.token)
+        for _, room_id, membership, _, _ in tx.memberships_of(who.user_id):
+            room = tx.room(room_id)
+            if room and membership in ("join", "invite", "knock"):
+                draft = Draft("m.room.member", who.user_id, {"membership": "leave"}, who.user_id)
+                tx.append(room, draft, self.clock.now())
+        tx.deactivate(who.user_id)
 
     def logout(self, who: Who) -> None:
         if who.device_id:
@@ -4996,23 +5008,21 @@ class Accounts(Verbs):
         return {"device_id": row[0], "display_name": row[1] or "", "last_seen_ts": row[2], "last_seen_ip": row[3],
                 "user_id": who.user_id}
 
-    def set_device(self, who: Who, device_id: str, display_name: str | None) -> bool:
+    @job
+    def set_device(self, tx: Tx, who: Who, device_id: str, display_name: str | None) -> bool:
         """Names a device. An application service creates one so, if there is none (Device management); whether it did."""
-        def job(tx: Tx) -> bool:
-            if who.appservice and not tx.device(who.user_id, device_id):
-                tx.add_device(who.user_id, device_id, display_name, self.clock.now())
-                return True
-            self._row(tx, who, device_id)
-            if display_name is not None:
-                tx.rename_device(who.user_id, device_id, display_name)
-            return False
-        return self.store.write(job, who.token)
+        if who.appservice and not tx.device(who.user_id, device_id):
+            tx.add_device(who.user_id, device_id, display_name, self.clock.now())
+            return True
+        self._row(tx, who, device_id)
+        if display_name is not None:
+            tx.rename_device(who.user_id, device_id, display_name)
+        return False
 
-    def delete_devices(self, who: Who, device_ids: Sequence[str]) -> None:
-        def job(tx: Tx) -> None:
-            for device_id in {*device_ids} & {row[0] for row in tx.devices(who.user_id)}:
-                tx.delete_device(who.user_id, device_id)
-        self.store.write(job, who.token)
+    @job
+    def delete_devices(self, tx: Tx, who: Who, device_ids: Sequence[str]) -> None:
+        for device_id in {*device_ids} & {row[0] for row in tx.devices(who.user_id)}:
+            tx.delete_device(who.user_id, device_id)
 
     # -- profiles
 
@@ -5022,21 +5032,19 @@ class Accounts(Verbs):
         _, _, displayname, avatar_url, _ = existing(found, f"there is no user {shorten(user_id)}")
         return without_none({"displayname": displayname, "avatar_url": avatar_url})
 
-    def set_profile(self, who: Who, user_id: str, key: str, value: str | None) -> None:
+    @job
+    def set_profile(self, tx: Tx, who: Who, user_id: str, key: str, value: str | None) -> None:
         """Changes the profile and with it the member events of the rooms that the user is in."""
         if who.user_id != user_id:
             raise forbidden(f"{who.user_id} can't change the profile of {shorten(user_id)}")
         check_length(key, value, MAX_PROFILE[key])
-
-        def job(tx: Tx) -> None:
-            tx.set_profile(user_id, key, value)
-            for room in tx.joined_rooms(user_id):
-                before = room.content("m.room.member", user_id)
-                content = without_none({**before, key: value})
-                draft = Draft("m.room.member", user_id, content, user_id)
-                if content != before and is_allowed(room, draft):   # where the rules let nobody join any more, the old name stays
-                    tx.append(room, draft, self.clock.now())
-        self.store.write(job, who.token)
+        tx.set_profile(user_id, key, value)
+        for room in tx.joined_rooms(user_id):
+            before = room.content("m.room.member", user_id)
+            content = without_none({**before, key: value})
+            draft = Draft("m.room.member", user_id, content, user_id)
+            if content != before and is_allowed(room, draft):   # where the rules let nobody join any more, the old name stays
+                tx.append(room, draft, self.clock.now())
 
 
 # -- What may be seen of a room (Room history visibility; Leaving rooms). Who reads or answers in a room does so through these.
@@ -5172,11 +5180,10 @@ class Aliases(Verbs):
                 raise not_in(who.user_id, room_id)
             return reader.aliases_of(view.room)
 
-    def add(self, who: Who, alias: str, room_id: str) -> None:
-        def job(tx: Tx) -> None:
-            found = tx.room(room_id) if who.appservice else None     # to any room
-            self.put(tx, who, alias, found or room_for(tx, who, room_id, joined=True), "M_UNKNOWN")
-        self.store.write(job, who.token)
+    @job
+    def add(self, tx: Tx, who: Who, alias: str, room_id: str) -> None:
+        found = tx.room(room_id) if who.appservice else None     # to any room
+        self.put(tx, who, alias, found or room_for(tx, who, room_id, joined=True), "M_UNKNOWN")
 
     def put(self, tx: Tx, who: Who, alias: str, room: Room, taken: str) -> None:
         """The same within a job. `taken`: the errcode for one that exists already."""
@@ -5186,18 +5193,16 @@ class Aliases(Verbs):
             raise MatrixError(taken, f"the alias {alias} exists already", 409 if taken == "M_UNKNOWN" else None)
         tx.add_alias(alias, room, who.user_id)
 
-    def delete(self, who: Who, alias: str) -> None:
+    @job
+    def delete(self, tx: Tx, who: Who, alias: str) -> None:
         """By who made it, by who may change the canonical alias, or by the application service that claims it."""
         check_id("#", alias)
-
-        def job(tx: Tx) -> None:
-            self.world.registrations.check_may_create("aliases", alias, who.appservice)
-            room_id, creator = existing(tx.alias(alias), f"there is no room alias {shorten(alias)}")
-            room = cast(Room, tx.room(room_id))
-            if not (who.appservice or creator == who.user_id or may_name(room, who.user_id)):
-                raise forbidden(f"{alias} may be deleted by who made it, or by who may change the canonical alias of its room")
-            tx.delete_alias(alias, room)
-        self.store.write(job, who.token)
+        self.world.registrations.check_may_create("aliases", alias, who.appservice)
+        room_id, creator = existing(tx.alias(alias), f"there is no room alias {shorten(alias)}")
+        room = cast(Room, tx.room(room_id))
+        if not (who.appservice or creator == who.user_id or may_name(room, who.user_id)):
+            raise forbidden(f"{alias} may be deleted by who made it, or by who may change the canonical alias of its room")
+        tx.delete_alias(alias, room)
 
     @staticmethod
     def check_content(tx: Tx, room: Room, content: JsonObject) -> None:
@@ -5423,24 +5428,22 @@ class Rooms(Verbs):
         refusal = MatrixError("M_BAD_STATE", f"{shorten(user_id)} is not banned")
         self.set_membership(who, room_id, user_id, "leave", extra, ("ban",), refusal)
 
-    def set_membership(self, who: Who, room_id: str, user_id: str, membership: str, extra: JsonObject | None = None,
+    @job
+    def set_membership(self, tx: Tx, who: Who, room_id: str, user_id: str, membership: str, extra: JsonObject | None = None,
                        only: Sequence[str] = (), refusal: MatrixError | None = None) -> None:
         """invite, leave (oneself or another), ban. `refusal`: for whom the membership is not one of `only` now."""
-        def job(tx: Tx) -> None:
-            room = room_for(tx, who, room_id, joined=user_id != who.user_id)
-            if refusal and room.membership(user_id) not in only:
-                raise refusal
-            self._change_state(tx, room, self._member(tx, who, user_id, membership, extra))
-        self.store.write(job, who.token)
+        room = room_for(tx, who, room_id, joined=user_id != who.user_id)
+        if refusal and room.membership(user_id) not in only:
+            raise refusal
+        self._change_state(tx, room, self._member(tx, who, user_id, membership, extra))
 
-    def forget(self, who: Who, room_id: str) -> None:
-        def job(tx: Tx) -> None:
-            room = tx.room(room_id)                          # of a room that there is not, there is nothing to forget
-            if room and room.membership(who.user_id) not in ("leave", "ban"):
-                raise MatrixError("M_UNKNOWN", f"{who.user_id} is still in the room; leave it first", 400)
-            if room:
-                tx.forget_room(who.user_id, room.n)
-        self.store.write(job, who.token)
+    @job
+    def forget(self, tx: Tx, who: Who, room_id: str) -> None:
+        room = tx.room(room_id)                              # of a room that there is not, there is nothing to forget
+        if room and room.membership(who.user_id) not in ("leave", "ban"):
+            raise MatrixError("M_UNKNOWN", f"{who.user_id} is still in the room; leave it first", 400)
+        if room:
+            tx.forget_room(who.user_id, room.n)
 
     def joined(self, who: Who) -> list[str]:
         with self.store.read() as reader:
@@ -6009,18 +6012,17 @@ class ClientData(Verbs):
         content = json.loads(reader.account_data(who.user_id, room_id, "m.tag") or "{}")
         return content if isinstance(content.get("tags"), dict) else {**content, "tags": {}}
 
-    def set_tag(self, who: Who, room_id: str, tag: str, content: JsonObject | None) -> None:
+    @job
+    def set_tag(self, tx: Tx, who: Who, room_id: str, tag: str, content: JsonObject | None) -> None:
         """Sets a tag on a room, or takes it off with content None."""
-        def job(tx: Tx) -> None:
-            tags = self._tags(tx, who, room_id)
-            tags["tags"].pop(tag, None)
-            if content is not None:
-                tags["tags"][tag] = content
-            text = to_json(tags)
-            if content is not None and len(text) > MAX_TAGS_BYTES:
-                raise MatrixError("M_TOO_LARGE", f"all tags of a room may have {MAX_TAGS_BYTES} bytes at most")
-            tx.set_account_data(who.user_id, room_id, "m.tag", text)
-        self.store.write(job, who.token)
+        tags = self._tags(tx, who, room_id)
+        tags["tags"].pop(tag, None)
+        if content is not None:
+            tags["tags"][tag] = content
+        text = to_json(tags)
+        if content is not None and len(text) > MAX_TAGS_BYTES:
+            raise MatrixError("M_TOO_LARGE", f"all tags of a room may have {MAX_TAGS_BYTES} bytes at most")
+        tx.set_account_data(who.user_id, room_id, "m.tag", text)
 
     def add_filter(self, who: Who, content: JsonObject) -> str:
         return str(self.store.write(lambda tx: tx.add_filter(who.user_id, to_json(content)), who.token))
@@ -6092,25 +6094,23 @@ class Directory(Verbs):
             raise MatrixError("M_NOT_FOUND", f"there is no room {shorten(room_id)} in the directory")
         return bool(row.published)
 
-    def publish(self, who: Who, room_id: str, published: bool) -> None:
-        def job(tx: Tx) -> None:
-            room = tx.room(room_id)
-            if not room or not room.knows(who.user_id):
-                raise MatrixError("M_NOT_FOUND", f"there is no room {shorten(room_id)} that {who.user_id} is in")
-            if not may_name(room, who.user_id):
-                needed = room.needed_to_send("m.room.canonical_alias", True)
-                raise forbidden(f"to list the room in the directory, {who.user_id} must be in it with power {needed}")
-            tx.publish_room(room, published)
-        self.store.write(job, who.token)
+    @job
+    def publish(self, tx: Tx, who: Who, room_id: str, published: bool) -> None:
+        room = tx.room(room_id)
+        if not room or not room.knows(who.user_id):
+            raise MatrixError("M_NOT_FOUND", f"there is no room {shorten(room_id)} that {who.user_id} is in")
+        if not may_name(room, who.user_id):
+            needed = room.needed_to_send("m.room.canonical_alias", True)
+            raise forbidden(f"to list the room in the directory, {who.user_id} must be in it with power {needed}")
+        tx.publish_room(room, published)
 
-    def publish_in_network(self, who: Who, network: str, room_id: str, published: bool) -> None:
+    @job
+    def publish_in_network(self, tx: Tx, who: Who, network: str, room_id: str, published: bool) -> None:
         """Lists the room in the directory of a third-party network of the application service, or takes it off."""
-        def job(tx: Tx) -> None:
-            room = tx.room(room_id)
-            if not room or not who.appservice:
-                raise MatrixError("M_NOT_FOUND", f"there is no room {shorten(room_id)}")
-            tx.publish_in_network(who.appservice.id, network, room, published)
-        self.store.write(job)
+        room = tx.room(room_id)
+        if not room or not who.appservice:
+            raise MatrixError("M_NOT_FOUND", f"there is no room {shorten(room_id)}")
+        tx.publish_in_network(who.appservice.id, network, room, published)
 
     def public(self, offset: int, limit: int, search: str = "", room_types: Sequence[str | None] = (),
                network: str | None = "") -> JsonObject:
@@ -6268,7 +6268,8 @@ def receipts_event(receipts: Sequence[Any], user_id: str) -> JsonObject | None:
 class Receipts(Verbs):
     """Up to where each user has read."""
 
-    def add(self, who: Who, room_id: str, types: Mapping[str, str], thread_id: str = "") -> None:
+    @job
+    def add(self, tx: Tx, who: Who, room_id: str, types: Mapping[str, str], thread_id: str = "") -> None:
         """`types`: m.read or m.read.private → the event that was read; m.fully_read becomes account data.
 
         `thread_id`: "main", the event ID of a thread's root, or "": the receipt is for all threads.
@@ -6280,15 +6281,12 @@ class Receipts(Verbs):
                 raise MatrixError("M_INVALID_PARAM", "m.fully_read is for the whole room and takes no thread_id")
             if event_id[:1] != "$" or len(event_id.encode()) > MAX_ID_BYTES:
                 raise MatrixError("M_INVALID_PARAM", f"{shorten(event_id)!r} is no event ID")
-
-        def job(tx: Tx) -> None:
-            room = room_for(tx, who, room_id, joined=True)
-            for type, event_id in types.items():
-                if type == "m.fully_read":
-                    tx.set_account_data(who.user_id, room_id, type, to_json({"event_id": event_id}))
-                else:
-                    self._add(tx, room, who.user_id, type, event_id, thread_id)
-        self.store.write(job, who.token)
+        room = room_for(tx, who, room_id, joined=True)
+        for type, event_id in types.items():
+            if type == "m.fully_read":
+                tx.set_account_data(who.user_id, room_id, type, to_json({"event_id": event_id}))
+            else:
+                self._add(tx, room, who.user_id, type, event_id, thread_id)
 
     def _add(self, tx: Tx, room: Room, user_id: str, type: str, event_id: str, thread_id: str) -> None:
         """Moves forward only, so that a device that lags behind does not make unread again what another has read. What is
@@ -6581,15 +6579,14 @@ class Media(Verbs):
         """A URI whose content comes later (asynchronous upload), by the same user and within a day."""
         return {"content_uri": self.upload(who, None, "", None), "unused_expires_at": self.clock.now() + UNUSED_MEDIA_MS}
 
-    def fill(self, who: Who, server_name: str, media_id: str, content: bytes, content_type: str, filename: str | None) -> None:
-        def job(tx: Tx) -> None:
-            _, _, known, owner, created_ts = self._row(tx, server_name, media_id, self.clock.now() - UNUSED_MEDIA_MS)
-            if owner != who.user_id:
-                raise forbidden(f"the URI was made by somebody else than {who.user_id}")
-            if known is not None:
-                raise MatrixError("M_CANNOT_OVERWRITE_MEDIA", "this has its content already; make another URI")
-            tx.put_media(media_id, content_type, filename, who.user_id, created_ts, content)
-        self.store.write(job, who.token)
+    @job
+    def fill(self, tx: Tx, who: Who, server_name: str, media_id: str, content: bytes, content_type: str, filename: str | None) -> None:
+        _, _, known, owner, created_ts = self._row(tx, server_name, media_id, self.clock.now() - UNUSED_MEDIA_MS)
+        if owner != who.user_id:
+            raise forbidden(f"the URI was made by somebody else than {who.user_id}")
+        if known is not None:
+            raise MatrixError("M_CANNOT_OVERWRITE_MEDIA", "this has its content already; make another URI")
+        tx.put_media(media_id, content_type, filename, who.user_id, created_ts, content)
 
     def _row(self, reader: Reader, server_name: str, media_id: str, since: int = 0) -> Any:
         """(content_type, filename, content, user_id, created_ts); M_NOT_FOUND, also if it has been empty since before `since`."""
@@ -6642,26 +6639,24 @@ class Keys(Verbs):
 
     # -- of one device
 
-    def upload(self, who: Who, device_keys: JsonObject, one_time: JsonObject, fallback: JsonObject) -> dict[str, int]:
+    @job
+    def upload(self, tx: Tx, who: Who, device_keys: JsonObject, one_time: JsonObject, fallback: JsonObject) -> dict[str, int]:
         """Publishes keys of the asking device; the number of its one-time keys by algorithm."""
         user_id, device_id = who.user_id, self._check_upload(who, device_keys, {**one_time, **fallback})
-
-        def job(tx: Tx) -> dict[str, int]:
-            if not tx.device(user_id, device_id):
-                raise MatrixError("M_UNKNOWN_DEVICE", f"{user_id} has no device {shorten(device_id)} any more")
-            known = tx.device_keys(user_id, device_id)
-            if device_keys and (known is None or json.loads(known) != device_keys):
-                tx.put_device_keys(user_id, device_id, to_json(device_keys))
-            for key_id, key in one_time.items():
-                known = tx.one_time_key(user_id, device_id, key_id)
-                if known is None:
-                    tx.put_one_time_key(user_id, device_id, key_id, to_json(key))
-                elif json.loads(known) != key:
-                    raise MatrixError("M_INVALID_PARAM", f"One time key {shorten(key_id)} already exists, and is another")
-            for key_id, key in fallback.items():
-                tx.put_fallback_key(user_id, device_id, key_id, to_json(key))
-            return tx.one_time_counts(user_id, device_id)
-        return self.store.write(job, who.token)
+        if not tx.device(user_id, device_id):
+            raise MatrixError("M_UNKNOWN_DEVICE", f"{user_id} has no device {shorten(device_id)} any more")
+        known = tx.device_keys(user_id, device_id)
+        if device_keys and (known is None or json.loads(known) != device_keys):
+            tx.put_device_keys(user_id, device_id, to_json(device_keys))
+        for key_id, key in one_time.items():
+            known = tx.one_time_key(user_id, device_id, key_id)
+            if known is None:
+                tx.put_one_time_key(user_id, device_id, key_id, to_json(key))
+            elif json.loads(known) != key:
+                raise MatrixError("M_INVALID_PARAM", f"One time key {shorten(key_id)} already exists, and is another")
+        for key_id, key in fallback.items():
+            tx.put_fallback_key(user_id, device_id, key_id, to_json(key))
+        return tx.one_time_counts(user_id, device_id)
 
     @staticmethod
     def _check_upload(who: Who, device_keys: JsonObject, others: JsonObject) -> str:
@@ -6705,16 +6700,15 @@ class Keys(Verbs):
             signatures.setdefault(signer, {})[key_id] = signature
         return {**key, "signatures": signatures}
 
-    def claim(self, who: Who, wanted: Mapping[str, JsonObject]) -> JsonObject:
+    @job
+    def claim(self, tx: Tx, who: Who, wanted: Mapping[str, JsonObject]) -> JsonObject:
         """One key of each device, {user: {device: algorithm}}; each one-time key goes out once, then the fallback key."""
-        def job(tx: Tx) -> JsonObject:
-            found: dict[str, dict[str, JsonObject]] = {}
-            for user_id, devices in wanted.items():
-                for device_id in devices:
-                    if key := tx.claim_key(user_id, device_id, field(devices, device_id, str)):
-                        found.setdefault(user_id, {})[device_id] = {key[0]: Raw(key[1])}
-            return found
-        return {"one_time_keys": self.store.write(job, who.token), "failures": {}}
+        found: dict[str, dict[str, JsonObject]] = {}
+        for user_id, devices in wanted.items():
+            for device_id in devices:
+                if key := tx.claim_key(user_id, device_id, field(devices, device_id, str)):
+                    found.setdefault(user_id, {})[device_id] = {key[0]: Raw(key[1])}
+        return {"one_time_keys": found, "failures": {}}
 
     # -- cross-signing
 
@@ -6738,32 +6732,30 @@ class Keys(Verbs):
     def _replaces(keys: Mapping[str, JsonObject], known: Mapping[str, JsonObject]) -> bool:
         return "master" in known and any(bare(known.get(usage, {})) != bare(key) for usage, key in keys.items())
 
-    def upload_cross_signing(self, who: Who, keys: Mapping[str, JsonObject], confirmed: bool) -> None:
-        def job(tx: Tx) -> None:
-            known = tx.cross_signing(who.user_id)
-            if self._replaces(keys, known) and not confirmed:
-                raise forbidden("other cross-signing keys have been uploaded meanwhile; try again, and confirm that these replace them")
-            if "master" in keys and bare(keys["master"]) != bare(known.get("master", {})):
-                tx.delete_cross_signing(who.user_id)         # what the old one has signed is worth nothing now
-            for usage, key in keys.items():
-                tx.put_cross_signing(who.user_id, usage, to_json(key))
-            tx.keys_changed(who.user_id)
-        self.store.write(job, who.token)
+    @job
+    def upload_cross_signing(self, tx: Tx, who: Who, keys: Mapping[str, JsonObject], confirmed: bool) -> None:
+        known = tx.cross_signing(who.user_id)
+        if self._replaces(keys, known) and not confirmed:
+            raise forbidden("other cross-signing keys have been uploaded meanwhile; try again, and confirm that these replace them")
+        if "master" in keys and bare(keys["master"]) != bare(known.get("master", {})):
+            tx.delete_cross_signing(who.user_id)             # what the old one has signed is worth nothing now
+        for usage, key in keys.items():
+            tx.put_cross_signing(who.user_id, usage, to_json(key))
+        tx.keys_changed(who.user_id)
 
-    def upload_signatures(self, who: Who, signed: Mapping[str, JsonObject]) -> JsonObject:
+    @job
+    def upload_signatures(self, tx: Tx, who: Who, signed: Mapping[str, JsonObject]) -> JsonObject:
         """Adds the asking user's signatures, {user: {device or public key: signed object}}; the failures."""
-        def job(tx: Tx) -> JsonObject:
-            failures: JsonObject = {}
-            for user_id, keys in signed.items():
-                for name in keys:
-                    try:
-                        self._add_signatures(tx, who, user_id, name, field(keys, name, dict))
-                    except MatrixError as error:
-                        failures.setdefault(user_id, {})[name] = error.body()
-            if signed.get(who.user_id, {}).keys() - failures.get(who.user_id, {}).keys():
-                tx.keys_changed(who.user_id)
-            return failures
-        return {"failures": self.store.write(job, who.token)}
+        failures: JsonObject = {}
+        for user_id, keys in signed.items():
+            for name in keys:
+                try:
+                    self._add_signatures(tx, who, user_id, name, field(keys, name, dict))
+                except MatrixError as error:
+                    failures.setdefault(user_id, {})[name] = error.body()
+        if signed.get(who.user_id, {}).keys() - failures.get(who.user_id, {}).keys():
+            tx.keys_changed(who.user_id)
+        return {"failures": failures}
 
     @staticmethod
     def _add_signatures(tx: Tx, who: Who, user_id: str, name: str, key: JsonObject) -> None:
@@ -6785,23 +6777,21 @@ class Keys(Verbs):
 
     # -- messages
 
-    def send_to_device(self, who: Who, type: str, txn_id: str, messages: Mapping[str, JsonObject]) -> None:
+    @job
+    def send_to_device(self, tx: Tx, who: Who, type: str, txn_id: str, messages: Mapping[str, JsonObject]) -> None:
         """Leaves messages for devices, {user: {device or '*': content}}; once for each client transaction ID. For a
         device that does not exist: nothing.
         """
         for contents in messages.values():
             for device_id in contents:
                 field(contents, device_id, dict)
-
-        def job(tx: Tx) -> None:
-            if not tx.first_to_device(who.user_id, who.device_id or "", type, txn_id, self.clock.now()):
-                return
-            for user_id, contents in messages.items():
-                for device_id in [row[0] for row in tx.devices(user_id)]:
-                    content = contents.get(device_id, contents.get("*"))
-                    if content is not None:
-                        tx.add_to_device(user_id, device_id, {"type": type, "sender": who.user_id, "content": content})
-        self.store.write(job, who.token)
+        if not tx.first_to_device(who.user_id, who.device_id or "", type, txn_id, self.clock.now()):
+            return
+        for user_id, contents in messages.items():
+            for device_id in [row[0] for row in tx.devices(user_id)]:
+                content = contents.get(device_id, contents.get("*"))
+                if content is not None:
+                    tx.add_to_device(user_id, device_id, {"type": type, "sender": who.user_id, "content": content})
 
 
 class Backups(Verbs):
@@ -6827,39 +6817,36 @@ class Backups(Verbs):
     def _size(row: Any) -> JsonObject:
         return {"etag": str(row[3]), "count": row[4]}
 
-    def update(self, who: Who, version: str, algorithm: str, auth_data: JsonObject) -> None:
-        def job(tx: Tx) -> None:
-            row = self._find(tx, who, version)
-            if row[1] != algorithm:
-                raise MatrixError("M_INVALID_PARAM", f"the algorithm of this backup is {row[1]} and can't be changed")
-            tx.set_backup_auth(row[0], to_json(auth_data))
-        self.store.write(job, who.token)
+    @job
+    def update(self, tx: Tx, who: Who, version: str, algorithm: str, auth_data: JsonObject) -> None:
+        row = self._find(tx, who, version)
+        if row[1] != algorithm:
+            raise MatrixError("M_INVALID_PARAM", f"the algorithm of this backup is {row[1]} and can't be changed")
+        tx.set_backup_auth(row[0], to_json(auth_data))
 
     def delete(self, who: Who, version: str) -> None:
         self.store.write(lambda tx: tx.delete_backup(self._find(tx, who, version)[0]), who.token)
 
-    def put_keys(self, who: Who, version: str, rooms: Mapping[str, Mapping[str, JsonObject]]) -> JsonObject:
+    @job
+    def put_keys(self, tx: Tx, who: Who, version: str, rooms: Mapping[str, Mapping[str, JsonObject]]) -> JsonObject:
         """Adds keys, {room: {session: key}}, to the last backup. One that is there stays, unless the new one is better."""
         keys = [(room_id, session_id, key) for room_id, sessions in rooms.items() for session_id, key in sessions.items()]
         for _, _, key in keys:
             self._quality(key)
             field(key, "session_data", dict)
-
-        def job(tx: Tx) -> JsonObject:
-            row, last = self._find(tx, who, version), self._find(tx, who, None)
-            if row != last:
-                raise MatrixError("M_WRONG_ROOM_KEYS_VERSION", f"the backup to write to is version {last[0]}, not "
-                                  f"{shorten(version)}", current_version=str(last[0]))
-            changed = False
-            for room_id, session_id, key in keys:
-                known = tx.backup_keys(last[0], room_id, session_id)
-                if not known or self._quality(key) < self._quality(json.loads(known[0][2])):
-                    tx.put_backup_key(last[0], room_id, session_id, to_json(key))
-                    changed = True
-            if changed:
-                tx.backup_changed(last[0])
-            return self._size(self._find(tx, who, version))
-        return self.store.write(job, who.token)
+        row, last = self._find(tx, who, version), self._find(tx, who, None)
+        if row != last:
+            raise MatrixError("M_WRONG_ROOM_KEYS_VERSION", f"the backup to write to is version {last[0]}, not "
+                              f"{shorten(version)}", current_version=str(last[0]))
+        changed = False
+        for room_id, session_id, key in keys:
+            known = tx.backup_keys(last[0], room_id, session_id)
+            if not known or self._quality(key) < self._quality(json.loads(known[0][2])):
+                tx.put_backup_key(last[0], room_id, session_id, to_json(key))
+                changed = True
+        if changed:
+            tx.backup_changed(last[0])
+        return self._size(self._find(tx, who, version))
 
     @staticmethod
     def _quality(key: JsonObject) -> tuple[bool, int, int]:
@@ -6874,13 +6861,12 @@ class Backups(Verbs):
                 found.setdefault(room, {})[session] = Raw(text)
         return found
 
-    def delete_keys(self, who: Who, version: str, room_id: str | None, session_id: str | None) -> JsonObject:
-        def job(tx: Tx) -> JsonObject:
-            n = self._find(tx, who, version)[0]
-            if tx.delete_backup_keys(n, room_id, session_id):
-                tx.backup_changed(n)
-            return self._size(self._find(tx, who, version))
-        return self.store.write(job, who.token)
+    @job
+    def delete_keys(self, tx: Tx, who: Who, version: str, room_id: str | None, session_id: str | None) -> JsonObject:
+        n = self._find(tx, who, version)[0]
+        if tx.delete_backup_keys(n, room_id, session_id):
+            tx.backup_changed(n)
+        return self._size(self._find(tx, who, version))
 
 
 # -- Push rules: which events notify whom (Push Notifications). For clients.
@@ -6993,15 +6979,14 @@ class Notifications(Verbs):
         """`part`: the rule's new `enabled` or `actions`."""
         self._change(who, lambda content: self._rule(content, kind, id).update(part))
 
-    def _change(self, who: Who, change: Callable[[JsonObject], object]) -> None:
-        def job(tx: Tx) -> None:
-            content = json.loads(push_rules(tx, who.user_id))
-            change(content)
-            text = to_json(content)
-            if len(text.encode()) > MAX_RULES_BYTES:
-                raise MatrixError("M_TOO_LARGE", f"all push rules together may have {MAX_RULES_BYTES} bytes at most")
-            tx.set_account_data(who.user_id, "", "m.push_rules", text)
-        self.store.write(job, who.token)
+    @job
+    def _change(self, tx: Tx, who: Who, change: Callable[[JsonObject], object]) -> None:
+        content = json.loads(push_rules(tx, who.user_id))
+        change(content)
+        text = to_json(content)
+        if len(text.encode()) > MAX_RULES_BYTES:
+            raise MatrixError("M_TOO_LARGE", f"all push rules together may have {MAX_RULES_BYTES} bytes at most")
+        tx.set_account_data(who.user_id, "", "m.push_rules", text)
 
 
 # -- What is unread, by these rules (Receiving notifications). A user's rules are made ready once and held against every event
