@@ -4695,8 +4695,8 @@ ECHO_SECONDS = 0.005             # how long one's own relation waits for the ans
 OFFLINE_SECONDS = 30.0           # after the last /sync has ended
 UNAVAILABLE_SECONDS = 300.0      # without doing anything: from online to unavailable
 # Media and keys
-MAX_UPLOADS = 4                  # of one user at the same time,
-SMALL_UPLOAD = 1_048_576         # but those of so many bytes don't count
+MAX_UPLOADS = 4                  # of one user at the same time, for they are in memory meanwhile;
+SMALL_UPLOAD = 1_048_576         # of which those of so many bytes or fewer don't count
 UNUSED_MEDIA_MS = DAY_MS         # how long a URI waits for its content
 MAX_SIGNATURES = 50              # of one user on one key
 # Push rules, and what is unread
@@ -4921,16 +4921,12 @@ class Accounts(Verbs):
         """A session of its own for a user of an application service (m.login.application_service)."""
         user_id = self.full_id(user)
         self.world.registrations.check_claims(registration, "users", user_id, "M_EXCLUSIVE")
-
-        def job(tx: Tx) -> JsonObject:
-            if not tx.user(user_id):
-                raise forbidden(f"{user_id} is not registered; register it first")
-            return self._new_session(tx, user_id, **device)
-        return self.store.write(job)
+        return self.store.write(lambda tx: self._new_session(tx, user_id, **device))
 
     def _new_session(self, tx: Tx, user_id: str, device_id: str | None = None, display_name: str | None = None,
                      ip: str | None = None) -> JsonObject:
-        self._active(tx, user_id)
+        if not self._active(tx, user_id):
+            raise forbidden(f"{user_id} is not registered; register it first")
         token, device_id = self.world.chance.text(user_id, 43), device_id or self.world.chance.text(user_id, 10).upper()
         tx.add_session(user_id, device_id, display_name, digest(token), self.clock.now(), ip)
         return {"user_id": user_id, "access_token": token, "device_id": device_id, "home_server": self.world.name}
