@@ -4659,13 +4659,13 @@ def create_schema(db: sqlite3.Connection, path: str, server_name: str) -> None:
 # ============================================================================
 # What users do, as verbs with plain values in and out: register, log in, create
 # a room, join, send, read, sync. A verb checks within its job on the writer
-# thread (@job: it is one from beginning to end), so that what it saw is still
-# true when it is stored. Spec: Client-Server API. Does not know HTTP; asks an
-# application service only through the function that it is given.
+# thread (@on_writer: it is one from beginning to end), so that what it saw is
+# still true when it is stored. Spec: Client-Server API. Does not know HTTP;
+# asks an application service only through the function that it is given.
 #
 # In front stands what an application service meets: accounts, rooms, their
-# history, sync. From "Clients' data" on it is for the comfort of clients, and may
-# be skipped at first reading.
+# history, sync. From "Clients' data" on it is for the comfort of clients, and
+# may be skipped at first reading.
 
 # -- Limits. Seconds, unless the name says MS or BYTES, or the line says what is counted.
 
@@ -4804,7 +4804,7 @@ V = TypeVar("V", bound=Verbs)
 P = ParamSpec("P")                       # what a verb takes besides who is asking
 
 
-def job(verb: Callable[Concatenate[V, Tx, Who, P], T]) -> Callable[Concatenate[V, Who, P], T]:
+def on_writer(verb: Callable[Concatenate[V, Tx, Who, P], T]) -> Callable[Concatenate[V, Who, P], T]:
     """A verb that is a job from beginning to end: called without `tx`, it runs on the writer thread, and returns when what it has
     done is durable. Refused, it has done nothing.
     """
@@ -4965,7 +4965,7 @@ class Accounts(Verbs):
                     tx.delete_device(who.user_id, device_id)
         self.store.write(job, who.token)
 
-    @job
+    @on_writer
     def deactivate(self, tx: Tx, who: Who) -> None:
         """Ends an account for good: it leaves its rooms, and what belongs to it alone goes. Its name stays taken."""
         if who.appservice and who.user_id == who.appservice.sender(self.world.name):
@@ -5004,7 +5004,7 @@ class Accounts(Verbs):
         return {"device_id": row[0], "display_name": row[1] or "", "last_seen_ts": row[2], "last_seen_ip": row[3],
                 "user_id": who.user_id}
 
-    @job
+    @on_writer
     def set_device(self, tx: Tx, who: Who, device_id: str, display_name: str | None) -> bool:
         """Names a device. An application service creates one so, if there is none (Device management); whether it did."""
         if who.appservice and not tx.device(who.user_id, device_id):
@@ -5015,7 +5015,7 @@ class Accounts(Verbs):
             tx.rename_device(who.user_id, device_id, display_name)
         return False
 
-    @job
+    @on_writer
     def delete_devices(self, tx: Tx, who: Who, device_ids: Sequence[str]) -> None:
         for device_id in {*device_ids} & {row[0] for row in tx.devices(who.user_id)}:
             tx.delete_device(who.user_id, device_id)
@@ -5028,7 +5028,7 @@ class Accounts(Verbs):
         _, _, displayname, avatar_url, _ = existing(found, f"there is no user {shorten(user_id)}")
         return without_none({"displayname": displayname, "avatar_url": avatar_url})
 
-    @job
+    @on_writer
     def set_profile(self, tx: Tx, who: Who, user_id: str, key: str, value: str | None) -> None:
         """Changes the profile and with it the member events of the rooms that the user is in."""
         if who.user_id != user_id:
@@ -5113,6 +5113,12 @@ def view_by(room: int, room_id: str, memberships: Sequence[tuple[int, str]], vis
     return View(room, room_id, membership, ranges, left[-1] if left else -1, memberships) if ranges else None
 
 
+def not_in(user_id: str, room_id: str) -> MatrixError:
+    """The same whether there is such a room or not, so that nobody finds out by asking."""
+    hint = "; that is an alias: GET /directory/room/{alias} says which room ID to write here" if room_id[:1] == "#" else ""
+    return forbidden(f"{user_id} is not in the room {shorten(room_id)}{hint}")
+
+
 def view_of(reader: Reader, user_id: str, room_id: str, errcode: str = "M_FORBIDDEN") -> View:
     """Refused with the errcode if there is nothing to see, or no such room: that makes no difference."""
     row = reader.room_row(room_id)
@@ -5145,14 +5151,7 @@ def room_for(tx: Tx, who: Who, room_id: str, joined: bool = False) -> Room:
     return room
 
 
-def not_in(user_id: str, room_id: str) -> MatrixError:
-    """The same whether there is such a room or not, so that nobody finds out by asking."""
-    hint = "; that is an alias: GET /directory/room/{alias} says which room ID to write here" if room_id[:1] == "#" else ""
-    return forbidden(f"{user_id} is not in the room {shorten(room_id)}{hint}")
-
-
-# -- Rooms: their aliases, how they begin, who comes and goes, what is sent (Room Aliases, Creation, Room membership, Sending
-# events to a room, Redactions). The rules of section 4 say what may happen.
+# -- Aliases: names for rooms (Room Aliases; AS: Querying).
 
 def may_name(room: Room, user_id: str) -> bool:
     """Whether the user may change the canonical alias, and so what names the room and lists it."""
@@ -5160,7 +5159,7 @@ def may_name(room: Room, user_id: str) -> bool:
 
 
 class Aliases(Verbs):
-    """Names for rooms. Those in an application service's namespace are its own affair."""
+    """Which room each alias points to. Those in an application service's namespace are its own affair."""
 
     def resolve(self, alias: str, by: Registration | None) -> str:
         """The room ID that an alias points to; an unknown one's application service is asked."""
@@ -5176,7 +5175,7 @@ class Aliases(Verbs):
                 raise not_in(who.user_id, room_id)
             return reader.aliases_of(view.room)
 
-    @job
+    @on_writer
     def add(self, tx: Tx, who: Who, alias: str, room_id: str) -> None:
         found = tx.room(room_id) if who.appservice else None     # to any room
         self.put(tx, who, alias, found or room_for(tx, who, room_id, joined=True), "M_UNKNOWN")
@@ -5189,7 +5188,7 @@ class Aliases(Verbs):
             raise MatrixError(taken, f"the alias {alias} exists already", 409 if taken == "M_UNKNOWN" else None)
         tx.add_alias(alias, room, who.user_id)
 
-    @job
+    @on_writer
     def delete(self, tx: Tx, who: Who, alias: str) -> None:
         """By who made it, by who may change the canonical alias, or by the application service that claims it."""
         check_id("#", alias)
@@ -5211,6 +5210,8 @@ class Aliases(Verbs):
                 if not row or row[0] != room.room_id:
                     raise MatrixError("M_BAD_ALIAS", f"{shorten(alias)} does not point to this room; create the alias first")
 
+
+# -- How a room begins (Creation).
 
 PRESETS = {  # preset: join_rule, history_visibility, guest_access
     "private_chat":         ("invite", "shared", "can_join"),
@@ -5295,8 +5296,11 @@ class RoomPlan:
         return levels
 
 
+# -- What happens in rooms: who comes and goes, what is sent (Room membership, Sending events to a room, Redactions). The rules
+# of section 4 say what may happen.
+
 class Rooms(Verbs):
-    """What happens in rooms."""
+    """Creating, membership, sending."""
 
     def __init__(self, world: World, aliases: Aliases) -> None:
         super().__init__(world)
@@ -5424,7 +5428,7 @@ class Rooms(Verbs):
         refusal = MatrixError("M_BAD_STATE", f"{shorten(user_id)} is not banned")
         self.set_membership(who, room_id, user_id, "leave", extra, ("ban",), refusal)
 
-    @job
+    @on_writer
     def set_membership(self, tx: Tx, who: Who, room_id: str, user_id: str, membership: str, extra: JsonObject | None = None,
                        only: Sequence[str] = (), refusal: MatrixError | None = None) -> None:
         """invite, leave (oneself or another), ban. `refusal`: for whom the membership is not one of `only` now."""
@@ -5433,7 +5437,7 @@ class Rooms(Verbs):
             raise refusal
         self._change_state(tx, room, self._member(tx, who, user_id, membership, extra))
 
-    @job
+    @on_writer
     def forget(self, tx: Tx, who: Who, room_id: str) -> None:
         room = tx.room(room_id)                              # of a room that there is not, there is nothing to forget
         if room and room.membership(who.user_id) not in ("leave", "ban"):
@@ -6008,7 +6012,7 @@ class ClientData(Verbs):
         content = json.loads(reader.account_data(who.user_id, room_id, "m.tag") or "{}")
         return content if isinstance(content.get("tags"), dict) else {**content, "tags": {}}
 
-    @job
+    @on_writer
     def set_tag(self, tx: Tx, who: Who, room_id: str, tag: str, content: JsonObject | None) -> None:
         """Sets a tag on a room, or takes it off with content None."""
         tags = self._tags(tx, who, room_id)
@@ -6090,7 +6094,7 @@ class Directory(Verbs):
             raise MatrixError("M_NOT_FOUND", f"there is no room {shorten(room_id)} in the directory")
         return bool(row.published)
 
-    @job
+    @on_writer
     def publish(self, tx: Tx, who: Who, room_id: str, published: bool) -> None:
         room = tx.room(room_id)
         if not room or not room.knows(who.user_id):
@@ -6100,7 +6104,7 @@ class Directory(Verbs):
             raise forbidden(f"to list the room in the directory, {who.user_id} must be in it with power {needed}")
         tx.publish_room(room, published)
 
-    @job
+    @on_writer
     def publish_in_network(self, tx: Tx, who: Who, network: str, room_id: str, published: bool) -> None:
         """Lists the room in the directory of a third-party network of the application service, or takes it off."""
         room = tx.room(room_id)
@@ -6241,8 +6245,8 @@ class Relations(Verbs):
         return without_none({"chunk": chunk, "next_batch": str(rows[limit - 1][1] - 1) if len(rows) > limit else None})
 
 
-# -- What passes: receipts; typing and presence, which are kept in memory only (Receipts, Read and unread markers, Typing
-# Notifications, Presence). Application services that want ephemeral data get it, too; else for clients.
+# -- Receipts: up to where each user has read (Receipts, Fully read markers). For clients, and for application services that want
+# ephemeral data.
 
 def in_thread(reader: Reader, tick: int, thread_id: str) -> bool:
     """Whether a receipt of this thread may name the event. The root and what relates to it are in both: main and thread."""
@@ -6264,7 +6268,7 @@ def receipts_event(receipts: Sequence[Any], user_id: str) -> JsonObject | None:
 class Receipts(Verbs):
     """Up to where each user has read."""
 
-    @job
+    @on_writer
     def add(self, tx: Tx, who: Who, room_id: str, types: Mapping[str, str], thread_id: str = "") -> None:
         """`types`: m.read or m.read.private → the event that was read; m.fully_read becomes account data.
 
@@ -6297,6 +6301,8 @@ class Receipts(Verbs):
             tx.add_receipt(room, type, user_id, thread_id, event_id, self.clock.now())
             (tx.wake_room(room) if type == "m.read" else tx.wake(user_id))
 
+
+# -- Typing and presence, kept in memory only (Typing Notifications, Presence). For the same.
 
 class Timer:
     """Does something when the next of some points of time has come, on a thread that is started when first needed."""
@@ -6575,7 +6581,7 @@ class Media(Verbs):
         """A URI whose content comes later (asynchronous upload), by the same user and within a day."""
         return {"content_uri": self.upload(who, None, "", None), "unused_expires_at": self.clock.now() + UNUSED_MEDIA_MS}
 
-    @job
+    @on_writer
     def fill(self, tx: Tx, who: Who, server_name: str, media_id: str, content: bytes, content_type: str, filename: str | None) -> None:
         _, _, known, owner, created_ts = self._row(tx, server_name, media_id, self.clock.now() - UNUSED_MEDIA_MS)
         if owner != who.user_id:
@@ -6608,8 +6614,8 @@ class Media(Verbs):
             self.store.waiters.leave(media_id, waiting)
 
 
-# -- Keys for end-to-end encryption, messages from device to device, and key backups (End-to-End Encryption, Send-to-Device
-# messaging, Server-side key backups). The homeserver only serves them and does not understand them. For clients.
+# -- Keys for end-to-end encryption, and messages from device to device (End-to-End Encryption, Send-to-Device messaging). The
+# homeserver only serves them and does not understand them. For clients.
 
 USAGES = ("master", "self_signing", "user_signing")
 
@@ -6635,7 +6641,7 @@ class Keys(Verbs):
 
     # -- of one device
 
-    @job
+    @on_writer
     def upload(self, tx: Tx, who: Who, device_keys: JsonObject, one_time: JsonObject, fallback: JsonObject) -> dict[str, int]:
         """Publishes keys of the asking device; the number of its one-time keys by algorithm."""
         user_id, device_id = who.user_id, self._check_upload(who, device_keys, {**one_time, **fallback})
@@ -6696,7 +6702,7 @@ class Keys(Verbs):
             signatures.setdefault(signer, {})[key_id] = signature
         return {**key, "signatures": signatures}
 
-    @job
+    @on_writer
     def claim(self, tx: Tx, who: Who, wanted: Mapping[str, JsonObject]) -> JsonObject:
         """One key of each device, {user: {device: algorithm}}; each one-time key goes out once, then the fallback key."""
         found: dict[str, dict[str, JsonObject]] = {}
@@ -6728,7 +6734,7 @@ class Keys(Verbs):
     def _replaces(keys: Mapping[str, JsonObject], known: Mapping[str, JsonObject]) -> bool:
         return "master" in known and any(bare(known.get(usage, {})) != bare(key) for usage, key in keys.items())
 
-    @job
+    @on_writer
     def upload_cross_signing(self, tx: Tx, who: Who, keys: Mapping[str, JsonObject], confirmed: bool) -> None:
         known = tx.cross_signing(who.user_id)
         if self._replaces(keys, known) and not confirmed:
@@ -6739,7 +6745,7 @@ class Keys(Verbs):
             tx.put_cross_signing(who.user_id, usage, to_json(key))
         tx.keys_changed(who.user_id)
 
-    @job
+    @on_writer
     def upload_signatures(self, tx: Tx, who: Who, signed: Mapping[str, JsonObject]) -> JsonObject:
         """Adds the asking user's signatures, {user: {device or public key: signed object}}; the failures."""
         failures: JsonObject = {}
@@ -6773,7 +6779,7 @@ class Keys(Verbs):
 
     # -- messages
 
-    @job
+    @on_writer
     def send_to_device(self, tx: Tx, who: Who, type: str, txn_id: str, messages: Mapping[str, JsonObject]) -> None:
         """Leaves messages for devices, {user: {device or '*': content}}; once for each client transaction ID. For a
         device that does not exist: nothing.
@@ -6789,6 +6795,8 @@ class Keys(Verbs):
                 if content is not None:
                     tx.add_to_device(user_id, device_id, {"type": type, "sender": who.user_id, "content": content})
 
+
+# -- Key backups (Server-side key backups). For clients.
 
 class Backups(Verbs):
     """Encrypted copies of room keys, for new devices of the same user. Each version has an etag, which changes with its keys."""
@@ -6813,7 +6821,7 @@ class Backups(Verbs):
     def _size(row: Any) -> JsonObject:
         return {"etag": str(row[3]), "count": row[4]}
 
-    @job
+    @on_writer
     def update(self, tx: Tx, who: Who, version: str, algorithm: str, auth_data: JsonObject) -> None:
         row = self._find(tx, who, version)
         if row[1] != algorithm:
@@ -6823,7 +6831,7 @@ class Backups(Verbs):
     def delete(self, who: Who, version: str) -> None:
         self.store.write(lambda tx: tx.delete_backup(self._find(tx, who, version)[0]), who.token)
 
-    @job
+    @on_writer
     def put_keys(self, tx: Tx, who: Who, version: str, rooms: Mapping[str, Mapping[str, JsonObject]]) -> JsonObject:
         """Adds keys, {room: {session: key}}, to the last backup. One that is there stays, unless the new one is better."""
         keys = [(room_id, session_id, key) for room_id, sessions in rooms.items() for session_id, key in sessions.items()]
@@ -6857,7 +6865,7 @@ class Backups(Verbs):
                 found.setdefault(room, {})[session] = Raw(text)
         return found
 
-    @job
+    @on_writer
     def delete_keys(self, tx: Tx, who: Who, version: str, room_id: str | None, session_id: str | None) -> JsonObject:
         n = self._find(tx, who, version)[0]
         if tx.delete_backup_keys(n, room_id, session_id):
@@ -6975,7 +6983,7 @@ class Notifications(Verbs):
         """`part`: the rule's new `enabled` or `actions`."""
         self._change(who, lambda content: self._rule(content, kind, id).update(part))
 
-    @job
+    @on_writer
     def _change(self, tx: Tx, who: Who, change: Callable[[JsonObject], object]) -> None:
         content = json.loads(push_rules(tx, who.user_id))
         change(content)
