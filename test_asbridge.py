@@ -14117,8 +14117,8 @@ def python_of_the_readme(start, old="http://127.0.0.1:29300", new=None):
     """What the README's Python block that has this in it defines, fixtures as context managers, when `new` stands for `old` in it."""
     code = next(block for block in re.findall(r"```python\n(.*?)```", readme(), re.S) if start in block)
     assert old in code
-    names = {"asbridge": asbridge, "pytest": unittest.mock.Mock(fixture=contextlib.contextmanager)}
-    with unittest.mock.patch.dict(sys.modules, pytest=names["pytest"]):
+    names = {}
+    with unittest.mock.patch.dict(sys.modules, pytest=unittest.mock.Mock(fixture=contextlib.contextmanager)):
         exec(compile(code.replace(old, new or f"http://127.0.0.1:{closed_port()}"), "README.md", "exec"), names)
     return names
 
@@ -14130,16 +14130,6 @@ def test_the_bridge_in_the_readme_has_the_bug_that_its_test_shows_and_the_cure_c
     cured = python_of_the_readme("class Greeter", '"hello yourself")\n\n@', '"hello yourself", txn_id=event["event_id"])\n\n@')
     with cured["hs"]() as hs:
         cured["test_it_greets_once_even_if_it_dies_before_its_answer_arrives"](hs)
-
-
-def test_the_fixture_in_the_readme_is_for_a_bridge_that_runs_by_itself(tmp_path, monkeypatch):
-    lesson = python_of_the_readme("class Greeter")
-    (tmp_path / "registration.json").write_text(json.dumps(lesson["REGISTRATION"]))
-    monkeypatch.chdir(tmp_path)
-    with python_of_the_readme("port=8008) as hs", "port=8008", "port=0")["hs"]() as hs, lesson["running"](hs):
-        alice = hs.client("alice")
-        alice.say(alice.join("#greeter_hall:localhost"), "hello")
-        hs.wait_for(sender="@greeter_bot:localhost", body="hello yourself")
 
 
 def test_the_bridge_of_ten_lines_in_the_readme_passes_what_is_said_both_ways(tmp_path, monkeypatch, capsys):
