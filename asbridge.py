@@ -3063,7 +3063,6 @@ EVENT_TABLES = "events e LEFT JOIN events r ON r.tick = e.redacted_by LEFT JOIN 
 # Whether the event e is in one of these ranges of ticks, JSON [[first, last], …].
 VISIBLE = "EXISTS (SELECT 1 FROM json_each(?) v WHERE e.tick BETWEEN json_extract(v.value, '$[0]') AND json_extract(v.value, '$[1]'))"
 ROOMS = "room IN (SELECT value FROM json_each(?))"
-ROOM_ROWS = "SELECT n, room_id, version, published FROM rooms"
 # Those whom the user of this ID ignores.
 IGNORED = ("SELECT key FROM account_data, json_each(account_data.json, '$.ignored_users') "
            "WHERE user_id = ? AND room_id = '' AND account_data.type = 'm.ignored_user_list' AND key IS NOT NULL")
@@ -3197,6 +3196,21 @@ class Reader:
     def all(self, sql: str, *values: Any) -> list[Any]:
         return self.db.execute(sql, values).fetchall()
 
+    def text(self, sql: str, *values: Any) -> str | None:
+        """The only column of the one row, or None if there is none; number() the same where there always is one."""
+        row = self.one(sql, *values)
+        return row[0] if row else None
+
+    def number(self, sql: str, *values: Any) -> int:
+        return int(self.one(sql, *values)[0])
+
+    def column(self, sql: str, *values: Any) -> list[Any]:
+        return [row[0] for row in self.all(sql, *values)]
+
+    def found(self, where: str, *values: Any) -> list[Event]:
+        """The events e of which this is true, in the order that it asks for."""
+        return [Event(*row) for row in self.all(f"SELECT {EVENT_COLUMNS} FROM {EVENT_TABLES} WHERE {where}", *values)]
+
     def by_room(self, sql: str, rooms: Sequence[int], *values: Any) -> dict[int, list[Any]]:
         """What is found in each of the rooms, with one statement for all; `sql` begins its rows with the room."""
         found: dict[int, list[Any]] = {room: [] for room in rooms}
@@ -3206,7 +3220,7 @@ class Reader:
 
     def position(self) -> int:
         """The tick of this moment."""
-        return int(self.one("SELECT value FROM meta WHERE key = 'position'")[0])
+        return self.number("SELECT value FROM meta WHERE key = 'position'")
 
     # -- accounts
 
@@ -3235,9 +3249,8 @@ class Reader:
                         "WHERE user_id = ? AND device_id = ?", user_id, device_id)
 
     def account_data(self, user_id: str, room_id: str, type: str) -> Raw | None:
-        row = self.one("SELECT json FROM account_data WHERE user_id = ? AND room_id = ? AND type = ?", user_id,
-                       room_id, type)
-        return Raw(row[0]) if row else None
+        text = self.text("SELECT json FROM account_data WHERE user_id = ? AND room_id = ? AND type = ?", user_id, room_id, type)
+        return None if text is None else Raw(text)
 
     def account_data_since(self, user_id: str, since: int) -> list[Any]:
         """(room_id, type, json) of what changed."""
@@ -3246,7 +3259,7 @@ class Reader:
 
     def ignored(self, user_id: str) -> list[str]:
         """Those whom the user ignores."""
-        return [row[0] for row in self.all(IGNORED, user_id)]
+        return self.column(IGNORED, user_id)
 
     def filter(self, user_id: str, filter_id: int) -> Any:
         return self.one("SELECT json FROM filters WHERE user_id = ? AND filter_id = ?", user_id, filter_id)
@@ -3257,35 +3270,30 @@ class Reader:
 
     # -- rooms
 
+    def rooms_where(self, where: str, *values: Any) -> list[RoomRow]:
+        return [RoomRow(*row) for row in self.all(f"SELECT n, room_id, version, published FROM rooms {where}", *values)]
+
     def room_row(self, room_id: str) -> RoomRow | None:
-        row = self.one(f"{ROOM_ROWS} WHERE room_id = ?", room_id)
-        return RoomRow(*row) if row else None
+        return next(iter(self.rooms_where("WHERE room_id = ?", room_id)), None)
 
     def room_of(self, tick: int) -> RoomRow | None:
         """The room of an event."""
-        row = self.one(f"{ROOM_ROWS} JOIN events ON n = room WHERE tick = ?", tick)
-        return RoomRow(*row) if row else None
-
-    def all_events(self, after: int, limit: int) -> list[Event]:
-        """Of all rooms, after a tick, old to new."""
-        return [Event(*row) for row in self.all(f"SELECT {EVENT_COLUMNS} FROM {EVENT_TABLES} WHERE e.tick > ? ORDER BY e.tick LIMIT ?",
-                                                after, limit)]
+        return next(iter(self.rooms_where("JOIN events ON n = room WHERE tick = ?", tick)), None)
 
     def all_rooms(self, limit: int) -> list[RoomRow]:
         """The last ones that were made."""
-        return [RoomRow(*row) for row in self.all(f"{ROOM_ROWS} ORDER BY n DESC LIMIT ?", limit)]
-
-    def people(self) -> list[str]:
-        """Users who are no application service's."""
-        return [row[0] for row in self.all("SELECT user_id FROM users WHERE appservice IS NULL AND NOT deactivated ORDER BY user_id")]
+        return self.rooms_where("ORDER BY n DESC LIMIT ?", limit)
 
     def published_rooms(self, own: bool, instance_id: str | None, appservices: Iterable[str]) -> list[RoomRow]:
         """Of the homeserver's own directory, and of the third-party network (None: of all) of application services."""
-        return [RoomRow(*row) for row in self.all(
-            f"{ROOM_ROWS} WHERE (published AND ?) OR n IN "
-            "(SELECT room FROM network_rooms WHERE (? IS NULL OR appservice || '|' || network = ?) "
-            "AND appservice IN (SELECT value FROM json_each(?))) ORDER BY n",
-            own, instance_id, instance_id, to_json(list(appservices)))]
+        return self.rooms_where("WHERE (published AND ?) OR n IN "
+                                "(SELECT room FROM network_rooms WHERE (? IS NULL OR appservice || '|' || network = ?) "
+                                "AND appservice IN (SELECT value FROM json_each(?))) ORDER BY n",
+                                own, instance_id, instance_id, to_json(list(appservices)))
+
+    def people(self) -> list[str]:
+        """Users who are no application service's."""
+        return self.column("SELECT user_id FROM users WHERE appservice IS NULL AND NOT deactivated ORDER BY user_id")
 
     def alias(self, alias: str) -> Any:
         """(room_id, creator) or None."""
@@ -3300,7 +3308,7 @@ class Reader:
                         "AND m.membership = 'join' LIMIT 1", room, user_id) is not None
 
     def aliases_of(self, room: int) -> list[str]:
-        return [row[0] for row in self.all("SELECT alias FROM aliases WHERE room = ? ORDER BY alias", room)]
+        return self.column("SELECT alias FROM aliases WHERE room = ? ORDER BY alias", room)
 
     def memberships_of(self, user_id: str) -> list[Any]:
         """(room, room_id, membership, tick, forgotten) of every room that the user has to do with."""
@@ -3313,8 +3321,7 @@ class Reader:
                         user_id, room)
 
     def members(self, room: int, membership: str = "join") -> list[str]:
-        return [row[0] for row in self.all("SELECT user_id FROM memberships WHERE room = ? AND membership = ?",
-                                           room, membership)]
+        return self.column("SELECT user_id FROM memberships WHERE room = ? AND membership = ?", room, membership)
 
     def heroes(self, rooms: Sequence[int], user_id: str) -> dict[int, list[str]]:
         """The first members by whom the user knows a room that has no name: who is there, else who was there."""
@@ -3331,16 +3338,22 @@ class Reader:
 
     def count_members(self, room: int, membership: str, upto: int = -1) -> int:
         """How many there are; `upto`: it need not count further."""
-        return int(self.one("SELECT count(*) FROM (SELECT 1 FROM memberships WHERE room = ? AND membership = ? LIMIT ?)",
-                            room, membership, upto)[0])
+        return self.number("SELECT count(*) FROM (SELECT 1 FROM memberships WHERE room = ? AND membership = ? LIMIT ?)",
+                           room, membership, upto)
 
     # -- events
 
     def event(self, room: int, event_id: str) -> Event | None:
-        row = self.one(f"SELECT {EVENT_COLUMNS} FROM {EVENT_TABLES} WHERE e.tick = ? AND e.room = ?",
-                       tick_of(event_id), room)
-        event = Event(*row) if row else None
-        return event if event and event.event_id == event_id else None
+        found = self.found("e.tick = ? AND e.room = ?", tick_of(event_id), room)
+        return next((event for event in found if event.event_id == event_id), None)
+
+    def event_at(self, tick: int) -> Event:
+        [event] = self.found("e.tick = ?", tick)
+        return event
+
+    def all_events(self, after: int, limit: int) -> list[Event]:
+        """Of all rooms, after a tick, old to new."""
+        return self.found("e.tick > ? ORDER BY e.tick LIMIT ?", after, limit)
 
     def events(self, room: int, after: int, upto: int, limit: int, newest: bool,
                filter: Filter = EVERYTHING) -> list[Event]:
@@ -3348,36 +3361,27 @@ class Reader:
         if filter.types == []:
             return []                                        # as many clients ask: no reason to look at each event
         clause, values = filter.sql()
-        rows = self.all(f"SELECT {EVENT_COLUMNS} FROM {EVENT_TABLES} "
-                        f"WHERE e.room = ? AND e.tick > ? AND e.tick <= ?{clause} "
-                        f"ORDER BY e.tick {'DESC' if newest else 'ASC'} LIMIT ?", room, after, upto, *values, limit)
-        return [Event(*row) for row in rows]
+        return self.found(f"e.room = ? AND e.tick > ? AND e.tick <= ?{clause} ORDER BY e.tick {'DESC' if newest else 'ASC'} LIMIT ?",
+                          room, after, upto, *values, limit)
 
     def state_event(self, room: int, type: str, state_key: str, upto: int = FOREVER) -> Event | None:
         """The one that there is, or was at `upto`."""
-        row = self.one(f"SELECT {EVENT_COLUMNS} FROM state s JOIN {EVENT_TABLES} "
-                       "WHERE s.room = ? AND s.type = ? AND s.state_key = ? "
-                       "AND e.tick = s.tick", room, type, state_key)
-        if row and row[0] > upto:
-            row = self.one(f"SELECT {EVENT_COLUMNS} FROM {EVENT_TABLES} WHERE e.room = ? AND e.type = ? AND e.state_key = ? "
-                           "AND e.state_key IS NOT NULL AND e.tick <= ? ORDER BY e.tick DESC LIMIT 1", room, type, state_key, upto)
-        return Event(*row) if row else None
+        found = self.found("e.tick = (SELECT tick FROM state WHERE room = ? AND type = ? AND state_key = ?)", room, type, state_key)
+        if found and found[0].tick > upto:
+            found = self.found("e.room = ? AND e.type = ? AND e.state_key = ? AND e.state_key IS NOT NULL AND e.tick <= ? "
+                               "ORDER BY e.tick DESC LIMIT 1", room, type, state_key, upto)
+        return next(iter(found), None)
 
     def state_at(self, room: int, upto: int = FOREVER, after: int = 0, type: str = "*") -> list[Event]:
         """The state as it was at `upto`, of that only what changed since `after`, old to new."""
-        last = ("SELECT max(tick) FROM events "
-                "WHERE room = ? AND state_key IS NOT NULL AND tick > ? AND tick <= ? "
-                "AND (? = '*' OR type = ?) GROUP BY type, state_key")
-        rows = self.all(f"SELECT {EVENT_COLUMNS} FROM {EVENT_TABLES} WHERE e.tick IN ({last}) ORDER BY e.tick",
-                        room, after, upto, type, type)
-        return [Event(*row) for row in rows]
+        return self.found("e.tick IN (SELECT max(tick) FROM events WHERE room = ? AND state_key IS NOT NULL AND tick > ? AND tick <= ? "
+                          "AND (? = '*' OR type = ?) GROUP BY type, state_key) ORDER BY e.tick", room, after, upto, type, type)
 
     def state_changes(self, room: int, after: int, upto: int) -> list[Event]:
         """The same for a short time: looks at what is new, however many state events there are."""
-        rows = self.all(f"SELECT {EVENT_COLUMNS} FROM events e INDEXED BY timeline LEFT JOIN events r ON r.tick = e.redacted_by "
-                        "LEFT JOIN events p ON p.tick = e.replaces WHERE e.room = ? AND e.tick > ? AND e.tick <= ? "
-                        "AND e.state_key IS NOT NULL ORDER BY e.tick", room, after, upto)
-        return list({(row[1], row[2]): Event(*row) for row in rows}.values())
+        found = self.found("e.tick IN (SELECT tick FROM events INDEXED BY timeline WHERE room = ? AND tick > ? AND tick <= ? "
+                           "AND state_key IS NOT NULL) ORDER BY e.tick", room, after, upto)
+        return list({(event.type, event.state_key): event for event in found}.values())
 
     def related(self, parent: int, depth: int, rel_type: str | None, type: str | None, after: int, upto: int, limit: int,
                 newest: bool) -> list[Event]:
@@ -3385,11 +3389,9 @@ class Reader:
         chosen = ("WITH RECURSIVE found (tick, depth) AS (SELECT tick, 1 FROM events WHERE relates_to = ? "
                   "UNION SELECT e.tick, depth + 1 FROM found f JOIN events e ON e.relates_to = f.tick WHERE depth < ?) "
                   "SELECT tick FROM found")
-        rows = self.all(f"SELECT {EVENT_COLUMNS} FROM {EVENT_TABLES} WHERE e.tick IN ({chosen}) AND e.tick > ? AND e.tick <= ? "
-                        "AND (? IS NULL OR e.rel_type = ?) AND (? IS NULL OR e.type = ?) "
-                        f"ORDER BY e.tick {'DESC' if newest else 'ASC'} LIMIT ?",
-                        parent, depth, after, upto, rel_type, rel_type, type, type, limit)
-        return [Event(*row) for row in rows]
+        return self.found(f"e.tick IN ({chosen}) AND e.tick > ? AND e.tick <= ? AND (? IS NULL OR e.rel_type = ?) "
+                          f"AND (? IS NULL OR e.type = ?) ORDER BY e.tick {'DESC' if newest else 'ASC'} LIMIT ?",
+                          parent, depth, after, upto, rel_type, rel_type, type, type, limit)
 
     def threads(self, room: int, user_id: str, visible: str, upto: int) -> list[Any]:
         """(tick of the root, of the last reply, how many of these events are the user's), the latest first."""
@@ -3425,14 +3427,11 @@ class Reader:
 
     def latest_edit(self, event: Event, visible: str) -> Event | None:
         """The most recent valid replacement of an event that is not redacted (Event replacements, Validity)."""
-        row = self.one(f"SELECT {EVENT_COLUMNS} FROM {EVENT_TABLES} WHERE e.relates_to = ? AND e.rel_type = 'm.replace' "
-                       f"AND e.sender = ? AND e.type = ? AND e.state_key IS NULL AND {VISIBLE} "
-                       "AND (e.type = 'm.room.encrypted' OR json_type(e.json, '$.content.\"m.new_content\"') = 'object') "
-                       "ORDER BY e.ts DESC, substr(e.json, 14, 44) DESC LIMIT 1", event.tick, event.sender, event.type, visible)
-        return Event(*row) if row and event.redacted_because is None else None
-
-    def event_at(self, tick: int) -> Event:
-        return Event(*self.one(f"SELECT {EVENT_COLUMNS} FROM {EVENT_TABLES} WHERE e.tick = ?", tick))
+        found = self.found("e.relates_to = ? AND e.rel_type = 'm.replace' AND e.sender = ? AND e.type = ? "
+                           f"AND e.state_key IS NULL AND {VISIBLE} "
+                           "AND (e.type = 'm.room.encrypted' OR json_type(e.json, '$.content.\"m.new_content\"') = 'object') "
+                           "ORDER BY e.ts DESC, substr(e.json, 14, 44) DESC LIMIT 1", event.tick, event.sender, event.type, visible)
+        return found[0] if found and event.redacted_because is None else None
 
     def contents(self, room: int, types: Sequence[str]) -> dict[str, JsonObject]:
         """Content of the present state with an empty state key, by type."""
@@ -3455,9 +3454,8 @@ class Reader:
 
     def receipt(self, room: int, type: str, user_id: str, thread_id: str) -> str | None:
         """The event up to which the user has read by this receipt."""
-        row = self.one("SELECT event_id FROM receipts WHERE room = ? AND type = ? AND user_id = ? AND thread_id = ?",
-                       room, type, user_id, thread_id)
-        return row[0] if row else None
+        return self.text("SELECT event_id FROM receipts WHERE room = ? AND type = ? AND user_id = ? AND thread_id = ?",
+                         room, type, user_id, thread_id)
 
     def own_receipts(self, rooms: Sequence[int], user_id: str) -> dict[int, list[Any]]:
         """(thread_id, event_id, tick) of each receipt that says what the user has read."""
@@ -3489,8 +3487,7 @@ class Reader:
                         "WHERE user_id = ?", user_id)
 
     def device_keys(self, user_id: str, device_id: str) -> str | None:
-        row = self.one("SELECT json FROM device_keys WHERE user_id = ? AND device_id = ?", user_id, device_id)
-        return row[0] if row else None
+        return self.text("SELECT json FROM device_keys WHERE user_id = ? AND device_id = ?", user_id, device_id)
 
     def cross_signing(self, user_id: str) -> dict[str, JsonObject]:
         """The user's cross-signing keys by usage: master, self_signing, user_signing."""
@@ -3508,34 +3505,31 @@ class Reader:
         return {"signed_curve25519": 0, **dict(rows)}
 
     def one_time_key(self, user_id: str, device_id: str, key_id: str) -> str | None:
-        row = self.one("SELECT json FROM one_time_keys WHERE user_id = ? AND device_id = ? AND key_id = ?", user_id, device_id, key_id)
-        return row[0] if row else None
+        return self.text("SELECT json FROM one_time_keys WHERE user_id = ? AND device_id = ? AND key_id = ?", user_id, device_id, key_id)
 
     def unused_fallbacks(self, user_id: str, device_id: str) -> list[str]:
         """Algorithms of the fallback keys that nobody has got yet."""
-        return [row[0] for row in self.all("SELECT algorithm FROM fallback_keys WHERE user_id = ? AND device_id = ? AND NOT used",
-                                           user_id, device_id)]
+        return self.column("SELECT algorithm FROM fallback_keys WHERE user_id = ? AND device_id = ? AND NOT used", user_id, device_id)
 
     def devices_with_keys(self, user_id: str) -> list[str]:
-        return [row[0] for row in self.all("SELECT device_id FROM device_keys WHERE user_id = ?", user_id)]
+        return self.column("SELECT device_id FROM device_keys WHERE user_id = ?", user_id)
 
     def key_news(self, user_id: str, since: int, others: Iterable[str] = ()) -> dict[str, bool]:
         """Users whose device lists changed after `since` or who are among the others and ever had keys, and whether
         they are in a room with this user. Signatures of the user's own count as changes.
         """
-        found = [row[0] for row in self.all(
-            "SELECT user_id FROM key_changes WHERE tick > ? OR user_id IN (SELECT value FROM json_each(?)) "
-            "OR user_id IN (SELECT user_id FROM signatures WHERE signer = ? AND tick > ?)",
-            since, to_json(list(others)), user_id, since)]
+        found = self.column("SELECT user_id FROM key_changes WHERE tick > ? OR user_id IN (SELECT value FROM json_each(?)) "
+                            "OR user_id IN (SELECT user_id FROM signatures WHERE signer = ? AND tick > ?)",
+                            since, to_json(list(others)), user_id, since)
         met = self.met_by(user_id, found) if found else ()
         return {other: other in met for other in found}
 
     def met_by(self, user_id: str, others: Iterable[str]) -> set[str]:
         """The user, and those of the others who are in a room with the user."""
-        rows = self.all("SELECT value FROM json_each(?) WHERE EXISTS (SELECT 1 FROM memberships a JOIN memberships b USING (room) "
-                        "WHERE a.user_id = ? AND a.membership = 'join' AND b.user_id = value AND b.membership = 'join')",
-                        to_json(list(others)), user_id)
-        return {user_id, *(row[0] for row in rows)}
+        return {user_id, *self.column(
+            "SELECT value FROM json_each(?) WHERE EXISTS (SELECT 1 FROM memberships a JOIN memberships b USING (room) "
+            "WHERE a.user_id = ? AND a.membership = 'join' AND b.user_id = value AND b.membership = 'join')",
+            to_json(list(others)), user_id)}
 
     def met_in(self, room: int, user_id: str, since: int) -> set[str]:
         """Whom the user has met or lost sight of in a room after this tick; for when the user came or went."""
@@ -3551,9 +3545,8 @@ class Reader:
 
     def changed_members(self, room: int, since: int) -> list[str]:
         """Whose membership changed after this tick. Looks at what is new, however many members there are."""
-        rows = self.all("SELECT DISTINCT state_key FROM events INDEXED BY timeline WHERE room = ? AND tick > ? "
-                        "AND type = 'm.room.member' AND state_key IS NOT NULL", room, since)
-        return [row[0] for row in rows]
+        return self.column("SELECT DISTINCT state_key FROM events INDEXED BY timeline WHERE room = ? AND tick > ? "
+                           "AND type = 'm.room.member' AND state_key IS NOT NULL", room, since)
 
     def to_device(self, user_id: str, device_id: str) -> list[Any]:
         """(tick, json) of each message that is kept for the device's /sync."""
@@ -3575,26 +3568,24 @@ class Reader:
 
     def ghosts_with_keys(self, id: str) -> list[str]:
         """Users of an application service that have uploaded device keys."""
-        rows = self.all("SELECT DISTINCT user_id FROM device_keys JOIN users USING (user_id) WHERE appservice = ?", id)
-        return [row[0] for row in rows]
+        return self.column("SELECT DISTINCT user_id FROM device_keys JOIN users USING (user_id) WHERE appservice = ?", id)
 
     def outboxes(self) -> dict[str, Outbox]:
-        rows = self.all("SELECT appservice FROM outbox UNION SELECT appservice FROM transactions")
-        return {id: self._outbox(id) for (id,) in rows}
+        return {id: self._outbox(id) for id in self.column("SELECT appservice FROM outbox UNION SELECT appservice FROM transactions")}
 
     def _outbox(self, id: str) -> Outbox:
         frozen_to, kept = self.one("SELECT coalesce(max(last_tick), 0), count(*) FROM transactions WHERE appservice = ?", id)
-        waiting_to = self.one("SELECT coalesce(max(tick), 0) FROM outbox WHERE appservice = ?", id)[0]
+        waiting_to = self.number("SELECT coalesce(max(tick), 0) FROM outbox WHERE appservice = ?", id)
         row = self.one("SELECT appservice, txn_id, events, body FROM transactions "
                        "WHERE appservice = ? AND acknowledged_ts IS NULL", id)
         return Outbox(Transaction(*row) if row else None, frozen_to, max(frozen_to, waiting_to), kept)
 
     def count_waiting(self, id: str) -> int:
         """Events for this application service that it has not acknowledged."""
-        frozen = self.one("SELECT coalesce(sum(max(events, 1)), 0) FROM transactions "
-                          "WHERE appservice = ? AND acknowledged_ts IS NULL", id)[0]
-        return int(frozen + self.one("SELECT count(*) FROM outbox WHERE appservice = ? AND tick > "
-                                     "(SELECT coalesce(max(last_tick), 0) FROM transactions WHERE appservice = ?)", id, id)[0])
+        frozen = self.number("SELECT coalesce(sum(max(events, 1)), 0) FROM transactions "
+                             "WHERE appservice = ? AND acknowledged_ts IS NULL", id)
+        return frozen + self.number("SELECT count(*) FROM outbox WHERE appservice = ? AND tick > "
+                                    "(SELECT coalesce(max(last_tick), 0) FROM transactions WHERE appservice = ?)", id, id)
 
     def transactions(self, id: str, limit: int = -1) -> list[Any]:
         """(txn_id, body, acknowledged_ts) of those that are kept, or of the last ones, old to new."""
@@ -3618,8 +3609,7 @@ class Reader:
         return kept <= KEPT_TRANSACTIONS or first is None or first <= tick
 
     def reason(self, id: str, tick: int) -> str | None:
-        row = self.one("SELECT reason FROM outbox WHERE appservice = ? AND tick = ?", id, tick)
-        return row[0] if row else None
+        return self.text("SELECT reason FROM outbox WHERE appservice = ? AND tick = ?", id, tick)
 
 
 class Tx(Reader):
@@ -3787,7 +3777,7 @@ class Tx(Reader):
     def end_sessions(self, user_id: str, device_id: str | None = None) -> None:
         """Ends the tokens of a device, or of all."""
         where, values = "user_id = ? AND (? IS NULL OR device_id = ?)", (user_id, device_id, device_id)
-        for (token,) in self.all(f"SELECT token FROM sessions WHERE {where}", *values):
+        for token in self.column(f"SELECT token FROM sessions WHERE {where}", *values):
             self.after.append(functools.partial(self.store.sessions.pop, token, None))
             self.wake(user_id)                               # who waits in /sync is to be told
         self.run(f"DELETE FROM sessions WHERE {where}", *values)
@@ -3833,8 +3823,7 @@ class Tx(Reader):
 
     def add_filter(self, user_id: str, content: str) -> int:
         self.run("INSERT OR IGNORE INTO filters (user_id, json) VALUES (?, ?)", user_id, content)
-        return int(self.one("SELECT filter_id FROM filters WHERE user_id = ? AND json = ?", user_id,
-                            content)[0])
+        return self.number("SELECT filter_id FROM filters WHERE user_id = ? AND json = ?", user_id, content)
 
     def put_media(self, media_id: str, content_type: str, filename: str | None, user_id: str, now: int,
                   content: bytes | None) -> None:
@@ -4198,8 +4187,8 @@ class Tx(Reader):
         row = self.one("SELECT key_changes FROM pushed WHERE appservice = ?", id)
         since = row[0] if row else self.position()           # the first time: of this batch
         self.run("INSERT OR REPLACE INTO pushed VALUES (?, ?)", id, self.tick_now)
-        changed = [user_id for (user_id,) in self.all("SELECT user_id FROM key_changes WHERE tick > ? ORDER BY tick", since)
-                   if self._concerned(user_id, {id})]
+        news = self.column("SELECT user_id FROM key_changes WHERE tick > ? ORDER BY tick", since)
+        changed = [user_id for user_id in news if self._concerned(user_id, {id})]
         return {"changed": changed, "left": []} if changed else {}
 
     def _freeze(self, id: str, box: Outbox) -> None:
@@ -4222,8 +4211,8 @@ class Tx(Reader):
         """Rises, and is never used again: not after a restart, not with a new database (the real clock, in
         microseconds).
         """
-        last = self.one("SELECT coalesce(max(txn_id), 0) FROM transactions WHERE appservice = ?", id)[0]
-        return max(int(last) + 1, time.time_ns() // 1000)
+        last = self.number("SELECT coalesce(max(txn_id), 0) FROM transactions WHERE appservice = ?", id)
+        return max(last + 1, time.time_ns() // 1000)
 
     def acknowledge(self, id: str, txn_id: int) -> None:
         box = self.boxes.get(id)
