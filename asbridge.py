@@ -3666,10 +3666,7 @@ class Tx(Reader):
         self._undoable = False                               # whether what it has done in the database can be undone alone
         self._touched: set[str] = set()                      # rooms whose cached state this job changed
         self._mark = len(self.after)
-        self._job_rows: dict[str, int] = {}  # application service → last tick of its outbox, by this job
-        self._job_acknowledged: set[str] = set()             # application services that acknowledged, by this job
-        self._job_ephemeral: list[tuple[str, Any, JsonObject]] = []  # application service, what it replaces, data
-        self._job_news: list[tuple[str, str | None]] = []    # application service, user whose key counts it should hear
+        self._done: list[Callable[[], object]] = []          # changes of what is cached, to be made if the job is not refused
 
     def job_done(self) -> None:
         if self._undoable:
@@ -3677,22 +3674,8 @@ class Tx(Reader):
         for table, rows in self._own_rows.items():
             self._rows.setdefault(table, []).extend(rows)
         self._own_rows.clear()
-        for id in self._job_acknowledged:
-            self.boxes[id] = self.boxes[id]._replace(open=None)
-            self.ready.add(id)
-        for id, tick in self._job_rows.items():
-            self.boxes[id] = self.boxes.get(id, NOTHING_WAITS)._replace(waiting_to=tick)
-            self.ready.add(id)
-        for id, key, data in self._job_ephemeral:
-            waiting = self.ephemeral.setdefault(id, {})
-            self._replaced.append((id, key, waiting.pop(key, None)))     # the latest for each kind, room and user
-            waiting[key] = (self.store.clock.monotonic(), data)
-            if len(waiting) > MAX_EPHEMERAL:
-                del waiting[next(iter(waiting))]
-            self.ready.add(id)
-        for id, user_id in self._job_news:
-            self.news.setdefault(id, set()).update([user_id] if user_id else ())
-            self.ready.add(id)
+        for change in self._done:
+            change()
 
     def job_failed(self) -> None:
         """Undoes one job, in the database and in the caches."""
@@ -3851,8 +3834,8 @@ class Tx(Reader):
         """The user's device list is new to all who share a room, and to the application services there."""
         self.run("INSERT OR REPLACE INTO key_changes VALUES (?, ?)", user_id, self.tick())
         self.woken_around.add(user_id)
-        wanting = {id for id in self.store.registrations.by_id if self._hears_keys(id)}
-        self._job_news += [(id, None) for id in self._concerned(user_id, wanting)]
+        for id in self._concerned(user_id, {id for id in self.store.registrations.by_id if self._hears_keys(id)}):
+            self._tell_news(id)
 
     def _hears_keys(self, id: str | None) -> bool:
         registration = self.store.registrations.by_id.get(id or "")
@@ -3884,7 +3867,14 @@ class Tx(Reader):
     def _tell_counts(self, user_id: str) -> None:
         owner = self.user(user_id)
         if owner and self._hears_keys(owner[1]):
-            self._job_news.append((owner[1], user_id))
+            self._tell_news(owner[1], user_id)
+
+    def _tell_news(self, id: str, *users: str) -> None:
+        """An application service is to hear of messages to devices or of keys, and of these users' key counts."""
+        def change() -> None:
+            self.news.setdefault(id, set()).update(users)
+            self.ready.add(id)
+        self._done.append(change)
 
     def add_to_device(self, user_id: str, device_id: str, message: JsonObject) -> None:
         """Leaves a message for a device; a ghost's goes into its application service's next transaction, if that
@@ -3895,7 +3885,7 @@ class Tx(Reader):
         pushed = bool(registration and registration.hears_ephemeral)
         if pushed:
             message = {**message, "to_user_id": user_id, "to_device_id": device_id}
-            self._job_news.append((id, None))
+            self._tell_news(id)
             self._tell_counts(user_id)
         self.run("INSERT INTO to_device VALUES (?, ?, ?, ?, ?)", self.tick(), user_id, device_id, to_json(message),
                  id if pushed else None)
@@ -4065,7 +4055,7 @@ class Tx(Reader):
         for id, reason in reasons.items():
             if self.store.registrations.by_id[id].url is not None:
                 self.add_row("outbox", id, tick, reason)
-                self._job_rows[id] = tick
+                self._change_box(id, waiting_to=tick)
         self.moved[room.n] = tick
 
     def _relation(self, room: Room, relation: Any) -> tuple[int | None, str | None]:
@@ -4110,6 +4100,20 @@ class Tx(Reader):
 
     # -- the outbox
 
+    def _change_box(self, id: str, **changes: Any) -> None:
+        """After the job; freeze() then looks at this outbox."""
+        def change() -> None:
+            self.boxes[id] = self.boxes.get(id, NOTHING_WAITS)._replace(**changes)
+            self.ready.add(id)
+        self._done.append(change)
+
+    def acknowledge(self, id: str, txn_id: int) -> None:
+        box = self.boxes.get(id)
+        if box and box.open and box.open.txn_id == txn_id:
+            self.run("UPDATE transactions SET acknowledged_ts = ? WHERE appservice = ? AND txn_id = ?",
+                     self.store.clock.now(), id, txn_id)
+            self._change_box(id, open=None)
+
     def push_ephemeral(self, room: Room, user_id: str, kind: str, data: JsonObject, private: bool = False) -> None:
         """Ephemeral data for the application services that hear the room, and want such (Pushing ephemeral data).
 
@@ -4137,7 +4141,14 @@ class Tx(Reader):
         return {claim.registration.id for claim in self.store.registrations.claims("users", user_id)}
 
     def _queue_ephemeral(self, ids: set[str], key: Any, data: JsonObject) -> None:
-        self._job_ephemeral += [(id, key, data) for id in sorted(ids) if self.store.registrations.by_id[id].hears_ephemeral]
+        def change(id: str) -> None:
+            waiting = self.ephemeral.setdefault(id, {})
+            self._replaced.append((id, key, waiting.pop(key, None)))     # the latest for each kind, room and user
+            waiting[key] = (self.store.clock.monotonic(), data)
+            if len(waiting) > MAX_EPHEMERAL:
+                del waiting[next(iter(waiting))]
+            self.ready.add(id)
+        self._done += [functools.partial(change, id) for id in sorted(ids) if self.store.registrations.by_id[id].hears_ephemeral]
 
     def freeze(self) -> None:
         """Makes a transaction of what waits, for every AS that has none open. At the end of a batch: undone with all of it."""
@@ -4213,13 +4224,6 @@ class Tx(Reader):
         """
         last = self.number("SELECT coalesce(max(txn_id), 0) FROM transactions WHERE appservice = ?", id)
         return max(last + 1, time.time_ns() // 1000)
-
-    def acknowledge(self, id: str, txn_id: int) -> None:
-        box = self.boxes.get(id)
-        if box and box.open and box.open.txn_id == txn_id:
-            self.run("UPDATE transactions SET acknowledged_ts = ? WHERE appservice = ? AND txn_id = ?",
-                     self.store.clock.now(), id, txn_id)
-            self._job_acknowledged.add(id)
 
     def reopen(self, id: str, txn_id: int | None, new_id: bool) -> int:
         """An acknowledged transaction (None: the last) is to be sent again, if need be under a new ID; its ID."""
