@@ -7692,10 +7692,10 @@ def is_protocol(value: Any) -> bool:
     return has_keys(value, told) and all(has_keys(one, {"network_id": str}) for one in value["instances"])
 
 
-def is_batch(value: Any, kind: str) -> bool:
-    """Whether this is a list of third-party users or locations."""
+def batch_in(value: Any, kind: str) -> list[JsonObject] | None:
+    """Of a list those that are third-party users or locations; None if it is no list."""
     keys = {THIRD_PARTY_IDS[kind]: str, "protocol": str, "fields": dict}
-    return isinstance(value, list) and all(has_keys(one, keys) for one in value)
+    return [one for one in value if has_keys(one, keys)] if isinstance(value, list) else None
 
 
 class Delivery:
@@ -7963,7 +7963,8 @@ class Delivery:
         now = self.world.clock.monotonic()
         said, until = self._protocols.get((registration, protocol), (None, 0.0))
         if until <= now and registration is not by:
-            said = self._look_up(registration, f"protocol/{urllib.parse.quote(protocol, safe='')}", is_protocol)
+            said = self._look_up(registration, f"protocol/{urllib.parse.quote(protocol, safe='')}",
+                                 lambda value: value if is_protocol(value) else None)
             for instance in said["instances"] if said else ():
                 instance["instance_id"] = f"{registration.id}|{instance['network_id']}"
             self._protocols[registration, protocol] = said, now + (PROTOCOL_SECONDS if said else SILENCE_SECONDS)
@@ -7975,15 +7976,15 @@ class Delivery:
                  and (protocol in one.protocols if protocol else one.protocols)]
         path = kind + (f"/{urllib.parse.quote(protocol, safe='')}" if protocol else "")
         path += "?" + urllib.parse.urlencode(fields) if fields else ""
-        answers = at_once(lambda one: self._look_up(one, path, lambda value: is_batch(value, kind)), asked)
+        answers = at_once(lambda one: self._look_up(one, path, lambda value: batch_in(value, kind)), asked)
         found = [one for answer in answers for one in answer or ()]
         if not found:
             raise MatrixError("M_NOT_FOUND", f"no application service knows of this {kind}; asked: "
                               f"{', '.join([one.id for one in asked]) or 'none, for none declares the protocol'}")
         return found
 
-    def _look_up(self, registration: Registration, path: str, fits: Callable[[Any], bool]) -> Any:
-        """Its answer; None, with a line in the log, if it has none that can be used. 404 is an answer."""
+    def _look_up(self, registration: Registration, path: str, read: Callable[[Any], Any]) -> Any:
+        """What can be used of its answer; None, with a line in the log, if nothing can. 404 is an answer."""
         try:
             with self._calling(registration) as line:
                 answer = line.exchange("thirdparty", "GET", "/_matrix/app/v1/thirdparty/" + path, None,
@@ -7991,13 +7992,14 @@ class Delivery:
             if answer.status == 404:
                 return None
             value = parse_json(answer.body) if answer.status == 200 else None
-            if value is not None and fits(value):
-                return value
-            why = advice(registration, answer)
+            found, why = read(value), advice(registration, answer)
+            if found == value and found is not None:
+                return found
         except (*CALL_FAILED, MatrixError) as error:
-            why = advice(registration, error)
-        log.warning("application service %s was asked for third-party %s: %s", registration.id, path.partition("?")[0], why)
-        return None
+            found, why = None, advice(registration, error)
+        left = ", of which only a part can be used" * (found is not None)
+        log.warning("application service %s was asked for third-party %s: %s%s", registration.id, path.partition("?")[0], why, left)
+        return found
 
 
 # -- What passes, kept for a while to be looked at: for the trace and the inspector. To be skipped at first reading, as are the faults.
