@@ -6,6 +6,15 @@ Quick start
     python asbridge.py --config bridge.yaml   a homeserver for the bridge whose registration this is
     with asbridge.Homeserver(registrations=[...]) as hs: ...              the same, inside a test
 
+An application service of your own is a class and its registration:
+
+    class Echo(asbridge.AppService):
+        def on_event(self, event):                                        # each once, and in order
+            if event["type"] == "m.room.message" and event["sender"] != self.bot.user_id:
+                self.bot.say(event["room_id"], event["content"]["body"], txn_id=event["event_id"])
+
+    Echo(asbridge.load_registration("registration.json"), "http://127.0.0.1:8008").start()
+
 The picture
 ===========
                            this file                                   this file, or any bridge
@@ -24,29 +33,47 @@ application service has acknowledged it (7). The application service (10) sees t
 handled once; the bridge (11) writes it to IRC. A line from IRC goes the other way: as a request of a
 ghost, with the application service's token and `user_id=` (8).
 
+Three decisions carry all the rest. One thread writes, so that what a change saw is still true when it is
+stored; many changes share a COMMIT. Every change takes the next number of one counter, so that "what is
+new for me" is always "what lies after N". And whether an application service is interested in an event
+is decided, and written down, in the database transaction that stores the event, so that none is lost.
+
+Words
+=====
+    tick           the number of a change; a sync token is one
+    job, batch     a change that waits for the writer; the jobs that share a COMMIT
+    outbox         the events that wait for one application service, each with the reason why it gets it
+    transaction    what one PUT brings it: made of the outbox once ("frozen"), then sent, always the same,
+                   until it is acknowledged; until then it is "open"
+    claim          why an application service has to do with an ID: one of its regexes, or its own user
+    ghost, portal  a user that an application service made for somebody, a room that it made for a channel
+
 Contents
 ========
-     1. Vocabulary
-     2. Plumbing
-     3. Registrations and namespaces
-     4. Room rules
-     5. Store
-     6. The homeserver
-     7. Delivery
-     8. Routes
-     9. Inspector
-    10. The application service
-    11. The sample: an IRC bridge
-    12. Running it
+     1. Vocabulary                          IDs, the one error, JSON, clocks
+     2. Plumbing                            HTTP server and client, opening SQLite; to be skipped at first reading
+     3. Registrations and namespaces        who owns an ID, who is interested in it, and why
+     4. Room rules                          power, membership, redaction, who may see what
+     5. Store                               the tables, every SQL statement, the writer, the outbox
+     6. The homeserver                      what users do, as verbs: register, create a room, send, sync ...
+     7. Delivery                            transactions, retries, pings, questions; faults on demand
+     8. Routes                              who is asking, and the table of endpoints
+     9. Inspector                           why an event went there or not; its page; the bridge examiner
+    10. The application service             the other side: AppService and Intent
+    11. The sample: an IRC bridge           an application service in earnest
+    12. Running it                          Homeserver, configuration, command line
 
-A section uses only what stands above it.
+A section uses only what stands above it. A part that says "to be skipped at first reading" is not needed
+to follow the rest.
 
 Reading paths
 =============
-    The Application Service API   3, 7, 10, and in 8 "Who is asking?"
-    Write a bridge                10, 11
-    Test a bridge                 Homeserver in 12, faults in 7
-    Change the server             1, 4, 5, 6, 8; in 6, what is marked as for clients may be skipped
+    The Application Service API in an hour (about 1,900 lines)
+        3 down to Audience; in 5 Tx.append and "the outbox"; 7 down to "What passes"; in 8 "Who is
+        asking?"; 10
+    Write a bridge       10, then 11
+    Test a bridge        12 down to "The configuration", and the faults at the end of 7
+    Change the server    1, 4, 5, 6, 8; a change of the API begins with its row in the table of 8
 
 Left out on purpose
 ===================
