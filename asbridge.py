@@ -6,6 +6,15 @@ Quick start
     python asbridge.py --config bridge.yaml   a homeserver for the bridge whose registration this is
     with asbridge.Homeserver(registrations=[...]) as hs: ...              the same, inside a test
 
+An application service of your own is a class and its registration:
+
+    class Echo(asbridge.AppService):
+        def on_event(self, event):                                        # each once, and in order
+            if event["type"] == "m.room.message" and event["sender"] != self.bot.user_id:
+                self.bot.say(event["room_id"], event["content"]["body"], txn_id=event["event_id"])
+
+    Echo(asbridge.load_registration("registration.json"), "http://127.0.0.1:8008").start()
+
 The picture
 ===========
                            this file                                   this file, or any bridge
@@ -24,29 +33,47 @@ application service has acknowledged it (7). The application service (10) sees t
 handled once; the bridge (11) writes it to IRC. A line from IRC goes the other way: as a request of a
 ghost, with the application service's token and `user_id=` (8).
 
+Three decisions carry all the rest. One thread writes, so that what a change saw is still true when it is
+stored; many changes share a COMMIT. Every change takes the next number of one counter, so that "what is
+new for me" is always "what lies after N". And whether an application service is interested in an event
+is decided, and written down, in the database transaction that stores the event, so that none is lost.
+
+Words
+=====
+    tick           the number of a change; a sync token is one
+    job, batch     a change that waits for the writer; the jobs that share a COMMIT
+    outbox         the events that wait for one application service, each with the reason why it gets it
+    transaction    what one PUT brings it: made of the outbox once ("frozen"), then sent, always the same,
+                   until it is acknowledged; until then it is "open"
+    claim          why an application service has to do with an ID: one of its regexes, or its own user
+    ghost, portal  a user that an application service made for somebody, a room that it made for a channel
+
 Contents
 ========
-     1. Vocabulary
-     2. Plumbing
-     3. Registrations and namespaces
-     4. Room rules
-     5. Store
-     6. The homeserver
-     7. Delivery
-     8. Routes
-     9. Inspector
-    10. The application service
-    11. The sample: an IRC bridge
-    12. Running it
+     1. Vocabulary                          IDs, the one error, JSON, clocks
+     2. Plumbing                            HTTP server and client, opening SQLite; to be skipped at first reading
+     3. Registrations and namespaces        who owns an ID, who is interested in it, and why
+     4. Room rules                          power, membership, redaction, who may see what
+     5. Store                               the tables, every SQL statement, the writer, the outbox
+     6. The homeserver                      what users do, as verbs: register, create a room, send, sync ...
+     7. Delivery                            transactions, retries, pings, questions; faults on demand
+     8. Routes                              who is asking, and the table of endpoints
+     9. Inspector                           why an event went there or not; its page; the bridge examiner
+    10. The application service             the other side: AppService and Intent
+    11. The sample: an IRC bridge           an application service in earnest
+    12. Running it                          Homeserver, configuration, command line
 
-A section uses only what stands above it.
+A section uses only what stands above it. A part that says "to be skipped at first reading" is not needed
+to follow the rest.
 
 Reading paths
 =============
-    The Application Service API   3, 7, 10, and in 8 "Who is asking?"
-    Write a bridge                10, 11
-    Test a bridge                 Homeserver in 12, faults in 7
-    Change the server             1, 4, 5, 6, 8; in 6, what is marked as for clients may be skipped
+    The Application Service API in an hour (about 1,900 lines)
+        3 down to Audience; in 5 Tx.append and "the outbox"; 7 down to "What passes"; in 8 "Who is
+        asking?"; 10
+    Write a bridge       10, then 11
+    Test a bridge        12 down to "The configuration", and the faults at the end of 7
+    Change the server    1, 4, 5, 6, 8; a change of the API begins with its row in the table of 8
 
 Left out on purpose
 ===================
@@ -116,37 +143,37 @@ JsonObject = dict[str, Any]
 
 #: Every errcode that is used here, with the HTTP status that it has unless told otherwise.
 ERRORS = {
-    "M_BAD_ALIAS":             400,  # an alias in m.room.canonical_alias does not point to the room
-    "M_BAD_JSON":              400,  # JSON, but not of the shape that the endpoint takes
-    "M_BAD_STATE":             403,  # not possible in the present state, such as joining while banned
-    "M_BAD_STATUS":            502,  # the application service answered a ping with an error
-    "M_CANNOT_OVERWRITE_MEDIA": 409, # an asynchronous upload that has been done already
-    "M_CONNECTION_FAILED":     502,  # the application service could not be reached for a ping
-    "M_CONNECTION_TIMEOUT":    504,  # the application service took too long for a ping
-    "M_DUPLICATE_ANNOTATION":  400,  # the same reaction to the same event again
-    "M_EXCLUSIVE":             400,  # inside another's exclusive namespace, or outside one's own
-    "M_FORBIDDEN":             403,
-    "M_INVALID_PARAM":         400,
-    "M_INVALID_ROOM_STATE":    400,  # createRoom was asked for a state that the room rules refuse
-    "M_INVALID_SIGNATURE":     400,  # a key that is not signed as it must be
-    "M_INVALID_USERNAME":      400,
-    "M_LIMIT_EXCEEDED":        429,
-    "M_MISSING_PARAM":         400,
-    "M_MISSING_TOKEN":         401,
-    "M_NOT_FOUND":             404,
-    "M_NOT_JSON":              400,
-    "M_NOT_YET_UPLOADED":      504,  # the content of this mxc: URI is still to come
-    "M_ROOM_IN_USE":           400,  # the alias asked for in createRoom is taken
-    "M_TOO_LARGE":             413,
-    "M_UNKNOWN":               500,
-    "M_UNKNOWN_DEVICE":        400,  # device_id names no device of the user
-    "M_UNKNOWN_TOKEN":         401,
-    "M_UNRECOGNIZED":          404,
+    "M_BAD_ALIAS":                400,  # an alias in m.room.canonical_alias does not point to the room
+    "M_BAD_JSON":                 400,  # JSON, but not of the shape that the endpoint takes
+    "M_BAD_STATE":                403,  # not possible in the present state, such as joining while banned
+    "M_BAD_STATUS":               502,  # the application service answered a ping with an error
+    "M_CANNOT_OVERWRITE_MEDIA":   409,  # an asynchronous upload that has been done already
+    "M_CONNECTION_FAILED":        502,  # the application service could not be reached for a ping
+    "M_CONNECTION_TIMEOUT":       504,  # the application service took too long for a ping
+    "M_DUPLICATE_ANNOTATION":     400,  # the same reaction to the same event again
+    "M_EXCLUSIVE":                400,  # inside another's exclusive namespace, or outside one's own
+    "M_FORBIDDEN":                403,
+    "M_INVALID_PARAM":            400,
+    "M_INVALID_ROOM_STATE":       400,  # createRoom was asked for a state that the room rules refuse
+    "M_INVALID_SIGNATURE":        400,  # a key that is not signed as it must be
+    "M_INVALID_USERNAME":         400,
+    "M_LIMIT_EXCEEDED":           429,
+    "M_MISSING_PARAM":            400,
+    "M_MISSING_TOKEN":            401,
+    "M_NOT_FOUND":                404,
+    "M_NOT_JSON":                 400,
+    "M_NOT_YET_UPLOADED":         504,  # the content of this mxc: URI is still to come
+    "M_ROOM_IN_USE":              400,  # the alias asked for in createRoom is taken
+    "M_TOO_LARGE":                413,
+    "M_UNKNOWN":                  500,
+    "M_UNKNOWN_DEVICE":           400,  # device_id names no device of the user
+    "M_UNKNOWN_TOKEN":            401,
+    "M_UNRECOGNIZED":             404,
     "M_UNSUPPORTED_ROOM_VERSION": 400,
-    "M_URL_NOT_SET":           400,  # a ping for an application service whose url is null
-    "M_USER_DEACTIVATED":      403,
-    "M_USER_IN_USE":           400,
-    "M_WRONG_ROOM_KEYS_VERSION": 403, # a write to a key backup that is not the last
+    "M_URL_NOT_SET":              400,  # a ping for an application service whose url is null
+    "M_USER_DEACTIVATED":         403,
+    "M_USER_IN_USE":              400,
+    "M_WRONG_ROOM_KEYS_VERSION":  403,  # a write to a key backup that is not the last
 }
 
 
@@ -2572,8 +2599,7 @@ class RoomVersion:
     id: str
     create_has_creator: bool      # m.room.create repeats its sender as content.creator
     create_is_kept: bool          # a redaction leaves m.room.create as it is, and power_levels.invite
-    # creators have all power for ever, and the room ID is the hash of m.room.create
-    creators_rule: bool
+    creators_rule: bool           # creators have all power for ever, and the room ID is the hash of m.room.create
 
 
 ROOM_VERSIONS = {version.id: version for version in (
@@ -3063,7 +3089,6 @@ EVENT_TABLES = "events e LEFT JOIN events r ON r.tick = e.redacted_by LEFT JOIN 
 # Whether the event e is in one of these ranges of ticks, JSON [[first, last], …].
 VISIBLE = "EXISTS (SELECT 1 FROM json_each(?) v WHERE e.tick BETWEEN json_extract(v.value, '$[0]') AND json_extract(v.value, '$[1]'))"
 ROOMS = "room IN (SELECT value FROM json_each(?))"
-ROOM_ROWS = "SELECT n, room_id, version, published FROM rooms"
 # Those whom the user of this ID ignores.
 IGNORED = ("SELECT key FROM account_data, json_each(account_data.json, '$.ignored_users') "
            "WHERE user_id = ? AND room_id = '' AND account_data.type = 'm.ignored_user_list' AND key IS NOT NULL")
@@ -3103,7 +3128,7 @@ class Room(RoomState):
 
 
 class Outbox(NamedTuple):
-    """What waits for one application service."""
+    """Where one application service stands: a summary of its rows in the tables outbox and transactions, kept by the writer."""
     open: Transaction | None     # frozen, not yet acknowledged
     frozen_to: int               # all ticks up to this one are in a transaction
     waiting_to: int              # the last tick that waits, or frozen_to
@@ -3111,11 +3136,11 @@ class Outbox(NamedTuple):
 
 
 class Transaction(NamedTuple):
-    """A list of events for an application service. Never changes once it is frozen."""
-    appservice: str
+    """What one PUT brings an application service (Pushing events). Never changes once it is frozen."""
+    appservice: str              # the ID of its registration
     txn_id: int
-    events: int
-    body: bytes
+    events: int                  # how many of them are in it
+    body: bytes                  # the JSON: events and, if it wants such, what passes, messages to devices and news of keys
 
 
 NOTHING_WAITS = Outbox(None, 0, 0, 0)
@@ -3197,6 +3222,21 @@ class Reader:
     def all(self, sql: str, *values: Any) -> list[Any]:
         return self.db.execute(sql, values).fetchall()
 
+    def text(self, sql: str, *values: Any) -> str | None:
+        """The only column of the one row, or None if there is none; number() the same where there always is one."""
+        row = self.one(sql, *values)
+        return row[0] if row else None
+
+    def number(self, sql: str, *values: Any) -> int:
+        return int(self.one(sql, *values)[0])
+
+    def column(self, sql: str, *values: Any) -> list[Any]:
+        return [row[0] for row in self.all(sql, *values)]
+
+    def found(self, where: str, *values: Any) -> list[Event]:
+        """The events e of which this is true, in the order that it asks for."""
+        return [Event(*row) for row in self.all(f"SELECT {EVENT_COLUMNS} FROM {EVENT_TABLES} WHERE {where}", *values)]
+
     def by_room(self, sql: str, rooms: Sequence[int], *values: Any) -> dict[int, list[Any]]:
         """What is found in each of the rooms, with one statement for all; `sql` begins its rows with the room."""
         found: dict[int, list[Any]] = {room: [] for room in rooms}
@@ -3206,7 +3246,7 @@ class Reader:
 
     def position(self) -> int:
         """The tick of this moment."""
-        return int(self.one("SELECT value FROM meta WHERE key = 'position'")[0])
+        return self.number("SELECT value FROM meta WHERE key = 'position'")
 
     # -- accounts
 
@@ -3235,9 +3275,8 @@ class Reader:
                         "WHERE user_id = ? AND device_id = ?", user_id, device_id)
 
     def account_data(self, user_id: str, room_id: str, type: str) -> Raw | None:
-        row = self.one("SELECT json FROM account_data WHERE user_id = ? AND room_id = ? AND type = ?", user_id,
-                       room_id, type)
-        return Raw(row[0]) if row else None
+        text = self.text("SELECT json FROM account_data WHERE user_id = ? AND room_id = ? AND type = ?", user_id, room_id, type)
+        return None if text is None else Raw(text)
 
     def account_data_since(self, user_id: str, since: int) -> list[Any]:
         """(room_id, type, json) of what changed."""
@@ -3246,7 +3285,7 @@ class Reader:
 
     def ignored(self, user_id: str) -> list[str]:
         """Those whom the user ignores."""
-        return [row[0] for row in self.all(IGNORED, user_id)]
+        return self.column(IGNORED, user_id)
 
     def filter(self, user_id: str, filter_id: int) -> Any:
         return self.one("SELECT json FROM filters WHERE user_id = ? AND filter_id = ?", user_id, filter_id)
@@ -3257,35 +3296,30 @@ class Reader:
 
     # -- rooms
 
+    def rooms_where(self, where: str, *values: Any) -> list[RoomRow]:
+        return [RoomRow(*row) for row in self.all(f"SELECT n, room_id, version, published FROM rooms {where}", *values)]
+
     def room_row(self, room_id: str) -> RoomRow | None:
-        row = self.one(f"{ROOM_ROWS} WHERE room_id = ?", room_id)
-        return RoomRow(*row) if row else None
+        return next(iter(self.rooms_where("WHERE room_id = ?", room_id)), None)
 
     def room_of(self, tick: int) -> RoomRow | None:
         """The room of an event."""
-        row = self.one(f"{ROOM_ROWS} JOIN events ON n = room WHERE tick = ?", tick)
-        return RoomRow(*row) if row else None
-
-    def all_events(self, after: int, limit: int) -> list[Event]:
-        """Of all rooms, after a tick, old to new."""
-        return [Event(*row) for row in self.all(f"SELECT {EVENT_COLUMNS} FROM {EVENT_TABLES} WHERE e.tick > ? ORDER BY e.tick LIMIT ?",
-                                                after, limit)]
+        return next(iter(self.rooms_where("JOIN events ON n = room WHERE tick = ?", tick)), None)
 
     def all_rooms(self, limit: int) -> list[RoomRow]:
         """The last ones that were made."""
-        return [RoomRow(*row) for row in self.all(f"{ROOM_ROWS} ORDER BY n DESC LIMIT ?", limit)]
-
-    def people(self) -> list[str]:
-        """Users who are no application service's."""
-        return [row[0] for row in self.all("SELECT user_id FROM users WHERE appservice IS NULL AND NOT deactivated ORDER BY user_id")]
+        return self.rooms_where("ORDER BY n DESC LIMIT ?", limit)
 
     def published_rooms(self, own: bool, instance_id: str | None, appservices: Iterable[str]) -> list[RoomRow]:
         """Of the homeserver's own directory, and of the third-party network (None: of all) of application services."""
-        return [RoomRow(*row) for row in self.all(
-            f"{ROOM_ROWS} WHERE (published AND ?) OR n IN "
-            "(SELECT room FROM network_rooms WHERE (? IS NULL OR appservice || '|' || network = ?) "
-            "AND appservice IN (SELECT value FROM json_each(?))) ORDER BY n",
-            own, instance_id, instance_id, to_json(list(appservices)))]
+        return self.rooms_where("WHERE (published AND ?) OR n IN "
+                                "(SELECT room FROM network_rooms WHERE (? IS NULL OR appservice || '|' || network = ?) "
+                                "AND appservice IN (SELECT value FROM json_each(?))) ORDER BY n",
+                                own, instance_id, instance_id, to_json(list(appservices)))
+
+    def people(self) -> list[str]:
+        """Users who are no application service's."""
+        return self.column("SELECT user_id FROM users WHERE appservice IS NULL AND NOT deactivated ORDER BY user_id")
 
     def alias(self, alias: str) -> Any:
         """(room_id, creator) or None."""
@@ -3300,7 +3334,7 @@ class Reader:
                         "AND m.membership = 'join' LIMIT 1", room, user_id) is not None
 
     def aliases_of(self, room: int) -> list[str]:
-        return [row[0] for row in self.all("SELECT alias FROM aliases WHERE room = ? ORDER BY alias", room)]
+        return self.column("SELECT alias FROM aliases WHERE room = ? ORDER BY alias", room)
 
     def memberships_of(self, user_id: str) -> list[Any]:
         """(room, room_id, membership, tick, forgotten) of every room that the user has to do with."""
@@ -3313,8 +3347,7 @@ class Reader:
                         user_id, room)
 
     def members(self, room: int, membership: str = "join") -> list[str]:
-        return [row[0] for row in self.all("SELECT user_id FROM memberships WHERE room = ? AND membership = ?",
-                                           room, membership)]
+        return self.column("SELECT user_id FROM memberships WHERE room = ? AND membership = ?", room, membership)
 
     def heroes(self, rooms: Sequence[int], user_id: str) -> dict[int, list[str]]:
         """The first members by whom the user knows a room that has no name: who is there, else who was there."""
@@ -3331,16 +3364,22 @@ class Reader:
 
     def count_members(self, room: int, membership: str, upto: int = -1) -> int:
         """How many there are; `upto`: it need not count further."""
-        return int(self.one("SELECT count(*) FROM (SELECT 1 FROM memberships WHERE room = ? AND membership = ? LIMIT ?)",
-                            room, membership, upto)[0])
+        return self.number("SELECT count(*) FROM (SELECT 1 FROM memberships WHERE room = ? AND membership = ? LIMIT ?)",
+                           room, membership, upto)
 
     # -- events
 
     def event(self, room: int, event_id: str) -> Event | None:
-        row = self.one(f"SELECT {EVENT_COLUMNS} FROM {EVENT_TABLES} WHERE e.tick = ? AND e.room = ?",
-                       tick_of(event_id), room)
-        event = Event(*row) if row else None
-        return event if event and event.event_id == event_id else None
+        found = self.found("e.tick = ? AND e.room = ?", tick_of(event_id), room)
+        return next((event for event in found if event.event_id == event_id), None)
+
+    def event_at(self, tick: int) -> Event:
+        [event] = self.found("e.tick = ?", tick)
+        return event
+
+    def all_events(self, after: int, limit: int) -> list[Event]:
+        """Of all rooms, after a tick, old to new."""
+        return self.found("e.tick > ? ORDER BY e.tick LIMIT ?", after, limit)
 
     def events(self, room: int, after: int, upto: int, limit: int, newest: bool,
                filter: Filter = EVERYTHING) -> list[Event]:
@@ -3348,36 +3387,27 @@ class Reader:
         if filter.types == []:
             return []                                        # as many clients ask: no reason to look at each event
         clause, values = filter.sql()
-        rows = self.all(f"SELECT {EVENT_COLUMNS} FROM {EVENT_TABLES} "
-                        f"WHERE e.room = ? AND e.tick > ? AND e.tick <= ?{clause} "
-                        f"ORDER BY e.tick {'DESC' if newest else 'ASC'} LIMIT ?", room, after, upto, *values, limit)
-        return [Event(*row) for row in rows]
+        return self.found(f"e.room = ? AND e.tick > ? AND e.tick <= ?{clause} ORDER BY e.tick {'DESC' if newest else 'ASC'} LIMIT ?",
+                          room, after, upto, *values, limit)
 
     def state_event(self, room: int, type: str, state_key: str, upto: int = FOREVER) -> Event | None:
         """The one that there is, or was at `upto`."""
-        row = self.one(f"SELECT {EVENT_COLUMNS} FROM state s JOIN {EVENT_TABLES} "
-                       "WHERE s.room = ? AND s.type = ? AND s.state_key = ? "
-                       "AND e.tick = s.tick", room, type, state_key)
-        if row and row[0] > upto:
-            row = self.one(f"SELECT {EVENT_COLUMNS} FROM {EVENT_TABLES} WHERE e.room = ? AND e.type = ? AND e.state_key = ? "
-                           "AND e.state_key IS NOT NULL AND e.tick <= ? ORDER BY e.tick DESC LIMIT 1", room, type, state_key, upto)
-        return Event(*row) if row else None
+        found = self.found("e.tick = (SELECT tick FROM state WHERE room = ? AND type = ? AND state_key = ?)", room, type, state_key)
+        if found and found[0].tick > upto:
+            found = self.found("e.room = ? AND e.type = ? AND e.state_key = ? AND e.state_key IS NOT NULL AND e.tick <= ? "
+                               "ORDER BY e.tick DESC LIMIT 1", room, type, state_key, upto)
+        return next(iter(found), None)
 
     def state_at(self, room: int, upto: int = FOREVER, after: int = 0, type: str = "*") -> list[Event]:
         """The state as it was at `upto`, of that only what changed since `after`, old to new."""
-        last = ("SELECT max(tick) FROM events "
-                "WHERE room = ? AND state_key IS NOT NULL AND tick > ? AND tick <= ? "
-                "AND (? = '*' OR type = ?) GROUP BY type, state_key")
-        rows = self.all(f"SELECT {EVENT_COLUMNS} FROM {EVENT_TABLES} WHERE e.tick IN ({last}) ORDER BY e.tick",
-                        room, after, upto, type, type)
-        return [Event(*row) for row in rows]
+        return self.found("e.tick IN (SELECT max(tick) FROM events WHERE room = ? AND state_key IS NOT NULL AND tick > ? AND tick <= ? "
+                          "AND (? = '*' OR type = ?) GROUP BY type, state_key) ORDER BY e.tick", room, after, upto, type, type)
 
     def state_changes(self, room: int, after: int, upto: int) -> list[Event]:
         """The same for a short time: looks at what is new, however many state events there are."""
-        rows = self.all(f"SELECT {EVENT_COLUMNS} FROM events e INDEXED BY timeline LEFT JOIN events r ON r.tick = e.redacted_by "
-                        "LEFT JOIN events p ON p.tick = e.replaces WHERE e.room = ? AND e.tick > ? AND e.tick <= ? "
-                        "AND e.state_key IS NOT NULL ORDER BY e.tick", room, after, upto)
-        return list({(row[1], row[2]): Event(*row) for row in rows}.values())
+        found = self.found("e.tick IN (SELECT tick FROM events INDEXED BY timeline WHERE room = ? AND tick > ? AND tick <= ? "
+                           "AND state_key IS NOT NULL) ORDER BY e.tick", room, after, upto)
+        return list({(event.type, event.state_key): event for event in found}.values())
 
     def related(self, parent: int, depth: int, rel_type: str | None, type: str | None, after: int, upto: int, limit: int,
                 newest: bool) -> list[Event]:
@@ -3385,11 +3415,9 @@ class Reader:
         chosen = ("WITH RECURSIVE found (tick, depth) AS (SELECT tick, 1 FROM events WHERE relates_to = ? "
                   "UNION SELECT e.tick, depth + 1 FROM found f JOIN events e ON e.relates_to = f.tick WHERE depth < ?) "
                   "SELECT tick FROM found")
-        rows = self.all(f"SELECT {EVENT_COLUMNS} FROM {EVENT_TABLES} WHERE e.tick IN ({chosen}) AND e.tick > ? AND e.tick <= ? "
-                        "AND (? IS NULL OR e.rel_type = ?) AND (? IS NULL OR e.type = ?) "
-                        f"ORDER BY e.tick {'DESC' if newest else 'ASC'} LIMIT ?",
-                        parent, depth, after, upto, rel_type, rel_type, type, type, limit)
-        return [Event(*row) for row in rows]
+        return self.found(f"e.tick IN ({chosen}) AND e.tick > ? AND e.tick <= ? AND (? IS NULL OR e.rel_type = ?) "
+                          f"AND (? IS NULL OR e.type = ?) ORDER BY e.tick {'DESC' if newest else 'ASC'} LIMIT ?",
+                          parent, depth, after, upto, rel_type, rel_type, type, type, limit)
 
     def threads(self, room: int, user_id: str, visible: str, upto: int) -> list[Any]:
         """(tick of the root, of the last reply, how many of these events are the user's), the latest first."""
@@ -3425,14 +3453,11 @@ class Reader:
 
     def latest_edit(self, event: Event, visible: str) -> Event | None:
         """The most recent valid replacement of an event that is not redacted (Event replacements, Validity)."""
-        row = self.one(f"SELECT {EVENT_COLUMNS} FROM {EVENT_TABLES} WHERE e.relates_to = ? AND e.rel_type = 'm.replace' "
-                       f"AND e.sender = ? AND e.type = ? AND e.state_key IS NULL AND {VISIBLE} "
-                       "AND (e.type = 'm.room.encrypted' OR json_type(e.json, '$.content.\"m.new_content\"') = 'object') "
-                       "ORDER BY e.ts DESC, substr(e.json, 14, 44) DESC LIMIT 1", event.tick, event.sender, event.type, visible)
-        return Event(*row) if row and event.redacted_because is None else None
-
-    def event_at(self, tick: int) -> Event:
-        return Event(*self.one(f"SELECT {EVENT_COLUMNS} FROM {EVENT_TABLES} WHERE e.tick = ?", tick))
+        found = self.found("e.relates_to = ? AND e.rel_type = 'm.replace' AND e.sender = ? AND e.type = ? "
+                           f"AND e.state_key IS NULL AND {VISIBLE} "
+                           "AND (e.type = 'm.room.encrypted' OR json_type(e.json, '$.content.\"m.new_content\"') = 'object') "
+                           "ORDER BY e.ts DESC, substr(e.json, 14, 44) DESC LIMIT 1", event.tick, event.sender, event.type, visible)
+        return found[0] if found and event.redacted_because is None else None
 
     def contents(self, room: int, types: Sequence[str]) -> dict[str, JsonObject]:
         """Content of the present state with an empty state key, by type."""
@@ -3455,9 +3480,8 @@ class Reader:
 
     def receipt(self, room: int, type: str, user_id: str, thread_id: str) -> str | None:
         """The event up to which the user has read by this receipt."""
-        row = self.one("SELECT event_id FROM receipts WHERE room = ? AND type = ? AND user_id = ? AND thread_id = ?",
-                       room, type, user_id, thread_id)
-        return row[0] if row else None
+        return self.text("SELECT event_id FROM receipts WHERE room = ? AND type = ? AND user_id = ? AND thread_id = ?",
+                         room, type, user_id, thread_id)
 
     def own_receipts(self, rooms: Sequence[int], user_id: str) -> dict[int, list[Any]]:
         """(thread_id, event_id, tick) of each receipt that says what the user has read."""
@@ -3489,8 +3513,7 @@ class Reader:
                         "WHERE user_id = ?", user_id)
 
     def device_keys(self, user_id: str, device_id: str) -> str | None:
-        row = self.one("SELECT json FROM device_keys WHERE user_id = ? AND device_id = ?", user_id, device_id)
-        return row[0] if row else None
+        return self.text("SELECT json FROM device_keys WHERE user_id = ? AND device_id = ?", user_id, device_id)
 
     def cross_signing(self, user_id: str) -> dict[str, JsonObject]:
         """The user's cross-signing keys by usage: master, self_signing, user_signing."""
@@ -3508,34 +3531,32 @@ class Reader:
         return {"signed_curve25519": 0, **dict(rows)}
 
     def one_time_key(self, user_id: str, device_id: str, key_id: str) -> str | None:
-        row = self.one("SELECT json FROM one_time_keys WHERE user_id = ? AND device_id = ? AND key_id = ?", user_id, device_id, key_id)
-        return row[0] if row else None
+        return self.text("SELECT json FROM one_time_keys WHERE user_id = ? AND device_id = ? AND key_id = ?",
+                         user_id, device_id, key_id)
 
     def unused_fallbacks(self, user_id: str, device_id: str) -> list[str]:
         """Algorithms of the fallback keys that nobody has got yet."""
-        return [row[0] for row in self.all("SELECT algorithm FROM fallback_keys WHERE user_id = ? AND device_id = ? AND NOT used",
-                                           user_id, device_id)]
+        return self.column("SELECT algorithm FROM fallback_keys WHERE user_id = ? AND device_id = ? AND NOT used", user_id, device_id)
 
     def devices_with_keys(self, user_id: str) -> list[str]:
-        return [row[0] for row in self.all("SELECT device_id FROM device_keys WHERE user_id = ?", user_id)]
+        return self.column("SELECT device_id FROM device_keys WHERE user_id = ?", user_id)
 
     def key_news(self, user_id: str, since: int, others: Iterable[str] = ()) -> dict[str, bool]:
         """Users whose device lists changed after `since` or who are among the others and ever had keys, and whether
         they are in a room with this user. Signatures of the user's own count as changes.
         """
-        found = [row[0] for row in self.all(
-            "SELECT user_id FROM key_changes WHERE tick > ? OR user_id IN (SELECT value FROM json_each(?)) "
-            "OR user_id IN (SELECT user_id FROM signatures WHERE signer = ? AND tick > ?)",
-            since, to_json(list(others)), user_id, since)]
+        found = self.column("SELECT user_id FROM key_changes WHERE tick > ? OR user_id IN (SELECT value FROM json_each(?)) "
+                            "OR user_id IN (SELECT user_id FROM signatures WHERE signer = ? AND tick > ?)",
+                            since, to_json(list(others)), user_id, since)
         met = self.met_by(user_id, found) if found else ()
         return {other: other in met for other in found}
 
     def met_by(self, user_id: str, others: Iterable[str]) -> set[str]:
         """The user, and those of the others who are in a room with the user."""
-        rows = self.all("SELECT value FROM json_each(?) WHERE EXISTS (SELECT 1 FROM memberships a JOIN memberships b USING (room) "
-                        "WHERE a.user_id = ? AND a.membership = 'join' AND b.user_id = value AND b.membership = 'join')",
-                        to_json(list(others)), user_id)
-        return {user_id, *(row[0] for row in rows)}
+        return {user_id, *self.column(
+            "SELECT value FROM json_each(?) WHERE EXISTS (SELECT 1 FROM memberships a JOIN memberships b USING (room) "
+            "WHERE a.user_id = ? AND a.membership = 'join' AND b.user_id = value AND b.membership = 'join')",
+            to_json(list(others)), user_id)}
 
     def met_in(self, room: int, user_id: str, since: int) -> set[str]:
         """Whom the user has met or lost sight of in a room after this tick; for when the user came or went."""
@@ -3551,9 +3572,8 @@ class Reader:
 
     def changed_members(self, room: int, since: int) -> list[str]:
         """Whose membership changed after this tick. Looks at what is new, however many members there are."""
-        rows = self.all("SELECT DISTINCT state_key FROM events INDEXED BY timeline WHERE room = ? AND tick > ? "
-                        "AND type = 'm.room.member' AND state_key IS NOT NULL", room, since)
-        return [row[0] for row in rows]
+        return self.column("SELECT DISTINCT state_key FROM events INDEXED BY timeline WHERE room = ? AND tick > ? "
+                           "AND type = 'm.room.member' AND state_key IS NOT NULL", room, since)
 
     def to_device(self, user_id: str, device_id: str) -> list[Any]:
         """(tick, json) of each message that is kept for the device's /sync."""
@@ -3575,26 +3595,24 @@ class Reader:
 
     def ghosts_with_keys(self, id: str) -> list[str]:
         """Users of an application service that have uploaded device keys."""
-        rows = self.all("SELECT DISTINCT user_id FROM device_keys JOIN users USING (user_id) WHERE appservice = ?", id)
-        return [row[0] for row in rows]
+        return self.column("SELECT DISTINCT user_id FROM device_keys JOIN users USING (user_id) WHERE appservice = ?", id)
 
     def outboxes(self) -> dict[str, Outbox]:
-        rows = self.all("SELECT appservice FROM outbox UNION SELECT appservice FROM transactions")
-        return {id: self._outbox(id) for (id,) in rows}
+        return {id: self._outbox(id) for id in self.column("SELECT appservice FROM outbox UNION SELECT appservice FROM transactions")}
 
     def _outbox(self, id: str) -> Outbox:
         frozen_to, kept = self.one("SELECT coalesce(max(last_tick), 0), count(*) FROM transactions WHERE appservice = ?", id)
-        waiting_to = self.one("SELECT coalesce(max(tick), 0) FROM outbox WHERE appservice = ?", id)[0]
+        waiting_to = self.number("SELECT coalesce(max(tick), 0) FROM outbox WHERE appservice = ?", id)
         row = self.one("SELECT appservice, txn_id, events, body FROM transactions "
                        "WHERE appservice = ? AND acknowledged_ts IS NULL", id)
         return Outbox(Transaction(*row) if row else None, frozen_to, max(frozen_to, waiting_to), kept)
 
     def count_waiting(self, id: str) -> int:
         """Events for this application service that it has not acknowledged."""
-        frozen = self.one("SELECT coalesce(sum(max(events, 1)), 0) FROM transactions "
-                          "WHERE appservice = ? AND acknowledged_ts IS NULL", id)[0]
-        return int(frozen + self.one("SELECT count(*) FROM outbox WHERE appservice = ? AND tick > "
-                                     "(SELECT coalesce(max(last_tick), 0) FROM transactions WHERE appservice = ?)", id, id)[0])
+        frozen = self.number("SELECT coalesce(sum(max(events, 1)), 0) FROM transactions "
+                             "WHERE appservice = ? AND acknowledged_ts IS NULL", id)
+        return frozen + self.number("SELECT count(*) FROM outbox WHERE appservice = ? AND tick > "
+                                    "(SELECT coalesce(max(last_tick), 0) FROM transactions WHERE appservice = ?)", id, id)
 
     def transactions(self, id: str, limit: int = -1) -> list[Any]:
         """(txn_id, body, acknowledged_ts) of those that are kept, or of the last ones, old to new."""
@@ -3618,8 +3636,7 @@ class Reader:
         return kept <= KEPT_TRANSACTIONS or first is None or first <= tick
 
     def reason(self, id: str, tick: int) -> str | None:
-        row = self.one("SELECT reason FROM outbox WHERE appservice = ? AND tick = ?", id, tick)
-        return row[0] if row else None
+        return self.text("SELECT reason FROM outbox WHERE appservice = ? AND tick = ?", id, tick)
 
 
 class Tx(Reader):
@@ -3676,10 +3693,7 @@ class Tx(Reader):
         self._undoable = False                               # whether what it has done in the database can be undone alone
         self._touched: set[str] = set()                      # rooms whose cached state this job changed
         self._mark = len(self.after)
-        self._job_rows: dict[str, int] = {}  # application service → last tick of its outbox, by this job
-        self._job_acknowledged: set[str] = set()             # application services that acknowledged, by this job
-        self._job_ephemeral: list[tuple[str, Any, JsonObject]] = []  # application service, what it replaces, data
-        self._job_news: list[tuple[str, str | None]] = []    # application service, user whose key counts it should hear
+        self._done: list[Callable[[], object]] = []          # changes of what is cached, to be made if the job is not refused
 
     def job_done(self) -> None:
         if self._undoable:
@@ -3687,22 +3701,8 @@ class Tx(Reader):
         for table, rows in self._own_rows.items():
             self._rows.setdefault(table, []).extend(rows)
         self._own_rows.clear()
-        for id in self._job_acknowledged:
-            self.boxes[id] = self.boxes[id]._replace(open=None)
-            self.ready.add(id)
-        for id, tick in self._job_rows.items():
-            self.boxes[id] = self.boxes.get(id, NOTHING_WAITS)._replace(waiting_to=tick)
-            self.ready.add(id)
-        for id, key, data in self._job_ephemeral:
-            waiting = self.ephemeral.setdefault(id, {})
-            self._replaced.append((id, key, waiting.pop(key, None)))     # the latest for each kind, room and user
-            waiting[key] = (self.store.clock.monotonic(), data)
-            if len(waiting) > MAX_EPHEMERAL:
-                del waiting[next(iter(waiting))]
-            self.ready.add(id)
-        for id, user_id in self._job_news:
-            self.news.setdefault(id, set()).update([user_id] if user_id else ())
-            self.ready.add(id)
+        for change in self._done:
+            change()
 
     def job_failed(self) -> None:
         """Undoes one job, in the database and in the caches."""
@@ -3787,7 +3787,7 @@ class Tx(Reader):
     def end_sessions(self, user_id: str, device_id: str | None = None) -> None:
         """Ends the tokens of a device, or of all."""
         where, values = "user_id = ? AND (? IS NULL OR device_id = ?)", (user_id, device_id, device_id)
-        for (token,) in self.all(f"SELECT token FROM sessions WHERE {where}", *values):
+        for token in self.column(f"SELECT token FROM sessions WHERE {where}", *values):
             self.after.append(functools.partial(self.store.sessions.pop, token, None))
             self.wake(user_id)                               # who waits in /sync is to be told
         self.run(f"DELETE FROM sessions WHERE {where}", *values)
@@ -3833,8 +3833,7 @@ class Tx(Reader):
 
     def add_filter(self, user_id: str, content: str) -> int:
         self.run("INSERT OR IGNORE INTO filters (user_id, json) VALUES (?, ?)", user_id, content)
-        return int(self.one("SELECT filter_id FROM filters WHERE user_id = ? AND json = ?", user_id,
-                            content)[0])
+        return self.number("SELECT filter_id FROM filters WHERE user_id = ? AND json = ?", user_id, content)
 
     def put_media(self, media_id: str, content_type: str, filename: str | None, user_id: str, now: int,
                   content: bytes | None) -> None:
@@ -3862,12 +3861,8 @@ class Tx(Reader):
         """The user's device list is new to all who share a room, and to the application services there."""
         self.run("INSERT OR REPLACE INTO key_changes VALUES (?, ?)", user_id, self.tick())
         self.woken_around.add(user_id)
-        wanting = {id for id in self.store.registrations.by_id if self._hears_keys(id)}
-        self._job_news += [(id, None) for id in self._concerned(user_id, wanting)]
-
-    def _hears_keys(self, id: str | None) -> bool:
-        registration = self.store.registrations.by_id.get(id or "")
-        return bool(registration and registration.msc3202 and registration.url is not None)
+        for id in self._concerned(user_id, {id for id in self.store.registrations.by_id if self._hears_keys(id)}):
+            self._tell_news(id)
 
     def put_one_time_key(self, user_id: str, device_id: str, key_id: str, text: str) -> None:
         self.run("INSERT INTO one_time_keys VALUES (?, ?, ?, ?)", user_id, device_id, key_id, text)
@@ -3892,11 +3887,6 @@ class Tx(Reader):
         self._tell_counts(user_id)
         return cast("tuple[str, str] | None", row)
 
-    def _tell_counts(self, user_id: str) -> None:
-        owner = self.user(user_id)
-        if owner and self._hears_keys(owner[1]):
-            self._job_news.append((owner[1], user_id))
-
     def add_to_device(self, user_id: str, device_id: str, message: JsonObject) -> None:
         """Leaves a message for a device; a ghost's goes into its application service's next transaction, if that
         takes such.
@@ -3906,7 +3896,7 @@ class Tx(Reader):
         pushed = bool(registration and registration.hears_ephemeral)
         if pushed:
             message = {**message, "to_user_id": user_id, "to_device_id": device_id}
-            self._job_news.append((id, None))
+            self._tell_news(id)
             self._tell_counts(user_id)
         self.run("INSERT INTO to_device VALUES (?, ?, ?, ?, ?)", self.tick(), user_id, device_id, to_json(message),
                  id if pushed else None)
@@ -3921,13 +3911,6 @@ class Tx(Reader):
     def return_to_device(self, but: Sequence[str]) -> None:
         """What waits for other application services than these is for the /sync of the devices now."""
         self.run("UPDATE to_device SET appservice = NULL WHERE appservice NOT IN (SELECT value FROM json_each(?))", to_json(but))
-
-    def hear_anew(self) -> None:
-        """Whoever hears of keys and messages to devices is told what there is, with the next transaction."""
-        for id, registration in self.store.registrations.by_id.items():
-            if registration.url is not None:
-                self.news.setdefault(id, set()).update(self.ghosts_with_keys(id) if self._hears_keys(id) else ())
-                self.ready.add(id)
 
     def drop_to_device(self, user_id: str, device_id: str, upto: int) -> None:
         """The device has these."""
@@ -4063,7 +4046,7 @@ class Tx(Reader):
         self._touched.add(room.room_id)
         audience = self.audience(room)
         target = draft.state_key if draft.type == "m.room.member" else None
-        reasons = audience.interested(draft.sender, target)
+        reasons = audience.interested(draft.sender, target)  # before the state changes: a ghost that leaves is still to hear of it
         before = room.events.get((draft.type, draft.state_key)) if draft.state_key is not None else None
         relates_to, rel_type = self._relation(room, draft.content.get("m.relates_to"))
         self.add_row("events", tick, room.n, draft.type, draft.state_key, draft.sender, ts, text, before.tick if before else None,
@@ -4076,7 +4059,7 @@ class Tx(Reader):
         for id, reason in reasons.items():
             if self.store.registrations.by_id[id].url is not None:
                 self.add_row("outbox", id, tick, reason)
-                self._job_rows[id] = tick
+                self._change_box(id, waiting_to=tick)
         self.moved[room.n] = tick
 
     def _relation(self, room: Room, relation: Any) -> tuple[int | None, str | None]:
@@ -4119,10 +4102,92 @@ class Tx(Reader):
             self._touched.add(room.room_id)
             room.put(*key, StateEvent(event.tick, event.sender, json.loads(text)["content"]))
 
-    # -- the outbox
+    # -- the outbox. A row says that an application service is to get an event, and why; it is stored with the event. At the end of
+    # a batch freeze() makes a transaction of what waits for each that has none open. From then on it never changes; when it is
+    # acknowledged, the same batch freezes the next.
+
+    def _change_box(self, id: str, **changes: Any) -> None:
+        """After the job; freeze() then looks at this outbox."""
+        def change() -> None:
+            self.boxes[id] = self.boxes.get(id, NOTHING_WAITS)._replace(**changes)
+            self.ready.add(id)
+        self._done.append(change)
+
+    def freeze(self) -> None:
+        """Makes a transaction of what waits, for every AS that has none open. At the end of a batch: undone with all of it."""
+        self._undoable = True                                # no savepoint any more
+        for id in self.ready:
+            box = self.boxes.get(id, NOTHING_WAITS)
+            if box.open is None and (box.waiting_to > box.frozen_to or self.ephemeral.get(id) or id in self.news):
+                self._freeze(id, box)
+        self.ready.clear()
+
+    def _freeze(self, id: str, box: Outbox) -> None:
+        """Writes the transaction: the oldest events that wait, in their order, and whatever else does."""
+        rows = self.all(f"SELECT {EVENT_COLUMNS} FROM outbox o JOIN {EVENT_TABLES} "
+                        "WHERE o.appservice = ? AND o.tick > ? AND e.tick = o.tick "
+                        "ORDER BY o.tick LIMIT ?", id, box.frozen_to, MAX_TRANSACTION_EVENTS)
+        now = self.store.clock.now()
+        more = self._frozen_ephemeral(id) + self._frozen_news(id)
+        if not rows and not more:
+            return
+        body = '{"events":[' + ",".join([Event(*row).for_appservice(now) for row in rows]) + f"]{more}}}"
+        transaction = Transaction(id, self._next_txn_id(id), len(rows), body.encode("utf-8", "replace"))
+        last = int(rows[-1][0]) if rows else box.frozen_to
+        self.run("INSERT INTO transactions VALUES (?, ?, ?, ?, ?, NULL)", id, transaction.txn_id, last,
+                 len(rows), transaction.body)
+        self.boxes[id] = box._replace(open=transaction, frozen_to=last, kept=self._prune(id, box.kept + 1))
+        self.after.append(lambda: self.store.on_frozen(transaction))
+
+    def _next_txn_id(self, id: str) -> int:
+        """Rises, and is never used again: not after a restart, not with a new database (the real clock, in
+        microseconds).
+        """
+        last = self.number("SELECT coalesce(max(txn_id), 0) FROM transactions WHERE appservice = ?", id)
+        return max(last + 1, time.time_ns() // 1000)
+
+    def acknowledge(self, id: str, txn_id: int) -> None:
+        """The answer was 200. Only the open one counts: it may have been skipped by hand meanwhile."""
+        box = self.boxes.get(id)
+        if box and box.open and box.open.txn_id == txn_id:
+            self.run("UPDATE transactions SET acknowledged_ts = ? WHERE appservice = ? AND txn_id = ?",
+                     self.store.clock.now(), id, txn_id)
+            self._change_box(id, open=None)
+
+    def reopen(self, id: str, txn_id: int | None, new_id: bool) -> int:
+        """An acknowledged transaction (None: the last) is to be sent again, if need be under a new ID; its ID."""
+        box = self.boxes.get(id, NOTHING_WAITS)
+        if box.open:
+            raise MatrixError("M_UNKNOWN", f"transaction {box.open.txn_id} is open: retry or skip it first", 409)
+        row = self.one("SELECT appservice, txn_id, events, body FROM transactions WHERE appservice = ? AND (? IS NULL OR txn_id = ?) "
+                       "ORDER BY txn_id DESC LIMIT 1", id, txn_id, txn_id)
+        if not row:
+            raise MatrixError("M_NOT_FOUND", f"{id!r} has no such transaction; the last {KEPT_TRANSACTIONS} are kept")
+        transaction = Transaction(*row)
+        if new_id:
+            transaction = transaction._replace(txn_id=self._next_txn_id(id))
+            self.run("INSERT INTO transactions VALUES (?, ?, ?, ?, ?, NULL)", id, transaction.txn_id, box.frozen_to, transaction.events,
+                     transaction.body)
+        else:
+            self.run("UPDATE transactions SET acknowledged_ts = NULL WHERE appservice = ? AND txn_id = ?", id, transaction.txn_id)
+        self.boxes[id] = box._replace(open=transaction, kept=box.kept + new_id)
+        self.after.append(lambda: self.store.on_frozen(transaction))
+        return transaction.txn_id
+
+    def _prune(self, id: str, kept: int) -> int:
+        """Deletes the transactions that are not kept, many at once, for finding the first means to count; how many there are then."""
+        if kept <= KEPT_TRANSACTIONS + PRUNED_AT_ONCE:
+            return kept
+        txn_id, tick = self.one("SELECT txn_id, last_tick FROM transactions "
+                                "WHERE appservice = ? ORDER BY txn_id DESC LIMIT 1 OFFSET ?", id, KEPT_TRANSACTIONS + 1)
+        self.run("DELETE FROM transactions WHERE appservice = ? AND txn_id <= ?", id, txn_id)
+        self.run("DELETE FROM outbox WHERE appservice = ? AND tick <= ?", id, tick)
+        return KEPT_TRANSACTIONS + 1                         # and the open one
+
+    # -- the outbox: what passes, and news for encrypting application services
 
     def push_ephemeral(self, room: Room, user_id: str, kind: str, data: JsonObject, private: bool = False) -> None:
-        """Ephemeral data for the application services that hear the room, and want such (Pushing ephemeral data).
+        """Ephemeral data for the application services that are interested in the room, and want such (Pushing ephemeral data).
 
         Private: only for those that have to do with the user.
         """
@@ -4148,16 +4213,37 @@ class Tx(Reader):
         return {claim.registration.id for claim in self.store.registrations.claims("users", user_id)}
 
     def _queue_ephemeral(self, ids: set[str], key: Any, data: JsonObject) -> None:
-        self._job_ephemeral += [(id, key, data) for id in sorted(ids) if self.store.registrations.by_id[id].hears_ephemeral]
+        def change(id: str) -> None:
+            waiting = self.ephemeral.setdefault(id, {})
+            self._replaced.append((id, key, waiting.pop(key, None)))     # the latest for each kind, room and user
+            waiting[key] = (self.store.clock.monotonic(), data)
+            if len(waiting) > MAX_EPHEMERAL:
+                del waiting[next(iter(waiting))]
+            self.ready.add(id)
+        self._done += [functools.partial(change, id) for id in sorted(ids) if self.store.registrations.by_id[id].hears_ephemeral]
 
-    def freeze(self) -> None:
-        """Makes a transaction of what waits, for every AS that has none open. At the end of a batch: undone with all of it."""
-        self._undoable = True                                # no savepoint any more
-        for id in self.ready:
-            box = self.boxes.get(id, NOTHING_WAITS)
-            if box.open is None and (box.waiting_to > box.frozen_to or self.ephemeral.get(id) or id in self.news):
-                self._freeze(id, box)
-        self.ready.clear()
+    def _hears_keys(self, id: str | None) -> bool:
+        registration = self.store.registrations.by_id.get(id or "")
+        return bool(registration and registration.msc3202 and registration.url is not None)
+
+    def _tell_counts(self, user_id: str) -> None:
+        owner = self.user(user_id)
+        if owner and self._hears_keys(owner[1]):
+            self._tell_news(owner[1], user_id)
+
+    def _tell_news(self, id: str, *users: str) -> None:
+        """An application service is to hear of messages to devices or of keys, and of these users' key counts."""
+        def change() -> None:
+            self.news.setdefault(id, set()).update(users)
+            self.ready.add(id)
+        self._done.append(change)
+
+    def hear_anew(self) -> None:
+        """Whoever hears of keys and messages to devices is told what there is, with the next transaction."""
+        for id, registration in self.store.registrations.by_id.items():
+            if registration.url is not None:
+                self.news.setdefault(id, set()).update(self.ghosts_with_keys(id) if self._hears_keys(id) else ())
+                self.ready.add(id)
 
     def _frozen_ephemeral(self, id: str) -> str:
         """The part of a transaction for what waits; typing that has become stale is dropped."""
@@ -4194,73 +4280,15 @@ class Tx(Reader):
         return [Raw(text) for _, text in rows]
 
     def _take_key_changes(self, id: str) -> JsonObject:
-        """device_lists: users in rooms that the application service hears, and its own."""
+        """device_lists: its own users, and those in rooms that it is interested in. `left` stays empty: whom it sees no more is no
+        news that it needs.
+        """
         row = self.one("SELECT key_changes FROM pushed WHERE appservice = ?", id)
         since = row[0] if row else self.position()           # the first time: of this batch
         self.run("INSERT OR REPLACE INTO pushed VALUES (?, ?)", id, self.tick_now)
-        changed = [user_id for (user_id,) in self.all("SELECT user_id FROM key_changes WHERE tick > ? ORDER BY tick", since)
-                   if self._concerned(user_id, {id})]
+        news = self.column("SELECT user_id FROM key_changes WHERE tick > ? ORDER BY tick", since)
+        changed = [user_id for user_id in news if self._concerned(user_id, {id})]
         return {"changed": changed, "left": []} if changed else {}
-
-    def _freeze(self, id: str, box: Outbox) -> None:
-        rows = self.all(f"SELECT {EVENT_COLUMNS} FROM outbox o JOIN {EVENT_TABLES} "
-                        "WHERE o.appservice = ? AND o.tick > ? AND e.tick = o.tick "
-                        "ORDER BY o.tick LIMIT ?", id, box.frozen_to, MAX_TRANSACTION_EVENTS)
-        now = self.store.clock.now()
-        more = self._frozen_ephemeral(id) + self._frozen_news(id)
-        if not rows and not more:
-            return
-        body = '{"events":[' + ",".join([Event(*row).for_appservice(now) for row in rows]) + f"]{more}}}"
-        transaction = Transaction(id, self._next_txn_id(id), len(rows), body.encode("utf-8", "replace"))
-        last = int(rows[-1][0]) if rows else box.frozen_to
-        self.run("INSERT INTO transactions VALUES (?, ?, ?, ?, ?, NULL)", id, transaction.txn_id, last,
-                 len(rows), transaction.body)
-        self.boxes[id] = box._replace(open=transaction, frozen_to=last, kept=self._prune(id, box.kept + 1))
-        self.after.append(lambda: self.store.on_frozen(transaction))
-
-    def _next_txn_id(self, id: str) -> int:
-        """Rises, and is never used again: not after a restart, not with a new database (the real clock, in
-        microseconds).
-        """
-        last = self.one("SELECT coalesce(max(txn_id), 0) FROM transactions WHERE appservice = ?", id)[0]
-        return max(int(last) + 1, time.time_ns() // 1000)
-
-    def acknowledge(self, id: str, txn_id: int) -> None:
-        box = self.boxes.get(id)
-        if box and box.open and box.open.txn_id == txn_id:
-            self.run("UPDATE transactions SET acknowledged_ts = ? WHERE appservice = ? AND txn_id = ?",
-                     self.store.clock.now(), id, txn_id)
-            self._job_acknowledged.add(id)
-
-    def reopen(self, id: str, txn_id: int | None, new_id: bool) -> int:
-        """An acknowledged transaction (None: the last) is to be sent again, if need be under a new ID; its ID."""
-        box = self.boxes.get(id, NOTHING_WAITS)
-        if box.open:
-            raise MatrixError("M_UNKNOWN", f"transaction {box.open.txn_id} is open: retry or skip it first", 409)
-        row = self.one("SELECT appservice, txn_id, events, body FROM transactions WHERE appservice = ? AND (? IS NULL OR txn_id = ?) "
-                       "ORDER BY txn_id DESC LIMIT 1", id, txn_id, txn_id)
-        if not row:
-            raise MatrixError("M_NOT_FOUND", f"{id!r} has no such transaction; the last {KEPT_TRANSACTIONS} are kept")
-        transaction = Transaction(*row)
-        if new_id:
-            transaction = transaction._replace(txn_id=self._next_txn_id(id))
-            self.run("INSERT INTO transactions VALUES (?, ?, ?, ?, ?, NULL)", id, transaction.txn_id, box.frozen_to, transaction.events,
-                     transaction.body)
-        else:
-            self.run("UPDATE transactions SET acknowledged_ts = NULL WHERE appservice = ? AND txn_id = ?", id, transaction.txn_id)
-        self.boxes[id] = box._replace(open=transaction, kept=box.kept + new_id)
-        self.after.append(lambda: self.store.on_frozen(transaction))
-        return transaction.txn_id
-
-    def _prune(self, id: str, kept: int) -> int:
-        """Deletes the transactions that are not kept, many at once, for finding the first means to count; how many there are then."""
-        if kept <= KEPT_TRANSACTIONS + PRUNED_AT_ONCE:
-            return kept
-        txn_id, tick = self.one("SELECT txn_id, last_tick FROM transactions "
-                                "WHERE appservice = ? ORDER BY txn_id DESC LIMIT 1 OFFSET ?", id, KEPT_TRANSACTIONS + 1)
-        self.run("DELETE FROM transactions WHERE appservice = ? AND txn_id <= ?", id, txn_id)
-        self.run("DELETE FROM outbox WHERE appservice = ? AND tick <= ?", id, tick)
-        return KEPT_TRANSACTIONS + 1                         # and the open one
 
 
 class Waiters:
@@ -7291,15 +7319,183 @@ class Unread:
 # acknowledged; pings; the questions for users and aliases that don't exist yet,
 # and for third-party networks. Spec: Application Service API, Pushing events,
 # Pinging, Querying, Third-party networks, Legacy routes. Does not know clients.
+#
+# The way of an event: it was stored together with a row in the outbox of each
+# application service that is interested (5, Tx._insert); at the end of the batch
+# the rows became a transaction (Tx.freeze), which after COMMIT is offered to the
+# worker (Worker.offer). That PUTs it until the answer is 200 (Worker._push), and
+# has that stored (Tx.acknowledge), which freezes what has come meanwhile.
 
 QUERY_SECONDS = 30.0             # for all attempts of one question
 QUERY_ATTEMPTS = 3
 PROTOCOL_SECONDS = 60.0          # how long an application service's word about a protocol counts
 SILENCE_SECONDS = 3.0            # until one that did not tell is asked again
 FALL_BACK_ON = (404, 405, 500, 501)
+# What an application service serves, besides pings: today's path, and the older one, which is tried after these answers.
 LEGACY_PATHS = {"/_matrix/app/v1/transactions/": "/transactions/", "/_matrix/app/v1/users/": "/users/",
                 "/_matrix/app/v1/rooms/": "/rooms/", "/_matrix/app/v1/thirdparty/": "/_matrix/app/unstable/thirdparty/"}
 
+
+# -- Pushing. One thread for each application service, so that none waits for another; it is started when there is something to send.
+
+class Worker:
+    """Pushes to one application service: the open transaction, until it answers 200; then the next (Pushing events).
+
+        waiting --frozen--> sending --200--> acknowledged --> waiting
+                               ^  |
+                               |  +--anything else--> backing off --time, ping or retry()--+
+                               +----------------------------------------------------------+
+    """
+
+    def __init__(self, world: World, line: Line) -> None:
+        self.world, self.line, self.registration = world, line, line.registration
+        self.transaction: Transaction | None = None          # what is to be sent; set by offer()
+        self.failures = 0                                    # attempts since the last success
+        self.next_attempt = 0.0                              # the clock's monotonic time
+        self.paused = False                                  # by hand
+        self.down_since: int | None = None                   # when the first of the failures was
+        self.attempts: collections.deque[Exchange] = collections.deque(maxlen=KEPT_EXCHANGES)    # of transactions, since the start
+        self._thread: threading.Thread | None = None         # started by the first transaction
+        self._hurry = False                                  # somebody wants no backoff after the attempt that is under way
+        self._guard = threading.Lock()                       # guards changes of transaction
+        self._bell = bell()                                  # rung when there may be something to do
+        self._stopped = False
+        self._seldom = Seldom()                              # whether to complain again that there is no thread
+
+    def offer(self, transaction: Transaction) -> None:
+        """A transaction was frozen. Called by the writer thread, so it only takes note."""
+        with self._guard:
+            self.transaction = transaction
+        self._start()
+        release(self._bell)
+
+    def _start(self) -> None:
+        """If it has no thread yet, and there is one to be had."""
+        if self._thread is None and not self._stopped:
+            thread = threading.Thread(target=self._run, name=f"push {self.registration.id}", daemon=True)
+            try:
+                thread.start()
+                self._thread = thread
+            except RuntimeError as error:
+                self.world.store.late.append(self._start)
+                if self._seldom():
+                    log.error("application service %s: nothing can be pushed: %s", self.registration.id, error)
+
+    @property
+    def fresh(self) -> bool:
+        """Whether nothing has been offered yet."""
+        return self._thread is None
+
+    def retry(self) -> None:
+        """Ends the backoff."""
+        self.next_attempt, self._hurry = 0.0, True
+        release(self._bell)
+
+    def pause(self, paused: bool = True) -> None:
+        """No further attempt until it goes on."""
+        self.paused = paused
+        release(self._bell)
+
+    def drop(self, txn_id: int) -> None:
+        """This one is not to be sent any more. Called by the writer thread."""
+        with self._guard:
+            if not self.transaction or self.transaction.txn_id != txn_id:
+                return
+            self.transaction = None
+            self._forgive()
+        self.line.abort()
+
+    def _forgive(self) -> None:
+        """The next attempt is the first one again."""
+        self.failures, self.next_attempt, self.down_since = 0, 0.0, None
+
+    @property
+    def state(self) -> str:
+        if self.paused:
+            return "paused"
+        if self.transaction is None:
+            return "idle"
+        return "backing off" if self.next_attempt > self.world.clock.monotonic() else "sending"
+
+    def stop(self, deadline: float) -> None:
+        """Lets the attempt that is under way end, until this real monotonic time."""
+        self._stopped = True
+        release(self._bell)
+        if self._thread:
+            self._thread.join(max(0.0, deadline - time.monotonic()))
+            self.line.abort()
+            self._thread.join(max(0.0, deadline + 0.2 - time.monotonic()))
+
+    def _run(self) -> None:
+        while not self._stopped:
+            transaction = self.transaction
+            left = self.next_attempt - self.world.clock.monotonic()
+            if transaction is None or self.paused or left > 0:
+                self.world.clock.wait(self._bell, self.next_attempt if transaction and not self.paused else math.inf)
+            else:
+                try:
+                    self._push(transaction)
+                except Exception:                            # a bug; the transaction is not to wait for ever because of it
+                    log.exception("application service %s: the push failed", self.registration.id)
+                    self._back_off()
+        self.line.close()
+
+    def _push(self, transaction: Transaction) -> None:
+        """One attempt. Any 200 is an acknowledgement, whatever its body; anything else is tried again, after a time that doubles."""
+        self._hurry = False
+        outcome, one = self.line.attempt(
+            "transaction", "PUT", f"/_matrix/app/v1/transactions/{transaction.txn_id}", transaction.body,
+            self.world.settings.push_timeout_ms / 1000, txn_id=transaction.txn_id, events=transaction.events,
+            attempt=self.failures + 1)
+        self.attempts.append(one)
+        if isinstance(outcome, Answer) and outcome.status == 200:
+            self.line.wire.end(one, "" if outcome.json is not None else "an acknowledgement, though it is not JSON")
+            self._acknowledge(transaction)
+        elif not self.transaction or self.transaction.txn_id != one.txn_id:
+            self.line.wire.end(one, "it was skipped")
+        else:
+            delay = self._back_off()
+            self.line.wire.end(one, f"attempt {self.failures + 1} in {delay:.1f} s")
+            self._warn(transaction, outcome)
+
+    def _acknowledge(self, transaction: Transaction) -> None:
+        with self._guard:
+            if self.transaction is transaction:              # the next one comes with the COMMIT of this acknowledgement
+                self.transaction = None
+        try:
+            self.world.store.write(lambda tx: tx.acknowledge(transaction.appservice, transaction.txn_id))
+        except MatrixError as error:                         # not stored: it will be sent again, with the same ID
+            with self._guard:
+                self.transaction = self.transaction or transaction
+            self._back_off()
+            return self._warn(transaction, error)
+        if self.failures:
+            log.info("application service %s is back; transaction %d went through", transaction.appservice, transaction.txn_id)
+        self._forgive()
+
+    def _back_off(self) -> float:
+        """Seconds until the next attempt."""
+        settings = self.world.settings
+        delay = 0.0 if self._hurry else next_delay(self.failures, settings.retry_first_ms, settings.retry_max_ms)
+        self.down_since = self.down_since or self.world.clock.now()
+        self.failures += 1
+        self.next_attempt = self.world.clock.monotonic() + delay
+        return delay
+
+    def _warn(self, transaction: Transaction, failure: Answer | BaseException) -> None:
+        if not (self._stopped or self.world.stopping) and self.transaction is transaction:
+            log.warning("application service %s: transaction %d (%d events, attempt %d) did not go through: %s; next "
+                        "attempt in %.1f s",
+                        transaction.appservice, transaction.txn_id, transaction.events, self.failures,
+                        advice(self.registration, failure), max(0.0, self.next_attempt - self.world.clock.monotonic()))
+
+
+def next_delay(failures: int, first_ms: int, max_ms: int) -> float:
+    """Seconds until the next attempt: doubled each time, up to a limit, a tenth more or less."""
+    return min(first_ms * 2.0 ** min(failures, 60), max_ms) / 1000 * random.uniform(0.9, 1.1)
+
+
+# -- Calling: the one place that speaks to an application service.
 
 class Answer(NamedTuple):
     status: int
@@ -7317,7 +7513,500 @@ class Answer(NamedTuple):
         return self.json.get("errcode") if isinstance(self.json, dict) else None
 
 
-# -- What passes, kept for a while to be looked at.
+class Ask(NamedTuple):
+    """What an application service is asked."""
+    kind: str                            # "transaction", "query", "thirdparty" or "ping"
+    method: str
+    path: str
+    body: bytes | None
+    deadline: float                      # real monotonic time, for all that it takes
+    about: Mapping[str, Any]             # what more is known: further fields of its Exchange
+
+
+class Line:
+    """Calls one application service, over one connection. For one thread at a time."""
+
+    def __init__(self, registration: Registration, wire: Wire, faults: Faults) -> None:
+        self.registration, self.wire, self.faults = registration, wire, faults
+        self._client = HttpClient(registration.url or "", cut=True)
+        self._bell, self._aborted = bell(), False            # for a fault that delays
+
+    def exchange(self, kind: str, method: str, path: str, body: bytes | None, seconds: float) -> Answer:
+        """The answer to a question; raises what CALL_FAILED has."""
+        outcome, one = self.attempt(kind, method, path, body, seconds)
+        self.wire.end(one)
+        if isinstance(outcome, BaseException):
+            raise outcome
+        return outcome
+
+    def attempt(self, kind: str, method: str, path: str, body: bytes | None, seconds: float,
+                **about: Any) -> tuple[Answer | BaseException, Exchange]:
+        """Calls the path of today's specification and, if the AS does not know it, at once the older one. The outcome, and its
+        Exchange, which is still to be ended. `about` is what more is known of it.
+        """
+        faults, self._aborted = self.faults.take(kind), False
+        ask = Ask(kind, method, path, body, time.monotonic() + seconds, about)
+        outcome, one = self._ask(ask, faults)
+        if "duplicate" in faults:
+            self.wire.end(one, "the same once more")
+            outcome, one = self._ask(ask, {"duplicate": faults["duplicate"]})
+        return self._spoil(one, outcome, faults), one
+
+    def _ask(self, ask: Ask, faults: Mapping[str, Fault]) -> tuple[Answer | BaseException, Exchange]:
+        outcome, one = self._call(ask, faults)
+        older = next((old + ask.path[len(new):] for new, old in LEGACY_PATHS.items() if ask.path.startswith(new)), None)
+        if (older and "status" not in faults and isinstance(outcome, Answer) and outcome.status in FALL_BACK_ON
+                and outcome.errcode in (None, "M_UNRECOGNIZED")):
+            self.wire.end(one, "the older path is tried")
+            after = {name: fault for name, fault in faults.items() if name != "delay"}
+            second, one = self._call(ask._replace(path=older), after)
+            if (not isinstance(second, Answer) or (second.status == 200 and second.json is not None)
+                    or (second.status != 200 and second.errcode not in (None, "M_UNRECOGNIZED"))):
+                outcome = second
+        return outcome, one
+
+    def _call(self, ask: Ask, faults: Mapping[str, Fault]) -> tuple[Answer | BaseException, Exchange]:
+        """The hs_token goes into the header and, for software older than v1.4, into the query."""
+        token = self.registration.hs_token
+        headers = {"Authorization": f"Bearer {token}", "Content-Type": "application/json",
+                   "User-Agent": f"asbridge/{__version__}"}
+        target = f"{ask.path}{'&' if '?' in ask.path else '?'}access_token={urllib.parse.quote(token, safe='')}"
+        one = self.wire.begin(Exchange(self.wire.number(), self.wire.clock.now(), HS, self.registration.id, ask.kind, ask.method,
+                                       ask.path.partition("?")[0], headers, (ask.body or b"")[:KEPT_BYTES],
+                                       fault=", ".join(faults), **ask.about))
+        began = time.monotonic()
+        try:
+            outcome: Answer | BaseException | None = self._instead(faults, ask.deadline)
+            left = max(0.001, ask.deadline - time.monotonic())
+            outcome = outcome or Answer(*self._client.request(ask.method, target, ask.body, headers, left))
+        except CALL_FAILED as error:
+            outcome, one.error = error, advice(self.registration, error)
+        one.ms = round((time.monotonic() - began) * 1000, 2)
+        if isinstance(outcome, Answer):
+            one.status, one.answer = outcome.status, outcome.body[:KEPT_BYTES]
+            if any(each.encode() in outcome.body for each in (token, self.registration.as_token, "access_token")):
+                one.answer = without_tokens(self.registration, outcome.body.decode("utf-8", "replace")).encode()[:KEPT_BYTES]
+        return outcome, one
+
+    def _instead(self, faults: Mapping[str, Fault], deadline: float) -> Answer | None:
+        """What faults do before anything is sent, or in place of it."""
+        if "refuse" in faults:
+            raise ConnectionRefusedError(errno.ECONNREFUSED, "refused")
+        if "delay" in faults:
+            most, wanted = deadline - time.monotonic(), faults["delay"].delay_ms / 1000
+            self._pass(min(wanted, most))
+            if self._aborted:
+                raise ConnectionAbortedError(errno.ECONNABORTED, "given up while it was delayed")
+            if wanted >= most:
+                raise TimeoutError("delayed for longer than an answer is waited for")
+        if "status" in faults:
+            return Answer(faults["status"].status, b'{"errcode":"M_UNKNOWN","error":"a fault answers for the application service"}')
+        return None
+
+    @staticmethod
+    def _spoil(one: Exchange, outcome: Answer | BaseException, faults: Mapping[str, Fault]) -> Answer | BaseException:
+        """What faults make of an answer."""
+        if "lose_ack" in faults and isinstance(outcome, Answer):
+            one.lost, one.error = True, "it answered, but the answer was lost on the way"
+            return ConnectionResetError(errno.ECONNRESET, one.error)
+        if "garbage" in faults and isinstance(outcome, Answer) and outcome.status == 200:
+            one.answer = b"<html>this is not JSON</html>"
+            return Answer(200, one.answer)
+        return outcome
+
+    def _pass(self, seconds: float) -> None:
+        """Lets time pass, by the clock that can be wound on."""
+        until = self.wire.clock.monotonic() + seconds
+        while self.wire.clock.monotonic() < until and not self._aborted:
+            self.wire.clock.wait(self._bell, until)
+
+    def close(self) -> None:
+        self._client.close()
+
+    def abort(self) -> None:
+        self._aborted = True
+        release(self._bell)
+        self._client.abort()
+
+
+CALL_FAILED = (OSError, http.client.HTTPException, ValueError)   # what Line.exchange can raise
+
+
+def advice(registration: Registration, failure: Answer | BaseException) -> str:
+    """Why a call failed, and what to do about it."""
+    if isinstance(failure, MatrixError):
+        return failure.error
+    if isinstance(failure, Answer) and failure.status in (401, 403):
+        return (f"{failure.status}: it rejects the hs_token; is the application service running with the registration "
+                "that the homeserver has?")
+    if isinstance(failure, Answer):
+        text = without_tokens(registration, failure.body.decode("utf-8", "replace"))
+        return printable(f"it answered {failure.status} {shorten(text, 200)}")
+    if isinstance(failure, ConnectionRefusedError):
+        return (f"nothing listens at {registration.url}; is the application service running? "
+                "(inside a container, localhost is the container)")
+    if isinstance(failure, TimeoutError):
+        return "it did not answer in time"
+    if isinstance(failure, (ConnectionResetError, BrokenPipeError)):
+        return failure.strerror or "it closed the connection without an answer; does its log say why?"
+    if isinstance(failure, http.client.IncompleteRead):
+        return "it closed the connection, or said a wrong length, in the middle of its answer; does its log say why?"
+    text = printable(shorten(without_tokens(registration, f"{type(failure).__name__}: {failure}"), 200))
+    return f"what it answered is not HTTP/1.1 ({text})" if isinstance(failure, (http.client.HTTPException, ValueError)) else text
+
+
+def without_tokens(registration: Registration, text: str, shown: str = "") -> str:
+    """Some answer with what they were asked. In place of a token stands its name, or what is `shown` for both."""
+    forms = {form: name for name in ("hs_token", "as_token") for token in (getattr(registration, name),)
+             for form in (token, urllib.parse.quote(token, safe=""), urllib.parse.quote(token), json.dumps(token)[1:-1])}
+    longest_first = sorted(forms, key=len, reverse=True)
+    return re.sub("|".join(map(re.escape, longest_first)), lambda match: f"({shown or forms[match[0]]})", text)
+
+
+# -- Asking, and all workers together.
+
+class Query:
+    """A question in flight, and who waits for its answer."""
+
+    def __init__(self) -> None:
+        self.done = threading.Event()
+        self.created = False
+        self.error: MatrixError | None = None
+
+    def result(self) -> bool:
+        self.done.wait()
+        if self.error:
+            raise self.error
+        return self.created
+
+
+PROTOCOL_KEYS = {"user_fields": list, "location_fields": list, "icon": str, "field_types": dict}
+THIRD_PARTY_IDS = {"user": "userid", "location": "alias"}    # what a look-up finds, and the key of its Matrix ID
+
+
+def has_keys(value: Any, keys: Mapping[str, Any]) -> bool:
+    return isinstance(value, dict) and all(is_a(value.get(key), type_) for key, type_ in keys.items())
+
+
+def is_protocol(value: Any) -> bool:
+    """Whether this is a protocol's metadata. Bridges leave out what they don't have, but for `instances`."""
+    if not has_keys(value, {"instances": list}):
+        return False
+    told = {key: type_ for key, type_ in PROTOCOL_KEYS.items() if value.get(key) is not None}
+    return has_keys(value, told) and all(has_keys(one, {"network_id": str}) for one in value["instances"])
+
+
+def batch_in(value: Any, kind: str) -> list[JsonObject] | None:
+    """Of a list those that are third-party users or locations; None if it is no list."""
+    keys = {THIRD_PARTY_IDS[kind]: str, "protocol": str, "fields": dict}
+    return [one for one in value if has_keys(one, keys)] if isinstance(value, list) else None
+
+
+class Delivery:
+    """All workers, and the calls that answer somebody who waits."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.wire = Wire(world.clock)
+        self._workers: dict[str, Worker] = {}                # made when first needed
+        self._faults: dict[str, Faults] = {}                 # made when first needed
+        self._lines: set[Line] = set()                       # over which somebody asks at the moment
+        self._former: dict[str, Worker] = {}                 # whose registration has changed, until there is another
+        # In flight: who is asked, kind, ID, patient, which application service asks (or '').
+        self._queries: dict[tuple[str, str, str, bool, str], Query] = {}
+        # What was said about a protocol, and until when it counts.
+        self._protocols: dict[tuple[Registration, str], tuple[JsonObject | None, float]] = {}
+        self._guard = threading.Lock()                       # guards all of these but _protocols
+        self._stopped = False
+
+    # -- pushing
+
+    def start(self) -> None:
+        """Takes up what was open when the homeserver stopped."""
+        self.world.store.on_frozen = self._offer
+        self.world.ask = self.ask
+        self._take_up()
+
+    def _take_up(self) -> None:
+        """Offers what is open to workers that have had nothing yet, and lets freeze() look at what waits.
+
+        On the writer thread, as every offer: anybody else might offer what has been acknowledged meanwhile.
+        """
+        def job(tx: Tx) -> None:
+            tx.ready.update(tx.boxes)
+            tx.hear_anew()
+            for box in tx.boxes.values():
+                if box.open:
+                    tx.after.append(functools.partial(self._resume, box.open))
+        self.world.store.write(job)
+
+    def _resume(self, transaction: Transaction) -> None:
+        worker = self.worker(transaction.appservice)
+        if worker and worker.fresh:
+            self._offer(transaction)
+
+    def stop(self, seconds: float = 1.0) -> None:
+        """Attempts that are under way may take this long to end."""
+        self._stopped = True
+        self.wire.stop()
+        deadline = time.monotonic() + seconds
+        with self._guard:
+            workers, lines = list(self._workers.values()), list(self._lines)
+        for line in lines:
+            line.abort()
+        for worker in workers:
+            worker.stop(deadline)
+
+    def _offer(self, transaction: Transaction) -> None:
+        worker = self.worker(transaction.appservice)
+        if worker and not self._stopped:
+            worker.offer(transaction)
+
+    def worker(self, id: str) -> Worker | None:
+        registration = self.world.registrations.by_id.get(id)
+        if not registration or registration.url is None:
+            return None
+        faults = self.faults(id)
+        with self._guard:
+            worker = self._workers.get(id)
+            if worker is None:
+                worker = self._workers[id] = Worker(self.world, Line(registration, self.wire, faults))
+                if former := self._former.pop(id, None):
+                    worker.paused, worker.attempts = former.paused, former.attempts
+            return worker
+
+    @contextlib.contextmanager
+    def _calling(self, registration: Registration) -> Iterator[Line]:
+        """A line for a call that somebody waits for; stop() ends it."""
+        line = Line(registration, self.wire, self.faults(registration.id))
+        with self._guard:
+            self._lines.add(line)
+        try:
+            yield line
+        finally:
+            with self._guard:
+                self._lines.discard(line)
+            line.close()
+
+    def faults(self, id: str) -> Faults:
+        self.registration(id)
+        with self._guard:
+            return self._faults.setdefault(id, Faults())
+
+    def registration(self, id: str) -> Registration:
+        """M_NOT_FOUND if there is no such application service."""
+        registration = self.world.registrations.by_id.get(id)
+        if not registration:
+            raise MatrixError("M_NOT_FOUND", f"there is no application service {shorten(id)!r}, only "
+                              f"{', '.join(self.world.registrations.by_id) or 'none at all'}")
+        return registration
+
+    # -- by hand
+
+    def hand(self, id: str) -> Worker:
+        """The worker to pause, retry …; M_URL_NOT_SET if nothing is ever sent there."""
+        worker = self.worker(self.registration(id).id)
+        if not worker:
+            raise MatrixError("M_URL_NOT_SET", f"the registration of {id!r} has url: null, so nothing is sent to it")
+        return worker
+
+    def skip(self, id: str) -> int:
+        """Gives up the open transaction, as if it were acknowledged; its ID."""
+        worker = self.hand(id)
+
+        def job(tx: Tx) -> int:
+            box = tx.boxes.get(id, NOTHING_WAITS)
+            if not box.open:
+                raise MatrixError("M_NOT_FOUND", f"no transaction is open for {id!r}")
+            tx.acknowledge(id, box.open.txn_id)
+            tx.after.append(functools.partial(worker.drop, box.open.txn_id))
+            return box.open.txn_id
+        txn_id = self.world.store.write(job)
+        log.warning("application service %s: transaction %d is skipped by hand", id, txn_id)
+        return txn_id
+
+    def replay(self, id: str, txn_id: int | None = None, new_id: bool = False) -> int:
+        """Sends a transaction that was acknowledged (the last one, if none is named) once more: the same bytes with the same ID,
+        or with a new one, which deduplication does not know. The ID.
+        """
+        self.hand(id)
+        return self.world.store.write(lambda tx: tx.reopen(id, txn_id, new_id))
+
+    def reload(self) -> None:
+        """After a change of the registrations: what is gone or different gets no more from its old worker."""
+        with self._guard:
+            changed = [worker for id, worker in self._workers.items()
+                       if self.world.registrations.by_id.get(id) is not worker.registration]
+            for worker in changed:
+                del self._workers[worker.registration.id]
+                self._former[worker.registration.id] = worker
+        self._protocols = {}
+        for worker in changed:
+            worker.stop(time.monotonic())
+        self._take_up()
+
+    # -- pinging
+
+    def ping(self, registration: Registration, transaction_id: str | None) -> int:
+        """Calls the application service as it asked; milliseconds (Pinging). A success ends its backoff."""
+        if registration.url is None:
+            raise MatrixError("M_URL_NOT_SET", f"the registration of {registration.id!r} has url: null, so "
+                              "there is nobody to ping")
+        body = to_json({} if transaction_id is None else {"transaction_id": transaction_id}).encode()
+        began = time.monotonic()
+        try:
+            with self._calling(registration) as line:
+                answer = line.exchange("ping", "POST", "/_matrix/app/v1/ping", body, self.world.settings.query_timeout_ms / 1000)
+        except TimeoutError as error:
+            raise MatrixError("M_CONNECTION_TIMEOUT", advice(registration, error)) from None
+        except CALL_FAILED as error:
+            raise MatrixError("M_CONNECTION_FAILED", advice(registration, error)) from None
+        if answer.status != 200:
+            raise MatrixError("M_BAD_STATUS", advice(registration, answer), status=answer.status,
+                              body=without_tokens(registration, answer.body.decode("utf-8", "replace")))
+        worker = self.worker(registration.id)
+        if worker:
+            worker.retry()
+        return int((time.monotonic() - began) * 1000)
+
+    # -- asking
+
+    def ask(self, kind: str, id: str, by: Registration | None, patient: bool) -> bool:
+        """Whether an application service, asked for a user or alias in its namespace, has created it (Querying).
+
+        Not asked: what exists already, and an application service about itself (`by`). Patient: three attempts,
+        then 408.
+        """
+        if self._exists(kind, id):
+            return False
+        unanswered: MatrixError | None = None
+        for claim in self.world.registrations.claims(kind, id):
+            if claim.namespace and claim.registration is not by and claim.registration.url is not None:
+                try:
+                    if self._ask_one(claim.registration, kind, id, by, patient):
+                        if not self._exists(kind, id):
+                            log.warning("application service %s was asked for %s: it answered 200, as if it had created it, but it "
+                                        "has not", claim.registration.id, printable(id))
+                        return True
+                except MatrixError as error:                 # another may know
+                    unanswered = error
+        if unanswered:
+            raise unanswered
+        return False
+
+    def _exists(self, kind: str, id: str) -> bool:
+        with self.world.store.read() as reader:
+            return bool(reader.user(id) if kind == "users" else reader.alias(id))
+
+    def _ask_one(self, registration: Registration, kind: str, id: str, by: Registration | None,
+                 patient: bool) -> bool:
+        """Equal questions of people are asked once. One that an AS's request leads to is never shared, for the first
+        may wait for that AS; and asked in a circle, it is answered with no.
+        """
+        key = (registration.id, kind, id, patient, by.id if by else "")
+        with self._guard:
+            query = self._queries.get(key)
+            mine = query is None
+            if query is None:
+                query = self._queries[key] = Query()
+        if by and not mine:
+            return False                                     # what it waits for may wait for it
+        if mine:
+            try:
+                query.created = self._question(registration, kind, id, patient)
+            except MatrixError as error:
+                query.error = error
+            finally:
+                with self._guard:
+                    del self._queries[key]
+                query.done.set()
+        return query.result()
+
+    def _question(self, registration: Registration, kind: str, id: str, patient: bool) -> bool:
+        """Asks until there is an answer below 500: 200 means yes, any other no."""
+        clock, why, path = self.world.clock, "", query_path(kind, id)
+        deadline = clock.monotonic() + QUERY_SECONDS
+        with self._calling(registration) as line:
+            for attempt in range(QUERY_ATTEMPTS if patient else 1):
+                if attempt:
+                    clock.wait(bell(), min(deadline, clock.monotonic() + 0.25 * 2**attempt))
+                outcome = self._attempt(line, path, deadline)
+                if isinstance(outcome, Answer) and outcome.status in (200, 404):
+                    return outcome.status == 200
+                why = advice(registration, outcome)
+                patient = patient and not (isinstance(outcome, Answer) and outcome.status < 500)
+                if not patient or self._stopped:
+                    break
+        log.log(logging.DEBUG if self.world.stopping else logging.WARNING,
+                "application service %s was asked for %s: %s", registration.id, printable(id), why)
+        if patient:
+            raise MatrixError("M_UNKNOWN", f"the application service {registration.id!r} was asked for {id}, but: {why}", 408)
+        return False
+
+    def _attempt(self, line: Line, path: str, deadline: float) -> Answer | BaseException:
+        left = deadline - self.world.clock.monotonic()
+        try:
+            return line.exchange("query", "GET", path, None, max(0.001, min(self.world.settings.query_timeout_ms / 1000, left)))
+        except CALL_FAILED as error:
+            return error
+
+    # -- third-party networks. Nobody is asked about itself (`by`): while it waits, it may not be able to answer.
+
+    def protocols(self, by: Registration | None, only: str | None = None) -> dict[str, JsonObject]:
+        """Metadata of each protocol: the instances of all who have it, all else as the first of them says."""
+        asked = [(registration, protocol) for registration in self.world.registrations if registration.url is not None
+                 for protocol in dict.fromkeys(registration.protocols) if only in (None, protocol)]
+        found: dict[str, JsonObject] = {}
+        for (_, protocol), said in zip(asked, at_once(lambda one: self._protocol(*one, by), asked), strict=True):
+            if said:
+                known = found.setdefault(protocol, {**said, "instances": []})
+                known["instances"] = known["instances"] + said["instances"]
+        return found
+
+    def _protocol(self, registration: Registration, protocol: str, by: Registration | None) -> JsonObject | None:
+        now = self.world.clock.monotonic()
+        said, until = self._protocols.get((registration, protocol), (None, 0.0))
+        if until <= now and registration is not by:
+            said = self._look_up(registration, f"protocol/{urllib.parse.quote(protocol, safe='')}",
+                                 lambda value: value if is_protocol(value) else None)
+            for instance in said["instances"] if said else ():
+                instance["instance_id"] = f"{registration.id}|{instance['network_id']}"
+            self._protocols[registration, protocol] = said, now + (PROTOCOL_SECONDS if said else SILENCE_SECONDS)
+        return said
+
+    def look_up(self, kind: str, protocol: str, fields: Mapping[str, str], by: Registration | None) -> list[JsonObject]:
+        """Third-party users or locations with these fields, as all who have the protocol ('': any) know them."""
+        asked = [one for one in self.world.registrations if one.url is not None and one is not by
+                 and (protocol in one.protocols if protocol else one.protocols)]
+        path = kind + (f"/{urllib.parse.quote(protocol, safe='')}" if protocol else "")
+        path += "?" + urllib.parse.urlencode(fields) if fields else ""
+        answers = at_once(lambda one: self._look_up(one, path, lambda value: batch_in(value, kind)), asked)
+        found = [one for answer in answers for one in answer or ()]
+        if not found:
+            raise MatrixError("M_NOT_FOUND", f"no application service knows of this {kind}; asked: "
+                              f"{', '.join([one.id for one in asked]) or 'none, for none declares the protocol'}")
+        return found
+
+    def _look_up(self, registration: Registration, path: str, read: Callable[[Any], Any]) -> Any:
+        """What can be used of its answer; None, with a line in the log, if nothing can. 404 is an answer."""
+        try:
+            with self._calling(registration) as line:
+                answer = line.exchange("thirdparty", "GET", "/_matrix/app/v1/thirdparty/" + path, None,
+                                       self.world.settings.query_timeout_ms / 1000)
+            if answer.status == 404:
+                return None
+            value = parse_json(answer.body) if answer.status == 200 else None
+            found, why = read(value), advice(registration, answer)
+            if found == value and found is not None:
+                return found
+        except (*CALL_FAILED, MatrixError) as error:
+            found, why = None, advice(registration, error)
+        left = ", of which only a part can be used" * (found is not None)
+        log.warning("application service %s was asked for third-party %s: %s%s", registration.id, path.partition("?")[0], why, left)
+        return found
+
+
+# -- What passes, kept for a while to be looked at: for the trace and the inspector. To be skipped at first reading, as are the faults.
 
 HS = "hs"                        # the homeserver, where application services stand by ID and clients by user ID
 KEPT_EXCHANGES = 1000
@@ -7577,636 +8266,6 @@ class Faults:
         return acting
 
 
-class Line:
-    """The one place that speaks to an application service. For one thread at a time."""
-
-    def __init__(self, registration: Registration, wire: Wire, faults: Faults) -> None:
-        self.registration, self.wire, self.faults = registration, wire, faults
-        self._client = HttpClient(registration.url or "", cut=True)
-        self._bell, self._aborted = bell(), False            # for a fault that delays
-
-    def exchange(self, kind: str, method: str, path: str, body: bytes | None, seconds: float,
-                 then: Callable[[Exchange, Answer | BaseException], str] = lambda one, outcome: "", **about: Any) -> Answer:
-        """Calls the path of today's specification and, if the AS does not know it, at once the older one.
-
-        Raises what CALL_FAILED has. `then` says what comes of the outcome; `about` is what more is known of the exchange.
-        """
-        faults, self._aborted = self.faults.take(kind), False
-        ask = functools.partial(self._ask, kind, method, path, body, time.monotonic() + seconds, about)
-        outcome, one = ask(faults)
-        if "duplicate" in faults:
-            self.wire.end(one, "the same once more")
-            outcome, one = ask({"duplicate": faults["duplicate"]})
-        outcome = self._spoil(one, outcome, faults)
-        self.wire.end(one, then(one, outcome))
-        if isinstance(outcome, BaseException):
-            raise outcome
-        return outcome
-
-    def _ask(self, kind: str, method: str, path: str, body: bytes | None, deadline: float, about: Mapping[str, Any],
-             faults: Mapping[str, Fault]) -> tuple[Answer | BaseException, Exchange]:
-        outcome, one = self._call(kind, method, path, body, deadline, about, faults)
-        older = next((old + path[len(new):] for new, old in LEGACY_PATHS.items() if path.startswith(new)), None)
-        if (older and "status" not in faults and isinstance(outcome, Answer) and outcome.status in FALL_BACK_ON
-                and outcome.errcode in (None, "M_UNRECOGNIZED")):
-            self.wire.end(one, "the older path is tried")
-            after = {name: fault for name, fault in faults.items() if name != "delay"}
-            second, one = self._call(kind, method, older, body, deadline, about, after)
-            if (not isinstance(second, Answer) or (second.status == 200 and second.json is not None)
-                    or (second.status != 200 and second.errcode not in (None, "M_UNRECOGNIZED"))):
-                outcome = second
-        return outcome, one
-
-    def _call(self, kind: str, method: str, path: str, body: bytes | None, deadline: float, about: Mapping[str, Any],
-              faults: Mapping[str, Fault]) -> tuple[Answer | BaseException, Exchange]:
-        """The hs_token goes into the header and, for software older than v1.4, into the query."""
-        token = self.registration.hs_token
-        headers = {"Authorization": f"Bearer {token}", "Content-Type": "application/json",
-                   "User-Agent": f"asbridge/{__version__}"}
-        target = f"{path}{'&' if '?' in path else '?'}access_token={urllib.parse.quote(token, safe='')}"
-        one = self.wire.begin(Exchange(self.wire.number(), self.wire.clock.now(), HS, self.registration.id, kind, method,
-                                       path.partition("?")[0], headers, (body or b"")[:KEPT_BYTES],
-                                       fault=", ".join(faults), **about))
-        began = time.monotonic()
-        try:
-            outcome: Answer | BaseException | None = self._instead(faults, deadline)
-            left = max(0.001, deadline - time.monotonic())
-            outcome = outcome or Answer(*self._client.request(method, target, body, headers, left))
-        except CALL_FAILED as error:
-            outcome, one.error = error, advice(self.registration, error)
-        one.ms = round((time.monotonic() - began) * 1000, 2)
-        if isinstance(outcome, Answer):
-            one.status, one.answer = outcome.status, outcome.body[:KEPT_BYTES]
-            if any(each.encode() in outcome.body for each in (token, self.registration.as_token, "access_token")):
-                one.answer = without_tokens(self.registration, outcome.body.decode("utf-8", "replace")).encode()[:KEPT_BYTES]
-        return outcome, one
-
-    def _instead(self, faults: Mapping[str, Fault], deadline: float) -> Answer | None:
-        """What faults do before anything is sent, or in place of it."""
-        if "refuse" in faults:
-            raise ConnectionRefusedError(errno.ECONNREFUSED, "refused")
-        if "delay" in faults:
-            most, wanted = deadline - time.monotonic(), faults["delay"].delay_ms / 1000
-            self._pass(min(wanted, most))
-            if self._aborted:
-                raise ConnectionAbortedError(errno.ECONNABORTED, "given up while it was delayed")
-            if wanted >= most:
-                raise TimeoutError("delayed for longer than an answer is waited for")
-        if "status" in faults:
-            return Answer(faults["status"].status, b'{"errcode":"M_UNKNOWN","error":"a fault answers for the application service"}')
-        return None
-
-    @staticmethod
-    def _spoil(one: Exchange, outcome: Answer | BaseException, faults: Mapping[str, Fault]) -> Answer | BaseException:
-        """What faults make of an answer."""
-        if "lose_ack" in faults and isinstance(outcome, Answer):
-            one.lost, one.error = True, "it answered, but the answer was lost on the way"
-            return ConnectionResetError(errno.ECONNRESET, one.error)
-        if "garbage" in faults and isinstance(outcome, Answer) and outcome.status == 200:
-            one.answer = b"<html>this is not JSON</html>"
-            return Answer(200, one.answer)
-        return outcome
-
-    def _pass(self, seconds: float) -> None:
-        """Lets time pass, by the clock that can be wound on."""
-        until = self.wire.clock.monotonic() + seconds
-        while self.wire.clock.monotonic() < until and not self._aborted:
-            self.wire.clock.wait(self._bell, until)
-
-    def close(self) -> None:
-        self._client.close()
-
-    def abort(self) -> None:
-        self._aborted = True
-        release(self._bell)
-        self._client.abort()
-
-
-CALL_FAILED = (OSError, http.client.HTTPException, ValueError)   # what Line.exchange can raise
-
-
-def advice(registration: Registration, failure: Answer | BaseException) -> str:
-    """Why a call failed, and what to do about it."""
-    if isinstance(failure, MatrixError):
-        return failure.error
-    if isinstance(failure, Answer) and failure.status in (401, 403):
-        return (f"{failure.status}: it rejects the hs_token; is the application service running with the registration "
-                "that the homeserver has?")
-    if isinstance(failure, Answer):
-        text = without_tokens(registration, failure.body.decode("utf-8", "replace"))
-        return printable(f"it answered {failure.status} {shorten(text, 200)}")
-    if isinstance(failure, ConnectionRefusedError):
-        return (f"nothing listens at {registration.url}; is the application service running? "
-                "(inside a container, localhost is the container)")
-    if isinstance(failure, TimeoutError):
-        return "it did not answer in time"
-    if isinstance(failure, (ConnectionResetError, BrokenPipeError)):
-        return failure.strerror or "it closed the connection without an answer; does its log say why?"
-    if isinstance(failure, http.client.IncompleteRead):
-        return "it closed the connection, or said a wrong length, in the middle of its answer; does its log say why?"
-    text = printable(shorten(without_tokens(registration, f"{type(failure).__name__}: {failure}"), 200))
-    return f"what it answered is not HTTP/1.1 ({text})" if isinstance(failure, (http.client.HTTPException, ValueError)) else text
-
-
-def without_tokens(registration: Registration, text: str, shown: str = "") -> str:
-    """Some answer with what they were asked. In place of a token stands its name, or what is `shown` for both."""
-    forms = {form: name for name in ("hs_token", "as_token") for token in (getattr(registration, name),)
-             for form in (token, urllib.parse.quote(token, safe=""), urllib.parse.quote(token), json.dumps(token)[1:-1])}
-    longest_first = sorted(forms, key=len, reverse=True)
-    return re.sub("|".join(map(re.escape, longest_first)), lambda match: f"({shown or forms[match[0]]})", text)
-
-
-class Worker:
-    """Pushes to one application service: the open transaction, until it answers 200; then the next.
-
-        waiting --frozen--> sending --200--> acknowledged --> waiting
-                               ^  |
-                               |  +--anything else--> backing off --time, ping or retry()--+
-                               +----------------------------------------------------------+
-    """
-
-    def __init__(self, world: World, line: Line) -> None:
-        self.world, self.line, self.registration = world, line, line.registration
-        self.transaction: Transaction | None = None          # what is to be sent; set by offer()
-        self.failures = 0                                    # attempts since the last success
-        self.next_attempt = 0.0                              # the clock's monotonic time
-        self.paused = False                                  # by hand
-        self.down_since: int | None = None                   # when the first of the failures was
-        self.attempts: collections.deque[Exchange] = collections.deque(maxlen=KEPT_EXCHANGES)    # of transactions, since the start
-        self._thread: threading.Thread | None = None         # started by the first transaction
-        self._hurry = False                                  # somebody wants no backoff after the attempt that is under way
-        self._guard = threading.Lock()                       # guards changes of transaction
-        self._bell, self._stopped, self._seldom = bell(), False, Seldom()
-
-    def offer(self, transaction: Transaction) -> None:
-        """A transaction was frozen. Called by the writer thread, so it only takes note."""
-        with self._guard:
-            self.transaction = transaction
-        self._start()
-        release(self._bell)
-
-    def _start(self) -> None:
-        """If it has no thread yet, and there is one to be had."""
-        if self._thread is None and not self._stopped:
-            thread = threading.Thread(target=self._run, name=f"push {self.registration.id}", daemon=True)
-            try:
-                thread.start()
-                self._thread = thread
-            except RuntimeError as error:
-                self.world.store.late.append(self._start)
-                if self._seldom():
-                    log.error("application service %s: nothing can be pushed: %s", self.registration.id, error)
-
-    @property
-    def fresh(self) -> bool:
-        """Whether nothing has been offered yet."""
-        return self._thread is None
-
-    def retry(self) -> None:
-        """Ends the backoff."""
-        self.next_attempt, self._hurry = 0.0, True
-        release(self._bell)
-
-    def pause(self, paused: bool = True) -> None:
-        """No further attempt until it goes on."""
-        self.paused = paused
-        release(self._bell)
-
-    def drop(self, txn_id: int) -> None:
-        """This one is not to be sent any more. Called by the writer thread."""
-        with self._guard:
-            if not self.transaction or self.transaction.txn_id != txn_id:
-                return
-            self.transaction = None
-            self._forgive()
-        self.line.abort()
-
-    def _forgive(self) -> None:
-        """The next attempt is the first one again."""
-        self.failures, self.next_attempt, self.down_since = 0, 0.0, None
-
-    @property
-    def state(self) -> str:
-        if self.paused:
-            return "paused"
-        if self.transaction is None:
-            return "idle"
-        return "backing off" if self.next_attempt > self.world.clock.monotonic() else "sending"
-
-    def stop(self, deadline: float) -> None:
-        """Lets the attempt that is under way end, until this real monotonic time."""
-        self._stopped = True
-        release(self._bell)
-        if self._thread:
-            self._thread.join(max(0.0, deadline - time.monotonic()))
-            self.line.abort()
-            self._thread.join(max(0.0, deadline + 0.2 - time.monotonic()))
-
-    def _run(self) -> None:
-        while not self._stopped:
-            transaction = self.transaction
-            left = self.next_attempt - self.world.clock.monotonic()
-            if transaction is None or self.paused or left > 0:
-                self.world.clock.wait(self._bell, self.next_attempt if transaction and not self.paused else math.inf)
-            else:
-                try:
-                    self._settle(transaction, self._push(transaction))
-                except Exception:                            # a bug; the transaction is not to wait for ever because of it
-                    log.exception("application service %s: the push failed", self.registration.id)
-                    self._back_off()
-        self.line.close()
-
-    def _push(self, transaction: Transaction) -> Answer | BaseException:
-        self._hurry = False
-        try:
-            return self.line.exchange("transaction", "PUT", f"/_matrix/app/v1/transactions/{transaction.txn_id}", transaction.body,
-                                      self.world.settings.push_timeout_ms / 1000, self._then, txn_id=transaction.txn_id,
-                                      events=transaction.events, attempt=self.failures + 1)
-        except CALL_FAILED as error:
-            return error
-
-    def _then(self, one: Exchange, outcome: Answer | BaseException) -> str:
-        """Any 200 is an acknowledgement, whatever its body; anything else is tried again, after a time that doubles."""
-        self.attempts.append(one)
-        if isinstance(outcome, Answer) and outcome.status == 200:
-            return "" if outcome.json is not None else "an acknowledgement, though it is not JSON"
-        if not self.transaction or self.transaction.txn_id != one.txn_id:
-            return "it was skipped"
-        delay = self._back_off()
-        return f"attempt {self.failures + 1} in {delay:.1f} s"
-
-    def _back_off(self) -> float:
-        """Seconds until the next attempt."""
-        settings = self.world.settings
-        delay = 0.0 if self._hurry else next_delay(self.failures, settings.retry_first_ms, settings.retry_max_ms)
-        self.down_since = self.down_since or self.world.clock.now()
-        self.failures += 1
-        self.next_attempt = self.world.clock.monotonic() + delay
-        return delay
-
-    def _settle(self, transaction: Transaction, outcome: Answer | BaseException) -> None:
-        if isinstance(outcome, Answer) and outcome.status == 200:
-            try:
-                with self._guard:
-                    if self.transaction is transaction:      # the next one comes with the COMMIT of this acknowledgement
-                        self.transaction = None
-                self.world.store.write(lambda tx: tx.acknowledge(transaction.appservice, transaction.txn_id))
-                if self.failures:
-                    log.info("application service %s is back; transaction %d went through",
-                             transaction.appservice, transaction.txn_id)
-                self._forgive()
-                return
-            except MatrixError as error:                     # not stored: it will be sent again, with the same ID
-                with self._guard:
-                    self.transaction, outcome = self.transaction or transaction, error
-                self._back_off()
-        if not (self._stopped or self.world.stopping) and self.transaction is transaction:
-            log.warning("application service %s: transaction %d (%d events, attempt %d) did not go through: %s; next "
-                        "attempt in %.1f s",
-                        transaction.appservice, transaction.txn_id, transaction.events, self.failures,
-                        advice(self.registration, outcome), max(0.0, self.next_attempt - self.world.clock.monotonic()))
-
-
-def next_delay(failures: int, first_ms: int, max_ms: int) -> float:
-    """Seconds until the next attempt: doubled each time, up to a limit, a tenth more or less."""
-    return min(first_ms * 2.0 ** min(failures, 60), max_ms) / 1000 * random.uniform(0.9, 1.1)
-
-
-class Query:
-    """A question in flight, and who waits for its answer."""
-
-    def __init__(self) -> None:
-        self.done = threading.Event()
-        self.created = False
-        self.error: MatrixError | None = None
-
-    def result(self) -> bool:
-        self.done.wait()
-        if self.error:
-            raise self.error
-        return self.created
-
-
-PROTOCOL_KEYS = {"user_fields": list, "location_fields": list, "icon": str, "field_types": dict}
-THIRD_PARTY_IDS = {"user": "userid", "location": "alias"}    # what a look-up finds, and the key of its Matrix ID
-
-
-def has_keys(value: Any, keys: Mapping[str, Any]) -> bool:
-    return isinstance(value, dict) and all(is_a(value.get(key), type_) for key, type_ in keys.items())
-
-
-def is_protocol(value: Any) -> bool:
-    """Whether this is a protocol's metadata. Bridges leave out what they don't have, but for `instances`."""
-    if not has_keys(value, {"instances": list}):
-        return False
-    told = {key: type_ for key, type_ in PROTOCOL_KEYS.items() if value.get(key) is not None}
-    return has_keys(value, told) and all(has_keys(one, {"network_id": str}) for one in value["instances"])
-
-
-def is_batch(value: Any, kind: str) -> bool:
-    """Whether this is a list of third-party users or locations."""
-    keys = {THIRD_PARTY_IDS[kind]: str, "protocol": str, "fields": dict}
-    return isinstance(value, list) and all(has_keys(one, keys) for one in value)
-
-
-class Delivery:
-    """All workers, and the calls that answer somebody who waits."""
-
-    def __init__(self, world: World) -> None:
-        self.world = world
-        self.wire = Wire(world.clock)
-        self._workers: dict[str, Worker] = {}                # made when first needed
-        self._faults: dict[str, Faults] = {}                 # made when first needed
-        self._lines: set[Line] = set()                       # over which somebody asks at the moment
-        self._former: dict[str, Worker] = {}                 # whose registration has changed, until there is another
-        # In flight: who is asked, kind, ID, patient, which application service asks (or '').
-        self._queries: dict[tuple[str, str, str, bool, str], Query] = {}
-        # What was said about a protocol, and until when it counts.
-        self._protocols: dict[tuple[Registration, str], tuple[JsonObject | None, float]] = {}
-        self._guard = threading.Lock()                       # guards all of these but _protocols
-        self._stopped = False
-
-    def start(self) -> None:
-        """Takes up what was open when the homeserver stopped."""
-        self.world.store.on_frozen = self._offer
-        self.world.ask = self.ask
-        self._take_up()
-
-    def _take_up(self) -> None:
-        """Offers what is open to workers that have had nothing yet, and has frozen what waits.
-
-        On the writer thread, as every offer: anybody else might offer what has been acknowledged meanwhile.
-        """
-        def job(tx: Tx) -> None:
-            tx.ready.update(tx.boxes)
-            tx.hear_anew()
-            for box in tx.boxes.values():
-                if box.open:
-                    tx.after.append(functools.partial(self._resume, box.open))
-        self.world.store.write(job)
-
-    def _resume(self, transaction: Transaction) -> None:
-        worker = self.worker(transaction.appservice)
-        if worker and worker.fresh:
-            self._offer(transaction)
-
-    def stop(self, seconds: float = 1.0) -> None:
-        """Attempts that are under way may take this long to end."""
-        self._stopped = True
-        self.wire.stop()
-        deadline = time.monotonic() + seconds
-        with self._guard:
-            workers, lines = list(self._workers.values()), list(self._lines)
-        for line in lines:
-            line.abort()
-        for worker in workers:
-            worker.stop(deadline)
-
-    def _offer(self, transaction: Transaction) -> None:
-        worker = self.worker(transaction.appservice)
-        if worker and not self._stopped:
-            worker.offer(transaction)
-
-    def worker(self, id: str) -> Worker | None:
-        registration = self.world.registrations.by_id.get(id)
-        if not registration or registration.url is None:
-            return None
-        faults = self.faults(id)
-        with self._guard:
-            worker = self._workers.get(id)
-            if worker is None:
-                worker = self._workers[id] = Worker(self.world, Line(registration, self.wire, faults))
-                if former := self._former.pop(id, None):
-                    worker.paused, worker.attempts = former.paused, former.attempts
-            return worker
-
-    @contextlib.contextmanager
-    def _calling(self, registration: Registration) -> Iterator[Line]:
-        """A line for a call that somebody waits for; stop() ends it."""
-        line = Line(registration, self.wire, self.faults(registration.id))
-        with self._guard:
-            self._lines.add(line)
-        try:
-            yield line
-        finally:
-            with self._guard:
-                self._lines.discard(line)
-            line.close()
-
-    def faults(self, id: str) -> Faults:
-        self.registration(id)
-        with self._guard:
-            return self._faults.setdefault(id, Faults())
-
-    def registration(self, id: str) -> Registration:
-        """M_NOT_FOUND if there is no such application service."""
-        registration = self.world.registrations.by_id.get(id)
-        if not registration:
-            raise MatrixError("M_NOT_FOUND", f"there is no application service {shorten(id)!r}, only "
-                              f"{', '.join(self.world.registrations.by_id) or 'none at all'}")
-        return registration
-
-    def hand(self, id: str) -> Worker:
-        """The worker to pause, retry …; M_URL_NOT_SET if nothing is ever sent there."""
-        worker = self.worker(self.registration(id).id)
-        if not worker:
-            raise MatrixError("M_URL_NOT_SET", f"the registration of {id!r} has url: null, so nothing is sent to it")
-        return worker
-
-    def skip(self, id: str) -> int:
-        """Gives up the open transaction, as if it were acknowledged; its ID."""
-        worker = self.hand(id)
-
-        def job(tx: Tx) -> int:
-            box = tx.boxes.get(id, NOTHING_WAITS)
-            if not box.open:
-                raise MatrixError("M_NOT_FOUND", f"no transaction is open for {id!r}")
-            tx.acknowledge(id, box.open.txn_id)
-            tx.after.append(functools.partial(worker.drop, box.open.txn_id))
-            return box.open.txn_id
-        txn_id = self.world.store.write(job)
-        log.warning("application service %s: transaction %d is skipped by hand", id, txn_id)
-        return txn_id
-
-    def replay(self, id: str, txn_id: int | None = None, new_id: bool = False) -> int:
-        """Sends a transaction that was acknowledged (the last one, if none is named) once more: the same bytes with the same ID,
-        or with a new one, which deduplication does not know. The ID.
-        """
-        self.hand(id)
-        return self.world.store.write(lambda tx: tx.reopen(id, txn_id, new_id))
-
-    def reload(self) -> None:
-        """After a change of the registrations: what is gone or different gets no more from its old worker."""
-        with self._guard:
-            changed = [worker for id, worker in self._workers.items()
-                       if self.world.registrations.by_id.get(id) is not worker.registration]
-            for worker in changed:
-                del self._workers[worker.registration.id]
-                self._former[worker.registration.id] = worker
-        self._protocols = {}
-        for worker in changed:
-            worker.stop(time.monotonic())
-        self._take_up()
-
-    # -- pinging
-
-    def ping(self, registration: Registration, transaction_id: str | None) -> int:
-        """Calls the application service as it asked; milliseconds (Pinging). A success ends its backoff."""
-        if registration.url is None:
-            raise MatrixError("M_URL_NOT_SET", f"the registration of {registration.id!r} has url: null, so "
-                              "there is nobody to ping")
-        body = to_json({} if transaction_id is None else {"transaction_id": transaction_id}).encode()
-        began = time.monotonic()
-        try:
-            with self._calling(registration) as line:
-                answer = line.exchange("ping", "POST", "/_matrix/app/v1/ping", body, self.world.settings.query_timeout_ms / 1000)
-        except TimeoutError as error:
-            raise MatrixError("M_CONNECTION_TIMEOUT", advice(registration, error)) from None
-        except CALL_FAILED as error:
-            raise MatrixError("M_CONNECTION_FAILED", advice(registration, error)) from None
-        if answer.status != 200:
-            raise MatrixError("M_BAD_STATUS", advice(registration, answer), status=answer.status,
-                              body=without_tokens(registration, answer.body.decode("utf-8", "replace")))
-        worker = self.worker(registration.id)
-        if worker:
-            worker.retry()
-        return int((time.monotonic() - began) * 1000)
-
-    # -- asking
-
-    def ask(self, kind: str, id: str, by: Registration | None, patient: bool) -> bool:
-        """Whether an application service, asked for a user or alias in its namespace, has created it (Querying).
-
-        Not asked: what exists already, and an application service about itself (`by`). Patient: three attempts,
-        then 408.
-        """
-        if self._exists(kind, id):
-            return False
-        unanswered: MatrixError | None = None
-        for claim in self.world.registrations.claims(kind, id):
-            if claim.namespace and claim.registration is not by and claim.registration.url is not None:
-                try:
-                    if self._ask_one(claim.registration, kind, id, by, patient):
-                        if not self._exists(kind, id):
-                            log.warning("application service %s was asked for %s: it answered 200, as if it had created it, but it "
-                                        "has not", claim.registration.id, printable(id))
-                        return True
-                except MatrixError as error:                 # another may know
-                    unanswered = error
-        if unanswered:
-            raise unanswered
-        return False
-
-    def _exists(self, kind: str, id: str) -> bool:
-        with self.world.store.read() as reader:
-            return bool(reader.user(id) if kind == "users" else reader.alias(id))
-
-    def _ask_one(self, registration: Registration, kind: str, id: str, by: Registration | None,
-                 patient: bool) -> bool:
-        """Equal questions of people are asked once. One that an AS's request leads to is never shared, for the first
-        may wait for that AS; and asked in a circle, it is answered with no.
-        """
-        key = (registration.id, kind, id, patient, by.id if by else "")
-        with self._guard:
-            query = self._queries.get(key)
-            mine = query is None
-            if query is None:
-                query = self._queries[key] = Query()
-        if by and not mine:
-            return False                                     # what it waits for may wait for it
-        if mine:
-            try:
-                query.created = self._question(registration, kind, id, patient)
-            except MatrixError as error:
-                query.error = error
-            finally:
-                with self._guard:
-                    del self._queries[key]
-                query.done.set()
-        return query.result()
-
-    def _question(self, registration: Registration, kind: str, id: str, patient: bool) -> bool:
-        """Asks until there is an answer below 500: 200 means yes, any other no."""
-        clock, why, path = self.world.clock, "", query_path(kind, id)
-        deadline = clock.monotonic() + QUERY_SECONDS
-        with self._calling(registration) as line:
-            for attempt in range(QUERY_ATTEMPTS if patient else 1):
-                if attempt:
-                    clock.wait(bell(), min(deadline, clock.monotonic() + 0.25 * 2**attempt))
-                outcome = self._attempt(line, path, deadline)
-                if isinstance(outcome, Answer) and outcome.status in (200, 404):
-                    return outcome.status == 200
-                why = advice(registration, outcome)
-                patient = patient and not (isinstance(outcome, Answer) and outcome.status < 500)
-                if not patient or self._stopped:
-                    break
-        log.log(logging.DEBUG if self.world.stopping else logging.WARNING,
-                "application service %s was asked for %s: %s", registration.id, printable(id), why)
-        if patient:
-            raise MatrixError("M_UNKNOWN", f"the application service {registration.id!r} was asked for {id}, but: {why}", 408)
-        return False
-
-    def _attempt(self, line: Line, path: str, deadline: float) -> Answer | BaseException:
-        left = deadline - self.world.clock.monotonic()
-        try:
-            return line.exchange("query", "GET", path, None, max(0.001, min(self.world.settings.query_timeout_ms / 1000, left)))
-        except CALL_FAILED as error:
-            return error
-
-    # -- third-party networks. Nobody is asked about itself (`by`): while it waits, it may not be able to answer.
-
-    def protocols(self, by: Registration | None, only: str | None = None) -> dict[str, JsonObject]:
-        """Metadata of each protocol: the instances of all who have it, all else as the first of them says."""
-        asked = [(registration, protocol) for registration in self.world.registrations if registration.url is not None
-                 for protocol in dict.fromkeys(registration.protocols) if only in (None, protocol)]
-        found: dict[str, JsonObject] = {}
-        for (_, protocol), said in zip(asked, at_once(lambda one: self._protocol(*one, by), asked), strict=True):
-            if said:
-                known = found.setdefault(protocol, {**said, "instances": []})
-                known["instances"] = known["instances"] + said["instances"]
-        return found
-
-    def _protocol(self, registration: Registration, protocol: str, by: Registration | None) -> JsonObject | None:
-        now = self.world.clock.monotonic()
-        said, until = self._protocols.get((registration, protocol), (None, 0.0))
-        if until <= now and registration is not by:
-            said = self._look_up(registration, f"protocol/{urllib.parse.quote(protocol, safe='')}", is_protocol)
-            for instance in said["instances"] if said else ():
-                instance["instance_id"] = f"{registration.id}|{instance['network_id']}"
-            self._protocols[registration, protocol] = said, now + (PROTOCOL_SECONDS if said else SILENCE_SECONDS)
-        return said
-
-    def look_up(self, kind: str, protocol: str, fields: Mapping[str, str], by: Registration | None) -> list[JsonObject]:
-        """Third-party users or locations with these fields, as all who have the protocol ('': any) know them."""
-        asked = [one for one in self.world.registrations if one.url is not None and one is not by
-                 and (protocol in one.protocols if protocol else one.protocols)]
-        path = kind + (f"/{urllib.parse.quote(protocol, safe='')}" if protocol else "")
-        path += "?" + urllib.parse.urlencode(fields) if fields else ""
-        answers = at_once(lambda one: self._look_up(one, path, lambda value: is_batch(value, kind)), asked)
-        found = [one for answer in answers for one in answer or ()]
-        if not found:
-            raise MatrixError("M_NOT_FOUND", f"no application service knows of this {kind}; asked: "
-                              f"{', '.join([one.id for one in asked]) or 'none, for none declares the protocol'}")
-        return found
-
-    def _look_up(self, registration: Registration, path: str, fits: Callable[[Any], bool]) -> Any:
-        """Its answer; None, with a line in the log, if it has none that can be used. 404 is an answer."""
-        try:
-            with self._calling(registration) as line:
-                answer = line.exchange("thirdparty", "GET", "/_matrix/app/v1/thirdparty/" + path, None,
-                                       self.world.settings.query_timeout_ms / 1000)
-            if answer.status == 404:
-                return None
-            value = parse_json(answer.body) if answer.status == 200 else None
-            if value is not None and fits(value):
-                return value
-            why = advice(registration, answer)
-        except (*CALL_FAILED, MatrixError) as error:
-            why = advice(registration, error)
-        log.warning("application service %s was asked for third-party %s: %s", registration.id, path.partition("?")[0], why)
-        return None
-
-
 # ============================================================================
 # 8. Routes
 # ============================================================================
@@ -8228,11 +8287,8 @@ IDENTITY = ("user_id", "device_id", "org.matrix.msc3202.device_id")      # in th
 class Call:
     """One request, as a handler sees it."""
 
-    __slots__ = ("api", "request", "params", "who")
-
     def __init__(self, api: Api, request: Request) -> None:
         self.api, self.request = api, request
-        self.params: Mapping[str, str] = {}                  # the variables of the path
         self.who = NOBODY
 
     @property
@@ -8246,13 +8302,19 @@ class Call:
         """Headers that let a web client of any site in; to the inspector none."""
         return b"" if self.request.path == "/" or self.request.path.startswith(INSPECTOR) else CORS
 
-    def __getitem__(self, name: str) -> str:
-        """A variable of the path."""
-        return self.params[name]
-
-    @property
+    @functools.cached_property
     def body(self) -> JsonObject:
         return parse_object(self.bytes(self.api.world.settings.max_request_bytes))
+
+    def field(self, key: str, type_: type[T], default: Any = ...) -> T:
+        """One key of the body."""
+        return field(self.body, key, type_, default)
+
+    @property
+    def reason(self) -> JsonObject:
+        """Why a membership changes, as a part of the event."""
+        reason = self.field("reason", str, None)
+        return {} if reason is None else {"reason": reason}
 
     def bytes(self, limit: int) -> bytes:
         return self.request.body(limit if self.who is not NOBODY else min(limit, ANONYMOUS_BODY))
@@ -8287,6 +8349,9 @@ class Call:
         """The origin_server_ts that an application service wishes (Timestamp massaging)."""
         return self.integer("ts", None) if self.who.appservice else None
 
+    def flag(self, name: str) -> bool:
+        return self.choice(name, ("true", "false"), "false") == "true"
+
     def choice(self, name: str, options: Sequence[str], default: str) -> str:
         value = self.request.query.get(name) or default
         if value not in options:
@@ -8294,13 +8359,76 @@ class Call:
                               f"{shorten(value)!r}")
         return value
 
-    def own(self, user_id: str) -> None:
-        """Refuses to touch what belongs to another user."""
-        if user_id != self.who.user_id:
-            raise forbidden(f"{self.who.user_id} can't do this for {shorten(user_id)}")
-
 
 NOBODY = Who("")
+
+
+# -- Which handler is it?
+
+class Route(NamedTuple):
+    """One endpoint. The handler gets the call and the variables of the path, and returns what a 200 says in JSON (None: {}),
+    or a Response.
+    It refuses by raising a MatrixError.
+
+    `auth`, who may call: "nobody" (no token is looked at), "maybe", "user" (a person, or an AS as one of its users), "self" (the
+    user in the path, which the handler does not get then), "appservice", "admin" (whoever runs the homeserver).
+    """
+    method: str
+    path: str
+    auth: str
+    handler: Callable[..., Any]
+    spec: str
+
+
+class Router:
+    """Finds routes by walking the path's segments. r0, v1 and v3 spellings of a route are one."""
+
+    VERSION = re.compile(r"r0|v[0-9]+|unstable")
+    VARIABLE, ANY_VERSION = "/{}", "/v"                      # no segment has a slash in it
+
+    def __init__(self, routes: Sequence[Route]) -> None:
+        self._root: dict[str, Any] = {}  # segment, or VARIABLE → the like; None → {method: route}
+        for route in routes:
+            node = self._root
+            for segment in self._segments(route.path):
+                node = node.setdefault(self.VARIABLE if segment[:1] == "{" else segment, {})
+            names = re.findall(r"{(\w+)}", route.path)
+            node.setdefault(None, {})[route.method] = route, names       # type: ignore[call-overload]
+
+    @classmethod
+    def _segments(cls, path: str) -> list[str]:
+        segments = path.split("/")[1:]
+        if len(segments) > 2 and segments[0] == "_matrix" and cls.VERSION.fullmatch(segments[2]):
+            segments[2] = cls.ANY_VERSION
+        return segments
+
+    def find(self, method: str, path: str) -> tuple[Route, dict[str, str]]:
+        """The route and the variables of its path, decoded; M_UNRECOGNIZED, 404 or 405."""
+        node, values = self._root, []
+        for segment in self._segments(path):
+            if (literal := node.get(segment)) is not None:
+                node = literal
+            elif (variable := node.get(self.VARIABLE)) is not None:
+                node = variable
+                values.append(segment)
+            else:
+                raise MatrixError("M_UNRECOGNIZED", f"there is no endpoint {shorten(path)}; 'asbridge.py "
+                                  "routes' lists them")
+        routes = node.get(None)                              # type: ignore[call-overload]
+        if not routes:
+            raise MatrixError("M_UNRECOGNIZED", f"there is no endpoint {shorten(path)}; 'asbridge.py routes' "
+                              "lists them")
+        if method not in routes:
+            raise MatrixError("M_UNRECOGNIZED", f"{shorten(path)} takes {', '.join(sorted(routes))}, not "
+                              f"{shorten(method)}", 405)
+        route, names = routes[method]
+        return route, {name: decode_segment(value) for name, value in zip(names, values, strict=True)}
+
+
+@functools.lru_cache(4)
+def router_of(routes: tuple[Route, ...]) -> Router:
+    """Many homeservers in one process, as in tests, have the same one."""
+    return Router(routes)
 
 
 # -- Who is asking?
@@ -8318,6 +8446,10 @@ def token_in(headers: Mapping[str, str], query: Mapping[str, str]) -> str | None
         raise MatrixError("M_UNKNOWN_TOKEN", "the tokens in the Authorization header and in access_token "
                           "differ; send one of them")
     return in_header or in_query or None
+
+
+def is_loopback(host: str) -> bool:
+    return host in ("localhost", "::1", "[::1]") or re.fullmatch(r"127(\.[0-9]{1,3}){3}", host) is not None
 
 
 class Limiter:
@@ -8391,17 +8523,19 @@ class Api:
         request = call.request
         if request.method == "OPTIONS":
             return Response(204, b"", headers=call.cors)
-        route, call.params = self.router.find("GET" if request.method == "HEAD" else request.method, request.path)
+        route, params = self.router.find("GET" if request.method == "HEAD" else request.method, request.path)
         if route.auth == "admin":
             self.check_admin(request)
         elif route.auth != "nobody":
             call.who = self.identify(request, route.auth)
         if route.method != "GET":
             self.limiter.count(call.who)
-            if call.params.get("roomId") and not call.who.appservice:
+            if "roomId" in params and not call.who.appservice:
                 self.presence.active(call.who.user_id)
-        answer = route.handler(call)
-        return answer if isinstance(answer, Response) else json_response(200, answer, call.cors)
+        if route.auth == "self" and (user_id := params.pop("userId")) != call.who.user_id:
+            raise forbidden(f"{call.who.user_id} can't do this for {shorten(user_id)}")
+        answer = route.handler(call, *params.values())
+        return answer if isinstance(answer, Response) else json_response(200, {} if answer is None else answer, call.cors)
 
     def _exchange(self, n: int, ts: int, who: Who, method: str, path: str, query: Mapping[str, str], headers: Mapping[str, str],
                   body: bytes, status: int, answer: bytes, ms: float) -> Exchange:
@@ -8498,78 +8632,10 @@ class Api:
         return registration
 
 
-# -- Which handler is it?
-
-class Route(NamedTuple):
-    """One endpoint. `auth`: "nobody" (no token is looked at), "maybe", "user" (a person, or an AS as one of
-    its users), "appservice", "admin" (whoever runs the homeserver).
-    """
-    method: str
-    path: str
-    auth: str
-    handler: Callable[[Call], Any]
-    spec: str
-
-
-class Router:
-    """Finds routes by walking the path's segments. r0, v1 and v3 spellings of a route are one."""
-
-    VERSION = re.compile(r"r0|v[0-9]+|unstable")
-    VARIABLE, ANY_VERSION = "/{}", "/v"                      # no segment has a slash in it
-
-    def __init__(self, routes: Sequence[Route]) -> None:
-        self._root: dict[str, Any] = {}  # segment, or VARIABLE → the like; None → {method: route}
-        for route in routes:
-            node = self._root
-            for segment in self._segments(route.path):
-                node = node.setdefault(self.VARIABLE if segment[:1] == "{" else segment, {})
-            names = re.findall(r"{(\w+)}", route.path)
-            node.setdefault(None, {})[route.method] = route, names       # type: ignore[call-overload]
-
-    @classmethod
-    def _segments(cls, path: str) -> list[str]:
-        segments = path.split("/")[1:]
-        if len(segments) > 2 and segments[0] == "_matrix" and cls.VERSION.fullmatch(segments[2]):
-            segments[2] = cls.ANY_VERSION
-        return segments
-
-    def find(self, method: str, path: str) -> tuple[Route, dict[str, str]]:
-        """The route and the variables of its path, decoded; M_UNRECOGNIZED, 404 or 405."""
-        node, values = self._root, []
-        for segment in self._segments(path):
-            if (literal := node.get(segment)) is not None:
-                node = literal
-            elif (variable := node.get(self.VARIABLE)) is not None:
-                node = variable
-                values.append(segment)
-            else:
-                raise MatrixError("M_UNRECOGNIZED", f"there is no endpoint {shorten(path)}; 'asbridge.py "
-                                  "routes' lists them")
-        routes = node.get(None)                              # type: ignore[call-overload]
-        if not routes:
-            raise MatrixError("M_UNRECOGNIZED", f"there is no endpoint {shorten(path)}; 'asbridge.py routes' "
-                              "lists them")
-        if method not in routes:
-            raise MatrixError("M_UNRECOGNIZED", f"{shorten(path)} takes {', '.join(sorted(routes))}, not "
-                              f"{shorten(method)}", 405)
-        route, names = routes[method]
-        return route, {name: decode_segment(value) for name, value in zip(names, values, strict=True)}
-
-
-@functools.lru_cache(4)
-def router_of(routes: tuple[Route, ...]) -> Router:
-    """Many homeservers in one process, as in tests, have the same one."""
-    return Router(routes)
-
-
 # -- Handlers: accounts.
 
 def versions(call: Call) -> Any:
     return VERSIONS
-
-
-def is_loopback(host: str) -> bool:
-    return host in ("localhost", "::1", "[::1]") or re.fullmatch(r"127(\.[0-9]{1,3}){3}", host) is not None
 
 
 def well_known(call: Call) -> Any:
@@ -8615,18 +8681,18 @@ def new_device_id(device_id: str) -> str:
     return device_id
 
 
-def device_of(call: Call, body: JsonObject) -> JsonObject:
-    device_id = field(body, "device_id", str, None)
+def device_of(call: Call) -> JsonObject:
+    device_id = call.field("device_id", str, None)
     return {"device_id": new_device_id(device_id) if device_id else None, "ip": call.request.client_ip,
-            "display_name": field(body, "initial_device_display_name", str, None)}
+            "display_name": call.field("initial_device_display_name", str, None)}
 
 
 def register(call: Call) -> Any:
     """A person by the dummy stage of user-interactive authentication, or a ghost by the as_token."""
-    body, accounts = call.body, call.api.accounts
-    username = field(body, "username", str, None) or field(body, "user", str, None)     # `user`: the 2016 text
-    options = {**device_of(call, body), "inhibit_login": field(body, "inhibit_login", bool, False)}
-    if body.get("type") == LOGIN_APPSERVICE:
+    accounts = call.api.accounts
+    username = call.field("username", str, None) or call.field("user", str, None)     # `user`: the 2016 text
+    options = {**device_of(call), "inhibit_login": call.field("inhibit_login", bool, False)}
+    if call.body.get("type") == LOGIN_APPSERVICE:
         return accounts.register_ghost(call.api.appservice(call.request), username, **options)
     if call.choice("kind", ("user", "guest"), "user") == "guest":
         raise forbidden("there are no guests here; register as a user")
@@ -8634,12 +8700,12 @@ def register(call: Call) -> Any:
     if token and call.api.world.registrations.of_as_token(digest(token)):
         raise MatrixError("M_MISSING_PARAM", f"an application service registers users with \"type\": "
                           f"\"{LOGIN_APPSERVICE}\" in the body")
-    password = field(body, "password", str, None)
+    password = call.field("password", str, None)
     accounts.check_open()
     if username is not None:
         accounts.check_available(username, None)
-    if field(field(body, "auth", dict, {}), "type", str, "") != "m.login.dummy":
-        raise Challenge("m.login.dummy", field(body, "auth", dict, {}))
+    if field(call.field("auth", dict, {}), "type", str, "") != "m.login.dummy":
+        raise Challenge("m.login.dummy", call.field("auth", dict, {}))
     return accounts.register(username, password, **options)
 
 
@@ -8648,29 +8714,25 @@ def login_flows(call: Call) -> Any:
 
 
 def login(call: Call) -> Any:
-    body = call.body
-    identifier = field(body, "identifier", dict, {})
-    # `user`: the 2016 text
-    user = field(identifier, "user", str, None) or field(body, "user", str)
+    identifier = call.field("identifier", dict, {})
+    user = field(identifier, "user", str, None) or call.field("user", str)       # at the top: the 2016 text
     if identifier and identifier.get("type", "m.id.user") != "m.id.user":
         raise MatrixError("M_UNKNOWN", "identifier.type must be m.id.user", 400)
-    kind = field(body, "type", str)
+    kind = call.field("type", str)
     if kind == LOGIN_APPSERVICE:
-        return call.api.accounts.login_ghost(call.api.appservice(call.request), user, **device_of(call, body))
+        return call.api.accounts.login_ghost(call.api.appservice(call.request), user, **device_of(call))
     if kind != "m.login.password":
         raise MatrixError("M_UNKNOWN", f"type must be m.login.password or {LOGIN_APPSERVICE}, not "
                           f"{shorten(kind)}", 400)
-    return call.api.accounts.login(user, field(body, "password", str), **device_of(call, body))
+    return call.api.accounts.login(user, call.field("password", str), **device_of(call))
 
 
 def logout(call: Call) -> Any:
     call.api.accounts.logout(call.who)
-    return {}
 
 
 def logout_all(call: Call) -> Any:
     call.api.accounts.logout_all(call.who)
-    return {}
 
 
 def whoami(call: Call) -> Any:
@@ -8679,18 +8741,15 @@ def whoami(call: Call) -> Any:
 
 
 def change_password(call: Call) -> Any:
-    body = call.body
-    password, logout_devices = field(body, "new_password", str), field(body, "logout_devices", bool, True)
-    confirm_password(call, body)
+    password, logout_devices = call.field("new_password", str), call.field("logout_devices", bool, True)
+    confirm_password(call)
     call.api.accounts.change_password(call.who, password, logout_devices)
-    return {}
 
 
 def deactivate(call: Call) -> Any:
     """With or without `erase`: what there is besides the events in rooms goes anyway."""
-    body = call.body
-    field(body, "erase", bool, False)
-    confirm_password(call, body)
+    call.field("erase", bool, False)
+    confirm_password(call)
     call.api.accounts.deactivate(call.who)
     return {"id_server_unbind_result": "success"}            # there are no third-party identifiers to unbind
 
@@ -8699,29 +8758,27 @@ def get_devices(call: Call) -> Any:
     return {"devices": call.api.accounts.devices(call.who)}
 
 
-def get_device(call: Call) -> Any:
-    return call.api.accounts.device(call.who, call["deviceId"])
+def get_device(call: Call, device_id: str) -> Any:
+    return call.api.accounts.device(call.who, device_id)
 
 
-def put_device(call: Call) -> Any:
-    device_id = new_device_id(call["deviceId"]) if call.who.appservice else call["deviceId"]
-    created = call.api.accounts.set_device(call.who, device_id, field(call.body, "display_name", str, None))
+def put_device(call: Call, device_id: str) -> Any:
+    device_id = new_device_id(device_id) if call.who.appservice else device_id
+    created = call.api.accounts.set_device(call.who, device_id, call.field("display_name", str, None))
     return json_response(201 if created else 200, {}, CORS)
 
 
-def delete_device(call: Call) -> Any:
-    body = call.body
-    device_ids = [call["deviceId"]] if "deviceId" in call.params else field(body, "devices", list)
-    if not all(isinstance(device_id, str) for device_id in device_ids):
+def delete_device(call: Call, device_id: str | None = None) -> Any:
+    device_ids = call.field("devices", list) if device_id is None else [device_id]
+    if not all(isinstance(one, str) for one in device_ids):
         raise MatrixError("M_BAD_JSON", f"'devices' is a list of texts, not {quoted(device_ids)}")
-    confirm_password(call, body)
+    confirm_password(call)
     call.api.accounts.delete_devices(call.who, device_ids)
-    return {}
 
 
-def confirm_password(call: Call, body: JsonObject) -> None:
+def confirm_password(call: Call) -> None:
     """User-interactive authentication by the password; an application service needs none for its users."""
-    auth, accounts = field(body, "auth", dict, {}), call.api.accounts
+    auth, accounts = call.field("auth", dict, {}), call.api.accounts
     if call.who.appservice:
         return
     if auth.get("type") != "m.login.password":
@@ -8735,81 +8792,72 @@ def confirm_password(call: Call, body: JsonObject) -> None:
         raise Challenge("m.login.password", auth, error) from None
 
 
-def get_profile(call: Call) -> Any:
-    return call.api.accounts.profile(call["userId"], call.asker)
+def get_profile(call: Call, user_id: str) -> Any:
+    return call.api.accounts.profile(user_id, call.asker)
 
 
-def get_profile_key(call: Call) -> Any:
+def get_profile_key(call: Call, user_id: str, key: str) -> Any:
     """One field. Unset: {} and not 404, on which bridges rely."""
-    key, profile = profile_key(call), get_profile(call)
+    profile_key(key)
+    profile = get_profile(call, user_id)
     return {key: profile[key]} if key in profile else {}
 
 
-def put_profile_key(call: Call) -> Any:
-    key = profile_key(call)
-    value = field(call.body, key, str, None) or None         # an empty text takes it away
-    call.api.accounts.set_profile(call.who, call["userId"], key, value)
-    return {}
+def put_profile_key(call: Call, user_id: str, key: str) -> Any:
+    profile_key(key)
+    value = call.field(key, str, None) or None         # an empty text takes it away
+    call.api.accounts.set_profile(call.who, user_id, key, value)
 
 
-def profile_key(call: Call) -> str:
-    if call["keyName"] not in ("displayname", "avatar_url"):
-        raise MatrixError("M_UNRECOGNIZED", f"a profile has displayname and avatar_url, not "
-                          f"{shorten(call['keyName'])}")
-    return call["keyName"]
+def profile_key(key: str) -> None:
+    if key not in ("displayname", "avatar_url"):
+        raise MatrixError("M_UNRECOGNIZED", f"a profile has displayname and avatar_url, not {shorten(key)}")
 
 
-def data_room(call: Call) -> str:
-    """The room that account data is for; "" if it is for none."""
-    return check_id("!", call["roomId"]) if "roomId" in call.params else ""
+def get_account_data(call: Call, type: str) -> Any:
+    return call.api.notifications.rules(call.who) if type == "m.push_rules" else call.api.data.account_data(call.who, "", type)
 
 
-def get_account_data(call: Call) -> Any:
-    call.own(call["userId"])
-    if call["type"] == "m.push_rules" and "roomId" not in call.params:
-        return call.api.notifications.rules(call.who)
-    return call.api.data.account_data(call.who, data_room(call), call["type"])
+def get_room_account_data(call: Call, room_id: str, type: str) -> Any:
+    return call.api.data.account_data(call.who, check_id("!", room_id), type)
 
 
-def put_account_data(call: Call) -> Any:
-    call.own(call["userId"])
-    if call["type"] in ("m.fully_read", "m.push_rules"):
-        raise MatrixError("M_BAD_JSON", f"{call['type']} is set by its own endpoint", 405)
-    call.api.data.set_account_data(call.who, data_room(call), call["type"], call.body)
-    return {}
+def put_account_data(call: Call, type: str) -> Any:
+    call.api.data.set_account_data(call.who, "", settable(type), call.body)
 
 
-def get_tags(call: Call) -> Any:
-    call.own(call["userId"])
-    return call.api.data.tags(call.who, data_room(call))
+def put_room_account_data(call: Call, room_id: str, type: str) -> Any:
+    call.api.data.set_account_data(call.who, check_id("!", room_id), settable(type), call.body)
 
 
-def put_tag(call: Call) -> Any:
-    call.own(call["userId"])
-    call.api.data.set_tag(call.who, data_room(call), call["tag"], call.body)
-    return {}
+def settable(type: str) -> str:
+    if type in ("m.fully_read", "m.push_rules"):
+        raise MatrixError("M_BAD_JSON", f"{type} is set by its own endpoint", 405)
+    return type
 
 
-def delete_tag(call: Call) -> Any:
-    call.own(call["userId"])
-    call.api.data.set_tag(call.who, data_room(call), call["tag"], None)
-    return {}
+def get_tags(call: Call, room_id: str) -> Any:
+    return call.api.data.tags(call.who, check_id("!", room_id))
+
+
+def put_tag(call: Call, room_id: str, tag: str) -> Any:
+    call.api.data.set_tag(call.who, check_id("!", room_id), tag, call.body)
+
+
+def delete_tag(call: Call, room_id: str, tag: str) -> Any:
+    call.api.data.set_tag(call.who, check_id("!", room_id), tag, None)
 
 
 def post_filter(call: Call) -> Any:
-    call.own(call["userId"])
-    source = call.body
-    SyncFilter(source)                                       # refuses what it can't read
-    return {"filter_id": call.api.data.add_filter(call.who, source)}
+    SyncFilter(call.body)                                    # refuses what it can't read
+    return {"filter_id": call.api.data.add_filter(call.who, call.body)}
 
 
-def get_filter(call: Call) -> Any:
-    call.own(call["userId"])
-    return call.api.data.filter(call.who, call["filterId"])
+def get_filter(call: Call, filter_id: str) -> Any:
+    return call.api.data.filter(call.who, filter_id)
 
 
 def post_openid_token(call: Call) -> Any:
-    call.own(call["userId"])
     return call.api.openid.token(call.who)
 
 
@@ -8819,28 +8867,25 @@ def get_push_rules(call: Call) -> Any:
     return rules["global"] if "global" in call.request.path.split("/") else rules
 
 
-def rule_of(call: Call) -> tuple[str, str]:
-    """Kind and ID of the rule in the path."""
-    if call["kind"] not in RULE_KINDS:
-        raise MatrixError("M_INVALID_PARAM", f"the kind of a rule is one of {', '.join(RULE_KINDS)}, not {shorten(call['kind'])}")
-    return call["kind"], call["ruleId"]
+def rule_kind(kind: str) -> str:
+    if kind not in RULE_KINDS:
+        raise MatrixError("M_INVALID_PARAM", f"the kind of a rule is one of {', '.join(RULE_KINDS)}, not {shorten(kind)}")
+    return kind
 
 
-def get_push_rule(call: Call) -> Any:
+def get_push_rule(call: Call, kind: str, id: str) -> Any:
     """The rule, or one part of it that the path names."""
-    rule, part = call.api.notifications.rule(call.who, *rule_of(call)), call.request.path.split("/")[8:]
+    rule, part = call.api.notifications.rule(call.who, rule_kind(kind), id), call.request.path.split("/")[8:]
     return {part[0]: rule[part[0]]} if part else rule
 
 
-def put_push_rule(call: Call) -> Any:
-    (kind, id), body = rule_of(call), call.body
-    parts: JsonObject = {"actions": objects(body, "actions", str)}
-    if kind == "content":
-        parts["pattern"] = field(body, "pattern", str)
+def put_push_rule(call: Call, kind: str, id: str) -> Any:
+    parts: JsonObject = {"actions": objects(call.body, "actions", str)}
+    if rule_kind(kind) == "content":
+        parts["pattern"] = call.field("pattern", str)
     elif kind in ("override", "underride"):
-        parts["conditions"] = objects({"conditions": [], **body}, "conditions")
+        parts["conditions"] = objects({"conditions": [], **call.body}, "conditions")
     call.api.notifications.set_rule(call.who, kind, id, parts, call.query("before"), call.query("after"))
-    return {}
 
 
 def objects(body: JsonObject, key: str, *also: type) -> list[Any]:
@@ -8851,19 +8896,16 @@ def objects(body: JsonObject, key: str, *also: type) -> list[Any]:
     return items
 
 
-def delete_push_rule(call: Call) -> Any:
-    call.api.notifications.delete_rule(call.who, *rule_of(call))
-    return {}
+def delete_push_rule(call: Call, kind: str, id: str) -> Any:
+    call.api.notifications.delete_rule(call.who, rule_kind(kind), id)
 
 
-def put_push_enabled(call: Call) -> Any:
-    call.api.notifications.update_rule(call.who, *rule_of(call), {"enabled": field(call.body, "enabled", bool)})
-    return {}
+def put_push_enabled(call: Call, kind: str, id: str) -> Any:
+    call.api.notifications.update_rule(call.who, rule_kind(kind), id, {"enabled": call.field("enabled", bool)})
 
 
-def put_push_actions(call: Call) -> Any:
-    call.api.notifications.update_rule(call.who, *rule_of(call), {"actions": objects(call.body, "actions", str)})
-    return {}
+def put_push_actions(call: Call, kind: str, id: str) -> Any:
+    call.api.notifications.update_rule(call.who, rule_kind(kind), id, {"actions": objects(call.body, "actions", str)})
 
 
 def openid_userinfo(call: Call) -> Any:
@@ -8876,15 +8918,14 @@ def openid_userinfo(call: Call) -> Any:
 # -- Handlers: end-to-end encryption.
 
 def upload_keys(call: Call) -> Any:
-    body = call.body
-    fallback = field(body, "fallback_keys", dict, {}) or field(body, "org.matrix.msc2732.fallback_keys", dict, {})
-    return {"one_time_key_counts": call.api.keys.upload(call.who, field(body, "device_keys", dict, {}),
-                                                        field(body, "one_time_keys", dict, {}), fallback)}
+    fallback = call.field("fallback_keys", dict, {}) or call.field("org.matrix.msc2732.fallback_keys", dict, {})
+    return {"one_time_key_counts": call.api.keys.upload(call.who, call.field("device_keys", dict, {}),
+                                                        call.field("one_time_keys", dict, {}), fallback)}
 
 
 def by_user(call: Call, key: str, kind: type[T]) -> dict[str, T]:
     """{user ID: what is wanted of it} in the body."""
-    wanted = field(call.body, key, dict)
+    wanted = call.field(key, dict)
     return {check_id("@", user_id): field(wanted, user_id, kind) for user_id in wanted}
 
 
@@ -8899,70 +8940,48 @@ def claim_keys(call: Call) -> Any:
 
 
 def upload_cross_signing(call: Call) -> Any:
-    body = call.body
-    keys = {usage: field(body, f"{usage}_key", dict) for usage in USAGES if f"{usage}_key" in body}
+    keys = {usage: call.field(f"{usage}_key", dict) for usage in USAGES if f"{usage}_key" in call.body}
     replaces = call.api.keys.check_cross_signing(call.who, keys)
     if replaces:
-        confirm_password(call, body)
+        confirm_password(call)
     call.api.keys.upload_cross_signing(call.who, keys, replaces or call.who.appservice is not None)
-    return {}
 
 
 def upload_signatures(call: Call) -> Any:
-    body = call.body
-    return call.api.keys.upload_signatures(call.who, {check_id("@", user_id): field(body, user_id, dict) for user_id in body})
+    return call.api.keys.upload_signatures(call.who, {check_id("@", user_id): call.field(user_id, dict) for user_id in call.body})
 
 
-def send_to_device(call: Call) -> Any:
-    call.api.keys.send_to_device(call.who, call["eventType"], call["txnId"], by_user(call, "messages", dict))
-    return {}
+def send_to_device(call: Call, type: str, txn_id: str) -> Any:
+    call.api.keys.send_to_device(call.who, type, txn_id, by_user(call, "messages", dict))
 
 
 def post_backup(call: Call) -> Any:
-    body = call.body
-    return {"version": call.api.backups.create(call.who, field(body, "algorithm", str), field(body, "auth_data", dict))}
+    return {"version": call.api.backups.create(call.who, call.field("algorithm", str), call.field("auth_data", dict))}
 
 
-def get_backup(call: Call) -> Any:
-    return call.api.backups.get(call.who, call.params.get("version"))
+def get_backup(call: Call, version: str | None = None) -> Any:
+    return call.api.backups.get(call.who, version)
 
 
-def put_backup(call: Call) -> Any:
-    body = call.body
-    call.api.backups.update(call.who, call["version"], field(body, "algorithm", str), field(body, "auth_data", dict))
-    return {}
+def put_backup(call: Call, version: str) -> Any:
+    call.api.backups.update(call.who, version, call.field("algorithm", str), call.field("auth_data", dict))
 
 
-def delete_backup(call: Call) -> Any:
-    call.api.backups.delete(call.who, call["version"])
-    return {}
+def delete_backup(call: Call, version: str) -> Any:
+    call.api.backups.delete(call.who, version)
 
 
-def backup_version(call: Call) -> str:
-    version = call.query("version")
-    if not version:
-        raise MatrixError("M_MISSING_PARAM", "the query must have version, the backup's")
-    return version
-
-
-def put_backup_keys(call: Call) -> Any:
+def put_backup_keys(call: Call, room_id: str | None = None, session_id: str | None = None) -> Any:
     """Keys of a session, of a room, or of many rooms."""
-    version, body = backup_version(call), call.body
-    room_id, session_id = call.params.get("roomId"), call.params.get("sessionId")
-    if room_id is None:
-        rooms = field(body, "rooms", dict)
-    elif session_id is None:
-        rooms = {room_id: body}
-    else:
-        rooms = {room_id: {"sessions": {session_id: body}}}
+    version, sessions = call.required("version"), {"sessions": {session_id: call.body}} if session_id is not None else call.body
+    rooms = call.field("rooms", dict) if room_id is None else {room_id: sessions}
     keys = {room: field(field(rooms, room, dict), "sessions", dict) for room in rooms}
     return call.api.backups.put_keys(call.who, version, {
         room: {session: field(sessions, session, dict) for session in sessions} for room, sessions in keys.items()})
 
 
-def get_backup_keys(call: Call) -> Any:
-    room_id, session_id = call.params.get("roomId"), call.params.get("sessionId")
-    found = call.api.backups.keys(call.who, backup_version(call), room_id, session_id)
+def get_backup_keys(call: Call, room_id: str | None = None, session_id: str | None = None) -> Any:
+    found = call.api.backups.keys(call.who, call.required("version"), room_id, session_id)
     if room_id is None:
         return {"rooms": {room: {"sessions": sessions} for room, sessions in found.items()}}
     if session_id is None:
@@ -8972,8 +8991,8 @@ def get_backup_keys(call: Call) -> Any:
     return found[room_id][session_id]
 
 
-def delete_backup_keys(call: Call) -> Any:
-    return call.api.backups.delete_keys(call.who, backup_version(call), call.params.get("roomId"), call.params.get("sessionId"))
+def delete_backup_keys(call: Call, room_id: str | None = None, session_id: str | None = None) -> Any:
+    return call.api.backups.delete_keys(call.who, call.required("version"), room_id, session_id)
 
 
 # -- Handlers: rooms.
@@ -8982,96 +9001,76 @@ def create_room(call: Call) -> Any:
     return {"room_id": call.api.rooms.create(call.who, call.body)}
 
 
-def with_reason(body: JsonObject) -> JsonObject:
-    reason = field(body, "reason", str, None)
-    return {} if reason is None else {"reason": reason}
+def join_room(call: Call, room_id: str) -> Any:
+    return {"room_id": call.api.rooms.join(call.who, room_id, call.reason)}
 
 
-def join_room(call: Call) -> Any:
-    return {"room_id": call.api.rooms.join(call.who, call["roomId"], with_reason(call.body))}
+def knock_room(call: Call, room_id: str) -> Any:
+    return {"room_id": call.api.rooms.knock(call.who, room_id, call.reason)}
 
 
-def knock_room(call: Call) -> Any:
-    return {"room_id": call.api.rooms.knock(call.who, call["roomId"], with_reason(call.body))}
+def invite(call: Call, room_id: str) -> Any:
+    call.api.rooms.invite(call.who, room_id, call.field("user_id", str), call.reason)
 
 
-def invite(call: Call) -> Any:
-    body = call.body
-    call.api.rooms.invite(call.who, call["roomId"], field(body, "user_id", str), with_reason(body))
-    return {}
+def leave(call: Call, room_id: str) -> Any:
+    call.api.rooms.set_membership(call.who, room_id, call.who.user_id, "leave", call.reason)
 
 
-def leave(call: Call) -> Any:
-    call.api.rooms.set_membership(call.who, call["roomId"], call.who.user_id, "leave", with_reason(call.body))
-    return {}
+def kick(call: Call, room_id: str) -> Any:
+    call.api.rooms.kick(call.who, room_id, call.field("user_id", str), call.reason)
 
 
-def kick(call: Call) -> Any:
-    body = call.body
-    call.api.rooms.kick(call.who, call["roomId"], field(body, "user_id", str), with_reason(body))
-    return {}
+def ban(call: Call, room_id: str) -> Any:
+    call.api.rooms.set_membership(call.who, room_id, call.field("user_id", str), "ban", call.reason)
 
 
-def ban(call: Call) -> Any:
-    body = call.body
-    call.api.rooms.set_membership(call.who, call["roomId"], field(body, "user_id", str), "ban",
-                                  with_reason(body))
-    return {}
+def unban(call: Call, room_id: str) -> Any:
+    call.api.rooms.unban(call.who, room_id, call.field("user_id", str), call.reason)
 
 
-def unban(call: Call) -> Any:
-    body = call.body
-    call.api.rooms.unban(call.who, call["roomId"], field(body, "user_id", str), with_reason(body))
-    return {}
-
-
-def forget(call: Call) -> Any:
-    call.api.rooms.forget(call.who, call["roomId"])
-    return {}
+def forget(call: Call, room_id: str) -> Any:
+    call.api.rooms.forget(call.who, room_id)
 
 
 def joined_rooms(call: Call) -> Any:
     return {"joined_rooms": call.api.rooms.joined(call.who)}
 
 
-def send(call: Call) -> Any:
-    return {"event_id": call.api.rooms.send(call.who, call["roomId"], call["eventType"], call.body,
-                                            call["txnId"], call.ts)}
+def send(call: Call, room_id: str, type: str, txn_id: str) -> Any:
+    return {"event_id": call.api.rooms.send(call.who, room_id, type, call.body, txn_id, call.ts)}
 
 
-def redact(call: Call) -> Any:
-    return {"event_id": call.api.rooms.redact(call.who, call["roomId"], call["eventId"], call.body,
-                                              call["txnId"])}
+def redact(call: Call, room_id: str, event_id: str, txn_id: str) -> Any:
+    return {"event_id": call.api.rooms.redact(call.who, room_id, event_id, call.body, txn_id)}
 
 
-def put_state(call: Call) -> Any:
-    return {"event_id": call.api.rooms.set_state(call.who, call["roomId"], call["eventType"],
-                                                 call.params.get("stateKey", ""), call.body, call.ts)}
+def put_state(call: Call, room_id: str, type: str, state_key: str = "") -> Any:
+    return {"event_id": call.api.rooms.set_state(call.who, room_id, type, state_key, call.body, call.ts)}
 
 
-def get_state_event(call: Call) -> Any:
-    event = call.api.history.state_event(call.who, call["roomId"], call["eventType"],
-                                       call.params.get("stateKey", ""))
+def get_state_event(call: Call, room_id: str, type: str, state_key: str = "") -> Any:
+    event = call.api.history.state_event(call.who, room_id, type, state_key)
     whole = call.choice("format", ("content", "event"), "content") == "event"
     return call.api.history.render(call.who, [event])[0] if whole else event.content
 
 
-def get_state(call: Call) -> Any:
-    return call.api.history.state(call.who, call["roomId"])
+def get_state(call: Call, room_id: str) -> Any:
+    return call.api.history.state(call.who, room_id)
 
 
-def get_event(call: Call) -> Any:
-    return call.api.history.event(call.who, call["roomId"], call["eventId"])
+def get_event(call: Call, room_id: str, event_id: str) -> Any:
+    return call.api.history.event(call.who, room_id, event_id)
 
 
-def get_members(call: Call) -> Any:
-    return {"chunk": call.api.history.members(call.who, call["roomId"], call.integer("at", None),
+def get_members(call: Call, room_id: str) -> Any:
+    return {"chunk": call.api.history.members(call.who, room_id, call.integer("at", None),
                                             *(call.choice(name, tuple(MEMBERSHIP_RULES), "") if call.query(name) else None
                                               for name in ("membership", "not_membership")))}
 
 
-def get_joined_members(call: Call) -> Any:
-    return {"joined": call.api.history.joined_members(call.who, call["roomId"])}
+def get_joined_members(call: Call, room_id: str) -> Any:
+    return {"joined": call.api.history.joined_members(call.who, room_id)}
 
 
 def query_filter(call: Call) -> tuple[Filter, JsonObject]:
@@ -9080,84 +9079,74 @@ def query_filter(call: Call) -> tuple[Filter, JsonObject]:
     return event_filter(source), source
 
 
-def get_messages(call: Call) -> Any:
+def get_messages(call: Call, room_id: str) -> Any:
     filter, source = query_filter(call)
     limit = call.limit(field(source, "limit", int, 10))
     backwards = call.choice("dir", ("b", "f"), "b") == "b"
-    return call.api.history.messages(call.who, call["roomId"], call.integer("from", None), backwards, limit,
+    return call.api.history.messages(call.who, room_id, call.integer("from", None), backwards, limit,
                                    filter, call.integer("to", None), field(source, "lazy_load_members", bool, False))
 
 
-def get_context(call: Call) -> Any:
+def get_context(call: Call, room_id: str, event_id: str) -> Any:
     filter, source = query_filter(call)
-    return call.api.history.context(call.who, call["roomId"], call["eventId"],
-                                  call.limit(10), filter, field(source, "lazy_load_members", bool, False))
+    return call.api.history.context(call.who, room_id, event_id, call.limit(10), filter,
+                                    field(source, "lazy_load_members", bool, False))
 
 
-def get_relations(call: Call) -> Any:
-    recurse = call.choice("recurse", ("true", "false"), "false") == "true"
-    return call.api.relations.related(
-        call.who, call["roomId"], call["eventId"], call.params.get("relType"), call.params.get("eventType"),
-        call.integer("from", None), call.integer("to", None), call.choice("dir", ("b", "f"), "b") == "b",
-        call.limit(50, 1), recurse)
+def get_relations(call: Call, room_id: str, event_id: str, rel_type: str | None = None, type: str | None = None) -> Any:
+    recurse = call.flag("recurse")
+    return call.api.relations.related(call.who, room_id, event_id, rel_type, type, call.integer("from", None), call.integer("to", None),
+                                    call.choice("dir", ("b", "f"), "b") == "b", call.limit(50, 1), recurse)
 
 
-def get_threads(call: Call) -> Any:
+def get_threads(call: Call, room_id: str) -> Any:
     participated = call.choice("include", ("all", "participated"), "all") == "participated"
-    return call.api.relations.threads(call.who, call["roomId"], participated, call.integer("from", None),
-                                  call.limit(50, 1))
+    return call.api.relations.threads(call.who, room_id, participated, call.integer("from", None), call.limit(50, 1))
 
 
-def room_aliases(call: Call) -> Any:
-    return {"aliases": call.api.aliases.of_room(call.who, call["roomId"])}
+def room_aliases(call: Call, room_id: str) -> Any:
+    return {"aliases": call.api.aliases.of_room(call.who, room_id)}
 
 
-def get_alias(call: Call) -> Any:
-    return {"room_id": call.api.aliases.resolve(call["roomAlias"], call.asker),
-            "servers": [call.api.world.name]}
+def get_alias(call: Call, alias: str) -> Any:
+    return {"room_id": call.api.aliases.resolve(alias, call.asker), "servers": [call.api.world.name]}
 
 
-def put_alias(call: Call) -> Any:
-    call.api.aliases.add(call.who, call["roomAlias"], field(call.body, "room_id", str))
-    return {}
+def put_alias(call: Call, alias: str) -> Any:
+    call.api.aliases.add(call.who, alias, call.field("room_id", str))
 
 
-def delete_alias(call: Call) -> Any:
-    call.api.aliases.delete(call.who, call["roomAlias"])
-    return {}
+def delete_alias(call: Call, alias: str) -> Any:
+    call.api.aliases.delete(call.who, alias)
 
 
-def get_visibility(call: Call) -> Any:
-    return {"visibility": "public" if call.api.directory.is_published(call.who, call["roomId"]) else "private"}
+def get_visibility(call: Call, room_id: str) -> Any:
+    return {"visibility": "public" if call.api.directory.is_published(call.who, room_id) else "private"}
 
 
 def wants_public(call: Call) -> bool:
-    visibility = field(call.body, "visibility", str, "public")
+    visibility = call.field("visibility", str, "public")
     if visibility not in ("public", "private"):
         raise MatrixError("M_INVALID_PARAM", f"visibility must be public or private, not {quoted(visibility)}")
     return visibility == "public"
 
 
-def put_visibility(call: Call) -> Any:
-    call.api.directory.publish(call.who, call["roomId"], wants_public(call))
-    return {}
+def put_visibility(call: Call, room_id: str) -> Any:
+    call.api.directory.publish(call.who, room_id, wants_public(call))
 
 
-def put_network_room(call: Call) -> Any:
-    call.api.directory.publish_in_network(call.who, call["networkId"], call["roomId"], wants_public(call))
-    return {}
+def put_network_room(call: Call, network: str, room_id: str) -> Any:
+    call.api.directory.publish_in_network(call.who, network, room_id, wants_public(call))
 
 
-def get_hierarchy(call: Call) -> Any:
-    suggested_only = call.choice("suggested_only", ("true", "false"), "false") == "true"
+def get_hierarchy(call: Call, room_id: str) -> Any:
+    suggested_only = call.flag("suggested_only")
     max_depth = min(call.integer("max_depth", MAX_SPACE_DEPTH), MAX_SPACE_DEPTH)
-    return call.api.directory.hierarchy(call.who, call["roomId"], suggested_only, max_depth, call.integer("from", 0),
-                                    call.limit(50, 1))
+    return call.api.directory.hierarchy(call.who, room_id, suggested_only, max_depth, call.integer("from", 0), call.limit(50, 1))
 
 
 def search_users(call: Call) -> Any:
-    body = call.body
-    return call.api.directory.search_users(call.who, field(body, "search_term", str), min(max(field(body, "limit", int, 10), 1), 50))
+    return call.api.directory.search_users(call.who, call.field("search_term", str), min(max(call.field("limit", int, 10), 1), 50))
 
 
 def own_directory(call: Call) -> None:
@@ -9174,52 +9163,44 @@ def get_public_rooms(call: Call) -> Any:
 
 def search_public_rooms(call: Call) -> Any:
     own_directory(call)
-    body = call.body
-    since, filter = number_in(field(body, "since", str, "") or "0"), field(body, "filter", dict, {})
+    since, filter = number_in(call.field("since", str, "") or "0"), call.field("filter", dict, {})
     if since is None:
-        raise MatrixError("M_INVALID_PARAM", f"since is a next_batch or prev_batch of another answer, not {quoted(body['since'])}")
-    types, network = field(filter, "room_types", list, []), field(body, "third_party_instance_id", str, "")
+        raise MatrixError("M_INVALID_PARAM", f"since is a next_batch or prev_batch of another answer, not {quoted(call.body['since'])}")
+    types, network = field(filter, "room_types", list, []), call.field("third_party_instance_id", str, "")
     if not all(one is None or isinstance(one, str) for one in types):
         raise MatrixError("M_BAD_JSON", f"room_types must be texts or null, not {quoted(types)}")
-    everywhere = field(body, "include_all_networks", bool, False)
+    everywhere = call.field("include_all_networks", bool, False)
     if everywhere and network:
         raise MatrixError("M_INVALID_PARAM", "it is either include_all_networks or one third_party_instance_id")
     return call.api.directory.public(
-        since, max(field(body, "limit", int, 100), 0),
+        since, max(call.field("limit", int, 100), 0),
         field(filter, "generic_search_term", str, ""), types, None if everywhere else network)
 
 
-def put_typing(call: Call) -> Any:
-    call.own(call["userId"])
-    body = call.body
-    seconds = min(max(field(body, "timeout", int, 30_000), 0), 120_000) / 1000
-    until = call.api.world.clock.monotonic() + seconds if field(body, "typing", bool) else None
-    call.api.typing.set(call.who, call["roomId"], until)
-    return {}
+def put_typing(call: Call, room_id: str) -> Any:
+    seconds = min(max(call.field("timeout", int, 30_000), 0), 120_000) / 1000
+    until = call.api.world.clock.monotonic() + seconds if call.field("typing", bool) else None
+    call.api.typing.set(call.who, room_id, until)
 
 
-def post_receipt(call: Call) -> Any:
-    body = call.body
-    thread_id = body.get("thread_id", "")
-    if not isinstance(thread_id, str) or ("thread_id" in body and not thread_id):
+def post_receipt(call: Call, room_id: str, receipt_type: str, event_id: str) -> Any:
+    thread_id = call.body.get("thread_id", "")
+    if not isinstance(thread_id, str) or ("thread_id" in call.body and not thread_id):
         raise MatrixError("M_INVALID_PARAM", f"thread_id must be \"main\" or the event ID of a root, not {quoted(thread_id)}")
-    call.api.receipts.add(call.who, call["roomId"], {call["receiptType"]: call["eventId"]}, thread_id)
-    return {}
+    call.api.receipts.add(call.who, room_id, {receipt_type: event_id}, thread_id)
 
 
-def post_read_markers(call: Call) -> Any:
-    body = call.body
-    types = {str(type): field(body, type, str) for type in ("m.fully_read", "m.read", "m.read.private")
-             if body.get(type) is not None}
-    call.api.receipts.add(call.who, call["roomId"], types)
-    return {}
+def post_read_markers(call: Call, room_id: str) -> Any:
+    types = {str(type): call.field(type, str) for type in ("m.fully_read", "m.read", "m.read.private")
+             if call.body.get(type) is not None}
+    call.api.receipts.add(call.who, room_id, types)
 
 
 def get_sync(call: Call) -> Any:
     chosen = call.query("filter") or "{}"
     filter = inline_filter(chosen) if chosen[:1] == "{" else SyncFilter(call.api.data.filter(call.who, chosen))
     timeout = call.integer("timeout", 0) / 1000
-    full_state = call.choice("full_state", ("true", "false"), "false") == "true"
+    full_state = call.flag("full_state")
     state_after = next((prefix + "state_after" for prefix in ("", "org.matrix.msc4222.")
                         if call.query(f"{prefix}use_state_after") == "true"), "")
     return call.api.sync.sync(call.who, call.integer("since", None), filter, timeout, full_state, state_after,
@@ -9246,24 +9227,21 @@ def get_events(call: Call) -> Any:
     return {"start": str(start), "end": answer["next_batch"], "chunk": chunk}
 
 
-def get_initial_sync(call: Call) -> Any:
-    return call.api.history.initial_sync(call.who, call["roomId"], call.limit(10), call.api.presence.events)
+def get_initial_sync(call: Call, room_id: str) -> Any:
+    return call.api.history.initial_sync(call.who, room_id, call.limit(10), call.api.presence.events)
 
 
-def get_presence(call: Call) -> Any:
-    return call.api.presence.get(call.who, check_id("@", call["userId"]))
+def get_presence(call: Call, user_id: str) -> Any:
+    return call.api.presence.get(call.who, check_id("@", user_id))
 
 
 def put_presence(call: Call) -> Any:
-    call.own(call["userId"])
-    body = call.body
-    presence = field(body, "presence", str)
+    presence = call.field("presence", str)
     if presence not in PRESENCES:
         raise MatrixError("M_INVALID_PARAM", f"presence is one of {', '.join(PRESENCES)}, not {shorten(presence)}")
-    message = field(body, "status_msg", str, None)
+    message = call.field("status_msg", str, None)
     check_length("status_msg", message, MAX_STATUS)
     call.api.presence.set(call.who, presence, message)
-    return {}
 
 
 # -- Handlers: media.
@@ -9277,33 +9255,32 @@ INLINE_TYPES = (
 )
 
 
-def upload(call: Call) -> Any:
+def upload(call: Call, server_name: str = "", media_id: str | None = None) -> Any:
     """At once, or for a URI that was made before."""
     media, content_type = call.api.media, call.request.headers.get("content-type") or "application/octet-stream"
     with media.uploading(call.who) if call.request.is_larger(SMALL_UPLOAD) else contextlib.nullcontext():
         content = call.bytes(call.api.world.settings.max_upload_bytes)
-        if "mediaId" in call.params:
-            media.fill(call.who, call["serverName"], call["mediaId"], content, content_type, call.query("filename"))
-            return {}
-        return {"content_uri": media.upload(call.who, content, content_type, call.query("filename"))}
+        if media_id is None:
+            return {"content_uri": media.upload(call.who, content, content_type, call.query("filename"))}
+        return media.fill(call.who, server_name, media_id, content, content_type, call.query("filename"))
 
 
 def create_media(call: Call) -> Any:
     return call.api.media.create(call.who)
 
 
-def download(call: Call) -> Any:
+def download(call: Call, server_name: str, media_id: str, filename: str | None = None) -> Any:
     timeout = call.integer("timeout_ms", 20_000, 0, 120_000) / 1000
-    content_type, filename, content = call.api.media.download(call["serverName"], call["mediaId"], timeout)
-    return media_response(content_type, call.params.get("fileName") or filename, content)
+    content_type, uploaded_as, content = call.api.media.download(server_name, media_id, timeout)
+    return media_response(content_type, filename or uploaded_as, content)
 
 
-def thumbnail(call: Call) -> Any:
+def thumbnail(call: Call, server_name: str, media_id: str) -> Any:
     """The picture itself, whatever its size: to scale it takes more than the standard library has."""
     if call.integer("width", None, 1) is None or call.integer("height", None, 1) is None:
         raise MatrixError("M_MISSING_PARAM", "the query must have width and height")
     call.choice("method", ("crop", "scale"), "scale")
-    answer = download(call)
+    answer = download(call, server_name, media_id)
     if not answer.content_type.lower().startswith("image/"):
         raise MatrixError("M_UNKNOWN", f"{shorten(answer.content_type)} is no type of a picture", 400)
     return answer
@@ -9324,11 +9301,11 @@ def media_config(call: Call) -> Any:
 
 # -- Handlers: for application services.
 
-def ping(call: Call) -> Any:
+def ping(call: Call, id: str) -> Any:
     registration = call.who.appservice
-    if not registration or registration.id != call["appserviceId"]:
-        raise forbidden(f"the as_token is not that of the application service {shorten(call['appserviceId'])}")
-    return {"duration_ms": call.api.delivery.ping(registration, field(call.body, "transaction_id", str, None))}
+    if not registration or registration.id != id:
+        raise forbidden(f"the as_token is not that of the application service {shorten(id)}")
+    return {"duration_ms": call.api.delivery.ping(registration, call.field("transaction_id", str, None))}
 
 
 def map_uri(call: Call) -> Any:
@@ -9353,164 +9330,169 @@ def get_protocols(call: Call) -> Any:
     return call.api.delivery.protocols(call.asker)
 
 
-def get_protocol(call: Call) -> Any:
-    found = call.api.delivery.protocols(call.asker, call["protocol"])
+def get_protocol(call: Call, protocol: str) -> Any:
+    found = call.api.delivery.protocols(call.asker, protocol)
     if not found:
-        raise MatrixError("M_NOT_FOUND", f"no application service tells of a protocol {shorten(call['protocol'])!r}")
-    return found[call["protocol"]]
+        raise MatrixError("M_NOT_FOUND", f"no application service tells of a protocol {shorten(protocol)!r}")
+    return found[protocol]
 
 
-def look_up(call: Call) -> Any:
+def look_up(call: Call, protocol: str = "") -> Any:
     """By the fields of a protocol; or, without one, by the Matrix ID."""
     kind = call.request.path.split("/")[5]
     key, sigil = THIRD_PARTY_IDS[kind], {"user": "@", "location": "#"}[kind]
     own = ("access_token", *IDENTITY) if call.who.appservice else ("access_token",)
     fields = {name: value for name, value in call.request.query.items() if name not in own}
-    if not call.params.get("protocol"):
+    if not protocol:
         if key not in fields:
             raise MatrixError("M_MISSING_PARAM", f"the query must have {key}, or the path a protocol")
         fields = {key: check_id(sigil, fields[key])}
-    return call.api.delivery.look_up(kind, call.params.get("protocol", ""), fields, call.asker)
+    return call.api.delivery.look_up(kind, protocol, fields, call.asker)
 
 
-# -- The table. The first letter of a path stands for a prefix.
+# -- The table. The first letter of a path stands for a prefix; `python asbridge.py routes` prints whole paths.
 
 PREFIXES = {"C": "/_matrix/client/v3", "R": "/_matrix/client/v3/rooms/{roomId}", "U": "/_matrix/client/v3/user/{userId}",
             "L": "/_matrix/client/v3/directory/list", "V": "/_matrix/client/v1", "N": "/_matrix/client/v1/rooms/{roomId}/relations",
             "K": "/_matrix/client/v3/room_keys", "D": "/_matrix/client/v1/media", "M": "/_matrix/media/v3", "A": "/_matrix/app/v1"}
-ROUTES = [Route(method, PREFIXES.get(path[0], path[0]) + path[1:], auth, handler, spec)
-          for method, path, auth, handler, spec in (
-    # method   path                                            who           handler              section of the spec
-    ("GET",    "/_matrix/client/versions",                     "nobody",     versions,            "API Versions"),
-    ("GET",    "/.well-known/matrix/client",                   "nobody",     well_known,          "Server Discovery"),
-    ("GET",    "C/capabilities",                               "user",       capabilities,        "Capabilities negotiation"),
+
+
+def table(*rows: tuple[str, str, str, Callable[..., Any], str]) -> list[Route]:
+    return [Route(row[0], PREFIXES.get(row[1][0], row[1][0]) + row[1][1:], *row[2:]) for row in rows]
+
+
+ROUTES = table(
+    # method   path                                            who           handler                section of the spec
+    ("GET",    "/_matrix/client/versions",                     "nobody",     versions,              "API Versions"),
+    ("GET",    "/.well-known/matrix/client",                   "nobody",     well_known,            "Server Discovery"),
+    ("GET",    "C/capabilities",                               "user",       capabilities,          "Capabilities negotiation"),
     # Accounts
-    ("GET",    "C/register/available",                         "nobody",     register_available,  "Account registration"),
-    ("POST",   "C/register",                                   "nobody",     register,            "Registration; AS: Permissions"),
-    ("GET",    "C/login",                                      "nobody",     login_flows,         "Login"),
-    ("POST",   "C/login",                                      "nobody",     login,               "Login; AS: Permissions"),
-    ("POST",   "C/logout",                                     "user",       logout,              "Login"),
-    ("POST",   "C/logout/all",                                 "user",       logout_all,          "Login"),
-    ("GET",    "C/account/whoami",                             "user",       whoami,              "Current account information"),
-    ("POST",   "C/account/password",                           "user",       change_password,     "Account management"),
-    ("POST",   "C/account/deactivate",                         "user",       deactivate,          "Account management"),
-    ("GET",    "C/devices",                                    "user",       get_devices,         "Device Management"),
-    ("GET",    "C/devices/{deviceId}",                         "user",       get_device,          "Device Management"),
-    ("PUT",    "C/devices/{deviceId}",                         "user",       put_device,          "Device Management"),
-    ("DELETE", "C/devices/{deviceId}",                         "user",       delete_device,       "Device Management"),
-    ("POST",   "C/delete_devices",                             "user",       delete_device,       "Device Management"),
-    ("GET",    "C/profile/{userId}",                           "maybe",      get_profile,         "Profiles"),
-    ("GET",    "C/profile/{userId}/{keyName}",                 "maybe",      get_profile_key,     "Profiles"),
-    ("PUT",    "C/profile/{userId}/{keyName}",                 "user",       put_profile_key,     "Profiles"),
-    ("GET",    "U/account_data/{type}",                        "user",       get_account_data,    "Client Config"),
-    ("PUT",    "U/account_data/{type}",                        "user",       put_account_data,    "Client Config"),
-    ("GET",    "U/rooms/{roomId}/account_data/{type}",         "user",       get_account_data,    "Client Config"),
-    ("PUT",    "U/rooms/{roomId}/account_data/{type}",         "user",       put_account_data,    "Client Config"),
-    ("GET",    "U/rooms/{roomId}/tags",                        "user",       get_tags,            "Room Tagging"),
-    ("PUT",    "U/rooms/{roomId}/tags/{tag}",                  "user",       put_tag,             "Room Tagging"),
-    ("DELETE", "U/rooms/{roomId}/tags/{tag}",                  "user",       delete_tag,          "Room Tagging"),
-    ("POST",   "U/openid/request_token",                       "user",       post_openid_token,   "OpenID"),
-    ("GET",    "/_matrix/federation/v1/openid/userinfo",       "nobody",     openid_userinfo,     "Server-Server API, OpenID"),
-    ("POST",   "U/filter",                                     "user",       post_filter,         "Filtering"),
-    ("GET",    "U/filter/{filterId}",                          "user",       get_filter,          "Filtering"),
-    ("GET",    "C/pushrules",                                  "user",       get_push_rules,      "Push Notifications"),
-    ("GET",    "C/pushrules/",                                 "user",       get_push_rules,      "Push Notifications"),
-    ("GET",    "C/pushrules/global",                           "user",       get_push_rules,      "Push Notifications"),
-    ("GET",    "C/pushrules/global/",                          "user",       get_push_rules,      "Push Notifications"),
-    ("GET",    "C/pushrules/global/{kind}/{ruleId}",           "user",       get_push_rule,       "Push Notifications"),
-    ("PUT",    "C/pushrules/global/{kind}/{ruleId}",           "user",       put_push_rule,       "Push Notifications"),
-    ("DELETE", "C/pushrules/global/{kind}/{ruleId}",           "user",       delete_push_rule,    "Push Notifications"),
-    ("GET",    "C/pushrules/global/{kind}/{ruleId}/enabled",   "user",       get_push_rule,       "Push Notifications"),
-    ("PUT",    "C/pushrules/global/{kind}/{ruleId}/enabled",   "user",       put_push_enabled,    "Push Notifications"),
-    ("GET",    "C/pushrules/global/{kind}/{ruleId}/actions",   "user",       get_push_rule,       "Push Notifications"),
-    ("PUT",    "C/pushrules/global/{kind}/{ruleId}/actions",   "user",       put_push_actions,    "Push Notifications"),
+    ("GET",    "C/register/available",                         "nobody",     register_available,    "Account registration"),
+    ("POST",   "C/register",                                   "nobody",     register,              "Registration; AS: Permissions"),
+    ("GET",    "C/login",                                      "nobody",     login_flows,           "Login"),
+    ("POST",   "C/login",                                      "nobody",     login,                 "Login; AS: Permissions"),
+    ("POST",   "C/logout",                                     "user",       logout,                "Login"),
+    ("POST",   "C/logout/all",                                 "user",       logout_all,            "Login"),
+    ("GET",    "C/account/whoami",                             "user",       whoami,                "Current account information"),
+    ("POST",   "C/account/password",                           "user",       change_password,       "Account management"),
+    ("POST",   "C/account/deactivate",                         "user",       deactivate,            "Account management"),
+    ("GET",    "C/devices",                                    "user",       get_devices,           "Device Management"),
+    ("GET",    "C/devices/{deviceId}",                         "user",       get_device,            "Device Management"),
+    ("PUT",    "C/devices/{deviceId}",                         "user",       put_device,            "Device Management"),
+    ("DELETE", "C/devices/{deviceId}",                         "user",       delete_device,         "Device Management"),
+    ("POST",   "C/delete_devices",                             "user",       delete_device,         "Device Management"),
+    ("GET",    "C/profile/{userId}",                           "maybe",      get_profile,           "Profiles"),
+    ("GET",    "C/profile/{userId}/{keyName}",                 "maybe",      get_profile_key,       "Profiles"),
+    ("PUT",    "C/profile/{userId}/{keyName}",                 "user",       put_profile_key,       "Profiles"),
+    ("GET",    "U/account_data/{type}",                        "self",       get_account_data,      "Client Config"),
+    ("PUT",    "U/account_data/{type}",                        "self",       put_account_data,      "Client Config"),
+    ("GET",    "U/rooms/{roomId}/account_data/{type}",         "self",       get_room_account_data, "Client Config"),
+    ("PUT",    "U/rooms/{roomId}/account_data/{type}",         "self",       put_room_account_data, "Client Config"),
+    ("GET",    "U/rooms/{roomId}/tags",                        "self",       get_tags,              "Room Tagging"),
+    ("PUT",    "U/rooms/{roomId}/tags/{tag}",                  "self",       put_tag,               "Room Tagging"),
+    ("DELETE", "U/rooms/{roomId}/tags/{tag}",                  "self",       delete_tag,            "Room Tagging"),
+    ("POST",   "U/openid/request_token",                       "self",       post_openid_token,     "OpenID"),
+    ("GET",    "/_matrix/federation/v1/openid/userinfo",       "nobody",     openid_userinfo,       "Server-Server API, OpenID"),
+    ("POST",   "U/filter",                                     "self",       post_filter,           "Filtering"),
+    ("GET",    "U/filter/{filterId}",                          "self",       get_filter,            "Filtering"),
+    ("GET",    "C/pushrules",                                  "user",       get_push_rules,        "Push Notifications"),
+    ("GET",    "C/pushrules/",                                 "user",       get_push_rules,        "Push Notifications"),
+    ("GET",    "C/pushrules/global",                           "user",       get_push_rules,        "Push Notifications"),
+    ("GET",    "C/pushrules/global/",                          "user",       get_push_rules,        "Push Notifications"),
+    ("GET",    "C/pushrules/global/{kind}/{ruleId}",           "user",       get_push_rule,         "Push Notifications"),
+    ("PUT",    "C/pushrules/global/{kind}/{ruleId}",           "user",       put_push_rule,         "Push Notifications"),
+    ("DELETE", "C/pushrules/global/{kind}/{ruleId}",           "user",       delete_push_rule,      "Push Notifications"),
+    ("GET",    "C/pushrules/global/{kind}/{ruleId}/enabled",   "user",       get_push_rule,         "Push Notifications"),
+    ("PUT",    "C/pushrules/global/{kind}/{ruleId}/enabled",   "user",       put_push_enabled,      "Push Notifications"),
+    ("GET",    "C/pushrules/global/{kind}/{ruleId}/actions",   "user",       get_push_rule,         "Push Notifications"),
+    ("PUT",    "C/pushrules/global/{kind}/{ruleId}/actions",   "user",       put_push_actions,      "Push Notifications"),
     # End-to-end encryption
-    ("POST",   "C/keys/upload",                                "user",       upload_keys,         "Uploading keys"),
-    ("POST",   "C/keys/query",                                 "user",       query_keys,          "Querying keys; AS: Querying"),
-    ("POST",   "C/keys/claim",                                 "user",       claim_keys,          "Claiming one-time keys"),
-    ("POST",   "C/keys/device_signing/upload",                 "user",       upload_cross_signing, "Cross-signing; AS: Cross-signing"),
-    ("POST",   "C/keys/signatures/upload",                     "user",       upload_signatures,   "Cross-signing"),
-    ("PUT",    "C/sendToDevice/{eventType}/{txnId}",           "user",       send_to_device,      "Send-to-Device messaging"),
-    ("POST",   "K/version",                                    "user",       post_backup,         "Server-side key backups"),
-    ("GET",    "K/version",                                    "user",       get_backup,          "Server-side key backups"),
-    ("GET",    "K/version/{version}",                          "user",       get_backup,          "Server-side key backups"),
-    ("PUT",    "K/version/{version}",                          "user",       put_backup,          "Server-side key backups"),
-    ("DELETE", "K/version/{version}",                          "user",       delete_backup,       "Server-side key backups"),
-    *((method, f"K/keys{where}",                               "user",       handler,             "Server-side key backups")
+    ("POST",   "C/keys/upload",                                "user",       upload_keys,           "Uploading keys"),
+    ("POST",   "C/keys/query",                                 "user",       query_keys,            "Querying keys; AS: Querying"),
+    ("POST",   "C/keys/claim",                                 "user",       claim_keys,            "Claiming one-time keys"),
+    ("POST",   "C/keys/device_signing/upload",                 "user",       upload_cross_signing,  "Cross-signing; AS: Cross-signing"),
+    ("POST",   "C/keys/signatures/upload",                     "user",       upload_signatures,     "Cross-signing"),
+    ("PUT",    "C/sendToDevice/{eventType}/{txnId}",           "user",       send_to_device,        "Send-to-Device messaging"),
+    ("POST",   "K/version",                                    "user",       post_backup,           "Server-side key backups"),
+    ("GET",    "K/version",                                    "user",       get_backup,            "Server-side key backups"),
+    ("GET",    "K/version/{version}",                          "user",       get_backup,            "Server-side key backups"),
+    ("PUT",    "K/version/{version}",                          "user",       put_backup,            "Server-side key backups"),
+    ("DELETE", "K/version/{version}",                          "user",       delete_backup,         "Server-side key backups"),
+    *((method, f"K/keys{where}",                               "user",       handler,               "Server-side key backups")
       for method, handler in (("PUT", put_backup_keys), ("GET", get_backup_keys), ("DELETE", delete_backup_keys))
       for where in ("", "/{roomId}", "/{roomId}/{sessionId}")),
     # Rooms
-    ("GET",    "C/sync",                                       "user",       get_sync,            "Syncing"),
-    ("GET",    "C/events",                                     "user",       get_events,          "r0: Syncing"),
-    ("GET",    "R/initialSync",                                "user",       get_initial_sync,    "r0: Syncing"),
-    ("GET",    "C/presence/{userId}/status",                   "user",       get_presence,        "Presence"),
-    ("PUT",    "C/presence/{userId}/status",                   "user",       put_presence,        "Presence"),
-    ("POST",   "C/createRoom",                                 "user",       create_room,         "Creation"),
-    ("POST",   "C/join/{roomId}",                              "user",       join_room,           "Joining rooms"),
-    ("POST",   "R/join",                                       "user",       join_room,           "Joining rooms"),
-    ("POST",   "C/knock/{roomId}",                             "user",       knock_room,          "Knocking on rooms"),
-    ("POST",   "R/invite",                                     "user",       invite,              "Joining rooms"),
-    ("POST",   "R/leave",                                      "user",       leave,               "Leaving rooms"),
-    ("POST",   "R/kick",                                       "user",       kick,                "Leaving rooms"),
-    ("POST",   "R/ban",                                        "user",       ban,                 "Banning users in a room"),
-    ("POST",   "R/unban",                                      "user",       unban,               "Banning users in a room"),
-    ("POST",   "R/forget",                                     "user",       forget,              "Leaving rooms"),
-    ("GET",    "C/joined_rooms",                               "user",       joined_rooms,        "Listing rooms"),
-    ("PUT",    "R/send/{eventType}/{txnId}",                   "user",       send,                "Sending events; AS: Timestamps"),
-    ("PUT",    "R/redact/{eventId}/{txnId}",                   "user",       redact,              "Redactions"),
-    ("GET",    "R/state",                                      "user",       get_state,           "Getting events"),
-    ("GET",    "R/state/{eventType}",                          "user",       get_state_event,     "Getting events"),
-    ("GET",    "R/state/{eventType}/{stateKey}",               "user",       get_state_event,     "Getting events"),
-    ("PUT",    "R/state/{eventType}",                          "user",       put_state,           "Sending events; AS: Timestamps"),
-    ("PUT",    "R/state/{eventType}/{stateKey}",               "user",       put_state,           "Sending events; AS: Timestamps"),
-    ("GET",    "R/event/{eventId}",                            "user",       get_event,           "Getting events"),
-    ("GET",    "R/members",                                    "user",       get_members,         "Getting events"),
-    ("GET",    "R/joined_members",                             "user",       get_joined_members,  "Getting events"),
-    ("GET",    "R/messages",                                   "user",       get_messages,        "Getting events"),
-    ("GET",    "R/context/{eventId}",                          "user",       get_context,         "Event Context"),
-    ("GET",    "N/{eventId}",                                  "user",       get_relations,       "Relationships"),
-    ("GET",    "N/{eventId}/{relType}",                        "user",       get_relations,       "Relationships"),
-    ("GET",    "N/{eventId}/{relType}/{eventType}",            "user",       get_relations,       "Relationships"),
-    ("GET",    "V/rooms/{roomId}/threads",                     "user",       get_threads,         "Threading"),
-    ("PUT",    "R/typing/{userId}",                            "user",       put_typing,          "Typing Notifications"),
-    ("POST",   "R/receipt/{receiptType}/{eventId}",            "user",       post_receipt,        "Receipts"),
-    ("POST",   "R/read_markers",                               "user",       post_read_markers,   "Fully read markers"),
+    ("GET",    "C/sync",                                       "user",       get_sync,              "Syncing"),
+    ("GET",    "C/events",                                     "user",       get_events,            "r0: Syncing"),
+    ("GET",    "R/initialSync",                                "user",       get_initial_sync,      "r0: Syncing"),
+    ("GET",    "C/presence/{userId}/status",                   "user",       get_presence,          "Presence"),
+    ("PUT",    "C/presence/{userId}/status",                   "self",       put_presence,          "Presence"),
+    ("POST",   "C/createRoom",                                 "user",       create_room,           "Creation"),
+    ("POST",   "C/join/{roomId}",                              "user",       join_room,             "Joining rooms"),
+    ("POST",   "R/join",                                       "user",       join_room,             "Joining rooms"),
+    ("POST",   "C/knock/{roomId}",                             "user",       knock_room,            "Knocking on rooms"),
+    ("POST",   "R/invite",                                     "user",       invite,                "Joining rooms"),
+    ("POST",   "R/leave",                                      "user",       leave,                 "Leaving rooms"),
+    ("POST",   "R/kick",                                       "user",       kick,                  "Leaving rooms"),
+    ("POST",   "R/ban",                                        "user",       ban,                   "Banning users in a room"),
+    ("POST",   "R/unban",                                      "user",       unban,                 "Banning users in a room"),
+    ("POST",   "R/forget",                                     "user",       forget,                "Leaving rooms"),
+    ("GET",    "C/joined_rooms",                               "user",       joined_rooms,          "Listing rooms"),
+    ("PUT",    "R/send/{eventType}/{txnId}",                   "user",       send,                  "Sending events; AS: Timestamps"),
+    ("PUT",    "R/redact/{eventId}/{txnId}",                   "user",       redact,                "Redactions"),
+    ("GET",    "R/state",                                      "user",       get_state,             "Getting events"),
+    ("GET",    "R/state/{eventType}",                          "user",       get_state_event,       "Getting events"),
+    ("GET",    "R/state/{eventType}/{stateKey}",               "user",       get_state_event,       "Getting events"),
+    ("PUT",    "R/state/{eventType}",                          "user",       put_state,             "Sending events; AS: Timestamps"),
+    ("PUT",    "R/state/{eventType}/{stateKey}",               "user",       put_state,             "Sending events; AS: Timestamps"),
+    ("GET",    "R/event/{eventId}",                            "user",       get_event,             "Getting events"),
+    ("GET",    "R/members",                                    "user",       get_members,           "Getting events"),
+    ("GET",    "R/joined_members",                             "user",       get_joined_members,    "Getting events"),
+    ("GET",    "R/messages",                                   "user",       get_messages,          "Getting events"),
+    ("GET",    "R/context/{eventId}",                          "user",       get_context,           "Event Context"),
+    ("GET",    "N/{eventId}",                                  "user",       get_relations,         "Relationships"),
+    ("GET",    "N/{eventId}/{relType}",                        "user",       get_relations,         "Relationships"),
+    ("GET",    "N/{eventId}/{relType}/{eventType}",            "user",       get_relations,         "Relationships"),
+    ("GET",    "V/rooms/{roomId}/threads",                     "user",       get_threads,           "Threading"),
+    ("PUT",    "R/typing/{userId}",                            "self",       put_typing,            "Typing Notifications"),
+    ("POST",   "R/receipt/{receiptType}/{eventId}",            "user",       post_receipt,          "Receipts"),
+    ("POST",   "R/read_markers",                               "user",       post_read_markers,     "Fully read markers"),
     # Aliases and the directory
-    ("GET",    "R/aliases",                                    "user",       room_aliases,        "Room aliases"),
-    ("GET",    "C/directory/room/{roomAlias}",                 "maybe",      get_alias,           "Room aliases; AS: Querying"),
-    ("PUT",    "C/directory/room/{roomAlias}",                 "user",       put_alias,           "Room aliases"),
-    ("DELETE", "C/directory/room/{roomAlias}",                 "user",       delete_alias,        "Room aliases"),
-    ("GET",    "L/room/{roomId}",                              "maybe",      get_visibility,      "Listing rooms"),
-    ("PUT",    "L/room/{roomId}",                              "user",       put_visibility,      "Listing rooms"),
-    ("PUT",    "L/appservice/{networkId}/{roomId}",            "appservice", put_network_room,    "AS: Room directories"),
-    ("GET",    "C/publicRooms",                                "maybe",      get_public_rooms,    "Listing rooms"),
-    ("POST",   "C/publicRooms",                                "user",       search_public_rooms, "Listing rooms"),
-    ("GET",    "V/rooms/{roomId}/hierarchy",                   "user",       get_hierarchy,       "Spaces"),
-    ("POST",   "C/user_directory/search",                      "user",       search_users,        "User Directory"),
+    ("GET",    "R/aliases",                                    "user",       room_aliases,          "Room aliases"),
+    ("GET",    "C/directory/room/{roomAlias}",                 "maybe",      get_alias,             "Room aliases; AS: Querying"),
+    ("PUT",    "C/directory/room/{roomAlias}",                 "user",       put_alias,             "Room aliases"),
+    ("DELETE", "C/directory/room/{roomAlias}",                 "user",       delete_alias,          "Room aliases"),
+    ("GET",    "L/room/{roomId}",                              "maybe",      get_visibility,        "Listing rooms"),
+    ("PUT",    "L/room/{roomId}",                              "user",       put_visibility,        "Listing rooms"),
+    ("PUT",    "L/appservice/{networkId}/{roomId}",            "appservice", put_network_room,      "AS: Room directories"),
+    ("GET",    "C/publicRooms",                                "maybe",      get_public_rooms,      "Listing rooms"),
+    ("POST",   "C/publicRooms",                                "user",       search_public_rooms,   "Listing rooms"),
+    ("GET",    "V/rooms/{roomId}/hierarchy",                   "user",       get_hierarchy,         "Spaces"),
+    ("POST",   "C/user_directory/search",                      "user",       search_users,          "User Directory"),
     # Media
-    ("POST",   "M/upload",                                     "user",       upload,              "Content repository"),
-    ("POST",   "M/create",                                     "user",       create_media,        "Content repository"),
-    ("PUT",    "M/upload/{serverName}/{mediaId}",              "user",       upload,              "Content repository"),
-    ("GET",    "M/download/{serverName}/{mediaId}",            "nobody",     download,            "Content repository"),
-    ("GET",    "M/download/{serverName}/{mediaId}/{fileName}", "nobody",     download,            "Content repository"),
-    ("GET",    "M/thumbnail/{serverName}/{mediaId}",           "nobody",     thumbnail,           "Content repository"),
-    ("GET",    "M/config",                                     "user",       media_config,        "Content repository"),
-    ("GET",    "D/download/{serverName}/{mediaId}",            "user",       download,            "Content repository"),
-    ("GET",    "D/download/{serverName}/{mediaId}/{fileName}", "user",       download,            "Content repository"),
-    ("GET",    "D/thumbnail/{serverName}/{mediaId}",           "user",       thumbnail,           "Content repository"),
-    ("GET",    "D/config",                                     "user",       media_config,        "Content repository"),
+    ("POST",   "M/upload",                                     "user",       upload,                "Content repository"),
+    ("POST",   "M/create",                                     "user",       create_media,          "Content repository"),
+    ("PUT",    "M/upload/{serverName}/{mediaId}",              "user",       upload,                "Content repository"),
+    ("GET",    "M/download/{serverName}/{mediaId}",            "nobody",     download,              "Content repository"),
+    ("GET",    "M/download/{serverName}/{mediaId}/{fileName}", "nobody",     download,              "Content repository"),
+    ("GET",    "M/thumbnail/{serverName}/{mediaId}",           "nobody",     thumbnail,             "Content repository"),
+    ("GET",    "M/config",                                     "user",       media_config,          "Content repository"),
+    ("GET",    "D/download/{serverName}/{mediaId}",            "user",       download,              "Content repository"),
+    ("GET",    "D/download/{serverName}/{mediaId}/{fileName}", "user",       download,              "Content repository"),
+    ("GET",    "D/thumbnail/{serverName}/{mediaId}",           "user",       thumbnail,             "Content repository"),
+    ("GET",    "D/config",                                     "user",       media_config,          "Content repository"),
     # Third-party networks
-    ("GET",    "C/thirdparty/protocols",                       "user",       get_protocols,       "Third-party Networks"),
-    ("GET",    "C/thirdparty/protocol/{protocol}",             "user",       get_protocol,        "Third-party Networks"),
-    ("GET",    "C/thirdparty/user",                            "user",       look_up,             "Third-party Networks"),
-    ("GET",    "C/thirdparty/user/{protocol}",                 "user",       look_up,             "Third-party Networks"),
-    ("GET",    "C/thirdparty/location",                        "user",       look_up,             "Third-party Networks"),
-    ("GET",    "C/thirdparty/location/{protocol}",             "user",       look_up,             "Third-party Networks"),
+    ("GET",    "C/thirdparty/protocols",                       "user",       get_protocols,         "Third-party Networks"),
+    ("GET",    "C/thirdparty/protocol/{protocol}",             "user",       get_protocol,          "Third-party Networks"),
+    ("GET",    "C/thirdparty/user",                            "user",       look_up,               "Third-party Networks"),
+    ("GET",    "C/thirdparty/user/{protocol}",                 "user",       look_up,               "Third-party Networks"),
+    ("GET",    "C/thirdparty/location",                        "user",       look_up,               "Third-party Networks"),
+    ("GET",    "C/thirdparty/location/{protocol}",             "user",       look_up,               "Third-party Networks"),
     # For application services
-    ("POST",   "V/appservice/{appserviceId}/ping",             "appservice", ping,                "AS: Pinging"),
-    ("GET",    "A/user",                                       "nobody",     map_uri,             "AS, 2016 text: URI mapping"),
-    ("GET",    "A/alias",                                      "nobody",     map_uri,             "AS, 2016 text: URI mapping"),
-)]
+    ("POST",   "V/appservice/{appserviceId}/ping",             "appservice", ping,                  "AS: Pinging"),
+    ("GET",    "A/user",                                       "nobody",     map_uri,               "AS, 2016 text: URI mapping"),
+    ("GET",    "A/alias",                                      "nobody",     map_uri,               "AS, 2016 text: URI mapping"),
+)
 
 
 # ============================================================================

@@ -145,8 +145,8 @@ def answered():
     rows = set()
 
     def noting(route):
-        def handler(call):
-            answer = route.handler(call)
+        def handler(call, *params):
+            answer = route.handler(call, *params)
             rows.add((route.method, route.path))
             return answer
         return route._replace(handler=handler)
@@ -11151,7 +11151,7 @@ def test_each_row_of_the_table_refuses_whoever_may_not_ask_it(asking):
     people["logged out"].ask("POST", "logout"), people["deactivated"].ask("POST", "account", "deactivate", body=confirmed())
     to_all, position, wrong = {row_of(text): answer for text, answer in TO_ALL.items()}, hs.world.store.position, []
     for route, (token, query, *says) in itertools.product(asbridge.ROUTES, ASKERS.values()):
-        says = dict(zip(("user", "appservice", "maybe"), says, strict=True)).get(route.auth) or to_all[route.method, route.path]
+        says = dict(zip(("user", "appservice", "maybe"), says, strict=True)).get(route.auth.replace("self", "user")) or to_all[route.method, route.path]
         if says == 401 and token == "as-irc":                # a service registers in another way
             says = "M_MISSING_PARAM"
         if says == "may":
@@ -14108,66 +14108,70 @@ def test_a_registration_file_is_loaded_or_everything_wrong_with_it_is_said(tmp_p
     assert len(caught.value.findings) == 2
 
 
-def python_of_the_readme(start):
-    """The README's Python block that has this line in it."""
+def readme():
     with open(os.path.join(HERE, "README.md"), encoding="utf-8") as file:
-        blocks = re.findall(r"```python\n(.*?)```", file.read(), re.S)
-    return next(block for block in blocks if start in block)
+        return file.read()
 
 
-def test_the_test_in_the_readme_passes():
-    code = python_of_the_readme("def test_my_bridge").replace("http://127.0.0.1:29300", f"http://127.0.0.1:{closed_port()}")
+def python_of_the_readme(start, old="http://127.0.0.1:29300", new=None):
+    """What the README's Python block that has this in it defines, fixtures as context managers, when `new` stands for `old` in it."""
+    code = next(block for block in re.findall(r"```python\n(.*?)```", readme(), re.S) if start in block)
+    assert old in code
     names = {}
-    exec(compile(code, "README.md", "exec"), names)
-    names["test_my_bridge"]()
+    with unittest.mock.patch.dict(sys.modules, pytest=unittest.mock.Mock(fixture=contextlib.contextmanager)):
+        exec(compile(code.replace(old, new or f"http://127.0.0.1:{closed_port()}"), "README.md", "exec"), names)
+    return names
 
 
-def test_the_fixture_in_the_readme_tests_a_bridge_that_runs_by_itself(tmp_path, monkeypatch):
-    class Bridge(asbridge.AppService):
-        def on_event(self, event):
-            if event["content"].get("membership") == "invite":
-                self.bot.join(event["room_id"])
-            elif event["type"] == "m.room.message" and event["sender"] != self.bot.user_id:
-                self.bot.say(event["room_id"], "hello yourself", txn_id=event["event_id"])
+def test_the_bridge_in_the_readme_has_the_bug_that_its_test_shows_and_the_cure_cures_it():
+    lesson = python_of_the_readme("class Greeter")
+    with lesson["hs"]() as hs, pytest.raises(AssertionError, match="attempt 1: it answered, but the answer was lost"):
+        lesson["test_it_greets_once_even_if_it_dies_before_its_answer_arrives"](hs)
+    cured = python_of_the_readme("class Greeter", '"hello yourself")\n\n@', '"hello yourself", txn_id=event["event_id"])\n\n@')
+    with cured["hs"]() as hs:
+        cured["test_it_greets_once_even_if_it_dies_before_its_answer_arrives"](hs)
 
-    made = asbridge.generate_registration("mybridge", f"http://127.0.0.1:{closed_port()}")
-    (tmp_path / "registration.json").write_text(json.dumps(made))
+
+def test_the_bridge_of_ten_lines_in_the_readme_passes_what_is_said_both_ways(tmp_path, monkeypatch, capsys):
+    made = asbridge.generate_registration("tty", f"http://127.0.0.1:{closed_port()}")
+    (tmp_path / "tty.json").write_text(json.dumps(made))
     monkeypatch.chdir(tmp_path)
-    names = {"asbridge": asbridge, "pytest": unittest.mock.Mock(fixture=contextlib.contextmanager)}
-    code = python_of_the_readme("@pytest.fixture") + python_of_the_readme("def test_my_bridge_hears")
-    exec(compile(code.replace("port=8008", "port=0"), "README.md", "exec"), names)
-    with names["hs"]() as hs:
-        bridge = Bridge(asbridge.read_registration(made, "here"), hs.url)
-        bridge.start()
-        names["test_my_bridge_hears_a_message_once_even_if_its_answer_is_lost"](hs)
-        bridge.stop()
+    with asbridge.Homeserver(registrations=["tty.json"]) as hs:
+        def typed():
+            alice = hs.client("alice")
+            room = alice.join("#tty_room:localhost")
+            yield "hello from the terminal\n"
+            hs.wait_for(sender="@tty_you:localhost", body="hello from the terminal")
+            alice.say(room, "hello back")
+            hs.settle()
+        monkeypatch.setattr(sys, "stdin", typed())
+        python_of_the_readme("class Terminal", "http://127.0.0.1:8008", hs.url)["bridge"].stop()
+    assert capsys.readouterr().out.endswith("@tty_you:localhost m.room.message hello from the terminal\n"
+                                            "@alice:localhost m.room.message hello back\n")
+
+
+def test_the_readme_says_in_which_section_a_thing_stands_and_links_to_headings_that_are_there():
+    with open(asbridge.__file__, encoding="utf-8") as file:
+        source = file.read()
+    sections = [source[:at.start()].count("\n") for at in re.finditer(r"(?m)^# [0-9]+\. ", source)]
+    named = [node for node in ast.parse(source).body if isinstance(node, (ast.ClassDef, ast.FunctionDef))]
+    lines = {node.name: node.lineno for node in named} | {
+        f"{node.name}.{inner.name}": inner.lineno for node in named for inner in node.body if isinstance(inner, ast.FunctionDef)}
+    told = [(name, int(number)) for number, names in re.findall(r"section\s([0-9]+),((?:\s`[\w.]+`,?)+)", readme())
+            for name in re.findall(r"`([\w.]+)`", names)]
+    assert len(told) > 15 and told == [(name, sum(start < lines.get(name, 0) for start in sections)) for name, _ in told]
+    headings = [re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in re.findall(r"(?m)^##+ (.*)$", readme())]
+    links = re.findall(r"\]\(#([^)]*)\)", readme())
+    assert len(links) > 20 and not set(links) - set(headings)
 
 
 def test_the_readme_names_every_route_of_the_inspector_and_every_verb_for_tests():
-    with open(os.path.join(HERE, "README.md"), encoding="utf-8") as file:
-        readme = file.read()
-    api = readme[readme.index("## The inspector's API"):readme.index("## Promises")]
+    text = readme()
+    api = text[text.index("## The inspector's API"):text.index("## Promises")]
     assert not [route.path for route in asbridge.ADMIN_ROUTES[1:] if not re.search(rf"\b{route.path.removeprefix('/_asbridge/')}\b", api)]
     assert not [fault for fault in asbridge.FAULTS if f"`{fault}`" not in api]
     verbs = [name for name, verb in vars(asbridge.Homeserver).items() if callable(verb) and name[0] != "_" and name not in ("start", "stop")]
-    assert len(verbs) > 12 and not [name for name in verbs if not re.search(rf"\b{name}\b", readme)]
-
-
-def test_the_bot_in_the_readme_answers(tmp_path, monkeypatch):
-    made = asbridge.generate_registration("echo", f"http://127.0.0.1:{closed_port()}")
-    (tmp_path / "registration.json").write_text(json.dumps(made))
-    monkeypatch.chdir(tmp_path)
-    with asbridge.Homeserver(registrations=["registration.json"]) as hs:
-        code = python_of_the_readme("class Echo").replace("http://127.0.0.1:8008", hs.url).replace(".start()\ninput", "\ninput")
-        names = {"input": lambda text: None}
-        exec(compile(code.replace("Echo(asbridge.load", "bot = Echo(asbridge.load"), "README.md", "exec"), names)
-        names["bot"].start()
-        alice = hs.client("alice")
-        room = alice.create_room(invite=["@echo_bot:localhost"])
-        alice.wait_for(lambda event: event["sender"] == "@echo_bot:localhost" and event["content"].get("membership") == "join")
-        alice.say(room, "is there an echo?")
-        alice.wait_for(lambda event: event["sender"] == "@echo_bot:localhost" and event["content"].get("body") == "is there an echo?")
-        names["bot"].stop()
+    assert len(verbs) > 12 and not [name for name in verbs if not re.search(rf"\b{name}\b", text)]
 
 
 def test_registrations_are_read_again_while_it_runs(start, recorder, tmp_path):
