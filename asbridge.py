@@ -9357,11 +9357,11 @@ PREFIXES = {"C": "/_matrix/client/v3", "R": "/_matrix/client/v3/rooms/{roomId}",
             "K": "/_matrix/client/v3/room_keys", "D": "/_matrix/client/v1/media", "M": "/_matrix/media/v3", "A": "/_matrix/app/v1"}
 
 
-def table(*rows: tuple[str, str, str, Callable[..., Any], str]) -> list[Route]:
+def route_table(*rows: tuple[str, str, str, Callable[..., Any], str]) -> list[Route]:
     return [Route(row[0], PREFIXES.get(row[1][0], row[1][0]) + row[1][1:], *row[2:]) for row in rows]
 
 
-ROUTES = table(
+ROUTES = route_table(
     # method   path                                            who           handler                section of the spec
     ("GET",    "/_matrix/client/versions",                     "nobody",     versions,              "API Versions"),
     ("GET",    "/.well-known/matrix/client",                   "nobody",     well_known,            "Server Discovery"),
