@@ -13009,7 +13009,7 @@ def test_when_a_bridge_has_stopped_it_takes_no_connection_any_more_and_no_thread
 
 
 def test_no_line_waits_for_another_to_be_acknowledged(bridge):
-    Irc(bridge, "bob")
+    _bob = Irc(bridge, "bob")                                # kept: else its socket is closed at once
     assert [client.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) for client in bridge.clients] == [1]
 
 
