@@ -12946,8 +12946,8 @@ def test_an_irc_client_for_which_there_is_no_thread_is_closed_and_the_next_is_ta
     with monkeypatch.context() as patch:
         patch.setattr(threading.Thread, "start", start_thread)
         assert Irc(bridge).closed()
-        eventually(lambda: not bridge.clients)
-    assert Irc(bridge, "bob", "#lobby") and len(bridge.clients) == 1
+        eventually(lambda: not bridge.irc.clients)
+    assert Irc(bridge, "bob", "#lobby") and len(bridge.irc.clients) == 1
     assert [record.getMessage() for record in caplog.records if record.levelname == "ERROR"] == [
         "irc: no more IRC clients can be taken: can't start new thread; there are 0"]
 
@@ -13002,7 +13002,7 @@ def test_a_command_is_answered_by_its_numeric(bridge, line, answer):
 def test_when_a_bridge_has_stopped_it_takes_no_connection_any_more_and_no_thread_of_it_waits_for_one(bridge):
     for _ in range(5):
         bridge.stop()
-        assert not [thread for thread in threading.enumerate() if thread is bridge._accepter]
+        assert not [thread for thread in threading.enumerate() if thread is bridge.irc._accepter]
         bridge = asbridge.IrcBridge(bridge_registration(), bridge.homeserver_url)
         bridge.start()
     bridge.stop()
@@ -13010,7 +13010,7 @@ def test_when_a_bridge_has_stopped_it_takes_no_connection_any_more_and_no_thread
 
 def test_no_line_waits_for_another_to_be_acknowledged(bridge):
     _bob = Irc(bridge, "bob")                                # kept: else its socket is closed at once
-    assert [client.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) for client in bridge.clients] == [1]
+    assert [client.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) for client in bridge.irc.clients] == [1]
 
 
 def test_before_registration_commands_are_refused_by_451(bridge):
@@ -13100,7 +13100,7 @@ def test_who_does_not_register_in_time_is_told_and_dropped(bridge, monkeypatch):
             busy.send("PONG x")
     silent.wait("^ERROR :Closing link: Not registered in time: NICK and USER are wanted$")
     assert silent.closed() and busy.closed()
-    eventually(lambda: not bridge.clients)
+    eventually(lambda: not bridge.irc.clients)
 
 
 def test_past_the_most_clients_one_is_told_and_dropped_and_the_others_stay(bridge, monkeypatch):
@@ -13111,7 +13111,7 @@ def test_past_the_most_clients_one_is_told_and_dropped_and_the_others_stay(bridg
     bob.never("ERROR")
     bob.send("QUIT")
     assert bob.closed()
-    eventually(lambda: not bridge.clients)
+    eventually(lambda: not bridge.irc.clients)
     Irc(bridge, "next")
 
 
@@ -13604,7 +13604,7 @@ def test_an_invited_ghost_joins_a_direct_room_and_its_messages_are_private(fake,
     eventually(lambda: fake.said() == ["yes?"])
     assert "/rooms/%21direct%3Atest/send/" in fake.paths("/send/")[0][1]
     assert bob.closed()
-    eventually(lambda: not bridge.clients)
+    eventually(lambda: not bridge.irc.clients)
     event_id = message(bridge, "still there?", room_id="!direct:test")
     eventually(lambda: len(fake.said()) == 2)
     assert "not on IRC" in fake.said()[1]
