@@ -12875,8 +12875,11 @@ class IrcBridge(AppService):
 # ============================================================================
 # 12. Running it
 # ============================================================================
-# Homeserver puts the sections together, for a program or a test; below it the
-# configuration and the command line.
+# The configuration, Homeserver, which puts the sections together for a program
+# or a test, the command line, and main, which is all of it in short. Decides
+# nothing about Matrix.
+
+# -- The configuration: what can be set, what is right, and everything that is wrong at once.
 
 SAMPLE_REGISTRATION: JsonObject = {
     "id": "irc",
@@ -12901,9 +12904,6 @@ SAMPLE_REGISTRATION: JsonObject = {
 }
 
 
-SEEDED_START = 1_704_067_200_000         # the first moment of 2024, where the time of a seeded homeserver begins
-
-
 @dataclass
 class Config(Settings):
     """A whole configuration: what the homeserver reads, and what it takes to start it."""
@@ -12911,6 +12911,138 @@ class Config(Settings):
     database: str = "asbridge.db"
     registrations: Sequence[Registration] = ()
     one_cpu: bool = True
+
+
+def anything(value: Any) -> bool:
+    return True
+
+
+def is_positive(number: int) -> bool:
+    return number > 0
+
+
+def is_server_name(text: str) -> bool:
+    return bool(SERVER_NAME.fullmatch(text)) and len(text) <= 230
+
+
+def is_rate_limit(value: JsonObject) -> bool:
+    return value.keys() == {"per_second", "burst"} and all(is_number(number) and number > 0 for number in value.values())
+
+
+ADMIN_TOKEN = re.compile("[!-~]([ -~]*[!-~])?")
+#: Each key: its type, what else must hold of its value, and what would be right. None is right where it is the default.
+CONFIG_KEYS: dict[str, tuple[type, Callable[[Any], object], str]] = {
+    "server_name":       (str,  is_server_name,                        "a name such as 'localhost' or 'example.org'"),
+    "bind":              (str,  anything,                              "an address of this machine, such as '127.0.0.1'"),
+    "port":              (int,  lambda it: 0 <= it <= 65535,           "a port from 0 to 65535; 0: any free one"),
+    "database":          (str,  lambda it: it and "\0" not in it,      "a file, or ':memory:'"),
+    "registrations":     (list, anything,                              "a list of paths, relative to this file, or of registrations"),
+    "open_registration": (bool, anything,                              "true or false"),
+    "public_url":        (str,  lambda it: not it or is_base_url(it),  "'http://host:port', as clients reach it"),
+    "admin_token":       (str,  ADMIN_TOKEN.fullmatch,                 "a long random text of printable ASCII"),
+    "max_event_bytes":   (int,  is_positive,                           "a number of bytes"),
+    "max_request_bytes": (int,  is_positive,                           "a number of bytes"),
+    "max_upload_bytes":  (int,  is_positive,                           "a number of bytes"),
+    "retry_first_ms":    (int,  is_positive,                           "milliseconds"),
+    "retry_max_ms":      (int,  is_positive,                           "milliseconds"),
+    "push_timeout_ms":   (int,  is_positive,                           "milliseconds"),
+    "query_timeout_ms":  (int,  is_positive,                           "milliseconds"),
+    "room_version":      (str,  lambda it: it in ROOM_VERSIONS,        f"one of {', '.join(map(quoted, ROOM_VERSIONS))}"),
+    "rate_limit":        (dict, is_rate_limit,                         '{"per_second": 10, "burst": 50}'),
+    "one_cpu":           (bool, anything,                              "true to keep to one processor, which is faster, or false"),
+}
+
+
+class ConfigReader:
+    """Turns a parsed configuration into a Config, or raises one ConfigError with everything that is wrong."""
+
+    def __init__(self, data: Any, where: str, folder: str) -> None:
+        self.where, self.folder = where, folder              # relative paths start from the folder
+        self.findings: list[Finding] = []                    # what is wrong
+        self.rests: list[tuple[str, Sequence[Namespace]]] = []   # what can be read of registrations that can't be used
+        self.data: JsonObject = data if isinstance(data, dict) else {}
+        if not isinstance(data, dict):
+            self.wrong("", "is not an object", "a configuration has the keys " + ", ".join(CONFIG_KEYS))
+
+    def wrong(self, key: str, what: str, right: str) -> None:
+        self.findings.append(Finding(f"{self.where}: {key}" if key else self.where, what, right))
+
+    def read(self) -> Config:
+        values, registrations = self.look()
+        if self.findings:
+            raise ConfigError(self.findings)
+        config = Config(**values, registrations=[registration for _, registration in registrations])
+        if "database" in self.data and config.database != ":memory:":
+            config.database = os.path.join(self.folder, config.database)
+        return config
+
+    def look(self) -> tuple[JsonObject, list[tuple[str, Registration]]]:
+        """The values and registrations that can be used, each of these with where it stands; what is wrong becomes a finding."""
+        values = {key: value for key, value in self.data.items() if key != "registrations" and self._check(key, value)}
+        sources = self.data.get("registrations", [])
+        registrations = self._registrations(sources if self._check("registrations", sources) else [])
+        self.findings += check_together(registrations)
+        first, most = (values.get(key, getattr(Settings, key)) for key in ("retry_first_ms", "retry_max_ms"))
+        if first > most:
+            self.wrong("retry_first_ms", f"is {first}, more than retry_max_ms, which is {most}", "write a smaller number")
+        return values, registrations
+
+    def _check(self, key: str, value: Any) -> bool:
+        if key not in CONFIG_KEYS:
+            self.wrong(key, "is not a key of the configuration", f"the nearest one is {nearest(key, CONFIG_KEYS)!r}")
+            return False
+        type_, fits, right = CONFIG_KEYS[key]
+        good = bool(fits(value)) if is_a(value, type_) else value is None and getattr(Config, key) is None
+        if not good:
+            self.wrong(key, "is none that can be used" if SECRET_KEY.search(key) else f"is {quoted(value)}", f"write {right}")
+        return good
+
+    def _registrations(self, sources: Iterable[Any]) -> list[tuple[str, Registration]]:
+        found = []
+        for index, source in enumerate(sources):
+            is_path = isinstance(source, (str, os.PathLike))
+            where = os.path.join(self.folder, source) if is_path else f"{self.where}: registrations[{index}]"
+            try:
+                if not isinstance(source, Registration):
+                    source = load_registration(where) if is_path else read_registration(source, where)
+                found.append((where, source))
+            except ConfigError as error:
+                self.findings += error.findings
+                self.rests.append((where, error.rest))
+        return found
+
+
+def config_reader(path: str | None) -> ConfigReader:
+    """For a configuration file, or a registration alone, or without a file for the sample; ConfigError if it can't be read."""
+    if path is None:
+        return ConfigReader({"registrations": [SAMPLE_REGISTRATION]}, "built in", "")
+    data = load_file(path)
+    if isinstance(data, dict) and {"as_token", "hs_token", "sender_localpart", "namespaces"} & data.keys():
+        data = {"registrations": [os.path.basename(path)]}
+    return ConfigReader(data, path, os.path.dirname(path))
+
+
+def read_config(path: str | None) -> Config:
+    """The configuration of config_reader(); ConfigError says everything that is wrong with it."""
+    return config_reader(path).read()
+
+
+def beside(database: str, id: str) -> str:
+    """The database of an application service, next to the homeserver's."""
+    root, extension = os.path.splitext(database)
+    return database if database == ":memory:" else f"{root}-{urllib.parse.quote(id, safe='')}{extension}"
+
+
+# -- The homeserver in one piece, for a program or a test: in which order things start and end, and what a test can ask of them.
+
+SEEDED_START = 1_704_067_200_000         # the first moment of 2024, where the time of a seeded homeserver begins
+TOP_KEYS = ("type", "sender", "state_key", "room_id", "event_id")
+
+
+def differences(event: JsonObject, wanted: Mapping[str, Any]) -> list[str]:
+    """What of an event, or else of its content, is not as it is wanted."""
+    has = {key: (event if key in TOP_KEYS else event["content"]).get(key) for key in wanted}
+    return [f"{key} is {shorten(repr(has[key]))}" for key in wanted if has[key] != wanted[key]]
 
 
 class Homeserver:
@@ -12925,18 +13057,26 @@ class Homeserver:
     but for advance().
     """
 
+    _server: HttpServer                                      # from start() to stop()
+    world: World                                             # this and what follows: another after reset()
+    delivery: Delivery
+    api: Api
+    inspector: Inspector
+
     def __init__(self, registrations: Sequence[Any] = (), *, port: int = 0, database: str = ":memory:",
                  clock: Clock | None = None, seed: int | None = None, samples: bool = True, **keys: Any) -> None:
         sources = {**keys, "port": port, "database": database, "registrations": list(registrations)}
-        self.config = ConfigReader(sources, "Homeserver", os.curdir).read()
+
+        def read() -> Config:
+            return ConfigReader(sources, "Homeserver", os.curdir).read()
+        self.config = read()
+        self.reread: Callable[[], Sequence[Registration]] = lambda: read().registrations     # for reload(); ConfigError
         self.clock, self.seed = clock or Clock(SEEDED_START if seed is not None else None), seed
-        self._worlds = 0                                     # that there have been: each has IDs of its own
-        log.addHandler(logging.NullHandler())                # silent, unless whoever embeds it wants to hear
-        # Reads the registrations again, for reload(); ConfigError.
-        self.reread: Callable[[], Sequence[Registration]] = lambda: ConfigReader(sources, "Homeserver", os.curdir).read().registrations
         self.samples: list[AppService] = []
         self._run_samples = samples
+        self._worlds = 0                                     # that there have been: each has IDs of its own
         self._started = False
+        log.addHandler(logging.NullHandler())                # silent, unless whoever embeds it wants to hear
 
     @property
     def port(self) -> int:
@@ -12947,26 +13087,29 @@ class Homeserver:
         host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(self.config.bind, self.config.bind)
         return f"http://{f'[{host}]' if ':' in host and host[0] != '[' else host}:{self.port}"
 
+    def __enter__(self) -> Homeserver:
+        return self.start()
+
+    def __exit__(self, *exc: object) -> None:
+        self.stop()
+
     def start(self) -> Homeserver:
         """Returns when everything listens. OSError if a port is taken, DatabaseError if the database can't be used."""
         config = self.config
         self._server = HttpServer((config.bind, config.port), lambda request: self.api(request))
         config.public_url = config.public_url or self.url
-        try:
-            with legible(config.database):
-                self._open(config.registrations)
-        except BaseException:
-            self._server.server_close()
-            raise
-        self._go(self._server.start)
+        with legible(config.database):
+            self._open(config.registrations)
+        self._go(self._server, *self.samples)
         return self
 
     def _open(self, registrations: Sequence[Registration]) -> None:
-        """The world, and what answers and pushes in it."""
+        """The world, and what answers and pushes in it; or the end of the server, too."""
         config = self.config
-        if config.database != ":memory:":
-            look_first(config.database, config.server_name)          # before the samples make files beside it
         with contextlib.ExitStack() as undo:
+            undo.callback(self._server.stop)
+            if config.database != ":memory:":
+                look_first(config.database, config.server_name)      # before the samples make files beside it
             undo.callback(self._stop_samples)
             known = [self._sample(one) if one.sample is not None and self._run_samples else one for one in registrations]
             self.world = World(config, self.clock, Registrations(config.server_name, known), config.database,
@@ -12981,15 +13124,38 @@ class Homeserver:
             undo.pop_all()
         self._started = True
 
-    def _go(self, first: Callable[[], object] = lambda: None) -> None:
-        """`first` and the samples start, or everything stops."""
+    def _sample(self, registration: Registration) -> Registration:
+        """Makes the sample application service of a registration listen; the registration with its real port."""
+        sample = IrcBridge(registration, self.url, beside(self.config.database, registration.id), self.clock)
+        self.samples.append(sample)
+        sample.listen()
+        return dataclasses.replace(registration, url=sample.url) if registration.url else registration
+
+    def _go(self, *parts: HttpServer | AppService) -> None:
+        """All of them start, or everything stops."""
         try:
-            first()
-            for sample in self.samples:
-                sample.start()
+            for part in parts:
+                part.start()
         except BaseException:
             self.stop()
             raise
+
+    def stop(self) -> None:
+        """Ends what was started; again is no error. What was answered is kept."""
+        if self._started:
+            self._close(self._server)
+
+    def _close(self, *servers: HttpServer) -> None:
+        """The servers stop before the database is closed."""
+        self._started, self.world.stopping = False, True
+        self._stop_samples()
+        self.delivery.stop()
+        self.world.store.waiters.wake()
+        for server in servers:
+            server.stop()
+        self.api.typing.timer.stop()
+        self.api.presence.timer.stop()
+        self.world.store.close()
 
     def _stop_samples(self) -> None:
         while self.samples:
@@ -13008,19 +13174,8 @@ class Homeserver:
         self._worlds += 1
         if self.clock.start is not None:
             self.clock.start += DAY_MS                       # who remembers events by their ID must not take new ones for old
-        try:
-            self._open([dataclasses.replace(one, sample={"irc_port": ports[one.id]}) if one.id in ports else one for one in running])
-        except BaseException:
-            self._server.stop()
-            raise
-        self._go()
-
-    def _sample(self, registration: Registration) -> Registration:
-        """Makes the sample application service of a registration listen; the registration with its real port."""
-        sample = IrcBridge(registration, self.url, beside(self.config.database, registration.id), self.clock)
-        self.samples.append(sample)
-        sample.listen()
-        return dataclasses.replace(registration, url=sample.url) if registration.url else registration
+        self._open([dataclasses.replace(one, sample={"irc_port": ports[one.id]}) if one.id in ports else one for one in running])
+        self._go(*self.samples)
 
     def reload(self) -> list[str]:
         """Reads the registrations again and says what changed. ConfigError, and nothing changes, if one is wrong.
@@ -13039,29 +13194,7 @@ class Homeserver:
         log.info("registrations read again: %s", ", ".join(changes) or "nothing changed")
         return changes
 
-    def stop(self) -> None:
-        """Ends what was started; again is no error. What was answered is kept."""
-        if self._started:
-            self._close(self._server.stop)
-
-    def _close(self, then: Callable[[], object] = lambda: None) -> None:
-        """`then` comes before the database is closed."""
-        self._started, self.world.stopping = False, True
-        self._stop_samples()
-        self.delivery.stop()
-        self.world.store.waiters.wake()
-        then()
-        self.api.typing.timer.stop()
-        self.api.presence.timer.stop()
-        self.world.store.close()
-
-    def __enter__(self) -> Homeserver:
-        return self.start()
-
-    def __exit__(self, *exc: object) -> None:
-        self.stop()
-
-    # -- for tests
+    # -- For tests: who acts.
 
     def client(self, name: str, password: str | None = None) -> Client:
         """A new person, logged in; without a password nobody can log in as them again."""
@@ -13073,16 +13206,11 @@ class Homeserver:
         """A client with the as_token of an application service."""
         return Client(self.url, self.delivery.registration(id).as_token)
 
+    # -- For tests: to wait for what is to happen, or not to wait.
+
     def advance(self, seconds: float) -> None:
         """Winds the clock on: back-off, time-outs and typing run out without anybody waiting."""
         self.clock.advance(seconds)
-
-    def waiting(self) -> dict[str, int]:
-        """Events that application services have not acknowledged, by application service."""
-        with self.world.store.read() as reader:
-            counts = {registration.id: reader.count_waiting(registration.id)
-                      for registration in self.world.registrations}
-        return {id: count for id, count in counts.items() if count}
 
     def settle(self, timeout: float = 5.0) -> None:
         """Returns when every outbox is empty and acknowledged; an AssertionError says what is stuck."""
@@ -13092,6 +13220,12 @@ class Homeserver:
                 raise AssertionError(f"not settled after {timeout} s: "
                                      + "; ".join([self._stuck(id, count) for id, count in waiting.items()]))
             time.sleep(0.002)
+
+    def waiting(self) -> dict[str, int]:
+        """Events that application services have not acknowledged, by application service."""
+        with self.world.store.read() as reader:
+            counts = {one.id: reader.count_waiting(one.id) for one in self.world.registrations}
+        return {id: count for id, count in counts.items() if count}
 
     def _stuck(self, id: str, count: int) -> str:
         worker = self.delivery.worker(id)
@@ -13114,9 +13248,9 @@ class Homeserver:
                 if not differences(found, wanted):
                     return cast(JsonObject, found)
                 seen.append(found)
-            if not events and time.monotonic() > deadline:
-                raise AssertionError(self._not_found(seen, wanted, timeout))
             if not events:
+                if time.monotonic() > deadline:
+                    raise AssertionError(self._not_found(seen, wanted, timeout))
                 time.sleep(0.002)
 
     def _not_found(self, seen: list[JsonObject], wanted: Mapping[str, Any], timeout: float) -> str:
@@ -13128,6 +13262,8 @@ class Homeserver:
         lines += [f"  no event at all has {key!r}; {', '.join(TOP_KEYS)} are of the event itself, all else of its content"
                   for key in wanted if not any(key in where for event in seen for where in (event, event["content"]))]
         return "\n".join(lines if seen else [*lines[:1], "  there are no events at all"])
+
+    # -- For tests: what went to an application service, and why.
 
     def transactions(self, id: str) -> list[JsonObject]:
         """What was pushed to an application service, old to new: txn_id, events, acknowledged, acknowledged_ts, and attempts,
@@ -13144,6 +13280,8 @@ class Homeserver:
     def explain(self, id: str) -> JsonObject:
         """Who claims a user ID, alias, room ID or URI, and why; `summary` is all of it in sentences."""
         return self.inspector.explain(id)
+
+    # -- For tests: what is to go wrong, and the levers.
 
     def faults(self, id: str) -> Faults:
         """What is to go wrong with an application service: hs.faults("irc").lose_ack(times=1)."""
@@ -13171,150 +13309,7 @@ class Homeserver:
         return str(self.delivery.replay(id, None if txn_id is None else int(txn_id), new_id))
 
 
-TOP_KEYS = ("type", "sender", "state_key", "room_id", "event_id")
-
-
-def differences(event: JsonObject, wanted: Mapping[str, Any]) -> list[str]:
-    """What of an event, or else of its content, is not as it is wanted."""
-    has = {key: (event if key in TOP_KEYS else event["content"]).get(key) for key in wanted}
-    return [f"{key} is {shorten(repr(has[key]))}" for key in wanted if has[key] != wanted[key]]
-
-
-def beside(database: str, id: str) -> str:
-    """The database of an application service, next to the homeserver's."""
-    root, extension = os.path.splitext(database)
-    return database if database == ":memory:" else f"{root}-{urllib.parse.quote(id, safe='')}{extension}"
-
-
-# -- The configuration.
-
-CONFIG_KEYS: dict[str, tuple[Any, str]] = {
-    # key                (type,               what would be right)
-    "server_name":       (str,                "a name such as 'localhost' or 'example.org'"),
-    "bind":              (str,                "an address of this machine, such as '127.0.0.1'"),
-    "port":              (int,                "a port from 0 to 65535; 0: any free one"),
-    "database":          (str,                "a file, or ':memory:'"),
-    "registrations":     (list,               "a list of paths, relative to this file, or of registrations"),
-    "open_registration": (bool,               "true or false"),
-    "public_url":        (str,                "'http://host:port', as clients reach it"),
-    "admin_token":       ((str, type(None)),  "a long random text of printable ASCII"),
-    "max_event_bytes":   (int,                "a number of bytes"),
-    "max_request_bytes": (int,                "a number of bytes"),
-    "max_upload_bytes":  (int,                "a number of bytes"),
-    "retry_first_ms":    (int,                "milliseconds"),
-    "retry_max_ms":      (int,                "milliseconds"),
-    "push_timeout_ms":   (int,                "milliseconds"),
-    "query_timeout_ms":  (int,                "milliseconds"),
-    "room_version":      (str,                f"one of {', '.join(map(quoted, ROOM_VERSIONS))}"),
-    "rate_limit":        ((dict, type(None)), '{"per_second": 10, "burst": 50}'),
-    "one_cpu":           (bool,               "true to keep to one processor, which is faster, or false"),
-}
-
-
-class ConfigReader:
-    """Turns a parsed configuration into a Config, or raises one ConfigError with everything that is wrong."""
-
-    def __init__(self, data: Any, where: str, folder: str) -> None:
-        self.where, self.folder = where, folder              # relative paths start from the folder
-        self.findings: list[Finding] = []
-        self.rests: list[tuple[str, Sequence[Namespace]]] = []   # what can be read of registrations that can't be used
-        self.data: JsonObject = data if isinstance(data, dict) else {}
-        if not isinstance(data, dict):
-            self.wrong("", "is not an object", "a configuration has the keys " + ", ".join(CONFIG_KEYS))
-
-    def wrong(self, key: str, what: str, right: str) -> None:
-        self.findings.append(Finding(f"{self.where}: {key}" if key else self.where, what, right))
-
-    def read(self) -> Config:
-        values, registrations = self.look()
-        if self.findings:
-            raise ConfigError(self.findings)
-        config = Config(**values, registrations=[registration for _, registration in registrations])
-        if "database" in self.data and config.database != ":memory:":
-            config.database = os.path.join(self.folder, config.database)
-        return config
-
-    def look(self) -> tuple[JsonObject, list[tuple[str, Registration]]]:
-        """The values and registrations that can be used, each of these with where it stands; what is wrong becomes a finding."""
-        values = {key: value for key, value in self.data.items() if key != "registrations"
-                  and self._check(key, value)}
-        sources = self.data.get("registrations", [])
-        registrations = self._registrations(sources if self._check("registrations", sources) else [])
-        self.findings += check_together(registrations)
-        first, most = (values.get(key, getattr(Settings, key)) for key in ("retry_first_ms", "retry_max_ms"))
-        if first > most:
-            self.wrong("retry_first_ms", f"is {first}, more than retry_max_ms, which is {most}", "write a smaller number")
-        return values, registrations
-
-    def _check(self, key: str, value: Any) -> bool:
-        if key not in CONFIG_KEYS:
-            self.wrong(key, "is not a key of the configuration", f"the nearest one is {nearest(key, CONFIG_KEYS)!r}")
-            return False
-        type_, right = CONFIG_KEYS[key]
-        good = any(is_a(value, one) for one in (type_ if isinstance(type_, tuple)
-                                                else (type_,))) and self._fits(key, value)
-        if not good:
-            self.wrong(key, "is none that can be used" if SECRET_KEY.search(key) else f"is {quoted(value)}", f"write {right}")
-        return good
-
-    @staticmethod
-    def _fits(key: str, value: Any) -> bool:
-        if key == "server_name":
-            return bool(SERVER_NAME.fullmatch(value)) and len(value) <= 230
-        if key == "port":
-            return 0 <= int(value) <= 65535
-        if key == "public_url":
-            return value == "" or is_base_url(value)
-        if key == "admin_token":
-            return value is None or bool(re.fullmatch(r"[!-~]([ -~]*[!-~])?", value))
-        if key == "database":
-            return value != "" and "\0" not in value
-        if key == "room_version":
-            return value in ROOM_VERSIONS
-        if key == "rate_limit":
-            return value is None or (value.keys() == {"per_second", "burst"} and all(
-                is_number(number) and number > 0 for number in value.values()))
-        return value > 0 if is_a(value, int) else True
-
-    def _registrations(self, sources: Iterable[Any]) -> list[tuple[str, Registration]]:
-        """Each with where it stands; what is wrong becomes a finding."""
-        found = []
-        for index, source in enumerate(sources):
-            where = f"{self.where}: registrations[{index}]"
-            if isinstance(source, (str, os.PathLike)):
-                where = os.path.join(self.folder, source)
-            try:
-                found.append((where, self._registration(source, where)))
-            except ConfigError as error:
-                self.findings += error.findings
-                self.rests.append((where, error.rest))
-        return found
-
-    @staticmethod
-    def _registration(source: Any, where: str) -> Registration:
-        if isinstance(source, Registration):
-            return source
-        if isinstance(source, (str, os.PathLike)):
-            return load_registration(where)
-        return read_registration(source, where)
-
-
-def config_reader(path: str | None) -> ConfigReader:
-    """For a configuration file, or a registration alone, or without a file for the sample; ConfigError if it can't be read."""
-    if path is None:
-        return ConfigReader({"registrations": [SAMPLE_REGISTRATION]}, "built in", "")
-    data = load_file(path)
-    if isinstance(data, dict) and {"as_token", "hs_token", "sender_localpart", "namespaces"} & data.keys():
-        data = {"registrations": [os.path.basename(path)]}
-    return ConfigReader(data, path, os.path.dirname(path))
-
-
-def read_config(path: str | None) -> Config:
-    """The configuration of config_reader(); ConfigError says everything that is wrong with it."""
-    return config_reader(path).read()
-
-
-# -- The command line.
+# -- The command line: what can be asked for. Each command is a function of the arguments that returns the exit code.
 
 HELP_END = """examples:
   python asbridge.py                              a homeserver and an IRC bridge, to play with
@@ -13329,26 +13324,22 @@ def parse_args(arguments: Sequence[str]) -> argparse.Namespace:
         prog="asbridge.py", epilog=HELP_END, formatter_class=argparse.RawDescriptionHelpFormatter,
         description="A Matrix homeserver with its Application Service API, and an IRC bridge.")
     parser.add_argument("--config", metavar="FILE", help="a configuration, or one registration (JSON or YAML)")
-    parser.add_argument("--role", choices=("both", "homeserver", "appservice"), default="both",
-                        help="run only one half")
-    parser.add_argument("--homeserver", metavar="URL", default="http://127.0.0.1:8008",
-                        help="for --role appservice")
-    for flag, kind in (("server-name", str), ("bind", str), ("port", int), ("database", str)):
-        parser.add_argument(f"--{flag}", type=kind, help=f"{CONFIG_KEYS[flag.replace('-', '_')][1]} "
-                            "(overrides the file)")
-    parser.add_argument("--port-file", metavar="FILE", help="write the real port there, once everything "
-                        "listens")
-    parser.add_argument("--trace", action="store_true", help="show the traffic between homeserver and "
-                        "application services")
+    parser.add_argument("--role", choices=("both", "homeserver", "appservice"), default="both", help="run only one half")
+    parser.add_argument("--homeserver", metavar="URL", default="http://127.0.0.1:8008", help="for --role appservice")
+    for key, kind in FLAGS.items():
+        parser.add_argument(f"--{key.replace('_', '-')}", type=kind, help=f"{CONFIG_KEYS[key][2]} (overrides the file)")
+    parser.add_argument("--port-file", metavar="FILE", help="write the real port there, once everything listens")
+    parser.add_argument("--trace", action="store_true", help="show the traffic between homeserver and application services")
     parser.add_argument("--log-format", choices=("text", "json"), default="text")
     parser.add_argument("-v", "--verbose", action="store_true", help="log every request")
     parser.add_argument("-q", "--quiet", action="store_true", help="log only what goes wrong")
     parser.add_argument("--version", action="version", version=f"asbridge {__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="check | explain | generate | routes")
+    parser.set_defaults(command=None)
+    commands = parser.add_subparsers(metavar="check | explain | generate | routes")
     add_explain(commands.add_parser("explain", help="who claims a user ID, alias, room ID or URI, and why"))
     add_generate(commands.add_parser("generate", help="print a fresh registration"))
     add_check(commands.add_parser("check", help="say what is wrong with registrations, or with the application services behind them"))
-    commands.add_parser("routes", help="print the table of endpoints")
+    commands.add_parser("routes", help="print the table of endpoints").set_defaults(command=run_routes)
     return parser.parse_args(arguments)
 
 
@@ -13357,14 +13348,15 @@ def add_explain(parser: argparse.ArgumentParser) -> None:
     for flag in ("--config", "--server-name", "--database"):
         parser.add_argument(flag, default=argparse.SUPPRESS)
     parser.add_argument("--json", action="store_true", help="as the inspector's API has it")
+    parser.set_defaults(command=run_explain)
 
 
 def add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("id")
-    parser.add_argument("--url", default="http://127.0.0.1:29300", help="where the application service "
-                          "listens")
+    parser.add_argument("--url", default="http://127.0.0.1:29300", help="where the application service listens")
     parser.add_argument("--server-name", default=argparse.SUPPRESS, help="of the homeserver (default: localhost)")
     parser.add_argument("--prefix", help="of its users and aliases (default: the ID and '_')")
+    parser.set_defaults(command=run_generate)
 
 
 def add_check(parser: argparse.ArgumentParser) -> None:
@@ -13377,6 +13369,51 @@ def add_check(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--queries", action="store_true", help="with --examine: ask for an unknown user and alias, too; a bridge "
                         "may create and keep them")
     parser.add_argument("--json", action="store_true", help="print a list of objects")
+    parser.set_defaults(command=run_check)
+
+
+FLAGS = {"server_name": str, "bind": str, "port": int, "database": str}      # keys of the configuration
+
+
+def flags_of(args: argparse.Namespace) -> tuple[JsonObject, ConfigReader]:
+    """The keys of the configuration that the command line sets, and a reader with what is wrong with them."""
+    reader = ConfigReader(given(**{key: getattr(args, key) for key in FLAGS}), "command line", "")
+    return reader.look()[0], reader
+
+
+def config_of(args: argparse.Namespace) -> Config:
+    """The file and the flags, which override it; without a file the sample."""
+    config = read_config(args.config)
+    flags, reader = flags_of(args)
+    for key, value in flags.items():
+        setattr(config, key, value)
+    if args.role == "appservice" and not any(one.sample is not None for one in config.registrations):
+        reader.wrong("--role appservice", "has nothing to run", 'a registration needs the key "asbridge.sample": {"irc_port": 6667}')
+    if not is_base_url(args.homeserver):
+        reader.wrong("--homeserver", f"is {quoted(args.homeserver)}", "write 'http://host:port'")
+    if reader.findings:
+        raise ConfigError(reader.findings)
+    return config
+
+
+# -- The commands that answer a question and end.
+
+def print_table(*rows: Sequence[str]) -> None:
+    """Aligned; the last column may be as long as it is."""
+    widths = [max(map(len, column)) for column in list(zip(*rows, strict=True))[:-1]]
+    for row in rows:
+        print("  ".join(text.ljust(width) for text, width in zip(row, [*widths, 0], strict=True)).rstrip())
+
+
+def run_routes(args: argparse.Namespace) -> int:
+    print_table(("method", "path", "who may call", "section of the specification"),
+                *((route.method, route.path, route.auth, route.spec) for route in ROUTES + ADMIN_ROUTES))
+    return 0
+
+
+def run_generate(args: argparse.Namespace) -> int:
+    print(json.dumps(generate_registration(args.id, args.url, args.prefix, args.server_name or "localhost"), indent=2))
+    return 0
 
 
 def generate_registration(id: str, url: str, prefix: str | None = None, server_name: str = "localhost") -> JsonObject:
@@ -13391,16 +13428,8 @@ def generate_registration(id: str, url: str, prefix: str | None = None, server_n
                            "aliases": [{"exclusive": True, "regex": f"#{escaped}.*:{server}"}], "rooms": []}}
 
 
-def explain_id(config: Config, id: str) -> JsonObject:
-    """By the registrations, and by the database if there is one; it is only read."""
-    told = Registrations(config.server_name, config.registrations).explain(id)
-    if not os.path.exists(config.database):
-        return explained(told, None)
-    with legible(config.database), contextlib.closing(open_sqlite(config.database, read_only=True)) as db:
-        return explained(told, Reader(db))
-
-
-def run_explain(args: argparse.Namespace, config: Config) -> int:
+def run_explain(args: argparse.Namespace) -> int:
+    config = config_of(args)
     try:
         told = explain_id(config, args.id)
     except (MatrixError, DatabaseError, sqlite3.Error) as error:
@@ -13410,17 +13439,98 @@ def run_explain(args: argparse.Namespace, config: Config) -> int:
     return 0
 
 
-def print_table(*rows: Sequence[str]) -> None:
-    """Aligned; the last column may be as long as it is."""
-    widths = [max(map(len, column)) for column in list(zip(*rows, strict=True))[:-1]]
-    for row in rows:
-        print("  ".join(text.ljust(width) for text, width in zip(row, [*widths, 0], strict=True)).rstrip())
+def explain_id(config: Config, id: str) -> JsonObject:
+    """By the registrations, and by the database if there is one; it is only read."""
+    told = Registrations(config.server_name, config.registrations).explain(id)
+    if not os.path.exists(config.database):
+        return explained(told, None)
+    with legible(config.database), contextlib.closing(open_sqlite(config.database, read_only=True)) as db:
+        return explained(told, Reader(db))
 
 
-def print_routes() -> None:
-    print_table(("method", "path", "who may call", "section of the specification"),
-                *((route.method, route.path, route.auth, route.spec) for route in ROUTES + ADMIN_ROUTES))
+def run_check(args: argparse.Namespace) -> int:
+    """Says everything that can be said of a configuration, and opens no database; 1 if something is wrong with it."""
+    args.config = args.file or args.config
+    if args.examine:
+        return examine(config_of(args), args)
+    flags, reader = flags_of(args)
+    if reader.findings:
+        raise ConfigError(reader.findings)
+    findings = diagnose(args.config, flags)
+    keys = ("level", "where", "what", "why", "right")
+    objects = [{key: getattr(finding, key) for key in keys} for finding in findings]
+    print(json.dumps(objects, indent=2) if args.json else report(findings))
+    return int(any(finding.level == "error" for finding in findings))
 
+
+def diagnose(path: str | None, flags: JsonObject) -> list[Finding]:
+    try:
+        reader = config_reader(path)
+    except ConfigError as error:
+        return error.findings
+    values, registrations = reader.look()
+    values = {"server_name": "localhost", "port": 8008, **values, **flags}
+    return reader.findings + Doctor(values["server_name"], values["port"]).examine(registrations, reader.rests)
+
+
+def report(findings: Sequence[Finding]) -> str:
+    """The findings for a terminal, and how many there are."""
+    lines = []
+    for finding in findings:
+        lines.append(f"{finding.level}: {finding.where}: {finding.what}")
+        lines += [f"    why:   {finding.why}"] * bool(finding.why)
+        lines += ["    " + re.sub("^write ", "write: ", finding.right)] * bool(finding.right)
+    counts = collections.Counter(finding.level for finding in findings)
+    total = ", ".join(f"{count} {level}" + "s" * (count > 1) for level, count in sorted(counts.items()))
+    return "\n".join([*map(printable, lines), total or "nothing to complain of"])
+
+
+def examine(config: Config, args: argparse.Namespace) -> int:
+    """Takes the homeserver's place for a moment, in memory, and examines the application service of each registration."""
+    set_up_log(args)
+    if not args.verbose:
+        log.setLevel(logging.ERROR)                          # what it finds is what it says
+    registrations = [dataclasses.replace(one, sample=None) if one.sample is not None and reachable(one.url) == "answers" else one
+                     for one in config.registrations]
+    hs = Homeserver(**{**vars(config), "database": ":memory:", "registrations": registrations})
+    try:
+        hs.start()
+        found = [(one.id, *result) for one in hs.world.registrations for result in examination(hs, one, args.queries)]
+    except START_ERRORS as error:
+        taken = f":{config.port} " in str(error)
+        print(f"asbridge: port {config.port} is taken, and check --examine takes the homeserver's place: stop it for that moment. "
+              "If it is asbridge itself, leave it: its inspector has the button Examine." if taken
+              else why_not_started(error, config), file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    finally:
+        hs.stop()
+    print_examination(found, args.json)
+    return int(any(outcome == "failed" for _, _, outcome, _, _ in found))
+
+
+def examination(hs: Homeserver, registration: Registration, queries: bool) -> list[Result]:
+    """Waits for an application service that is about to start. What our own samples create is gone with them."""
+    deadline = time.monotonic() + hs.config.query_timeout_ms / 1000
+    if reachable(registration.url) == "does not answer yet":
+        print(f"nothing listens yet at {registration.url}; start {registration.id} now", file=sys.stderr)
+    while reachable(registration.url) == "does not answer yet" and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return Examiner(registration, hs.config, queries or registration.id in {sample.id for sample in hs.samples}).results()
+
+
+def print_examination(found: Sequence[tuple[str, str, str, str, str]], as_json: bool) -> None:
+    keys = ("appservice", "test", "outcome", "spec", "seen")
+    if as_json:
+        print(json.dumps([dict(zip(keys, row, strict=True)) for row in found], indent=2))
+        return
+    print_table(keys, *found)
+    counts = collections.Counter(outcome for _, _, outcome, _, _ in found)
+    print(", ".join([f"{counts[outcome]} {outcome}" for outcome in ("passed", "failed", "skipped")]))
+
+
+# -- The log.
 
 class JsonLines(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
@@ -13458,62 +13568,68 @@ def set_up_log(args: argparse.Namespace) -> None:
     trace.setLevel(logging.DEBUG if args.trace else logging.WARNING)
 
 
-def flags_of(args: argparse.Namespace, reader: ConfigReader) -> JsonObject:
-    """The flags that override the file; the reader finds what is wrong with them."""
-    flags = {key: getattr(args, key) for key in ("server_name", "bind", "port", "database")}
-    return {key: value for key, value in flags.items() if value is not None and reader._check(key, value)}
+# -- The program: starts, says that it is ready, and ends on a signal.
+
+START_ERRORS = (OSError, DatabaseError, sqlite3.Error, MatrixError)
 
 
-def config_of(args: argparse.Namespace) -> Config:
-    """The file and the flags, which override it; without a file the sample."""
-    config = read_config(args.config)
-    reader = ConfigReader({}, "command line", "")
-    for key, value in flags_of(args, reader).items():
-        setattr(config, key, value)
-    if args.role == "appservice" and not any(registration.sample is not None
-                                             for registration in config.registrations):
-        reader.wrong("--role appservice", "has nothing to run", "a registration needs the key "
-                     "\"asbridge.sample\": {\"irc_port\": 6667}")
-    if not is_base_url(args.homeserver):
-        reader.wrong("--homeserver", f"is {quoted(args.homeserver)}", "write 'http://host:port'")
-    if reader.findings:
-        raise ConfigError(reader.findings)
-    return config
-
-
-def run_check(args: argparse.Namespace) -> int:
-    """Says everything that can be said of a configuration, and opens no database; 1 if something is wrong with it."""
-    reader = ConfigReader({}, "command line", "")
-    flags = flags_of(args, reader)
-    if reader.findings:
-        raise ConfigError(reader.findings)
-    findings = diagnose(args.config, flags)
-    keys = ("level", "where", "what", "why", "right")
-    objects = [{key: getattr(finding, key) for key in keys} for finding in findings]
-    print(json.dumps(objects, indent=2) if args.json else report(findings))
-    return int(any(finding.level == "error" for finding in findings))
-
-
-def diagnose(path: str | None, flags: JsonObject) -> list[Finding]:
+def run(config: Config, args: argparse.Namespace, stop: Any) -> int:
+    """The parts, until the bell `stop` rings; 1 if they can't start, or if that can't be said."""
+    running: list[Homeserver | IrcBridge] = []
     try:
-        reader = config_reader(path)
-    except ConfigError as error:
-        return error.findings
-    values, registrations = reader.look()
-    values = {"server_name": "localhost", "port": 8008, **values, **flags}
-    return reader.findings + Doctor(values["server_name"], values["port"]).examine(registrations, reader.rests)
+        for part in parts_of(config, args):
+            running.append(part)
+            part.start()
+    except START_ERRORS as error:
+        print(why_not_started(error, config), file=sys.stderr)
+        return 1
+    try:
+        say_ready(", ".join([introduce(part, args) for part in running]))
+        until_rung(stop)
+    except OSError as error:
+        complain(f"asbridge: {error.strerror}")
+        return 1
+    finally:
+        for part in running:
+            part.stop()
+    return 0
 
 
-def report(findings: Sequence[Finding]) -> str:
-    """The findings for a terminal, and how many there are."""
-    lines = []
-    for finding in findings:
-        lines.append(f"{finding.level}: {finding.where}: {finding.what}")
-        lines += [f"    why:   {finding.why}"] * bool(finding.why)
-        lines += ["    " + re.sub("^write ", "write: ", finding.right)] * bool(finding.right)
-    counts = collections.Counter(finding.level for finding in findings)
-    total = ", ".join(f"{count} {level}" + "s" * (count > 1) for level, count in sorted(counts.items()))
-    return "\n".join([*map(printable, lines), total or "nothing to complain of"])
+def parts_of(config: Config, args: argparse.Namespace) -> Iterator[Homeserver | IrcBridge]:
+    """The homeserver, with its samples or without; or the samples only, for another homeserver."""
+    if args.role == "appservice":
+        for one in config.registrations:
+            if one.sample is not None:
+                yield IrcBridge(one, args.homeserver, beside(config.database, one.id))
+    else:
+        hs = Homeserver(samples=args.role == "both", **vars(config))
+        hs.reread = lambda: config_of(args).registrations
+        yield hs
+
+
+def introduce(part: Homeserver | IrcBridge, args: argparse.Namespace) -> str:
+    """Where it is ready. Of a homeserver the log says more, its port goes to the file for it, and SIGHUP is heard."""
+    if isinstance(part, IrcBridge):
+        return f"{part.url or 'no url'} (IRC on port {part.irc_port})"
+    reload_on_sighup(part)
+    threading.Thread(target=describe, args=(part,), name="describe", daemon=True).start()
+    for line in suggestions(part) if not args.quiet else ():
+        log.info("try: %s", line) if args.log_format == "json" else complain(f"  try: {line}")
+    if args.port_file:
+        with failing(f"--port-file {args.port_file}"):
+            write_whole(args.port_file, f"{part.port}\n")
+    return part.url
+
+
+def why_not_started(error: Exception, config: Config) -> str:
+    if isinstance(error, sqlite3.Error):
+        return (f"asbridge: {config.database} is damaged, or can't be used: {error}; put back a copy of it, or name another --database")
+    if isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
+        where = "--port 0 takes any free one"
+        if f":{config.port} " not in str(error):
+            where = "for the sample the ports stand in its registration: url, and asbridge.sample.irc_port"
+        return f"asbridge: {error.strerror}; stop the program that has this port, or use another ({where})"
+    return f"asbridge: {error}"
 
 
 def describe(hs: Homeserver) -> None:
@@ -13523,8 +13639,7 @@ def describe(hs: Homeserver) -> None:
     except MatrixError:                                      # stopped already
         return
     for registration in hs.world.registrations:
-        names = ", ".join(str(namespace) for kind in KINDS
-                          for namespace in registration.namespaces[kind]) or "no namespaces"
+        names = ", ".join(str(namespace) for kind in KINDS for namespace in registration.namespaces[kind]) or "no namespaces"
         log.info("application service %s %s (%s): %s; events that wait: %d; %s", registration.id,
                  f"at {registration.url}" if registration.url else "without a url", reachable(registration.url),
                  registration.sender(hs.world.name), waiting.get(registration.id, 0), names)
@@ -13545,8 +13660,7 @@ def reachable(url: str | None) -> str:
         return "nothing is sent"
     parts = urllib.parse.urlsplit(url)
     try:
-        socket.create_connection((parts.hostname or "", parts.port
-                                  or (443 if parts.scheme == "https" else 80)), 1).close()
+        socket.create_connection((parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80)), 1).close()
         return "answers"
     except OSError:
         return "does not answer yet"
@@ -13564,104 +13678,17 @@ def suggestions(hs: Homeserver) -> list[str]:
                          f"curl -s {hs.url}/_matrix/client/v3/register {register}"] if port else [])
 
 
-def ring_on_signals(stop: Any) -> None:
-    """The first signal rings; a second one ends the process at once, but for that which `timeout` sends together with the first."""
-    since: list[float] = []
+def reload_on_sighup(hs: Homeserver) -> None:
+    """One after the other, and once for signals that come together."""
+    again = bell()
 
-    def rung(number: int, frame: Any) -> None:
-        since.append(time.monotonic())
-        if len(since) == 1:
-            release(stop)
-        elif since[-1] - since[0] > 0.1:
-            os._exit(1)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, rung)
-
-
-def run(config: Config, args: argparse.Namespace) -> int:
-    stop = bell()
-    ring_on_signals(stop)
-    if args.role == "appservice":
-        return run_samples(config, args.homeserver, stop)
-    hs = Homeserver(samples=args.role == "both", **{entry.name: getattr(config, entry.name)
-                                                    for entry in dataclasses.fields(config)})
-    hs.reread = lambda: config_of(args).registrations
-    try:
-        hs.start()
-    except (OSError, DatabaseError, sqlite3.Error, MatrixError) as error:
-        print(why_not_started(error, config), file=sys.stderr)
-        return 1
-    try:
-        reload_on_sighup(hs)
-        threading.Thread(target=describe, args=(hs,), name="describe", daemon=True).start()
-        for line in suggestions(hs) if not args.quiet else ():
-            log.info("try: %s", line) if args.log_format == "json" else complain(f"  try: {line}")
-        if args.port_file:
-            with failing(f"--port-file {args.port_file}"):
-                write_whole(args.port_file, f"{hs.port}\n")
-        say_ready(hs.url)
-        until_rung(stop)
-    except OSError as error:
-        complain(f"asbridge: {error.strerror}")
-        return 1
-    finally:
-        hs.stop()
-    return 0
-
-
-def say_ready(what: str) -> None:
-    """Who waits for this line would wait for ever if it could not be written, so that is an error."""
-    with failing("what is printed can't be written"):
-        print(f"asbridge ready at {what}", flush=True)
-
-
-def complain(line: str) -> None:
-    """To stderr, which may be full or have no reader."""
-    with contextlib.suppress(OSError):
-        print(line, file=sys.stderr)
-
-
-def examine(config: Config, args: argparse.Namespace) -> int:
-    """Takes the homeserver's place for a moment, in memory, and examines the application service of each registration."""
-    registrations = [dataclasses.replace(one, sample=None) if one.sample is not None and reachable(one.url) == "answers" else one
-                     for one in config.registrations]
-    hs = Homeserver(**{**{entry.name: getattr(config, entry.name) for entry in dataclasses.fields(config)},
-                       "database": ":memory:", "registrations": registrations})
-    try:
-        hs.start()
-        found = [(one.id, *result) for one in hs.world.registrations for result in examination(hs, one, args.queries)]
-    except (OSError, DatabaseError, sqlite3.Error, MatrixError) as error:
-        taken = f":{config.port} " in str(error)
-        print(f"asbridge: port {config.port} is taken, and check --examine takes the homeserver's place: stop it for that moment. "
-              "If it is asbridge itself, leave it: its inspector has the button Examine." if taken
-              else why_not_started(error, config), file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
-    finally:
-        hs.stop()
-    print_examination(found, args.json)
-    return int(any(outcome == "failed" for _, _, outcome, _, _ in found))
-
-
-def examination(hs: Homeserver, registration: Registration, queries: bool) -> list[Result]:
-    """Waits for an application service that is about to start. What our own samples create is gone with them."""
-    deadline = time.monotonic() + hs.config.query_timeout_ms / 1000
-    if reachable(registration.url) == "does not answer yet":
-        print(f"nothing listens yet at {registration.url}; start {registration.id} now", file=sys.stderr)
-    while reachable(registration.url) == "does not answer yet" and time.monotonic() < deadline:
-        time.sleep(0.1)
-    return Examiner(registration, hs.config, queries or registration.id in {sample.id for sample in hs.samples}).results()
-
-
-def print_examination(found: Sequence[tuple[str, str, str, str, str]], as_json: bool) -> None:
-    keys = ("appservice", "test", "outcome", "spec", "seen")
-    if as_json:
-        print(json.dumps([dict(zip(keys, row, strict=True)) for row in found], indent=2))
-        return
-    print_table(keys, *found)
-    counts = collections.Counter(outcome for _, _, outcome, _, _ in found)
-    print(", ".join([f"{counts[outcome]} {outcome}" for outcome in ("passed", "failed", "skipped")]))
+    def reload_when_rung() -> None:
+        while True:
+            again.acquire()
+            reload(hs)
+    if hasattr(signal, "SIGHUP"):
+        threading.Thread(target=reload_when_rung, name="reload", daemon=True).start()
+        signal.signal(signal.SIGHUP, lambda number, frame: release(again))
 
 
 def reload(hs: Homeserver) -> None:
@@ -13676,58 +13703,16 @@ def reload(hs: Homeserver) -> None:
         log.error("the registrations can't be taken: %s", error)
 
 
-def reload_on_sighup(hs: Homeserver) -> None:
-    """One after the other, and once for signals that come together."""
-    again = bell()
-
-    def reload_when_rung() -> None:
-        while True:
-            again.acquire()
-            reload(hs)
-    if hasattr(signal, "SIGHUP"):
-        threading.Thread(target=reload_when_rung, name="reload", daemon=True).start()
-        signal.signal(signal.SIGHUP, lambda number, frame: release(again))
+def say_ready(what: str) -> None:
+    """Who waits for this line would wait for ever if it could not be written, so that is an error."""
+    with failing("what is printed can't be written"):
+        print(f"asbridge ready at {what}", flush=True)
 
 
-def until_rung(stop: Any) -> None:
-    """Looks up every second: a signal that comes just before the wait would else be handled after it only."""
-    while not stop.acquire(timeout=1):
-        pass
-    stop.release()
-
-
-def run_samples(config: Config, homeserver: str, stop: Any) -> int:
-    """Only the sample application services, for another homeserver."""
-    samples: list[IrcBridge] = []
-    try:
-        for one in config.registrations:
-            if one.sample is not None:
-                samples.append(IrcBridge(one, homeserver, beside(config.database, one.id)))
-                samples[-1].start()
-    except (OSError, DatabaseError, sqlite3.Error) as error:
-        print(why_not_started(error, config), file=sys.stderr)
-        return 1
-    try:
-        say_ready(", ".join(f"{sample.url or 'no url'} (IRC on port {sample.irc_port})" for sample in samples))
-        until_rung(stop)
-    except OSError as error:
-        complain(f"asbridge: {error.strerror}")
-        return 1
-    finally:
-        for sample in samples:
-            sample.stop()
-    return 0
-
-
-def why_not_started(error: Exception, config: Config) -> str:
-    if isinstance(error, sqlite3.Error):
-        return (f"asbridge: {config.database} is damaged, or can't be used: {error}; put back a copy of it, or name another --database")
-    if isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
-        where = "--port 0 takes any free one"
-        if f":{config.port} " not in str(error):
-            where = "for the sample the ports stand in its registration: url, and asbridge.sample.irc_port"
-        return f"asbridge: {error.strerror}; stop the program that has this port, or use another ({where})"
-    return f"asbridge: {error}"
+def complain(line: str) -> None:
+    """To stderr, which may be full or have no reader."""
+    with contextlib.suppress(OSError):
+        print(line, file=sys.stderr)
 
 
 def write_whole(path: str, text: str) -> None:
@@ -13737,14 +13722,16 @@ def write_whole(path: str, text: str) -> None:
     os.replace(path + ".new", path)
 
 
-def keep_to_one_cpu() -> None:
-    """Of all threads one at a time runs Python. To hand that over to a thread on another processor takes several times as
-    long as on the same one. For Linux; elsewhere nothing happens.
-    """
-    with contextlib.suppress(AttributeError, OSError):
-        allowed = sorted(os.sched_getaffinity(0))
-        os.sched_setaffinity(0, {allowed[os.getpid() % len(allowed)]})      # several of us spread
-        sys.setswitchinterval(0.0005)                        # to pass it on costs little there
+# -- The process, and what it gets from the machine.
+
+def fill_standard_files() -> None:
+    """Whoever starts us may have closed stdin, stdout or stderr: nothing else is to be opened in their place, and written to."""
+    while (number := os.open(os.devnull, os.O_RDWR)) < 3:
+        os.set_inheritable(number, True)
+    os.close(number)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))      # noqa: SIM115
 
 
 def raise_handles() -> None:
@@ -13757,46 +13744,56 @@ def raise_handles() -> None:
             limits.setrlimit(limits.RLIMIT_NOFILE, (wanted, hard))
 
 
-def fill_standard_files() -> None:
-    """Whoever starts us may have closed stdin, stdout or stderr: nothing else is to be opened in their place, and written to."""
-    while (number := os.open(os.devnull, os.O_RDWR)) < 3:
-        os.set_inheritable(number, True)
-    os.close(number)
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))      # noqa: SIM115
+def keep_to_one_cpu() -> None:
+    """Of all threads one at a time runs Python. To hand that over to a thread on another processor takes several times as
+    long as on the same one. For Linux; elsewhere nothing happens.
+    """
+    with contextlib.suppress(AttributeError, OSError):
+        allowed = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {allowed[os.getpid() % len(allowed)]})      # several of us spread
+        sys.setswitchinterval(0.0005)                        # to pass it on costs little there
+
+
+def ring_on_signals(stop: Any) -> None:
+    """The first signal rings; a second one ends the process at once, but for that which `timeout` sends together with the first."""
+    since: list[float] = []
+
+    def rung(number: int, frame: Any) -> None:
+        since.append(time.monotonic())
+        if len(since) == 1:
+            release(stop)
+        elif since[-1] - since[0] > 0.1:
+            os._exit(1)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, rung)
+
+
+def until_rung(stop: Any) -> None:
+    """Looks up every second: a signal that comes just before the wait would else be handled after it only."""
+    while not stop.acquire(timeout=1):
+        pass
+    stop.release()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """0: done. 1: it failed while running, or found something wrong. 2: so is the command line, or the configuration."""
     warnings.filterwarnings("ignore", "Possible ", FutureWarning)     # Python's about regexes such as [[a]
     args = parse_args(sys.argv[1:] if arguments is None else arguments)
-    args.config = getattr(args, "file", None) or args.config
     try:
-        if args.command == "routes":
-            print_routes()
-            return 0
-        if args.command == "generate":
-            print(json.dumps(generate_registration(args.id, args.url, args.prefix, args.server_name or "localhost"), indent=2))
-            return 0
-        if args.command == "check" and not args.examine:
-            return run_check(args)
+        if args.command:
+            return int(args.command(args))
         config = config_of(args)
-        if args.command == "explain":
-            return run_explain(args, config)
     except ConfigError as error:
         print(error, file=sys.stderr)
         return 2
-    if args.command == "check":
-        set_up_log(args)
-        if not args.verbose:
-            log.setLevel(logging.ERROR)                      # what it finds is what it says
-        return examine(config, args)
     set_up_log(args)
     raise_handles()
     gc.freeze()                                              # what there is now stays: not to be looked at again and again
     if config.one_cpu:
         keep_to_one_cpu()                                    # before there are threads
-    return run(config, args)
+    stop = bell()
+    ring_on_signals(stop)
+    return run(config, args, stop)
 
 
 if __name__ == "__main__":

@@ -14308,8 +14308,8 @@ def test_a_damaged_database_of_a_bridge_alone_is_refused_in_words(tmp_path, caps
     with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as db:
         if damage:
             db.executescript(asbridge.IrcBridge.SCHEMA + "INSERT INTO irc_nicks VALUES ('@a:b', 'a');" + damage)
-    args = asbridge.parse_args(["--role", "appservice", "--config", str(config)])
-    assert asbridge.run_samples(asbridge.config_of(args), "http://127.0.0.1:1", asbridge.bell()) == 1
+    args = asbridge.parse_args(["--role", "appservice", "--homeserver", "http://127.0.0.1:1", "--config", str(config)])
+    assert asbridge.run(asbridge.config_of(args), args, asbridge.bell()) == 1
     assert re.search(r"hs-irc\.db (is damaged|can't be used)", capsys.readouterr().err)
 
 
