@@ -13174,7 +13174,8 @@ class Homeserver:
         self._worlds += 1
         if self.clock.start is not None:
             self.clock.start += DAY_MS                       # who remembers events by their ID must not take new ones for old
-        self._open([dataclasses.replace(one, sample={"irc_port": ports[one.id]}) if one.id in ports else one for one in running])
+        self._open([dataclasses.replace(one, sample={**(one.sample or {}), "irc_port": ports[one.id]}) if one.id in ports else one
+                    for one in running])
         self._go(*self.samples)
 
     def reload(self) -> list[str]:

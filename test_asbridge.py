@@ -14750,6 +14750,13 @@ def test_a_reset_is_a_new_world_behind_the_same_port(start, recorder, tmp_path):
         start(database=str(tmp_path / "hs.db")).reset()
 
 
+def test_after_a_reset_a_sample_is_the_same_with_all_that_its_registration_says_of_it(start):
+    hs = start({**asbridge.SAMPLE_REGISTRATION, "url": "http://127.0.0.1:0", "asbridge.sample": {"irc_port": 0, "prefix": "_irc_x_", "irc_bind": "localhost"}})
+    before = [(bridge.prefix, bridge.irc.address[0], bridge.irc_port) for bridge in hs.samples]
+    hs.reset()
+    assert [(bridge.prefix, bridge.irc.address[0], bridge.irc_port) for bridge in hs.samples] == before and before[0][:2] == ("_irc_x_", "localhost")
+
+
 def test_wait_for_gives_the_first_event_past_or_to_come_with_these_values(three):
     hs, alice, bob, _, room = three
     first, _ = alice.say(room, "x"), alice.say(room, "x")
