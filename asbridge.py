@@ -11805,9 +11805,8 @@ class IrcServer:
 
     def may_open(self, name: str) -> bool:
         """Channels that somebody is on, here or on Matrix, are counted: those that a flooder has left keep out nobody."""
-        if fold(name) in self.channels or len(self.channels) < MAX_ROOMS:
-            return True
-        return sum(bool(channel.people) for channel in self.channels.values()) < MAX_ROOMS
+        return (fold(name) in self.channels or len(self.channels) < MAX_ROOMS
+                or sum(bool(channel.people) for channel in self.channels.values()) < MAX_ROOMS)
 
     @property
     def port(self) -> int:
@@ -11957,11 +11956,6 @@ class IrcClient(Person):
             self.reply(437, *params[:1])
         else:
             getattr(self, f"do_{name.lower()}")(*params[:15])
-
-    def spool(self, do: str, to: str, nick: str = "", **job: Any) -> None:
-        """What this client did is to be done on Matrix. `to`: a channel or a user ID."""
-        self.cost += 1
-        self.bridge.spool(do, nick=nick or self.nick, to=to, **job)
 
     def slow_down(self) -> None:
         now = self.bridge.clock.monotonic()
@@ -12264,13 +12258,6 @@ class IrcClient(Person):
         elif command == "PRIVMSG":
             self.reply(404 if channel else 403 if target.startswith("#") else 401, target)
 
-    def say(self, command: str, to: str, words: str, action: bool) -> None:
-        """On Matrix. Colours are left out, and any other CTCP: that is between IRC clients only."""
-        body = FORMATTING.sub("", words)
-        if body and not words.startswith("\x01"):
-            msgtype = "m.emote" if action else "m.notice" if command == "NOTICE" else "m.text"
-            self.spool("say", to, msgtype=msgtype, body=body, ts=self.bridge.clock.now())
-
     def do_away(self, text: str = "", *_: str) -> None:
         self.away = text
         self.reply(306 if text else 305)
@@ -12312,6 +12299,20 @@ class IrcClient(Person):
 
     def do_version(self, *_: str) -> None:
         self.reply(351, f"asbridge-{__version__}", IRC_NAME, "an IRC door to Matrix")
+
+    # -- On to the bridge: what is to be done on Matrix.
+
+    def say(self, command: str, to: str, words: str, action: bool) -> None:
+        """On Matrix. Colours are left out, and any other CTCP: that is between IRC clients only."""
+        body = FORMATTING.sub("", words)
+        if body and not words.startswith("\x01"):
+            msgtype = "m.emote" if action else "m.notice" if command == "NOTICE" else "m.text"
+            self.spool("say", to, msgtype=msgtype, body=body, ts=self.bridge.clock.now())
+
+    def spool(self, do: str, to: str, nick: str = "", **job: Any) -> None:
+        """What this client did is to be done on Matrix. `to`: a channel or a user ID."""
+        self.cost += 1
+        self.bridge.spool(do, nick=nick or self.nick, to=to, **job)
 
 
 # -- The bridge: who is who, and what becomes of a line or an event on the other side. Knows IRC by the words and the server above.
@@ -12860,9 +12861,7 @@ class IrcBridge(AppService):
         ghost = fields.get("userid", "") if protocol == "" else self.ghost_id(fields.get("nickname", ""))
         with self.lock:
             client = self.client_of(ghost) if protocol in ("", "irc") else None
-        if not client:
-            return []
-        return [{"userid": self.ghost_id(client.nick), "protocol": "irc", "fields": {"nickname": client.nick}}]
+        return [{"userid": self.ghost_id(client.nick), "protocol": "irc", "fields": {"nickname": client.nick}}] if client else []
 
     def on_third_party_location(self, protocol: str, fields: Mapping[str, str]) -> list[JsonObject]:
         """Any channel: its room is made when somebody joins."""
@@ -12913,14 +12912,6 @@ class Config(Settings):
     one_cpu: bool = True
 
 
-def anything(value: Any) -> bool:
-    return True
-
-
-def is_positive(number: int) -> bool:
-    return number > 0
-
-
 def is_server_name(text: str) -> bool:
     return bool(SERVER_NAME.fullmatch(text)) and len(text) <= 230
 
@@ -12931,25 +12922,25 @@ def is_rate_limit(value: JsonObject) -> bool:
 
 ADMIN_TOKEN = re.compile("[!-~]([ -~]*[!-~])?")
 #: Each key: its type, what else must hold of its value, and what would be right. None is right where it is the default.
-CONFIG_KEYS: dict[str, tuple[type, Callable[[Any], object], str]] = {
+CONFIG_KEYS: dict[str, tuple[type, Callable[[Any], object] | None, str]] = {
     "server_name":       (str,  is_server_name,                        "a name such as 'localhost' or 'example.org'"),
-    "bind":              (str,  anything,                              "an address of this machine, such as '127.0.0.1'"),
+    "bind":              (str,  None,                                  "an address of this machine, such as '127.0.0.1'"),
     "port":              (int,  lambda it: 0 <= it <= 65535,           "a port from 0 to 65535; 0: any free one"),
     "database":          (str,  lambda it: it and "\0" not in it,      "a file, or ':memory:'"),
-    "registrations":     (list, anything,                              "a list of paths, relative to this file, or of registrations"),
-    "open_registration": (bool, anything,                              "true or false"),
+    "registrations":     (list, None,                                  "a list of paths, relative to this file, or of registrations"),
+    "open_registration": (bool, None,                                  "true or false"),
     "public_url":        (str,  lambda it: not it or is_base_url(it),  "'http://host:port', as clients reach it"),
     "admin_token":       (str,  ADMIN_TOKEN.fullmatch,                 "a long random text of printable ASCII"),
-    "max_event_bytes":   (int,  is_positive,                           "a number of bytes"),
-    "max_request_bytes": (int,  is_positive,                           "a number of bytes"),
-    "max_upload_bytes":  (int,  is_positive,                           "a number of bytes"),
-    "retry_first_ms":    (int,  is_positive,                           "milliseconds"),
-    "retry_max_ms":      (int,  is_positive,                           "milliseconds"),
-    "push_timeout_ms":   (int,  is_positive,                           "milliseconds"),
-    "query_timeout_ms":  (int,  is_positive,                           "milliseconds"),
+    "max_event_bytes":   (int,  lambda it: it > 0,                     "a number of bytes"),
+    "max_request_bytes": (int,  lambda it: it > 0,                     "a number of bytes"),
+    "max_upload_bytes":  (int,  lambda it: it > 0,                     "a number of bytes"),
+    "retry_first_ms":    (int,  lambda it: it > 0,                     "milliseconds"),
+    "retry_max_ms":      (int,  lambda it: it > 0,                     "milliseconds"),
+    "push_timeout_ms":   (int,  lambda it: it > 0,                     "milliseconds"),
+    "query_timeout_ms":  (int,  lambda it: it > 0,                     "milliseconds"),
     "room_version":      (str,  lambda it: it in ROOM_VERSIONS,        f"one of {', '.join(map(quoted, ROOM_VERSIONS))}"),
     "rate_limit":        (dict, is_rate_limit,                         '{"per_second": 10, "burst": 50}'),
-    "one_cpu":           (bool, anything,                              "true to keep to one processor, which is faster, or false"),
+    "one_cpu":           (bool, None,                                  "true to keep to one processor, which is faster, or false"),
 }
 
 
@@ -12992,7 +12983,7 @@ class ConfigReader:
             self.wrong(key, "is not a key of the configuration", f"the nearest one is {nearest(key, CONFIG_KEYS)!r}")
             return False
         type_, fits, right = CONFIG_KEYS[key]
-        good = bool(fits(value)) if is_a(value, type_) else value is None and getattr(Config, key) is None
+        good = (fits is None or bool(fits(value))) if is_a(value, type_) else value is None and getattr(Config, key) is None
         if not good:
             self.wrong(key, "is none that can be used" if SECRET_KEY.search(key) else f"is {quoted(value)}", f"write {right}")
         return good
@@ -13072,7 +13063,7 @@ class Homeserver:
         self.config = read()
         self.reread: Callable[[], Sequence[Registration]] = lambda: read().registrations     # for reload(); ConfigError
         self.clock, self.seed = clock or Clock(SEEDED_START if seed is not None else None), seed
-        self.samples: list[AppService] = []
+        self.samples: list[IrcBridge] = []
         self._run_samples = samples
         self._worlds = 0                                     # that there have been: each has IDs of its own
         self._started = False
@@ -13168,7 +13159,7 @@ class Homeserver:
         if self.config.database != ":memory:":
             raise ValueError(f"reset() would delete {self.config.database}; it is for ':memory:'")
         running = list(self.world.registrations)
-        ports = {sample.id: sample.irc_port for sample in self.samples if isinstance(sample, IrcBridge)}
+        ports = {sample.id: sample.irc_port for sample in self.samples}
         self._close()
         self.clock.wound = 0.0
         self._worlds += 1
@@ -13430,23 +13421,19 @@ def generate_registration(id: str, url: str, prefix: str | None = None, server_n
 
 
 def run_explain(args: argparse.Namespace) -> int:
+    """By the registrations, and by the database if there is one; it is only read."""
     config = config_of(args)
     try:
-        told = explain_id(config, args.id)
+        told, reader = Registrations(config.server_name, config.registrations).explain(args.id), None
+        with legible(config.database), contextlib.ExitStack() as then:
+            if os.path.exists(config.database):
+                reader = Reader(then.enter_context(contextlib.closing(open_sqlite(config.database, read_only=True))))
+            told = explained(told, reader)
     except (MatrixError, DatabaseError, sqlite3.Error) as error:
         print(error.error if isinstance(error, MatrixError) else error, file=sys.stderr)
         return 2
     print(json.dumps(told, indent=2) if args.json else "\n".join(map(printable, told["summary"])))
     return 0
-
-
-def explain_id(config: Config, id: str) -> JsonObject:
-    """By the registrations, and by the database if there is one; it is only read."""
-    told = Registrations(config.server_name, config.registrations).explain(id)
-    if not os.path.exists(config.database):
-        return explained(told, None)
-    with legible(config.database), contextlib.closing(open_sqlite(config.database, read_only=True)) as db:
-        return explained(told, Reader(db))
 
 
 def run_check(args: argparse.Namespace) -> int:
@@ -13585,8 +13572,11 @@ def run(config: Config, args: argparse.Namespace, stop: Any) -> int:
         print(why_not_started(error, config), file=sys.stderr)
         return 1
     try:
-        say_ready(", ".join([introduce(part, args) for part in running]))
-        until_rung(stop)
+        ready = ", ".join([introduce(part, args) for part in running])
+        with failing("what is printed can't be written"):    # who waits for this line would wait for ever
+            print(f"asbridge ready at {ready}", flush=True)
+        while not stop.acquire(timeout=1):                   # a signal that came just before would else be handled after the wait
+            pass
     except OSError as error:
         complain(f"asbridge: {error.strerror}")
         return 1
@@ -13618,7 +13608,9 @@ def introduce(part: Homeserver | IrcBridge, args: argparse.Namespace) -> str:
         log.info("try: %s", line) if args.log_format == "json" else complain(f"  try: {line}")
     if args.port_file:
         with failing(f"--port-file {args.port_file}"):
-            write_whole(args.port_file, f"{part.port}\n")
+            with open(args.port_file + ".new", "w", encoding="utf-8") as file:
+                file.write(f"{part.port}\n")
+            os.replace(args.port_file + ".new", args.port_file)      # nobody sees it half written
     return part.url
 
 
@@ -13669,7 +13661,7 @@ def reachable(url: str | None) -> str:
 
 def suggestions(hs: Homeserver) -> list[str]:
     """What to try, ready to be pasted."""
-    port = next((sample.irc_port for sample in hs.samples if isinstance(sample, IrcBridge)), None)
+    port = next((sample.irc_port for sample in hs.samples), None)
     register = """-d '{"username": "alice", "password": "wonderland", "auth": {"type": "m.login.dummy"}}'"""
     talk = r"(printf 'NICK bob\r\nUSER bob 0 * :Bob\r\nJOIN #lobby\r\nPRIVMSG #lobby :hello from IRC\r\n'; cat)"
     closed = hs.config.admin_token is None and not is_loopback(hs.config.bind)
@@ -13704,23 +13696,10 @@ def reload(hs: Homeserver) -> None:
         log.error("the registrations can't be taken: %s", error)
 
 
-def say_ready(what: str) -> None:
-    """Who waits for this line would wait for ever if it could not be written, so that is an error."""
-    with failing("what is printed can't be written"):
-        print(f"asbridge ready at {what}", flush=True)
-
-
 def complain(line: str) -> None:
     """To stderr, which may be full or have no reader."""
     with contextlib.suppress(OSError):
         print(line, file=sys.stderr)
-
-
-def write_whole(path: str, text: str) -> None:
-    """Writes a file that nobody sees half written."""
-    with open(path + ".new", "w", encoding="utf-8") as file:
-        file.write(text)
-    os.replace(path + ".new", path)
 
 
 # -- The process, and what it gets from the machine.
@@ -13767,13 +13746,6 @@ def ring_on_signals(stop: Any) -> None:
             os._exit(1)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, rung)
-
-
-def until_rung(stop: Any) -> None:
-    """Looks up every second: a signal that comes just before the wait would else be handled after it only."""
-    while not stop.acquire(timeout=1):
-        pass
-    stop.release()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
