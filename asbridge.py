@@ -11964,8 +11964,12 @@ class IrcClient(Person):
             self.bridge.clock.wait(self.pause, self.paid_until)
 
     def end(self) -> None:
-        with self.server.lock:
-            self.leave_all(self.fate or "Connection closed")
+        try:
+            with self.server.lock:
+                self.leave_all(self.fate or "Connection closed")
+        except sqlite3.Error:                                # a full disk, say: its ghost stays until the next start
+            if not self.bridge.stopping:
+                log.exception("the IRC client %s has left, but not on Matrix", self.nick)
         self.close("Connection closed")
         self.writer.join(CLOSING_SECONDS)
         hang_up(self.sock)

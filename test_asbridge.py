@@ -13103,6 +13103,21 @@ def test_who_does_not_register_in_time_is_told_and_dropped(bridge, monkeypatch):
     eventually(lambda: not bridge.irc.clients)
 
 
+@pytest.mark.parametrize("last", ["PRIVMSG #lobby :x", "QUIT", None])
+def test_a_client_that_leaves_while_the_disk_is_full_takes_up_no_room_afterwards(bridge, monkeypatch, last):
+    def full(*args, **job):
+        raise sqlite3.OperationalError("database or disk is full")
+    bob, eve = Irc(bridge, "bob", "#lobby"), Irc(bridge, "eve", "#lobby")
+    channel_is_known(bridge)
+    with monkeypatch.context() as patch:
+        patch.setattr(bridge, "spool", full)
+        bob.send(last) if last else bob.sock.close()
+        eve.wait("^:bob!.* QUIT ")
+        eventually(lambda: len(bridge.irc.clients) == 1)
+    assert not last or bob.closed()
+    assert list(bridge.people) == ["eve"] and bridge.channels["#lobby"].people == {bridge.people["eve"]}
+
+
 def test_past_the_most_clients_one_is_told_and_dropped_and_the_others_stay(bridge, monkeypatch):
     monkeypatch.setattr(asbridge, "MAX_CLIENTS", 1)
     bob, late = Irc(bridge, "bob"), Irc(bridge)
