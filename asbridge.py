@@ -12833,8 +12833,6 @@ class IrcBridge(AppService):
 
     def on_user_query(self, user_id: str) -> bool:
         """Whoever is connected."""
-        if not self.is_ghost(user_id):
-            return False
         with self.lock:
             client = self.client_of(user_id)
         if client:
