@@ -11894,6 +11894,7 @@ class IrcClient(Person):
         threading.Thread(target=self.read, name=f"irc from {self.host}", daemon=True).start()
 
     def read(self) -> None:
+        """Obeys line after line until the client goes, or has to."""
         try:
             for raw in self.lines():
                 self.cost = 0.0
@@ -11940,6 +11941,7 @@ class IrcClient(Person):
         return late
 
     def obey(self, line: str) -> None:
+        """Does what the line says, or says why not. Under the server's lock."""
         name, params = parse_line(line)
         command = COMMANDS.get(name)
         if not name or self.end_if_late():
@@ -12001,7 +12003,7 @@ class IrcClient(Person):
         for piece in split_text(" ".join(words), room):
             self.reply(number, *params, piece)
 
-    def some(self, found: Sequence[T]) -> Iterator[T]:
+    def listed(self, found: Sequence[T]) -> Iterator[T]:
         """As many of them as are listed, and then how many more there are."""
         yield from found[:MAX_LISTED]
         if len(found) > MAX_LISTED:
@@ -12190,7 +12192,7 @@ class IrcClient(Person):
     def do_list(self, names: str = "", *_: str) -> None:
         wanted = {fold(name) for name in names.split(",") if is_channel(name)}
         self.reply(321, "Channel", "Users  Name")
-        for channel in self.some([one for key, one in sorted(self.server.channels.items()) if not wanted or key in wanted]):
+        for channel in self.listed([one for key, one in sorted(self.server.channels.items()) if not wanted or key in wanted]):
             self.reply(322, channel.name, str(len(channel.people)), channel.topic)
         self.reply(323)
 
@@ -12271,7 +12273,7 @@ class IrcClient(Person):
     def do_who(self, mask: str = "*", *_: str) -> None:
         channel, person = self.server.find_channel(mask), self.server.find_person(mask)
         people = channel.people if channel else [person] if person else []
-        for each in self.some(sorted(people, key=lambda each: each.nick)):
+        for each in self.listed(sorted(people, key=lambda each: each.nick)):
             self.reply(352, channel.name if channel else "*", each.user, each.host, IRC_NAME, each.nick,
                        "G" if each.away else "H", f"0 {each.realname}")
         self.reply(315, mask)
@@ -13663,14 +13665,16 @@ def reachable(url: str | None) -> str:
 
 def suggestions(hs: Homeserver) -> list[str]:
     """What to try, ready to be pasted."""
-    port = next((sample.irc_port for sample in hs.samples), None)
     register = """-d '{"username": "alice", "password": "wonderland", "auth": {"type": "m.login.dummy"}}'"""
     talk = r"(printf 'NICK bob\r\nUSER bob 0 * :Bob\r\nJOIN #lobby\r\nPRIVMSG #lobby :hello from IRC\r\n'; cat)"
     closed = hs.config.admin_token is None and not is_loopback(hs.config.bind)
     needs = "it needs an admin_token in the configuration" if closed else "it shows all that passes"
-    inspector = [f"open {hs.url}/      # the inspector: {needs}"]
-    return inspector + ([f"irssi -c 127.0.0.1 -p {port} -n bob      # then: /join #lobby", f"{talk} | nc 127.0.0.1 {port}",
-                         f"curl -s {hs.url}/_matrix/client/v3/register {register}"] if port else [])
+    lines = [f"open {hs.url}/      # the inspector: {needs}"]
+    if hs.samples:
+        port = hs.samples[0].irc_port
+        lines += [f"irssi -c 127.0.0.1 -p {port} -n bob      # then: /join #lobby", f"{talk} | nc 127.0.0.1 {port}",
+                  f"curl -s {hs.url}/_matrix/client/v3/register {register}"]
+    return lines
 
 
 def reload_on_sighup(hs: Homeserver) -> None:
