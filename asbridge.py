@@ -10896,20 +10896,305 @@ ADMIN_ROUTES = [Route("GET", "/", "nobody", get_page, "asbridge: the inspector's
 # ============================================================================
 # 10. The application service
 # ============================================================================
-# The other side of section 7: what a bridge or bot is built on. Client speaks
-# the client-server API, Intent does it as a user of the application service,
-# AppService takes the homeserver's pushes and queries and sees to it that an
-# event is handled once. Spec: Application Service API. Knows of sections 1 to 3
-# only: cut out with them, it works with any homeserver.
+# The other side of section 7: what a bridge or bot is built on. AppService takes
+# what the homeserver pushes and asks, and sees to it that an event is handled
+# once; Intent acts on Matrix as one of its users, with the verbs of Client.
+# Spec: Application Service API. Knows of sections 1 to 3 only: cut out with
+# them, it works with any homeserver.
 
 MAX_JSON_BYTES = 64 * 1024 * 1024        # of an answer or a transaction
 KEPT_EVENTS, KEPT_TXNS = 20_000, 1_000   # how far back the application service knows what it has done
-PORTS = {"http": 80, "https": 443}
 RETRY_FIRST, RETRY_LAST = 0.25, 15.0     # seconds between attempts to reach the homeserver
+COMES_BACK = (429, 502, 503, 504)        # with these a homeserver says that it will answer later
+
+#: What to do when the homeserver can't, or does not want to, ping us.
+PING_HINTS = {
+    "M_BAD_STATUS":         "something else answers at {url}, or the hs_token there is another",
+    "M_CONNECTION_FAILED":  "the homeserver can't connect to {url}: is that where it would find us?",
+    "M_CONNECTION_TIMEOUT": "the homeserver gets no answer from {url}: is a firewall between?",
+    "M_FORBIDDEN":          "the as_token belongs to another application service than {id!r}",
+    "M_UNKNOWN_TOKEN":      "the homeserver does not know the as_token: does it have this registration?",
+    "M_UNRECOGNIZED":       "the homeserver is too old for pings; nothing else depends on it",
+    "M_URL_NOT_SET":        "the homeserver's copy of the registration has url: null: it will push nothing",
+}
 
 
-COMES_BACK = (429, 502, 503, 504)                # with these a homeserver says that it will answer later
+class AppService:
+    """An application service: override the hooks, on_…, and act on Matrix through intents.
 
+        class Echo(AppService):
+            def on_event(self, event):
+                if event["type"] == "m.room.message" and event["sender"] != self.bot.user_id:
+                    self.bot.say(event["room_id"], event["content"]["body"], txn_id=event["event_id"])
+
+        Echo(load_registration("registration.json"), "http://localhost:8008").start()
+
+    `database`: a file that keeps what was handled, or ":memory:", which a restart forgets.
+    """
+
+    #: method, path (the prefix is missing in the 2016 text), handler
+    ROUTES = (
+        ("PUT",  r"(?:/_matrix/app/v1)?/transactions/([^/]+)",  "_put_transaction"),
+        ("GET",  r"(?:/_matrix/app/v1)?/(users|rooms)/([^/]+)", "_get_existence"),
+        ("GET",  r"/_matrix/app/(?:v1|unstable)/thirdparty/(protocol|user|location)(?:/([^/]+))?", "_get_third_party"),
+        ("POST", r"/_matrix/app/v1/ping",                       "_post_ping"),
+    )
+    SCHEMA = """
+        CREATE TABLE IF NOT EXISTS transactions_done(n INTEGER PRIMARY KEY, id TEXT NOT NULL UNIQUE);
+        CREATE TABLE IF NOT EXISTS events_handled(n INTEGER PRIMARY KEY, id TEXT NOT NULL UNIQUE);
+    """
+
+    def __init__(self, registration: Registration, homeserver_url: str, database: str = ":memory:",
+                 clock: Clock | None = None) -> None:
+        if not is_base_url(homeserver_url):
+            raise ValueError(f"{homeserver_url!r} is no URL of a homeserver; write one such as http://localhost:8008")
+        self.registration, self.id = registration, registration.id
+        self.homeserver_url, self.clock = homeserver_url, clock or Clock()
+        self.client = Client(homeserver_url, registration.as_token)  # acts as nobody; owns the connections
+        self.intents: dict[str | None, Intent] = {}          # by user ID; None: our own user
+        self.bot = self.intent()
+        self.stopping = False
+        self.bells: list[Any] = []                           # rung when the homeserver calls, and to stop
+        self._where = urllib.parse.urlsplit(registration.url or "")
+        self._prefix = self._where.path.rstrip("/")          # before each path, if the url has one
+        self._server: HttpServer | None = None
+        self._delivery = threading.Lock()                    # guards the order: one transaction at a time
+        self._db_guard = threading.Lock()                    # guards _db: one statement at a time
+        self._db = (sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
+                    if database == ":memory:" else open_sqlite(database))
+        with unusable(database), contextlib.ExitStack() as undo:
+            undo.callback(self._db.close)
+            self._db.executescript(self.SCHEMA)
+            undo.pop_all()
+
+    # -- To override: what the homeserver tells and asks. May be called from any thread, on_event from one at a time.
+
+    def on_event(self, event: JsonObject) -> None:
+        """One event, each once and in order. What it raises is logged, and the event counts as handled; but if the
+        homeserver could not be asked, it comes again.
+        """
+
+    def on_ephemeral(self, data: JsonObject) -> None:
+        """Typing, a receipt or presence, if the registration asks for such. Passing: not kept if it can't be handled."""
+
+    def on_user_query(self, user_id: str) -> bool:
+        """Whether this user exists now; it may be registered here."""
+        return False
+
+    def on_alias_query(self, alias: str) -> bool:
+        """Whether this alias exists now; the room may be created here."""
+        return False
+
+    def on_third_party_protocol(self, protocol: str) -> JsonObject | None:
+        """Metadata of one of the registration's `protocols`: user_fields, location_fields, icon, field_types, and
+        instances, each with network_id, desc and fields.
+        """
+        return None
+
+    def on_third_party_user(self, protocol: str, fields: Mapping[str, str]) -> list[JsonObject]:
+        """Users of the network, each with userid, protocol and fields. protocol '': the one with fields["userid"]."""
+        return []
+
+    def on_third_party_location(self, protocol: str, fields: Mapping[str, str]) -> list[JsonObject]:
+        """Its channels, each with alias, protocol and fields. protocol '': the one with fields["alias"]."""
+        return []
+
+    # -- To use.
+
+    def intent(self, user_id: str | None = None) -> Intent:
+        """Acts as this user, '@localpart:server'; without one, as the application service's own user."""
+        if user_id not in self.intents:
+            self.intents.setdefault(user_id, Intent(self, user_id and check_id("@", user_id)))
+        return self.intents[user_id]
+
+    @property
+    def server_name(self) -> str:
+        """Asked of the homeserver the first time."""
+        return server_of(self.bot.user_id)
+
+    @property
+    def port(self) -> int:
+        return self._server.port if self._server else 0
+
+    @property
+    def url(self) -> str:
+        """Where we listen; the registration's, but with the real port. '' if its url is null."""
+        if self.registration.url is None:
+            return ""
+        host = f"[{self._where.hostname}]" if ":" in (self._where.hostname or "") else self._where.hostname
+        return f"{self._where.scheme}://{host}:{self.port}{self._prefix}"
+
+    def sql(self, statement: str, *values: Any) -> list[Any]:
+        """Runs one statement, durably; its rows."""
+        with self._db_guard:
+            return self._db.execute(statement, values).fetchall()
+
+    # -- Start and stop.
+
+    def listen(self) -> None:
+        """Takes the port of the registration's url, if it has one. start() does it if nobody has."""
+        if self.registration.url is not None and self._server is None:
+            port = self._where.port if self._where.port is not None else {"http": 80, "https": 443}[self._where.scheme]
+            self._server = HttpServer((self._where.hostname or "127.0.0.1", port), self.answer)
+
+    def start(self) -> None:
+        """Listens, and looks for the homeserver."""
+        self.listen()
+        if self._server:
+            self._server.start()
+        threading.Thread(target=self._hello, name=f"{self.id} hello", daemon=True).start()
+
+    def stop(self) -> None:
+        """Ends after the event in hand; the rest of its transaction will come again."""
+        self.stopping = True
+        self.ring()
+        server, self._server = self._server, None
+        if server:
+            server.stop()
+        waited = self._delivery.acquire(timeout=1)
+        with self._db_guard:
+            self._db.close()
+        if waited:
+            self._delivery.release()
+        self.client.close()
+
+    def ring(self) -> None:
+        """Wakes whoever waits for the homeserver to come back."""
+        for each in list(self.bells):
+            release(each)
+
+    def _hello(self) -> None:
+        """As soon as there is a homeserver: registers our own user, learns the server name, asks for a ping."""
+        ready, seconds, url = bell(), RETRY_FIRST, self.homeserver_url
+        self.bells.append(ready)
+        while not self.stopping:
+            try:
+                log.info("%s: the homeserver %s is at %s", self.id, self.server_name, url)
+                return self._ask_for_ping()
+            except (Unreachable, MatrixError) as error:
+                does = "refuses us" if isinstance(error, MatrixError) else "does not answer"
+                log.warning("%s: the homeserver at %s %s: %s", self.id, url, does, self._hint(error))
+                self.clock.wait(ready, self.clock.monotonic() + seconds)
+                seconds = min(2 * seconds, RETRY_LAST)
+
+    def _ask_for_ping(self) -> None:
+        path = f"/_matrix/client/v1/appservice/{urllib.parse.quote(self.id, safe='')}/ping"
+        try:
+            answer = self.client.call("POST", path, {"transaction_id": secrets.token_hex(8)})
+            ms = answer.get("duration_ms") if isinstance(answer, dict) else None
+            log.info("%s: the homeserver reaches us, in %s ms", self.id, shorten(ms))
+        except (Unreachable, MatrixError) as error:
+            if not self.stopping:
+                log.warning("%s: the homeserver does not reach us: %s", self.id, self._hint(error))
+
+    def _hint(self, error: Exception) -> str:
+        hint = PING_HINTS.get(error.errcode, "") if isinstance(error, MatrixError) else ""
+        return f"{error}; {hint.format(url=self.url, id=self.id)}" if hint else str(error)
+
+    # -- The endpoint: what the homeserver sends, from the request to the hook.
+
+    def answer(self, request: Request) -> Response:
+        try:
+            handler, ids = self._route(request)
+            self._check_token(request)
+            self.ring()
+            return json_response(200, getattr(self, handler)(*ids, request) or {})
+        except MatrixError as error:
+            return json_response(error.status, error.body())
+        except ClientGone:
+            raise
+        except Exception:
+            if not self.stopping:
+                log.exception("%s: %s %s failed", self.id, request.method, request.path)
+            return json_response(500, {"errcode": "M_UNKNOWN", "error": "it failed inside; the log says why"})
+
+    def _route(self, request: Request) -> tuple[str, list[str]]:
+        """The handler's name, and the IDs in the path."""
+        path = request.path.removeprefix(self._prefix) if request.path.startswith(self._prefix + "/") else ""
+        for method, regex, handler in self.ROUTES:           # each path has one method
+            if match := re.fullmatch(regex, path):
+                if method != request.method:
+                    raise MatrixError("M_UNRECOGNIZED", f"this path takes {method}, not {request.method}", 405)
+                return handler, [decode_segment(group or "") for group in match.groups()]
+        raise MatrixError("M_UNRECOGNIZED", f"{shorten(request.path)} is no path of an application service")
+
+    def _check_token(self, request: Request) -> None:
+        """The hs_token says that it is our homeserver: in the header or, before v1.4, in the query; both must be it."""
+        scheme, _, header = request.headers.get("authorization", "").partition(" ")
+        bearer = header.strip() if scheme.lower() == "bearer" else ""
+        tokens = {bearer, request.query.get("access_token", "")} - {""}
+        if not tokens:
+            raise MatrixError("M_MISSING_TOKEN", "no hs_token, as Authorization: Bearer or access_token=")
+        right = self.registration.hs_token.encode()
+        if not all(hmac.compare_digest(token.encode(), right) for token in tokens):
+            raise MatrixError("M_FORBIDDEN", "this is not the hs_token of this application service")
+
+    def _put_transaction(self, txn_id: str, request: Request) -> None:
+        """200, which acknowledges it, when each event was handled and that is on disk. 503: it is to come again."""
+        body = parse_object(request.body(MAX_JSON_BYTES))
+        events = body.get("events")
+        if not isinstance(events, list):
+            raise MatrixError("M_BAD_JSON", "the body must have 'events': a list")
+        ephemeral = body.get("ephemeral", body.get("de.sorunome.msc2409.ephemeral"))
+        with self._delivery:
+            # An ID may come back with other events: from a homeserver that was set up anew and counts from 1. What
+            # was handled is known by event; only what has no ID is taken for done with its transaction.
+            done = bool(self.sql("SELECT 1 FROM transactions_done WHERE id = ?", txn_id))
+            for event in events:
+                if self.stopping:
+                    raise MatrixError("M_UNKNOWN", "the application service stops", 503)
+                if isinstance(event, dict) and (not done or isinstance(event.get("event_id"), str)):
+                    self._handle(event)
+            for data in ephemeral if isinstance(ephemeral, list) and not done else ():
+                try:
+                    self.on_ephemeral(data)
+                except Exception:
+                    log.exception("%s: ephemeral data failed and is skipped", self.id)
+            self._remember("transactions_done", txn_id, KEPT_TXNS)
+
+    def _handle(self, event: JsonObject) -> None:
+        """Once, whatever transactions it comes in: a crash repeats the event in hand and no other."""
+        event_id = event.get("event_id")
+        if isinstance(event_id, str) and self.sql("SELECT 1 FROM events_handled WHERE id = ?", event_id):
+            return
+        try:
+            self._notice_membership(event)
+            self.on_event(event)
+        except Exception as error:
+            if isinstance(error, Unreachable) or (isinstance(error, MatrixError) and error.status in COMES_BACK):
+                raise MatrixError("M_UNKNOWN", f"event {event_id} can't be handled now: {error}", 503) from None
+            log.exception("%s: event %s failed and is skipped", self.id, event_id)
+        if isinstance(event_id, str):
+            self._remember("events_handled", event_id, KEPT_EVENTS)
+
+    def _notice_membership(self, event: JsonObject) -> None:
+        """What somebody else did to one of our users."""
+        if event.get("type") == "m.room.member" and event.get("content", {}).get("membership") != "join":
+            if intent := self.intents.get(event.get("state_key")):
+                intent.rooms.discard(event.get("room_id", ""))
+
+    def _remember(self, table: str, id: str, keep: int) -> None:
+        self.sql(f"INSERT OR IGNORE INTO {table}(id) VALUES (?)", id)
+        if not secrets.randbelow(100):                       # now and then is enough
+            self.sql(f"DELETE FROM {table} WHERE n <= (SELECT max(n) FROM {table}) - ?", keep)
+
+    def _get_existence(self, kind: str, id: str, request: Request) -> None:
+        if not (self.on_user_query(id) if kind == "users" else self.on_alias_query(id)):
+            raise MatrixError("M_NOT_FOUND", f"{shorten(id)} does not exist here")
+
+    def _get_third_party(self, kind: str, protocol: str, request: Request) -> Any:
+        fields = {name: value for name, value in request.query.items() if name != "access_token"}
+        hook = getattr(self, f"on_third_party_{kind}")
+        found = hook(protocol) if kind == "protocol" else hook(protocol, fields)
+        if not found:
+            raise MatrixError("M_NOT_FOUND", f"there is no such third-party {kind} here")
+        return found
+
+    def _post_ping(self, request: Request) -> None:
+        parse_object(request.body(65_536))
+
+
+# -- Asking the homeserver. Client knows the paths and shapes of the client-server API, Intent what a ghost needs first.
 
 class Unreachable(OSError):
     """The homeserver can't be asked; later it may be."""
@@ -10936,7 +11221,7 @@ def given(**values: Any) -> JsonObject:
 
 
 def query_string(query: Mapping[str, Any]) -> str:
-    words = {key: str(value).lower() if isinstance(value, bool) else value for key, value in query.items()}
+    words = {key: str(value).lower() if isinstance(value, bool) else value for key, value in given(**query).items()}
     return "?" + urllib.parse.urlencode(words) if words else ""
 
 
@@ -10948,19 +11233,20 @@ class Client:
     """
 
     def __init__(self, url: str, token: str = "", user_id: str | None = None) -> None:
-        self.url, self.token, self.acts_as = url, token, user_id
+        self.url, self.token = url, token
+        self.acts_as = user_id                               # None: whose the token is
         self.connections: list[HttpClient] = []              # kept and idle, the last used on top
-        self.seen: list[JsonObject] = []                     # events that wait_for() has met
-        self._own_id = user_id
-        self._since: str | None = None                       # where wait_for() goes on
         self.new_txn_id: Callable[[], str] = lambda: secrets.token_hex(8)
+        self.seen: list[JsonObject] = []                     # events that wait_for() has met
+        self._since: str | None = None                       # where it goes on
+        self.known_id = user_id                              # whose requests these are, once that is known
 
     def call(self, method: str, path: str, body: Any = None, /, seconds: float = 60.0, **query: Any) -> Any:
-        """The JSON of the answer."""
+        """The JSON of the answer. What is None is left out of the query."""
         headers = {"Authorization": f"Bearer {self.token}"} if self.token else {}
         if body is not None:
             headers["Content-Type"] = "application/json"
-        target = path + query_string(given(**{"user_id": self.acts_as, **query}))
+        target = path + query_string({"user_id": self.acts_as, **query})
         data = None if body is None else to_json(body).encode("utf-8", "replace")
         connection = self._connection()
         try:
@@ -10974,7 +11260,7 @@ class Client:
     def _connection(self) -> HttpClient:
         try:
             return self.connections.pop()
-        except IndexError:
+        except IndexError:                                   # all are in use
             return HttpClient(self.url)
 
     def _result(self, status: int, answer: bytes) -> Any:
@@ -11001,10 +11287,10 @@ class Client:
 
     @property
     def user_id(self) -> str:
-        if not self._own_id:
-            told: Any = self.whoami()
-            self._own_id = field(told if isinstance(told, dict) else {}, "user_id", str)
-        return self._own_id
+        if not self.known_id:
+            told: Any = self.whoami()                        # a stranger may answer anything
+            self.known_id = field(told if isinstance(told, dict) else {}, "user_id", str)
+        return self.known_id
 
     def whoami(self) -> JsonObject:
         return self.ask("GET", "account", "whoami")
@@ -11068,8 +11354,7 @@ class Client:
 
     # -- Events.
 
-    def send(self, room_id: str, type: str, content: JsonObject, txn_id: str | None = None,
-             ts: int | None = None) -> str:
+    def send(self, room_id: str, type: str, content: JsonObject, txn_id: str | None = None, ts: int | None = None) -> str:
         """The event's ID. The same `txn_id` again sends nothing again; `ts` is for application services."""
         where = "rooms", room_id, "send", type, txn_id or self.new_txn_id()
         return str(self.ask("PUT", *where, body=content, ts=ts)["event_id"])
@@ -11081,8 +11366,7 @@ class Client:
         where = "rooms", room_id, "redact", event_id, txn_id or self.new_txn_id()
         return str(self.ask("PUT", *where, body=given(reason=reason))["event_id"])
 
-    def set_state(self, room_id: str, type: str, content: JsonObject, state_key: str = "",
-                  ts: int | None = None) -> str:
+    def set_state(self, room_id: str, type: str, content: JsonObject, state_key: str = "", ts: int | None = None) -> str:
         return str(self.ask("PUT", "rooms", room_id, "state", type, state_key, body=content, ts=ts)["event_id"])
 
     def state(self, room_id: str, type: str, state_key: str = "") -> JsonObject:
@@ -11106,8 +11390,7 @@ class Client:
     def receipt(self, room_id: str, event_id: str, type: str = "m.read") -> None:
         self.ask("POST", "rooms", room_id, "receipt", type, event_id, body={})
 
-    def sync(self, since: str | None = None, timeout: int = 0,
-             filter: JsonObject | str | None = None) -> JsonObject:
+    def sync(self, since: str | None = None, timeout: int = 0, filter: JsonObject | str | None = None) -> JsonObject:
         """`timeout` in milliseconds: how long the homeserver may wait for something new."""
         narrow = to_json(filter) if isinstance(filter, dict) else filter
         return self.ask("GET", "sync", seconds=60 + timeout / 1000, since=since, timeout=timeout, filter=narrow)
@@ -11131,20 +11414,21 @@ class Client:
         for rooms in answer.get("rooms", {}).values():
             for room_id, room in rooms.items():
                 for part in ("invite_state", "knock_state", "state", "timeline"):
-                    self.seen += [{**event, "room_id": room_id}
-                                  for event in room.get(part, {}).get("events", ())]
+                    self.seen += [{**event, "room_id": room_id} for event in room.get(part, {}).get("events", ())]
 
 
 class Intent(Client):
-    """Acts as a user of the application service, who is registered and joined when the need arises."""
+    """Acts as a user of the application service, who is registered before the first request and, where the homeserver
+    refuses one, joined to the room that it is about: nobody need prepare a ghost. Made by AppService.intent().
+    """
 
     ROOM_PATH = re.compile(r"/_matrix/client/v3/rooms/([^/]+)/")
 
     def __init__(self, service: AppService, user_id: str | None) -> None:
         super().__init__(service.homeserver_url, service.registration.as_token, user_id)
         self.service = service
-        self.connections = service.client.connections
-        self.registered = False
+        self.connections = service.client.connections        # shared by all intents
+        self.registered = False                              # as far as is known here
         self.rooms: set[str] = set()                         # joined, as far as is known here
 
     def call(self, method: str, path: str, body: Any = None, /, seconds: float = 60.0, **query: Any) -> Any:
@@ -11171,8 +11455,7 @@ class Intent(Client):
         """Whether the user was not registered before."""
         if self.registered:
             return False
-        localpart = localpart_of(self.acts_as) if self.acts_as else self.service.registration.sender_localpart
-        new = False
+        localpart, new = localpart_of(self.acts_as or "") or self.service.registration.sender_localpart, False
         with expecting("M_USER_IN_USE"):
             self.service.client.ask("POST", "register", body={
                 "type": "m.login.application_service", "username": localpart, "inhibit_login": True})
@@ -11206,311 +11489,39 @@ class Intent(Client):
         super().leave(room_id, reason)
 
 
-#: What to do when the homeserver can't, or does not want to, ping us.
-PING_HINTS = {
-    "M_BAD_STATUS":         "something else answers at {url}, or the hs_token there is another",
-    "M_CONNECTION_FAILED":  "the homeserver can't connect to {url}: is that where it would find us?",
-    "M_CONNECTION_TIMEOUT": "the homeserver gets no answer from {url}: is a firewall between?",
-    "M_FORBIDDEN":          "the as_token belongs to another application service than {id!r}",
-    "M_UNKNOWN_TOKEN":      "the homeserver does not know the as_token: does it have this registration?",
-    "M_UNRECOGNIZED":       "the homeserver is too old for pings; nothing else depends on it",
-    "M_URL_NOT_SET":        "the homeserver's copy of the registration has url: null: it will push nothing",
-}
-
-
-class AppService:
-    """An application service: takes what the homeserver pushes and asks, and acts through intents.
-
-    Override on_event, on_ephemeral, on_user_query, on_alias_query, and on_third_party_… for a network that can be
-    looked up. `database`: a file, or ":memory:", which a restart forgets.
-    """
-
-    #: method, path (the prefix is missing in the 2016 text), handler
-    ROUTES = (
-        ("PUT",  r"(?:/_matrix/app/v1)?/transactions/([^/]+)",  "_put_transaction"),
-        ("GET",  r"(?:/_matrix/app/v1)?/(users|rooms)/([^/]+)", "_get_existence"),
-        ("POST", r"/_matrix/app/v1/ping",                       "_post_ping"),
-        ("GET",  r"/_matrix/app/(?:v1|unstable)/thirdparty/(protocol|user|location)(?:/([^/]+))?", "_get_third_party"),
-    )
-    SCHEMA = """
-        CREATE TABLE IF NOT EXISTS transactions_done(n INTEGER PRIMARY KEY, id TEXT NOT NULL UNIQUE);
-        CREATE TABLE IF NOT EXISTS events_handled(n INTEGER PRIMARY KEY, id TEXT NOT NULL UNIQUE);
-    """
-
-    def __init__(self, registration: Registration, homeserver_url: str, database: str = ":memory:",
-                 clock: Clock | None = None) -> None:
-        if not is_base_url(homeserver_url):
-            raise ValueError(f"{homeserver_url!r} is no URL of a homeserver; write one such as http://localhost:8008")
-        self.registration, self.homeserver_url = registration, homeserver_url
-        self.id, self.clock = registration.id, clock or Clock()
-        self._where = urllib.parse.urlsplit(registration.url or "")
-        self.client = Client(homeserver_url, registration.as_token)  # acts as nobody; owns the connections
-        self.intents: dict[str | None, Intent] = {}
-        self.bot = self.intent()
-        self.stopping = False
-        self.bells: list[Any] = []                           # rung when the homeserver calls, and to stop
-        self._server: HttpServer | None = None
-        self._server_name = ""
-        self._delivery = threading.Lock()                    # guards the order: one transaction at a time
-        self._db_guard = threading.Lock()                    # guards _db: one statement at a time
-        self._db = (sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
-                    if database == ":memory:" else open_sqlite(database))
-        with unusable(database), contextlib.ExitStack() as undo:
-            undo.callback(self._db.close)
-            self._db.executescript(self.SCHEMA)
-            undo.pop_all()
-
-    # -- To override.
-
-    def on_event(self, event: JsonObject) -> None:
-        """One event, each once and in order. What it raises is logged, and the event counts as handled."""
-
-    def on_ephemeral(self, data: JsonObject) -> None:
-        """Typing, a receipt or presence, if the registration asks for such. Passing: not kept if it can't be handled."""
-
-    def on_user_query(self, user_id: str) -> bool:
-        """Whether this user exists now; it may be registered here."""
-        return False
-
-    def on_alias_query(self, alias: str) -> bool:
-        """Whether this alias exists now; the room may be created here."""
-        return False
-
-    def on_third_party_protocol(self, protocol: str) -> JsonObject | None:
-        """Metadata of one of the registration's `protocols`: user_fields, location_fields, icon, field_types, and
-        instances, each with network_id, desc and fields.
-        """
-        return None
-
-    def on_third_party_user(self, protocol: str, fields: Mapping[str, str]) -> list[JsonObject]:
-        """Users of the network, each with userid, protocol and fields. protocol '': the one with fields["userid"]."""
-        return []
-
-    def on_third_party_location(self, protocol: str, fields: Mapping[str, str]) -> list[JsonObject]:
-        """Its channels, each with alias, protocol and fields. protocol '': the one with fields["alias"]."""
-        return []
-
-    # -- To use.
-
-    def intent(self, user_id: str | None = None) -> Intent:
-        """Acts as this user, '@localpart:server'; without one, as the application service's own user."""
-        if user_id not in self.intents:
-            self.intents.setdefault(user_id, Intent(self, user_id and check_id("@", user_id)))
-        return self.intents[user_id]
-
-    @property
-    def server_name(self) -> str:
-        """Asked of the homeserver the first time."""
-        if not self._server_name:
-            self._server_name = server_of(self.bot.user_id)
-        return self._server_name
-
-    @property
-    def port(self) -> int:
-        return self._server.port if self._server else 0
-
-    @property
-    def url(self) -> str:
-        """Where we listen; the registration's, but with the real port. '' if its url is null."""
-        if self.registration.url is None:
-            return ""
-        host = f"[{self._where.hostname}]" if ":" in (self._where.hostname or "") else self._where.hostname
-        return f"{self._where.scheme}://{host}:{self.port}{self._where.path.rstrip('/')}"
-
-    def sql(self, statement: str, *values: Any) -> list[Any]:
-        """Runs one statement, durably; its rows."""
-        with self._db_guard:
-            return self._db.execute(statement, values).fetchall()
-
-    # -- Start and stop.
-
-    def listen(self) -> None:
-        """Takes the port of the registration's url, if it has one. start() does it if nobody has."""
-        if self.registration.url is not None and self._server is None:
-            port = self._where.port if self._where.port is not None else PORTS[self._where.scheme]
-            self._server = HttpServer((self._where.hostname or "127.0.0.1", port), self.answer)
-
-    def start(self) -> None:
-        """Listens, and looks for the homeserver."""
-        self.listen()
-        if self._server:
-            self._server.start()
-        threading.Thread(target=self._hello, name=f"{self.id} hello", daemon=True).start()
-
-    def stop(self) -> None:
-        """Ends after the event in hand; the rest of its transaction will come again."""
-        self.stopping = True
-        self.ring()
-        server, self._server = self._server, None
-        if server:
-            server.stop()
-        waited = self._delivery.acquire(timeout=1)
-        with self._db_guard:
-            self._db.close()
-        if waited:
-            self._delivery.release()
-        self.client.close()
-
-    def ring(self) -> None:
-        """Wakes whoever waits for the homeserver to come back."""
-        for each in list(self.bells):
-            release(each)
-
-    def _hello(self) -> None:
-        """As soon as there is a homeserver: registers our own user, learns the server name, asks for a ping."""
-        ready, seconds, url = bell(), RETRY_FIRST, self.homeserver_url
-        self.bells.append(ready)
-        while not self.stopping:
-            try:
-                log.info("%s: the homeserver %s is at %s", self.id, self.server_name, url)
-                return self._ask_for_ping()
-            except (Unreachable, MatrixError) as error:
-                does = "refuses us" if isinstance(error, MatrixError) else "does not answer"
-                log.warning("%s: the homeserver at %s %s: %s", self.id, url, does, self._hint(error))
-                self.clock.wait(ready, self.clock.monotonic() + seconds)
-                seconds = min(2 * seconds, RETRY_LAST)
-
-    def _ask_for_ping(self) -> None:
-        path = f"/_matrix/client/v1/appservice/{urllib.parse.quote(self.id, safe='')}/ping"
-        try:
-            answer = self.client.call("POST", path, {"transaction_id": secrets.token_hex(8)})
-            ms = answer.get("duration_ms") if isinstance(answer, dict) else None
-            log.info("%s: the homeserver reaches us, in %s ms", self.id, shorten(ms))
-        except (Unreachable, MatrixError) as error:
-            if not self.stopping:
-                log.warning("%s: the homeserver does not reach us: %s", self.id, self._hint(error))
-
-    def _hint(self, error: Exception) -> str:
-        hint = PING_HINTS.get(error.errcode, "") if isinstance(error, MatrixError) else ""
-        return f"{error}; {hint.format(url=self.url, id=self.id)}" if hint else str(error)
-
-    # -- What the homeserver sends.
-
-    def answer(self, request: Request) -> Response:
-        try:
-            handler, ids = self._route(request)
-            self._check_token(request)
-            self.ring()
-            return json_response(200, getattr(self, handler)(*ids, request) or {})
-        except MatrixError as error:
-            return json_response(error.status, error.body())
-        except ClientGone:
-            raise
-        except Exception:
-            if not self.stopping:
-                log.exception("%s: %s %s failed", self.id, request.method, request.path)
-            return json_response(500, {"errcode": "M_UNKNOWN", "error": "it failed inside; the log says why"})
-
-    def _route(self, request: Request) -> tuple[str, list[str]]:
-        prefix = self._where.path.rstrip("/")
-        path = request.path.removeprefix(prefix) if request.path.startswith(prefix + "/") else ""
-        for method, regex, handler in self.ROUTES:           # each path has one method
-            if match := re.fullmatch(regex, path):
-                if method != request.method:
-                    raise MatrixError("M_UNRECOGNIZED", f"this path takes {method}, not {request.method}", 405)
-                return handler, [decode_segment(group or "") for group in match.groups()]
-        raise MatrixError("M_UNRECOGNIZED", f"{shorten(request.path)} is no path of an application service")
-
-    def _check_token(self, request: Request) -> None:
-        scheme, _, header = request.headers.get("authorization", "").partition(" ")
-        bearer = header.strip() if scheme.lower() == "bearer" else ""
-        tokens = {bearer, request.query.get("access_token", "")} - {""}
-        if not tokens:
-            raise MatrixError("M_MISSING_TOKEN", "no hs_token, as Authorization: Bearer or access_token=")
-        right = self.registration.hs_token.encode()
-        if not all(hmac.compare_digest(token.encode(), right) for token in tokens):
-            raise MatrixError("M_FORBIDDEN", "this is not the hs_token of this application service")
-
-    def _put_transaction(self, txn_id: str, request: Request) -> None:
-        body = parse_object(request.body(MAX_JSON_BYTES))
-        events = body.get("events")
-        if not isinstance(events, list):
-            raise MatrixError("M_BAD_JSON", "the body must have 'events': a list")
-        ephemeral = body.get("ephemeral", body.get("de.sorunome.msc2409.ephemeral"))
-        with self._delivery:
-            # An ID may come back with other events: from a homeserver that was set up anew and counts from 1. What
-            # was handled is known by event; only what has no ID is taken for done with its transaction.
-            done = bool(self.sql("SELECT 1 FROM transactions_done WHERE id = ?", txn_id))
-            for event in events:
-                if self.stopping:
-                    raise MatrixError("M_UNKNOWN", "the application service stops", 503)
-                if isinstance(event, dict) and not (done and not isinstance(event.get("event_id"), str)):
-                    self._handle(event)
-            for data in ephemeral if isinstance(ephemeral, list) and not done else ():
-                try:
-                    self.on_ephemeral(data)
-                except Exception:
-                    log.exception("%s: ephemeral data failed and is skipped", self.id)
-            self._remember("transactions_done", txn_id, KEPT_TXNS)
-
-    def _handle(self, event: JsonObject) -> None:
-        event_id = event.get("event_id")
-        if isinstance(event_id, str) and self.sql("SELECT 1 FROM events_handled WHERE id = ?", event_id):
-            return
-        try:
-            self._notice_membership(event)
-            self.on_event(event)
-        except Exception as error:
-            if isinstance(error, Unreachable) or (isinstance(error, MatrixError) and error.status in COMES_BACK):
-                raise MatrixError("M_UNKNOWN", f"event {event_id} can't be handled now: {error}", 503) from None
-            log.exception("%s: event %s failed and is skipped", self.id, event_id)
-        if isinstance(event_id, str):
-            self._remember("events_handled", event_id, KEPT_EVENTS)
-
-    def _notice_membership(self, event: JsonObject) -> None:
-        """What somebody else did to one of our users."""
-        if event.get("type") == "m.room.member" and event.get("content", {}).get("membership") != "join":
-            if intent := self.intents.get(event.get("state_key")):
-                intent.rooms.discard(event.get("room_id", ""))
-
-    def _remember(self, table: str, id: str, keep: int) -> None:
-        self.sql(f"INSERT OR IGNORE INTO {table}(id) VALUES (?)", id)
-        if not secrets.randbelow(100):                       # now and then is enough
-            self.sql(f"DELETE FROM {table} WHERE n <= (SELECT max(n) FROM {table}) - ?", keep)
-
-    def _get_existence(self, kind: str, id: str, request: Request) -> None:
-        if not (self.on_user_query(id) if kind == "users" else self.on_alias_query(id)):
-            raise MatrixError("M_NOT_FOUND", f"{shorten(id)} does not exist here")
-
-    def _get_third_party(self, kind: str, protocol: str, request: Request) -> Any:
-        fields = {name: value for name, value in request.query.items() if name != "access_token"}
-        if kind == "protocol":
-            found: Any = self.on_third_party_protocol(protocol)
-        else:
-            found = (self.on_third_party_user if kind == "user" else self.on_third_party_location)(protocol, fields)
-        if not found:
-            raise MatrixError("M_NOT_FOUND", f"there is no such third-party {kind} here")
-        return found
-
-    def _post_ping(self, request: Request) -> None:
-        parse_object(request.body(65_536))
-
-
 # ============================================================================
 # 11. The sample: an IRC bridge
 # ============================================================================
 # An IRC server whose channels are Matrix rooms: a person on IRC is a ghost on
-# Matrix, a person on Matrix is a nick on IRC. First the words of IRC, then a
-# connected client and its commands, then the bridge between the two. RFC 1459
-# and 2812 for IRC; nothing here but section 10 speaks Matrix.
+# Matrix, a person on Matrix is a nick on IRC. What an IRC client says goes down
+# this section: words, server, client, and in the bridge spool, sender, ghost.
+# What Matrix says enters it at IrcBridge.on_event. RFC 1459 and 2812 for IRC;
+# nothing here but section 10 speaks Matrix.
 
 IRC_NAME = "irc.asbridge"
-LINE_BYTES = 510                   # without CRLF (RFC 2812, 2.3)
-NICK_LENGTH, CHANNEL_BYTES, TOPIC_BYTES = 30, 64, 390
-MAX_CHANNELS, MAX_TARGETS = 50, 10 # of one client; of one PRIVMSG
-MAX_CLIENTS, MAX_ROOMS = 1_000, 10_000 # connected; channels with somebody on them
+LINE_BYTES = 510                   # of a line, without CRLF (RFC 2812, 2.3)
+NICK_LENGTH = 30
+CHANNEL_BYTES = 64                 # of a channel's name
+TOPIC_BYTES = 390
+MAX_CHANNELS = 50                  # that one client is on
+MAX_TARGETS = 10                   # of one command, such as PRIVMSG
+MAX_CLIENTS = 1_000                # connected
+MAX_ROOMS = 10_000                 # channels with somebody on them
 MAX_LINES = 200                    # that one Matrix message may become
 MAX_LISTED = 400                   # lines in answer to one LIST or WHO
+MAX_SPOOLED = 100_000              # jobs that wait for the homeserver; past it what makes more is refused
+MAX_FAILURES = 10                  # answers 500, or bugs, until a job is given up
+KEPT_SAID = 2_000                  # messages that a reply or a redaction can be about
 SEND_BYTES = 262_144               # that wait for one client; past it the client is dropped
 PIECE_BYTES = 16_384               # of them that are sent at once
-MAX_SPOOLED = 100_000              # jobs that wait for the homeserver; past it what makes more is refused
 REGISTER_SECONDS = 30.0            # from the connection to NICK and USER
 IDLE_PING_SECONDS = 90.0           # silence until a PING, and from there to the end
 CLOSING_SECONDS = 2.0              # for the last words to be read
-BURST, LINES_PER_SECOND = 200, 50  # a client that writes faster is read more slowly
+LINES_PER_SECOND = 50              # a client that writes faster is read more slowly,
+BURST = 200                        # but for so many lines
 NICK_COST, NEW_CHANNEL_COST = 50, 10 # lines that these count for: they may make a new user or room on Matrix
-MAX_FAILURES = 10                  # answers 500, or bugs, until a job is given up
-KEPT_SAID = 2_000                  # messages that a reply or a redaction can be about
+
+# -- The words of IRC: commands, numerics, and lines as text. Knows of no connection.
 
 NICK = re.compile(rf"(?![0-9-])[A-Za-z0-9\[\]\\`_^{{|}}-]{{1,{NICK_LENGTH}}}")
 CHANNEL = re.compile(r"#[^\x00-\x20,:\x7f]+")
@@ -11519,69 +11530,86 @@ FORMATTING = re.compile(r"\x03(?:\d{1,2}(?:,\d{1,2})?)?|\x04(?:[0-9A-Fa-f]{6})?|
 CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f]")   # in Matrix text, nothing that IRC may take for its own
 ONE_LINE = {0: " ", 10: " ", 13: " "}
 
-MOTD = ("This server is a bridge: its channels are Matrix rooms.",
-        "JOIN #lobby, and people on Matrix find you in #{prefix}lobby:{server}.")
-
-#: The numeric replies whose last parameter is always the same.
-NUMERICS = {
-    1: "Welcome to Matrix by way of IRC",      401: "No such nick or channel",       433: "Nickname is already in use",
-    5: "are supported by this server",         403: "No such channel",               442: "You're not on that channel",
-    305: "You are no longer marked as away",   404: "Cannot send to channel",        443: "is already on channel",
-    306: "You have been marked as away",       405: "You are on too many channels",  451: "You have not registered",
-    315: "End of WHO list",                    411: "No recipient given",            461: "Not enough parameters",
-    318: "End of WHOIS list",                  412: "No text to send",               462: "You may not register again",
-    323: "End of LIST",                        421: "Unknown command",               482: "Matrix decides on rights",
-    331: "No topic is set",                    431: "No nickname given",             501: "Unknown mode flag",
-    366: "End of NAMES list",                  432: "Erroneous nickname",            502: "Only your own mode, please",
-    368: "End of channel ban list",            376: "End of MOTD",                   437: "Not available now; try again later",
-    407: f"Too many recipients: this one and the rest were not told ({MAX_TARGETS} at most)",
-}
-
 
 class Command(NamedTuple):
     """An IRC command, done by the method of IrcClient that is called do_ and its name."""
     least: int                   # parameters
-    early: bool                  # may come before registering
+    early: bool = False          # may come before registering
+    matrix: bool = False         # makes work for Matrix: refused while too much waits for it
 
 
 COMMANDS = {
-    "CAP":       Command(1, True),   # capabilities: we have none
-    "PASS":      Command(1, True),   # a password that nobody checks
-    "USER":      Command(4, True),   # user and real name
-    "NICK":      Command(0, True),   # choose or change the nick
-    "MOTD":      Command(0, False),  # message of the day
-    "LUSERS":    Command(0, False),  # how many are here
-    "PING":      Command(1, True),   # are you there?
-    "PONG":      Command(0, True),   # I am
-    "QUIT":      Command(0, True),   # leave IRC
-    "JOIN":      Command(1, False),  # enter channels; 0: leave all
-    "PART":      Command(1, False),  # leave channels
-    "TOPIC":     Command(1, False),  # read or set the topic
-    "NAMES":     Command(0, False),  # who is in a channel
-    "LIST":      Command(0, False),  # which channels there are
-    "MODE":      Command(1, False),  # ask for modes; there are hardly any
-    "INVITE":    Command(2, False),  # ask somebody into a channel
-    "KICK":      Command(2, False),  # refused: rights are managed on Matrix
-    "PRIVMSG":   Command(0, False),  # say something
-    "NOTICE":    Command(0, False),  # the same, to which no program answers
-    "AWAY":      Command(0, False),  # say that one is away
-    "WHO":       Command(0, False),  # who is in a channel, or who somebody is
-    "WHOIS":     Command(1, False),  # the same, in more words
-    "USERHOST":  Command(1, False),  # nicks with their hosts
-    "ISON":      Command(1, False),  # which of these nicks are here
-    "VERSION":   Command(0, False),  # what this is
+    "CAP":       Command(1, early=True),                # capabilities: we have none
+    "PASS":      Command(1, early=True),                # a password that nobody checks
+    "USER":      Command(4, early=True),                # user and real name
+    "NICK":      Command(0, early=True, matrix=True),   # choose or change the nick
+    "MOTD":      Command(0),                            # message of the day
+    "LUSERS":    Command(0),                            # how many are here
+    "PING":      Command(1, early=True),                # are you there?
+    "PONG":      Command(0, early=True),                # I am
+    "QUIT":      Command(0, early=True),                # leave IRC
+    "JOIN":      Command(1, matrix=True),               # enter channels; 0: leave all
+    "PART":      Command(1),                            # leave channels
+    "TOPIC":     Command(1, matrix=True),               # read or set the topic
+    "NAMES":     Command(0),                            # who is in a channel
+    "LIST":      Command(0),                            # which channels there are
+    "MODE":      Command(1),                            # ask for modes; there are hardly any
+    "INVITE":    Command(2, matrix=True),               # ask somebody into a channel
+    "KICK":      Command(2),                            # refused: rights are managed on Matrix
+    "PRIVMSG":   Command(0, matrix=True),               # say something
+    "NOTICE":    Command(0, matrix=True),               # the same, to which no program answers
+    "AWAY":      Command(0),                            # say that one is away
+    "WHO":       Command(0),                            # who is in a channel, or who somebody is
+    "WHOIS":     Command(1),                            # the same, in more words
+    "USERHOST":  Command(1),                            # nicks with their hosts
+    "ISON":      Command(1),                            # which of these nicks are here
+    "VERSION":   Command(0),                            # what this is
 }
-FOR_MATRIX = ("NICK", "JOIN", "TOPIC", "INVITE", "PRIVMSG", "NOTICE")     # what is refused while too much waits for Matrix
 
+#: The numeric replies whose last parameter is always the same.
+NUMERICS = {
+    1: "Welcome to Matrix by way of IRC",      376: "End of MOTD",                   433: "Nickname is already in use",
+    5: "are supported by this server",         401: "No such nick or channel",       437: "Not available now; try again later",
+    305: "You are no longer marked as away",   403: "No such channel",               442: "You're not on that channel",
+    306: "You have been marked as away",       404: "Cannot send to channel",        443: "is already on channel",
+    315: "End of WHO list",                    405: "You are on too many channels",  451: "You have not registered",
+    318: "End of WHOIS list",                  411: "No recipient given",            461: "Not enough parameters",
+    323: "End of LIST",                        412: "No text to send",               462: "You may not register again",
+    331: "No topic is set",                    421: "Unknown command",               482: "Matrix decides on rights",
+    366: "End of NAMES list",                  431: "No nickname given",             501: "Unknown mode flag",
+    368: "End of channel ban list",            432: "Erroneous nickname",            502: "Only your own mode, please",
+    407: f"Too many recipients: this one and the rest were not told ({MAX_TARGETS} at most)",
+}
 FEATURES = ("CASEMAPPING=rfc1459", "CHANTYPES=#", "PREFIX=", "CHANMODES=b,,,n", f"NICKLEN={NICK_LENGTH}",
-            f"CHANNELLEN={CHANNEL_BYTES}", f"TOPICLEN={TOPIC_BYTES}", f"CHANLIMIT=#:{MAX_CHANNELS}",
-            f"MAXTARGETS={MAX_TARGETS}", f"TARGMAX=NAMES:{MAX_TARGETS},WHOIS:{MAX_TARGETS},PRIVMSG:{MAX_TARGETS},NOTICE:{MAX_TARGETS}",
-            "NETWORK=asbridge")
+            f"CHANNELLEN={CHANNEL_BYTES}", f"TOPICLEN={TOPIC_BYTES}", f"CHANLIMIT=#:{MAX_CHANNELS}", f"MAXTARGETS={MAX_TARGETS}",
+            f"TARGMAX=NAMES:{MAX_TARGETS},WHOIS:{MAX_TARGETS},PRIVMSG:{MAX_TARGETS},NOTICE:{MAX_TARGETS}", "NETWORK=asbridge")
+MOTD = ("This server is a bridge: its channels are Matrix rooms.",
+        "JOIN #lobby, and people on Matrix find you in #{prefix}lobby:{server}.")
 
 
 def fold(name: str) -> str:
     """A nick or channel as IRC compares it."""
     return name.translate(FOLD)
+
+
+def is_channel(name: str) -> bool:
+    return bool(CHANNEL.fullmatch(name)) and len(name.encode("utf-8", "replace")) <= CHANNEL_BYTES
+
+
+def as_nick(text: str) -> str:
+    """The valid nick that is nearest to any text."""
+    nick = re.sub(r"[^A-Za-z0-9\[\]\\`_^{|}-]", "_", text)[:NICK_LENGTH]
+    return nick if NICK.fullmatch(nick) else ("_" + nick)[:NICK_LENGTH]
+
+
+def as_user(text: str) -> str:
+    """What stands between ! and @."""
+    return re.sub(r"[^A-Za-z0-9._-]", "_", text)[:10] or "_"
+
+
+def several(names: str) -> list[str]:
+    """The names in a list with commas, each once."""
+    return list({fold(name): name for name in names.split(",") if name}.values())
 
 
 def decode_line(raw: bytes) -> str:
@@ -11599,6 +11627,19 @@ def parse_line(line: str) -> tuple[str, list[str]]:
     middle, colon, trailing = line.partition(" :")
     words = [word for word in middle.split(" ") if word]     # other white space is text (RFC 2812, 2.3.1)
     return (words[0].upper(), words[1:] + ([trailing] if colon else [])) if words else ("", [])
+
+
+def parse_action(text: str) -> tuple[str, bool]:
+    """The text, and whether it is what /me sends (CTCP ACTION)."""
+    if text.startswith("\x01ACTION "):
+        return text[8:].rstrip("\x01"), True
+    return text, False
+
+
+def encode_line(line: str) -> bytes:
+    """A line as it is sent: nothing in it ends it sooner, and no half character stands at its end."""
+    data = line.translate(ONE_LINE).encode("utf-8", "replace")[:LINE_BYTES]
+    return data.decode("utf-8", "ignore").encode() + b"\r\n"
 
 
 def split_text(text: str, limit: int) -> list[str]:
@@ -11627,47 +11668,17 @@ def irc_lines(source: str, command: str, target: str, text: str, action: bool = 
     return [before + piece + after for piece in pieces]
 
 
-def parse_action(text: str) -> tuple[str, bool]:
-    """The text, and whether it is what /me sends (CTCP ACTION)."""
-    if text.startswith("\x01ACTION "):
-        return text[8:].rstrip("\x01"), True
-    return text, False
-
-
-def as_nick(text: str) -> str:
-    """The valid nick that is nearest to any text."""
-    nick = re.sub(r"[^A-Za-z0-9\[\]\\`_^{|}-]", "_", text)[:NICK_LENGTH]
-    return nick if NICK.fullmatch(nick) else ("_" + nick)[:NICK_LENGTH]
-
-
-def as_user(text: str) -> str:
-    """What stands between ! and @."""
-    return re.sub(r"[^A-Za-z0-9._-]", "_", text)[:10] or "_"
-
-
-def one_line(text: object) -> str:
-    """A field of a Matrix event, such as a topic, as IRC can show it."""
-    return CONTROL.sub("", str(text or "")).replace("\n", " ")
-
-
-def several(names: str) -> list[str]:
-    """The names in a list with commas, each once."""
-    return list({fold(name): name for name in names.split(",") if name}.values())
-
-
-def is_channel(name: str) -> bool:
-    return bool(CHANNEL.fullmatch(name)) and len(name.encode("utf-8", "replace")) <= CHANNEL_BYTES
-
+# -- The server: who and which channels there are, wherever they come from, and the connections. Knows no Matrix but the bridge.
 
 @dataclass(eq=False)
 class Person:
-    """Somebody with a nick: on Matrix, or (IrcClient) connected here. Guarded, like Channel, by IrcBridge.lock."""
+    """Somebody with a nick: on Matrix, or (IrcClient) connected here. Guarded, like Channel, by IrcServer.lock."""
     nick: str
     user: str
     host: str
     realname: str
     user_id: str = ""                                        # of a person on Matrix
-    away: str = ""
+    away: str = ""                                           # why; empty: there
     channels: set[Channel] = dataclasses.field(default_factory=set)
 
     @property
@@ -11694,7 +11705,7 @@ class Channel:
     room_id: str = ""                                        # empty until the homeserver has made or found it
     topic: str = ""
     topic_by: str = ""
-    topic_at: int = 0
+    topic_at: int = 0                                        # seconds since 1970
     people: set[Person] = dataclasses.field(default_factory=set)
     changes: int = 0                                         # counts joins and parts, for refresh()
 
@@ -11707,21 +11718,20 @@ class Channel:
             self.tell(line, but)
 
     def enter(self, person: Person) -> None:
-        if person in self.people:
-            return
-        self.people.add(person)
-        person.channels.add(self)
-        self.changes += 1
-        self.tell(f":{person.prefix} JOIN {self.name}")
+        if person not in self.people:
+            self.people.add(person)
+            person.channels.add(self)
+            self.changes += 1
+            self.tell(f":{person.prefix} JOIN {self.name}")
 
     def exit(self, person: Person, line: str = "") -> None:
-        if person not in self.people:
-            return
-        if line:
-            self.tell(line)
-        self.people.discard(person)
-        person.channels.discard(self)
-        self.changes += 1
+        """`line` tells it, if anything does."""
+        if person in self.people:
+            if line:
+                self.tell(line)
+            self.people.discard(person)
+            person.channels.discard(self)
+            self.changes += 1
 
     def change_topic(self, source: str, topic: str, at: int) -> None:
         """`at` in milliseconds."""
@@ -11729,24 +11739,114 @@ class Channel:
         self.tell(f":{source} TOPIC {self.name} :{topic}")
 
 
+class IrcServer:
+    """Takes connections, and knows everybody and every channel there is on IRC."""
+
+    def __init__(self, bridge: IrcBridge, bind: str, port: int) -> None:
+        self.bridge, self.address = bridge, (bind, port)
+        # Guards all that follows, every Person and Channel, and the bridge's maps of them. Held for one IRC line or one
+        # event, in which nothing waits: what goes to IRC is queued, what goes to Matrix is spooled.
+        self.lock = threading.Lock()
+        self.people: dict[str, Person] = {}                  # by folded nick: registered clients, people on Matrix
+        self.channels: dict[str, Channel] = {}               # by folded name
+        self.clients: set[IrcClient] = set()                 # connected, registered or not
+        self._listener: socket.socket | None = None
+        self._accepter: threading.Thread | None = None
+
+    def find_person(self, nick: str) -> Person | None:
+        return self.people.get(fold(nick))
+
+    def find_channel(self, name: str) -> Channel | None:
+        return self.channels.get(fold(name))
+
+    def open_channel(self, name: str) -> Channel:
+        """The channel, which is made if there is none."""
+        if fold(name) not in self.channels:
+            self.channels[fold(name)] = Channel(name, self.bridge.clock.now() // 1000)
+        return self.channels[fold(name)]
+
+    def may_open(self, name: str) -> bool:
+        """Channels that somebody is on, here or on Matrix, are counted: those that a flooder has left keep out nobody."""
+        return (fold(name) in self.channels or len(self.channels) < MAX_ROOMS
+                or sum(bool(channel.people) for channel in self.channels.values()) < MAX_ROOMS)
+
+    @property
+    def port(self) -> int:
+        return int(self._listener.getsockname()[1]) if self._listener else 0
+
+    def listen(self) -> None:
+        family = socket.AF_INET6 if ":" in self.address[0] else socket.AF_INET
+        with failing(f"{self.address[0]}:{self.address[1]} can't be listened at"):
+            self._listener = socket.create_server(self.address, family=family, backlog=128)
+        self._listener.settimeout(1.0)                       # where closing does not wake accept()
+
+    def start(self) -> None:
+        self._accepter = threading.Thread(target=self._accept, args=(self._listener,), name="irc accept", daemon=True)
+        self._accepter.start()
+
+    def stop(self) -> None:
+        """Ends what listen() and start() began; bridge.stopping is set before."""
+        listener, self._listener = self._listener, None
+        if listener:
+            hang_up(listener)
+            if self._accepter:
+                self._accepter.join(2)
+            listener.close()
+        with self.lock:
+            for client in self.clients:
+                client.close("The bridge stops")
+
+    def _accept(self, listener: socket.socket) -> None:
+        seldom = Seldom()
+        while not self.bridge.stopping:
+            try:
+                self._take(*listener.accept())
+            except TimeoutError:
+                pass
+            except (OSError, RuntimeError) as error:         # no more handles or threads
+                if self.bridge.stopping:
+                    return
+                if seldom():
+                    log.error("%s: no more IRC clients can be taken: %s; there are %d", self.bridge.id, error, len(self.clients))
+                time.sleep(0.1)
+
+    def _take(self, sock: socket.socket, address: Any) -> None:
+        host = re.sub("^:", "0:", address[0])                # no parameter may start with ':'
+        client = IrcClient(self, sock, host)
+        with self.lock:
+            full = len(self.clients) >= MAX_CLIENTS
+            self.clients.add(client)
+        try:
+            client.start()
+        except RuntimeError:
+            with self.lock:
+                self.clients.discard(client)
+            client.close("No more threads")                  # ends the one thread that there may be
+            hang_up(sock)
+            sock.close()
+            raise
+        if full:
+            client.close("Too many clients")
+
+
 class IrcClient(Person):
     """One IRC connection: one thread reads commands, another writes what waits for it. Nobody else waits for it."""
 
-    def __init__(self, bridge: IrcBridge, sock: socket.socket, host: str) -> None:
+    def __init__(self, server: IrcServer, sock: socket.socket, host: str) -> None:
         super().__init__("", "", host, "")
-        self.bridge, self.sock = bridge, sock
-        self.registered = self.negotiating = False           # negotiating: between CAP LS and CAP END
-        self.waiting = bytearray()                           # lines that are still to be sent
-        self.fate = ""                                       # why the connection ends; nothing is said after that
-        self.guard = threading.Lock()                        # guards waiting and fate
-        self.news = bell()                                   # one of them has changed
-        self.writer = threading.Thread(target=self.write, name=f"irc to {host}", daemon=True)
+        self.server, self.bridge, self.sock = server, server.bridge, sock
+        self.registered = False                              # NICK and USER were taken: others see it
+        self.negotiating = False                             # between CAP LS and CAP END
         self.register_by = time.monotonic() + REGISTER_SECONDS
         self.pause = bell()                                  # what a client that writes too fast waits on
         self.paid_until = 0.0                                # moved on by each line; may not pass the clock
         self.cost = 0.0                                      # of the line in hand: its jobs, and a tenth for each numeric
+        self.news = threading.Condition()                    # guards the next two; the writer waits for them
+        self.waiting = bytearray()                           # lines that are still to be sent
+        self.fate = ""                                       # why the connection ends; nothing is said after that
+        self.writer = threading.Thread(target=self.write, name=f"irc to {host}", daemon=True)
 
-    # -- The connection.
+    # -- In: from bytes to a method do_x, for the command X.
 
     def start(self) -> None:
         self.sock.settimeout(REGISTER_SECONDS)
@@ -11756,11 +11856,12 @@ class IrcClient(Person):
         threading.Thread(target=self.read, name=f"irc from {self.host}", daemon=True).start()
 
     def read(self) -> None:
+        """Obeys line after line until the client goes, or has to."""
         try:
             for raw in self.lines():
                 self.cost = 0.0
-                with self.bridge.lock:
-                    self.obey(decode_line(raw))
+                with self.server.lock:
+                    self.obey(decode_line(raw).rstrip("\r"))
                 if self.fate:
                     break
                 self.slow_down()
@@ -11773,16 +11874,8 @@ class IrcClient(Person):
         finally:
             self.end()
 
-    def end(self) -> None:
-        with self.bridge.lock:
-            self.bridge.quit(self, self.fate or "Connection closed")
-        self.close("Connection closed")
-        self.writer.join(CLOSING_SECONDS)
-        hang_up(self.sock)
-        with self.bridge.lock:
-            self.bridge.clients.discard(self)
-
     def lines(self) -> Iterator[bytes]:
+        """Until the client closes, is silent for too long, or has not registered in time."""
         buffer, pinged = b"", False
         while not self.end_if_late():
             self.sock.settimeout(IDLE_PING_SECONDS if self.registered else max(0.001, self.register_by - time.monotonic()))
@@ -11809,53 +11902,56 @@ class IrcClient(Person):
             self.close("Not registered in time: NICK and USER are wanted")
         return late
 
+    def obey(self, line: str) -> None:
+        """Does what the line says, or says why not. Under the server's lock."""
+        name, params = parse_line(line)
+        command = COMMANDS.get(name)
+        if not name or self.end_if_late():
+            return
+        if not self.registered and line.endswith((" HTTP/1.1", " HTTP/1.0")):
+            self.close("This is IRC, not HTTP")              # a web page may try to speak for its reader
+        elif not self.registered and not (command and command.early):
+            self.reply(451)
+        elif command is None:
+            self.reply(421, name)
+        elif len(params) < command.least:
+            self.reply(461, name)
+        elif self.registered and command.matrix and self.bridge.is_behind():
+            self.reply(437, *params[:1])
+        else:
+            getattr(self, f"do_{name.lower()}")(*params[:15])
+
     def slow_down(self) -> None:
         now = self.bridge.clock.monotonic()
         self.paid_until = max(self.paid_until, now - BURST / LINES_PER_SECOND) + max(1.0, self.cost) / LINES_PER_SECOND
         if self.paid_until > now:
             self.bridge.clock.wait(self.pause, self.paid_until)
 
-    def write(self) -> None:
-        with contextlib.suppress(OSError):                   # the reader notices, too
-            while piece := self.next_piece():
-                self.sock.sendall(piece)
+    def end(self) -> None:
+        try:
+            with self.server.lock:
+                self.leave_all(self.fate or "Connection closed")
+        except sqlite3.Error:                                # a full disk, say: its ghost stays until the next start
+            if not self.bridge.stopping:
+                log.exception("the IRC client %s has left, but not on Matrix", self.nick)
+        self.close("Connection closed")
+        self.writer.join(CLOSING_SECONDS)
         hang_up(self.sock)
-        self.sock.close()
+        with self.server.lock:
+            self.server.clients.discard(self)
 
-    def next_piece(self) -> bytes:
-        """Some whole lines, once there are any; nothing when there will be no more."""
-        while True:
-            with self.guard:
-                end = self.waiting.rfind(b"\n", 0, PIECE_BYTES) + 1
-                piece = bytes(self.waiting[:end])
-                del self.waiting[:end]
-                if piece or self.fate:
-                    return piece
-            self.news.acquire()
+    def leave_all(self, reason: str) -> None:
+        if not self.registered:
+            return
+        del self.server.people[fold(self.nick)]
+        self.tell_neighbours(f":{self.prefix} QUIT :{reason}")
+        channels = list(self.channels)
+        for channel in channels:
+            channel.exit(self)
+        for channel in channels if not self.bridge.stopping else ():     # else the sweep at the next start does it
+            self.spool("leave", channel.name, reason=reason)
 
-    def tell(self, line: str) -> None:
-        """One line for the client; never waits. With too many that wait already the connection ends."""
-        data = line.translate(ONE_LINE).encode("utf-8", "replace")[:LINE_BYTES]
-        whole = data.decode("utf-8", "ignore").encode() + b"\r\n"           # no half character at the end
-        with self.guard:
-            full = len(self.waiting) + len(whole) > SEND_BYTES
-            if full and not self.fate:
-                self.waiting.clear()
-            elif not self.fate:
-                self.waiting += whole
-        if full:
-            self.close("Too slow to read")
-            with contextlib.suppress(OSError):
-                self.sock.shutdown(socket.SHUT_RD)           # wakes the reader; the last words may still be taken
-        release(self.news)
-
-    def close(self, fate: str) -> None:
-        line = f"ERROR :Closing link: {fate}".translate(ONE_LINE).encode()[:LINE_BYTES] + b"\r\n"
-        with self.guard:
-            if not self.fate:
-                self.fate = fate
-                self.waiting += line
-        release(self.news)
+    # -- Out: from a line to bytes.
 
     def reply(self, number: int, *params: str) -> None:
         """A numeric; what NUMERICS has for it comes last."""
@@ -11869,30 +11965,51 @@ class IrcClient(Person):
         for piece in split_text(" ".join(words), room):
             self.reply(number, *params, piece)
 
-    def obey(self, line: str) -> None:
-        name, params = parse_line(line.rstrip("\r"))
-        command = COMMANDS.get(name)
-        if not name or self.end_if_late():
-            return
-        if not self.registered and line.rstrip("\r").endswith((" HTTP/1.1", " HTTP/1.0")):
-            self.close("This is IRC, not HTTP")              # a web page may try to speak for its reader
-        elif not self.registered and not (command and command.early):
-            self.reply(451)
-        elif command is None:
-            self.reply(421, name)
-        elif len(params) < command.least:
-            self.reply(461, name)
-        elif self.registered and name in FOR_MATRIX and self.bridge.is_behind():
-            self.reply(437, *params[:1])
-        else:
-            getattr(self, f"do_{name.lower()}")(*params[:15])
+    def listed(self, found: Sequence[T]) -> Iterator[T]:
+        """As many of them as are listed, and then how many more there are."""
+        yield from found[:MAX_LISTED]
+        if len(found) > MAX_LISTED:
+            self.tell(f":{IRC_NAME} NOTICE {self.nick} :and {len(found) - MAX_LISTED} more")
 
-    def spool(self, do: str, to: str, nick: str = "", **job: Any) -> None:
-        """What this client did is to be done on Matrix. `to`: a channel or a user ID."""
-        self.cost += 1
-        self.bridge.spool(do, nick=nick or self.nick, to=to, **job)
+    def tell(self, line: str) -> None:
+        """One line for the client; never waits. With too many that wait already the connection ends."""
+        data = encode_line(line)
+        with self.news:
+            if self.fate:
+                return
+            if len(self.waiting) + len(data) <= SEND_BYTES:
+                self.waiting += data
+                return self.news.notify()
+            self.waiting.clear()
+            self.close("Too slow to read")
+        with contextlib.suppress(OSError):
+            self.sock.shutdown(socket.SHUT_RD)               # wakes the reader; the last words may still be taken
 
-    # -- Registering. A method do_x is the command X.
+    def close(self, fate: str) -> None:
+        """The connection ends when the client was told why, after what waits for it."""
+        with self.news:
+            if not self.fate:
+                self.fate = fate
+                self.waiting += encode_line(f"ERROR :Closing link: {fate}")
+                self.news.notify()
+
+    def write(self) -> None:
+        with contextlib.suppress(OSError):                   # the reader notices, too
+            while piece := self.next_piece():
+                self.sock.sendall(piece)
+        hang_up(self.sock)
+        self.sock.close()
+
+    def next_piece(self) -> bytes:
+        """Some whole lines, once there are any; nothing when there will be no more."""
+        with self.news:
+            self.news.wait_for(lambda: self.waiting or self.fate)
+            end = self.waiting.rfind(b"\n", 0, PIECE_BYTES) + 1
+            piece = bytes(self.waiting[:end])
+            del self.waiting[:end]
+            return piece
+
+    # -- Registering.
 
     def do_cap(self, verb: str, *wanted: str) -> None:
         """We have no capabilities, but clients ask first and wait for the answer."""
@@ -11915,27 +12032,40 @@ class IrcClient(Person):
         self.welcome()
 
     def do_nick(self, nick: str = "", *_: str) -> None:
-        holder = self.bridge.people.get(fold(nick))
         if not nick:
             self.reply(431)
         elif not NICK.fullmatch(nick):
             self.reply(432, nick)
-        elif holder not in (None, self) or self.bridge.is_bot(nick):
+        elif self.server.find_person(nick) not in (None, self) or self.bridge.is_bot(nick):
             self.reply(433, nick)
         elif self.registered:
-            self.bridge.rename(self, nick)
+            self.rename(nick)
         else:
             self.nick = nick
             self.welcome()
 
+    def rename(self, nick: str) -> None:
+        """On Matrix another ghost comes, and this one leaves."""
+        old, line = self.nick, f":{self.prefix} NICK :{nick}"
+        self.tell(line)
+        self.tell_neighbours(line)
+        del self.server.people[fold(old)]
+        self.server.people[fold(nick)], self.nick = self, nick
+        self.cost += NICK_COST
+        for channel in self.channels:
+            self.spool("join", channel.name)
+            if to_localpart(old) != to_localpart(nick):      # else only the display name changes
+                self.spool("leave", channel.name, old, reason=f"is now known as {nick}")
+
     def welcome(self) -> None:
+        """Registers who has said who they are, and tells them what they are told first."""
         if self.registered or self.negotiating or not (self.nick and self.user):
             return
-        if fold(self.nick) in self.bridge.people:            # somebody was quicker
+        if self.server.find_person(self.nick):               # somebody was quicker
             taken, self.nick = self.nick, ""
             return self.reply(433, taken)
         self.registered = True
-        self.bridge.people[fold(self.nick)] = self
+        self.server.people[fold(self.nick)] = self
         self.reply(1)
         self.reply(2, f"Your host is {IRC_NAME}, running asbridge {__version__}")
         self.reply(3, "It began when Matrix did")
@@ -11951,9 +12081,9 @@ class IrcClient(Person):
         self.reply(376)
 
     def do_lusers(self, *_: str) -> None:
-        on_irc = sum(isinstance(person, IrcClient) for person in self.bridge.people.values())
-        self.reply(251, f"There are {on_irc} people on IRC and {len(self.bridge.people) - on_irc} on Matrix")
-        self.reply(254, str(len(self.bridge.channels)), "channels formed")
+        on_irc = sum(isinstance(person, IrcClient) for person in self.server.people.values())
+        self.reply(251, f"There are {on_irc} people on IRC and {len(self.server.people) - on_irc} on Matrix")
+        self.reply(254, str(len(self.server.channels)), "channels formed")
         self.reply(255, f"I have {on_irc} clients and 0 servers")
 
     def do_ping(self, token: str, *_: str) -> None:
@@ -11969,7 +12099,7 @@ class IrcClient(Person):
 
     def own_channel(self, name: str) -> Channel | None:
         """The channel, if this client is on it; otherwise it is told that not."""
-        channel = self.bridge.channels.get(fold(name))
+        channel = self.server.find_channel(name)
         if channel and self in channel.people:
             return channel
         self.reply(442 if channel else 403, name)
@@ -11983,9 +12113,9 @@ class IrcClient(Person):
                 self.reply(403, name)
             elif len(self.channels) >= MAX_CHANNELS:
                 self.reply(405, name)
-            elif not self.bridge.may_open(name):
+            elif not self.server.may_open(name):
                 self.reply(437, name)
-            elif self not in (channel := self.bridge.channel(name)).people:
+            elif self not in (channel := self.server.open_channel(name)).people:
                 self.cost += 0 if channel.room_id else NEW_CHANNEL_COST
                 channel.enter(self)
                 self.spool("join", channel.name)
@@ -12017,25 +12147,19 @@ class IrcClient(Person):
 
     def do_names(self, names: str = "*", *_: str) -> None:
         for name in several(names)[:MAX_TARGETS]:
-            if channel := self.bridge.channels.get(fold(name)):
+            if channel := self.server.find_channel(name):
                 self.reply_list(353, "=", channel.name, words=sorted(person.nick for person in channel.people))
             self.reply(366, channel.name if channel else name)
 
     def do_list(self, names: str = "", *_: str) -> None:
         wanted = {fold(name) for name in names.split(",") if is_channel(name)}
         self.reply(321, "Channel", "Users  Name")
-        found = [channel for key, channel in sorted(self.bridge.channels.items()) if not wanted or key in wanted]
-        for channel in found[:MAX_LISTED]:
+        for channel in self.listed([one for key, one in sorted(self.server.channels.items()) if not wanted or key in wanted]):
             self.reply(322, channel.name, str(len(channel.people)), channel.topic)
-        self.and_more(len(found))
         self.reply(323)
 
-    def and_more(self, count: int) -> None:
-        if count > MAX_LISTED:
-            self.tell(f":{IRC_NAME} NOTICE {self.nick} :and {count - MAX_LISTED} more")
-
     def do_mode(self, target: str, changes: str = "", *_: str) -> None:
-        channel = self.bridge.channels.get(fold(target))
+        channel = self.server.find_channel(target)
         if target.startswith("#"):
             if channel is None:
                 self.reply(403, target)
@@ -12054,7 +12178,7 @@ class IrcClient(Person):
             self.reply(501)
 
     def do_invite(self, nick: str, name: str, *_: str) -> None:
-        person = self.bridge.people.get(fold(nick))
+        person = self.server.find_person(nick)
         if person is None:
             return self.reply(401, nick)
         if channel := self.own_channel(name):
@@ -12087,15 +12211,16 @@ class IrcClient(Person):
             self.speak("NOTICE", target, text)
 
     def speak(self, command: str, target: str, text: str) -> None:
-        channel, person = self.bridge.channels.get(fold(target)), self.bridge.people.get(fold(target))
+        """To people on IRC at once; to those on Matrix by way of the homeserver."""
+        channel, person = self.server.find_channel(target), self.server.find_person(target)
         words, action = parse_action(text)
         if channel and self in channel.people:
             channel.hear(self.prefix, command, words, action, but=self)
-            self.bridge.from_irc(self, command, channel.name, words, action)
+            self.say(command, channel.name, words, action)
         elif person:
             person.hear(self.prefix, command, words, action)
             if person.user_id:
-                self.bridge.from_irc(self, command, person.user_id, words, action)
+                self.say(command, person.user_id, words, action)
             elif person.away and command == "PRIVMSG":
                 self.reply(301, person.nick, person.away)
         elif command == "PRIVMSG":
@@ -12108,17 +12233,16 @@ class IrcClient(Person):
     # -- Who is there.
 
     def do_who(self, mask: str = "*", *_: str) -> None:
-        channel, person = self.bridge.channels.get(fold(mask)), self.bridge.people.get(fold(mask))
+        channel, person = self.server.find_channel(mask), self.server.find_person(mask)
         people = channel.people if channel else [person] if person else []
-        for each in sorted(people, key=lambda each: each.nick)[:MAX_LISTED]:
+        for each in self.listed(sorted(people, key=lambda each: each.nick)):
             self.reply(352, channel.name if channel else "*", each.user, each.host, IRC_NAME, each.nick,
                        "G" if each.away else "H", f"0 {each.realname}")
-        self.and_more(len(people))
         self.reply(315, mask)
 
     def do_whois(self, *params: str) -> None:
         for nick in several(params[-1])[:MAX_TARGETS]:
-            if person := self.bridge.people.get(fold(nick)):
+            if person := self.server.find_person(nick):
                 self.describe(person)
             else:
                 self.reply(401, nick)
@@ -12134,19 +12258,39 @@ class IrcClient(Person):
             self.reply(301, person.nick, person.away)
 
     def do_userhost(self, *nicks: str) -> None:
-        found = [person for nick in nicks[:5] if (person := self.bridge.people.get(fold(nick)))]
+        found = [person for nick in nicks[:5] if (person := self.server.find_person(nick))]
         self.reply(302, " ".join([f"{p.nick}={'-' if p.away else '+'}{p.user}@{p.host}" for p in found]))
 
     def do_ison(self, *nicks: str) -> None:
-        found = [self.bridge.people.get(fold(nick)) for nick in " ".join(nicks).split()]
+        found = [self.server.find_person(nick) for nick in " ".join(nicks).split()]
         self.reply(303, " ".join([person.nick for person in found if person]))
 
     def do_version(self, *_: str) -> None:
         self.reply(351, f"asbridge-{__version__}", IRC_NAME, "an IRC door to Matrix")
 
+    # -- On to the bridge: what is to be done on Matrix.
 
-MEDIA = {"m.image": "an image", "m.video": "a video", "m.audio": "a recording", "m.file": "a file",
-         "m.sticker": "a sticker"}
+    def say(self, command: str, to: str, words: str, action: bool) -> None:
+        """On Matrix. Colours are left out, and any other CTCP: that is between IRC clients only."""
+        body = FORMATTING.sub("", words)
+        if body and not words.startswith("\x01"):
+            msgtype = "m.emote" if action else "m.notice" if command == "NOTICE" else "m.text"
+            self.spool("say", to, msgtype=msgtype, body=body, ts=self.bridge.clock.now())
+
+    def spool(self, do: str, to: str, nick: str = "", **job: Any) -> None:
+        """What this client did is to be done on Matrix. `to`: a channel or a user ID."""
+        self.cost += 1
+        self.bridge.spool(do, nick=nick or self.nick, to=to, **job)
+
+
+# -- The bridge: who is who, and what becomes of a line or an event on the other side. Knows IRC by the words and the server above.
+
+MEDIA = {"m.image": "an image", "m.video": "a video", "m.audio": "a recording", "m.file": "a file", "m.sticker": "a sticker"}
+
+
+def one_line(text: object) -> str:
+    """A field of a Matrix event, such as a topic, as IRC can show it."""
+    return CONTROL.sub("", str(text or "")).replace("\n", " ")
 
 
 def strip_quote(body: str) -> tuple[str, str]:
@@ -12170,33 +12314,30 @@ class IrcBridge(AppService):
     """
     #: event type: method
     EVENTS = {
-        "m.room.message": "_on_message", "m.room.encrypted": "_on_message", "m.sticker": "_on_message",
-        "m.room.member":  "_on_member",  "m.room.redaction": "_on_redaction",
-        "m.room.topic":   "_on_topic",
+        "m.room.message":   "_on_message",
+        "m.room.encrypted": "_on_message",
+        "m.sticker":        "_on_message",
+        "m.room.redaction": "_on_redaction",
+        "m.room.topic":     "_on_topic",
+        "m.room.member":    "_on_member",
     }
 
     def __init__(self, registration: Registration, homeserver_url: str, database: str = ":memory:",
                  clock: Clock | None = None) -> None:
         super().__init__(registration, homeserver_url, database, clock)
         options = registration.sample or {}
-        self.prefix = str(options.get("prefix", "_irc_"))
-        self.address = (str(options.get("irc_bind", "127.0.0.1")), int(options.get("irc_port", 6667)))
-        # Guards all that follows, and every Person and Channel. Held for one IRC line or one event, in which
-        # nothing waits: what goes to IRC is queued, what goes to Matrix is spooled.
-        self.lock = threading.Lock()
-        self.people: dict[str, Person] = {}                  # by folded nick: IRC clients, people on Matrix
+        self.prefix = str(options.get("prefix", "_irc_"))    # of ghosts' localparts, and of aliases
+        self.irc = IrcServer(self, str(options.get("irc_bind", "127.0.0.1")), int(options.get("irc_port", 6667)))
+        self.lock, self.people, self.channels = self.irc.lock, self.irc.people, self.irc.channels    # the same ones
+        # The lock guards these, too:
         self.matrix: dict[str, Person] = {}                  # by user ID: people on Matrix
-        self.channels: dict[str, Channel] = {}               # by folded name
         self.rooms: dict[str, Channel] = {}                  # by room ID
         self.direct: dict[str, tuple[str, str]] = {}         # by room ID: ghost and person, the latest last
         self.said: dict[str, tuple[str, str]] = {}           # by event ID: who said it, and when
-        self.clients: set[IrcClient] = set()
         # Only the sender's, or set once:
         self.dressed: dict[str, str] = {}                    # by ghost: the display name that it has
         self.work, self.heard = bell(), bell()               # something was spooled; the homeserver is back
         self.bells.append(self.heard)
-        self._listener: socket.socket | None = None
-        self._accepter: threading.Thread | None = None
         self._sender = threading.Thread(target=self._send, name="irc to matrix", daemon=True)
         with legible(database):
             self._load()
@@ -12205,94 +12346,51 @@ class IrcBridge(AppService):
         for user_id, nick in self.sql("SELECT user_id, nick FROM irc_nicks"):
             self._add_person(user_id, nick)
         for name, room_id in self.sql("SELECT name, room_id FROM irc_channels"):
-            self.rooms[room_id] = channel = self.channel(name)
+            self.rooms[room_id] = channel = self.irc.open_channel(name)
             channel.room_id = room_id
         for room_id, ghost, user_id in self.sql("SELECT room_id, ghost, user_id FROM irc_direct ORDER BY n"):
             self.direct[room_id] = (ghost, user_id)
 
-    # -- Start and stop.
+    @property
+    def irc_port(self) -> int:
+        return self.irc.port
 
     def start(self) -> None:
         """Listens for IRC, too. Ghosts that a former process left in channels leave: nobody is connected."""
-        family = socket.AF_INET6 if ":" in self.address[0] else socket.AF_INET
-        with failing(f"{self.address[0]}:{self.address[1]} can't be listened at"):
-            self._listener = socket.create_server(self.address, family=family, backlog=128)
-        self._listener.settimeout(1.0)                       # where closing does not wake accept()
+        self.irc.listen()
         try:
             super().start()
         except OSError:
-            self._listener.close()
+            self.irc.stop()
             raise
         self.sql("DELETE FROM irc_spool WHERE txn LIKE 'sweep%'")
         for channel in list(self.rooms.values()):
             self.spool("sweep", to=channel.name, txn=f"sweep-{channel.name}")
         self._sender.start()
-        self._accepter = threading.Thread(target=self._accept, args=(self._listener,), name="irc accept", daemon=True)
-        self._accepter.start()
+        self.irc.start()
 
     def stop(self) -> None:
         self.stopping = True
-        listener, self._listener = self._listener, None
-        if listener:
-            hang_up(listener)
-            if self._accepter:
-                self._accepter.join(2)
-            listener.close()
-        with self.lock:
-            for client in self.clients:
-                client.close("The bridge stops")
+        self.irc.stop()
         release(self.work)
         self.ring()
         if self._sender.is_alive():
             self._sender.join(1)
         super().stop()
 
-    @property
-    def irc_port(self) -> int:
-        return int(self._listener.getsockname()[1]) if self._listener else 0
-
-    def _accept(self, listener: socket.socket) -> None:
-        seldom = Seldom()
-        while not self.stopping:
-            try:
-                self._welcome(*listener.accept())
-            except TimeoutError:
-                pass
-            except (OSError, RuntimeError) as error:         # no more handles or threads
-                if self.stopping:
-                    return
-                if seldom():
-                    log.error("%s: no more IRC clients can be taken: %s; there are %d", self.id, error, len(self.clients))
-                time.sleep(0.1)
-
-    def _welcome(self, sock: socket.socket, address: Any) -> None:
-        host = re.sub("^:", "0:", address[0])                # no parameter may start with ':'
-        client = IrcClient(self, sock, host)
-        with self.lock:
-            full = len(self.clients) >= MAX_CLIENTS
-            self.clients.add(client)
-        try:
-            client.start()
-        except RuntimeError:
-            with self.lock:
-                self.clients.discard(client)
-            client.close("No more threads")                  # ends the one thread that there may be
-            hang_up(sock)
-            sock.close()
-            raise
-        if full:
-            client.close("Too many clients")
-
-    # -- Names. A ghost has its nick in its user ID; a person on Matrix keeps the nick that it was given first.
+    # -- Names: a ghost has its nick in its user ID, a room its channel in its alias; a person on Matrix keeps the nick that it
+    #    was given first.
 
     def known_name(self) -> str:
-        return self._server_name or "server"
+        """The homeserver's, without asking for it."""
+        return server_of(self.bot.known_id or "") or "server"
 
     def ghost_id(self, nick: str) -> str:
         return f"@{self.prefix}{to_localpart(nick)}:{self.server_name}"
 
-    def channel_alias(self, name: str) -> str:
-        return f"#{self.prefix}{fold(name)[1:]}:{self.server_name}"
+    def ghost_nick(self, user_id: str) -> str:
+        """The nick that a ghost's ID has, or ''."""
+        return from_localpart(localpart_of(user_id)[len(self.prefix):]) if self.is_ghost(user_id) else ""
 
     def is_ghost(self, user_id: str) -> bool:
         return (user_id.startswith(f"@{self.prefix}") and server_of(user_id) == self.server_name
@@ -12305,13 +12403,9 @@ class IrcBridge(AppService):
         """Whether the ghost of this nick would be our own user."""
         return self.prefix + to_localpart(nick) == self.registration.sender_localpart
 
-    def ghost_nick(self, user_id: str) -> str:
-        """The nick that a ghost's ID has, or ''."""
-        return from_localpart(localpart_of(user_id)[len(self.prefix):]) if self.is_ghost(user_id) else ""
-
     def client_of(self, ghost: str) -> IrcClient | None:
         """Who is connected and stands behind this ghost."""
-        person = self.people.get(fold(self.ghost_nick(ghost)))
+        person = self.irc.find_person(self.ghost_nick(ghost))
         return person if isinstance(person, IrcClient) else None
 
     def person(self, user_id: str, realname: str = "") -> Person:
@@ -12321,7 +12415,7 @@ class IrcBridge(AppService):
             base = as_nick(from_localpart(localpart_of(user_id)))
             nicks = (base[:NICK_LENGTH - len(suffix)] + suffix
                      for suffix in ("", "_m", *(f"_m{n}" for n in range(2, len(self.people) + 3))))
-            nick = next(nick for nick in nicks if fold(nick) not in self.people)
+            nick = next(nick for nick in nicks if not self.irc.find_person(nick))
             self.sql("INSERT OR REPLACE INTO irc_nicks VALUES (?, ?)", user_id, nick)
             person = self._add_person(user_id, nick)
         person.realname = realname or person.realname
@@ -12336,61 +12430,27 @@ class IrcBridge(AppService):
         client = self.client_of(user_id)
         return client.nick if client else self.ghost_nick(user_id) or self.person(user_id).nick
 
-    def may_open(self, name: str) -> bool:
-        """Channels that somebody is on, here or on Matrix, are counted: those that a flooder has left keep out nobody."""
-        if fold(name) in self.channels or len(self.channels) < MAX_ROOMS:
-            return True
-        return sum(bool(channel.people) for channel in self.channels.values()) < MAX_ROOMS
+    def channel_alias(self, name: str) -> str:
+        return f"#{self.prefix}{fold(name)[1:]}:{self.server_name}"
 
-    def channel(self, name: str) -> Channel:
-        if fold(name) not in self.channels:
-            self.channels[fold(name)] = Channel(name, self.clock.now() // 1000)
-        return self.channels[fold(name)]
+    def channel_of(self, alias: str) -> str:
+        """The channel's name that an alias has, or ''."""
+        name, ours = "#" + localpart_of(alias)[len(self.prefix):], alias.startswith(f"#{self.prefix}")
+        return name if ours and server_of(alias) == self.server_name and is_channel(name) else ""
 
-    # -- From IRC to Matrix: what a client does ends here, as a job for the sender.
-
-    def spool(self, do: str, *, txn: str = "", **job: Any) -> None:
-        """Puts a job on disk. `txn`: its transaction ID, if that can be derived from what the job answers."""
-        self.sql("INSERT OR IGNORE INTO irc_spool(txn, job) VALUES (?, ?)",
-                 txn or secrets.token_hex(8), to_json({"do": do, **job}))
-        release(self.work)
+    # -- From IRC to Matrix: what a client does is a job on disk, until the sender has done it or the homeserver refuses it for
+    #    good. The sender is the only thread that asks the homeserver for anything, but for the two queries at the end.
 
     def is_behind(self) -> bool:
         """Whether so much waits for the homeserver that no more is taken."""
         [(waiting,)] = self.sql("SELECT (SELECT max(n) FROM irc_spool) - (SELECT min(n) FROM irc_spool)")
         return bool(waiting and waiting >= MAX_SPOOLED)
 
-    def from_irc(self, client: IrcClient, command: str, to: str, words: str, action: bool) -> None:
-        body = FORMATTING.sub("", words)
-        if words.startswith("\x01") or not body:
-            return                                           # another CTCP: between IRC clients only
-        msgtype = "m.emote" if action else "m.notice" if command == "NOTICE" else "m.text"
-        client.spool("say", to, msgtype=msgtype, body=body, ts=self.clock.now())
-
-    def rename(self, client: IrcClient, nick: str) -> None:
-        old, line = client.nick, f":{client.prefix} NICK :{nick}"
-        client.tell(line)
-        client.tell_neighbours(line)
-        del self.people[fold(old)]
-        self.people[fold(nick)], client.nick = client, nick
-        client.cost += NICK_COST
-        for channel in client.channels:
-            client.spool("join", channel.name)
-            if to_localpart(old) != to_localpart(nick):      # else only the display name changes
-                client.spool("leave", channel.name, old, reason=f"is now known as {nick}")
-
-    def quit(self, client: IrcClient, reason: str) -> None:
-        if not client.registered:
-            return
-        del self.people[fold(client.nick)]
-        client.tell_neighbours(f":{client.prefix} QUIT :{reason}")
-        channels = list(client.channels)
-        for channel in channels:
-            channel.exit(client)
-        for channel in channels if not self.stopping else ():    # else the sweep at the next start does it
-            client.spool("leave", channel.name, reason=reason)
-
-    # -- The sender. The only thread that asks the homeserver for anything, but for the two queries below.
+    def spool(self, do: str, *, txn: str = "", **job: Any) -> None:
+        """Puts a job on disk. `txn`: its transaction ID, if that can be derived from what the job answers."""
+        self.sql("INSERT OR IGNORE INTO irc_spool(txn, job) VALUES (?, ?)",
+                 txn or secrets.token_hex(8), to_json({"do": do, **job}))
+        release(self.work)
 
     def _send(self) -> None:
         while not self.stopping:
@@ -12438,12 +12498,83 @@ class IrcBridge(AppService):
         log.log(logging.DEBUG if job["do"] == "leave" else logging.WARNING,
                 "%s: the homeserver refuses: %s: %s", self.id, what, error)
         with self.lock:
-            client = self.people.get(fold(job.get("nick", "")))
-            channel = self.channels.get(fold(job.get("to", "")))
+            client, channel = self.irc.find_person(job.get("nick", "")), self.irc.find_channel(job.get("to", ""))
             if client and job["do"] == "join" and channel:
                 channel.exit(client, f":{IRC_NAME} KICK {channel.name} {client.nick} :{error.error}")
             elif client and job["do"] != "leave":
                 client.tell(f":{IRC_NAME} NOTICE {client.nick} :Matrix refuses that: {error.error}")
+
+    # -- The jobs: each may be done again after a crash.
+
+    def _do_say(self, job: JsonObject) -> None:
+        room_id = self.room_of(job)
+        try:
+            self._say(job, room_id)
+        except MatrixError as error:
+            with self.lock:                                  # a talk that is over: this word opens another
+                over = error.status in (403, 404) and self._drop_direct(room_id)
+            if not over:
+                raise
+            self._say(job, self.room_of(job))
+
+    def _say(self, job: JsonObject, room_id: str) -> None:
+        target = job["to"] if job["to"].startswith("#") else job["nick"] + ",isnick"
+        uri = f"irc://{self.server_name.partition(':')[0]}/{urllib.parse.quote(target, safe=',')}"
+        content = {"msgtype": job["msgtype"], "body": job["body"], "external_url": uri}
+        self.ghost(job["nick"]).send(room_id, "m.room.message", content, job["txn"], job.get("ts"))
+
+    def _do_topic(self, job: JsonObject) -> None:
+        room_id, content = self.channel_room(job["to"]), {"topic": job["topic"]}
+        with expecting("M_FORBIDDEN"):
+            self.ghost(job["nick"]).set_state(room_id, "m.room.topic", content, ts=job["ts"])
+            return
+        self.bot.set_state(room_id, "m.room.topic", content, ts=job["ts"])
+
+    def _do_join(self, job: JsonObject) -> None:
+        ghost, room_id = self.ghost(job["nick"]), self.channel_room(job["to"])
+        try:
+            ghost.ensure_joined(room_id)
+        except MatrixError:
+            if not self._forget_lost_room(job["to"]):
+                raise
+            ghost.ensure_joined(self.channel_room(job["to"]))
+
+    def _forget_lost_room(self, name: str) -> bool:
+        """Whether a channel's alias is gone, as with a homeserver whose database is a new one."""
+        with expecting("M_NOT_FOUND"):
+            self.bot.resolve(self.channel_alias(name))
+            return False
+        with self.lock:
+            channel = self.irc.open_channel(name)
+            self.rooms.pop(channel.room_id, None)
+            channel.room_id = ""
+        return True
+
+    def _do_invite(self, job: JsonObject) -> None:
+        self.ghost(job["nick"]).invite(self.channel_room(job["to"]), job["user"])
+
+    def _do_leave(self, job: JsonObject) -> None:
+        """A nick leaves a channel, or a ghost any room."""
+        ghost = self.intent(job.get("ghost") or self.ghost_id(job["nick"]))
+        ghost.leave(self.room_of(job), FORMATTING.sub("", job["reason"]))
+
+    def _do_accept(self, job: JsonObject) -> None:
+        """A person invites a ghost: into a talk of two it goes, others it leaves again."""
+        ghost = self.intent(job["ghost"])
+        ghost.join(job["room"])
+        if job["direct"] or self._present(ghost, job["room"]) <= {ghost.user_id, job["user"]}:
+            self._keep_direct(job["room"], ghost.user_id, job["user"])
+        else:
+            ghost.leave(job["room"], f"IRC sees only rooms of two and #{self.prefix}channel:{self.server_name}")
+
+    def _do_sweep(self, job: JsonObject) -> None:
+        """Nobody was connected when this was spooled: the ghosts in the channel leave."""
+        with self.lock:
+            channel = self.irc.open_channel(job["to"])
+        for ghost in self.refresh(channel):
+            self.intent(ghost).leave(channel.room_id, "the bridge was started again")
+
+    # -- What a job needs: a ghost and a room, made when they are needed first.
 
     def ghost(self, nick: str) -> Intent:
         """The ghost of this nick, with it as display name."""
@@ -12468,12 +12599,11 @@ class IrcBridge(AppService):
     def channel_room(self, name: str) -> str:
         """The room of a channel, which is created, or found, if need be."""
         with self.lock:
-            channel = self.channel(name)
+            channel = self.irc.open_channel(name)
         if not channel.room_id:
             alias, room_id = self.channel_alias(name), ""
             with expecting("M_ROOM_IN_USE"):                 # no look-up first: the homeserver may ask us back
-                room_id = self.bot.create_room(preset="public_chat", name=name,
-                                               room_alias_name=localpart_of(alias))
+                room_id = self.bot.create_room(preset="public_chat", name=name, room_alias_name=localpart_of(alias))
             room_id = room_id or self.bot.resolve(alias)
             self.sql("INSERT OR REPLACE INTO irc_channels VALUES (?, ?)", name, room_id)
             with self.lock:
@@ -12483,7 +12613,9 @@ class IrcBridge(AppService):
 
     def refresh(self, channel: Channel) -> list[str]:
         """Learns who is in the room, and its topic, where no event has told; the ghosts in it."""
-        topic = self._topic(channel)
+        topic = ""
+        with expecting("M_NOT_FOUND"):
+            topic = str(self.bot.state(channel.room_id, "m.room.topic").get("topic", ""))
         while True:
             changes = channel.changes
             members = self.bot.joined_members(channel.room_id)
@@ -12494,11 +12626,6 @@ class IrcBridge(AppService):
                     if topic and topic != channel.topic:
                         channel.change_topic(IRC_NAME, topic, self.clock.now())
                     return [user_id for user_id in members if self.is_ghost(user_id)]
-
-    def _topic(self, channel: Channel) -> str:
-        with expecting("M_NOT_FOUND"):
-            return str(self.bot.state(channel.room_id, "m.room.topic").get("topic", ""))
-        return ""
 
     def _set_people(self, channel: Channel, members: Mapping[str, JsonObject]) -> None:
         for person in [person for person in channel.people if person.user_id and person.user_id not in members]:
@@ -12527,8 +12654,7 @@ class IrcBridge(AppService):
     @staticmethod
     def _present(ghost: Intent, room_id: str) -> set[str]:
         """Who is in a room or invited."""
-        present = ("join", "invite")
-        return {each["state_key"] for each in ghost.members(room_id) if each["content"]["membership"] in present}
+        return {each["state_key"] for each in ghost.members(room_id) if each["content"]["membership"] in ("join", "invite")}
 
     def _keep_direct(self, room_id: str, ghost: str, user_id: str) -> None:
         self.sql("INSERT OR REPLACE INTO irc_direct VALUES (NULL, ?, ?, ?)", room_id, ghost, user_id)
@@ -12536,124 +12662,14 @@ class IrcBridge(AppService):
             self.direct.pop(room_id, None)
             self.direct[room_id] = (ghost, user_id)
 
-    # The jobs: each may be done again after a crash.
+    def _drop_direct(self, room_id: str) -> str:
+        """The ghost whose direct room this was, or ''."""
+        ghost, _ = self.direct.pop(room_id, ("", ""))
+        if ghost:
+            self.sql("DELETE FROM irc_direct WHERE room_id = ?", room_id)
+        return ghost
 
-    def _do_join(self, job: JsonObject) -> None:
-        ghost, room_id = self.ghost(job["nick"]), self.channel_room(job["to"])
-        try:
-            ghost.ensure_joined(room_id)
-        except MatrixError:
-            if not self._forget_lost_room(job["to"]):
-                raise
-            ghost.ensure_joined(self.channel_room(job["to"]))
-
-    def _forget_lost_room(self, name: str) -> bool:
-        """Whether a channel's alias is gone, as with a homeserver whose database is a new one."""
-        with expecting("M_NOT_FOUND"):
-            self.bot.resolve(self.channel_alias(name))
-            return False
-        with self.lock:
-            channel = self.channel(name)
-            self.rooms.pop(channel.room_id, None)
-            channel.room_id = ""
-        return True
-
-    def _do_leave(self, job: JsonObject) -> None:
-        """A nick leaves a channel, or a ghost any room."""
-        ghost = self.intent(job.get("ghost") or self.ghost_id(job["nick"]))
-        ghost.leave(self.room_of(job), FORMATTING.sub("", job["reason"]))
-
-    def _do_say(self, job: JsonObject) -> None:
-        nick = job["to"] if job["to"].startswith("#") else job["nick"] + ",isnick"
-        uri = f"irc://{self.server_name.partition(':')[0]}/{urllib.parse.quote(nick, safe=',')}"
-        content = {"msgtype": job["msgtype"], "body": job["body"], "external_url": uri}
-        room_id = self.room_of(job)
-        try:
-            self.ghost(job["nick"]).send(room_id, "m.room.message", content, job["txn"], job.get("ts"))
-        except MatrixError as error:
-            with self.lock:                                  # a talk that is over: this word opens another
-                over = error.status in (403, 404) and self._drop_direct(room_id)
-            if not over:
-                raise
-            self.ghost(job["nick"]).send(self.room_of(job), "m.room.message", content, job["txn"], job.get("ts"))
-
-    def _do_topic(self, job: JsonObject) -> None:
-        room_id, content = self.channel_room(job["to"]), {"topic": job["topic"]}
-        with expecting("M_FORBIDDEN"):
-            self.ghost(job["nick"]).set_state(room_id, "m.room.topic", content, ts=job["ts"])
-            return
-        self.bot.set_state(room_id, "m.room.topic", content, ts=job["ts"])
-
-    def _do_invite(self, job: JsonObject) -> None:
-        self.ghost(job["nick"]).invite(self.channel_room(job["to"]), job["user"])
-
-    def _do_accept(self, job: JsonObject) -> None:
-        """A person invites a ghost: into a talk of two it goes, others it leaves again."""
-        ghost = self.intent(job["ghost"])
-        ghost.join(job["room"])
-        if job["direct"] or self._present(ghost, job["room"]) <= {ghost.user_id, job["user"]}:
-            self._keep_direct(job["room"], ghost.user_id, job["user"])
-        else:
-            ghost.leave(job["room"], f"IRC sees only rooms of two and #{self.prefix}channel:{self.server_name}")
-
-    def _do_sweep(self, job: JsonObject) -> None:
-        """Nobody was connected when this was spooled: the ghosts in the channel leave."""
-        with self.lock:
-            channel = self.channel(job["to"])
-        for ghost in self.refresh(channel):
-            self.intent(ghost).leave(channel.room_id, "the bridge was started again")
-
-    # -- Queries: the homeserver waits for the answer, so they ask it at once.
-
-    def on_user_query(self, user_id: str) -> bool:
-        if not self.is_ghost(user_id):
-            return False
-        with self.lock:
-            client = self.client_of(user_id)
-        if client:
-            self.ghost(client.nick)
-        return client is not None
-
-    def channel_of(self, alias: str) -> str:
-        """The channel's name that an alias has, or ''."""
-        name, ours = "#" + localpart_of(alias)[len(self.prefix):], alias.startswith(f"#{self.prefix}")
-        return name if ours and server_of(alias) == self.server_name and is_channel(name) else ""
-
-    def on_alias_query(self, alias: str) -> bool:
-        name = self.channel_of(alias)
-        if not name or not self.may_open(name):
-            return False
-        room_id = self.channel_room(name)
-        if name != fold(name):
-            with contextlib.suppress(MatrixError):           # another spelling of the same channel
-                self.bot.set_alias(alias, room_id)
-        return True
-
-    def on_third_party_protocol(self, protocol: str) -> JsonObject | None:
-        if protocol != "irc":
-            return None
-        types = {"nickname": {"regexp": r"[^\s#:]+", "placeholder": "nickname"},
-                 "channel":  {"regexp": r"#[^\s,]+", "placeholder": "#channel"}}
-        return {"user_fields": ["nickname"], "location_fields": ["channel"], "icon": "", "field_types": types,
-                "instances": [{"network_id": self.id, "desc": f"IRC, {IRC_NAME}", "fields": {}}]}
-
-    def on_third_party_user(self, protocol: str, fields: Mapping[str, str]) -> list[JsonObject]:
-        """Who is connected, by nickname or ghost."""
-        ghost = fields.get("userid", "") if protocol == "" else self.ghost_id(fields.get("nickname", ""))
-        with self.lock:
-            client = self.client_of(ghost) if protocol in ("", "irc") else None
-        if not client:
-            return []
-        return [{"userid": self.ghost_id(client.nick), "protocol": "irc", "fields": {"nickname": client.nick}}]
-
-    def on_third_party_location(self, protocol: str, fields: Mapping[str, str]) -> list[JsonObject]:
-        """Any channel: its room is made when somebody joins."""
-        channel = self.channel_of(fields.get("alias", "")) if protocol == "" else fields.get("channel", "")
-        if protocol not in ("", "irc") or not is_channel(channel):
-            return []
-        return [{"alias": self.channel_alias(channel), "protocol": "irc", "fields": {"channel": fold(channel)}}]
-
-    # -- From Matrix to IRC.
+    # -- From Matrix to IRC: what people say, as lines. What ghosts and our own user do, IRC knows already.
 
     def on_event(self, event: JsonObject) -> None:
         method = self.EVENTS.get(event.get("type", ""))
@@ -12668,22 +12684,6 @@ class IrcBridge(AppService):
             self._keep_said(event, self.nick_of(event["sender"]))
             if not self.is_ours(event["sender"]):
                 self._relay(event, channel, command, text, action)
-
-    def _relay(self, event: JsonObject, channel: Channel | None, command: str, text: str, action: bool) -> None:
-        """Tells a channel, or whoever a direct room is with."""
-        ghost, user_id = self.direct.get(event["room_id"], ("", ""))
-        if to := channel or self.client_of(ghost):
-            to.hear(self.person(event["sender"]).prefix, command, text, action)
-        elif ghost:
-            nick = self.nick_of(ghost)
-            self.spool("say", nick=nick, to=user_id, room=event["room_id"], msgtype="m.notice",
-                       body=f"{nick} is not on IRC and can't read this.", txn=f"away-{event['event_id']}")
-
-    def _keep_said(self, event: JsonObject, nick: str) -> None:
-        at = time.gmtime(event.get("origin_server_ts", 0) // 1000 % 86_400)      # of its day only: it may be a day beyond any calendar
-        self.said[event["event_id"]] = (nick, time.strftime("%H:%M:%S UTC", at))
-        if len(self.said) > KEPT_SAID:
-            del self.said[next(iter(self.said))]
 
     def readable(self, event: JsonObject) -> tuple[str, str, bool]:
         """A message as IRC can show it: PRIVMSG or NOTICE, the text, and whether it is an action."""
@@ -12719,6 +12719,22 @@ class IrcBridge(AppService):
         nick = person.nick if person else self.ghost_nick(user_id)
         return nick if NICK.fullmatch(nick) else ""
 
+    def _keep_said(self, event: JsonObject, nick: str) -> None:
+        at = time.gmtime(event.get("origin_server_ts", 0) // 1000 % 86_400)      # of its day only: it may be a day beyond any calendar
+        self.said[event["event_id"]] = (nick, time.strftime("%H:%M:%S UTC", at))
+        if len(self.said) > KEPT_SAID:
+            del self.said[next(iter(self.said))]
+
+    def _relay(self, event: JsonObject, channel: Channel | None, command: str, text: str, action: bool) -> None:
+        """Tells a channel, or whoever a direct room is with."""
+        ghost, user_id = self.direct.get(event["room_id"], ("", ""))
+        if to := channel or self.client_of(ghost):
+            to.hear(self.person(event["sender"]).prefix, command, text, action)
+        elif ghost:
+            nick = self.nick_of(ghost)
+            self.spool("say", nick=nick, to=user_id, room=event["room_id"], msgtype="m.notice",
+                       body=f"{nick} is not on IRC and can't read this.", txn=f"away-{event['event_id']}")
+
     def _on_redaction(self, event: JsonObject, channel: Channel | None) -> None:
         """Says whose and which, but does not repeat what somebody wanted to be gone."""
         if not self.is_ours(event["sender"]):
@@ -12733,20 +12749,17 @@ class IrcBridge(AppService):
 
     def _on_member(self, event: JsonObject, channel: Channel | None) -> None:
         target, membership = event.get("state_key"), event["content"].get("membership")
+        gone = membership in ("leave", "ban")
         if not isinstance(target, str) or (self.is_ours(target) and self.is_ours(event["sender"])):
             return                                           # no membership, or our own doing
-        if membership in ("leave", "ban") and not channel:
+        if gone and not channel:
             self._forget_direct(event)
         elif self.is_ours(target):
             self._on_ghost(event, channel, target, membership)
-        elif channel:
-            self._on_person(event, channel, target, membership)
-
-    def _on_person(self, event: JsonObject, channel: Channel, user_id: str, membership: object) -> None:
-        if membership == "join":
-            channel.enter(self.person(user_id, one_line(event["content"].get("displayname"))))
-        elif membership in ("leave", "ban"):
-            self._gone(event, channel, self.person(user_id))
+        elif channel and gone:
+            self._gone(event, channel, self.person(target))
+        elif channel and membership == "join":
+            channel.enter(self.person(target, one_line(event["content"].get("displayname"))))
 
     def _gone(self, event: JsonObject, channel: Channel, person: Person) -> None:
         """Somebody has left a channel, or was put out of it."""
@@ -12780,19 +12793,58 @@ class IrcBridge(AppService):
             txn = f"member-{event['event_id']}"
             self.spool("leave", ghost=ghost, room=event["room_id"], reason="alone here", txn=txn)
 
-    def _drop_direct(self, room_id: str) -> str:
-        """The ghost whose direct room this was, or ''."""
-        ghost, _ = self.direct.pop(room_id, ("", ""))
-        if ghost:
-            self.sql("DELETE FROM irc_direct WHERE room_id = ?", room_id)
-        return ghost
+    # -- Queries: the homeserver waits for the answer, so they ask it at once.
+
+    def on_user_query(self, user_id: str) -> bool:
+        """Whoever is connected."""
+        with self.lock:
+            client = self.client_of(user_id)
+        if client:
+            self.ghost(client.nick)
+        return client is not None
+
+    def on_alias_query(self, alias: str) -> bool:
+        """Any channel, whose room is made now."""
+        name = self.channel_of(alias)
+        if not name or not self.irc.may_open(name):
+            return False
+        room_id = self.channel_room(name)
+        if name != fold(name):
+            with contextlib.suppress(MatrixError):           # another spelling of the same channel
+                self.bot.set_alias(alias, room_id)
+        return True
+
+    def on_third_party_protocol(self, protocol: str) -> JsonObject | None:
+        if protocol != "irc":
+            return None
+        types = {"nickname": {"regexp": r"[^\s#:]+", "placeholder": "nickname"},
+                 "channel":  {"regexp": r"#[^\s,]+", "placeholder": "#channel"}}
+        return {"user_fields": ["nickname"], "location_fields": ["channel"], "icon": "", "field_types": types,
+                "instances": [{"network_id": self.id, "desc": f"IRC, {IRC_NAME}", "fields": {}}]}
+
+    def on_third_party_user(self, protocol: str, fields: Mapping[str, str]) -> list[JsonObject]:
+        """Who is connected, by nickname or ghost."""
+        ghost = fields.get("userid", "") if protocol == "" else self.ghost_id(fields.get("nickname", ""))
+        with self.lock:
+            client = self.client_of(ghost) if protocol in ("", "irc") else None
+        return [{"userid": self.ghost_id(client.nick), "protocol": "irc", "fields": {"nickname": client.nick}}] if client else []
+
+    def on_third_party_location(self, protocol: str, fields: Mapping[str, str]) -> list[JsonObject]:
+        """Any channel: its room is made when somebody joins."""
+        channel = self.channel_of(fields.get("alias", "")) if protocol == "" else fields.get("channel", "")
+        if protocol not in ("", "irc") or not is_channel(channel):
+            return []
+        return [{"alias": self.channel_alias(channel), "protocol": "irc", "fields": {"channel": fold(channel)}}]
 
 
 # ============================================================================
 # 12. Running it
 # ============================================================================
-# Homeserver puts the sections together, for a program or a test; below it the
-# configuration and the command line.
+# The configuration, Homeserver, which puts the sections together for a program
+# or a test, the command line, and main, which is all of it in short. Decides
+# nothing about Matrix.
+
+# -- The configuration: what can be set, what is right, and everything that is wrong at once.
 
 SAMPLE_REGISTRATION: JsonObject = {
     "id": "irc",
@@ -12817,9 +12869,6 @@ SAMPLE_REGISTRATION: JsonObject = {
 }
 
 
-SEEDED_START = 1_704_067_200_000         # the first moment of 2024, where the time of a seeded homeserver begins
-
-
 @dataclass
 class Config(Settings):
     """A whole configuration: what the homeserver reads, and what it takes to start it."""
@@ -12827,6 +12876,130 @@ class Config(Settings):
     database: str = "asbridge.db"
     registrations: Sequence[Registration] = ()
     one_cpu: bool = True
+
+
+def is_server_name(text: str) -> bool:
+    return bool(SERVER_NAME.fullmatch(text)) and len(text) <= 230
+
+
+def is_rate_limit(value: JsonObject) -> bool:
+    return value.keys() == {"per_second", "burst"} and all(is_number(number) and number > 0 for number in value.values())
+
+
+ADMIN_TOKEN = re.compile("[!-~]([ -~]*[!-~])?")
+#: Each key: its type, what else must hold of its value, and what would be right. None is right where it is the default.
+CONFIG_KEYS: dict[str, tuple[type, Callable[[Any], object] | None, str]] = {
+    "server_name":       (str,  is_server_name,                        "a name such as 'localhost' or 'example.org'"),
+    "bind":              (str,  None,                                  "an address of this machine, such as '127.0.0.1'"),
+    "port":              (int,  lambda it: 0 <= it <= 65535,           "a port from 0 to 65535; 0: any free one"),
+    "database":          (str,  lambda it: it and "\0" not in it,      "a file, or ':memory:'"),
+    "registrations":     (list, None,                                  "a list of paths, relative to this file, or of registrations"),
+    "open_registration": (bool, None,                                  "true or false"),
+    "public_url":        (str,  lambda it: not it or is_base_url(it),  "'http://host:port', as clients reach it"),
+    "admin_token":       (str,  ADMIN_TOKEN.fullmatch,                 "a long random text of printable ASCII"),
+    "max_event_bytes":   (int,  lambda it: it > 0,                     "a number of bytes"),
+    "max_request_bytes": (int,  lambda it: it > 0,                     "a number of bytes"),
+    "max_upload_bytes":  (int,  lambda it: it > 0,                     "a number of bytes"),
+    "retry_first_ms":    (int,  lambda it: it > 0,                     "milliseconds"),
+    "retry_max_ms":      (int,  lambda it: it > 0,                     "milliseconds"),
+    "push_timeout_ms":   (int,  lambda it: it > 0,                     "milliseconds"),
+    "query_timeout_ms":  (int,  lambda it: it > 0,                     "milliseconds"),
+    "room_version":      (str,  lambda it: it in ROOM_VERSIONS,        f"one of {', '.join(map(quoted, ROOM_VERSIONS))}"),
+    "rate_limit":        (dict, is_rate_limit,                         '{"per_second": 10, "burst": 50}'),
+    "one_cpu":           (bool, None,                                  "true to keep to one processor, which is faster, or false"),
+}
+
+
+class ConfigReader:
+    """Turns a parsed configuration into a Config, or raises one ConfigError with everything that is wrong."""
+
+    def __init__(self, data: Any, where: str, folder: str) -> None:
+        self.where, self.folder = where, folder              # relative paths start from the folder
+        self.findings: list[Finding] = []                    # what is wrong
+        self.rests: list[tuple[str, Sequence[Namespace]]] = []   # what can be read of registrations that can't be used
+        self.data: JsonObject = data if isinstance(data, dict) else {}
+        if not isinstance(data, dict):
+            self.wrong("", "is not an object", "a configuration has the keys " + ", ".join(CONFIG_KEYS))
+
+    def wrong(self, key: str, what: str, right: str) -> None:
+        self.findings.append(Finding(f"{self.where}: {key}" if key else self.where, what, right))
+
+    def read(self) -> Config:
+        values, registrations = self.look()
+        if self.findings:
+            raise ConfigError(self.findings)
+        config = Config(**values, registrations=[registration for _, registration in registrations])
+        if "database" in self.data and config.database != ":memory:":
+            config.database = os.path.join(self.folder, config.database)
+        return config
+
+    def look(self) -> tuple[JsonObject, list[tuple[str, Registration]]]:
+        """The values and registrations that can be used, each of these with where it stands; what is wrong becomes a finding."""
+        values = {key: value for key, value in self.data.items() if key != "registrations" and self._check(key, value)}
+        sources = self.data.get("registrations", [])
+        registrations = self._registrations(sources if self._check("registrations", sources) else [])
+        self.findings += check_together(registrations)
+        first, most = (values.get(key, getattr(Settings, key)) for key in ("retry_first_ms", "retry_max_ms"))
+        if first > most:
+            self.wrong("retry_first_ms", f"is {first}, more than retry_max_ms, which is {most}", "write a smaller number")
+        return values, registrations
+
+    def _check(self, key: str, value: Any) -> bool:
+        if key not in CONFIG_KEYS:
+            self.wrong(key, "is not a key of the configuration", f"the nearest one is {nearest(key, CONFIG_KEYS)!r}")
+            return False
+        type_, fits, right = CONFIG_KEYS[key]
+        good = (fits is None or bool(fits(value))) if is_a(value, type_) else value is None and getattr(Config, key) is None
+        if not good:
+            self.wrong(key, "is none that can be used" if SECRET_KEY.search(key) else f"is {quoted(value)}", f"write {right}")
+        return good
+
+    def _registrations(self, sources: Iterable[Any]) -> list[tuple[str, Registration]]:
+        found = []
+        for index, source in enumerate(sources):
+            is_path = isinstance(source, (str, os.PathLike))
+            where = os.path.join(self.folder, source) if is_path else f"{self.where}: registrations[{index}]"
+            try:
+                if not isinstance(source, Registration):
+                    source = load_registration(where) if is_path else read_registration(source, where)
+                found.append((where, source))
+            except ConfigError as error:
+                self.findings += error.findings
+                self.rests.append((where, error.rest))
+        return found
+
+
+def config_reader(path: str | None) -> ConfigReader:
+    """For a configuration file, or a registration alone, or without a file for the sample; ConfigError if it can't be read."""
+    if path is None:
+        return ConfigReader({"registrations": [SAMPLE_REGISTRATION]}, "built in", "")
+    data = load_file(path)
+    if isinstance(data, dict) and {"as_token", "hs_token", "sender_localpart", "namespaces"} & data.keys():
+        data = {"registrations": [os.path.basename(path)]}
+    return ConfigReader(data, path, os.path.dirname(path))
+
+
+def read_config(path: str | None) -> Config:
+    """The configuration of config_reader(); ConfigError says everything that is wrong with it."""
+    return config_reader(path).read()
+
+
+def beside(database: str, id: str) -> str:
+    """The database of an application service, next to the homeserver's."""
+    root, extension = os.path.splitext(database)
+    return database if database == ":memory:" else f"{root}-{urllib.parse.quote(id, safe='')}{extension}"
+
+
+# -- The homeserver in one piece, for a program or a test: in which order things start and end, and what a test can ask of them.
+
+SEEDED_START = 1_704_067_200_000         # the first moment of 2024, where the time of a seeded homeserver begins
+TOP_KEYS = ("type", "sender", "state_key", "room_id", "event_id")
+
+
+def differences(event: JsonObject, wanted: Mapping[str, Any]) -> list[str]:
+    """What of an event, or else of its content, is not as it is wanted."""
+    has = {key: (event if key in TOP_KEYS else event["content"]).get(key) for key in wanted}
+    return [f"{key} is {shorten(repr(has[key]))}" for key in wanted if has[key] != wanted[key]]
 
 
 class Homeserver:
@@ -12841,18 +13014,26 @@ class Homeserver:
     but for advance().
     """
 
+    _server: HttpServer                                      # from start() to stop()
+    world: World                                             # this and what follows: another after reset()
+    delivery: Delivery
+    api: Api
+    inspector: Inspector
+
     def __init__(self, registrations: Sequence[Any] = (), *, port: int = 0, database: str = ":memory:",
                  clock: Clock | None = None, seed: int | None = None, samples: bool = True, **keys: Any) -> None:
         sources = {**keys, "port": port, "database": database, "registrations": list(registrations)}
-        self.config = ConfigReader(sources, "Homeserver", os.curdir).read()
+
+        def read() -> Config:
+            return ConfigReader(sources, "Homeserver", os.curdir).read()
+        self.config = read()
+        self.reread: Callable[[], Sequence[Registration]] = lambda: read().registrations     # for reload(); ConfigError
         self.clock, self.seed = clock or Clock(SEEDED_START if seed is not None else None), seed
-        self._worlds = 0                                     # that there have been: each has IDs of its own
-        log.addHandler(logging.NullHandler())                # silent, unless whoever embeds it wants to hear
-        # Reads the registrations again, for reload(); ConfigError.
-        self.reread: Callable[[], Sequence[Registration]] = lambda: ConfigReader(sources, "Homeserver", os.curdir).read().registrations
-        self.samples: list[AppService] = []
+        self.samples: list[IrcBridge] = []
         self._run_samples = samples
+        self._worlds = 0                                     # that there have been: each has IDs of its own
         self._started = False
+        log.addHandler(logging.NullHandler())                # silent, unless whoever embeds it wants to hear
 
     @property
     def port(self) -> int:
@@ -12863,26 +13044,29 @@ class Homeserver:
         host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(self.config.bind, self.config.bind)
         return f"http://{f'[{host}]' if ':' in host and host[0] != '[' else host}:{self.port}"
 
+    def __enter__(self) -> Homeserver:
+        return self.start()
+
+    def __exit__(self, *exc: object) -> None:
+        self.stop()
+
     def start(self) -> Homeserver:
         """Returns when everything listens. OSError if a port is taken, DatabaseError if the database can't be used."""
         config = self.config
         self._server = HttpServer((config.bind, config.port), lambda request: self.api(request))
         config.public_url = config.public_url or self.url
-        try:
-            with legible(config.database):
-                self._open(config.registrations)
-        except BaseException:
-            self._server.server_close()
-            raise
-        self._go(self._server.start)
+        with legible(config.database):
+            self._open(config.registrations)
+        self._go(self._server, *self.samples)
         return self
 
     def _open(self, registrations: Sequence[Registration]) -> None:
-        """The world, and what answers and pushes in it."""
+        """The world, and what answers and pushes in it; or the end of the server, too."""
         config = self.config
-        if config.database != ":memory:":
-            look_first(config.database, config.server_name)          # before the samples make files beside it
         with contextlib.ExitStack() as undo:
+            undo.callback(self._server.stop)
+            if config.database != ":memory:":
+                look_first(config.database, config.server_name)      # before the samples make files beside it
             undo.callback(self._stop_samples)
             known = [self._sample(one) if one.sample is not None and self._run_samples else one for one in registrations]
             self.world = World(config, self.clock, Registrations(config.server_name, known), config.database,
@@ -12897,15 +13081,38 @@ class Homeserver:
             undo.pop_all()
         self._started = True
 
-    def _go(self, first: Callable[[], object] = lambda: None) -> None:
-        """`first` and the samples start, or everything stops."""
+    def _sample(self, registration: Registration) -> Registration:
+        """Makes the sample application service of a registration listen; the registration with its real port."""
+        sample = IrcBridge(registration, self.url, beside(self.config.database, registration.id), self.clock)
+        self.samples.append(sample)
+        sample.listen()
+        return dataclasses.replace(registration, url=sample.url) if registration.url else registration
+
+    def _go(self, *parts: HttpServer | AppService) -> None:
+        """All of them start, or everything stops."""
         try:
-            first()
-            for sample in self.samples:
-                sample.start()
+            for part in parts:
+                part.start()
         except BaseException:
             self.stop()
             raise
+
+    def stop(self) -> None:
+        """Ends what was started; again is no error. What was answered is kept."""
+        if self._started:
+            self._close(self._server)
+
+    def _close(self, *servers: HttpServer) -> None:
+        """The servers stop before the database is closed."""
+        self._started, self.world.stopping = False, True
+        self._stop_samples()
+        self.delivery.stop()
+        self.world.store.waiters.wake()
+        for server in servers:
+            server.stop()
+        self.api.typing.timer.stop()
+        self.api.presence.timer.stop()
+        self.world.store.close()
 
     def _stop_samples(self) -> None:
         while self.samples:
@@ -12918,25 +13125,15 @@ class Homeserver:
         if self.config.database != ":memory:":
             raise ValueError(f"reset() would delete {self.config.database}; it is for ':memory:'")
         running = list(self.world.registrations)
-        ports = {sample.id: sample.irc_port for sample in self.samples if isinstance(sample, IrcBridge)}
+        ports = {sample.id: sample.irc_port for sample in self.samples}
         self._close()
         self.clock.wound = 0.0
         self._worlds += 1
         if self.clock.start is not None:
             self.clock.start += DAY_MS                       # who remembers events by their ID must not take new ones for old
-        try:
-            self._open([dataclasses.replace(one, sample={"irc_port": ports[one.id]}) if one.id in ports else one for one in running])
-        except BaseException:
-            self._server.stop()
-            raise
-        self._go()
-
-    def _sample(self, registration: Registration) -> Registration:
-        """Makes the sample application service of a registration listen; the registration with its real port."""
-        sample = IrcBridge(registration, self.url, beside(self.config.database, registration.id), self.clock)
-        self.samples.append(sample)
-        sample.listen()
-        return dataclasses.replace(registration, url=sample.url) if registration.url else registration
+        self._open([dataclasses.replace(one, sample={**(one.sample or {}), "irc_port": ports[one.id]}) if one.id in ports else one
+                    for one in running])
+        self._go(*self.samples)
 
     def reload(self) -> list[str]:
         """Reads the registrations again and says what changed. ConfigError, and nothing changes, if one is wrong.
@@ -12955,29 +13152,7 @@ class Homeserver:
         log.info("registrations read again: %s", ", ".join(changes) or "nothing changed")
         return changes
 
-    def stop(self) -> None:
-        """Ends what was started; again is no error. What was answered is kept."""
-        if self._started:
-            self._close(self._server.stop)
-
-    def _close(self, then: Callable[[], object] = lambda: None) -> None:
-        """`then` comes before the database is closed."""
-        self._started, self.world.stopping = False, True
-        self._stop_samples()
-        self.delivery.stop()
-        self.world.store.waiters.wake()
-        then()
-        self.api.typing.timer.stop()
-        self.api.presence.timer.stop()
-        self.world.store.close()
-
-    def __enter__(self) -> Homeserver:
-        return self.start()
-
-    def __exit__(self, *exc: object) -> None:
-        self.stop()
-
-    # -- for tests
+    # -- For tests: who acts.
 
     def client(self, name: str, password: str | None = None) -> Client:
         """A new person, logged in; without a password nobody can log in as them again."""
@@ -12989,16 +13164,11 @@ class Homeserver:
         """A client with the as_token of an application service."""
         return Client(self.url, self.delivery.registration(id).as_token)
 
+    # -- For tests: to wait for what is to happen, or not to wait.
+
     def advance(self, seconds: float) -> None:
         """Winds the clock on: back-off, time-outs and typing run out without anybody waiting."""
         self.clock.advance(seconds)
-
-    def waiting(self) -> dict[str, int]:
-        """Events that application services have not acknowledged, by application service."""
-        with self.world.store.read() as reader:
-            counts = {registration.id: reader.count_waiting(registration.id)
-                      for registration in self.world.registrations}
-        return {id: count for id, count in counts.items() if count}
 
     def settle(self, timeout: float = 5.0) -> None:
         """Returns when every outbox is empty and acknowledged; an AssertionError says what is stuck."""
@@ -13008,6 +13178,12 @@ class Homeserver:
                 raise AssertionError(f"not settled after {timeout} s: "
                                      + "; ".join([self._stuck(id, count) for id, count in waiting.items()]))
             time.sleep(0.002)
+
+    def waiting(self) -> dict[str, int]:
+        """Events that application services have not acknowledged, by application service."""
+        with self.world.store.read() as reader:
+            counts = {one.id: reader.count_waiting(one.id) for one in self.world.registrations}
+        return {id: count for id, count in counts.items() if count}
 
     def _stuck(self, id: str, count: int) -> str:
         worker = self.delivery.worker(id)
@@ -13030,9 +13206,9 @@ class Homeserver:
                 if not differences(found, wanted):
                     return cast(JsonObject, found)
                 seen.append(found)
-            if not events and time.monotonic() > deadline:
-                raise AssertionError(self._not_found(seen, wanted, timeout))
             if not events:
+                if time.monotonic() > deadline:
+                    raise AssertionError(self._not_found(seen, wanted, timeout))
                 time.sleep(0.002)
 
     def _not_found(self, seen: list[JsonObject], wanted: Mapping[str, Any], timeout: float) -> str:
@@ -13044,6 +13220,8 @@ class Homeserver:
         lines += [f"  no event at all has {key!r}; {', '.join(TOP_KEYS)} are of the event itself, all else of its content"
                   for key in wanted if not any(key in where for event in seen for where in (event, event["content"]))]
         return "\n".join(lines if seen else [*lines[:1], "  there are no events at all"])
+
+    # -- For tests: what went to an application service, and why.
 
     def transactions(self, id: str) -> list[JsonObject]:
         """What was pushed to an application service, old to new: txn_id, events, acknowledged, acknowledged_ts, and attempts,
@@ -13060,6 +13238,8 @@ class Homeserver:
     def explain(self, id: str) -> JsonObject:
         """Who claims a user ID, alias, room ID or URI, and why; `summary` is all of it in sentences."""
         return self.inspector.explain(id)
+
+    # -- For tests: what is to go wrong, and the levers.
 
     def faults(self, id: str) -> Faults:
         """What is to go wrong with an application service: hs.faults("irc").lose_ack(times=1)."""
@@ -13087,150 +13267,7 @@ class Homeserver:
         return str(self.delivery.replay(id, None if txn_id is None else int(txn_id), new_id))
 
 
-TOP_KEYS = ("type", "sender", "state_key", "room_id", "event_id")
-
-
-def differences(event: JsonObject, wanted: Mapping[str, Any]) -> list[str]:
-    """What of an event, or else of its content, is not as it is wanted."""
-    has = {key: (event if key in TOP_KEYS else event["content"]).get(key) for key in wanted}
-    return [f"{key} is {shorten(repr(has[key]))}" for key in wanted if has[key] != wanted[key]]
-
-
-def beside(database: str, id: str) -> str:
-    """The database of an application service, next to the homeserver's."""
-    root, extension = os.path.splitext(database)
-    return database if database == ":memory:" else f"{root}-{urllib.parse.quote(id, safe='')}{extension}"
-
-
-# -- The configuration.
-
-CONFIG_KEYS: dict[str, tuple[Any, str]] = {
-    # key                (type,               what would be right)
-    "server_name":       (str,                "a name such as 'localhost' or 'example.org'"),
-    "bind":              (str,                "an address of this machine, such as '127.0.0.1'"),
-    "port":              (int,                "a port from 0 to 65535; 0: any free one"),
-    "database":          (str,                "a file, or ':memory:'"),
-    "registrations":     (list,               "a list of paths, relative to this file, or of registrations"),
-    "open_registration": (bool,               "true or false"),
-    "public_url":        (str,                "'http://host:port', as clients reach it"),
-    "admin_token":       ((str, type(None)),  "a long random text of printable ASCII"),
-    "max_event_bytes":   (int,                "a number of bytes"),
-    "max_request_bytes": (int,                "a number of bytes"),
-    "max_upload_bytes":  (int,                "a number of bytes"),
-    "retry_first_ms":    (int,                "milliseconds"),
-    "retry_max_ms":      (int,                "milliseconds"),
-    "push_timeout_ms":   (int,                "milliseconds"),
-    "query_timeout_ms":  (int,                "milliseconds"),
-    "room_version":      (str,                f"one of {', '.join(map(quoted, ROOM_VERSIONS))}"),
-    "rate_limit":        ((dict, type(None)), '{"per_second": 10, "burst": 50}'),
-    "one_cpu":           (bool,               "true to keep to one processor, which is faster, or false"),
-}
-
-
-class ConfigReader:
-    """Turns a parsed configuration into a Config, or raises one ConfigError with everything that is wrong."""
-
-    def __init__(self, data: Any, where: str, folder: str) -> None:
-        self.where, self.folder = where, folder              # relative paths start from the folder
-        self.findings: list[Finding] = []
-        self.rests: list[tuple[str, Sequence[Namespace]]] = []   # what can be read of registrations that can't be used
-        self.data: JsonObject = data if isinstance(data, dict) else {}
-        if not isinstance(data, dict):
-            self.wrong("", "is not an object", "a configuration has the keys " + ", ".join(CONFIG_KEYS))
-
-    def wrong(self, key: str, what: str, right: str) -> None:
-        self.findings.append(Finding(f"{self.where}: {key}" if key else self.where, what, right))
-
-    def read(self) -> Config:
-        values, registrations = self.look()
-        if self.findings:
-            raise ConfigError(self.findings)
-        config = Config(**values, registrations=[registration for _, registration in registrations])
-        if "database" in self.data and config.database != ":memory:":
-            config.database = os.path.join(self.folder, config.database)
-        return config
-
-    def look(self) -> tuple[JsonObject, list[tuple[str, Registration]]]:
-        """The values and registrations that can be used, each of these with where it stands; what is wrong becomes a finding."""
-        values = {key: value for key, value in self.data.items() if key != "registrations"
-                  and self._check(key, value)}
-        sources = self.data.get("registrations", [])
-        registrations = self._registrations(sources if self._check("registrations", sources) else [])
-        self.findings += check_together(registrations)
-        first, most = (values.get(key, getattr(Settings, key)) for key in ("retry_first_ms", "retry_max_ms"))
-        if first > most:
-            self.wrong("retry_first_ms", f"is {first}, more than retry_max_ms, which is {most}", "write a smaller number")
-        return values, registrations
-
-    def _check(self, key: str, value: Any) -> bool:
-        if key not in CONFIG_KEYS:
-            self.wrong(key, "is not a key of the configuration", f"the nearest one is {nearest(key, CONFIG_KEYS)!r}")
-            return False
-        type_, right = CONFIG_KEYS[key]
-        good = any(is_a(value, one) for one in (type_ if isinstance(type_, tuple)
-                                                else (type_,))) and self._fits(key, value)
-        if not good:
-            self.wrong(key, "is none that can be used" if SECRET_KEY.search(key) else f"is {quoted(value)}", f"write {right}")
-        return good
-
-    @staticmethod
-    def _fits(key: str, value: Any) -> bool:
-        if key == "server_name":
-            return bool(SERVER_NAME.fullmatch(value)) and len(value) <= 230
-        if key == "port":
-            return 0 <= int(value) <= 65535
-        if key == "public_url":
-            return value == "" or is_base_url(value)
-        if key == "admin_token":
-            return value is None or bool(re.fullmatch(r"[!-~]([ -~]*[!-~])?", value))
-        if key == "database":
-            return value != "" and "\0" not in value
-        if key == "room_version":
-            return value in ROOM_VERSIONS
-        if key == "rate_limit":
-            return value is None or (value.keys() == {"per_second", "burst"} and all(
-                is_number(number) and number > 0 for number in value.values()))
-        return value > 0 if is_a(value, int) else True
-
-    def _registrations(self, sources: Iterable[Any]) -> list[tuple[str, Registration]]:
-        """Each with where it stands; what is wrong becomes a finding."""
-        found = []
-        for index, source in enumerate(sources):
-            where = f"{self.where}: registrations[{index}]"
-            if isinstance(source, (str, os.PathLike)):
-                where = os.path.join(self.folder, source)
-            try:
-                found.append((where, self._registration(source, where)))
-            except ConfigError as error:
-                self.findings += error.findings
-                self.rests.append((where, error.rest))
-        return found
-
-    @staticmethod
-    def _registration(source: Any, where: str) -> Registration:
-        if isinstance(source, Registration):
-            return source
-        if isinstance(source, (str, os.PathLike)):
-            return load_registration(where)
-        return read_registration(source, where)
-
-
-def config_reader(path: str | None) -> ConfigReader:
-    """For a configuration file, or a registration alone, or without a file for the sample; ConfigError if it can't be read."""
-    if path is None:
-        return ConfigReader({"registrations": [SAMPLE_REGISTRATION]}, "built in", "")
-    data = load_file(path)
-    if isinstance(data, dict) and {"as_token", "hs_token", "sender_localpart", "namespaces"} & data.keys():
-        data = {"registrations": [os.path.basename(path)]}
-    return ConfigReader(data, path, os.path.dirname(path))
-
-
-def read_config(path: str | None) -> Config:
-    """The configuration of config_reader(); ConfigError says everything that is wrong with it."""
-    return config_reader(path).read()
-
-
-# -- The command line.
+# -- The command line: what can be asked for. Each command is a function of the arguments that returns the exit code.
 
 HELP_END = """examples:
   python asbridge.py                              a homeserver and an IRC bridge, to play with
@@ -13245,26 +13282,22 @@ def parse_args(arguments: Sequence[str]) -> argparse.Namespace:
         prog="asbridge.py", epilog=HELP_END, formatter_class=argparse.RawDescriptionHelpFormatter,
         description="A Matrix homeserver with its Application Service API, and an IRC bridge.")
     parser.add_argument("--config", metavar="FILE", help="a configuration, or one registration (JSON or YAML)")
-    parser.add_argument("--role", choices=("both", "homeserver", "appservice"), default="both",
-                        help="run only one half")
-    parser.add_argument("--homeserver", metavar="URL", default="http://127.0.0.1:8008",
-                        help="for --role appservice")
-    for flag, kind in (("server-name", str), ("bind", str), ("port", int), ("database", str)):
-        parser.add_argument(f"--{flag}", type=kind, help=f"{CONFIG_KEYS[flag.replace('-', '_')][1]} "
-                            "(overrides the file)")
-    parser.add_argument("--port-file", metavar="FILE", help="write the real port there, once everything "
-                        "listens")
-    parser.add_argument("--trace", action="store_true", help="show the traffic between homeserver and "
-                        "application services")
+    parser.add_argument("--role", choices=("both", "homeserver", "appservice"), default="both", help="run only one half")
+    parser.add_argument("--homeserver", metavar="URL", default="http://127.0.0.1:8008", help="for --role appservice")
+    for key, kind in FLAGS.items():
+        parser.add_argument(f"--{key.replace('_', '-')}", type=kind, help=f"{CONFIG_KEYS[key][2]} (overrides the file)")
+    parser.add_argument("--port-file", metavar="FILE", help="write the real port there, once everything listens")
+    parser.add_argument("--trace", action="store_true", help="show the traffic between homeserver and application services")
     parser.add_argument("--log-format", choices=("text", "json"), default="text")
     parser.add_argument("-v", "--verbose", action="store_true", help="log every request")
     parser.add_argument("-q", "--quiet", action="store_true", help="log only what goes wrong")
     parser.add_argument("--version", action="version", version=f"asbridge {__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="check | explain | generate | routes")
+    parser.set_defaults(command=None)
+    commands = parser.add_subparsers(metavar="check | explain | generate | routes")
     add_explain(commands.add_parser("explain", help="who claims a user ID, alias, room ID or URI, and why"))
     add_generate(commands.add_parser("generate", help="print a fresh registration"))
     add_check(commands.add_parser("check", help="say what is wrong with registrations, or with the application services behind them"))
-    commands.add_parser("routes", help="print the table of endpoints")
+    commands.add_parser("routes", help="print the table of endpoints").set_defaults(command=run_routes)
     return parser.parse_args(arguments)
 
 
@@ -13273,14 +13306,15 @@ def add_explain(parser: argparse.ArgumentParser) -> None:
     for flag in ("--config", "--server-name", "--database"):
         parser.add_argument(flag, default=argparse.SUPPRESS)
     parser.add_argument("--json", action="store_true", help="as the inspector's API has it")
+    parser.set_defaults(command=run_explain)
 
 
 def add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("id")
-    parser.add_argument("--url", default="http://127.0.0.1:29300", help="where the application service "
-                          "listens")
+    parser.add_argument("--url", default="http://127.0.0.1:29300", help="where the application service listens")
     parser.add_argument("--server-name", default=argparse.SUPPRESS, help="of the homeserver (default: localhost)")
     parser.add_argument("--prefix", help="of its users and aliases (default: the ID and '_')")
+    parser.set_defaults(command=run_generate)
 
 
 def add_check(parser: argparse.ArgumentParser) -> None:
@@ -13293,6 +13327,51 @@ def add_check(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--queries", action="store_true", help="with --examine: ask for an unknown user and alias, too; a bridge "
                         "may create and keep them")
     parser.add_argument("--json", action="store_true", help="print a list of objects")
+    parser.set_defaults(command=run_check)
+
+
+FLAGS = {"server_name": str, "bind": str, "port": int, "database": str}      # keys of the configuration
+
+
+def flags_of(args: argparse.Namespace) -> tuple[JsonObject, ConfigReader]:
+    """The keys of the configuration that the command line sets, and a reader with what is wrong with them."""
+    reader = ConfigReader(given(**{key: getattr(args, key) for key in FLAGS}), "command line", "")
+    return reader.look()[0], reader
+
+
+def config_of(args: argparse.Namespace) -> Config:
+    """The file and the flags, which override it; without a file the sample."""
+    config = read_config(args.config)
+    flags, reader = flags_of(args)
+    for key, value in flags.items():
+        setattr(config, key, value)
+    if args.role == "appservice" and not any(one.sample is not None for one in config.registrations):
+        reader.wrong("--role appservice", "has nothing to run", 'a registration needs the key "asbridge.sample": {"irc_port": 6667}')
+    if not is_base_url(args.homeserver):
+        reader.wrong("--homeserver", f"is {quoted(args.homeserver)}", "write 'http://host:port'")
+    if reader.findings:
+        raise ConfigError(reader.findings)
+    return config
+
+
+# -- The commands that answer a question and end.
+
+def print_table(*rows: Sequence[str]) -> None:
+    """Aligned; the last column may be as long as it is."""
+    widths = [max(map(len, column)) for column in list(zip(*rows, strict=True))[:-1]]
+    for row in rows:
+        print("  ".join(text.ljust(width) for text, width in zip(row, [*widths, 0], strict=True)).rstrip())
+
+
+def run_routes(args: argparse.Namespace) -> int:
+    print_table(("method", "path", "who may call", "section of the specification"),
+                *((route.method, route.path, route.auth, route.spec) for route in ROUTES + ADMIN_ROUTES))
+    return 0
+
+
+def run_generate(args: argparse.Namespace) -> int:
+    print(json.dumps(generate_registration(args.id, args.url, args.prefix, args.server_name or "localhost"), indent=2))
+    return 0
 
 
 def generate_registration(id: str, url: str, prefix: str | None = None, server_name: str = "localhost") -> JsonObject:
@@ -13307,18 +13386,15 @@ def generate_registration(id: str, url: str, prefix: str | None = None, server_n
                            "aliases": [{"exclusive": True, "regex": f"#{escaped}.*:{server}"}], "rooms": []}}
 
 
-def explain_id(config: Config, id: str) -> JsonObject:
+def run_explain(args: argparse.Namespace) -> int:
     """By the registrations, and by the database if there is one; it is only read."""
-    told = Registrations(config.server_name, config.registrations).explain(id)
-    if not os.path.exists(config.database):
-        return explained(told, None)
-    with legible(config.database), contextlib.closing(open_sqlite(config.database, read_only=True)) as db:
-        return explained(told, Reader(db))
-
-
-def run_explain(args: argparse.Namespace, config: Config) -> int:
+    config = config_of(args)
     try:
-        told = explain_id(config, args.id)
+        told, reader = Registrations(config.server_name, config.registrations).explain(args.id), None
+        with legible(config.database), contextlib.ExitStack() as then:
+            if os.path.exists(config.database):
+                reader = Reader(then.enter_context(contextlib.closing(open_sqlite(config.database, read_only=True))))
+            told = explained(told, reader)
     except (MatrixError, DatabaseError, sqlite3.Error) as error:
         print(error.error if isinstance(error, MatrixError) else error, file=sys.stderr)
         return 2
@@ -13326,17 +13402,89 @@ def run_explain(args: argparse.Namespace, config: Config) -> int:
     return 0
 
 
-def print_table(*rows: Sequence[str]) -> None:
-    """Aligned; the last column may be as long as it is."""
-    widths = [max(map(len, column)) for column in list(zip(*rows, strict=True))[:-1]]
-    for row in rows:
-        print("  ".join(text.ljust(width) for text, width in zip(row, [*widths, 0], strict=True)).rstrip())
+def run_check(args: argparse.Namespace) -> int:
+    """Says everything that can be said of a configuration, and opens no database; 1 if something is wrong with it."""
+    args.config = args.file or args.config
+    if args.examine:
+        return examine(config_of(args), args)
+    flags, reader = flags_of(args)
+    if reader.findings:
+        raise ConfigError(reader.findings)
+    findings = diagnose(args.config, flags)
+    keys = ("level", "where", "what", "why", "right")
+    objects = [{key: getattr(finding, key) for key in keys} for finding in findings]
+    print(json.dumps(objects, indent=2) if args.json else report(findings))
+    return int(any(finding.level == "error" for finding in findings))
 
 
-def print_routes() -> None:
-    print_table(("method", "path", "who may call", "section of the specification"),
-                *((route.method, route.path, route.auth, route.spec) for route in ROUTES + ADMIN_ROUTES))
+def diagnose(path: str | None, flags: JsonObject) -> list[Finding]:
+    try:
+        reader = config_reader(path)
+    except ConfigError as error:
+        return error.findings
+    values, registrations = reader.look()
+    values = {"server_name": "localhost", "port": 8008, **values, **flags}
+    return reader.findings + Doctor(values["server_name"], values["port"]).examine(registrations, reader.rests)
 
+
+def report(findings: Sequence[Finding]) -> str:
+    """The findings for a terminal, and how many there are."""
+    lines = []
+    for finding in findings:
+        lines.append(f"{finding.level}: {finding.where}: {finding.what}")
+        lines += [f"    why:   {finding.why}"] * bool(finding.why)
+        lines += ["    " + re.sub("^write ", "write: ", finding.right)] * bool(finding.right)
+    counts = collections.Counter(finding.level for finding in findings)
+    total = ", ".join(f"{count} {level}" + "s" * (count > 1) for level, count in sorted(counts.items()))
+    return "\n".join([*map(printable, lines), total or "nothing to complain of"])
+
+
+def examine(config: Config, args: argparse.Namespace) -> int:
+    """Takes the homeserver's place for a moment, in memory, and examines the application service of each registration."""
+    set_up_log(args)
+    if not args.verbose:
+        log.setLevel(logging.ERROR)                          # what it finds is what it says
+    registrations = [dataclasses.replace(one, sample=None) if one.sample is not None and reachable(one.url) == "answers" else one
+                     for one in config.registrations]
+    hs = Homeserver(**{**vars(config), "database": ":memory:", "registrations": registrations})
+    try:
+        hs.start()
+        found = [(one.id, *result) for one in hs.world.registrations for result in examination(hs, one, args.queries)]
+    except START_ERRORS as error:
+        taken = f":{config.port} " in str(error)
+        print(f"asbridge: port {config.port} is taken, and check --examine takes the homeserver's place: stop it for that moment. "
+              "If it is asbridge itself, leave it: its inspector has the button Examine." if taken
+              else why_not_started(error, config), file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    finally:
+        hs.stop()
+    print_examination(found, args.json)
+    return int(any(outcome == "failed" for _, _, outcome, _, _ in found))
+
+
+def examination(hs: Homeserver, registration: Registration, queries: bool) -> list[Result]:
+    """Waits for an application service that is about to start. What our own samples create is gone with them."""
+    deadline = time.monotonic() + hs.config.query_timeout_ms / 1000
+    if reachable(registration.url) == "does not answer yet":
+        print(f"nothing listens yet at {registration.url}; start {registration.id} now", file=sys.stderr)
+    while reachable(registration.url) == "does not answer yet" and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return Examiner(registration, hs.config, queries or registration.id in {sample.id for sample in hs.samples}).results()
+
+
+def print_examination(found: Sequence[tuple[str, str, str, str, str]], as_json: bool) -> None:
+    keys = ("appservice", "test", "outcome", "spec", "seen")
+    if as_json:
+        print(json.dumps([dict(zip(keys, row, strict=True)) for row in found], indent=2))
+        return
+    print_table(keys, *found)
+    counts = collections.Counter(outcome for _, _, outcome, _, _ in found)
+    print(", ".join([f"{counts[outcome]} {outcome}" for outcome in ("passed", "failed", "skipped")]))
+
+
+# -- The log.
 
 class JsonLines(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
@@ -13374,62 +13522,73 @@ def set_up_log(args: argparse.Namespace) -> None:
     trace.setLevel(logging.DEBUG if args.trace else logging.WARNING)
 
 
-def flags_of(args: argparse.Namespace, reader: ConfigReader) -> JsonObject:
-    """The flags that override the file; the reader finds what is wrong with them."""
-    flags = {key: getattr(args, key) for key in ("server_name", "bind", "port", "database")}
-    return {key: value for key, value in flags.items() if value is not None and reader._check(key, value)}
+# -- The program: starts, says that it is ready, and ends on a signal.
+
+START_ERRORS = (OSError, DatabaseError, sqlite3.Error, MatrixError)
 
 
-def config_of(args: argparse.Namespace) -> Config:
-    """The file and the flags, which override it; without a file the sample."""
-    config = read_config(args.config)
-    reader = ConfigReader({}, "command line", "")
-    for key, value in flags_of(args, reader).items():
-        setattr(config, key, value)
-    if args.role == "appservice" and not any(registration.sample is not None
-                                             for registration in config.registrations):
-        reader.wrong("--role appservice", "has nothing to run", "a registration needs the key "
-                     "\"asbridge.sample\": {\"irc_port\": 6667}")
-    if not is_base_url(args.homeserver):
-        reader.wrong("--homeserver", f"is {quoted(args.homeserver)}", "write 'http://host:port'")
-    if reader.findings:
-        raise ConfigError(reader.findings)
-    return config
-
-
-def run_check(args: argparse.Namespace) -> int:
-    """Says everything that can be said of a configuration, and opens no database; 1 if something is wrong with it."""
-    reader = ConfigReader({}, "command line", "")
-    flags = flags_of(args, reader)
-    if reader.findings:
-        raise ConfigError(reader.findings)
-    findings = diagnose(args.config, flags)
-    keys = ("level", "where", "what", "why", "right")
-    objects = [{key: getattr(finding, key) for key in keys} for finding in findings]
-    print(json.dumps(objects, indent=2) if args.json else report(findings))
-    return int(any(finding.level == "error" for finding in findings))
-
-
-def diagnose(path: str | None, flags: JsonObject) -> list[Finding]:
+def run(config: Config, args: argparse.Namespace, stop: Any) -> int:
+    """The parts, until the bell `stop` rings; 1 if they can't start, or if that can't be said."""
+    running: list[Homeserver | IrcBridge] = []
     try:
-        reader = config_reader(path)
-    except ConfigError as error:
-        return error.findings
-    values, registrations = reader.look()
-    values = {"server_name": "localhost", "port": 8008, **values, **flags}
-    return reader.findings + Doctor(values["server_name"], values["port"]).examine(registrations, reader.rests)
+        for part in parts_of(config, args):
+            running.append(part)
+            part.start()
+    except START_ERRORS as error:
+        print(why_not_started(error, config), file=sys.stderr)
+        return 1
+    try:
+        ready = ", ".join([introduce(part, args) for part in running])
+        with failing("what is printed can't be written"):    # who waits for this line would wait for ever
+            print(f"asbridge ready at {ready}", flush=True)
+        while not stop.acquire(timeout=1):                   # a signal that came just before would else be handled after the wait
+            pass
+    except OSError as error:
+        complain(f"asbridge: {error.strerror}")
+        return 1
+    finally:
+        for part in running:
+            part.stop()
+    return 0
 
 
-def report(findings: Sequence[Finding]) -> str:
-    """The findings for a terminal, and how many there are."""
-    lines = []
-    for finding in findings:
-        lines.append(f"{finding.level}: {finding.where}: {finding.what}")
-        lines += [f"    why:   {finding.why}"] * bool(finding.why)
-        lines += ["    " + re.sub("^write ", "write: ", finding.right)] * bool(finding.right)
-    counts = collections.Counter(finding.level for finding in findings)
-    total = ", ".join(f"{count} {level}" + "s" * (count > 1) for level, count in sorted(counts.items()))
-    return "\n".join([*map(printable, lines), total or "nothing to complain of"])
+def parts_of(config: Config, args: argparse.Namespace) -> Iterator[Homeserver | IrcBridge]:
+    """The homeserver, with its samples or without; or the samples only, for another homeserver."""
+    if args.role == "appservice":
+        for one in config.registrations:
+            if one.sample is not None:
+                yield IrcBridge(one, args.homeserver, beside(config.database, one.id))
+    else:
+        hs = Homeserver(samples=args.role == "both", **vars(config))
+        hs.reread = lambda: config_of(args).registrations
+        yield hs
+
+
+def introduce(part: Homeserver | IrcBridge, args: argparse.Namespace) -> str:
+    """Where it is ready. Of a homeserver the log says more, its port goes to the file for it, and SIGHUP is heard."""
+    if isinstance(part, IrcBridge):
+        return f"{part.url or 'no url'} (IRC on port {part.irc_port})"
+    reload_on_sighup(part)
+    threading.Thread(target=describe, args=(part,), name="describe", daemon=True).start()
+    for line in suggestions(part) if not args.quiet else ():
+        log.info("try: %s", line) if args.log_format == "json" else complain(f"  try: {line}")
+    if args.port_file:
+        with failing(f"--port-file {args.port_file}"):
+            with open(args.port_file + ".new", "w", encoding="utf-8") as file:
+                file.write(f"{part.port}\n")
+            os.replace(args.port_file + ".new", args.port_file)      # nobody sees it half written
+    return part.url
+
+
+def why_not_started(error: Exception, config: Config) -> str:
+    if isinstance(error, sqlite3.Error):
+        return (f"asbridge: {config.database} is damaged, or can't be used: {error}; put back a copy of it, or name another --database")
+    if isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
+        where = "--port 0 takes any free one"
+        if f":{config.port} " not in str(error):
+            where = "for the sample the ports stand in its registration: url, and asbridge.sample.irc_port"
+        return f"asbridge: {error.strerror}; stop the program that has this port, or use another ({where})"
+    return f"asbridge: {error}"
 
 
 def describe(hs: Homeserver) -> None:
@@ -13439,8 +13598,7 @@ def describe(hs: Homeserver) -> None:
     except MatrixError:                                      # stopped already
         return
     for registration in hs.world.registrations:
-        names = ", ".join(str(namespace) for kind in KINDS
-                          for namespace in registration.namespaces[kind]) or "no namespaces"
+        names = ", ".join(str(namespace) for kind in KINDS for namespace in registration.namespaces[kind]) or "no namespaces"
         log.info("application service %s %s (%s): %s; events that wait: %d; %s", registration.id,
                  f"at {registration.url}" if registration.url else "without a url", reachable(registration.url),
                  registration.sender(hs.world.name), waiting.get(registration.id, 0), names)
@@ -13461,8 +13619,7 @@ def reachable(url: str | None) -> str:
         return "nothing is sent"
     parts = urllib.parse.urlsplit(url)
     try:
-        socket.create_connection((parts.hostname or "", parts.port
-                                  or (443 if parts.scheme == "https" else 80)), 1).close()
+        socket.create_connection((parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80)), 1).close()
         return "answers"
     except OSError:
         return "does not answer yet"
@@ -13470,14 +13627,79 @@ def reachable(url: str | None) -> str:
 
 def suggestions(hs: Homeserver) -> list[str]:
     """What to try, ready to be pasted."""
-    port = next((sample.irc_port for sample in hs.samples if isinstance(sample, IrcBridge)), None)
     register = """-d '{"username": "alice", "password": "wonderland", "auth": {"type": "m.login.dummy"}}'"""
     talk = r"(printf 'NICK bob\r\nUSER bob 0 * :Bob\r\nJOIN #lobby\r\nPRIVMSG #lobby :hello from IRC\r\n'; cat)"
     closed = hs.config.admin_token is None and not is_loopback(hs.config.bind)
     needs = "it needs an admin_token in the configuration" if closed else "it shows all that passes"
-    inspector = [f"open {hs.url}/      # the inspector: {needs}"]
-    return inspector + ([f"irssi -c 127.0.0.1 -p {port} -n bob      # then: /join #lobby", f"{talk} | nc 127.0.0.1 {port}",
-                         f"curl -s {hs.url}/_matrix/client/v3/register {register}"] if port else [])
+    lines = [f"open {hs.url}/      # the inspector: {needs}"]
+    if hs.samples:
+        port = hs.samples[0].irc_port
+        lines += [f"irssi -c 127.0.0.1 -p {port} -n bob      # then: /join #lobby", f"{talk} | nc 127.0.0.1 {port}",
+                  f"curl -s {hs.url}/_matrix/client/v3/register {register}"]
+    return lines
+
+
+def reload_on_sighup(hs: Homeserver) -> None:
+    """One after the other, and once for signals that come together."""
+    again = bell()
+
+    def reload_when_rung() -> None:
+        while True:
+            again.acquire()
+            reload(hs)
+    if hasattr(signal, "SIGHUP"):
+        threading.Thread(target=reload_when_rung, name="reload", daemon=True).start()
+        signal.signal(signal.SIGHUP, lambda number, frame: release(again))
+
+
+def reload(hs: Homeserver) -> None:
+    before = set(hs.world.registrations)
+    try:
+        hs.reload()
+        for registration in set(hs.world.registrations) - before:
+            warn_of(hs, registration)
+    except ConfigError as error:
+        log.error("the registrations are not read again, for something is wrong with them:\n%s", error)
+    except MatrixError as error:
+        log.error("the registrations can't be taken: %s", error)
+
+
+def complain(line: str) -> None:
+    """To stderr, which may be full or have no reader."""
+    with contextlib.suppress(OSError):
+        print(line, file=sys.stderr)
+
+
+# -- The process, and what it gets from the machine.
+
+def fill_standard_files() -> None:
+    """Whoever starts us may have closed stdin, stdout or stderr: nothing else is to be opened in their place, and written to."""
+    while (number := os.open(os.devnull, os.O_RDWR)) < 3:
+        os.set_inheritable(number, True)
+    os.close(number)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))      # noqa: SIM115
+
+
+def raise_handles() -> None:
+    """Many systems give a process 1,024 handles until it asks for more, which is too few for 2,000 clients."""
+    with contextlib.suppress(ImportError, OSError, ValueError):
+        limits = importlib.import_module("resource")         # not on Windows
+        soft, hard = limits.getrlimit(limits.RLIMIT_NOFILE)
+        wanted = 10_240 if hard == limits.RLIM_INFINITY else min(hard, 10_240)
+        if soft != limits.RLIM_INFINITY and soft < wanted:
+            limits.setrlimit(limits.RLIMIT_NOFILE, (wanted, hard))
+
+
+def keep_to_one_cpu() -> None:
+    """Of all threads one at a time runs Python. To hand that over to a thread on another processor takes several times as
+    long as on the same one. For Linux; elsewhere nothing happens.
+    """
+    with contextlib.suppress(AttributeError, OSError):
+        allowed = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {allowed[os.getpid() % len(allowed)]})      # several of us spread
+        sys.setswitchinterval(0.0005)                        # to pass it on costs little there
 
 
 def ring_on_signals(stop: Any) -> None:
@@ -13494,225 +13716,25 @@ def ring_on_signals(stop: Any) -> None:
         signal.signal(number, rung)
 
 
-def run(config: Config, args: argparse.Namespace) -> int:
-    stop = bell()
-    ring_on_signals(stop)
-    if args.role == "appservice":
-        return run_samples(config, args.homeserver, stop)
-    hs = Homeserver(samples=args.role == "both", **{entry.name: getattr(config, entry.name)
-                                                    for entry in dataclasses.fields(config)})
-    hs.reread = lambda: config_of(args).registrations
-    try:
-        hs.start()
-    except (OSError, DatabaseError, sqlite3.Error, MatrixError) as error:
-        print(why_not_started(error, config), file=sys.stderr)
-        return 1
-    try:
-        reload_on_sighup(hs)
-        threading.Thread(target=describe, args=(hs,), name="describe", daemon=True).start()
-        for line in suggestions(hs) if not args.quiet else ():
-            log.info("try: %s", line) if args.log_format == "json" else complain(f"  try: {line}")
-        if args.port_file:
-            with failing(f"--port-file {args.port_file}"):
-                write_whole(args.port_file, f"{hs.port}\n")
-        say_ready(hs.url)
-        until_rung(stop)
-    except OSError as error:
-        complain(f"asbridge: {error.strerror}")
-        return 1
-    finally:
-        hs.stop()
-    return 0
-
-
-def say_ready(what: str) -> None:
-    """Who waits for this line would wait for ever if it could not be written, so that is an error."""
-    with failing("what is printed can't be written"):
-        print(f"asbridge ready at {what}", flush=True)
-
-
-def complain(line: str) -> None:
-    """To stderr, which may be full or have no reader."""
-    with contextlib.suppress(OSError):
-        print(line, file=sys.stderr)
-
-
-def examine(config: Config, args: argparse.Namespace) -> int:
-    """Takes the homeserver's place for a moment, in memory, and examines the application service of each registration."""
-    registrations = [dataclasses.replace(one, sample=None) if one.sample is not None and reachable(one.url) == "answers" else one
-                     for one in config.registrations]
-    hs = Homeserver(**{**{entry.name: getattr(config, entry.name) for entry in dataclasses.fields(config)},
-                       "database": ":memory:", "registrations": registrations})
-    try:
-        hs.start()
-        found = [(one.id, *result) for one in hs.world.registrations for result in examination(hs, one, args.queries)]
-    except (OSError, DatabaseError, sqlite3.Error, MatrixError) as error:
-        taken = f":{config.port} " in str(error)
-        print(f"asbridge: port {config.port} is taken, and check --examine takes the homeserver's place: stop it for that moment. "
-              "If it is asbridge itself, leave it: its inspector has the button Examine." if taken
-              else why_not_started(error, config), file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
-    finally:
-        hs.stop()
-    print_examination(found, args.json)
-    return int(any(outcome == "failed" for _, _, outcome, _, _ in found))
-
-
-def examination(hs: Homeserver, registration: Registration, queries: bool) -> list[Result]:
-    """Waits for an application service that is about to start. What our own samples create is gone with them."""
-    deadline = time.monotonic() + hs.config.query_timeout_ms / 1000
-    if reachable(registration.url) == "does not answer yet":
-        print(f"nothing listens yet at {registration.url}; start {registration.id} now", file=sys.stderr)
-    while reachable(registration.url) == "does not answer yet" and time.monotonic() < deadline:
-        time.sleep(0.1)
-    return Examiner(registration, hs.config, queries or registration.id in {sample.id for sample in hs.samples}).results()
-
-
-def print_examination(found: Sequence[tuple[str, str, str, str, str]], as_json: bool) -> None:
-    keys = ("appservice", "test", "outcome", "spec", "seen")
-    if as_json:
-        print(json.dumps([dict(zip(keys, row, strict=True)) for row in found], indent=2))
-        return
-    print_table(keys, *found)
-    counts = collections.Counter(outcome for _, _, outcome, _, _ in found)
-    print(", ".join([f"{counts[outcome]} {outcome}" for outcome in ("passed", "failed", "skipped")]))
-
-
-def reload(hs: Homeserver) -> None:
-    before = set(hs.world.registrations)
-    try:
-        hs.reload()
-        for registration in set(hs.world.registrations) - before:
-            warn_of(hs, registration)
-    except ConfigError as error:
-        log.error("the registrations are not read again, for something is wrong with them:\n%s", error)
-    except MatrixError as error:
-        log.error("the registrations can't be taken: %s", error)
-
-
-def reload_on_sighup(hs: Homeserver) -> None:
-    """One after the other, and once for signals that come together."""
-    again = bell()
-
-    def reload_when_rung() -> None:
-        while True:
-            again.acquire()
-            reload(hs)
-    if hasattr(signal, "SIGHUP"):
-        threading.Thread(target=reload_when_rung, name="reload", daemon=True).start()
-        signal.signal(signal.SIGHUP, lambda number, frame: release(again))
-
-
-def until_rung(stop: Any) -> None:
-    """Looks up every second: a signal that comes just before the wait would else be handled after it only."""
-    while not stop.acquire(timeout=1):
-        pass
-    stop.release()
-
-
-def run_samples(config: Config, homeserver: str, stop: Any) -> int:
-    """Only the sample application services, for another homeserver."""
-    samples: list[IrcBridge] = []
-    try:
-        for one in config.registrations:
-            if one.sample is not None:
-                samples.append(IrcBridge(one, homeserver, beside(config.database, one.id)))
-                samples[-1].start()
-    except (OSError, DatabaseError, sqlite3.Error) as error:
-        print(why_not_started(error, config), file=sys.stderr)
-        return 1
-    try:
-        say_ready(", ".join(f"{sample.url or 'no url'} (IRC on port {sample.irc_port})" for sample in samples))
-        until_rung(stop)
-    except OSError as error:
-        complain(f"asbridge: {error.strerror}")
-        return 1
-    finally:
-        for sample in samples:
-            sample.stop()
-    return 0
-
-
-def why_not_started(error: Exception, config: Config) -> str:
-    if isinstance(error, sqlite3.Error):
-        return (f"asbridge: {config.database} is damaged, or can't be used: {error}; put back a copy of it, or name another --database")
-    if isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
-        where = "--port 0 takes any free one"
-        if f":{config.port} " not in str(error):
-            where = "for the sample the ports stand in its registration: url, and asbridge.sample.irc_port"
-        return f"asbridge: {error.strerror}; stop the program that has this port, or use another ({where})"
-    return f"asbridge: {error}"
-
-
-def write_whole(path: str, text: str) -> None:
-    """Writes a file that nobody sees half written."""
-    with open(path + ".new", "w", encoding="utf-8") as file:
-        file.write(text)
-    os.replace(path + ".new", path)
-
-
-def keep_to_one_cpu() -> None:
-    """Of all threads one at a time runs Python. To hand that over to a thread on another processor takes several times as
-    long as on the same one. For Linux; elsewhere nothing happens.
-    """
-    with contextlib.suppress(AttributeError, OSError):
-        allowed = sorted(os.sched_getaffinity(0))
-        os.sched_setaffinity(0, {allowed[os.getpid() % len(allowed)]})      # several of us spread
-        sys.setswitchinterval(0.0005)                        # to pass it on costs little there
-
-
-def raise_handles() -> None:
-    """Many systems give a process 1,024 handles until it asks for more, which is too few for 2,000 clients."""
-    with contextlib.suppress(ImportError, OSError, ValueError):
-        limits = importlib.import_module("resource")         # not on Windows
-        soft, hard = limits.getrlimit(limits.RLIMIT_NOFILE)
-        wanted = 10_240 if hard == limits.RLIM_INFINITY else min(hard, 10_240)
-        if soft != limits.RLIM_INFINITY and soft < wanted:
-            limits.setrlimit(limits.RLIMIT_NOFILE, (wanted, hard))
-
-
-def fill_standard_files() -> None:
-    """Whoever starts us may have closed stdin, stdout or stderr: nothing else is to be opened in their place, and written to."""
-    while (number := os.open(os.devnull, os.O_RDWR)) < 3:
-        os.set_inheritable(number, True)
-    os.close(number)
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))      # noqa: SIM115
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
+    """0: done. 1: it failed while running, or found something wrong. 2: so is the command line, or the configuration."""
     warnings.filterwarnings("ignore", "Possible ", FutureWarning)     # Python's about regexes such as [[a]
     args = parse_args(sys.argv[1:] if arguments is None else arguments)
-    args.config = getattr(args, "file", None) or args.config
     try:
-        if args.command == "routes":
-            print_routes()
-            return 0
-        if args.command == "generate":
-            print(json.dumps(generate_registration(args.id, args.url, args.prefix, args.server_name or "localhost"), indent=2))
-            return 0
-        if args.command == "check" and not args.examine:
-            return run_check(args)
+        if args.command:
+            return int(args.command(args))
         config = config_of(args)
-        if args.command == "explain":
-            return run_explain(args, config)
     except ConfigError as error:
         print(error, file=sys.stderr)
         return 2
-    if args.command == "check":
-        set_up_log(args)
-        if not args.verbose:
-            log.setLevel(logging.ERROR)                      # what it finds is what it says
-        return examine(config, args)
     set_up_log(args)
     raise_handles()
     gc.freeze()                                              # what there is now stays: not to be looked at again and again
     if config.one_cpu:
         keep_to_one_cpu()                                    # before there are threads
-    return run(config, args)
+    stop = bell()
+    ring_on_signals(stop)
+    return run(config, args, stop)
 
 
 if __name__ == "__main__":

@@ -12946,8 +12946,8 @@ def test_an_irc_client_for_which_there_is_no_thread_is_closed_and_the_next_is_ta
     with monkeypatch.context() as patch:
         patch.setattr(threading.Thread, "start", start_thread)
         assert Irc(bridge).closed()
-        eventually(lambda: not bridge.clients)
-    assert Irc(bridge, "bob", "#lobby") and len(bridge.clients) == 1
+        eventually(lambda: not bridge.irc.clients)
+    assert Irc(bridge, "bob", "#lobby") and len(bridge.irc.clients) == 1
     assert [record.getMessage() for record in caplog.records if record.levelname == "ERROR"] == [
         "irc: no more IRC clients can be taken: can't start new thread; there are 0"]
 
@@ -13002,15 +13002,15 @@ def test_a_command_is_answered_by_its_numeric(bridge, line, answer):
 def test_when_a_bridge_has_stopped_it_takes_no_connection_any_more_and_no_thread_of_it_waits_for_one(bridge):
     for _ in range(5):
         bridge.stop()
-        assert not [thread for thread in threading.enumerate() if thread is bridge._accepter]
+        assert not [thread for thread in threading.enumerate() if thread is bridge.irc._accepter]
         bridge = asbridge.IrcBridge(bridge_registration(), bridge.homeserver_url)
         bridge.start()
     bridge.stop()
 
 
 def test_no_line_waits_for_another_to_be_acknowledged(bridge):
-    Irc(bridge, "bob")
-    assert [client.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) for client in bridge.clients] == [1]
+    _bob = Irc(bridge, "bob")                                # kept: else its socket is closed at once
+    assert [client.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) for client in bridge.irc.clients] == [1]
 
 
 def test_before_registration_commands_are_refused_by_451(bridge):
@@ -13100,7 +13100,22 @@ def test_who_does_not_register_in_time_is_told_and_dropped(bridge, monkeypatch):
             busy.send("PONG x")
     silent.wait("^ERROR :Closing link: Not registered in time: NICK and USER are wanted$")
     assert silent.closed() and busy.closed()
-    eventually(lambda: not bridge.clients)
+    eventually(lambda: not bridge.irc.clients)
+
+
+@pytest.mark.parametrize("last", ["PRIVMSG #lobby :x", "QUIT", None])
+def test_a_client_that_leaves_while_the_disk_is_full_takes_up_no_room_afterwards(bridge, monkeypatch, last):
+    def full(*args, **job):
+        raise sqlite3.OperationalError("database or disk is full")
+    bob, eve = Irc(bridge, "bob", "#lobby"), Irc(bridge, "eve", "#lobby")
+    channel_is_known(bridge)
+    with monkeypatch.context() as patch:
+        patch.setattr(bridge, "spool", full)
+        bob.send(last) if last else bob.sock.close()
+        eve.wait("^:bob!.* QUIT ")
+        eventually(lambda: len(bridge.irc.clients) == 1)
+    assert not last or bob.closed()
+    assert list(bridge.people) == ["eve"] and bridge.channels["#lobby"].people == {bridge.people["eve"]}
 
 
 def test_past_the_most_clients_one_is_told_and_dropped_and_the_others_stay(bridge, monkeypatch):
@@ -13111,7 +13126,7 @@ def test_past_the_most_clients_one_is_told_and_dropped_and_the_others_stay(bridg
     bob.never("ERROR")
     bob.send("QUIT")
     assert bob.closed()
-    eventually(lambda: not bridge.clients)
+    eventually(lambda: not bridge.irc.clients)
     Irc(bridge, "next")
 
 
@@ -13604,7 +13619,7 @@ def test_an_invited_ghost_joins_a_direct_room_and_its_messages_are_private(fake,
     eventually(lambda: fake.said() == ["yes?"])
     assert "/rooms/%21direct%3Atest/send/" in fake.paths("/send/")[0][1]
     assert bob.closed()
-    eventually(lambda: not bridge.clients)
+    eventually(lambda: not bridge.irc.clients)
     event_id = message(bridge, "still there?", room_id="!direct:test")
     eventually(lambda: len(fake.said()) == 2)
     assert "not on IRC" in fake.said()[1]
@@ -14312,8 +14327,8 @@ def test_a_damaged_database_of_a_bridge_alone_is_refused_in_words(tmp_path, caps
     with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as db:
         if damage:
             db.executescript(asbridge.IrcBridge.SCHEMA + "INSERT INTO irc_nicks VALUES ('@a:b', 'a');" + damage)
-    args = asbridge.parse_args(["--role", "appservice", "--config", str(config)])
-    assert asbridge.run_samples(asbridge.config_of(args), "http://127.0.0.1:1", asbridge.bell()) == 1
+    args = asbridge.parse_args(["--role", "appservice", "--homeserver", "http://127.0.0.1:1", "--config", str(config)])
+    assert asbridge.run(asbridge.config_of(args), args, asbridge.bell()) == 1
     assert re.search(r"hs-irc\.db (is damaged|can't be used)", capsys.readouterr().err)
 
 
@@ -14752,6 +14767,13 @@ def test_a_reset_is_a_new_world_behind_the_same_port(start, recorder, tmp_path):
     assert int(r.transactions[-1][0]) > int(before)
     with pytest.raises(ValueError, match="would delete"):
         start(database=str(tmp_path / "hs.db")).reset()
+
+
+def test_after_a_reset_a_sample_is_the_same_with_all_that_its_registration_says_of_it(start):
+    hs = start({**asbridge.SAMPLE_REGISTRATION, "url": "http://127.0.0.1:0", "asbridge.sample": {"irc_port": 0, "prefix": "_irc_x_", "irc_bind": "localhost"}})
+    before = [(bridge.prefix, bridge.irc.address[0], bridge.irc_port) for bridge in hs.samples]
+    hs.reset()
+    assert [(bridge.prefix, bridge.irc.address[0], bridge.irc_port) for bridge in hs.samples] == before and before[0][:2] == ("_irc_x_", "localhost")
 
 
 def test_wait_for_gives_the_first_event_past_or_to_come_with_these_values(three):
