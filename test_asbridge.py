@@ -5143,7 +5143,7 @@ def test_each_way_to_read_a_room_shows_what_the_history_visibility_lets_one_see(
         eyes.check_sync(since)
 
 
-# -- Rooms: aliases.
+# -- Aliases.
 
 def test_an_alias_is_made_found_and_deleted(hs, alice, bob, room):
     alice.set_alias("#two:localhost", room)
@@ -5167,7 +5167,7 @@ def test_an_alias_that_is_none_is_refused(alice, room, alias):
         alice.set_alias(alias, room)
 
 
-# -- Rooms: creating.
+# -- How a room begins.
 
 ORDER = ["m.room.create", "m.room.member", "m.room.power_levels", "m.room.canonical_alias", "m.room.join_rules", "m.room.history_visibility",
          "m.room.guest_access", "org.example.state", "m.room.name", "m.room.topic", "m.room.member"]
@@ -5266,7 +5266,7 @@ def test_additional_creators_are_user_ids(alice, bob, more, options):
         alice.create_room(room_version="12", creation_content={"additional_creators": more}, **options)
 
 
-# -- Rooms: membership.
+# -- What happens in rooms: who comes and goes.
 
 def test_a_room_is_joined_by_id_or_alias_and_again_without_effect(alice, bob, room):
     assert bob.join("#room:localhost") == bob.join(room) == bob.call("POST", path("rooms", room, "join"))["room_id"] == room
@@ -5486,7 +5486,7 @@ def test_membership_by_put_state_follows_the_same_rules(alice, bob, carol, room)
         bob.set_state(room, "m.room.member", {"membership": "x"}, bob.user_id)
 
 
-# -- Rooms: sending.
+# -- What happens in rooms: what is sent.
 
 def test_a_client_transaction_sends_once_for_each_device_and_room(alice, bob, room):
     other = alice.create_room()
@@ -6406,7 +6406,7 @@ def test_the_initial_sync_of_a_room_is_its_state_and_its_last_messages(alice, bo
         carol.ask("GET", "rooms", room, "initialSync")
 
 
-# -- Data of clients: account data, tags, filters, OpenID.
+# -- Clients' data: account data, tags, filters, OpenID.
 
 def test_account_data_is_kept_and_synced_for_the_account_and_for_rooms(alice, bob, room):
     since = alice.sync()["next_batch"]
@@ -6706,7 +6706,7 @@ def test_the_user_directory_has_those_whom_one_meets(alice, bob, carol, room):
     assert search(bob, "localhost", limit=1)["limited"]
 
 
-# -- Relations and threads.
+# -- Relations: threads, edits, reactions.
 
 def test_the_events_that_relate_to_one_are_listed_the_latest_first(alice, bob, room):
     bob.join(room)
@@ -6948,7 +6948,7 @@ def test_read_markers_may_move_a_private_receipt(alice, bob, room):
     assert list(ephemeral(bob, room, type="m.receipt")[event_id]) == ["m.read.private"] and "rooms" not in alice.sync(since)
 
 
-# -- What passes: typing.
+# -- Typing.
 
 def test_typing_is_told_until_it_stops_or_runs_out(hs, alice, bob, room):
     bob.join(room)
@@ -7004,7 +7004,7 @@ def test_who_typed_stops_when_there_is_a_thread_for_it_again(hs, alice, monkeypa
     eventually(lambda: hs.api.typing._rooms[1][1].keys() == {bob.user_id})
 
 
-# -- What passes: presence.
+# -- Presence.
 
 def test_who_syncs_is_online_and_offline_some_time_after_the_last_sync(pair):
     hs, alice, bob, _, since = pair
@@ -7642,7 +7642,7 @@ def test_a_new_master_key_drops_what_the_old_one_had_signed(start):
         ghost.ask("POST", "keys", "device_signing", "upload", body={"self_signing_key": cross_signing_keys(ghost.user_id)["self_signing_key"]})
 
 
-# -- Keys: backups.
+# -- Key backups.
 
 def backup_key(verified=False, index=0, forwarded=0, data="x"):
     return {"is_verified": verified, "first_message_index": index, "forwarded_count": forwarded, "session_data": {"ciphertext": data}}
@@ -7709,7 +7709,7 @@ def test_keys_go_into_the_last_backup_only_and_the_error_names_it(alice):
         alice.ask("PUT", "room_keys", "keys", "!a:b", "s", body={**backup_key(), "is_verified": "yes"}, version=second)
 
 
-# -- Notifications: push rules.
+# -- Push rules.
 
 RULES = V3 + "/pushrules/global"
 
@@ -7817,7 +7817,7 @@ def test_a_rule_that_is_none_is_refused(hs, alice, where, body, errcode):
         alice.call("GET", RULES + "/override/x")
 
 
-# -- Notifications: which rule decides.
+# -- Push rules: which one decides.
 
 class FakeRoom(asbridge.RoomFacts):
     """What conditions ask about a room."""
@@ -7943,7 +7943,7 @@ def test_a_pattern_has_a_largest_length_and_what_is_longer_matches_nothing(alice
     assert decides({"body": name + "!"}, displayname=name) == ("message", True, False)
 
 
-# -- Notifications: what is unread.
+# -- What is unread, by these rules.
 
 def test_what_others_say_after_ones_join_and_receipt_is_unread(alice, bob, room):
     alice.say(room, "before"), bob.join(room)
@@ -9198,7 +9198,7 @@ def test_presence_is_what_two_devices_make_of_it_and_each_change_is_told_once(pa
 # 7. Delivery
 # ============================================================================
 
-# -- Pushing events.
+# -- Pushing: events.
 
 def test_a_push_has_the_client_event_format_and_what_old_software_reads(start, recorder):
     r = recorder()
@@ -9435,7 +9435,7 @@ def test_the_log_says_whose_failure_it_was():
         assert asbridge.advice(told, failure).startswith(text)
 
 
-# -- Pushing ephemeral data.
+# -- Pushing: ephemeral data.
 
 @pytest.mark.parametrize("flags, keys", [
     ({"receive_ephemeral": True}, ["ephemeral"]), ({"de.sorunome.msc2409.push_ephemeral": True}, ["de.sorunome.msc2409.ephemeral"]),
@@ -9540,7 +9540,95 @@ def test_presence_is_pushed_of_its_own_users_and_of_who_is_in_a_room_with_them(s
     assert [(data["sender"], data["content"]["presence"]) for data in found] == [(client.user_id, "online"), (client.user_id, "unavailable")] * (who != "stranger")
 
 
-# -- Legacy paths.
+# -- Pushing: to services that encrypt.
+
+@pytest.mark.parametrize("flags, comes", [({"receive_ephemeral": True}, True), ({"de.sorunome.msc2409.push_ephemeral": True}, True), ({}, False)])
+def test_a_message_to_a_ghosts_device_is_pushed_once_and_in_order_to_a_service_that_takes_ephemeral_data(start, recorder, flags, comes):
+    r = recorder()
+    hs = start(registration(url=r.url, **flags))
+    alice, ghost = hs.client("alice"), ghost_with_device(hs)
+    for n in range(3):
+        alice.ask("PUT", "sendToDevice", "m.x", str(n), body={"messages": {ghost.user_id: {"*": {"n": n}}}})
+    hs.settle()
+    messages = [message for part in pushed(r, "de.sorunome.msc2409.to_device") for message in part]
+    assert messages == ([{"type": "m.x", "sender": alice.user_id, "content": {"n": n}, "to_user_id": ghost.user_id, "to_device_id": "GHOST"} for n in range(3)] if comes else [])
+    if not comes:                                            # it is left for a /sync of the ghost
+        session = hs.api.accounts.login_ghost(hs.world.registrations.by_id["irc"], ghost.user_id, device_id="GHOST")
+        assert len(asbridge.Client(hs.url, session["access_token"]).sync()["to_device"]["events"]) == 3
+
+
+def test_messages_to_a_ghosts_device_wait_for_a_service_that_is_down_over_a_restart(start, recorder, tmp_path):
+    r = recorder(500, {"errcode": "M_UNKNOWN"})
+    keys = {"database": str(tmp_path / "a.db")}
+    hs = start(registration(url=r.url, **ENCRYPTING), **keys)
+    alice, ghost = hs.client("alice"), ghost_with_device(hs)
+    for n in range(150):
+        alice.ask("PUT", "sendToDevice", "m.x", str(n), body={"messages": {ghost.user_id: {"*": {"n": n}}}})
+    hs.stop()
+    r.answers(200)
+    hs = start(registration(url=r.url, **ENCRYPTING), **keys)
+    hs.settle()
+    parts = pushed(r, "de.sorunome.msc2409.to_device")
+    assert [message["content"]["n"] for part in parts for message in part] == list(range(150)) and max(map(len, parts)) == 100
+
+
+def test_a_service_hears_how_many_keys_its_ghosts_have_left_under_both_names(start, recorder):
+    r = recorder()
+    hs = start(registration(url=r.url, **ENCRYPTING))
+    alice, ghost = hs.client("alice"), ghost_with_device(hs)
+    ghost.ask("POST", "keys", "upload", body={"device_keys": device_keys(ghost), "one_time_keys": {"signed_curve25519:A": {}, "signed_curve25519:B": {}},
+                                              "fallback_keys": {"signed_curve25519:F": {}}})
+    assert device_of(ghost) == "GHOST" and claim(alice, ghost) == "A"
+    hs.settle()
+    counts = [{ghost.user_id: {"GHOST": {"signed_curve25519": 1}}}]
+    assert pushed(r, "org.matrix.msc3202.device_one_time_keys_count")[-1:] == pushed(r, "org.matrix.msc3202.device_one_time_key_counts")[-1:] == counts
+    assert pushed(r, "org.matrix.msc3202.device_unused_fallback_key_types")[-1] == {ghost.user_id: {"GHOST": ["signed_curve25519"]}}
+    assert [claim(alice, ghost) for _ in range(2)] == ["B", "F"]
+    hs.settle()
+    assert pushed(r, "org.matrix.msc3202.device_one_time_keys_count")[-1] == {ghost.user_id: {"GHOST": {"signed_curve25519": 0}}}
+    assert pushed(r, "org.matrix.msc3202.device_unused_fallback_key_types")[-1] == {ghost.user_id: {"GHOST": []}}
+    alice.ask("PUT", "sendToDevice", "m.x", "1", body={"messages": {ghost.user_id: {"*": {}}}})
+    hs.settle()
+    assert {"de.sorunome.msc2409.to_device", "org.matrix.msc3202.device_one_time_keys_count"} <= json.loads(r.transactions[-1][1]).keys()
+
+
+def test_a_service_hears_whose_devices_changed_in_the_rooms_of_its_ghosts(start, recorder):
+    r, other = recorder(), recorder()
+    hs = start(registration(url=r.url, **ENCRYPTING), registration("plain", other.url, users=("@_irc_.*",), exclusive=False, receive_ephemeral=True, namespaces={
+        "users": [{"regex": "@alice:.*", "exclusive": False}]}))
+    alice, bob, ghost = hs.client("alice"), hs.client("bob"), ghost_with_device(hs)
+    upload(bob)                                              # in no room of a ghost
+    room = alice.create_room(preset="public_chat")
+    ghost.join(room)
+    hs.settle()
+    assert pushed(r, "org.matrix.msc3202.device_lists") == []
+    upload(alice)
+    hs.settle()
+    assert pushed(r, "org.matrix.msc3202.device_lists") == [{"changed": [alice.user_id], "left": []}]
+    alice.ask("POST", "logout")
+    hs.settle()
+    assert pushed(r, "org.matrix.msc3202.device_lists")[1:] == [{"changed": [alice.user_id], "left": []}]
+    assert not any("msc3202" in body.decode() for _, body in other.transactions)
+
+
+def test_a_change_of_devices_while_a_service_is_down_comes_after_a_restart(start, recorder, tmp_path):
+    r = recorder()
+    keys = {"database": str(tmp_path / "a.db")}
+    hs = start(registration(url=r.url, **ENCRYPTING), **keys)
+    alice, ghost = hs.client("alice"), ghost_with_device(hs)
+    ghost.join(alice.create_room(preset="public_chat"))
+    hs.settle()
+    r.answers(500, {"errcode": "M_UNKNOWN"})
+    alice.create_room(invite=[ghost.user_id])                # holds the line
+    eventually(lambda: hs.waiting()["irc"])
+    upload(alice)
+    hs.stop()
+    r.answers(200)
+    start(registration(url=r.url, **ENCRYPTING), **keys).settle()
+    assert pushed(r, "org.matrix.msc3202.device_lists") == [{"changed": [alice.user_id], "left": []}]
+
+
+# -- Calling: the older paths.
 
 @pytest.mark.parametrize("status,body,falls_back", [
     (404, {}, True), (405, b"", True), (500, b"no", True), (501, {}, True), (404, {"errcode": "M_UNRECOGNIZED"}, True), (404, {"errcode": "M_NOT_FOUND"}, False),
@@ -9590,7 +9678,7 @@ def test_a_query_falls_back_to_the_older_path_too(start, recorder, kind):
     assert queries(r) == [f"{kind}/{'@' if kind == 'users' else '#'}_irc_x:localhost", f"/{kind}/{'@' if kind == 'users' else '#'}_irc_x:localhost"]
 
 
-# -- Pinging.
+# -- Asking: pings.
 
 def test_a_ping_goes_both_ways_and_tells_how_long_it_took(start, recorder):
     r = recorder()
@@ -9636,7 +9724,7 @@ def test_a_ping_is_for_the_service_itself(start, recorder):
     assert not r.requests
 
 
-# -- Asking.
+# -- Asking: for users and aliases.
 
 @pytest.mark.parametrize("verb", ["invite", "create_room", "profile", "displayname", "keys"])
 def test_an_unknown_ghost_is_asked_for_and_the_caller_waits_until_it_is_created(start, recorder, verb):
@@ -9842,7 +9930,7 @@ def test_what_is_asked_of_several_at_once_is_asked_one_after_the_other_where_the
     assert asbridge.at_once(lambda n: n * n, [1, 2, 3]) == [1, 4, 9]
 
 
-# -- Third-party networks.
+# -- Asking: for third-party networks.
 
 def look_ups(recorder):
     return [(path.partition("/thirdparty/")[2], query) for _, path, _, query, _ in recorder.requests if "/thirdparty/" in path]
@@ -9992,94 +10080,6 @@ def test_no_value_of_a_wrong_type_in_the_answers_of_a_service_makes_the_homeserv
             status, found = client.request("GET", f"{V3}/thirdparty/{where}", None, {"Authorization": f"Bearer {alice.token}"})
             assert status == 200 or (status, json.loads(found)["errcode"]) == (404, "M_NOT_FOUND"), (where, answer, status, found)
     client.close()
-
-
-# -- Encrypting application services.
-
-@pytest.mark.parametrize("flags, comes", [({"receive_ephemeral": True}, True), ({"de.sorunome.msc2409.push_ephemeral": True}, True), ({}, False)])
-def test_a_message_to_a_ghosts_device_is_pushed_once_and_in_order_to_a_service_that_takes_ephemeral_data(start, recorder, flags, comes):
-    r = recorder()
-    hs = start(registration(url=r.url, **flags))
-    alice, ghost = hs.client("alice"), ghost_with_device(hs)
-    for n in range(3):
-        alice.ask("PUT", "sendToDevice", "m.x", str(n), body={"messages": {ghost.user_id: {"*": {"n": n}}}})
-    hs.settle()
-    messages = [message for part in pushed(r, "de.sorunome.msc2409.to_device") for message in part]
-    assert messages == ([{"type": "m.x", "sender": alice.user_id, "content": {"n": n}, "to_user_id": ghost.user_id, "to_device_id": "GHOST"} for n in range(3)] if comes else [])
-    if not comes:                                            # it is left for a /sync of the ghost
-        session = hs.api.accounts.login_ghost(hs.world.registrations.by_id["irc"], ghost.user_id, device_id="GHOST")
-        assert len(asbridge.Client(hs.url, session["access_token"]).sync()["to_device"]["events"]) == 3
-
-
-def test_messages_to_a_ghosts_device_wait_for_a_service_that_is_down_over_a_restart(start, recorder, tmp_path):
-    r = recorder(500, {"errcode": "M_UNKNOWN"})
-    keys = {"database": str(tmp_path / "a.db")}
-    hs = start(registration(url=r.url, **ENCRYPTING), **keys)
-    alice, ghost = hs.client("alice"), ghost_with_device(hs)
-    for n in range(150):
-        alice.ask("PUT", "sendToDevice", "m.x", str(n), body={"messages": {ghost.user_id: {"*": {"n": n}}}})
-    hs.stop()
-    r.answers(200)
-    hs = start(registration(url=r.url, **ENCRYPTING), **keys)
-    hs.settle()
-    parts = pushed(r, "de.sorunome.msc2409.to_device")
-    assert [message["content"]["n"] for part in parts for message in part] == list(range(150)) and max(map(len, parts)) == 100
-
-
-def test_a_service_hears_how_many_keys_its_ghosts_have_left_under_both_names(start, recorder):
-    r = recorder()
-    hs = start(registration(url=r.url, **ENCRYPTING))
-    alice, ghost = hs.client("alice"), ghost_with_device(hs)
-    ghost.ask("POST", "keys", "upload", body={"device_keys": device_keys(ghost), "one_time_keys": {"signed_curve25519:A": {}, "signed_curve25519:B": {}},
-                                              "fallback_keys": {"signed_curve25519:F": {}}})
-    assert device_of(ghost) == "GHOST" and claim(alice, ghost) == "A"
-    hs.settle()
-    counts = [{ghost.user_id: {"GHOST": {"signed_curve25519": 1}}}]
-    assert pushed(r, "org.matrix.msc3202.device_one_time_keys_count")[-1:] == pushed(r, "org.matrix.msc3202.device_one_time_key_counts")[-1:] == counts
-    assert pushed(r, "org.matrix.msc3202.device_unused_fallback_key_types")[-1] == {ghost.user_id: {"GHOST": ["signed_curve25519"]}}
-    assert [claim(alice, ghost) for _ in range(2)] == ["B", "F"]
-    hs.settle()
-    assert pushed(r, "org.matrix.msc3202.device_one_time_keys_count")[-1] == {ghost.user_id: {"GHOST": {"signed_curve25519": 0}}}
-    assert pushed(r, "org.matrix.msc3202.device_unused_fallback_key_types")[-1] == {ghost.user_id: {"GHOST": []}}
-    alice.ask("PUT", "sendToDevice", "m.x", "1", body={"messages": {ghost.user_id: {"*": {}}}})
-    hs.settle()
-    assert {"de.sorunome.msc2409.to_device", "org.matrix.msc3202.device_one_time_keys_count"} <= json.loads(r.transactions[-1][1]).keys()
-
-
-def test_a_service_hears_whose_devices_changed_in_the_rooms_of_its_ghosts(start, recorder):
-    r, other = recorder(), recorder()
-    hs = start(registration(url=r.url, **ENCRYPTING), registration("plain", other.url, users=("@_irc_.*",), exclusive=False, receive_ephemeral=True, namespaces={
-        "users": [{"regex": "@alice:.*", "exclusive": False}]}))
-    alice, bob, ghost = hs.client("alice"), hs.client("bob"), ghost_with_device(hs)
-    upload(bob)                                              # in no room of a ghost
-    room = alice.create_room(preset="public_chat")
-    ghost.join(room)
-    hs.settle()
-    assert pushed(r, "org.matrix.msc3202.device_lists") == []
-    upload(alice)
-    hs.settle()
-    assert pushed(r, "org.matrix.msc3202.device_lists") == [{"changed": [alice.user_id], "left": []}]
-    alice.ask("POST", "logout")
-    hs.settle()
-    assert pushed(r, "org.matrix.msc3202.device_lists")[1:] == [{"changed": [alice.user_id], "left": []}]
-    assert not any("msc3202" in body.decode() for _, body in other.transactions)
-
-
-def test_a_change_of_devices_while_a_service_is_down_comes_after_a_restart(start, recorder, tmp_path):
-    r = recorder()
-    keys = {"database": str(tmp_path / "a.db")}
-    hs = start(registration(url=r.url, **ENCRYPTING), **keys)
-    alice, ghost = hs.client("alice"), ghost_with_device(hs)
-    ghost.join(alice.create_room(preset="public_chat"))
-    hs.settle()
-    r.answers(500, {"errcode": "M_UNKNOWN"})
-    alice.create_room(invite=[ghost.user_id])                # holds the line
-    eventually(lambda: hs.waiting()["irc"])
-    upload(alice)
-    hs.stop()
-    r.answers(200)
-    start(registration(url=r.url, **ENCRYPTING), **keys).settle()
-    assert pushed(r, "org.matrix.msc3202.device_lists") == [{"changed": [alice.user_id], "left": []}]
 
 
 # -- What passes.
@@ -10607,6 +10607,89 @@ def test_through_any_changes_of_a_registration_each_event_comes_once_and_each_me
 # 8. Routes
 # ============================================================================
 
+# -- Which handler is it?
+
+@pytest.mark.parametrize("method,where,status", [("GET", "/_matrix/client/v3/nothing", 404), ("GET", "/_matrix/client/v3/rooms/!x:y", 404), ("GET", V3 + "/sync/", 404),
+                                                 ("GET", "/_matrix/client/v3/createRoom", 405), ("POST", V3 + "/sync", 405), ("PATCH", V3 + "/login", 405), ("GET", "//_matrix/client/versions", 404)])
+def test_an_unknown_path_is_404_and_a_wrong_method_405(hs, method, where, status):
+    got, answer = ask(hs, method, where, hs.client("alice").token, b"")
+    assert (got, answer["errcode"]) == (status, "M_UNRECOGNIZED")
+
+
+@pytest.mark.parametrize("method,where", [
+    # search, notifications, the older way to sync, sliding sync
+    ("POST", V3 + "/search"), ("GET", V3 + "/notifications"), ("GET", V3 + "/initialSync"),
+    ("POST", "/_matrix/client/unstable/org.matrix.simplified_msc3575/sync"), ("POST", "/_matrix/client/unstable/org.matrix.msc3575/sync"),
+    # refresh tokens, single sign-on, OAuth, tokens to log in with, third-party identifiers, dehydrated devices
+    ("POST", V3 + "/refresh"), ("GET", V3 + "/login/sso/redirect"), ("GET", V3 + "/login/cas/redirect"), ("GET", V3 + "/auth/m.login.sso/fallback/web"),
+    ("GET", "/_matrix/client/v1/auth_metadata"), ("POST", "/_matrix/client/v1/login/get_token"), ("GET", V3 + "/account/3pid"), ("POST", V3 + "/account/3pid/add"),
+    ("POST", V3 + "/register/email/requestToken"), ("POST", V3 + "/account/password/email/requestToken"), ("GET", "/_matrix/client/v1/register/m.login.registration_token/validity"),
+    ("GET", "/_matrix/client/unstable/org.matrix.msc2697.v2/dehydrated_device"),
+    # what moderators and administrators do, room upgrades, calls, links
+    ("POST", V3 + "/rooms/!x:localhost/report"), ("POST", V3 + "/rooms/!x:localhost/report/$x"), ("POST", V3 + "/users/@x:localhost/report"), ("GET", V3 + "/admin/whois/@x:localhost"),
+    ("GET", "/_synapse/admin/v1/users/@x:localhost/admin"), ("POST", V3 + "/rooms/!x:localhost/upgrade"), ("GET", "/_matrix/client/v1/rooms/!x:localhost/timestamp_to_event"),
+    ("GET", V3 + "/voip/turnServer"), ("GET", "/_matrix/client/v1/media/preview_url"), ("GET", "/_matrix/media/v3/preview_url"), ("GET", V3 + "/profile/@x:localhost/m.tz"),
+    # federation
+    ("GET", "/_matrix/federation/v1/version"), ("PUT", "/_matrix/federation/v1/send/1"), ("GET", "/_matrix/federation/v1/publicRooms"), ("GET", "/_matrix/key/v2/server"),
+    ("GET", "/.well-known/matrix/server"), ("GET", "/.well-known/matrix/support")])
+def test_what_is_left_out_is_not_recognised(hs, method, where):
+    token = hs.client("alice").token
+    for spelling in (where, where.replace("/v3/", "/r0/")):
+        status, answer = ask(hs, method, spelling, token, {} if method != "GET" else None)
+        assert (status, answer["errcode"]) == (404, "M_UNRECOGNIZED")
+
+
+@pytest.mark.parametrize("method,where,body", [("POST", V3 + "/register?kind=guest", {}), ("GET", V3 + "/publicRooms?server=elsewhere", None), ("POST", V3 + "/publicRooms?server=elsewhere", {})])
+def test_what_is_left_out_of_an_endpoint_is_forbidden_with_the_reason(hs, method, where, body):
+    status, answer = ask(hs, method, where, hs.client("alice").token, body)
+    assert (status, answer["errcode"]) == (403, "M_FORBIDDEN") and re.search("guests|no other", answer["error"])
+
+
+@pytest.mark.parametrize("method,where,body", [
+    ("GET", V3 + "/joined_rooms?unknown=x&_cacheBuster=1", b""), ("GET", "/_matrix/client/versions?user_id=@nobody:localhost", b""), ("GET", "/_matrix/client/r0/login", b""),
+    ("POST", V3 + "/createRoom", b'{"com.beeper.auto_join_invites": true, "org.x": {"a": 1}}'), ("POST", V3 + "/logout", b'{"unknown": []}')])
+def test_what_an_endpoint_does_not_know_is_ignored(hs, method, where, body):
+    headers = {"Content-Type": "application/json; charset=utf-8", "Accept-Encoding": "gzip, deflate"}      # nio and matrix-commander on GETs, too
+    assert ask(hs, method, where, hs.client("alice").token, body, headers)[0] == 200
+
+
+@pytest.mark.parametrize("where", ["/_matrix/client/r0/", "/_matrix/client/v1/", "/_matrix/client/v3/", "/_matrix/client/unstable/"])
+def test_the_spellings_of_a_route_are_one(hs, where):
+    assert ask(hs, "GET", where + "account/whoami", hs.client("alice").token)[0] == 200
+
+
+@pytest.mark.parametrize("encode", [lambda id: id, lambda id: urllib.parse.quote(id, safe=""), lambda id: id.replace(":", "%3a"),
+                                    lambda id: "".join(f"%{ord(c):02X}" for c in id)])
+def test_a_path_may_be_percent_encoded_or_not(hs, alice, room, encode):
+    assert ask(hs, "GET", f"{V3}/rooms/{encode(room)}/state/m.room.member/{encode(alice.user_id)}", alice.token)[1]["membership"] == "join"
+
+
+def test_a_segment_is_decoded_after_splitting(hs, alice, room):
+    alice.set_state(room, "org.x", {"v": 1}, "a/b ü%+")
+    assert ask(hs, "GET", f"{V3}/rooms/{room}/state/org.x/a%2Fb%20%C3%BC%25+", alice.token) == (200, {"v": 1})
+    assert ask(hs, "GET", f"{V3}/rooms/{room}/state/org.x/%FF", alice.token)[1]["errcode"] == "M_INVALID_PARAM"
+
+
+def test_braces_in_a_path_are_letters_like_others(hs):
+    token = hs.client("alice").token
+    for where, status in (("/profile/{}", 404), ("/profile/{userId}", 404), ("/joined_rooms/{}", 404), ("/rooms/{}/state", 403), ("/{}", 404)):
+        assert ask(hs, "GET", V3 + where, token)[0] == status
+
+
+def test_an_endpoint_has_no_other_spelling(hs):
+    token = hs.client("alice").token
+    for where in ("/_matrix/client/*/joined_rooms", "/_matrix/client/%72%30/joined_rooms", "/_matrix/client/V3/joined_rooms", "/_matrix/client//joined_rooms", "/_MATRIX/client/v3/joined_rooms",
+                  "/_matrix/client/v3/../v3/joined_rooms", "/_matrix/client/v3/joined%5Frooms", "/_matrix/client/v3/joined_rooms%2F"):
+        status, answer = ask(hs, "GET", where, token)
+        assert (status, answer["errcode"]) == (404, "M_UNRECOGNIZED")
+
+
+def test_a_path_of_the_table_has_a_handler_and_is_found(start):
+    for route in asbridge.ROUTES:
+        found, params = asbridge.Router(asbridge.ROUTES).find(route.method, re.sub(r"{\w+}", "x", route.path))
+        assert found.handler is route.handler and list(params) == re.findall(r"{(\w+)}", route.path)
+
+
 # -- Who is asking?
 
 def test_without_a_user_id_a_service_acts_as_its_own_user(start):
@@ -10728,89 +10811,6 @@ def test_a_services_own_user_is_not_limited_and_its_ghosts_as_the_registration_s
                 client.create_room()
             done = 5
         assert done == allowed
-
-
-# -- Which handler is it?
-
-@pytest.mark.parametrize("method,where,status", [("GET", "/_matrix/client/v3/nothing", 404), ("GET", "/_matrix/client/v3/rooms/!x:y", 404), ("GET", V3 + "/sync/", 404),
-                                                 ("GET", "/_matrix/client/v3/createRoom", 405), ("POST", V3 + "/sync", 405), ("PATCH", V3 + "/login", 405), ("GET", "//_matrix/client/versions", 404)])
-def test_an_unknown_path_is_404_and_a_wrong_method_405(hs, method, where, status):
-    got, answer = ask(hs, method, where, hs.client("alice").token, b"")
-    assert (got, answer["errcode"]) == (status, "M_UNRECOGNIZED")
-
-
-@pytest.mark.parametrize("method,where", [
-    # search, notifications, the older way to sync, sliding sync
-    ("POST", V3 + "/search"), ("GET", V3 + "/notifications"), ("GET", V3 + "/initialSync"),
-    ("POST", "/_matrix/client/unstable/org.matrix.simplified_msc3575/sync"), ("POST", "/_matrix/client/unstable/org.matrix.msc3575/sync"),
-    # refresh tokens, single sign-on, OAuth, tokens to log in with, third-party identifiers, dehydrated devices
-    ("POST", V3 + "/refresh"), ("GET", V3 + "/login/sso/redirect"), ("GET", V3 + "/login/cas/redirect"), ("GET", V3 + "/auth/m.login.sso/fallback/web"),
-    ("GET", "/_matrix/client/v1/auth_metadata"), ("POST", "/_matrix/client/v1/login/get_token"), ("GET", V3 + "/account/3pid"), ("POST", V3 + "/account/3pid/add"),
-    ("POST", V3 + "/register/email/requestToken"), ("POST", V3 + "/account/password/email/requestToken"), ("GET", "/_matrix/client/v1/register/m.login.registration_token/validity"),
-    ("GET", "/_matrix/client/unstable/org.matrix.msc2697.v2/dehydrated_device"),
-    # what moderators and administrators do, room upgrades, calls, links
-    ("POST", V3 + "/rooms/!x:localhost/report"), ("POST", V3 + "/rooms/!x:localhost/report/$x"), ("POST", V3 + "/users/@x:localhost/report"), ("GET", V3 + "/admin/whois/@x:localhost"),
-    ("GET", "/_synapse/admin/v1/users/@x:localhost/admin"), ("POST", V3 + "/rooms/!x:localhost/upgrade"), ("GET", "/_matrix/client/v1/rooms/!x:localhost/timestamp_to_event"),
-    ("GET", V3 + "/voip/turnServer"), ("GET", "/_matrix/client/v1/media/preview_url"), ("GET", "/_matrix/media/v3/preview_url"), ("GET", V3 + "/profile/@x:localhost/m.tz"),
-    # federation
-    ("GET", "/_matrix/federation/v1/version"), ("PUT", "/_matrix/federation/v1/send/1"), ("GET", "/_matrix/federation/v1/publicRooms"), ("GET", "/_matrix/key/v2/server"),
-    ("GET", "/.well-known/matrix/server"), ("GET", "/.well-known/matrix/support")])
-def test_what_is_left_out_is_not_recognised(hs, method, where):
-    token = hs.client("alice").token
-    for spelling in (where, where.replace("/v3/", "/r0/")):
-        status, answer = ask(hs, method, spelling, token, {} if method != "GET" else None)
-        assert (status, answer["errcode"]) == (404, "M_UNRECOGNIZED")
-
-
-@pytest.mark.parametrize("method,where,body", [("POST", V3 + "/register?kind=guest", {}), ("GET", V3 + "/publicRooms?server=elsewhere", None), ("POST", V3 + "/publicRooms?server=elsewhere", {})])
-def test_what_is_left_out_of_an_endpoint_is_forbidden_with_the_reason(hs, method, where, body):
-    status, answer = ask(hs, method, where, hs.client("alice").token, body)
-    assert (status, answer["errcode"]) == (403, "M_FORBIDDEN") and re.search("guests|no other", answer["error"])
-
-
-@pytest.mark.parametrize("method,where,body", [
-    ("GET", V3 + "/joined_rooms?unknown=x&_cacheBuster=1", b""), ("GET", "/_matrix/client/versions?user_id=@nobody:localhost", b""), ("GET", "/_matrix/client/r0/login", b""),
-    ("POST", V3 + "/createRoom", b'{"com.beeper.auto_join_invites": true, "org.x": {"a": 1}}'), ("POST", V3 + "/logout", b'{"unknown": []}')])
-def test_what_an_endpoint_does_not_know_is_ignored(hs, method, where, body):
-    headers = {"Content-Type": "application/json; charset=utf-8", "Accept-Encoding": "gzip, deflate"}      # nio and matrix-commander on GETs, too
-    assert ask(hs, method, where, hs.client("alice").token, body, headers)[0] == 200
-
-
-@pytest.mark.parametrize("where", ["/_matrix/client/r0/", "/_matrix/client/v1/", "/_matrix/client/v3/", "/_matrix/client/unstable/"])
-def test_the_spellings_of_a_route_are_one(hs, where):
-    assert ask(hs, "GET", where + "account/whoami", hs.client("alice").token)[0] == 200
-
-
-@pytest.mark.parametrize("encode", [lambda id: id, lambda id: urllib.parse.quote(id, safe=""), lambda id: id.replace(":", "%3a"),
-                                    lambda id: "".join(f"%{ord(c):02X}" for c in id)])
-def test_a_path_may_be_percent_encoded_or_not(hs, alice, room, encode):
-    assert ask(hs, "GET", f"{V3}/rooms/{encode(room)}/state/m.room.member/{encode(alice.user_id)}", alice.token)[1]["membership"] == "join"
-
-
-def test_a_segment_is_decoded_after_splitting(hs, alice, room):
-    alice.set_state(room, "org.x", {"v": 1}, "a/b ü%+")
-    assert ask(hs, "GET", f"{V3}/rooms/{room}/state/org.x/a%2Fb%20%C3%BC%25+", alice.token) == (200, {"v": 1})
-    assert ask(hs, "GET", f"{V3}/rooms/{room}/state/org.x/%FF", alice.token)[1]["errcode"] == "M_INVALID_PARAM"
-
-
-def test_braces_in_a_path_are_letters_like_others(hs):
-    token = hs.client("alice").token
-    for where, status in (("/profile/{}", 404), ("/profile/{userId}", 404), ("/joined_rooms/{}", 404), ("/rooms/{}/state", 403), ("/{}", 404)):
-        assert ask(hs, "GET", V3 + where, token)[0] == status
-
-
-def test_an_endpoint_has_no_other_spelling(hs):
-    token = hs.client("alice").token
-    for where in ("/_matrix/client/*/joined_rooms", "/_matrix/client/%72%30/joined_rooms", "/_matrix/client/V3/joined_rooms", "/_matrix/client//joined_rooms", "/_MATRIX/client/v3/joined_rooms",
-                  "/_matrix/client/v3/../v3/joined_rooms", "/_matrix/client/v3/joined%5Frooms", "/_matrix/client/v3/joined_rooms%2F"):
-        status, answer = ask(hs, "GET", where, token)
-        assert (status, answer["errcode"]) == (404, "M_UNRECOGNIZED")
-
-
-def test_a_path_of_the_table_has_a_handler_and_is_found(start):
-    for route in asbridge.ROUTES:
-        found, params = asbridge.Router(asbridge.ROUTES).find(route.method, re.sub(r"{\w+}", "x", route.path))
-        assert found.handler is route.handler and list(params) == re.findall(r"{(\w+)}", route.path)
 
 
 # -- What every request and answer has.
@@ -12750,7 +12750,7 @@ def test_the_quotation_before_a_reply_is_left_out():
     assert asbridge.strip_quote("> <@bob:test> hi\n> there\n\nyes\n> no") == ("yes\n> no", "@bob:test")
 
 
-# -- The IRC server.
+# -- The server.
 
 def test_an_irc_client_is_welcomed_by_001_to_005_and_a_motd(bridge):
     bob = Irc(bridge)
@@ -13050,7 +13050,7 @@ def test_when_a_bridge_has_stopped_it_takes_no_connection_any_more_and_no_thread
     bridge.stop()
 
 
-# -- Across the bridge, with a homeserver that says yes.
+# -- The bridge, with a homeserver that says yes.
 
 def test_what_irc_says_is_sent_as_the_ghost_with_its_time_and_external_url(fake, bridge):
     bob = Irc(bridge, "Bob[x]", "#lobby")
@@ -13445,7 +13445,7 @@ def test_the_irc_network_can_be_looked_up_in_both_directions(bridge, where, foun
     assert (status, answer) == (200, [found]) if found else (status, answer["errcode"]) == (404, "M_NOT_FOUND")
 
 
-# -- Across the bridge, with a real homeserver.
+# -- The bridge, with a real homeserver.
 
 def test_irc_and_matrix_talk_in_a_channel(world):
     alice, channel, nick = world.client(unique("alice")), "#" + unique("lobby"), unique("bob")
@@ -13682,7 +13682,7 @@ def test_paths_in_a_configuration_are_relative_to_it(tmp_path):
     assert [one.id for one in config.registrations] == ["heisenbridge", "irc"] and config.database == str(tmp_path / "sub" / "d.db")
 
 
-# -- Homeserver, in a program or a test.
+# -- The homeserver in one piece, for a program or a test.
 
 def test_an_embedded_homeserver_starts_on_a_free_port_and_ends_with_the_block():
     with asbridge.Homeserver(registrations=[registration()]) as hs:
@@ -13832,7 +13832,7 @@ def test_a_program_that_embeds_it_keeps_its_processors(start):
     assert os.sched_getaffinity(0) == before
 
 
-# -- Homeserver: how it starts and stops.
+# -- The homeserver in one piece: how it starts and ends.
 
 def test_a_registration_that_is_wrong_is_refused_when_embedded():
     with pytest.raises(asbridge.ConfigError, match="as_token"):
