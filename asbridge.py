@@ -69,8 +69,8 @@ to follow the rest.
 Reading paths
 =============
     The Application Service API in an hour (about 1,900 lines)
-        3 down to Audience; in 5 Tx.append and "the outbox"; 7 down to "What passes"; in 8 "Who is
-        asking?"; 10
+        3 down to Audience; in 5, of Tx, "events" and "the outbox"; 7 down to "What passes";
+        in 8 "Who is asking?"; 10. How a ghost is made, and when an alias is asked for: in 6 Accounts, Aliases
     Write a bridge       10, then 11
     Test a bridge        12 down to "The configuration", and the faults at the end of 7
     Change the server    1, 4, 5, 6, 8; a change of the API begins with its row in the table of 8
@@ -2827,6 +2827,9 @@ def _may_invite(room: RoomState, draft: Draft, target: str) -> None:
 
 
 def _may_leave(room: RoomState, draft: Draft, target: str) -> None:
+    """Oneself always, if there is anything to leave. Others: who is in the room, has the power to kick (and to unban, that to
+    ban), and more power than the target.
+    """
     current = room.membership(target)
     if draft.sender == target:
         if current not in ("invite", "join", "knock"):
@@ -2943,14 +2946,18 @@ def redacted_json(version: RoomVersion, event_json: str) -> str:
 # -- Who may see it? Room history visibility.
 
 FOREVER = 2**62
-VISIBILITIES = ("world_readable", "shared", "invited", "joined")
+VISIBILITIES = ("world_readable",   # everybody sees what was sent then,
+                "shared",           # whoever joins later, too (and what has no such state is taken for this),
+                "invited",          # who was invited or in the room then,
+                "joined")           # who was in the room then
 HISTORY_VISIBILITY, MEMBERSHIP = (("m.room.history_visibility", "history_visibility"),    # type and key of the state that decides
                                   ("m.room.member", "membership"))
 
 
 def visible_ranges(visibilities: Sequence[tuple[int, str]],
                    memberships: Sequence[tuple[int, str]]) -> list[tuple[int, int]]:
-    """The ticks whose events a user may see, as inclusive ranges from old to new.
+    """The ticks whose events a user may see, as inclusive ranges from old to new. A ghost sees what its own membership lets it
+    see; what is pushed to an application service is another matter (3, Audience).
 
     `visibilities` and `memberships` are the changes of m.room.history_visibility and of this user's membership, each
     (tick, new value) from old to new. An event that is itself such a change counts as seen if either side of it is.
@@ -4084,7 +4091,8 @@ class Tx(Reader):
 
     def sent(self, room: int, draft: Draft, device_id: str | None, txn_id: str) -> str | None:
         """The event that this client transaction has made: one of the same sender and device, room and type, and if it is
-        a redaction, of the same event. Rows of the batch are stored for it only if it may be among them.
+        a redaction, of the same event; whatever its content (Transaction identifiers). Rows of the batch are stored for it only
+        if it may be among them.
         """
         if (draft.sender, txn_id) in self._unseen:
             self.flush()
@@ -4184,7 +4192,7 @@ class Tx(Reader):
         self.run("DELETE FROM outbox WHERE appservice = ? AND tick <= ?", id, tick)
         return KEPT_TRANSACTIONS + 1                         # and the open one
 
-    # -- the outbox: what passes, and news for encrypting application services
+    # -- what else goes into a transaction: ephemeral data, and news for encrypting application services
 
     def push_ephemeral(self, room: Room, user_id: str, kind: str, data: JsonObject, private: bool = False) -> None:
         """Ephemeral data for the application services that are interested in the room, and want such (Pushing ephemeral data).
@@ -5923,8 +5931,12 @@ class Window:
 
     def _timeline(self, room: int, room_id: str, view: View | None, after: int, fresh: bool = False,
                   heroes: Iterable[str] = (), upto: int = FOREVER) -> JsonObject:
-        """timeline, and the state that leads to it or follows from it. Without a view all is visible. A timeline has no gaps:
-        what changed unseen between two of its events would be in no state.
+        """timeline, and the state that leads to it or follows from it (Syncing). A timeline that is `limited` does not reach back
+        to `after`: what stands between is read with /messages, backwards from its prev_batch. It has no gaps itself: what changed
+        unseen between two of its events would be in no state.
+
+        `view`: what may be seen, all if there is none. `fresh`: the client has nothing of the room yet. Inside: `away`, it does
+        not know that the user was out of the room meanwhile; `whole`, it needs all of the state.
         """
         upto = min(upto, self.now)
         seen = [max(after + 1, first) for first, last in view.ranges if last > after and first <= upto] if view else [after + 1]
@@ -5949,7 +5961,9 @@ class Window:
                 self.state_after or "state": {"events": self._render(state)}}
 
     def _state(self, room: int, after: int, last: int, timeline: list[Event], gap: bool) -> list[Event]:
-        """What changed after `after`, up to the start of the timeline or its end. `gap`: it may be much."""
+        """The state that changed after `after`: up to the start of the timeline, whose own events go on from there, or with
+        `state_after` up to its end. `gap`: it may be much.
+        """
         start = min(timeline[0].tick - 1, last) if timeline and not self.state_after else last
         state = self.reader.state_at(room, start, after) if gap else []
         if self.state_after or self.filter.timeline != EVERYTHING:           # what the filter keeps out of the timeline comes here
@@ -7848,7 +7862,9 @@ class Delivery:
     # -- pinging
 
     def ping(self, registration: Registration, transaction_id: str | None) -> int:
-        """Calls the application service as it asked; milliseconds (Pinging). A success ends its backoff."""
+        """Calls the application service as it asked; milliseconds (Pinging). A success ends its backoff. M_BAD_STATUS tells
+        `status` and `body` of an answer that was not 200.
+        """
         if registration.url is None:
             raise MatrixError("M_URL_NOT_SET", f"the registration of {registration.id!r} has url: null, so "
                               "there is nobody to ping")
@@ -7874,8 +7890,8 @@ class Delivery:
     def ask(self, kind: str, id: str, by: Registration | None, patient: bool) -> bool:
         """Whether an application service, asked for a user or alias in its namespace, has created it (Querying).
 
-        Not asked: what exists already, and an application service about itself (`by`). Patient: three attempts,
-        then 408.
+        Not asked: what exists already, and an application service about itself (`by`). Patient, for who wants to know an alias or
+        a profile: three attempts, then 408. For who invites, one, and the invitation goes out whatever the answer was.
         """
         if self._exists(kind, id):
             return False
@@ -7964,6 +7980,9 @@ class Delivery:
         return found
 
     def _protocol(self, registration: Registration, protocol: str, by: Registration | None) -> JsonObject | None:
+        """What one says about a protocol. Each instance, a network, gets the instance_id with which a client asks for the rooms of
+        that network (POST /publicRooms: third_party_instance_id; 6, Directory), which the application service lists there.
+        """
         now = self.world.clock.monotonic()
         said, until = self._protocols.get((registration, protocol), (None, 0.0))
         if until <= now and registration is not by:
@@ -8346,7 +8365,9 @@ class Call:
 
     @property
     def ts(self) -> int | None:
-        """The origin_server_ts that an application service wishes (Timestamp massaging)."""
+        """The origin_server_ts that an application service wishes (Timestamp massaging). The endpoints for sending an event or a
+        state event take it, no others: to join or kick with a time of one's own, put the m.room.member event.
+        """
         return self.integer("ts", None) if self.who.appservice else None
 
     def flag(self, name: str) -> bool:
@@ -8603,6 +8624,7 @@ class Api:
                            f"the registrations that are loaded: {len(self.world.registrations.by_id)}", soft_logout=False)
 
     def act_as(self, registration: Registration, user_id: str | None) -> Who:
+        """Whoever `user_id` in the query names, if the user is in a namespace and registered; without it the sender_localpart user."""
         user_id = user_id or registration.sender(self.world.name)
         self.world.registrations.check_claims(registration, "users", user_id, "M_FORBIDDEN")
         if user_id not in self.world.store.users:
