@@ -1624,11 +1624,11 @@ class RegistrationReader:
             self.rest = [one for kind in KINDS for one in namespaces[kind]]
             return None
         data = self.data
-        given = {key: data[key] for key in ("id", "url", "as_token", "hs_token", "sender_localpart", "rate_limited",
-                                            "receive_ephemeral") if key in data}
+        as_written = {key: data[key] for key in ("id", "url", "as_token", "hs_token", "sender_localpart", "rate_limited",
+                                                 "receive_ephemeral") if key in data}
         keys = (*data, *(f"namespaces.{kind}" for kind in data["namespaces"]))
         return Registration(
-            **given, namespaces=namespaces, uris=uris, protocols=tuple(data.get("protocols") or ()),
+            **as_written, namespaces=namespaces, uris=uris, protocols=tuple(data.get("protocols") or ()),
             push_ephemeral=data.get("de.sorunome.msc2409.push_ephemeral") or data.get("push_ephemeral", False),
             msc3202=data.get("org.matrix.msc3202", False), sample=data.get("asbridge.sample"),
             unknown=tuple(key for key in keys if key not in KNOWN_KEYS))
@@ -1719,14 +1719,10 @@ class RegistrationReader:
 
     @staticmethod
     def _fits(template: object, pattern: re.Pattern[str]) -> bool:
-        """Whether a template has named groups of the regex and server_name in braces, and nothing else there."""
-        try:
-            fields = [parts for parts in string.Formatter().parse(str(template)) if parts[1] is not None]
-        except ValueError:
-            return False
-        known = {*pattern.groupindex, "server_name"}
-        return isinstance(template, str) and "server_name" not in pattern.groupindex and all(
-            name in known and not format and not conversion for _, name, format, conversion in fields)
+        """Whether there is nothing in the braces of a template but names of the regex's groups, and server_name."""
+        names = "|".join([*pattern.groupindex, "server_name"])
+        return isinstance(template, str) and "server_name" not in pattern.groupindex and bool(
+            re.fullmatch(r"(?:[^{}]|\{\{|\}\}|\{(?:NAMES):?\})*".replace("NAMES", names), template))
 
 
 def read_registration(data: Any, where: str) -> Registration:
