@@ -1199,9 +1199,9 @@ def trouble_with(path: str) -> str:
 # who owns an ID, who may create it, and who is interested, each answer with its
 # reason. Spec: Application Service API, Registration; its 2016 text for URIs.
 # Does not know of storage or HTTP. The ideas come first: what is claimed, whose
-# it is, why. How a registration is read and what may be wrong with it comes after.
+# it is, and why. How a registration is read, and what may be wrong with it, follows.
 
-# -- What an application service claims. Decides what a regex means: POSIX extended ones and Python's, from the start of an ID.
+# -- What an application service claims. Decides what a regex means: POSIX extended or Python's, from the start of an ID.
 
 POSIX_CLASSES = {
     "alnum": "a-zA-Z0-9", "alpha": "a-zA-Z",    "blank": r" \t",         "cntrl": r"\x00-\x1f\x7f",
@@ -1232,7 +1232,7 @@ class Namespace:
     index: int                                               # its place among those of its kind
     regex: str                                               # as it is written
     exclusive: bool                                          # nobody else may have what it matches
-    pattern: re.Pattern[str] = dataclasses.field(compare=False, repr=False)
+    pattern: re.Pattern[str] = dataclasses.field(compare=False, repr=False)      # the regex as Python's
 
     def __str__(self) -> str:
         return f"{self.kind}[{self.index}] {self.regex!r}"
@@ -1243,7 +1243,7 @@ class UriRule:
     """One entry of our own key `uris`: a URI that matches as a whole becomes the ID in `template`."""
     kind: str                                                # "users" or "aliases"
     pattern: re.Pattern[str]
-    template: str                                            # "@_irc_{nick}:{server_name}": named groups of the regex
+    template: str                                            # with named groups of the regex: "@_irc_{nick}:{server_name}"
 
     def apply(self, uri: str, server_name: str) -> str | None:
         match = self.pattern.fullmatch(uri)
@@ -1295,8 +1295,8 @@ class Registration:
 class Claim:
     """Why an application service has to do with an ID. `namespace` is None for its own sender_localpart user."""
     registration: Registration
-    id: str
-    namespace: Namespace | None
+    id: str                                                  # of a user or room, or an alias
+    namespace: Namespace | None                              # that matches the ID
 
     @property
     def exclusive(self) -> bool:
@@ -1317,11 +1317,11 @@ class Registrations:
     """
 
     def __init__(self, server_name: str, registrations: Sequence[Registration] = ()) -> None:
-        self.server_name = server_name
+        self.server_name = server_name                       # only its users are in a namespace
         self.by_id = {one.id: one for one in registrations}
         self._by_as_token = {hashlib.sha256(one.as_token.encode()).digest(): one for one in registrations}
         self._by_hs_token = {hashlib.sha256(one.hs_token.encode()).digest(): one for one in registrations}
-        self.known = functools.lru_cache(maxsize=100_000)(self._claims)
+        self.known = functools.lru_cache(maxsize=100_000)(self._claims)      # what is remembered
 
     def __iter__(self) -> Iterator[Registration]:
         return iter(self.by_id.values())
@@ -1778,7 +1778,7 @@ def load_registration(path: str) -> Registration:
     return read_registration(load_file(path), path)
 
 
-# -- YAML, as far as bridges write it. To be skipped at first reading.
+# -- YAML, as far as bridges write it. Decides what a file says, and not whether that is right. To be skipped at first reading.
 
 class YamlError(ValueError):
     pass
