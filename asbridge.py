@@ -1341,14 +1341,16 @@ class Registrations:
     def _claims(self, kind: str, id: str) -> tuple[Claim, ...]:
         if kind == "users" and server_of(id) != self.server_name:
             return ()
-        return tuple(filter(None, (self._claim(registration, kind, id) for registration in self)))
-
-    def _claim(self, registration: Registration, kind: str, id: str) -> Claim | None:
-        """The first reason that there is: it is its own user, an exclusive entry matches, another one does."""
-        if kind == "users" and id == registration.sender(self.server_name):
-            return Claim(registration, id, None)
-        entries = sorted(registration.namespaces[kind], key=lambda one: not one.exclusive)
-        return next((Claim(registration, id, one) for one in entries if one.pattern.match(id)), None)
+        found = []
+        for registration in self:
+            if kind == "users" and id == registration.sender(self.server_name):
+                found.append(Claim(registration, id, None))
+                continue
+            for namespace in sorted(registration.namespaces[kind], key=lambda one: not one.exclusive):
+                if namespace.pattern.match(id):
+                    found.append(Claim(registration, id, namespace))
+                    break
+        return tuple(found)
 
     def claim_of(self, registration: Registration, kind: str, id: str) -> Claim | None:
         return next((claim for claim in self.claims(kind, id) if claim.registration is registration), None)
@@ -1608,7 +1610,7 @@ class RegistrationReader:
         if not isinstance(data, dict):
             self.wrong("", "is not an object", "a registration has the keys " + ", ".join(REGISTRATION_KEYS))
 
-    def wrong(self, key: str, what: str, right: str = "") -> None:
+    def wrong(self, key: str, what: str, right: str) -> None:
         self.findings.append(Finding(f"{self.where}: {key}" if key else self.where, what, right))
 
     def read(self) -> Registration | None:
@@ -1696,9 +1698,10 @@ class RegistrationReader:
         """Where each entry of a list stands, the entry, and its regex unless that is wrong."""
         lists = self.data.get(key)
         entries = lists.get(kind) if isinstance(lists, dict) else None
-        if entries is not None and not isinstance(entries, list):
+        if not is_a(entries, (list, type(None))):
             self.wrong(f"{key}.{kind}", f"is {quoted(entries)}", "write a list")
-        for index, entry in enumerate(entries if isinstance(entries, list) else ()):
+            return
+        for index, entry in enumerate(entries or ()):
             path, entry = f"{key}.{kind}[{index}]", entry if isinstance(entry, dict) else {}
             yield path, entry, self._regex(entry.get("regex"), f"{path}.regex", uri=key == "uris")
 
@@ -2118,12 +2121,13 @@ def chain(*parts: Tree) -> Chain:
 
 def letters(*trees: Tree) -> list[str]:
     """Of all characters that the trees don't tell apart the plainest one."""
-    sets, todo, groups = set[Chars](), list[Tree](trees), dict[tuple[bool, ...], str]()
+    todo, sets = list[Tree](trees), set[Chars]()
     for tree in todo:
         if isinstance(tree, OneOf):
             sets.add(tree.first)
         else:
             todo += (tree.part,) if isinstance(tree, Repeat) else tree.parts
+    groups = dict[tuple[bool, ...], str]()                   # which of the sets a character is in → the plainest such
     for char in sorted(ALPHABET | EDGES, key=lambda char: (not char.islower(), char)):
         groups.setdefault(tuple(char in chars for chars in sets), char)
     return list(groups.values())
@@ -2337,7 +2341,8 @@ class NamespaceDoctor:
         self.namespace, self.kind, self.regex, self.pattern = namespace, namespace.kind, namespace.regex, namespace.pattern
         self.where = f"{where}namespaces.{self.kind}[{namespace.index}].regex"
         self.cost = glance_at_cost(self.pattern)
-        self.sigil, self.server = KINDS[self.kind], re.sub(r"([.\[\]])", r"\\\1", server_name)       # as a regex
+        self.sigil = KINDS[self.kind]
+        self.server_name, self.server = server_name, re.sub(r"([.\[\]])", r"\\\1", server_name)      # the second as a regex
         self.usual = f"{self.sigil}irc_.*:{self.server}"     # to be written where nothing better is known
         self.with_sigil = re.sub(r"^\^?(?:\\?[@#!])?", self.sigil, self.regex)
         self.grouped = f"(?:{self.regex})" if "|" in self.regex else self.regex     # so that what is behind it is for all of it
@@ -2346,8 +2351,7 @@ class NamespaceDoctor:
 
     @functools.cached_property
     def everybody(self) -> bool:
-        server = self.words["server"]
-        return all(self.pattern.match(f"{self.sigil}{name}:{server}") for name in ("alice", "x.7", "_-z", "0"))
+        return all(self.pattern.match(f"{self.sigil}{name}:{self.server_name}") for name in ("alice", "x.7", "_-z", "0"))
 
     def findings(self, checks: Iterable[tuple[str, JsonObject]]) -> list[Finding]:
         return [complaint(name, self.where, **{**self.words, **words}) for name, words in checks]
