@@ -1262,13 +1262,13 @@ class Registration:
     as_token: str = dataclasses.field(repr=False)            # it shows this one to the homeserver
     hs_token: str = dataclasses.field(repr=False)            # the homeserver shows this one to it
     sender_localpart: str                                    # of its own user
-    namespaces: Mapping[str, Sequence[Namespace]]            # "users", "aliases" and "rooms"
+    namespaces: Mapping[str, Sequence[Namespace]]            # what it claims, by kind
     rate_limited: bool = True                                # whether its ghosts are; its own user never is
     protocols: Sequence[str] = ()                            # the third-party networks that it knows
     receive_ephemeral: bool = False                          # it wants typing, receipts and presence
-    push_ephemeral: bool = False                             # the same as de.sorunome.msc2409.push_ephemeral
+    push_ephemeral: bool = False                             # the same by an older name (de.sorunome.msc2409.push_ephemeral)
     msc3202: bool = False                                    # it wants device lists and counts of keys (org.matrix.msc3202)
-    uris: Sequence[UriRule] = ()
+    uris: Sequence[UriRule] = ()                             # our own: which URI stands for which ID
     sample: Mapping[str, Any] | None = None                  # asbridge.sample: run the IRC bridge for it
     unknown: Sequence[str] = ()                              # keys that nobody here reads
 
