@@ -6,6 +6,15 @@ Quick start
     python asbridge.py --config bridge.yaml   a homeserver for the bridge whose registration this is
     with asbridge.Homeserver(registrations=[...]) as hs: ...              the same, inside a test
 
+An application service of your own is a class and its registration:
+
+    class Echo(asbridge.AppService):
+        def on_event(self, event):                                        # each once, and in order
+            if event["type"] == "m.room.message" and event["sender"] != self.bot.user_id:
+                self.bot.say(event["room_id"], event["content"]["body"], txn_id=event["event_id"])
+
+    Echo(asbridge.load_registration("registration.json"), "http://127.0.0.1:8008").start()
+
 The picture
 ===========
                            this file                                   this file, or any bridge
@@ -24,29 +33,47 @@ application service has acknowledged it (7). The application service (10) sees t
 handled once; the bridge (11) writes it to IRC. A line from IRC goes the other way: as a request of a
 ghost, with the application service's token and `user_id=` (8).
 
+Three decisions carry all the rest. One thread writes, so that what a change saw is still true when it is
+stored; many changes share a COMMIT. Every change takes the next number of one counter, so that "what is
+new for me" is always "what lies after N". And whether an application service is interested in an event
+is decided, and written down, in the database transaction that stores the event, so that none is lost.
+
+Words
+=====
+    tick           the number of a change; a sync token is one
+    job, batch     a change that waits for the writer; the jobs that share a COMMIT
+    outbox         the events that wait for one application service, each with the reason why it gets it
+    transaction    what one PUT brings it: made of the outbox once ("frozen"), then sent, always the same,
+                   until it is acknowledged; until then it is "open"
+    claim          why an application service has to do with an ID: one of its regexes, or its own user
+    ghost, portal  a user that an application service made for somebody, a room that it made for a channel
+
 Contents
 ========
-     1. Vocabulary
-     2. Plumbing
-     3. Registrations and namespaces
-     4. Room rules
-     5. Store
-     6. The homeserver
-     7. Delivery
-     8. Routes
-     9. Inspector
-    10. The application service
-    11. The sample: an IRC bridge
-    12. Running it
+     1. Vocabulary                          IDs, the one error, JSON, clocks
+     2. Plumbing                            HTTP server and client, opening SQLite; to be skipped at first reading
+     3. Registrations and namespaces        who owns an ID, who is interested in it, and why
+     4. Room rules                          power, membership, redaction, who may see what
+     5. Store                               the tables, every SQL statement, the writer, the outbox
+     6. The homeserver                      what users do, as verbs: register, create a room, send, sync ...
+     7. Delivery                            transactions, retries, pings, questions; faults on demand
+     8. Routes                              who is asking, and the table of endpoints
+     9. Inspector                           why an event went there or not; its page; the bridge examiner
+    10. The application service             the other side: AppService and Intent
+    11. The sample: an IRC bridge           an application service in earnest
+    12. Running it                          Homeserver, configuration, command line
 
-A section uses only what stands above it.
+A section uses only what stands above it. A part that says "to be skipped at first reading" is not needed
+to follow the rest.
 
 Reading paths
 =============
-    The Application Service API   3, 7, 10, and in 8 "Who is asking?"
-    Write a bridge                10, 11
-    Test a bridge                 Homeserver in 12, faults in 7
-    Change the server             1, 4, 5, 6, 8; in 6, what is marked as for clients may be skipped
+    The Application Service API in an hour (about 1,900 lines)
+        3 down to Audience; in 5 Tx.append and "the outbox"; 7 down to "What passes"; in 8 "Who is
+        asking?"; 10
+    Write a bridge       10, then 11
+    Test a bridge        12 down to "The configuration", and the faults at the end of 7
+    Change the server    1, 4, 5, 6, 8; a change of the API begins with its row in the table of 8
 
 Left out on purpose
 ===================
@@ -100,7 +127,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from json.encoder import encode_basestring
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar, cast
 
 __version__ = "0.1.0"
 
@@ -116,37 +143,37 @@ JsonObject = dict[str, Any]
 
 #: Every errcode that is used here, with the HTTP status that it has unless told otherwise.
 ERRORS = {
-    "M_BAD_ALIAS":             400,  # an alias in m.room.canonical_alias does not point to the room
-    "M_BAD_JSON":              400,  # JSON, but not of the shape that the endpoint takes
-    "M_BAD_STATE":             403,  # not possible in the present state, such as joining while banned
-    "M_BAD_STATUS":            502,  # the application service answered a ping with an error
-    "M_CANNOT_OVERWRITE_MEDIA": 409, # an asynchronous upload that has been done already
-    "M_CONNECTION_FAILED":     502,  # the application service could not be reached for a ping
-    "M_CONNECTION_TIMEOUT":    504,  # the application service took too long for a ping
-    "M_DUPLICATE_ANNOTATION":  400,  # the same reaction to the same event again
-    "M_EXCLUSIVE":             400,  # inside another's exclusive namespace, or outside one's own
-    "M_FORBIDDEN":             403,
-    "M_INVALID_PARAM":         400,
-    "M_INVALID_ROOM_STATE":    400,  # createRoom was asked for a state that the room rules refuse
-    "M_INVALID_SIGNATURE":     400,  # a key that is not signed as it must be
-    "M_INVALID_USERNAME":      400,
-    "M_LIMIT_EXCEEDED":        429,
-    "M_MISSING_PARAM":         400,
-    "M_MISSING_TOKEN":         401,
-    "M_NOT_FOUND":             404,
-    "M_NOT_JSON":              400,
-    "M_NOT_YET_UPLOADED":      504,  # the content of this mxc: URI is still to come
-    "M_ROOM_IN_USE":           400,  # the alias asked for in createRoom is taken
-    "M_TOO_LARGE":             413,
-    "M_UNKNOWN":               500,
-    "M_UNKNOWN_DEVICE":        400,  # device_id names no device of the user
-    "M_UNKNOWN_TOKEN":         401,
-    "M_UNRECOGNIZED":          404,
+    "M_BAD_ALIAS":                400,  # an alias in m.room.canonical_alias does not point to the room
+    "M_BAD_JSON":                 400,  # JSON, but not of the shape that the endpoint takes
+    "M_BAD_STATE":                403,  # not possible in the present state, such as joining while banned
+    "M_BAD_STATUS":               502,  # the application service answered a ping with an error
+    "M_CANNOT_OVERWRITE_MEDIA":   409,  # an asynchronous upload that has been done already
+    "M_CONNECTION_FAILED":        502,  # the application service could not be reached for a ping
+    "M_CONNECTION_TIMEOUT":       504,  # the application service took too long for a ping
+    "M_DUPLICATE_ANNOTATION":     400,  # the same reaction to the same event again
+    "M_EXCLUSIVE":                400,  # inside another's exclusive namespace, or outside one's own
+    "M_FORBIDDEN":                403,
+    "M_INVALID_PARAM":            400,
+    "M_INVALID_ROOM_STATE":       400,  # createRoom was asked for a state that the room rules refuse
+    "M_INVALID_SIGNATURE":        400,  # a key that is not signed as it must be
+    "M_INVALID_USERNAME":         400,
+    "M_LIMIT_EXCEEDED":           429,
+    "M_MISSING_PARAM":            400,
+    "M_MISSING_TOKEN":            401,
+    "M_NOT_FOUND":                404,
+    "M_NOT_JSON":                 400,
+    "M_NOT_YET_UPLOADED":         504,  # the content of this mxc: URI is still to come
+    "M_ROOM_IN_USE":              400,  # the alias asked for in createRoom is taken
+    "M_TOO_LARGE":                413,
+    "M_UNKNOWN":                  500,
+    "M_UNKNOWN_DEVICE":           400,  # device_id names no device of the user
+    "M_UNKNOWN_TOKEN":            401,
+    "M_UNRECOGNIZED":             404,
     "M_UNSUPPORTED_ROOM_VERSION": 400,
-    "M_URL_NOT_SET":           400,  # a ping for an application service whose url is null
-    "M_USER_DEACTIVATED":      403,
-    "M_USER_IN_USE":           400,
-    "M_WRONG_ROOM_KEYS_VERSION": 403, # a write to a key backup that is not the last
+    "M_URL_NOT_SET":              400,  # a ping for an application service whose url is null
+    "M_USER_DEACTIVATED":         403,
+    "M_USER_IN_USE":              400,
+    "M_WRONG_ROOM_KEYS_VERSION":  403,  # a write to a key backup that is not the last
 }
 
 
@@ -2538,8 +2565,7 @@ class RoomVersion:
     id: str
     create_has_creator: bool      # m.room.create repeats its sender as content.creator
     create_is_kept: bool          # a redaction leaves m.room.create as it is, and power_levels.invite
-    # creators have all power for ever, and the room ID is the hash of m.room.create
-    creators_rule: bool
+    creators_rule: bool           # creators have all power for ever, and the room ID is the hash of m.room.create
 
 
 ROOM_VERSIONS = {version.id: version for version in (
@@ -3029,7 +3055,6 @@ EVENT_TABLES = "events e LEFT JOIN events r ON r.tick = e.redacted_by LEFT JOIN 
 # Whether the event e is in one of these ranges of ticks, JSON [[first, last], …].
 VISIBLE = "EXISTS (SELECT 1 FROM json_each(?) v WHERE e.tick BETWEEN json_extract(v.value, '$[0]') AND json_extract(v.value, '$[1]'))"
 ROOMS = "room IN (SELECT value FROM json_each(?))"
-ROOM_ROWS = "SELECT n, room_id, version, published FROM rooms"
 # Those whom the user of this ID ignores.
 IGNORED = ("SELECT key FROM account_data, json_each(account_data.json, '$.ignored_users') "
            "WHERE user_id = ? AND room_id = '' AND account_data.type = 'm.ignored_user_list' AND key IS NOT NULL")
@@ -3069,7 +3094,7 @@ class Room(RoomState):
 
 
 class Outbox(NamedTuple):
-    """What waits for one application service."""
+    """Where one application service stands: a summary of its rows in the tables outbox and transactions, kept by the writer."""
     open: Transaction | None     # frozen, not yet acknowledged
     frozen_to: int               # all ticks up to this one are in a transaction
     waiting_to: int              # the last tick that waits, or frozen_to
@@ -3077,11 +3102,11 @@ class Outbox(NamedTuple):
 
 
 class Transaction(NamedTuple):
-    """A list of events for an application service. Never changes once it is frozen."""
-    appservice: str
+    """What one PUT brings an application service (Pushing events). Never changes once it is frozen."""
+    appservice: str              # the ID of its registration
     txn_id: int
-    events: int
-    body: bytes
+    events: int                  # how many of them are in it
+    body: bytes                  # the JSON: events and, if it wants such, what passes, messages to devices and news of keys
 
 
 NOTHING_WAITS = Outbox(None, 0, 0, 0)
@@ -3163,6 +3188,21 @@ class Reader:
     def all(self, sql: str, *values: Any) -> list[Any]:
         return self.db.execute(sql, values).fetchall()
 
+    def text(self, sql: str, *values: Any) -> str | None:
+        """The only column of the one row, or None if there is none; number() the same where there always is one."""
+        row = self.one(sql, *values)
+        return row[0] if row else None
+
+    def number(self, sql: str, *values: Any) -> int:
+        return int(self.one(sql, *values)[0])
+
+    def column(self, sql: str, *values: Any) -> list[Any]:
+        return [row[0] for row in self.all(sql, *values)]
+
+    def found(self, where: str, *values: Any) -> list[Event]:
+        """The events e of which this is true, in the order that it asks for."""
+        return [Event(*row) for row in self.all(f"SELECT {EVENT_COLUMNS} FROM {EVENT_TABLES} WHERE {where}", *values)]
+
     def by_room(self, sql: str, rooms: Sequence[int], *values: Any) -> dict[int, list[Any]]:
         """What is found in each of the rooms, with one statement for all; `sql` begins its rows with the room."""
         found: dict[int, list[Any]] = {room: [] for room in rooms}
@@ -3172,7 +3212,7 @@ class Reader:
 
     def position(self) -> int:
         """The tick of this moment."""
-        return int(self.one("SELECT value FROM meta WHERE key = 'position'")[0])
+        return self.number("SELECT value FROM meta WHERE key = 'position'")
 
     # -- accounts
 
@@ -3201,9 +3241,8 @@ class Reader:
                         "WHERE user_id = ? AND device_id = ?", user_id, device_id)
 
     def account_data(self, user_id: str, room_id: str, type: str) -> Raw | None:
-        row = self.one("SELECT json FROM account_data WHERE user_id = ? AND room_id = ? AND type = ?", user_id,
-                       room_id, type)
-        return Raw(row[0]) if row else None
+        text = self.text("SELECT json FROM account_data WHERE user_id = ? AND room_id = ? AND type = ?", user_id, room_id, type)
+        return None if text is None else Raw(text)
 
     def account_data_since(self, user_id: str, since: int) -> list[Any]:
         """(room_id, type, json) of what changed."""
@@ -3212,7 +3251,7 @@ class Reader:
 
     def ignored(self, user_id: str) -> list[str]:
         """Those whom the user ignores."""
-        return [row[0] for row in self.all(IGNORED, user_id)]
+        return self.column(IGNORED, user_id)
 
     def filter(self, user_id: str, filter_id: int) -> Any:
         return self.one("SELECT json FROM filters WHERE user_id = ? AND filter_id = ?", user_id, filter_id)
@@ -3223,35 +3262,30 @@ class Reader:
 
     # -- rooms
 
+    def rooms_where(self, where: str, *values: Any) -> list[RoomRow]:
+        return [RoomRow(*row) for row in self.all(f"SELECT n, room_id, version, published FROM rooms {where}", *values)]
+
     def room_row(self, room_id: str) -> RoomRow | None:
-        row = self.one(f"{ROOM_ROWS} WHERE room_id = ?", room_id)
-        return RoomRow(*row) if row else None
+        return next(iter(self.rooms_where("WHERE room_id = ?", room_id)), None)
 
     def room_of(self, tick: int) -> RoomRow | None:
         """The room of an event."""
-        row = self.one(f"{ROOM_ROWS} JOIN events ON n = room WHERE tick = ?", tick)
-        return RoomRow(*row) if row else None
-
-    def all_events(self, after: int, limit: int) -> list[Event]:
-        """Of all rooms, after a tick, old to new."""
-        return [Event(*row) for row in self.all(f"SELECT {EVENT_COLUMNS} FROM {EVENT_TABLES} WHERE e.tick > ? ORDER BY e.tick LIMIT ?",
-                                                after, limit)]
+        return next(iter(self.rooms_where("JOIN events ON n = room WHERE tick = ?", tick)), None)
 
     def all_rooms(self, limit: int) -> list[RoomRow]:
         """The last ones that were made."""
-        return [RoomRow(*row) for row in self.all(f"{ROOM_ROWS} ORDER BY n DESC LIMIT ?", limit)]
-
-    def people(self) -> list[str]:
-        """Users who are no application service's."""
-        return [row[0] for row in self.all("SELECT user_id FROM users WHERE appservice IS NULL AND NOT deactivated ORDER BY user_id")]
+        return self.rooms_where("ORDER BY n DESC LIMIT ?", limit)
 
     def published_rooms(self, own: bool, instance_id: str | None, appservices: Iterable[str]) -> list[RoomRow]:
         """Of the homeserver's own directory, and of the third-party network (None: of all) of application services."""
-        return [RoomRow(*row) for row in self.all(
-            f"{ROOM_ROWS} WHERE (published AND ?) OR n IN "
-            "(SELECT room FROM network_rooms WHERE (? IS NULL OR appservice || '|' || network = ?) "
-            "AND appservice IN (SELECT value FROM json_each(?))) ORDER BY n",
-            own, instance_id, instance_id, to_json(list(appservices)))]
+        return self.rooms_where("WHERE (published AND ?) OR n IN "
+                                "(SELECT room FROM network_rooms WHERE (? IS NULL OR appservice || '|' || network = ?) "
+                                "AND appservice IN (SELECT value FROM json_each(?))) ORDER BY n",
+                                own, instance_id, instance_id, to_json(list(appservices)))
+
+    def people(self) -> list[str]:
+        """Users who are no application service's."""
+        return self.column("SELECT user_id FROM users WHERE appservice IS NULL AND NOT deactivated ORDER BY user_id")
 
     def alias(self, alias: str) -> Any:
         """(room_id, creator) or None."""
@@ -3266,7 +3300,7 @@ class Reader:
                         "AND m.membership = 'join' LIMIT 1", room, user_id) is not None
 
     def aliases_of(self, room: int) -> list[str]:
-        return [row[0] for row in self.all("SELECT alias FROM aliases WHERE room = ? ORDER BY alias", room)]
+        return self.column("SELECT alias FROM aliases WHERE room = ? ORDER BY alias", room)
 
     def memberships_of(self, user_id: str) -> list[Any]:
         """(room, room_id, membership, tick, forgotten) of every room that the user has to do with."""
@@ -3279,8 +3313,7 @@ class Reader:
                         user_id, room)
 
     def members(self, room: int, membership: str = "join") -> list[str]:
-        return [row[0] for row in self.all("SELECT user_id FROM memberships WHERE room = ? AND membership = ?",
-                                           room, membership)]
+        return self.column("SELECT user_id FROM memberships WHERE room = ? AND membership = ?", room, membership)
 
     def heroes(self, rooms: Sequence[int], user_id: str) -> dict[int, list[str]]:
         """The first members by whom the user knows a room that has no name: who is there, else who was there."""
@@ -3297,16 +3330,22 @@ class Reader:
 
     def count_members(self, room: int, membership: str, upto: int = -1) -> int:
         """How many there are; `upto`: it need not count further."""
-        return int(self.one("SELECT count(*) FROM (SELECT 1 FROM memberships WHERE room = ? AND membership = ? LIMIT ?)",
-                            room, membership, upto)[0])
+        return self.number("SELECT count(*) FROM (SELECT 1 FROM memberships WHERE room = ? AND membership = ? LIMIT ?)",
+                           room, membership, upto)
 
     # -- events
 
     def event(self, room: int, event_id: str) -> Event | None:
-        row = self.one(f"SELECT {EVENT_COLUMNS} FROM {EVENT_TABLES} WHERE e.tick = ? AND e.room = ?",
-                       tick_of(event_id), room)
-        event = Event(*row) if row else None
-        return event if event and event.event_id == event_id else None
+        found = self.found("e.tick = ? AND e.room = ?", tick_of(event_id), room)
+        return next((event for event in found if event.event_id == event_id), None)
+
+    def event_at(self, tick: int) -> Event:
+        [event] = self.found("e.tick = ?", tick)
+        return event
+
+    def all_events(self, after: int, limit: int) -> list[Event]:
+        """Of all rooms, after a tick, old to new."""
+        return self.found("e.tick > ? ORDER BY e.tick LIMIT ?", after, limit)
 
     def events(self, room: int, after: int, upto: int, limit: int, newest: bool,
                filter: Filter = EVERYTHING) -> list[Event]:
@@ -3314,36 +3353,27 @@ class Reader:
         if filter.types == []:
             return []                                        # as many clients ask: no reason to look at each event
         clause, values = filter.sql()
-        rows = self.all(f"SELECT {EVENT_COLUMNS} FROM {EVENT_TABLES} "
-                        f"WHERE e.room = ? AND e.tick > ? AND e.tick <= ?{clause} "
-                        f"ORDER BY e.tick {'DESC' if newest else 'ASC'} LIMIT ?", room, after, upto, *values, limit)
-        return [Event(*row) for row in rows]
+        return self.found(f"e.room = ? AND e.tick > ? AND e.tick <= ?{clause} ORDER BY e.tick {'DESC' if newest else 'ASC'} LIMIT ?",
+                          room, after, upto, *values, limit)
 
     def state_event(self, room: int, type: str, state_key: str, upto: int = FOREVER) -> Event | None:
         """The one that there is, or was at `upto`."""
-        row = self.one(f"SELECT {EVENT_COLUMNS} FROM state s JOIN {EVENT_TABLES} "
-                       "WHERE s.room = ? AND s.type = ? AND s.state_key = ? "
-                       "AND e.tick = s.tick", room, type, state_key)
-        if row and row[0] > upto:
-            row = self.one(f"SELECT {EVENT_COLUMNS} FROM {EVENT_TABLES} WHERE e.room = ? AND e.type = ? AND e.state_key = ? "
-                           "AND e.state_key IS NOT NULL AND e.tick <= ? ORDER BY e.tick DESC LIMIT 1", room, type, state_key, upto)
-        return Event(*row) if row else None
+        found = self.found("e.tick = (SELECT tick FROM state WHERE room = ? AND type = ? AND state_key = ?)", room, type, state_key)
+        if found and found[0].tick > upto:
+            found = self.found("e.room = ? AND e.type = ? AND e.state_key = ? AND e.state_key IS NOT NULL AND e.tick <= ? "
+                               "ORDER BY e.tick DESC LIMIT 1", room, type, state_key, upto)
+        return next(iter(found), None)
 
     def state_at(self, room: int, upto: int = FOREVER, after: int = 0, type: str = "*") -> list[Event]:
         """The state as it was at `upto`, of that only what changed since `after`, old to new."""
-        last = ("SELECT max(tick) FROM events "
-                "WHERE room = ? AND state_key IS NOT NULL AND tick > ? AND tick <= ? "
-                "AND (? = '*' OR type = ?) GROUP BY type, state_key")
-        rows = self.all(f"SELECT {EVENT_COLUMNS} FROM {EVENT_TABLES} WHERE e.tick IN ({last}) ORDER BY e.tick",
-                        room, after, upto, type, type)
-        return [Event(*row) for row in rows]
+        return self.found("e.tick IN (SELECT max(tick) FROM events WHERE room = ? AND state_key IS NOT NULL AND tick > ? AND tick <= ? "
+                          "AND (? = '*' OR type = ?) GROUP BY type, state_key) ORDER BY e.tick", room, after, upto, type, type)
 
     def state_changes(self, room: int, after: int, upto: int) -> list[Event]:
         """The same for a short time: looks at what is new, however many state events there are."""
-        rows = self.all(f"SELECT {EVENT_COLUMNS} FROM events e INDEXED BY timeline LEFT JOIN events r ON r.tick = e.redacted_by "
-                        "LEFT JOIN events p ON p.tick = e.replaces WHERE e.room = ? AND e.tick > ? AND e.tick <= ? "
-                        "AND e.state_key IS NOT NULL ORDER BY e.tick", room, after, upto)
-        return list({(row[1], row[2]): Event(*row) for row in rows}.values())
+        found = self.found("e.tick IN (SELECT tick FROM events INDEXED BY timeline WHERE room = ? AND tick > ? AND tick <= ? "
+                           "AND state_key IS NOT NULL) ORDER BY e.tick", room, after, upto)
+        return list({(event.type, event.state_key): event for event in found}.values())
 
     def related(self, parent: int, depth: int, rel_type: str | None, type: str | None, after: int, upto: int, limit: int,
                 newest: bool) -> list[Event]:
@@ -3351,11 +3381,9 @@ class Reader:
         chosen = ("WITH RECURSIVE found (tick, depth) AS (SELECT tick, 1 FROM events WHERE relates_to = ? "
                   "UNION SELECT e.tick, depth + 1 FROM found f JOIN events e ON e.relates_to = f.tick WHERE depth < ?) "
                   "SELECT tick FROM found")
-        rows = self.all(f"SELECT {EVENT_COLUMNS} FROM {EVENT_TABLES} WHERE e.tick IN ({chosen}) AND e.tick > ? AND e.tick <= ? "
-                        "AND (? IS NULL OR e.rel_type = ?) AND (? IS NULL OR e.type = ?) "
-                        f"ORDER BY e.tick {'DESC' if newest else 'ASC'} LIMIT ?",
-                        parent, depth, after, upto, rel_type, rel_type, type, type, limit)
-        return [Event(*row) for row in rows]
+        return self.found(f"e.tick IN ({chosen}) AND e.tick > ? AND e.tick <= ? AND (? IS NULL OR e.rel_type = ?) "
+                          f"AND (? IS NULL OR e.type = ?) ORDER BY e.tick {'DESC' if newest else 'ASC'} LIMIT ?",
+                          parent, depth, after, upto, rel_type, rel_type, type, type, limit)
 
     def threads(self, room: int, user_id: str, visible: str, upto: int) -> list[Any]:
         """(tick of the root, of the last reply, how many of these events are the user's), the latest first."""
@@ -3391,14 +3419,11 @@ class Reader:
 
     def latest_edit(self, event: Event, visible: str) -> Event | None:
         """The most recent valid replacement of an event that is not redacted (Event replacements, Validity)."""
-        row = self.one(f"SELECT {EVENT_COLUMNS} FROM {EVENT_TABLES} WHERE e.relates_to = ? AND e.rel_type = 'm.replace' "
-                       f"AND e.sender = ? AND e.type = ? AND e.state_key IS NULL AND {VISIBLE} "
-                       "AND (e.type = 'm.room.encrypted' OR json_type(e.json, '$.content.\"m.new_content\"') = 'object') "
-                       "ORDER BY e.ts DESC, substr(e.json, 14, 44) DESC LIMIT 1", event.tick, event.sender, event.type, visible)
-        return Event(*row) if row and event.redacted_because is None else None
-
-    def event_at(self, tick: int) -> Event:
-        return Event(*self.one(f"SELECT {EVENT_COLUMNS} FROM {EVENT_TABLES} WHERE e.tick = ?", tick))
+        found = self.found("e.relates_to = ? AND e.rel_type = 'm.replace' AND e.sender = ? AND e.type = ? "
+                           f"AND e.state_key IS NULL AND {VISIBLE} "
+                           "AND (e.type = 'm.room.encrypted' OR json_type(e.json, '$.content.\"m.new_content\"') = 'object') "
+                           "ORDER BY e.ts DESC, substr(e.json, 14, 44) DESC LIMIT 1", event.tick, event.sender, event.type, visible)
+        return found[0] if found and event.redacted_because is None else None
 
     def contents(self, room: int, types: Sequence[str]) -> dict[str, JsonObject]:
         """Content of the present state with an empty state key, by type."""
@@ -3421,9 +3446,8 @@ class Reader:
 
     def receipt(self, room: int, type: str, user_id: str, thread_id: str) -> str | None:
         """The event up to which the user has read by this receipt."""
-        row = self.one("SELECT event_id FROM receipts WHERE room = ? AND type = ? AND user_id = ? AND thread_id = ?",
-                       room, type, user_id, thread_id)
-        return row[0] if row else None
+        return self.text("SELECT event_id FROM receipts WHERE room = ? AND type = ? AND user_id = ? AND thread_id = ?",
+                         room, type, user_id, thread_id)
 
     def own_receipts(self, rooms: Sequence[int], user_id: str) -> dict[int, list[Any]]:
         """(thread_id, event_id, tick) of each receipt that says what the user has read."""
@@ -3455,8 +3479,7 @@ class Reader:
                         "WHERE user_id = ?", user_id)
 
     def device_keys(self, user_id: str, device_id: str) -> str | None:
-        row = self.one("SELECT json FROM device_keys WHERE user_id = ? AND device_id = ?", user_id, device_id)
-        return row[0] if row else None
+        return self.text("SELECT json FROM device_keys WHERE user_id = ? AND device_id = ?", user_id, device_id)
 
     def cross_signing(self, user_id: str) -> dict[str, JsonObject]:
         """The user's cross-signing keys by usage: master, self_signing, user_signing."""
@@ -3474,34 +3497,32 @@ class Reader:
         return {"signed_curve25519": 0, **dict(rows)}
 
     def one_time_key(self, user_id: str, device_id: str, key_id: str) -> str | None:
-        row = self.one("SELECT json FROM one_time_keys WHERE user_id = ? AND device_id = ? AND key_id = ?", user_id, device_id, key_id)
-        return row[0] if row else None
+        return self.text("SELECT json FROM one_time_keys WHERE user_id = ? AND device_id = ? AND key_id = ?",
+                         user_id, device_id, key_id)
 
     def unused_fallbacks(self, user_id: str, device_id: str) -> list[str]:
         """Algorithms of the fallback keys that nobody has got yet."""
-        return [row[0] for row in self.all("SELECT algorithm FROM fallback_keys WHERE user_id = ? AND device_id = ? AND NOT used",
-                                           user_id, device_id)]
+        return self.column("SELECT algorithm FROM fallback_keys WHERE user_id = ? AND device_id = ? AND NOT used", user_id, device_id)
 
     def devices_with_keys(self, user_id: str) -> list[str]:
-        return [row[0] for row in self.all("SELECT device_id FROM device_keys WHERE user_id = ?", user_id)]
+        return self.column("SELECT device_id FROM device_keys WHERE user_id = ?", user_id)
 
     def key_news(self, user_id: str, since: int, others: Iterable[str] = ()) -> dict[str, bool]:
         """Users whose device lists changed after `since` or who are among the others and ever had keys, and whether
         they are in a room with this user. Signatures of the user's own count as changes.
         """
-        found = [row[0] for row in self.all(
-            "SELECT user_id FROM key_changes WHERE tick > ? OR user_id IN (SELECT value FROM json_each(?)) "
-            "OR user_id IN (SELECT user_id FROM signatures WHERE signer = ? AND tick > ?)",
-            since, to_json(list(others)), user_id, since)]
+        found = self.column("SELECT user_id FROM key_changes WHERE tick > ? OR user_id IN (SELECT value FROM json_each(?)) "
+                            "OR user_id IN (SELECT user_id FROM signatures WHERE signer = ? AND tick > ?)",
+                            since, to_json(list(others)), user_id, since)
         met = self.met_by(user_id, found) if found else ()
         return {other: other in met for other in found}
 
     def met_by(self, user_id: str, others: Iterable[str]) -> set[str]:
         """The user, and those of the others who are in a room with the user."""
-        rows = self.all("SELECT value FROM json_each(?) WHERE EXISTS (SELECT 1 FROM memberships a JOIN memberships b USING (room) "
-                        "WHERE a.user_id = ? AND a.membership = 'join' AND b.user_id = value AND b.membership = 'join')",
-                        to_json(list(others)), user_id)
-        return {user_id, *(row[0] for row in rows)}
+        return {user_id, *self.column(
+            "SELECT value FROM json_each(?) WHERE EXISTS (SELECT 1 FROM memberships a JOIN memberships b USING (room) "
+            "WHERE a.user_id = ? AND a.membership = 'join' AND b.user_id = value AND b.membership = 'join')",
+            to_json(list(others)), user_id)}
 
     def met_in(self, room: int, user_id: str, since: int) -> set[str]:
         """Whom the user has met or lost sight of in a room after this tick; for when the user came or went."""
@@ -3517,9 +3538,8 @@ class Reader:
 
     def changed_members(self, room: int, since: int) -> list[str]:
         """Whose membership changed after this tick. Looks at what is new, however many members there are."""
-        rows = self.all("SELECT DISTINCT state_key FROM events INDEXED BY timeline WHERE room = ? AND tick > ? "
-                        "AND type = 'm.room.member' AND state_key IS NOT NULL", room, since)
-        return [row[0] for row in rows]
+        return self.column("SELECT DISTINCT state_key FROM events INDEXED BY timeline WHERE room = ? AND tick > ? "
+                           "AND type = 'm.room.member' AND state_key IS NOT NULL", room, since)
 
     def to_device(self, user_id: str, device_id: str) -> list[Any]:
         """(tick, json) of each message that is kept for the device's /sync."""
@@ -3541,26 +3561,24 @@ class Reader:
 
     def ghosts_with_keys(self, id: str) -> list[str]:
         """Users of an application service that have uploaded device keys."""
-        rows = self.all("SELECT DISTINCT user_id FROM device_keys JOIN users USING (user_id) WHERE appservice = ?", id)
-        return [row[0] for row in rows]
+        return self.column("SELECT DISTINCT user_id FROM device_keys JOIN users USING (user_id) WHERE appservice = ?", id)
 
     def outboxes(self) -> dict[str, Outbox]:
-        rows = self.all("SELECT appservice FROM outbox UNION SELECT appservice FROM transactions")
-        return {id: self._outbox(id) for (id,) in rows}
+        return {id: self._outbox(id) for id in self.column("SELECT appservice FROM outbox UNION SELECT appservice FROM transactions")}
 
     def _outbox(self, id: str) -> Outbox:
         frozen_to, kept = self.one("SELECT coalesce(max(last_tick), 0), count(*) FROM transactions WHERE appservice = ?", id)
-        waiting_to = self.one("SELECT coalesce(max(tick), 0) FROM outbox WHERE appservice = ?", id)[0]
+        waiting_to = self.number("SELECT coalesce(max(tick), 0) FROM outbox WHERE appservice = ?", id)
         row = self.one("SELECT appservice, txn_id, events, body FROM transactions "
                        "WHERE appservice = ? AND acknowledged_ts IS NULL", id)
         return Outbox(Transaction(*row) if row else None, frozen_to, max(frozen_to, waiting_to), kept)
 
     def count_waiting(self, id: str) -> int:
         """Events for this application service that it has not acknowledged."""
-        frozen = self.one("SELECT coalesce(sum(max(events, 1)), 0) FROM transactions "
-                          "WHERE appservice = ? AND acknowledged_ts IS NULL", id)[0]
-        return int(frozen + self.one("SELECT count(*) FROM outbox WHERE appservice = ? AND tick > "
-                                     "(SELECT coalesce(max(last_tick), 0) FROM transactions WHERE appservice = ?)", id, id)[0])
+        frozen = self.number("SELECT coalesce(sum(max(events, 1)), 0) FROM transactions "
+                             "WHERE appservice = ? AND acknowledged_ts IS NULL", id)
+        return frozen + self.number("SELECT count(*) FROM outbox WHERE appservice = ? AND tick > "
+                                    "(SELECT coalesce(max(last_tick), 0) FROM transactions WHERE appservice = ?)", id, id)
 
     def transactions(self, id: str, limit: int = -1) -> list[Any]:
         """(txn_id, body, acknowledged_ts) of those that are kept, or of the last ones, old to new."""
@@ -3584,8 +3602,7 @@ class Reader:
         return kept <= KEPT_TRANSACTIONS or first is None or first <= tick
 
     def reason(self, id: str, tick: int) -> str | None:
-        row = self.one("SELECT reason FROM outbox WHERE appservice = ? AND tick = ?", id, tick)
-        return row[0] if row else None
+        return self.text("SELECT reason FROM outbox WHERE appservice = ? AND tick = ?", id, tick)
 
 
 class Tx(Reader):
@@ -3642,10 +3659,7 @@ class Tx(Reader):
         self._undoable = False                               # whether what it has done in the database can be undone alone
         self._touched: set[str] = set()                      # rooms whose cached state this job changed
         self._mark = len(self.after)
-        self._job_rows: dict[str, int] = {}  # application service → last tick of its outbox, by this job
-        self._job_acknowledged: set[str] = set()             # application services that acknowledged, by this job
-        self._job_ephemeral: list[tuple[str, Any, JsonObject]] = []  # application service, what it replaces, data
-        self._job_news: list[tuple[str, str | None]] = []    # application service, user whose key counts it should hear
+        self._done: list[Callable[[], object]] = []          # changes of what is cached, to be made if the job is not refused
 
     def job_done(self) -> None:
         if self._undoable:
@@ -3653,22 +3667,8 @@ class Tx(Reader):
         for table, rows in self._own_rows.items():
             self._rows.setdefault(table, []).extend(rows)
         self._own_rows.clear()
-        for id in self._job_acknowledged:
-            self.boxes[id] = self.boxes[id]._replace(open=None)
-            self.ready.add(id)
-        for id, tick in self._job_rows.items():
-            self.boxes[id] = self.boxes.get(id, NOTHING_WAITS)._replace(waiting_to=tick)
-            self.ready.add(id)
-        for id, key, data in self._job_ephemeral:
-            waiting = self.ephemeral.setdefault(id, {})
-            self._replaced.append((id, key, waiting.pop(key, None)))     # the latest for each kind, room and user
-            waiting[key] = (self.store.clock.monotonic(), data)
-            if len(waiting) > MAX_EPHEMERAL:
-                del waiting[next(iter(waiting))]
-            self.ready.add(id)
-        for id, user_id in self._job_news:
-            self.news.setdefault(id, set()).update([user_id] if user_id else ())
-            self.ready.add(id)
+        for change in self._done:
+            change()
 
     def job_failed(self) -> None:
         """Undoes one job, in the database and in the caches."""
@@ -3753,7 +3753,7 @@ class Tx(Reader):
     def end_sessions(self, user_id: str, device_id: str | None = None) -> None:
         """Ends the tokens of a device, or of all."""
         where, values = "user_id = ? AND (? IS NULL OR device_id = ?)", (user_id, device_id, device_id)
-        for (token,) in self.all(f"SELECT token FROM sessions WHERE {where}", *values):
+        for token in self.column(f"SELECT token FROM sessions WHERE {where}", *values):
             self.after.append(functools.partial(self.store.sessions.pop, token, None))
             self.wake(user_id)                               # who waits in /sync is to be told
         self.run(f"DELETE FROM sessions WHERE {where}", *values)
@@ -3799,8 +3799,7 @@ class Tx(Reader):
 
     def add_filter(self, user_id: str, content: str) -> int:
         self.run("INSERT OR IGNORE INTO filters (user_id, json) VALUES (?, ?)", user_id, content)
-        return int(self.one("SELECT filter_id FROM filters WHERE user_id = ? AND json = ?", user_id,
-                            content)[0])
+        return self.number("SELECT filter_id FROM filters WHERE user_id = ? AND json = ?", user_id, content)
 
     def put_media(self, media_id: str, content_type: str, filename: str | None, user_id: str, now: int,
                   content: bytes | None) -> None:
@@ -3828,12 +3827,8 @@ class Tx(Reader):
         """The user's device list is new to all who share a room, and to the application services there."""
         self.run("INSERT OR REPLACE INTO key_changes VALUES (?, ?)", user_id, self.tick())
         self.woken_around.add(user_id)
-        wanting = {id for id in self.store.registrations.by_id if self._hears_keys(id)}
-        self._job_news += [(id, None) for id in self._concerned(user_id, wanting)]
-
-    def _hears_keys(self, id: str | None) -> bool:
-        registration = self.store.registrations.by_id.get(id or "")
-        return bool(registration and registration.msc3202 and registration.url is not None)
+        for id in self._concerned(user_id, {id for id in self.store.registrations.by_id if self._hears_keys(id)}):
+            self._tell_news(id)
 
     def put_one_time_key(self, user_id: str, device_id: str, key_id: str, text: str) -> None:
         self.run("INSERT INTO one_time_keys VALUES (?, ?, ?, ?)", user_id, device_id, key_id, text)
@@ -3858,11 +3853,6 @@ class Tx(Reader):
         self._tell_counts(user_id)
         return cast("tuple[str, str] | None", row)
 
-    def _tell_counts(self, user_id: str) -> None:
-        owner = self.user(user_id)
-        if owner and self._hears_keys(owner[1]):
-            self._job_news.append((owner[1], user_id))
-
     def add_to_device(self, user_id: str, device_id: str, message: JsonObject) -> None:
         """Leaves a message for a device; a ghost's goes into its application service's next transaction, if that
         takes such.
@@ -3872,7 +3862,7 @@ class Tx(Reader):
         pushed = bool(registration and registration.hears_ephemeral)
         if pushed:
             message = {**message, "to_user_id": user_id, "to_device_id": device_id}
-            self._job_news.append((id, None))
+            self._tell_news(id)
             self._tell_counts(user_id)
         self.run("INSERT INTO to_device VALUES (?, ?, ?, ?, ?)", self.tick(), user_id, device_id, to_json(message),
                  id if pushed else None)
@@ -3887,13 +3877,6 @@ class Tx(Reader):
     def return_to_device(self, but: Sequence[str]) -> None:
         """What waits for other application services than these is for the /sync of the devices now."""
         self.run("UPDATE to_device SET appservice = NULL WHERE appservice NOT IN (SELECT value FROM json_each(?))", to_json(but))
-
-    def hear_anew(self) -> None:
-        """Whoever hears of keys and messages to devices is told what there is, with the next transaction."""
-        for id, registration in self.store.registrations.by_id.items():
-            if registration.url is not None:
-                self.news.setdefault(id, set()).update(self.ghosts_with_keys(id) if self._hears_keys(id) else ())
-                self.ready.add(id)
 
     def drop_to_device(self, user_id: str, device_id: str, upto: int) -> None:
         """The device has these."""
@@ -4029,7 +4012,7 @@ class Tx(Reader):
         self._touched.add(room.room_id)
         audience = self.audience(room)
         target = draft.state_key if draft.type == "m.room.member" else None
-        reasons = audience.interested(draft.sender, target)
+        reasons = audience.interested(draft.sender, target)  # before the state changes: a ghost that leaves is still to hear of it
         before = room.events.get((draft.type, draft.state_key)) if draft.state_key is not None else None
         relates_to, rel_type = self._relation(room, draft.content.get("m.relates_to"))
         self.add_row("events", tick, room.n, draft.type, draft.state_key, draft.sender, ts, text, before.tick if before else None,
@@ -4042,7 +4025,7 @@ class Tx(Reader):
         for id, reason in reasons.items():
             if self.store.registrations.by_id[id].url is not None:
                 self.add_row("outbox", id, tick, reason)
-                self._job_rows[id] = tick
+                self._change_box(id, waiting_to=tick)
         self.moved[room.n] = tick
 
     def _relation(self, room: Room, relation: Any) -> tuple[int | None, str | None]:
@@ -4085,10 +4068,92 @@ class Tx(Reader):
             self._touched.add(room.room_id)
             room.put(*key, StateEvent(event.tick, event.sender, json.loads(text)["content"]))
 
-    # -- the outbox
+    # -- the outbox. A row says that an application service is to get an event, and why; it is stored with the event. At the end of
+    # a batch freeze() makes a transaction of what waits for each that has none open. From then on it never changes; when it is
+    # acknowledged, the same batch freezes the next.
+
+    def _change_box(self, id: str, **changes: Any) -> None:
+        """After the job; freeze() then looks at this outbox."""
+        def change() -> None:
+            self.boxes[id] = self.boxes.get(id, NOTHING_WAITS)._replace(**changes)
+            self.ready.add(id)
+        self._done.append(change)
+
+    def freeze(self) -> None:
+        """Makes a transaction of what waits, for every AS that has none open. At the end of a batch: undone with all of it."""
+        self._undoable = True                                # no savepoint any more
+        for id in self.ready:
+            box = self.boxes.get(id, NOTHING_WAITS)
+            if box.open is None and (box.waiting_to > box.frozen_to or self.ephemeral.get(id) or id in self.news):
+                self._freeze(id, box)
+        self.ready.clear()
+
+    def _freeze(self, id: str, box: Outbox) -> None:
+        """Writes the transaction: the oldest events that wait, in their order, and whatever else does."""
+        rows = self.all(f"SELECT {EVENT_COLUMNS} FROM outbox o JOIN {EVENT_TABLES} "
+                        "WHERE o.appservice = ? AND o.tick > ? AND e.tick = o.tick "
+                        "ORDER BY o.tick LIMIT ?", id, box.frozen_to, MAX_TRANSACTION_EVENTS)
+        now = self.store.clock.now()
+        more = self._frozen_ephemeral(id) + self._frozen_news(id)
+        if not rows and not more:
+            return
+        body = '{"events":[' + ",".join([Event(*row).for_appservice(now) for row in rows]) + f"]{more}}}"
+        transaction = Transaction(id, self._next_txn_id(id), len(rows), body.encode("utf-8", "replace"))
+        last = int(rows[-1][0]) if rows else box.frozen_to
+        self.run("INSERT INTO transactions VALUES (?, ?, ?, ?, ?, NULL)", id, transaction.txn_id, last,
+                 len(rows), transaction.body)
+        self.boxes[id] = box._replace(open=transaction, frozen_to=last, kept=self._prune(id, box.kept + 1))
+        self.after.append(lambda: self.store.on_frozen(transaction))
+
+    def _next_txn_id(self, id: str) -> int:
+        """Rises, and is never used again: not after a restart, not with a new database (the real clock, in
+        microseconds).
+        """
+        last = self.number("SELECT coalesce(max(txn_id), 0) FROM transactions WHERE appservice = ?", id)
+        return max(last + 1, time.time_ns() // 1000)
+
+    def acknowledge(self, id: str, txn_id: int) -> None:
+        """The answer was 200. Only the open one counts: it may have been skipped by hand meanwhile."""
+        box = self.boxes.get(id)
+        if box and box.open and box.open.txn_id == txn_id:
+            self.run("UPDATE transactions SET acknowledged_ts = ? WHERE appservice = ? AND txn_id = ?",
+                     self.store.clock.now(), id, txn_id)
+            self._change_box(id, open=None)
+
+    def reopen(self, id: str, txn_id: int | None, new_id: bool) -> int:
+        """An acknowledged transaction (None: the last) is to be sent again, if need be under a new ID; its ID."""
+        box = self.boxes.get(id, NOTHING_WAITS)
+        if box.open:
+            raise MatrixError("M_UNKNOWN", f"transaction {box.open.txn_id} is open: retry or skip it first", 409)
+        row = self.one("SELECT appservice, txn_id, events, body FROM transactions WHERE appservice = ? AND (? IS NULL OR txn_id = ?) "
+                       "ORDER BY txn_id DESC LIMIT 1", id, txn_id, txn_id)
+        if not row:
+            raise MatrixError("M_NOT_FOUND", f"{id!r} has no such transaction; the last {KEPT_TRANSACTIONS} are kept")
+        transaction = Transaction(*row)
+        if new_id:
+            transaction = transaction._replace(txn_id=self._next_txn_id(id))
+            self.run("INSERT INTO transactions VALUES (?, ?, ?, ?, ?, NULL)", id, transaction.txn_id, box.frozen_to, transaction.events,
+                     transaction.body)
+        else:
+            self.run("UPDATE transactions SET acknowledged_ts = NULL WHERE appservice = ? AND txn_id = ?", id, transaction.txn_id)
+        self.boxes[id] = box._replace(open=transaction, kept=box.kept + new_id)
+        self.after.append(lambda: self.store.on_frozen(transaction))
+        return transaction.txn_id
+
+    def _prune(self, id: str, kept: int) -> int:
+        """Deletes the transactions that are not kept, many at once, for finding the first means to count; how many there are then."""
+        if kept <= KEPT_TRANSACTIONS + PRUNED_AT_ONCE:
+            return kept
+        txn_id, tick = self.one("SELECT txn_id, last_tick FROM transactions "
+                                "WHERE appservice = ? ORDER BY txn_id DESC LIMIT 1 OFFSET ?", id, KEPT_TRANSACTIONS + 1)
+        self.run("DELETE FROM transactions WHERE appservice = ? AND txn_id <= ?", id, txn_id)
+        self.run("DELETE FROM outbox WHERE appservice = ? AND tick <= ?", id, tick)
+        return KEPT_TRANSACTIONS + 1                         # and the open one
+
+    # -- the outbox: what passes, and news for encrypting application services
 
     def push_ephemeral(self, room: Room, user_id: str, kind: str, data: JsonObject, private: bool = False) -> None:
-        """Ephemeral data for the application services that hear the room, and want such (Pushing ephemeral data).
+        """Ephemeral data for the application services that are interested in the room, and want such (Pushing ephemeral data).
 
         Private: only for those that have to do with the user.
         """
@@ -4114,16 +4179,37 @@ class Tx(Reader):
         return {claim.registration.id for claim in self.store.registrations.claims("users", user_id)}
 
     def _queue_ephemeral(self, ids: set[str], key: Any, data: JsonObject) -> None:
-        self._job_ephemeral += [(id, key, data) for id in sorted(ids) if self.store.registrations.by_id[id].hears_ephemeral]
+        def change(id: str) -> None:
+            waiting = self.ephemeral.setdefault(id, {})
+            self._replaced.append((id, key, waiting.pop(key, None)))     # the latest for each kind, room and user
+            waiting[key] = (self.store.clock.monotonic(), data)
+            if len(waiting) > MAX_EPHEMERAL:
+                del waiting[next(iter(waiting))]
+            self.ready.add(id)
+        self._done += [functools.partial(change, id) for id in sorted(ids) if self.store.registrations.by_id[id].hears_ephemeral]
 
-    def freeze(self) -> None:
-        """Makes a transaction of what waits, for every AS that has none open. At the end of a batch: undone with all of it."""
-        self._undoable = True                                # no savepoint any more
-        for id in self.ready:
-            box = self.boxes.get(id, NOTHING_WAITS)
-            if box.open is None and (box.waiting_to > box.frozen_to or self.ephemeral.get(id) or id in self.news):
-                self._freeze(id, box)
-        self.ready.clear()
+    def _hears_keys(self, id: str | None) -> bool:
+        registration = self.store.registrations.by_id.get(id or "")
+        return bool(registration and registration.msc3202 and registration.url is not None)
+
+    def _tell_counts(self, user_id: str) -> None:
+        owner = self.user(user_id)
+        if owner and self._hears_keys(owner[1]):
+            self._tell_news(owner[1], user_id)
+
+    def _tell_news(self, id: str, *users: str) -> None:
+        """An application service is to hear of messages to devices or of keys, and of these users' key counts."""
+        def change() -> None:
+            self.news.setdefault(id, set()).update(users)
+            self.ready.add(id)
+        self._done.append(change)
+
+    def hear_anew(self) -> None:
+        """Whoever hears of keys and messages to devices is told what there is, with the next transaction."""
+        for id, registration in self.store.registrations.by_id.items():
+            if registration.url is not None:
+                self.news.setdefault(id, set()).update(self.ghosts_with_keys(id) if self._hears_keys(id) else ())
+                self.ready.add(id)
 
     def _frozen_ephemeral(self, id: str) -> str:
         """The part of a transaction for what waits; typing that has become stale is dropped."""
@@ -4160,73 +4246,15 @@ class Tx(Reader):
         return [Raw(text) for _, text in rows]
 
     def _take_key_changes(self, id: str) -> JsonObject:
-        """device_lists: users in rooms that the application service hears, and its own."""
+        """device_lists: its own users, and those in rooms that it is interested in. `left` stays empty: whom it sees no more is no
+        news that it needs.
+        """
         row = self.one("SELECT key_changes FROM pushed WHERE appservice = ?", id)
         since = row[0] if row else self.position()           # the first time: of this batch
         self.run("INSERT OR REPLACE INTO pushed VALUES (?, ?)", id, self.tick_now)
-        changed = [user_id for (user_id,) in self.all("SELECT user_id FROM key_changes WHERE tick > ? ORDER BY tick", since)
-                   if self._concerned(user_id, {id})]
+        news = self.column("SELECT user_id FROM key_changes WHERE tick > ? ORDER BY tick", since)
+        changed = [user_id for user_id in news if self._concerned(user_id, {id})]
         return {"changed": changed, "left": []} if changed else {}
-
-    def _freeze(self, id: str, box: Outbox) -> None:
-        rows = self.all(f"SELECT {EVENT_COLUMNS} FROM outbox o JOIN {EVENT_TABLES} "
-                        "WHERE o.appservice = ? AND o.tick > ? AND e.tick = o.tick "
-                        "ORDER BY o.tick LIMIT ?", id, box.frozen_to, MAX_TRANSACTION_EVENTS)
-        now = self.store.clock.now()
-        more = self._frozen_ephemeral(id) + self._frozen_news(id)
-        if not rows and not more:
-            return
-        body = '{"events":[' + ",".join([Event(*row).for_appservice(now) for row in rows]) + f"]{more}}}"
-        transaction = Transaction(id, self._next_txn_id(id), len(rows), body.encode("utf-8", "replace"))
-        last = int(rows[-1][0]) if rows else box.frozen_to
-        self.run("INSERT INTO transactions VALUES (?, ?, ?, ?, ?, NULL)", id, transaction.txn_id, last,
-                 len(rows), transaction.body)
-        self.boxes[id] = box._replace(open=transaction, frozen_to=last, kept=self._prune(id, box.kept + 1))
-        self.after.append(lambda: self.store.on_frozen(transaction))
-
-    def _next_txn_id(self, id: str) -> int:
-        """Rises, and is never used again: not after a restart, not with a new database (the real clock, in
-        microseconds).
-        """
-        last = self.one("SELECT coalesce(max(txn_id), 0) FROM transactions WHERE appservice = ?", id)[0]
-        return max(int(last) + 1, time.time_ns() // 1000)
-
-    def acknowledge(self, id: str, txn_id: int) -> None:
-        box = self.boxes.get(id)
-        if box and box.open and box.open.txn_id == txn_id:
-            self.run("UPDATE transactions SET acknowledged_ts = ? WHERE appservice = ? AND txn_id = ?",
-                     self.store.clock.now(), id, txn_id)
-            self._job_acknowledged.add(id)
-
-    def reopen(self, id: str, txn_id: int | None, new_id: bool) -> int:
-        """An acknowledged transaction (None: the last) is to be sent again, if need be under a new ID; its ID."""
-        box = self.boxes.get(id, NOTHING_WAITS)
-        if box.open:
-            raise MatrixError("M_UNKNOWN", f"transaction {box.open.txn_id} is open: retry or skip it first", 409)
-        row = self.one("SELECT appservice, txn_id, events, body FROM transactions WHERE appservice = ? AND (? IS NULL OR txn_id = ?) "
-                       "ORDER BY txn_id DESC LIMIT 1", id, txn_id, txn_id)
-        if not row:
-            raise MatrixError("M_NOT_FOUND", f"{id!r} has no such transaction; the last {KEPT_TRANSACTIONS} are kept")
-        transaction = Transaction(*row)
-        if new_id:
-            transaction = transaction._replace(txn_id=self._next_txn_id(id))
-            self.run("INSERT INTO transactions VALUES (?, ?, ?, ?, ?, NULL)", id, transaction.txn_id, box.frozen_to, transaction.events,
-                     transaction.body)
-        else:
-            self.run("UPDATE transactions SET acknowledged_ts = NULL WHERE appservice = ? AND txn_id = ?", id, transaction.txn_id)
-        self.boxes[id] = box._replace(open=transaction, kept=box.kept + new_id)
-        self.after.append(lambda: self.store.on_frozen(transaction))
-        return transaction.txn_id
-
-    def _prune(self, id: str, kept: int) -> int:
-        """Deletes the transactions that are not kept, many at once, for finding the first means to count; how many there are then."""
-        if kept <= KEPT_TRANSACTIONS + PRUNED_AT_ONCE:
-            return kept
-        txn_id, tick = self.one("SELECT txn_id, last_tick FROM transactions "
-                                "WHERE appservice = ? ORDER BY txn_id DESC LIMIT 1 OFFSET ?", id, KEPT_TRANSACTIONS + 1)
-        self.run("DELETE FROM transactions WHERE appservice = ? AND txn_id <= ?", id, txn_id)
-        self.run("DELETE FROM outbox WHERE appservice = ? AND tick <= ?", id, tick)
-        return KEPT_TRANSACTIONS + 1                         # and the open one
 
 
 class Waiters:
@@ -4625,41 +4653,55 @@ def create_schema(db: sqlite3.Connection, path: str, server_name: str) -> None:
 # ============================================================================
 # What users do, as verbs with plain values in and out: register, log in, create
 # a room, join, send, read, sync. A verb checks within its job on the writer
-# thread, so that what it saw is still true when it is stored. Spec:
-# Client-Server API. Does not know HTTP; asks an application service only through
-# the function that it is given. Presence, Keys and Notifications are for clients
-# only: who comes for the application service may skip them.
+# thread (@on_writer: it is one from beginning to end), so that what it saw is
+# still true when it is stored. Spec: Client-Server API. Does not know HTTP;
+# asks an application service only through the function that it is given.
+#
+# In front stands what an application service meets: accounts, rooms, their
+# history, sync. From "Clients' data" on it is for the comfort of clients, and
+# may be skipped at first reading.
 
-MAX_SYNC_SECONDS = 600.0
-LOOK_SECONDS = 30.0              # how often a long poll looks whether its client is still there
-UNUSED_MEDIA_MS = DAY_MS         # how long a URI waits for its content
-OPENID_SECONDS = 3600            # how long an OpenID token is good
-MAX_SPACE_DEPTH = 10             # levels of rooms below a space in one answer
-MAX_RELATION_DEPTH = 3           # for /relations with recurse, and from an event up to its thread
-MAX_PAGE_BYTES = 4_194_304       # of events, after which a page of /messages ends
-MAX_PAGE = 1000                  # events in one answer
-OFFLINE_SECONDS = 30.0           # after the last /sync has ended
-UNAVAILABLE_SECONDS = 300.0      # without doing anything: from online to unavailable
-ECHO_SECONDS = 0.005             # how long one's own relation waits for the answer to its PUT to be read before it
-SLICE_SECONDS = 0.001            # how long a look works until it lets others in
-ROOMS_AT_ONCE = 50               # that it asks about together
-TIMELINE = 10                    # events in a /sync timeline, unless a filter says otherwise
-MAX_FIRST_EVENTS = 1000          # that a createRoom asks for: everybody waits while they are made
-MAX_ASKED = 50                   # unknown users in one request for whom application services are asked
-MAX_UNREAD = 500                 # the newest events of a room that are looked at, to count what is unread
-MAX_TALLIES = 5000               # counts that are kept in memory, each of one user and room
-MAX_RULES_BYTES = 65_536         # of all push rules of a user
-MAX_LOOKS = 5 * 10**9            # bytes of a user's own rules times bytes of events that are held against them in one go
-MAX_PATTERN = 255                # characters that a push rule looks for
-MAX_NAMES, MAX_GLOBS = 5000, 50  # types, senders or rooms in one list of a filter; those of them with a '*'
-MAX_PROFILE = {"displayname": 256, "avatar_url": 1000}       # characters
-MAX_STATUS = 1000                # characters of a status message
-MAX_TAGS_BYTES = 65_536          # of all tags of a room
-MAX_SIGNATURES = 50              # of one user on one key
-MAX_UPLOADS, SMALL_UPLOAD = 4, 1_048_576         # of one user at the same time; bytes up to which they don't count
+# -- Limits. Seconds, unless the name says MS or BYTES, or the line says what is counted.
+
+# Accounts
 SCRYPT = {"n": 16_384, "r": 8, "p": 1}   # 16 MiB and 50 ms for a password:
 PASSWORDS = threading.Semaphore(2)       # two at a time
+MAX_PROFILE = {"displayname": 256, "avatar_url": 1000}       # characters, of what others are shown and can't help;
+MAX_STATUS = 1000                # the same of a status message
+OPENID_SECONDS = 3600            # how long an OpenID token is good
+MAX_TAGS_BYTES = 65_536          # of all tags of a room
+# Rooms, and what is read in them
+MAX_ASKED = 50                   # unknown users in one request for whom application services are asked
+MAX_FIRST_EVENTS = 1000          # that a createRoom asks for: everybody waits while they are made
+MAX_PAGE = 1000                  # events, or rooms, in one answer
+MAX_PAGE_BYTES = 4_194_304       # of events, after which a page of /messages ends
+MAX_RELATION_DEPTH = 3           # steps: of /relations with recurse, and from an event up to its thread
+MAX_SPACE_DEPTH = 10             # levels of rooms below a space in one answer
+# Sync
+MAX_SYNC_SECONDS = 600.0         # that a long poll may ask to wait
+LOOK_SECONDS = 30.0              # how often a long poll looks whether its client is still there
+TIMELINE = 10                    # events in a timeline, unless a filter says otherwise
+MAX_NAMES, MAX_GLOBS = 5000, 50  # types, senders or rooms in one list of a filter; those of them with a '*'
+ROOMS_AT_ONCE = 50               # that a look asks about together
+SLICE_SECONDS = 0.001            # how long a look works until it lets others in
+ECHO_SECONDS = 0.005             # how long one's own relation waits for the answer to its PUT to be read before it
+# Presence
+OFFLINE_SECONDS = 30.0           # after the last /sync has ended
+UNAVAILABLE_SECONDS = 300.0      # without doing anything: from online to unavailable
+# Media and keys
+MAX_UPLOADS = 4                  # of one user at the same time, for they are in memory meanwhile;
+SMALL_UPLOAD = 1_048_576         # of which those of so many bytes or fewer don't count
+UNUSED_MEDIA_MS = DAY_MS         # how long a URI waits for its content
+MAX_SIGNATURES = 50              # of one user on one key
+# Push rules, and what is unread
+MAX_RULES_BYTES = 65_536         # of all push rules of a user
+MAX_PATTERN = 255                # characters that a push rule looks for
+MAX_UNREAD = 500                 # the newest events of a room that are looked at, to count what is unread
+MAX_LOOKS = 5 * 10**9            # bytes of a user's own rules times bytes of events that are held against them in one go
+MAX_TALLIES = 5000               # counts that are kept in memory, each of one user and room
 
+
+# -- The world: what all verbs work on, and who is asking.
 
 @dataclass
 class Settings:
@@ -4694,21 +4736,38 @@ class World:
 
     def __init__(self, settings: Settings, clock: Clock, registrations: Registrations, database: str,
                  seed: str | None = None) -> None:
-        self.settings, self.clock, self.name, self.chance = settings, clock, settings.server_name, Chance(seed)
-        self.store = Store(database, settings.server_name, registrations, clock)
+        self.settings, self.clock, self.chance = settings, clock, Chance(seed)
+        self.name = settings.server_name                     # what stands after the colon of every ID
+        self.store = Store(database, self.name, registrations, clock)
         self.stopping = False                                # who waits is to answer
         # Asks for "users" or "aliases" that don't exist yet; True if an application service says that it has created
-        # it. `by` is the one that is asking itself. Patient: tries again, and raises 408 in the end. Set by section 12.
+        # it. `by` is the one that is asking itself. Patient: tries again, and raises 408 in the end. Set by section 7.
         self.ask: Callable[[str, str, Registration | None, bool], bool] = lambda kind, id, by, patient: False
 
     @property
     def registrations(self) -> Registrations:
         return self.store.registrations
 
+    def find(self, kind: str, id: str, by: Registration | None, look: Callable[[Reader], T | None]) -> tuple[T | None, bool]:
+        """What `look` finds. If that is nothing, an application service is asked (Querying) and it looks again, whatever the
+        answer was, for it may have come meanwhile. And whether the answer was yes.
+        """
+        with self.store.read() as reader:
+            found = look(reader)
+        if found is not None or server_of(id) != self.name:
+            return found, False
+        created = self.ask(kind, id, by, True)
+        with self.store.read() as reader:
+            return look(reader), created
+
     def ask_for_users(self, user_ids: Iterable[str], by: Registration | None) -> None:
         """Asks for those that don't exist yet, once and at the same time."""
         unknown = [user_id for user_id in user_ids if user_id not in self.store.users and server_of(user_id) == self.name]
         at_once(lambda user_id: self.ask("users", user_id, by, False), unknown[:MAX_ASKED])
+
+    def has_user_among(self, registration: Registration | None, user_ids: Iterable[str]) -> bool:
+        claim_of = self.registrations.claim_of
+        return registration is not None and any(claim_of(registration, "users", user_id) for user_id in user_ids)
 
     def use(self, registrations: Registrations) -> None:
         """From here on these. Queues are kept; the tokens of what is gone are no tokens any more."""
@@ -4728,6 +4787,38 @@ class World:
         self.store.write(job)
 
 
+class Verbs:
+    """Each class of verbs has the same world. Any number of threads use them at a time."""
+
+    def __init__(self, world: World) -> None:
+        self.world, self.store, self.clock = world, world.store, world.clock
+
+
+V = TypeVar("V", bound=Verbs)
+P = ParamSpec("P")                       # what a verb takes besides who is asking
+
+
+def on_writer(verb: Callable[Concatenate[V, Tx, Who, P], T]) -> Callable[Concatenate[V, Who, P], T]:
+    """A verb that is a job from beginning to end: called without `tx`, it runs on the writer thread, and returns when what it has
+    done is durable. Refused, it has done nothing.
+    """
+    @functools.wraps(verb)
+    def call(self: V, who: Who, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        return self.store.write(lambda tx: verb(self, tx, who, *args, **kwargs), who.token)
+    return call
+
+
+def existing(found: T | None, error: str) -> T:
+    """What was looked for; M_NOT_FOUND if there is none."""
+    if found is None:
+        raise MatrixError("M_NOT_FOUND", error)
+    return found
+
+
+def without_none(source: Mapping[str, Any]) -> JsonObject:
+    return {key: value for key, value in source.items() if value is not None}
+
+
 def as_far(items: list[T], costs: Iterable[int], most: int) -> list[T]:
     """The first one, and as many more as follow what costs less than `most` together."""
     return items[:1 + sum(cost < most for cost in itertools.accumulate(costs))]
@@ -4744,6 +4835,8 @@ def digest(token: str) -> bytes:
     return hashlib.sha256(token.encode("utf-8", "replace")).digest()
 
 
+# -- Accounts: who there is, people and ghosts (Account registration, Login, Device Management, Profiles; AS: Permissions).
+
 def hash_password(password: str, salt: bytes | None = None) -> str:
     salt = salt or secrets.token_bytes(16)
     with PASSWORDS:
@@ -4755,36 +4848,27 @@ def password_fits(password: str, stored: str) -> bool:
     return hmac.compare_digest(hash_password(password, bytes.fromhex(stored.split("$")[1])), stored)
 
 
-# -- Accounts.
+class Accounts(Verbs):
+    """Users, their sessions, devices and profiles."""
 
-class Accounts:
-    """Users, their devices and sessions, profiles, and what they keep on the server."""
-
-    def __init__(self, world: World) -> None:
-        self.world, self.store = world, world.store
-        self._openid: dict[bytes, tuple[str, float]] = {}    # digest of a token → user, until when
-        self._guard = threading.Lock()                       # guards changes of _openid
-
-    # -- registering and logging in
+    # -- registering
 
     def register(self, username: str | None, password: str | None, **device: Any) -> JsonObject:
         """A new person. `device`: device_id, display_name, ip, inhibit_login."""
         self.check_open()
-        user_id = self.check_available(username if username is not None else self.world.chance.text("", 10).lower(), None)
-        return self._add(user_id, hash_password(password) if password else None, None, **device)
+        return self.add_person(username if username is not None else self.world.chance.text("", 10).lower(), password, **device)
 
-    def add_person(self, name: str, password: str | None = None) -> JsonObject:
+    def add_person(self, name: str, password: str | None = None, **device: Any) -> JsonObject:
         """A new person, whatever open_registration says; without a password nobody can log in as them again."""
-        return self._add(self.check_available(name, None), hash_password(password) if password else None, None)
+        return self._add(self.check_available(name, None), password, None, **device)
+
+    def register_ghost(self, registration: Registration, username: str | None, **device: Any) -> JsonObject:
+        """A new user of an application service (Server admin style permissions)."""
+        return self._add(self.check_available(username or "", registration), None, registration, **device)
 
     def check_open(self) -> None:
         if not self.world.settings.open_registration:
             raise forbidden("people can't register here: open_registration is false in the configuration")
-
-    def register_ghost(self, registration: Registration, username: str | None, **device: Any) -> JsonObject:
-        """A new user of an application service (Server admin style permissions)."""
-        user_id = self.check_available(username or "", registration)
-        return self._add(user_id, None, registration, **device)
 
     def check_available(self, username: str, by: Registration | None) -> str:
         """The user ID, if it may be registered; M_INVALID_USERNAME, M_EXCLUSIVE or M_USER_IN_USE."""
@@ -4804,23 +4888,19 @@ class Accounts:
         if reader.user(user_id):
             raise MatrixError("M_USER_IN_USE", f"{user_id} exists already")
 
-    def _add(self, user_id: str, password: str | None, by: Registration | None, device_id: str | None = None,
-             display_name: str | None = None, ip: str | None = None, inhibit_login: bool = False) -> JsonObject:
+    def _add(self, user_id: str, password: str | None, by: Registration | None, inhibit_login: bool = False,
+             **device: Any) -> JsonObject:
+        hashed = hash_password(password) if password else None
+
         def job(tx: Tx) -> JsonObject:
             self._check_free(tx, user_id)
-            tx.add_user(user_id, password, by.id if by else None, self.world.clock.now())
+            tx.add_user(user_id, hashed, by.id if by else None, self.clock.now())
             if inhibit_login:
                 return {"user_id": user_id, "home_server": self.world.name}
-            return self._new_session(tx, user_id, device_id, display_name, ip)
+            return self._new_session(tx, user_id, **device)
         return self.store.write(job)
 
-    def _new_session(self, tx: Tx, user_id: str, device_id: str | None = None, display_name: str | None = None,
-                     ip: str | None = None) -> JsonObject:
-        self._check_active(tx, user_id)
-        token, device_id = self.world.chance.text(user_id, 43), device_id or self.world.chance.text(user_id, 10).upper()
-        tx.add_session(user_id, device_id, display_name, digest(token), self.world.clock.now(), ip)
-        return {"user_id": user_id, "access_token": token, "device_id": device_id,
-                "home_server": self.world.name}
+    # -- logging in
 
     def full_id(self, user: str) -> str:
         """A localpart or a whole user ID as the latter."""
@@ -4831,34 +4911,38 @@ class Accounts:
         self.check_password(user_id, password)
         return self.store.write(lambda tx: self._new_session(tx, user_id, **device))
 
-    def check_password(self, user_id: str, password: str) -> None:
-        with self.store.read() as reader:
-            self._check_active(reader, user_id)
-            row = reader.user(user_id)
-        stored = row[0] if row else None
-        if not password_fits(password, stored or "scrypt$00$") or not stored:    # as long for an unknown name
-            raise forbidden("wrong user name or password")
-
     def login_ghost(self, registration: Registration, user: str, **device: Any) -> JsonObject:
         """A session of its own for a user of an application service (m.login.application_service)."""
         user_id = self.full_id(user)
         self.world.registrations.check_claims(registration, "users", user_id, "M_EXCLUSIVE")
+        return self.store.write(lambda tx: self._new_session(tx, user_id, **device))
 
-        def job(tx: Tx) -> JsonObject:
-            if not tx.user(user_id):
-                raise forbidden(f"{user_id} is not registered; register it first")
-            return self._new_session(tx, user_id, **device)
-        return self.store.write(job)
+    def _new_session(self, tx: Tx, user_id: str, device_id: str | None = None, display_name: str | None = None,
+                     ip: str | None = None) -> JsonObject:
+        if not self._active(tx, user_id):
+            raise forbidden(f"{user_id} is not registered; register it first")
+        token, device_id = self.world.chance.text(user_id, 43), device_id or self.world.chance.text(user_id, 10).upper()
+        tx.add_session(user_id, device_id, display_name, digest(token), self.clock.now(), ip)
+        return {"user_id": user_id, "access_token": token, "device_id": device_id, "home_server": self.world.name}
 
     @staticmethod
-    def _check_active(reader: Reader, user_id: str) -> None:
+    def _active(reader: Reader, user_id: str) -> Any:
+        """The user's row, if there is such a user; M_USER_DEACTIVATED."""
         row = reader.user(user_id)
         if row and row[4]:
             raise MatrixError("M_USER_DEACTIVATED", f"{user_id} has been deactivated, for good")
+        return row
 
     def check_active(self, user_id: str) -> None:
         with self.store.read() as reader:
-            self._check_active(reader, user_id)
+            self._active(reader, user_id)
+
+    def check_password(self, user_id: str, password: str) -> None:
+        with self.store.read() as reader:
+            row = self._active(reader, user_id)
+        stored = row[0] if row else None
+        if not password_fits(password, stored or "scrypt$00$") or not stored:    # as long for an unknown name
+            raise forbidden("wrong user name or password")
 
     def change_password(self, who: Who, password: str, logout_devices: bool) -> None:
         """A new password, and the end of the user's other sessions, if wished."""
@@ -4875,20 +4959,18 @@ class Accounts:
                     tx.delete_device(who.user_id, device_id)
         self.store.write(job, who.token)
 
-    def deactivate(self, who: Who) -> None:
+    @on_writer
+    def deactivate(self, tx: Tx, who: Who) -> None:
         """Ends an account for good: it leaves its rooms, and what belongs to it alone goes. Its name stays taken."""
         if who.appservice and who.user_id == who.appservice.sender(self.world.name):
             raise forbidden(f"{who.user_id} is the application service's own user, without which it could do nothing; "
                             "to deactivate one of its ghosts, name it in user_id=")
-
-        def job(tx: Tx) -> None:
-            for _, room_id, membership, _, _ in tx.memberships_of(who.user_id):
-                room = tx.room(room_id)
-                if room and membership in ("join", "invite", "knock"):
-                    draft = Draft("m.room.member", who.user_id, {"membership": "leave"}, who.user_id)
-                    tx.append(room, draft, self.world.clock.now())
-            tx.deactivate(who.user_id)
-        self.store.write(job, who.token)
+        for _, room_id, membership, _, _ in tx.memberships_of(who.user_id):
+            room = tx.room(room_id)
+            if room and membership in ("join", "invite", "knock"):
+                draft = Draft("m.room.member", who.user_id, {"membership": "leave"}, who.user_id)
+                tx.append(room, draft, self.clock.now())
+        tx.deactivate(who.user_id)
 
     def logout(self, who: Who) -> None:
         if who.device_id:
@@ -4905,142 +4987,60 @@ class Accounts:
 
     def device(self, who: Who, device_id: str) -> JsonObject:
         with self.store.read() as reader:
-            row = reader.device(who.user_id, device_id)
-        if not row:
-            raise self._no_device(who, device_id)
-        return self._device(who, row)
+            return self._device(who, self._row(reader, who, device_id))
+
+    @staticmethod
+    def _row(reader: Reader, who: Who, device_id: str) -> Any:
+        return existing(reader.device(who.user_id, device_id), f"{who.user_id} has no device {shorten(device_id)}")
 
     @staticmethod
     def _device(who: Who, row: Sequence[Any]) -> JsonObject:
-        return {"device_id": row[0], "display_name": row[1] or "", "last_seen_ts": row[2],
-                "last_seen_ip": row[3], "user_id": who.user_id}
+        return {"device_id": row[0], "display_name": row[1] or "", "last_seen_ts": row[2], "last_seen_ip": row[3],
+                "user_id": who.user_id}
 
-    def set_device(self, who: Who, device_id: str, display_name: str | None) -> bool:
+    @on_writer
+    def set_device(self, tx: Tx, who: Who, device_id: str, display_name: str | None) -> bool:
         """Names a device. An application service creates one so, if there is none (Device management); whether it did."""
-        def job(tx: Tx) -> bool:
-            known = tx.device(who.user_id, device_id)
-            if known and display_name is not None:
-                tx.rename_device(who.user_id, device_id, display_name)
-            elif not known and who.appservice:
-                tx.add_device(who.user_id, device_id, display_name, self.world.clock.now())
-            elif not known:
-                raise self._no_device(who, device_id)
-            return not known
-        return self.store.write(job, who.token)
+        if who.appservice and not tx.device(who.user_id, device_id):
+            tx.add_device(who.user_id, device_id, display_name, self.clock.now())
+            return True
+        self._row(tx, who, device_id)
+        if display_name is not None:
+            tx.rename_device(who.user_id, device_id, display_name)
+        return False
 
-    @staticmethod
-    def _no_device(who: Who, device_id: str) -> MatrixError:
-        return MatrixError("M_NOT_FOUND", f"{who.user_id} has no device {shorten(device_id)}")
-
-    def delete_devices(self, who: Who, device_ids: Sequence[str]) -> None:
-        def job(tx: Tx) -> None:
-            for device_id in {*device_ids} & {row[0] for row in tx.devices(who.user_id)}:
-                tx.delete_device(who.user_id, device_id)
-        self.store.write(job, who.token)
-
-    # -- who somebody is, told to others (OpenID)
-
-    def openid_token(self, who: Who) -> JsonObject:
-        """A token with which the user can prove to a third party who they are; for an hour, and in memory only."""
-        token, now = self.world.chance.text(who.user_id, 43), self.world.clock.monotonic()
-        with self._guard:
-            self._openid = {key: value for key, value in self._openid.items() if value[1] > now}
-            self._openid[digest(token)] = (who.user_id, now + OPENID_SECONDS)
-        return {"access_token": token, "token_type": "Bearer", "matrix_server_name": self.world.name, "expires_in": OPENID_SECONDS}
-
-    def openid_user(self, token: str) -> str:
-        user_id, until = self._openid.get(digest(token), ("", 0.0))
-        if until < self.world.clock.monotonic() or user_id not in self.store.users:
-            raise MatrixError("M_UNKNOWN_TOKEN", "this OpenID token was not given here, or its hour is over")
-        return user_id
+    @on_writer
+    def delete_devices(self, tx: Tx, who: Who, device_ids: Sequence[str]) -> None:
+        for device_id in {*device_ids} & {row[0] for row in tx.devices(who.user_id)}:
+            tx.delete_device(who.user_id, device_id)
 
     # -- profiles
 
     def profile(self, user_id: str, by: Registration | None) -> JsonObject:
         """displayname and avatar_url, as far as they are set. An unknown ghost's application service is asked."""
-        for again in (False, True):
-            with self.store.read() as reader:
-                row = reader.user(user_id)
-            if row:
-                return {key: value for key, value in (("displayname", row[2]), ("avatar_url", row[3]))
-                        if value is not None}
-            if not again:
-                self.world.ask("users", user_id, by, True)   # and looks again in any case: it may have come meanwhile
-        raise MatrixError("M_NOT_FOUND", f"there is no user {shorten(user_id)}")
+        found, _ = self.world.find("users", user_id, by, lambda reader: reader.user(user_id))
+        _, _, displayname, avatar_url, _ = existing(found, f"there is no user {shorten(user_id)}")
+        return without_none({"displayname": displayname, "avatar_url": avatar_url})
 
-    def set_profile(self, who: Who, user_id: str, key: str, value: str | None) -> None:
+    @on_writer
+    def set_profile(self, tx: Tx, who: Who, user_id: str, key: str, value: str | None) -> None:
         """Changes the profile and with it the member events of the rooms that the user is in."""
         if who.user_id != user_id:
             raise forbidden(f"{who.user_id} can't change the profile of {shorten(user_id)}")
         check_length(key, value, MAX_PROFILE[key])
-
-        def job(tx: Tx) -> None:
-            tx.set_profile(user_id, key, value)
-            for room in tx.joined_rooms(user_id):
-                before = room.content("m.room.member", user_id)
-                content = {k: v for k, v in {**before, key: value}.items() if v is not None}
-                draft = Draft("m.room.member", user_id, content, user_id)
-                if content != before and is_allowed(room, draft):   # where the rules let nobody join any more, the old name stays
-                    tx.append(room, draft, self.world.clock.now())
-        self.store.write(job, who.token)
-
-    def search(self, who: Who, term: str, limit: int) -> JsonObject:
-        """The user directory: people whose ID or name has the term in it and who are met in a common or a public room."""
-        with self.store.read() as reader:
-            rows = reader.users_like(who.user_id, term, limit + 1)
-        results = [{"user_id": user_id, **({"display_name": name} if name else {}), **({"avatar_url": url} if url else {})}
-                   for user_id, name, url in rows[:limit]]
-        return {"results": results, "limited": len(rows) > limit}
-
-    # -- account data and filters
-
-    def account_data(self, who: Who, room_id: str, type: str) -> Raw:
-        with self.store.read() as reader:
-            found = reader.account_data(who.user_id, room_id, type)
-        if found is None:
-            raise MatrixError("M_NOT_FOUND", f"there is no account data of type {shorten(type)}")
-        return found
-
-    def set_account_data(self, who: Who, room_id: str, type: str, content: JsonObject) -> None:
-        self.store.write(lambda tx: tx.set_account_data(who.user_id, room_id, type, to_json(content)), who.token)
-
-    def tags(self, who: Who, room_id: str) -> JsonObject:
-        with self.store.read() as reader:
-            found = reader.account_data(who.user_id, room_id, "m.tag")
-        return self._tags(found)
-
-    @staticmethod
-    def _tags(found: str | None) -> JsonObject:
-        """Content of m.tag, whatever a client may have put there."""
-        content = json.loads(found or "{}")
-        return content if isinstance(content.get("tags"), dict) else {**content, "tags": {}}
-
-    def set_tag(self, who: Who, room_id: str, tag: str, content: JsonObject | None) -> None:
-        """Sets a tag on a room, or takes it off with content None."""
-        def job(tx: Tx) -> None:
-            tags = self._tags(tx.account_data(who.user_id, room_id, "m.tag"))
-            tags["tags"].pop(tag, None)
-            if content is not None:
-                tags["tags"][tag] = content
-            text = to_json(tags)
-            if content is not None and len(text) > MAX_TAGS_BYTES:
-                raise MatrixError("M_TOO_LARGE", f"all tags of a room may have {MAX_TAGS_BYTES} bytes at most")
-            tx.set_account_data(who.user_id, room_id, "m.tag", text)
-        self.store.write(job, who.token)
-
-    def add_filter(self, who: Who, content: JsonObject) -> str:
-        return str(self.store.write(lambda tx: tx.add_filter(who.user_id, to_json(content)), who.token))
-
-    def filter(self, who: Who, filter_id: str) -> JsonObject:
-        with self.store.read() as reader:
-            number = number_in(filter_id)
-            row = None if number is None else reader.filter(who.user_id, number)
-        if not row:
-            raise MatrixError("M_NOT_FOUND", f"{who.user_id} has no filter {shorten(filter_id)}")
-        return cast(JsonObject, json.loads(row[0]))
+        tx.set_profile(user_id, key, value)
+        for room in tx.joined_rooms(user_id):
+            before = room.content("m.room.member", user_id)
+            content = without_none({**before, key: value})
+            draft = Draft("m.room.member", user_id, content, user_id)
+            if content != before and is_allowed(room, draft):   # where the rules let nobody join any more, the old name stays
+                tx.append(room, draft, self.clock.now())
 
 
-# -- Rooms.
+# -- What may be seen of a room (Room history visibility; Leaving rooms). Who reads or answers in a room does so through these.
+
+ReadEvents = Callable[[int, int, int, bool], list[Event]]    # those with after < tick <= upto, the newest or oldest `limit` of them
+
 
 class View(NamedTuple):
     """What one user may see of one room."""
@@ -5051,37 +5051,6 @@ class View(NamedTuple):
     state_upto: int                      # the state may be seen as it was then; -1: not at all
     memberships: Sequence[tuple[int, str]]       # the user's changes, (tick, membership) from old to new
 
-    def then(self, tick: int) -> str:
-        """As a part of `unsigned`: the user's membership at an event, and with it."""
-        for at, membership in reversed(self.memberships):    # mostly the last one, in a loop that is run for each event
-            if at <= tick:
-                return f'"membership":"{membership}"'
-        return '"membership":"leave"'
-
-    def events(self, reader: Reader, after: int, upto: int, limit: int, newest: bool,
-               filter: Filter = EVERYTHING) -> list[Event]:
-        """Visible events with after < tick <= upto."""
-        return self.collect(lambda *window: reader.events(self.room, window[0], window[1], window[2], window[3], filter),
-                            after, upto, limit, newest)
-
-    def collect(self, read: Callable[[int, int, int, bool], list[Event]], after: int, upto: int, limit: int,
-                newest: bool) -> list[Event]:
-        """What `read` finds in the visible parts of after < tick <= upto."""
-        found: list[Event] = []
-        for first, last in reversed(self.ranges) if newest else self.ranges:
-            start, end = max(after, first - 1), min(upto, last)
-            if start < end and len(found) < limit:
-                found += read(start, end, limit - len(found), newest)
-        return found
-
-    def page(self, read: Callable[[int, int, int, bool], list[Event]], start: int, stop: int | None, backwards: bool,
-             limit: int) -> tuple[list[Event], str | None]:
-        """A page from the tick `start` on, and the token of the next one; none: there is no more."""
-        after, upto = (stop or 0, start) if backwards else (start, FOREVER if stop is None else stop)
-        events = self.collect(read, after, upto, limit, backwards)
-        full = len(events) == limit and bool(events)
-        return events, str(events[-1].tick - backwards) if full else None
-
     def sees(self, tick: int) -> bool:
         return any(first <= tick <= last for first, last in self.ranges)
 
@@ -5090,22 +5059,82 @@ class View(NamedTuple):
         """The ranges as the store takes them."""
         return to_json(self.ranges)
 
+    def last_state(self) -> int:
+        """The tick up to which the state may be seen; M_FORBIDDEN if it may not at all."""
+        if self.state_upto < 0:
+            raise forbidden(f"the state of the room {self.room_id} can't be seen before joining it")
+        return self.state_upto
 
-def view_of(reader: Reader, user_id: str, room_id: str) -> View:
-    """M_FORBIDDEN if there is nothing to see, or no such room: that makes no difference."""
-    row = reader.room_row(room_id)
-    if row:
-        own = reader.membership(user_id, row.n)
-        memberships = [] if not own or own[2] else reader.changes([row.n], *MEMBERSHIP, user_id)[row.n]
-        if view := view_by(row.n, room_id, memberships, reader.changes([row.n], *HISTORY_VISIBILITY)[row.n]):
-            return view
-    raise not_in(user_id, room_id)
+    def find(self, reader: Reader, event_id: str) -> Event:
+        """M_NOT_FOUND also for what may not be seen."""
+        event = reader.event(self.room, event_id)
+        if not event or not self.sees(event.tick):
+            raise MatrixError("M_NOT_FOUND", f"there is no event {shorten(event_id)} here that may be seen")
+        return event
+
+    def collect(self, read: ReadEvents, after: int, upto: int, limit: int, newest: bool) -> list[Event]:
+        """What `read` finds in the visible parts of after < tick <= upto."""
+        found: list[Event] = []
+        for first, last in reversed(self.ranges) if newest else self.ranges:
+            start, end = max(after, first - 1), min(upto, last)
+            if start < end and len(found) < limit:
+                found += read(start, end, limit - len(found), newest)
+        return found
+
+    def page(self, reader: Reader, read: ReadEvents, start: int | None, stop: int | None, backwards: bool,
+             limit: int) -> tuple[int, list[Event]]:
+        """A page from the tick `start` on (None: from now backwards, or from the beginning) as far as `stop`; with its start."""
+        if start is None:
+            start = reader.position() if backwards else 0
+        after, upto = (stop or 0, start) if backwards else (start, FOREVER if stop is None else stop)
+        return start, self.collect(read, after, upto, limit, backwards)
+
+    def then(self, tick: int) -> str:
+        """As a part of `unsigned`: the user's membership at an event, and with it."""
+        for at, membership in reversed(self.memberships):    # mostly the last one, in a loop that is run for each event
+            if at <= tick:
+                return f'"membership":"{membership}"'
+        return '"membership":"leave"'
+
+
+def view_by(room: int, room_id: str, memberships: Sequence[tuple[int, str]], visibilities: Sequence[tuple[int, str]]) -> View | None:
+    """By the changes of the user's membership and of the room's history visibility. None: there is nothing to see."""
+    ranges = visible_ranges(visibilities, memberships)
+    membership = memberships[-1][1] if memberships else "leave"
+    if membership == "join" or (visibilities and visibilities[-1][1] == "world_readable"):
+        return View(room, room_id, membership, ranges, FOREVER, memberships)
+    left = [tick for (tick, _), (_, before) in zip(memberships[1:], memberships, strict=False) if before == "join"]
+    return View(room, room_id, membership, ranges, left[-1] if left else -1, memberships) if ranges else None
 
 
 def not_in(user_id: str, room_id: str) -> MatrixError:
     """The same whether there is such a room or not, so that nobody finds out by asking."""
     hint = "; that is an alias: GET /directory/room/{alias} says which room ID to write here" if room_id[:1] == "#" else ""
     return forbidden(f"{user_id} is not in the room {shorten(room_id)}{hint}")
+
+
+def view_of(reader: Reader, user_id: str, room_id: str, errcode: str = "M_FORBIDDEN") -> View:
+    """Refused with the errcode if there is nothing to see, or no such room: that makes no difference."""
+    row = reader.room_row(room_id)
+    if row:
+        own = reader.membership(user_id, row.n)
+        memberships = [] if not own or own[2] else reader.changes([row.n], *MEMBERSHIP, user_id)[row.n]
+        if view := view_by(row.n, room_id, memberships, reader.changes([row.n], *HISTORY_VISIBILITY)[row.n]):
+            return view
+    raise MatrixError(errcode, not_in(user_id, room_id).error)
+
+
+@contextlib.contextmanager
+def viewing(store: Store, who: Who, room_id: str, errcode: str = "M_FORBIDDEN") -> Iterator[tuple[Reader, View]]:
+    """A moment of the database, and what may be seen of the room in it."""
+    with store.read() as reader:
+        yield reader, view_of(reader, who.user_id, room_id, errcode)
+
+
+def sees(tx: Tx, room: Room, user_id: str, tick: int) -> bool:
+    """Whether a member may see an event of the room. What came after the own join is not looked up."""
+    member = room.events["m.room.member", user_id]
+    return tick >= member.tick or view_of(tx, user_id, room.room_id).sees(tick)
 
 
 def room_for(tx: Tx, who: Who, room_id: str, joined: bool = False) -> Room:
@@ -5116,35 +5145,1051 @@ def room_for(tx: Tx, who: Who, room_id: str, joined: bool = False) -> Room:
     return room
 
 
-def view_by(room: int, room_id: str, memberships: Sequence[tuple[int, str]], visibilities: Sequence[tuple[int, str]]) -> View | None:
-    """By the changes of the user's membership and of the room's history visibility. None: there is nothing to see."""
-    ranges = visible_ranges(visibilities, memberships)
-    membership = memberships[-1][1] if memberships else "leave"
-    if membership == "join" or (visibilities and visibilities[-1][1] == "world_readable"):
-        return View(room, room_id, membership, ranges, FOREVER, memberships)
-    left = [tick for (tick, _), (_, before) in zip(memberships[1:], memberships, strict=False)
-            if before == "join"]
-    if ranges:
-        return View(room, room_id, membership, ranges, left[-1] if left else -1, memberships)
-    return None
+# -- Aliases: names for rooms (Room Aliases; AS: Querying).
+
+def may_name(room: Room, user_id: str) -> bool:
+    """Whether the user may change the canonical alias, and so what names the room and lists it."""
+    return is_allowed(room, Draft("m.room.canonical_alias", user_id, {}, ""))
 
 
-def sees(tx: Tx, room: Room, user_id: str, tick: int) -> bool:
-    """Whether a member may see an event of the room. What came after the own join is not looked up."""
-    member = room.events["m.room.member", user_id]
-    return tick >= member.tick or view_of(tx, user_id, room.room_id).sees(tick)
+class Aliases(Verbs):
+    """Which room each alias points to. Those in an application service's namespace are its own affair."""
+
+    def resolve(self, alias: str, by: Registration | None) -> str:
+        """The room ID that an alias points to; an unknown one's application service is asked."""
+        check_id("#", alias)
+        row, created = self.world.find("aliases", alias, by, lambda reader: reader.alias(alias))
+        why = "; its application service was asked and said yes, but has not created it" if created else ""
+        elsewhere = "" if server_of(alias) == self.world.name else f"; this server, {self.world.name}, knows no other one"
+        return str(existing(row, f"there is no room alias {shorten(alias)}{why}{elsewhere}")[0])
+
+    def of_room(self, who: Who, room_id: str) -> list[str]:
+        with viewing(self.store, who, room_id) as (reader, view):
+            if view.state_upto < FOREVER:                    # those that there are now
+                raise not_in(who.user_id, room_id)
+            return reader.aliases_of(view.room)
+
+    @on_writer
+    def add(self, tx: Tx, who: Who, alias: str, room_id: str) -> None:
+        found = tx.room(room_id) if who.appservice else None     # to any room
+        self.put(tx, who, alias, found or room_for(tx, who, room_id, joined=True), "M_UNKNOWN")
+
+    def put(self, tx: Tx, who: Who, alias: str, room: Room, taken: str) -> None:
+        """The same within a job. `taken`: the errcode for one that exists already."""
+        check_id("#", alias, self.world.name)
+        self.world.registrations.check_may_create("aliases", alias, who.appservice)
+        if tx.alias(alias):
+            raise MatrixError(taken, f"the alias {alias} exists already", 409 if taken == "M_UNKNOWN" else None)
+        tx.add_alias(alias, room, who.user_id)
+
+    @on_writer
+    def delete(self, tx: Tx, who: Who, alias: str) -> None:
+        """By who made it, by who may change the canonical alias, or by the application service that claims it."""
+        check_id("#", alias)
+        self.world.registrations.check_may_create("aliases", alias, who.appservice)
+        room_id, creator = existing(tx.alias(alias), f"there is no room alias {shorten(alias)}")
+        room = cast(Room, tx.room(room_id))
+        if not (who.appservice or creator == who.user_id or may_name(room, who.user_id)):
+            raise forbidden(f"{alias} may be deleted by who made it, or by who may change the canonical alias of its room")
+        tx.delete_alias(alias, room)
+
+    @staticmethod
+    def check_content(tx: Tx, room: Room, content: JsonObject) -> None:
+        """Of m.room.canonical_alias: what is new in it points to the room; M_BAD_ALIAS."""
+        old = room.content("m.room.canonical_alias")
+        known = [old.get("alias"), *field(old, "alt_aliases", list, [])]
+        for alias in [content.get("alias"), *field(content, "alt_aliases", list, [])]:
+            if alias and alias not in known:
+                row = tx.alias(check_id("#", alias))
+                if not row or row[0] != room.room_id:
+                    raise MatrixError("M_BAD_ALIAS", f"{shorten(alias)} does not point to this room; create the alias first")
+
+
+# -- How a room begins (Creation).
+
+PRESETS = {  # preset: join_rule, history_visibility, guest_access
+    "private_chat":         ("invite", "shared", "can_join"),
+    "trusted_private_chat": ("invite", "shared", "can_join"),
+    "public_chat":          ("public", "shared", "forbidden"),
+}
+
+
+class RoomPlan:
+    """A createRoom request, checked: what the room begins with."""
+
+    def __init__(self, world: World, who: Who, options: JsonObject) -> None:
+        self.who, self.options = who, options
+        version = field(options, "room_version", str, world.settings.room_version)
+        if version not in ROOM_VERSIONS:
+            raise MatrixError("M_UNSUPPORTED_ROOM_VERSION", f"room version {shorten(version)} is not offered; "
+                              f"these are: {', '.join(ROOM_VERSIONS)}")
+        self.version = ROOM_VERSIONS[version]
+        visibility = field(options, "visibility", str, "private")
+        self.published = visibility == "public"              # in the directory
+        self.preset = field(options, "preset", str, "public_chat" if self.published else "private_chat")
+        if visibility not in ("public", "private") or self.preset not in PRESETS:
+            raise MatrixError("M_INVALID_PARAM", f"visibility must be public or private, not {quoted(visibility)}; preset one of "
+                              f"{', '.join(PRESETS)}, not {quoted(self.preset)}")
+        self.invite = [check_id("@", user_id, world.name) for user_id in field(options, "invite", list, [])]
+        self.trusted = self.invite if self.preset == "trusted_private_chat" else []      # with the power of the creator
+        self.initial_state = field(options, "initial_state", list, [])
+        if len(self.invite) + len(self.initial_state) > MAX_FIRST_EVENTS:
+            raise MatrixError("M_TOO_LARGE", f"invite and initial_state may have {MAX_FIRST_EVENTS} entries together; send "
+                              "the others when the room is there")
+        self.is_direct = field(options, "is_direct", bool, False)
+        localpart = field(options, "room_alias_name", str, "")
+        if ":" in localpart or localpart[:1] == "#":
+            raise MatrixError("M_INVALID_PARAM", f"room_alias_name is what stands between '#' and ':' alone, not {quoted(localpart)}")
+        self.alias = check_id("#", f"#{localpart}:{world.name}") if localpart else ""
+        if self.alias:
+            world.registrations.check_may_create("aliases", self.alias, who.appservice)
+        check_canonical(options)
+
+    def drafts(self, join: Draft) -> Iterator[Draft]:
+        """The first events in the order of the spec, but for the invitations. `join`: the creator's."""
+        sender, (join_rule, visibility, guests) = self.who.user_id, PRESETS[self.preset]
+        yield Draft("m.room.create", sender, self._create(), "")
+        yield join
+        yield Draft("m.room.power_levels", sender, self._power_levels(), "")
+        if self.alias:
+            yield Draft("m.room.canonical_alias", sender, {"alias": self.alias}, "")
+        yield Draft("m.room.join_rules", sender, {"join_rule": join_rule}, "")
+        yield Draft("m.room.history_visibility", sender, {"history_visibility": visibility}, "")
+        yield Draft("m.room.guest_access", sender, {"guest_access": guests}, "")
+        for event in self.initial_state:
+            if not isinstance(event, dict):
+                raise MatrixError("M_BAD_JSON", "initial_state must be a list of objects with type, state_key and content")
+            yield Draft(field(event, "type", str), sender, field(event, "content", dict), field(event, "state_key", str, ""))
+        for key in ("name", "topic"):
+            if self.options.get(key) is not None:
+                yield Draft(f"m.room.{key}", sender, {key: field(self.options, key, str)}, "")
+
+    def _create(self) -> JsonObject:
+        content = {**field(self.options, "creation_content", dict, {}), "room_version": self.version.id}
+        if self.version.create_has_creator:
+            content["creator"] = self.who.user_id
+        if self.version.creators_rule and (self.trusted or "additional_creators" in content):
+            creators = [*field(content, "additional_creators", list, []), *self.trusted]
+            content["additional_creators"] = sorted({check_id("@", user_id) for user_id in creators} - {self.who.user_id})
+        return content
+
+    def _power_levels(self) -> JsonObject:
+        by_creation = self.version.creators_rule             # has the creator all power
+        levels: JsonObject = {
+            "users": {} if by_creation else dict.fromkeys([self.who.user_id, *self.trusted], 100),
+            "users_default": 0, "events_default": 0, "state_default": 50,
+            "ban": 50, "kick": 50, "redact": 50, "invite": 0, "historical": 100,
+            "events": {"m.room.name": 50, "m.room.avatar": 50, "m.room.canonical_alias": 50, "m.room.power_levels": 100,
+                       "m.room.history_visibility": 100, "m.room.encryption": 100, "m.room.server_acl": 100,
+                       "m.room.tombstone": 150 if by_creation else 100},
+            **field(self.options, "power_level_content_override", dict, {})}
+        users = levels.get("users")
+        if not by_creation and not (isinstance(users, dict) and is_a(users.get(self.who.user_id), int)):
+            raise MatrixError("M_BAD_JSON", "power_level_content_override.users must give the room's creator a level, too; "
+                              "without it nobody could change the room")
+        return levels
+
+
+# -- What happens in rooms: who comes and goes, what is sent (Room membership, Sending events to a room, Redactions). The rules
+# of section 4 say what may happen.
+
+class Rooms(Verbs):
+    """Creating, membership, sending."""
+
+    def __init__(self, world: World, aliases: Aliases) -> None:
+        super().__init__(world)
+        self.aliases = aliases
+
+    # -- what most verbs come to
+
+    def _append(self, tx: Tx, room: Room, draft: Draft, ts: int | None = None, device_id: str | None = None,
+                txn_id: str | None = None) -> str:
+        """Stores an event if the rules of the room pass it."""
+        if draft.type == "m.room.canonical_alias" and draft.state_key is not None:
+            self.aliases.check_content(tx, room, draft.content)
+        check_shape(draft, self.world.name)
+        authorise(room, draft)
+        check_relation(tx, room, draft)
+        return tx.append(room, draft, self.clock.now() if ts is None else ts, device_id, txn_id,
+                         self.world.settings.max_event_bytes)
+
+    def _change_state(self, tx: Tx, room: Room, draft: Draft, ts: int | None = None) -> str:
+        """Stores a state event; where nothing would change, it is the event that says so already."""
+        now = room.events.get((draft.type, draft.state_key or ""))
+        if not now or now.sender != draft.sender or canonical_json(now.content) != canonical_json(draft.content):      # true is not 1
+            return self._append(tx, room, draft, ts)
+        authorise(room, draft)
+        event = tx.state_event(room.n, draft.type, draft.state_key or "")
+        return event.event_id if event else ""
+
+    # -- creating
+
+    def create(self, who: Who, options: JsonObject) -> str:
+        """A new room (createRoom): its first events in the order of the spec, all or none; the room ID."""
+        plan = RoomPlan(self.world, who, options)
+        self.world.ask_for_users(plan.invite, who.appservice)
+
+        def job(tx: Tx) -> str:
+            room = tx.add_room(f"!{self.world.chance.text(who.user_id)}:{self.world.name}", plan.version)
+            if plan.published:
+                tx.publish_room(room, True)
+            for index, draft in enumerate(plan.drafts(self._member(tx, who, who.user_id, "join"))):
+                self._append_first(tx, room, draft)
+                if index == 0 and plan.alias:
+                    self.aliases.put(tx, who, plan.alias, room, "M_ROOM_IN_USE")
+            for user_id in plan.invite:
+                direct = {"is_direct": True} if plan.is_direct else {}
+                self._append_first(tx, room, self._member(tx, who, user_id, "invite", direct))
+            return room.room_id
+        return self.store.write(job, who.token)
+
+    def _append_first(self, tx: Tx, room: Room, draft: Draft) -> None:
+        try:
+            self._append(tx, room, draft)
+        except MatrixError as error:
+            if error.errcode == "M_FORBIDDEN":
+                raise MatrixError("M_INVALID_ROOM_STATE", f"the room can't begin with this {draft.type}: {error.error}") from None
+            raise
+
+    # -- coming and going
+
+    def join(self, who: Who, room_id_or_alias: str, extra: JsonObject | None = None) -> str:
+        """Joins a room; the room ID. An unknown alias's application service is asked. `extra` goes into the event."""
+        def enter(tx: Tx, room: Room) -> None:
+            if who.user_id not in room.joined:
+                vouched = {**(extra or {}), **self._voucher(tx, room, who.user_id)}
+                self._append(tx, room, self._member(tx, who, who.user_id, "join", vouched))
+        return self._approach(who, room_id_or_alias, enter)
+
+    def knock(self, who: Who, room_id_or_alias: str, extra: JsonObject | None = None) -> str:
+        def enter(tx: Tx, room: Room) -> None:
+            self._append(tx, room, self._member(tx, who, who.user_id, "knock", extra))
+        return self._approach(who, room_id_or_alias, enter)
+
+    def _approach(self, who: Who, room_id_or_alias: str, enter: Callable[[Tx, Room], object]) -> str:
+        is_alias = room_id_or_alias[:1] == "#"
+        room_id = self.aliases.resolve(room_id_or_alias, who.appservice) if is_alias else check_id("!", room_id_or_alias)
+        self.store.write(lambda tx: self._from_outside(tx, who, room_id, enter), who.token)
+        return room_id
+
+    @staticmethod
+    def _from_outside(tx: Tx, who: Who, room_id: str, enter: Callable[[Tx, Room], T]) -> T:
+        """For who wants in. Who is refused and never had to do with the room is not told whether there is one."""
+        room = tx.room(room_id)
+        try:
+            if not room:
+                raise forbidden("")
+            return enter(tx, room)
+        except MatrixError as error:
+            known = room and (room.knows(who.user_id) or room.join_rule in OPEN_RULES)
+            if error.errcode in ("M_FORBIDDEN", "M_BAD_JSON") and not known:
+                raise forbidden(f"there is no room {shorten(room_id)} that {who.user_id} may join or knock at uninvited") from None
+            raise
+
+    @staticmethod
+    def _member(tx: Tx, who: Who, user_id: str, membership: str, extra: JsonObject | None = None) -> Draft:
+        """A member event, with the profile of the user that it is about."""
+        row = tx.user(user_id) if membership in ("join", "invite", "knock") else None
+        profile = {"displayname": row[2], "avatar_url": row[3]} if row else {}
+        return Draft("m.room.member", who.user_id, without_none({"membership": membership, **profile, **(extra or {})}), user_id)
+
+    @staticmethod
+    def _voucher(tx: Tx, room: Room, user_id: str) -> JsonObject:
+        """For a restricted room: a member with the power to invite, if the user is in a room that it names."""
+        if room.join_rule not in ("restricted", "knock_restricted") or room.membership(user_id) in ("invite", "join"):
+            return {}
+        allow = room.content("m.room.join_rules").get("allow")
+        rules = [entry for entry in allow if isinstance(entry, dict)] if isinstance(allow, list) else []
+        ids = [entry.get("room_id") for entry in rules if entry.get("type") == "m.room_membership"]
+        others = [tx.room(id) for id in ids if isinstance(id, str)]
+        if any(other and user_id in other.joined for other in others):
+            for member in room.joined:
+                if room.power(member) >= room.needed("invite"):
+                    return {"join_authorised_via_users_server": member}
+        return {}
+
+    def invite(self, who: Who, room_id: str, user_id: str, extra: JsonObject | None = None) -> None:
+        """Invites; a ghost that does not exist yet is asked for first, and invited whatever the answer was."""
+        self.world.ask("users", user_id, who.appservice, False)
+        self.set_membership(who, room_id, user_id, "invite", extra)
+
+    def kick(self, who: Who, room_id: str, user_id: str, extra: JsonObject | None = None) -> None:
+        """Puts somebody out, or takes an invitation back."""
+        refusal = forbidden(f"{shorten(user_id)} is not in the room")
+        self.set_membership(who, room_id, user_id, "leave", extra, ("join", "invite", "knock"), refusal)
+
+    def unban(self, who: Who, room_id: str, user_id: str, extra: JsonObject | None = None) -> None:
+        refusal = MatrixError("M_BAD_STATE", f"{shorten(user_id)} is not banned")
+        self.set_membership(who, room_id, user_id, "leave", extra, ("ban",), refusal)
+
+    @on_writer
+    def set_membership(self, tx: Tx, who: Who, room_id: str, user_id: str, membership: str, extra: JsonObject | None = None,
+                       only: Sequence[str] = (), refusal: MatrixError | None = None) -> None:
+        """invite, leave (oneself or another), ban. `refusal`: for whom the membership is not one of `only` now."""
+        room = room_for(tx, who, room_id, joined=user_id != who.user_id)
+        if refusal and room.membership(user_id) not in only:
+            raise refusal
+        self._change_state(tx, room, self._member(tx, who, user_id, membership, extra))
+
+    @on_writer
+    def forget(self, tx: Tx, who: Who, room_id: str) -> None:
+        room = tx.room(room_id)                              # of a room that there is not, there is nothing to forget
+        if room and room.membership(who.user_id) not in ("leave", "ban"):
+            raise MatrixError("M_UNKNOWN", f"{who.user_id} is still in the room; leave it first", 400)
+        if room:
+            tx.forget_room(who.user_id, room.n)
+
+    def joined(self, who: Who) -> list[str]:
+        with self.store.read() as reader:
+            return [room_id for _, room_id, membership, _, _ in reader.memberships_of(who.user_id) if membership == "join"]
+
+    # -- sending
+
+    def send(self, who: Who, room_id: str, type: str, content: JsonObject, txn_id: str, ts: int | None = None) -> str:
+        """A message event; the same again for the same client transaction. `ts`: an application service's origin_server_ts."""
+        if type == "m.room.redaction" and isinstance(content.get("redacts"), str):
+            return self.redact(who, room_id, content["redacts"], content, txn_id, ts)
+        check_canonical(content)
+        return self._once(who, room_id, Draft(type, who.user_id, content), txn_id, ts)
+
+    def redact(self, who: Who, room_id: str, event_id: str, content: JsonObject, txn_id: str, ts: int | None = None) -> str:
+        """Takes an event's content away: one's own, or with the power to redact."""
+        check_canonical(content)
+
+        def find(tx: Tx, room: Room) -> Event:
+            if who.user_id not in room.joined:
+                raise not_in(who.user_id, room_id)
+            event, power, needed = tx.event(room.n, event_id), room.power(who.user_id), room.needed("redact")
+            may = event and (event.sender == who.user_id or power >= needed)
+            if not event or not (may or sees(tx, room, who.user_id, event.tick)):
+                raise MatrixError("M_NOT_FOUND", f"there is no event {shorten(event_id)} in this room")
+            if event.type == "m.room.create":
+                raise forbidden("the creation of a room can't be redacted")
+            if not may:
+                raise forbidden(f"{who.user_id} has power {power}; to redact others' events needs {needed}")
+            return event
+        draft = Draft("m.room.redaction", who.user_id, {**content, "redacts": event_id}, redacts=event_id)
+        return self._once(who, room_id, draft, txn_id, ts, find)
+
+    def _once(self, who: Who, room_id: str, draft: Draft, txn_id: str, ts: int | None,
+              redacted_by: Callable[[Tx, Room], Event | None] = lambda tx, room: None) -> str:
+        """Sends an event, once for each client transaction ID. `redacted_by`: finds the event that it redacts, if it may."""
+        def job(tx: Tx) -> str:
+            room = room_for(tx, who, room_id)
+            event_id = tx.sent(room.n, draft, who.device_id, txn_id)
+            if event_id is None:
+                redacted = redacted_by(tx, room)
+                event_id = self._append(tx, room, draft, ts, who.device_id, txn_id)
+                if redacted:
+                    tx.redact(room, redacted, tick_of(event_id))
+            return event_id
+        return self.store.write(job, who.token)
+
+    def set_state(self, who: Who, room_id: str, type: str, state_key: str, content: JsonObject, ts: int | None = None) -> str:
+        check_canonical(content)
+        if type == "m.room.member" and content.get("membership") == "invite":
+            self.world.ask("users", state_key, who.appservice, False)
+
+        def put(tx: Tx, room: Room) -> str:
+            chosen = content
+            if type == "m.room.member":                      # who vouches for a join is for the homeserver to say
+                chosen = {key: value for key, value in content.items() if key != "join_authorised_via_users_server"}
+                chosen |= self._voucher(tx, room, state_key) if content.get("membership") == "join" else {}
+            return self._change_state(tx, room, Draft(type, who.user_id, chosen, state_key), ts)
+
+        def job(tx: Tx) -> str:
+            if (type, state_key) == ("m.room.member", who.user_id):
+                return self._from_outside(tx, who, room_id, put)
+            return put(tx, room_for(tx, who, room_id, joined=True))
+        return self.store.write(job, who.token)
+
+
+# -- Reading: what there is in a room, and what there was (Getting events for a room, Event Context). Nothing is told of what
+# the user may not see.
+
+def state_events(reader: Reader, room: int, keys: Iterable[tuple[str, str]], upto: int = FOREVER) -> list[Event]:
+    """Of these types and state keys the events that there are, or were at `upto`."""
+    found = [reader.state_event(room, type, state_key, upto) for type, state_key in keys]
+    return [event for event in found if event]
+
+
+def bundled(reader: Reader, who: Who, view: View, events: Sequence[Event], now: int) -> list[Raw]:
+    """Events as clients get them, with the user's membership at the time and what others relate to them."""
+    more = aggregations(reader, who, events, view.visible, now)
+    return [event.for_client(now, who.user_id, who.device_id, view.then(event.tick), *more.get(event.tick, ())) for event in events]
+
+
+class History(Verbs):
+    """What there is and was in rooms."""
+
+    def render(self, who: Who, events: Iterable[Event]) -> list[Raw]:
+        now = self.clock.now()
+        return [event.for_client(now, who.user_id, who.device_id) for event in events]
+
+    def event(self, who: Who, room_id: str, event_id: str) -> Raw:
+        with viewing(self.store, who, room_id, "M_NOT_FOUND") as (reader, view):
+            return bundled(reader, who, view, [view.find(reader, event_id)], self.clock.now())[0]
+
+    def state(self, who: Who, room_id: str) -> list[Raw]:
+        with viewing(self.store, who, room_id) as (reader, view):
+            return self.render(who, reader.state_at(view.room, view.last_state()))
+
+    def state_event(self, who: Who, room_id: str, type: str, state_key: str) -> Event:
+        with viewing(self.store, who, room_id) as (reader, view):
+            return existing(reader.state_event(view.room, type, state_key, view.last_state()),
+                            f"the room has no state {shorten(type)} with the key {shorten(state_key)!r}")
+
+    def members(self, who: Who, room_id: str, upto: int | None = None, membership: str | None = None,
+                not_membership: str | None = None) -> list[Raw]:
+        """Member events, as they are or were at the tick `upto`."""
+        with viewing(self.store, who, room_id) as (reader, view):
+            last = view.last_state()
+            upto = last if upto is None else min(last, upto)
+            if not (view.sees(upto) or view.sees(upto + 1)):         # or right before what may be seen: prev_batch of /sync
+                raise forbidden(f"{who.user_id} may not see what there was in the room {view.room_id} at {upto}")
+            events = reader.state_at(view.room, upto, 0, "m.room.member")
+        wanted = [event for event in events if membership in (None, event.content.get("membership"))
+                  and (not_membership is None or not_membership != event.content.get("membership"))]
+        return self.render(who, wanted)
+
+    def joined_members(self, who: Who, room_id: str) -> dict[str, JsonObject]:
+        """For members, and for an application service with any of its users among them."""
+        with self.store.read() as reader:
+            row = reader.room_row(room_id)
+            users = reader.members(row.n) if row else []
+            if not row or (who.user_id not in users and not self.world.has_user_among(who.appservice, users)):
+                raise not_in(who.user_id, room_id)
+            events = state_events(reader, row.n, [("m.room.member", user_id) for user_id in users])
+        contents = {event.state_key or "": event.content for event in events}
+        return {user_id: {"display_name": content.get("displayname"), "avatar_url": content.get("avatar_url")}
+                for user_id, content in contents.items()}
+
+    def messages(self, who: Who, room_id: str, start: int | None, backwards: bool, limit: int, filter: Filter,
+                 stop: int | None = None, lazy: bool = False) -> JsonObject:
+        """A page of history: from the tick `start` (the end, if None) backwards, or forwards. `lazy`: with who speaks."""
+        with viewing(self.store, who, room_id) as (reader, view):
+            filter = filter.in_room(room_id)._replace(ignored=reader.ignored(who.user_id))
+            read = functools.partial(reader.events, view.room, filter=filter)
+            start, events = view.page(reader, read, start, stop, backwards, min(limit, MAX_PAGE))
+            events = as_far(events, (len(event.json) for event in events), MAX_PAGE_BYTES)
+            speakers = sorted({event.sender for event in events} if lazy else ())
+            members = state_events(reader, view.room, [("m.room.member", sender) for sender in speakers], view.state_upto)
+            chunk = bundled(reader, who, view, events, self.clock.now())
+        end = str(events[-1].tick - backwards) if events else None       # also with the last: clients ask on until none comes
+        return without_none({"start": str(start), "chunk": chunk, "end": end, "state": self.render(who, members) or None})
+
+    def context(self, who: Who, room_id: str, event_id: str, limit: int, filter: Filter, lazy: bool = False) -> JsonObject:
+        """An event with what stood before and after it; `limit` events of these at most. `lazy`: of members, who speaks."""
+        with viewing(self.store, who, room_id) as (reader, view):
+            event = view.find(reader, event_id)
+            filter = filter.in_room(room_id)._replace(ignored=reader.ignored(who.user_id))
+            read = functools.partial(reader.events, view.room, filter=filter)
+            before = view.collect(read, 0, event.tick - 1, limit // 2, True)
+            after = view.collect(read, event.tick, FOREVER, limit - limit // 2, False)
+            last = after[-1].tick if after else event.tick
+            speakers = {one.sender for one in (event, *before, *after)}
+            state = [one for one in reader.state_at(view.room, min(last, view.state_upto))
+                     if not lazy or one.type != "m.room.member" or one.state_key in speakers]
+            around = bundled(reader, who, view, [event, *before, *after], self.clock.now())
+        first = before[-1].tick if before else event.tick
+        return {"event": around[0], "events_before": around[1:len(before) + 1], "events_after": around[len(before) + 1:],
+                "state": self.render(who, state), "start": str(first - 1), "end": str(last)}
+
+    def initial_sync(self, who: Who, room_id: str, limit: int, presence: Callable[[Sequence[str]], list[JsonObject]]) -> JsonObject:
+        """One room as it is, with its last messages (deprecated; old software begins so). `presence`: tells that of members."""
+        page = self.messages(who, room_id, None, True, limit, EVERYTHING)
+        with viewing(self.store, who, room_id) as (reader, view):
+            inside = view.membership == "join"               # who has left is not told how it went on
+            data, members = reader.account_data_since(who.user_id, 0), reader.members(view.room) if inside else []
+            receipts = receipts_event(reader.receipts_since([view.room], 0)[view.room] if inside else [], who.user_id)
+            published = cast(RoomRow, reader.room_row(room_id)).published
+        return {"room_id": room_id, "membership": view.membership, "visibility": "public" if published else "private",
+                "messages": {"chunk": page["chunk"][::-1], "start": page.get("end", "0"), "end": page["start"]},
+                "state": self.state(who, room_id), "presence": presence(members), "receipts": [receipts] if receipts else [],
+                "account_data": [{"type": type, "content": Raw(text)} for where, type, text in data if where == room_id]}
+
+
+# -- Sync: what is new for a user (Syncing, Filtering). The token `since` is a tick, and everything that lies after it is new: Sync
+# waits until there is something, and a Window reads it in one moment of the database. Typing, presence, receipts and what is
+# unread tell theirs; they stand further down.
+
+class SyncFilter:
+    """A client's filter (Client-Server API, Filtering), as far as /sync reads it.
+
+    `event_fields` is left out: a server may include more fields than were asked for. A `limit` counts for the timeline only:
+    what it cut off elsewhere the client would never get.
+    """
+
+    def __init__(self, source: JsonObject) -> None:
+        if field(source, "event_format", str, "client") != "client":
+            raise MatrixError("M_INVALID_PARAM", "events come in the format \"client\" only: this server does not federate")
+        room = field(source, "room", dict, {})
+        timeline, state = field(room, "timeline", dict, {}), field(room, "state", dict, {})
+        self.rooms, self.include_leave = event_filter(room), bool(room.get("include_leave"))
+        self.timeline, self.state = event_filter(timeline), event_filter(state)
+        self.ephemeral, self.room_data = (event_filter(field(room, key, dict, {})) for key in ("ephemeral", "account_data"))
+        self.account_data, self.presence = (event_filter(field(source, key, dict, {})) for key in ("account_data", "presence"))
+        self.threads = bool(timeline.get("unread_thread_notifications"))         # whether what is unread is counted by thread
+        self.lazy = bool(state.get("lazy_load_members") or timeline.get("lazy_load_members"))
+        self.limit = min(max(field(timeline, "limit", int, TIMELINE), 1), MAX_PAGE)      # events in a timeline
+
+
+@functools.lru_cache(128)
+def inline_filter(text: str) -> SyncFilter:
+    """One that a client sends with each request."""
+    return SyncFilter(parse_object(text, "filter"))
+
+
+def event_filter(source: JsonObject) -> Filter:
+    """EventFilter or RoomEventFilter."""
+    return EVERYTHING if not source else Filter(
+        names_in(source, "types"), names_in(source, "not_types") or (), names_in(source, "senders"),
+        names_in(source, "not_senders") or (), field(source, "contains_url", bool, None),
+        rooms=names_in(source, "rooms"), not_rooms=names_in(source, "not_rooms") or ())
+
+
+def names_in(source: JsonObject, key: str) -> list[str] | None:
+    names = source.get(key)
+    if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        raise MatrixError("M_BAD_JSON", f"{key!r} in a filter must be a list of texts, not {shorten(names)}")
+    if names and (len(names) > MAX_NAMES or len(max(names, key=len)) > MAX_ID_BYTES or sum("*" in name for name in names) > MAX_GLOBS):
+        raise MatrixError("M_INVALID_PARAM", f"{key!r} in a filter may have {MAX_NAMES:,} texts of {MAX_ID_BYTES} characters at most, "
+                          f"and of those with a '*' {MAX_GLOBS}")
+    return names
+
+
+class Sync(Verbs):
+    """What is new for one user: everything that lies after a tick."""
+
+    def __init__(self, world: World, typing: Typing, presence: Presence, unread: Unread) -> None:
+        super().__init__(world)
+        self.typing, self.presence, self.unread = typing, presence, unread
+        self.handed: set[tuple[str, str]] = set()            # user and device that have been given messages, to be dropped next time
+
+    def sync(self, who: Who, since: int | None, filter: SyncFilter, timeout: float = 0.0, full_state: bool = False,
+             state_after: str = "", set_presence: str = "online", check_client: Callable[[], None] = lambda: None) -> JsonObject:
+        """Waits up to `timeout` seconds until there is something new after the tick `since`.
+
+        `state_after`: the key for the state at the end of each timeline, in place of `state` at its start. `check_client`:
+        raises if nobody waits any more; asked now and then.
+        """
+        clock, timeout = self.clock, min(timeout, MAX_SYNC_SECONDS)
+        with contextlib.suppress(MatrixError):               # the disk is full, say: that is no reason not to read
+            self.presence.polling(who, set_presence, timeout)
+        if since is not None and since > self.store.position:
+            since = None                                     # from the future: of another database, say
+        deadline = clock.monotonic() + timeout
+        waiting = self.store.waiters.enter(who.user_id)
+        try:
+            while True:
+                over = full_state or since is None or clock.monotonic() >= deadline or self.world.stopping
+                if over or (since or 0) < self.store.position or (who.user_id, who.device_id or "") in self.handed:
+                    window = self._look(who, since, filter, full_state, state_after)
+                    if over or window.news:
+                        break
+                    del window                               # and hold nothing while it waits: many may
+                self.store.check_session(who.token)
+                look = clock.monotonic() + LOOK_SECONDS
+                self.store.waiters.wait(waiting, min(deadline, look))
+                if look <= clock.monotonic():
+                    check_client()
+        finally:
+            self.store.waiters.leave(who.user_id, waiting)
+        self.store.check_session(who.token)
+        if window.echo:
+            time.sleep(ECHO_SECONDS)
+        return window.answer
+
+    def _look(self, who: Who, since: int | None, filter: SyncFilter, full_state: bool, state_after: str) -> Window:
+        """Reads the answer, and drops the messages to the device that it has got: those up to `since`."""
+        device = (who.user_id, who.device_id or "")
+        with self.store.read() as reader:
+            window = Window(self, reader, who, since, filter, full_state, state_after)
+            window.read()
+        ticks = [tick for tick, _ in window.messages]
+        if ticks and ticks[0] <= window.since:
+            with contextlib.suppress(MatrixError):           # who reads did not ask for it; next time, then
+                self.store.write(lambda tx: tx.drop_to_device(*device, window.since))
+        (self.handed.add if ticks and ticks[-1] > window.since else self.handed.discard)(device)
+        return window
+
+
+class Window:
+    """One look: what lies between `since` and now, for one user and filter. Rooms are named by their numbers in the store."""
+
+    def __init__(self, sync: Sync, reader: Reader, who: Who, since: int | None, filter: SyncFilter, full_state: bool,
+                 state_after: str) -> None:
+        self.sync, self.store, self.reader = sync, sync.store, reader
+        self.who, self.filter, self.full_state, self.state_after = who, filter, full_state, state_after
+        self.initial, self.since = since is None, since or 0
+        self.now, self.ts = reader.position(), sync.clock.now()      # the last tick in it, and the time for `age`
+        self.store.wait_published(self.now)
+        self.answer: JsonObject = {}                         # of /sync
+        self.news = False                                    # whether there is any in it
+        # Whether a relation that this device has just sent is in it. matrix-js-sdk never sends again if it sees an event of
+        # a thread in /sync before it has the answer to its PUT.
+        self.echo = False
+        # What the user has to do with:
+        self.memberships = reader.memberships_of(who.user_id)        # (room, room_id, membership, tick, forgotten) of each room
+        self.data = self._account_data(self.since)           # room ID, or "" for the account's → what has changed
+        self.ignored = reader.ignored(who.user_id)           # users
+        self.messages = reader.to_device(who.user_id, who.device_id or "")   # (tick, json), with those that the device has got
+        self.changed: dict[int, list[str]] = {}              # room → whose membership changed, for rooms that moved
+        self.met = self._met()                               # whom the user may have met or lost sight of
+        # By room, of some rooms at a time (_ask):
+        self.own: dict[int, list[tuple[int, str]]] = {}      # the user's membership and
+        self.visibilities: dict[int, list[tuple[int, str]]] = {}     # the room's visibility, each change, where the user may be new
+        self.counts: dict[int, dict[str, int]] = {}          # members by membership, where that has changed,
+        self.heroes: dict[int, list[str]] = {}               # and by whom the room is known
+        self.receipts: dict[int, list[Any]] = {}             # the new ones, and all
+        self.own_receipts: dict[int, list[Any]] = {}         # of the user
+
+    def _account_data(self, since: int) -> dict[str, list[JsonObject]]:
+        """By room ID; '' has the account's."""
+        found: dict[str, list[JsonObject]] = {"": []}
+        for room_id, type, content in self.reader.account_data_since(self.who.user_id, since):
+            found.setdefault(room_id, []).append({"type": type, "content": Raw(content)})
+        if self.initial and not any(event["type"] == "m.push_rules" for event in found[""]):
+            found[""].append({"type": "m.push_rules", "content": push_rules(self.reader, self.who.user_id)})
+        return found
+
+    def _met(self) -> set[str]:
+        met: set[str] = set()
+        for room, _, membership, tick, _ in self.memberships if not self.initial else ():
+            if tick > self.since:
+                self.changed[room] = [self.who.user_id]
+                met |= self.reader.met_in(room, self.who.user_id, self.since)
+            elif membership == "join" and self.store.moved_since(room, self.since):
+                self.changed[room] = self.reader.changed_members(room, self.since)
+                met.update(self.changed[room])
+        return met - {self.who.user_id}
+
+    def read(self) -> None:
+        presence = self.sync.presence.since(self.reader, self.who.user_id, self.since, self.now, self.met)
+        fresh = [Raw(text) for tick, text in self.messages if tick > self.since]
+        parts = {"account_data": self._events(self.filter.account_data, self.data.pop("")),
+                 "presence": self._events(self.filter.presence, presence), "rooms": self._rooms(),
+                 "to_device": {"events": fresh} if fresh else {}, "device_lists": self._device_lists()}
+        self.news = any(parts.values())
+        self.answer = {"next_batch": str(self.now), **{key: part for key, part in parts.items() if part}, **self._key_counts()}
+
+    def _events(self, filter: Filter, found: Sequence[JsonObject | None]) -> JsonObject:
+        """Of these the ones that the filter wants."""
+        events = [event for event in found if event and filter.passes(
+            Event(0, event["type"], None, event.get("sender", ""), 0, '{"content":{}}', None, None, None, None, 0))]
+        return {"events": events} if events else {}
+
+    # -- rooms
+
+    def _rooms(self) -> JsonObject:
+        rooms: dict[str, dict[str, Raw]] = {}
+        pause = time.monotonic() + SLICE_SECONDS
+        shown = [one for one in self.memberships if self._concerns(*one)]
+        for start in range(0, len(shown), ROOMS_AT_ONCE):
+            self._ask(shown[start:start + ROOMS_AT_ONCE])
+            for room, room_id, membership, tick, forgotten in shown[start:start + ROOMS_AT_ONCE]:
+                if time.monotonic() > pause:                 # a thousand rooms: let others to the interpreter's lock
+                    time.sleep(0.0001)
+                    pause = time.monotonic() + SLICE_SECONDS
+                section, entry = self._room(room, room_id, membership, tick, forgotten)
+                if entry:
+                    rooms.setdefault(section, {})[room_id] = Raw(to_json(entry))     # written piece by piece, too
+        return rooms
+
+    def _concerns(self, room: int, room_id: str, membership: str, tick: int, forgotten: int) -> bool:
+        """Whether there may be something to say of this room."""
+        if not self.filter.rooms.wants(room_id):
+            return False
+        if membership in ("leave", "ban"):
+            return tick > self.since if not self.initial else self.filter.include_leave and not forgotten
+        return tick > self.since or (membership == "join" and (
+            self.full_state or room_id in self.data or self.store.moved_since(room, self.since)))
+
+    def _ask(self, shown: Sequence[Any]) -> None:
+        """Reads what is asked of each of these rooms, with one statement for all."""
+        me, rooms, new = self.who.user_id, [one[0] for one in shown], [one[0] for one in shown if one[3] > self.since]
+        self.own = self.reader.changes(new, *MEMBERSHIP, me)
+        self.visibilities = self.reader.changes(new, *HISTORY_VISIBILITY)
+        counted = rooms if self.initial or self.full_state else [room for room in rooms if self.changed.get(room)]
+        self.counts, self.heroes = self.reader.member_counts(counted), self.reader.heroes(counted, me)
+        self.receipts, self.own_receipts = self.reader.receipts_since(rooms, self.since), self.reader.own_receipts(rooms, me)
+
+    def _room(self, room: int, room_id: str, membership: str, tick: int, forgotten: int) -> tuple[str, JsonObject]:
+        """The section of the answer that the room belongs to, and what is new in it."""
+        if membership == "join":
+            return "join", self._joined(room, room_id, tick)
+        if membership in ("invite", "knock"):
+            events = self._stripped(room)
+            return membership, {} if events[-1]["sender"] in self.ignored else {f"{membership}_state": {"events": events}}
+        return "leave", self._left(room, room_id, tick, forgotten)
+
+    def _joined(self, room: int, room_id: str, tick: int) -> JsonObject:
+        view = self._view(room, room_id)
+        came_back = self._came_back(room) if view and not self.initial else None
+        fresh = self.initial or came_back is not None
+        summary = self._summary(room)
+        entry = self._timeline(room, room_id, view, self.since if came_back is None else came_back, fresh, summary.get("m.heroes", ()))
+        if summary:
+            entry["summary"] = summary
+        since = 0 if fresh else self.since
+        receipts = self.receipts if since == self.since else self.reader.receipts_since([room], since)
+        passing = [self.sync.typing.since(room, since, self.now), receipts_event(receipts[room], self.who.user_id)]
+        known = self._account_data(0) if fresh and not self.initial else self.data   # what was set before the user came in, too
+        for key, events in (("ephemeral", self._events(self.filter.ephemeral.in_room(room_id), passing)),
+                            ("account_data", self._events(self.filter.room_data.in_room(room_id), known.get(room_id, [])))):
+            if events:
+                entry[key] = events
+        entry.update(self._unread(room, tick, bool(entry)))
+        if entry and self.state_after:
+            entry.setdefault(self.state_after, {"events": []})
+        return entry
+
+    def _left(self, room: int, room_id: str, tick: int, forgotten: int) -> JsonObject:
+        """The room up to the leave, which is told in any case: also if it was of an invitation, or if the room has been
+        forgotten since, of which other devices do not know.
+        """
+        view = (None if forgotten else self._view(room, room_id)) or View(room, room_id, "leave", [], -1, self.own[room])
+        if not view.sees(tick):
+            view = view._replace(ranges=[*(one for one in view.ranges if one[1] < tick), (tick, tick)])
+        if entry := self._timeline(room, room_id, view, self.since, upto=tick):
+            return entry
+        own = self.reader.event_at(tick)                     # the filter wants nothing of it
+        return {"timeline": {"events": self._render([own]), "limited": False, "prev_batch": str(tick)},
+                self.state_after or "state": {"events": []}}
+
+    def _view(self, room: int, room_id: str) -> View | None:
+        """What the user, who may be new here, may see. None: nothing, or is not new and sees all that comes."""
+        return view_by(room, room_id, self.own[room], self.visibilities[room]) if room in self.own else None
+
+    def _came_back(self, room: int) -> int | None:
+        """If the user was out of the room at `since` or after it: the tick of the last leave, or 0. Else None."""
+        changes = self.own[room]
+        before = [value for tick, value in changes if tick <= self.since][-1:]
+        if before == ["join"] and all(value == "join" for tick, value in changes if tick > self.since):
+            return None
+        return max((tick for tick, value in changes if value in ("leave", "ban")), default=0)
+
+    def _summary(self, room: int) -> JsonObject:
+        """Counts and heroes, when a membership has changed."""
+        if room not in self.counts:
+            return {}
+        return {"m.heroes": self.heroes[room], "m.joined_member_count": self.counts[room].get("join", 0),
+                "m.invited_member_count": self.counts[room].get("invite", 0)}
+
+    def _stripped(self, room: int) -> list[JsonObject]:
+        """What somebody invited may know: the room's face, who sent the invitation, and last the invitation itself."""
+        me = self.who.user_id
+        own = self.reader.state_event(room, "m.room.member", me)
+        speakers = [own.sender, me] if own and own.sender != me else [me]
+        keys = [*((type, "") for type in STRIPPED_STATE), *(("m.room.member", user_id) for user_id in speakers)]
+        return [{"type": event.type, "state_key": event.state_key, "sender": event.sender, "content": event.content}
+                for event in state_events(self.reader, room, keys)]
+
+    # -- a room's timeline, and its state
+
+    def _timeline(self, room: int, room_id: str, view: View | None, after: int, fresh: bool = False,
+                  heroes: Iterable[str] = (), upto: int = FOREVER) -> JsonObject:
+        """timeline, and the state that leads to it or follows from it. Without a view all is visible. A timeline has no gaps:
+        what changed unseen between two of its events would be in no state.
+        """
+        upto = min(upto, self.now)
+        seen = [max(after + 1, first) for first, last in view.ranges if last > after and first <= upto] if view else [after + 1]
+        filter = self.filter.timeline.in_room(room_id)._replace(ignored=self.ignored)
+        events = self.reader.events(room, seen[-1] - 1, upto, self.filter.limit + 1, True, filter)
+        away = fresh and after > self.since                  # the client may not know that the user was out of the room meanwhile
+        limited = len(events) > self.filter.limit or len(seen) > 1 or away
+        events = events[:self.filter.limit][::-1]
+        whole = self.full_state or fresh or not after
+        last = min(upto, view.state_upto) if view else upto
+        state = self._state(room, 0 if whole else after, last, events, whole or limited)
+        unknown = 0 if not whole else self.since if away else FOREVER
+        state = self._chosen(room, room_id, state, events, last, unknown, heroes)
+        if not events and not state:
+            return {}
+        visible = view.visible if view else to_json([(0, self.now)])     # an unlimited timeline has what relates to its events
+        more = aggregations(self.reader, self.who, events, visible, self.ts) if limited else {}
+        then = view.then if view else lambda tick: '"membership":"join"'
+        shown = self._render(events, lambda tick: (then(tick), *more.get(tick, ())))
+        prev_batch = (events[0].tick if events else seen[-1]) - 1 if limited or events else upto
+        return {"timeline": {"events": shown, "limited": limited, "prev_batch": str(prev_batch)},
+                self.state_after or "state": {"events": self._render(state)}}
+
+    def _state(self, room: int, after: int, last: int, timeline: list[Event], gap: bool) -> list[Event]:
+        """What changed after `after`, up to the start of the timeline or its end. `gap`: it may be much."""
+        start = min(timeline[0].tick - 1, last) if timeline and not self.state_after else last
+        state = self.reader.state_at(room, start, after) if gap else []
+        if self.state_after or self.filter.timeline != EVERYTHING:           # what the filter keeps out of the timeline comes here
+            shown = set() if self.state_after else {event.tick for event in timeline}
+            more = self.reader.state_changes(room, start if gap else after, last)
+            state += [event for event in more if event.tick not in shown]
+        return state
+
+    def _chosen(self, room: int, room_id: str, state: list[Event], timeline: list[Event], last: int, unknown: int,
+                heroes: Iterable[str]) -> list[Event]:
+        """Of the state, what the filter wants. With lazy loading, of the members: who speaks, and by whom a room without
+        a name is known; but all changes after the tick `unknown`, for the client keeps a list. 0: these are changes only.
+        """
+        if self.filter.lazy:
+            named = any(self.reader.contents(room, ("m.room.name", "m.room.canonical_alias")).values()) if heroes else True
+            speakers = {*(event.sender for event in timeline), *(() if named else heroes), *([self.who.user_id] if unknown else ())}
+            state = [event for event in state if event.tick > unknown or event.type != "m.room.member" or event.state_key in speakers]
+            shown = state if self.state_after else [*state, *timeline]
+            known = {event.state_key for event in shown if event.type == "m.room.member"}
+            state += state_events(self.reader, room, [("m.room.member", user_id) for user_id in sorted(speakers - known)], last)
+        filter = self.filter.state.in_room(room_id)
+        return state if filter == EVERYTHING else [event for event in state if filter.passes(event)]
+
+    def _render(self, events: list[Event], more: Callable[[int], Iterable[str]] = lambda tick: ()) -> Raw:
+        """The list of them in JSON. `more`: from an event's tick to further parts of its `unsigned`."""
+        user, device = self.who.user_id, self.who.device_id
+        self.echo |= any(event.device_id == device and 0 <= self.ts - event.ts < 100 and "m.relates_to" in event.json
+                         for event in events if event.txn_id)
+        return Raw("[" + ",".join([event.for_client(self.ts, user, device, *more(event.tick)) for event in events]) + "]")
+
+    # -- for clients: what is unread; keys for end-to-end encryption
+
+    def _unread(self, room: int, tick: int, moved: bool) -> JsonObject:
+        """How much is unread in a room that moved, or in which the user has read on; by thread, if the filter wants that."""
+        receipts = self.own_receipts[room]
+        if not moved and all(read_at <= self.since for _, _, read_at in receipts):
+            return {}
+        counts = self.sync.unread.count(self.reader, self.who.user_id, self._push_rules, self.ignored, room, tick, receipts, self.now)
+        if not self.filter.threads:
+            counts = {0: [sum(column) for column in zip([0, 0], *counts.values(), strict=True)]}
+        shown = {root: {"notification_count": count[0], "highlight_count": count[1]} for root, count in {0: [0, 0], **counts}.items()}
+        entry: JsonObject = {"unread_notifications": shown.pop(0)}
+        if shown:
+            entry["unread_thread_notifications"] = {self.reader.event_at(root).event_id: count for root, count in shown.items()}
+        return entry
+
+    @functools.cached_property
+    def _push_rules(self) -> PushRules:
+        return self.sync.unread.rules(self.reader, self.who.user_id)
+
+    def _device_lists(self) -> JsonObject:
+        """Whose keys to ask for again, and who is met in no room any more."""
+        if self.initial:
+            return {}
+        users = self.reader.key_news(self.who.user_id, self.since, self.met)
+        changed = sorted(user_id for user_id, shared in users.items() if shared)
+        left = sorted(user_id for user_id in users.keys() & self.met if not users[user_id])
+        return {"changed": changed, "left": left} if changed or left else {}
+
+    def _key_counts(self) -> JsonObject:
+        if not self.who.device_id:
+            return {}
+        device = (self.who.user_id, self.who.device_id)
+        return {"device_one_time_keys_count": self.reader.one_time_counts(*device),
+                "device_unused_fallback_key_types": self.reader.unused_fallbacks(*device)}
+
+
+# -- Clients' data: account data, tags and filters that the server only keeps; OpenID tokens (Client Config, Room Tagging,
+# Filtering, OpenID). From here to the end of the section all is for the comfort of clients: to be skipped at first reading.
+
+class ClientData(Verbs):
+    """What clients keep on the server for their user. `room_id` "": for no room."""
+
+    def account_data(self, who: Who, room_id: str, type: str) -> Raw:
+        with self.store.read() as reader:
+            return existing(reader.account_data(who.user_id, room_id, type), f"there is no account data of type {shorten(type)}")
+
+    def set_account_data(self, who: Who, room_id: str, type: str, content: JsonObject) -> None:
+        self.store.write(lambda tx: tx.set_account_data(who.user_id, room_id, type, to_json(content)), who.token)
+
+    def tags(self, who: Who, room_id: str) -> JsonObject:
+        with self.store.read() as reader:
+            return self._tags(reader, who, room_id)
+
+    @staticmethod
+    def _tags(reader: Reader, who: Who, room_id: str) -> JsonObject:
+        """Content of m.tag, whatever a client may have put there."""
+        content = json.loads(reader.account_data(who.user_id, room_id, "m.tag") or "{}")
+        return content if isinstance(content.get("tags"), dict) else {**content, "tags": {}}
+
+    @on_writer
+    def set_tag(self, tx: Tx, who: Who, room_id: str, tag: str, content: JsonObject | None) -> None:
+        """Sets a tag on a room, or takes it off with content None."""
+        tags = self._tags(tx, who, room_id)
+        tags["tags"].pop(tag, None)
+        if content is not None:
+            tags["tags"][tag] = content
+        text = to_json(tags)
+        if content is not None and len(text) > MAX_TAGS_BYTES:
+            raise MatrixError("M_TOO_LARGE", f"all tags of a room may have {MAX_TAGS_BYTES} bytes at most")
+        tx.set_account_data(who.user_id, room_id, "m.tag", text)
+
+    def add_filter(self, who: Who, content: JsonObject) -> str:
+        return str(self.store.write(lambda tx: tx.add_filter(who.user_id, to_json(content)), who.token))
+
+    def filter(self, who: Who, filter_id: str) -> JsonObject:
+        number = number_in(filter_id)
+        with self.store.read() as reader:
+            row = None if number is None else reader.filter(who.user_id, number)
+        return cast(JsonObject, json.loads(existing(row, f"{who.user_id} has no filter {shorten(filter_id)}")[0]))
+
+
+class OpenId(Verbs):
+    """Tokens with which users prove to a third party who they are; for an hour, and in memory only."""
+
+    def __init__(self, world: World) -> None:
+        super().__init__(world)
+        self._tokens: dict[bytes, tuple[str, float]] = {}    # digest of a token → user, until when (monotonic)
+        self._guard = threading.Lock()                       # guards changes of _tokens
+
+    def token(self, who: Who) -> JsonObject:
+        token, now = self.world.chance.text(who.user_id, 43), self.clock.monotonic()
+        with self._guard:
+            self._tokens = {key: value for key, value in self._tokens.items() if value[1] > now}
+            self._tokens[digest(token)] = (who.user_id, now + OPENID_SECONDS)
+        return {"access_token": token, "token_type": "Bearer", "matrix_server_name": self.world.name, "expires_in": OPENID_SECONDS}
+
+    def user(self, token: str) -> str:
+        user_id, until = self._tokens.get(digest(token), ("", 0.0))
+        if until < self.clock.monotonic() or user_id not in self.store.users:
+            raise MatrixError("M_UNKNOWN_TOKEN", "this OpenID token was not given here, or its hour is over")
+        return user_id
+
+
+# -- The directory: which rooms and people may be found by who does not know them yet (Published room directory, Spaces, User
+# Directory; AS: Room directories). For clients.
+
+def public_entry(reader: Reader, row: RoomRow) -> JsonObject:
+    """One room of the directory (PublishedRoomsChunk)."""
+    state = reader.contents(row.n, ("m.room.create", "m.room.name", "m.room.topic", "m.room.avatar", "m.room.canonical_alias",
+                                    "m.room.join_rules", "m.room.guest_access", "m.room.history_visibility"))
+
+    def get(type: str, key: str) -> Any:
+        return state.get(f"m.room.{type}", {}).get(key)
+
+    return without_none({
+        "room_id": row.room_id, "num_joined_members": reader.count_members(row.n, "join"),
+        "world_readable": get("history_visibility", "history_visibility") == "world_readable",
+        "guest_can_join": get("guest_access", "guest_access") == "can_join",
+        "join_rule": get("join_rules", "join_rule") or "invite",
+        "name": get("name", "name"), "topic": get("topic", "topic"), "avatar_url": get("avatar", "url"),
+        "canonical_alias": get("canonical_alias", "alias"), "room_type": get("create", "type")})
+
+
+def open_to_all(entry: JsonObject) -> bool:
+    """Whether anybody may know of the room with this entry, listed or not: to join it, to knock at it, or to read in it."""
+    return entry["join_rule"] in OPEN_RULES or bool(entry["world_readable"])
+
+
+class Directory(Verbs):
+    """Rooms that are listed, spaces, and people."""
+
+    def is_published(self, who: Who, room_id: str) -> bool:
+        """M_NOT_FOUND also for a room that is neither listed nor open, if the asker has nothing to do with it."""
+        with self.store.read() as reader:
+            row = reader.room_row(room_id)
+            known = row and (row.published or open_to_all(public_entry(reader, row)) or reader.membership(who.user_id, row.n)
+                             or self.world.has_user_among(who.appservice, reader.members(row.n)))
+        if not row or not known:
+            raise MatrixError("M_NOT_FOUND", f"there is no room {shorten(room_id)} in the directory")
+        return bool(row.published)
+
+    @on_writer
+    def publish(self, tx: Tx, who: Who, room_id: str, published: bool) -> None:
+        room = tx.room(room_id)
+        if not room or not room.knows(who.user_id):
+            raise MatrixError("M_NOT_FOUND", f"there is no room {shorten(room_id)} that {who.user_id} is in")
+        if not may_name(room, who.user_id):
+            needed = room.needed_to_send("m.room.canonical_alias", True)
+            raise forbidden(f"to list the room in the directory, {who.user_id} must be in it with power {needed}")
+        tx.publish_room(room, published)
+
+    @on_writer
+    def publish_in_network(self, tx: Tx, who: Who, network: str, room_id: str, published: bool) -> None:
+        """Lists the room in the directory of a third-party network of the application service, or takes it off."""
+        room = tx.room(room_id)
+        if not room or not who.appservice:
+            raise MatrixError("M_NOT_FOUND", f"there is no room {shorten(room_id)}")
+        tx.publish_in_network(who.appservice.id, network, room, published)
+
+    def public(self, offset: int, limit: int, search: str = "", room_types: Sequence[str | None] = (),
+               network: str | None = "") -> JsonObject:
+        """The public directory: published rooms that one may join or knock at, the largest first.
+
+        `network`: the instance_id of a third-party one; "": the homeserver's own; None: all. `limit` 0: no limit.
+        """
+        appservices, limit = self.world.registrations.by_id if network != "" else (), min(limit or MAX_PAGE, MAX_PAGE)
+        with self.store.read() as reader:
+            rooms = [public_entry(reader, row) for row in reader.published_rooms(not network, network, appservices)]
+        wanted = [room for room in rooms if room["join_rule"] not in ("invite", "private") and room["num_joined_members"]
+                  and (not room_types or room.get("room_type") in room_types)
+                  and search.lower() in " ".join(str(room.get(key, "")) for key in ("name", "topic", "canonical_alias")).lower()]
+        wanted.sort(key=lambda room: -int(room["num_joined_members"]))
+        return without_none({"chunk": wanted[offset:offset + limit], "total_room_count_estimate": len(wanted),
+                             "next_batch": str(offset + limit) if offset + limit < len(wanted) else None,
+                             "prev_batch": str(max(0, offset - limit)) if offset else None})
+
+    def hierarchy(self, who: Who, room_id: str, suggested_only: bool, max_depth: int, offset: int, limit: int) -> JsonObject:
+        """A space and the rooms below it, as far as the user may see them, level by level (Spaces)."""
+        found: list[JsonObject] = []
+        depths = {room_id: 0}                                # how far below the space each room is that was met
+        ahead = collections.deque(depths)                    # rooms to look at
+        with self.store.read() as reader:
+            while ahead and len(found) <= offset + limit:    # one more than is shown
+                id = ahead.popleft()
+                if entry := self._space_entry(reader, who, id, suggested_only):
+                    found.append(entry)
+                    for child in [event["state_key"] for event in entry["children_state"]]:
+                        if child not in depths and depths[id] < max_depth:
+                            depths[child] = depths[id] + 1
+                            ahead.append(child)
+        if not found:
+            raise forbidden(f"{who.user_id} can't see the room {shorten(room_id)}")
+        more = str(offset + limit) if offset + limit < len(found) else None
+        return without_none({"rooms": found[offset:offset + limit], "next_batch": more})
+
+    @staticmethod
+    def _space_entry(reader: Reader, who: Who, room_id: str, suggested_only: bool) -> JsonObject | None:
+        """A room and its m.space.child events, in the order of the space; None if it may not be seen."""
+        row = reader.room_row(room_id)
+        if not row:
+            return None
+        entry, own = public_entry(reader, row), reader.membership(who.user_id, row.n)
+        if not (open_to_all(entry) or (own and own[0] in ("join", "invite")) or reader.may_join_by_another(who.user_id, row.n)):
+            return None
+        children = [event for event in reader.state_at(row.n, type="m.space.child") if isinstance(event.content.get("via"), list)
+                    and (event.content.get("suggested") is True or not suggested_only)]
+        children.sort(key=lambda event: (str(event.content.get("order", "\x7f")), event.ts, event.state_key or ""))
+        entry["children_state"] = [{"type": event.type, "state_key": event.state_key, "content": event.content,
+                                    "sender": event.sender, "origin_server_ts": event.ts} for event in children]
+        return entry
+
+    def search_users(self, who: Who, term: str, limit: int) -> JsonObject:
+        """The user directory: people whose ID or name has the term in it and who are met in a common or a public room."""
+        with self.store.read() as reader:
+            rows = reader.users_like(who.user_id, term, limit + 1)
+        results = [without_none({"user_id": user_id, "display_name": name or None, "avatar_url": url or None})
+                   for user_id, name, url in rows[:limit]]
+        return {"results": results, "limited": len(rows) > limit}
+
+
+# -- Relations: threads, edits, reactions (Forming relationships between events). What may be said of an event, and what is told
+# with it. For clients.
+
+def check_relation(tx: Tx, room: Room, draft: Draft) -> None:
+    """A thread can't start from an event that itself relates to another (Threading, Validation), and nobody says the
+    same of an event twice (Event annotations, Avoiding duplicate annotations).
+    """
+    found = draft.content.get("m.relates_to")
+    relation = found if isinstance(found, dict) else {}
+    kind, event_id = relation.get("rel_type"), relation.get("event_id")
+    parent = tx.event(room.n, event_id) if kind in ("m.thread", "m.annotation") and isinstance(event_id, str) else None
+    if not parent or draft.sender not in room.joined or not sees(tx, room, draft.sender, parent.tick):
+        return
+    if kind == "m.thread" and tx.ancestors(parent.tick, 1):
+        raise MatrixError("M_UNKNOWN", f"a thread can't start from {parent.event_id}, which itself relates to "
+                          "another event; name the root of that one", 400)
+    if kind == "m.annotation" and tx.has_annotated(parent.tick, draft.sender, draft.type, relation.get("key")):
+        raise MatrixError("M_DUPLICATE_ANNOTATION", f"{draft.sender} has annotated {parent.event_id} with this key already")
 
 
 def thread_of(reader: Reader, tick: int) -> int:
     """The tick of the root of the thread that an event is in; 0: it is in the main timeline (Threaded read receipts)."""
     return next((parent for parent, rel_type in reader.ancestors(tick, MAX_RELATION_DEPTH) if rel_type == "m.thread"), 0)
-
-
-def in_thread(reader: Reader, tick: int, thread_id: str) -> bool:
-    """Whether a receipt of this thread may name the event. The root and what relates to it are in both: main and thread."""
-    if thread_id == "main":
-        return not thread_of(reader, tick)
-    return tick_of(thread_id) in (tick, *(parent for parent, _ in reader.ancestors(tick, MAX_RELATION_DEPTH)))
 
 
 def aggregations(reader: Reader, who: Who, events: Sequence[Event], visible: str, now: int) -> dict[int, list[str]]:
@@ -5168,6 +6213,42 @@ def aggregations(reader: Reader, who: Who, events: Sequence[Event], visible: str
     return {tick: [f'"m.relations":{to_json(children)}'] for tick, children in found.items() if children}
 
 
+class Relations(Verbs):
+    """The events that relate to others."""
+
+    def related(self, who: Who, room_id: str, event_id: str, rel_type: str | None, type: str | None, start: int | None,
+                stop: int | None, backwards: bool, limit: int, recurse: bool) -> JsonObject:
+        """A page of the events that relate to one."""
+        depth = MAX_RELATION_DEPTH if recurse else 1
+        with viewing(self.store, who, room_id, "M_NOT_FOUND") as (reader, view):
+            read = functools.partial(reader.related, view.find(reader, event_id).tick, depth, rel_type, type)
+            _, events = view.page(reader, read, start, stop, backwards, limit)
+            ignored = reader.ignored(who.user_id)
+            shown = [event for event in events if event.sender not in ignored]
+            chunk = bundled(reader, who, view, shown, self.clock.now())
+        end = str(events[-1].tick - backwards) if len(events) == limit else None
+        return without_none({"chunk": chunk, "next_batch": end, "recursion_depth": depth if recurse else None})
+
+    def threads(self, who: Who, room_id: str, participated: bool, start: int | None, limit: int) -> JsonObject:
+        """The roots of a room's threads, the one with the latest reply first, each with its summary."""
+        with viewing(self.store, who, room_id) as (reader, view):
+            rows = [row for row in reader.threads(view.room, who.user_id, view.visible, FOREVER if start is None else start)
+                    if view.sees(row[0]) and view.sees(row[1]) and (row[2] or not participated)]
+            roots = [reader.event_at(root) for root, _, _ in rows[:limit]]
+            chunk = bundled(reader, who, view, roots, self.clock.now())
+        return without_none({"chunk": chunk, "next_batch": str(rows[limit - 1][1] - 1) if len(rows) > limit else None})
+
+
+# -- Receipts: up to where each user has read (Receipts, Fully read markers). For clients, and for application services that want
+# ephemeral data.
+
+def in_thread(reader: Reader, tick: int, thread_id: str) -> bool:
+    """Whether a receipt of this thread may name the event. The root and what relates to it are in both: main and thread."""
+    if thread_id == "main":
+        return not thread_of(reader, tick)
+    return tick_of(thread_id) in (tick, *(parent for parent, _ in reader.ancestors(tick, MAX_RELATION_DEPTH)))
+
+
 def receipts_event(receipts: Sequence[Any], user_id: str) -> JsonObject | None:
     """The m.receipt event of these receipts; others' private ones are not in it."""
     content: JsonObject = {}
@@ -5178,565 +6259,11 @@ def receipts_event(receipts: Sequence[Any], user_id: str) -> JsonObject | None:
     return {"type": "m.receipt", "content": content} if content else None
 
 
-class Rooms:
-    """Everything that happens in rooms."""
-
-    def __init__(self, world: World) -> None:
-        self.world, self.store = world, world.store
-
-    def _append(self, tx: Tx, room: Room, draft: Draft, ts: int | None = None, device_id: str | None = None,
-                txn_id: str | None = None) -> str:
-        """Stores an event if the rules of the room pass it."""
-        check_shape(draft, self.world.name)
-        authorise(room, draft)
-        self._check_relation(tx, room, draft)
-        return tx.append(room, draft, self.world.clock.now() if ts is None else ts, device_id, txn_id,
-                         self.world.settings.max_event_bytes)
-
-    def _change_state(self, tx: Tx, room: Room, draft: Draft, ts: int | None = None) -> str:
-        """Stores a state event; where nothing would change, it is the event that says so already."""
-        now = room.events.get((draft.type, draft.state_key or ""))
-        if not now or now.sender != draft.sender or canonical_json(now.content) != canonical_json(draft.content):      # true is not 1
-            return self._append(tx, room, draft, ts)
-        authorise(room, draft)
-        event = tx.state_event(room.n, draft.type, draft.state_key or "")
-        return event.event_id if event else ""
-
-    @staticmethod
-    def _check_relation(tx: Tx, room: Room, draft: Draft) -> None:
-        """A thread can't start from an event that itself relates to another (Threading, Validation), and nobody says the
-        same of an event twice (Event annotations, Avoiding duplicate annotations).
-        """
-        found = draft.content.get("m.relates_to")
-        relation = found if isinstance(found, dict) else {}
-        kind, event_id = relation.get("rel_type"), relation.get("event_id")
-        parent = tx.event(room.n, event_id) if kind in ("m.thread", "m.annotation") and isinstance(event_id, str) else None
-        if not parent or draft.sender not in room.joined or not sees(tx, room, draft.sender, parent.tick):
-            return
-        if kind == "m.thread" and tx.ancestors(parent.tick, 1):
-            raise MatrixError("M_UNKNOWN", f"a thread can't start from {parent.event_id}, which itself relates to "
-                              "another event; name the root of that one", 400)
-        if kind == "m.annotation" and tx.has_annotated(parent.tick, draft.sender, draft.type, relation.get("key")):
-            raise MatrixError("M_DUPLICATE_ANNOTATION", f"{draft.sender} has annotated {parent.event_id} with this key already")
-
-    # -- creating
-
-    def create(self, who: Who, options: JsonObject) -> str:
-        """A new room (createRoom): its first events in the order of the spec, all or none; the room ID."""
-        plan = RoomPlan(self.world, who, options)
-        self.world.ask_for_users(plan.invite, who.appservice)
-
-        def job(tx: Tx) -> str:
-            room = tx.add_room(f"!{self.world.chance.text(who.user_id)}:{self.world.name}", plan.version)
-            if plan.published:
-                tx.publish_room(room, True)
-            for index, draft in enumerate(plan.drafts(self._member_content(tx, who.user_id, "join"))):
-                self._append_first(tx, room, draft)
-                if index == 0 and plan.alias:
-                    self._add_alias(tx, who, plan.alias, room, "M_ROOM_IN_USE")
-            for user_id in plan.invite:
-                direct = {"is_direct": True} if plan.is_direct else {}
-                self._append_first(tx, room, self._member(tx, who, user_id, "invite", direct))
-            return room.room_id
-        return self.store.write(job, who.token)
-
-    def _append_first(self, tx: Tx, room: Room, draft: Draft) -> None:
-        try:
-            if draft.type == "m.room.power_levels":
-                check_power_levels_shape(draft.content)
-            elif draft.type == "m.room.canonical_alias":
-                self._check_canonical_alias(tx, room, draft.content)
-            self._append(tx, room, draft)
-        except MatrixError as error:
-            if error.errcode == "M_FORBIDDEN":
-                raise MatrixError("M_INVALID_ROOM_STATE", f"the room can't begin with this {draft.type}: "
-                                  f"{error.error}") from None
-            raise
-
-    # -- membership
-
-    def _member(self, tx: Tx, who: Who, user_id: str, membership: str, extra: JsonObject | None = None) -> Draft:
-        return Draft("m.room.member", who.user_id, self._member_content(tx, user_id, membership, extra), user_id)
-
-    def _member_content(self, tx: Tx, user_id: str, membership: str,
-                        extra: JsonObject | None = None) -> JsonObject:
-        """Content of a member event, with the profile of the user that it is about."""
-        row = tx.user(user_id) if membership in ("join", "invite", "knock") else None
-        profile = {"displayname": row[2], "avatar_url": row[3]} if row else {}
-        content = {"membership": membership, **profile, **(extra or {})}
-        return {key: value for key, value in content.items() if value is not None}
-
-    def join(self, who: Who, room_id_or_alias: str, extra: JsonObject | None = None) -> str:
-        """Joins a room; the room ID. An unknown alias's application service is asked. `extra` goes into the event."""
-        room_id = self._id_of(room_id_or_alias, who)
-
-        def come(tx: Tx, room: Room) -> str:
-            if who.user_id not in room.joined:
-                vouched = {**(extra or {}), **self._voucher(tx, room, who.user_id)}
-                self._append(tx, room, self._member(tx, who, who.user_id, "join", vouched))
-            return room_id
-        return self.store.write(lambda tx: self._from_outside(tx, who, room_id, come), who.token)
-
-    @staticmethod
-    def _from_outside(tx: Tx, who: Who, room_id: str, come: Callable[[Tx, Room], str]) -> str:
-        """For who wants in. Who is refused and never had to do with the room is not told whether there is one."""
-        room = tx.room(room_id)
-        try:
-            if not room:
-                raise forbidden("")
-            return come(tx, room)
-        except MatrixError as error:
-            known = room and (room.knows(who.user_id) or room.join_rule in OPEN_RULES)
-            if error.errcode in ("M_FORBIDDEN", "M_BAD_JSON") and not known:
-                raise forbidden(f"there is no room {shorten(room_id)} that {who.user_id} may join or knock at uninvited") from None
-            raise
-
-    def _id_of(self, room_id_or_alias: str, who: Who) -> str:
-        if room_id_or_alias[:1] == "#":
-            return self.resolve(room_id_or_alias, who.appservice)
-        return check_id("!", room_id_or_alias)
-
-    def _voucher(self, tx: Tx, room: Room, user_id: str) -> JsonObject:
-        """For a restricted room: a member with the power to invite, if the user is in a room that it names."""
-        if room.join_rule not in ("restricted", "knock_restricted") or room.membership(user_id) in ("invite", "join"):
-            return {}
-        allow = room.content("m.room.join_rules").get("allow")
-        rules = [entry for entry in allow if isinstance(entry, dict)] if isinstance(allow, list) else []
-        ids = [entry.get("room_id") for entry in rules if entry.get("type") == "m.room_membership"]
-        others = [tx.room(id) for id in ids if isinstance(id, str)]
-        if any(other and user_id in other.joined for other in others):
-            for member in room.joined:
-                if room.power(member) >= room.needed("invite"):
-                    return {"join_authorised_via_users_server": member}
-        return {}
-
-    def knock(self, who: Who, room_id_or_alias: str, extra: JsonObject | None = None) -> str:
-        room_id = self._id_of(room_id_or_alias, who)
-
-        def come(tx: Tx, room: Room) -> str:
-            self._append(tx, room, self._member(tx, who, who.user_id, "knock", extra))
-            return room_id
-        return self.store.write(lambda tx: self._from_outside(tx, who, room_id, come), who.token)
-
-    def invite(self, who: Who, room_id: str, user_id: str, extra: JsonObject | None = None) -> None:
-        """Invites; a ghost that does not exist yet is asked for first, and invited whatever the answer was."""
-        self.world.ask("users", user_id, who.appservice, False)
-        self.set_membership(who, room_id, user_id, "invite", extra)
-
-    def set_membership(self, who: Who, room_id: str, user_id: str, membership: str,
-                       extra: JsonObject | None = None, check: Callable[[str], object] = lambda current: None) -> None:
-        """invite, leave (oneself or another), ban. `check` may refuse by the membership that there is now."""
-        def job(tx: Tx) -> None:
-            room = room_for(tx, who, room_id, joined=user_id != who.user_id)
-            check(room.membership(user_id))
-            self._change_state(tx, room, self._member(tx, who, user_id, membership, extra))
-        self.store.write(job, who.token)
-
-    def kick(self, who: Who, room_id: str, user_id: str, extra: JsonObject | None = None) -> None:
-        """Puts somebody out, or takes an invitation back."""
-        def check(current: str) -> None:
-            if current not in ("join", "invite", "knock"):
-                raise forbidden(f"{shorten(user_id)} is not in the room")
-        self.set_membership(who, room_id, user_id, "leave", extra, check)
-
-    def unban(self, who: Who, room_id: str, user_id: str, extra: JsonObject | None = None) -> None:
-        def check(current: str) -> None:
-            if current != "ban":
-                raise MatrixError("M_BAD_STATE", f"{shorten(user_id)} is not banned")
-        self.set_membership(who, room_id, user_id, "leave", extra, check)
-
-    def forget(self, who: Who, room_id: str) -> None:
-        def job(tx: Tx) -> None:
-            room = tx.room(room_id)                          # of a room that there is not, there is nothing to forget
-            if room and room.membership(who.user_id) not in ("leave", "ban"):
-                raise MatrixError("M_UNKNOWN", f"{who.user_id} is still in the room; leave it first", 400)
-            if room:
-                tx.forget_room(who.user_id, room.n)
-        self.store.write(job, who.token)
-
-    def joined(self, who: Who) -> list[str]:
-        with self.store.read() as reader:
-            return [room_id for _, room_id, membership, _, _ in reader.memberships_of(who.user_id)
-                    if membership == "join"]
-
-    # -- sending
-
-    def send(self, who: Who, room_id: str, type: str, content: JsonObject, txn_id: str,
-             ts: int | None = None) -> str:
-        """A message event; the same again for the same client transaction. `ts`: an application service's
-        origin_server_ts.
-        """
-        if type == "m.room.redaction" and isinstance(content.get("redacts"), str):
-            return self.redact(who, room_id, content["redacts"], content, txn_id, ts)
-        check_canonical(content)
-        return self._once(who, room_id, Draft(type, who.user_id, content), txn_id, ts)
-
-    def _once(self, who: Who, room_id: str, draft: Draft, txn_id: str, ts: int | None,
-              redacted_by: Callable[[Tx, Room], Event | None] = lambda tx, room: None) -> str:
-        """Sends an event, once for each client transaction ID. `redacted_by`: finds the event that it redacts, if it may."""
-        def job(tx: Tx) -> str:
-            room = room_for(tx, who, room_id)
-            event_id = tx.sent(room.n, draft, who.device_id, txn_id)
-            if event_id is None:
-                redacted = redacted_by(tx, room)
-                event_id = self._append(tx, room, draft, ts, who.device_id, txn_id)
-                if redacted:
-                    tx.redact(room, redacted, tick_of(event_id))
-            return event_id
-        return self.store.write(job, who.token)
-
-    def set_state(self, who: Who, room_id: str, type: str, state_key: str, content: JsonObject,
-                  ts: int | None = None) -> str:
-        check_canonical(content)
-        if type == "m.room.member" and content.get("membership") == "invite":
-            self.world.ask("users", state_key, who.appservice, False)
-
-        def put(tx: Tx, room: Room) -> str:
-            chosen = content
-            if type == "m.room.canonical_alias":
-                self._check_canonical_alias(tx, room, content)
-            elif type == "m.room.member":                    # who vouches for a join is for the homeserver to say
-                chosen = {key: value for key, value in content.items() if key != "join_authorised_via_users_server"}
-                chosen |= self._voucher(tx, room, state_key) if content.get("membership") == "join" else {}
-            return self._change_state(tx, room, Draft(type, who.user_id, chosen, state_key), ts)
-
-        def job(tx: Tx) -> str:
-            if (type, state_key) == ("m.room.member", who.user_id):
-                return self._from_outside(tx, who, room_id, put)
-            return put(tx, room_for(tx, who, room_id, joined=True))
-        return self.store.write(job, who.token)
-
-    @staticmethod
-    def _check_canonical_alias(tx: Tx, room: Room, content: JsonObject) -> None:
-        old = room.content("m.room.canonical_alias")
-        known = [old.get("alias"), *field(old, "alt_aliases", list, [])]
-        for alias in [content.get("alias"), *field(content, "alt_aliases", list, [])]:
-            if alias and alias not in known:
-                row = tx.alias(check_id("#", alias))
-                if not row or row[0] != room.room_id:
-                    raise MatrixError("M_BAD_ALIAS", f"{shorten(alias)} does not point to this room; "
-                                      "create the alias first")
-
-    def redact(self, who: Who, room_id: str, event_id: str, content: JsonObject, txn_id: str,
-               ts: int | None = None) -> str:
-        """Takes an event's content away: one's own, or with the power to redact."""
-        check_canonical(content)
-
-        def find(tx: Tx, room: Room) -> Event:
-            event = tx.event(room.n, event_id)
-            may = event and (event.sender == who.user_id or room.power(who.user_id) >= room.needed("redact"))
-            if who.user_id not in room.joined:
-                raise not_in(who.user_id, room_id)
-            if not event or not (may or sees(tx, room, who.user_id, event.tick)):
-                raise MatrixError("M_NOT_FOUND", f"there is no event {shorten(event_id)} in this room")
-            if event.type == "m.room.create":
-                raise forbidden("the creation of a room can't be redacted")
-            if not may:
-                raise forbidden(f"{who.user_id} has power {room.power(who.user_id)}; to redact others' events "
-                                f"needs {room.needed('redact')}")
-            return event
-        draft = Draft("m.room.redaction", who.user_id, {**content, "redacts": event_id}, redacts=event_id)
-        return self._once(who, room_id, draft, txn_id, ts, find)
-
-    # -- reading
-
-    @contextlib.contextmanager
-    def viewing(self, who: Who, room_id: str, errcode: str = "M_FORBIDDEN") -> Iterator[tuple[Reader, View]]:
-        """`errcode`: for whom there is nothing to see."""
-        with self.store.read() as reader:
-            try:
-                view = view_of(reader, who.user_id, room_id)
-            except MatrixError as error:
-                raise MatrixError(errcode, error.error) from None
-            yield reader, view
-
-    def render(self, who: Who, events: Iterable[Event]) -> list[Raw]:
-        now = self.world.clock.now()
-        return [event.for_client(now, who.user_id, who.device_id) for event in events]
-
-    def bundle(self, who: Who, reader: Reader, view: View, events: Sequence[Event]) -> list[Raw]:
-        """The same with bundled aggregations."""
-        now = self.world.clock.now()
-        more = aggregations(reader, who, events, view.visible, now)
-        return [event.for_client(now, who.user_id, who.device_id, view.then(event.tick), *more.get(event.tick, ()))
-                for event in events]
-
-    def event(self, who: Who, room_id: str, event_id: str) -> Raw:
-        """M_NOT_FOUND also for what may not be seen."""
-        with self.viewing(who, room_id, "M_NOT_FOUND") as (reader, view):
-            return self.bundle(who, reader, view, [self._visible(reader, view, event_id)])[0]
-
-    @staticmethod
-    def _visible(reader: Reader, view: View, event_id: str) -> Event:
-        event = reader.event(view.room, event_id)
-        if not event or not view.sees(event.tick):
-            raise MatrixError("M_NOT_FOUND", f"there is no event {shorten(event_id)} here that may be seen")
-        return event
-
-    def state(self, who: Who, room_id: str) -> list[Raw]:
-        with self.viewing(who, room_id) as (reader, view):
-            self._check_state_visible(view)
-            return self.render(who, reader.state_at(view.room, view.state_upto))
-
-    @staticmethod
-    def _check_state_visible(view: View) -> None:
-        if view.state_upto < 0:
-            raise forbidden(f"the state of the room {view.room_id} can't be seen before joining it")
-
-    def state_event(self, who: Who, room_id: str, type: str, state_key: str) -> Event:
-        with self.viewing(who, room_id) as (reader, view):
-            self._check_state_visible(view)
-            event = reader.state_event(view.room, type, state_key, view.state_upto)
-        if not event:
-            raise MatrixError("M_NOT_FOUND", f"the room has no state {shorten(type)} with the key "
-                              f"{shorten(state_key)!r}")
-        return event
-
-    def members(self, who: Who, room_id: str, upto: int | None = None, membership: str | None = None,
-                not_membership: str | None = None) -> list[Raw]:
-        """Member events, as they are or were at the tick `upto`."""
-        with self.viewing(who, room_id) as (reader, view):
-            self._check_state_visible(view)
-            upto = view.state_upto if upto is None else min(view.state_upto, upto)
-            if not (view.sees(upto) or view.sees(upto + 1)):         # or right before what may be seen: prev_batch of /sync
-                raise forbidden(f"{who.user_id} may not see what there was in the room {view.room_id} at {upto}")
-            events = reader.state_at(view.room, upto, 0, "m.room.member")
-        wanted = [event for event in events if membership in (None, event.content.get("membership"))
-                  and (not_membership is None or not_membership != event.content.get("membership"))]
-        return self.render(who, wanted)
-
-    def joined_members(self, who: Who, room_id: str) -> dict[str, JsonObject]:
-        """For members, and for an application service with any of its users among them."""
-        with self.store.read() as reader:
-            row = reader.room_row(room_id)
-            users = reader.members(row.n) if row else []
-            if not row or (who.user_id not in users and not self._has_user_among(who.appservice, users)):
-                raise not_in(who.user_id, room_id)
-            events = [reader.state_event(row.n, "m.room.member", user_id)
-                      for user_id in users]
-        contents = {event.state_key or "": event.content for event in events if event}
-        return {user_id: {"display_name": content.get("displayname"), "avatar_url": content.get("avatar_url")}
-                for user_id, content in contents.items()}
-
-    def _has_user_among(self, registration: Registration | None, user_ids: Iterable[str]) -> bool:
-        claim_of = self.world.registrations.claim_of
-        return registration is not None and any(claim_of(registration, "users", user_id) for user_id in user_ids)
-
-    def messages(self, who: Who, room_id: str, start: int | None, backwards: bool, limit: int, filter: Filter,
-                 stop: int | None = None, lazy: bool = False) -> JsonObject:
-        """A page of history: from the tick `start` (the end, if None) backwards, or forwards. `lazy`: with who speaks."""
-        with self.viewing(who, room_id) as (reader, view):
-            start = (reader.position() if backwards else 0) if start is None else start
-            filter = filter.in_room(room_id)._replace(ignored=reader.ignored(who.user_id))
-            events, _ = view.page(lambda *window: reader.events(view.room, window[0], window[1], window[2], window[3], filter),
-                                  start, stop, backwards, min(limit, MAX_PAGE))
-            events = as_far(events, (len(event.json) for event in events), MAX_PAGE_BYTES)
-            members = [reader.state_event(view.room, "m.room.member", sender, view.state_upto)
-                       for sender in sorted({event.sender for event in events} if lazy else ())]
-            chunk = self.bundle(who, reader, view, events)
-        state = self.render(who, [event for event in members if event])
-        end = {"end": str(events[-1].tick - backwards)} if events else {}    # also with the last: clients ask on until none comes
-        return {"start": str(start), "chunk": chunk, **end, **({"state": state} if state else {})}
-
-    def initial_sync(self, who: Who, room_id: str, limit: int, presence: Callable[[Sequence[str]], list[JsonObject]]) -> JsonObject:
-        """One room as it is, with its last messages (deprecated; old software begins so). `presence`: tells that of members."""
-        page = self.messages(who, room_id, None, True, limit, EVERYTHING)
-        with self.viewing(who, room_id) as (reader, view):
-            inside = view.membership == "join"               # who has left is not told how it went on
-            data, members = reader.account_data_since(who.user_id, 0), reader.members(view.room) if inside else []
-            receipts = receipts_event(reader.receipts_since([view.room], 0)[view.room] if inside else [], who.user_id)
-            published = cast(RoomRow, reader.room_row(room_id)).published
-        chunk = page["chunk"][::-1]
-        return {"room_id": room_id, "membership": view.membership, "visibility": "public" if published else "private",
-                "messages": {"chunk": chunk, "start": page.get("end", "0"), "end": page["start"]},
-                "state": self.state(who, room_id), "presence": presence(members), "receipts": [receipts] if receipts else [],
-                "account_data": [{"type": type, "content": Raw(text)} for where, type, text in data if where == room_id]}
-
-    def context(self, who: Who, room_id: str, event_id: str, limit: int, filter: Filter, lazy: bool = False) -> JsonObject:
-        """An event with what stood before and after it; `limit` events of these at most. `lazy`: of members, who speaks."""
-        with self.viewing(who, room_id) as (reader, view):
-            event = self._visible(reader, view, event_id)
-            filter = filter.in_room(room_id)._replace(ignored=reader.ignored(who.user_id))
-            before = view.events(reader, 0, event.tick - 1, limit // 2, True, filter)
-            after = view.events(reader, event.tick, FOREVER, limit - limit // 2, False, filter)
-            last = after[-1].tick if after else event.tick
-            speakers = {one.sender for one in (event, *before, *after)}
-            state = [one for one in reader.state_at(view.room, min(last, view.state_upto))
-                     if not lazy or one.type != "m.room.member" or one.state_key in speakers]
-            bundled = self.bundle(who, reader, view, [event, *before, *after])
-        first = before[-1].tick if before else event.tick
-        return {"event": bundled[0], "events_before": bundled[1:len(before) + 1], "events_after": bundled[len(before) + 1:],
-                "state": self.render(who, state), "start": str(first - 1), "end": str(last)}
-
-    # -- relations and threads (for clients only: section "Forming relationships between events")
-
-    def relations(self, who: Who, room_id: str, event_id: str, rel_type: str | None, type: str | None, start: int | None,
-                  stop: int | None, backwards: bool, limit: int, recurse: bool) -> JsonObject:
-        """A page of the events that relate to one."""
-        depth = MAX_RELATION_DEPTH if recurse else 1
-        with self.viewing(who, room_id, "M_NOT_FOUND") as (reader, view):
-            parent = self._visible(reader, view, event_id).tick
-            start = (reader.position() if backwards else 0) if start is None else start
-            events, end = view.page(lambda *window: reader.related(parent, depth, rel_type, type, *window),
-                                    start, stop, backwards, limit)
-            ignored = reader.ignored(who.user_id)
-            chunk = self.bundle(who, reader, view, [event for event in events if event.sender not in ignored])
-        return {"chunk": chunk, **({"next_batch": end} if end else {}),
-                **({"recursion_depth": depth} if recurse else {})}
-
-    def threads(self, who: Who, room_id: str, participated: bool, start: int | None, limit: int) -> JsonObject:
-        """The roots of a room's threads, the one with the latest reply first, each with its summary."""
-        with self.viewing(who, room_id) as (reader, view):
-            rows = [row for row in reader.threads(view.room, who.user_id, view.visible, FOREVER if start is None else start)
-                    if view.sees(row[0]) and view.sees(row[1]) and (row[2] or not participated)]
-            chunk = self.bundle(who, reader, view, [reader.event_at(root) for root, _, _ in rows[:limit]])
-        return {"chunk": chunk, **({"next_batch": str(rows[limit - 1][1] - 1)} if len(rows) > limit else {})}
-
-    # -- aliases and the directory
-
-    def resolve(self, alias: str, by: Registration | None) -> str:
-        """The room ID that an alias points to; an unknown one's application service is asked."""
-        check_id("#", alias)
-        why = ""
-        for again in (False, True):
-            with self.store.read() as reader:
-                row = reader.alias(alias)
-            if row:
-                return str(row[0])
-            if again or server_of(alias) != self.world.name:
-                break
-            if self.world.ask("aliases", alias, by, True):   # looks again in any case: it may have come meanwhile
-                why = "; its application service was asked and said yes, but has not created it"
-        elsewhere = "" if server_of(alias) == self.world.name else f"; this server, {self.world.name}, knows no other one"
-        raise MatrixError("M_NOT_FOUND", f"there is no room alias {shorten(alias)}{why}{elsewhere}")
-
-    def add_alias(self, who: Who, alias: str, room_id: str) -> None:
-        def job(tx: Tx) -> None:
-            found = tx.room(room_id) if who.appservice else None     # to any room: its aliases are its own affair
-            self._add_alias(tx, who, alias, found or room_for(tx, who, room_id, joined=True), "M_UNKNOWN")
-        self.store.write(job, who.token)
-
-    def _add_alias(self, tx: Tx, who: Who, alias: str, room: Room, taken: str) -> None:
-        check_id("#", alias, self.world.name)
-        self.world.registrations.check_may_create("aliases", alias, who.appservice)
-        if tx.alias(alias):
-            raise MatrixError(taken, f"the alias {alias} exists already", 409 if taken == "M_UNKNOWN" else None)
-        tx.add_alias(alias, room, who.user_id)
-
-    def delete_alias(self, who: Who, alias: str) -> None:
-        """By who made it, by who may change the canonical alias, or by the application service that claims it."""
-        check_id("#", alias)
-
-        def job(tx: Tx) -> None:
-            self.world.registrations.check_may_create("aliases", alias, who.appservice)
-            row = tx.alias(alias)
-            room = tx.room(row[0]) if row else None
-            if not room:
-                raise MatrixError("M_NOT_FOUND", f"there is no room alias {shorten(alias)}")
-            needed = room.needed_to_send("m.room.canonical_alias", True)
-            may = who.user_id in room.joined and room.power(who.user_id) >= needed
-            if not (may or who.appservice or row[1] == who.user_id):
-                raise forbidden(f"{alias} may be deleted by who made it, or by who may change the canonical alias of its room")
-            tx.delete_alias(alias, room)
-        self.store.write(job, who.token)
-
-    def aliases(self, who: Who, room_id: str) -> list[str]:
-        with self.viewing(who, room_id) as (reader, view):
-            if view.state_upto < FOREVER:                    # those that there are now
-                raise not_in(who.user_id, room_id)
-            return reader.aliases_of(view.room)
-
-    def is_published(self, who: Who, room_id: str) -> bool:
-        """M_NOT_FOUND also for a room that is neither listed nor open, if the asker has nothing to do with it."""
-        with self.store.read() as reader:
-            row = reader.room_row(room_id)
-            known = row and (row.published or open_to_all(public_entry(reader, row)) or reader.membership(who.user_id, row.n)
-                             or self._has_user_among(who.appservice, reader.members(row.n)))
-        if not row or not known:
-            raise MatrixError("M_NOT_FOUND", f"there is no room {shorten(room_id)} in the directory")
-        return bool(row.published)
-
-    def publish(self, who: Who, room_id: str, published: bool) -> None:
-        def job(tx: Tx) -> None:
-            room = tx.room(room_id)
-            if not room or not room.knows(who.user_id):
-                raise MatrixError("M_NOT_FOUND", f"there is no room {shorten(room_id)} that {who.user_id} is in")
-            needed = room.needed_to_send("m.room.canonical_alias", True)
-            if who.user_id not in room.joined or room.power(who.user_id) < needed:
-                raise forbidden(f"to list the room in the directory, {who.user_id} must be in it with power "
-                                f"{needed}")
-            tx.publish_room(room, published)
-        self.store.write(job, who.token)
-
-    def publish_in_network(self, who: Who, network: str, room_id: str, published: bool) -> None:
-        """Lists the room in the directory of a third-party network of the application service, or takes it off."""
-        def job(tx: Tx) -> None:
-            room = tx.room(room_id)
-            if not room or not who.appservice:
-                raise MatrixError("M_NOT_FOUND", f"there is no room {shorten(room_id)}")
-            tx.publish_in_network(who.appservice.id, network, room, published)
-        self.store.write(job)
-
-    def public(self, offset: int, limit: int, search: str = "", room_types: Sequence[str | None] = (),
-               network: str | None = "") -> JsonObject:
-        """The public directory: published rooms that one may join or knock at, the largest first.
-
-        `network`: the instance_id of a third-party one; "": the homeserver's own; None: all. `limit` 0: no limit.
-        """
-        appservices, limit = self.world.registrations.by_id if network != "" else (), min(limit or MAX_PAGE, MAX_PAGE)
-        with self.store.read() as reader:
-            rooms = [public_entry(reader, row) for row in reader.published_rooms(not network, network, appservices)]
-        wanted = [room for room in rooms if room["join_rule"] not in ("invite", "private") and room["num_joined_members"]
-                  and (not room_types or room.get("room_type") in room_types)
-                  and search.lower() in " ".join(str(room.get(key, ""))
-                                                 for key in ("name", "topic", "canonical_alias")).lower()]
-        wanted.sort(key=lambda room: -int(room["num_joined_members"]))
-        answer: JsonObject = {"chunk": wanted[offset:offset + limit], "total_room_count_estimate": len(wanted)}
-        if offset + limit < len(wanted):
-            answer["next_batch"] = str(offset + limit)
-        if offset:
-            answer["prev_batch"] = str(max(0, offset - limit))
-        return answer
-
-    def hierarchy(self, who: Who, room_id: str, suggested_only: bool, max_depth: int, offset: int, limit: int) -> JsonObject:
-        """A space and the rooms below it, as far as the user may see them, level by level (Spaces)."""
-        with self.store.read() as reader:
-            found: list[JsonObject] = []
-            level, seen = [room_id], {room_id}
-            for depth in range(max_depth + 1):
-                below: list[str] = []
-                for id in level:
-                    if len(found) > offset + limit:          # one more than is shown
-                        break
-                    if entry := self._space_entry(reader, who, id, suggested_only):
-                        found.append(entry)
-                        below += [event["state_key"] for event in entry["children_state"]]
-                if depth == 0 and not found:
-                    raise forbidden(f"{who.user_id} can't see the room {shorten(room_id)}")
-                level = [id for id in dict.fromkeys(below) if id not in seen]
-                seen.update(level)
-        more = {"next_batch": str(offset + limit)} if offset + limit < len(found) else {}
-        return {"rooms": found[offset:offset + limit], **more}
-
-    @staticmethod
-    def _space_entry(reader: Reader, who: Who, room_id: str, suggested_only: bool) -> JsonObject | None:
-        """A room and its m.space.child events, in the order of the space; None if it may not be seen."""
-        row = reader.room_row(room_id)
-        if not row:
-            return None
-        entry, own = public_entry(reader, row), reader.membership(who.user_id, row.n)
-        if not (open_to_all(entry) or (own and own[0] in ("join", "invite")) or reader.may_join_by_another(who.user_id, row.n)):
-            return None
-        children = [event for event in reader.state_at(row.n, type="m.space.child") if isinstance(event.content.get("via"), list)
-                    and (event.content.get("suggested") is True or not suggested_only)]
-        children.sort(key=lambda event: (str(event.content.get("order", "\x7f")), event.ts, event.state_key or ""))
-        entry["children_state"] = [{"type": event.type, "state_key": event.state_key, "content": event.content,
-                                    "sender": event.sender, "origin_server_ts": event.ts} for event in children]
-        return entry
-
-    # -- what passes: typing, receipts, read markers
-
-    def add_receipt(self, who: Who, room_id: str, types: Mapping[str, str], thread_id: str = "") -> None:
+class Receipts(Verbs):
+    """Up to where each user has read."""
+
+    @on_writer
+    def add(self, tx: Tx, who: Who, room_id: str, types: Mapping[str, str], thread_id: str = "") -> None:
         """`types`: m.read or m.read.private → the event that was read; m.fully_read becomes account data.
 
         `thread_id`: "main", the event ID of a thread's root, or "": the receipt is for all threads.
@@ -5748,158 +6275,39 @@ class Rooms:
                 raise MatrixError("M_INVALID_PARAM", "m.fully_read is for the whole room and takes no thread_id")
             if event_id[:1] != "$" or len(event_id.encode()) > MAX_ID_BYTES:
                 raise MatrixError("M_INVALID_PARAM", f"{shorten(event_id)!r} is no event ID")
+        room = room_for(tx, who, room_id, joined=True)
+        for type, event_id in types.items():
+            if type == "m.fully_read":
+                tx.set_account_data(who.user_id, room_id, type, to_json({"event_id": event_id}))
+            else:
+                self._add(tx, room, who.user_id, type, event_id, thread_id)
 
-        def job(tx: Tx) -> None:
-            room = room_for(tx, who, room_id, joined=True)
-            for type, event_id in types.items():
-                if type == "m.fully_read":
-                    tx.set_account_data(who.user_id, room_id, type, to_json({"event_id": event_id}))
-                else:
-                    self._receipt(tx, room, who, type, event_id, thread_id)
-        self.store.write(job, who.token)
-
-    def _receipt(self, tx: Tx, room: Room, who: Who, type: str, event_id: str, thread_id: str) -> None:
+    def _add(self, tx: Tx, room: Room, user_id: str, type: str, event_id: str, thread_id: str) -> None:
         """Moves forward only, so that a device that lags behind does not make unread again what another has read. What is
         no event of the room says nothing, and is no error either.
         """
         event = tx.event(room.n, event_id)
-        if event and not sees(tx, room, who.user_id, event.tick):
-            event = None
-        if event and thread_id and not in_thread(tx, event.tick, thread_id):
+        if not event or not sees(tx, room, user_id, event.tick):
+            return
+        if thread_id and not in_thread(tx, event.tick, thread_id):
             raise MatrixError("M_INVALID_PARAM", f"{event_id} is not in the thread {shorten(thread_id)}")
-        if event and event.tick > tick_of(tx.receipt(room.n, type, who.user_id, thread_id) or ""):
-            tx.add_receipt(room, type, who.user_id, thread_id, event_id, self.world.clock.now())
-            (tx.wake_room(room) if type == "m.read" else tx.wake(who.user_id))
+        if event.tick > tick_of(tx.receipt(room.n, type, user_id, thread_id) or ""):
+            tx.add_receipt(room, type, user_id, thread_id, event_id, self.clock.now())
+            (tx.wake_room(room) if type == "m.read" else tx.wake(user_id))
 
 
-PRESETS = {  # preset: join_rule, history_visibility, guest_access
-    "private_chat":         ("invite", "shared", "can_join"),
-    "trusted_private_chat": ("invite", "shared", "can_join"),
-    "public_chat":          ("public", "shared", "forbidden"),
-}
-
-
-class RoomPlan:
-    """A createRoom request, checked: what the room begins with."""
-
-    def __init__(self, world: World, who: Who, options: JsonObject) -> None:
-        self.who, self.options = who, options
-        version = field(options, "room_version", str, world.settings.room_version)
-        if version not in ROOM_VERSIONS:
-            raise MatrixError("M_UNSUPPORTED_ROOM_VERSION", f"room version {shorten(version)} is not offered; "
-                              f"these are: {', '.join(ROOM_VERSIONS)}")
-        self.version = ROOM_VERSIONS[version]
-        visibility = field(options, "visibility", str, "private")
-        self.published = visibility == "public"
-        self.preset = field(options, "preset", str, "public_chat" if self.published else "private_chat")
-        if visibility not in ("public", "private") or self.preset not in PRESETS:
-            raise MatrixError("M_INVALID_PARAM", f"visibility must be public or private, not {quoted(visibility)}; preset one of "
-                              f"{', '.join(PRESETS)}, not {quoted(self.preset)}")
-        self.invite = [check_id("@", user_id, world.name) for user_id in field(options, "invite", list, [])]
-        self.initial_state = field(options, "initial_state", list, [])
-        if len(self.invite) + len(self.initial_state) > MAX_FIRST_EVENTS:
-            raise MatrixError("M_TOO_LARGE", f"invite and initial_state may have {MAX_FIRST_EVENTS} entries together; send "
-                              "the others when the room is there")
-        self.is_direct = field(options, "is_direct", bool, False)
-        localpart = field(options, "room_alias_name", str, "")
-        if ":" in localpart or localpart[:1] == "#":
-            raise MatrixError("M_INVALID_PARAM", f"room_alias_name is what stands between '#' and ':' alone, not {quoted(localpart)}")
-        self.alias = check_id("#", f"#{localpart}:{world.name}") if localpart else ""
-        if self.alias:
-            world.registrations.check_may_create("aliases", self.alias, who.appservice)
-        check_canonical(options)
-
-    def drafts(self, member: JsonObject) -> Iterator[Draft]:
-        """The first events in the order of the spec, but for the invitations. `member`: content of the
-        creator's join.
-        """
-        get, sender = self.options.get, self.who.user_id
-        yield Draft("m.room.create", sender, self._create(), "")
-        yield Draft("m.room.member", sender, member, sender)
-        yield Draft("m.room.power_levels", sender, self._power_levels(), "")
-        if self.alias:
-            yield Draft("m.room.canonical_alias", sender, {"alias": self.alias}, "")
-        join_rule, visibility, guests = PRESETS[self.preset]
-        yield Draft("m.room.join_rules", sender, {"join_rule": join_rule}, "")
-        yield Draft("m.room.history_visibility", sender, {"history_visibility": visibility}, "")
-        yield Draft("m.room.guest_access", sender, {"guest_access": guests}, "")
-        for event in self.initial_state:
-            if not isinstance(event, dict):
-                raise MatrixError("M_BAD_JSON", "initial_state must be a list of objects with type, state_key "
-                                  "and content")
-            yield Draft(field(event, "type", str), sender, field(event, "content", dict),
-                        field(event, "state_key", str, ""))
-        for key in ("name", "topic"):
-            if get(key) is not None:
-                yield Draft(f"m.room.{key}", sender, {key: field(self.options, key, str)}, "")
-
-    def _create(self) -> JsonObject:
-        content = {**field(self.options, "creation_content", dict, {}), "room_version": self.version.id}
-        if self.version.create_has_creator:
-            content["creator"] = self.who.user_id
-        if self.version.creators_rule and self.preset == "trusted_private_chat" and self.invite:
-            content["additional_creators"] = [*field(content, "additional_creators", list, []), *self.invite]
-        if self.version.creators_rule and "additional_creators" in content:
-            creators = [check_id("@", user_id) for user_id in field(content, "additional_creators", list, [])]
-            content["additional_creators"] = sorted({*creators} - {self.who.user_id})
-        return content
-
-    def _power_levels(self) -> JsonObject:
-        trusted = self.invite if self.preset == "trusted_private_chat" else ()
-        tops = [] if self.version.creators_rule else [self.who.user_id, *trusted]
-        highest = 150 if self.version.creators_rule else 100
-        levels: JsonObject = {
-            "users": dict.fromkeys(tops, 100), "users_default": 0, "events_default": 0, "state_default": 50,
-            "ban": 50, "kick": 50, "redact": 50, "invite": 0, "historical": 100,
-            "events": {"m.room.name": 50, "m.room.avatar": 50, "m.room.canonical_alias": 50,
-                       "m.room.power_levels": 100,
-                       "m.room.history_visibility": 100, "m.room.encryption": 100,
-                       "m.room.server_acl": 100, "m.room.tombstone": highest}}
-        levels.update(field(self.options, "power_level_content_override", dict, {}))
-        users = levels.get("users")
-        if not self.version.creators_rule and not (isinstance(users, dict)
-                                                   and is_a(users.get(self.who.user_id), int)):
-            raise MatrixError("M_BAD_JSON", "power_level_content_override.users must give the room's creator "
-                              "a level, too; "
-                              "without it nobody could change the room")
-        return levels
-
-
-def public_entry(reader: Reader, row: RoomRow) -> JsonObject:
-    """One room of the directory (PublishedRoomsChunk)."""
-    state = reader.contents(row.n, ("m.room.create", "m.room.name", "m.room.topic", "m.room.avatar",
-                                    "m.room.canonical_alias",
-                                    "m.room.join_rules", "m.room.guest_access", "m.room.history_visibility"))
-
-    def get(type: str, key: str) -> Any:
-        return state.get(f"m.room.{type}", {}).get(key)
-
-    entry = {"room_id": row.room_id, "num_joined_members": reader.count_members(row.n, "join"),
-             "world_readable": get("history_visibility", "history_visibility") == "world_readable",
-             "guest_can_join": get("guest_access", "guest_access") == "can_join",
-             "join_rule": get("join_rules", "join_rule") or "invite",
-             "name": get("name", "name"), "topic": get("topic", "topic"), "avatar_url": get("avatar", "url"),
-             "canonical_alias": get("canonical_alias", "alias"), "room_type": get("create", "type")}
-    return {key: value for key, value in entry.items() if value is not None}
-
-
-def open_to_all(entry: JsonObject) -> bool:
-    """Whether anybody may know of the room with this entry, listed or not: to join it, to knock at it, or to read in it."""
-    return entry["join_rule"] in OPEN_RULES or bool(entry["world_readable"])
-
-
-# -- What passes: typing and presence, kept in memory only.
+# -- Typing and presence, kept in memory only (Typing Notifications, Presence). For the same.
 
 class Timer:
     """Does something when the next of some points of time has come, on a thread that is started when first needed."""
 
     def __init__(self, clock: Clock, name: str, next: Callable[[], float], do: Callable[[], object]) -> None:
-        self.clock, self._next, self._do = clock, next, do
+        self.clock, self._name = clock, name
+        self._next, self._do = next, do                      # tells the next point of time (monotonic), and what is done then
         self._due = math.inf                                 # what the thread waits for; inf while it looks
         self._bell, self._stopped = bell(), False
         self._guard = threading.Lock()                       # guards _thread
         self._thread: threading.Thread | None = None
-        self._name = name
 
     def set(self, at: float) -> None:
         """There is something to do at this monotonic time."""
@@ -5932,24 +6340,29 @@ class Timer:
             self._thread.join()
 
 
-class Typing:
-    """Who is typing where. Kept in memory only; a timer takes out who has stopped."""
+class Typing(Verbs):
+    """Who is typing where. A timer takes out who has stopped."""
 
     def __init__(self, world: World) -> None:
-        self.world = world
-        # room → tick of the last change, user → until when
-        self._rooms: dict[int, tuple[int, dict[str, float]]] = {}
+        super().__init__(world)
+        self._rooms: dict[int, tuple[int, dict[str, float]]] = {}    # room → tick of the last change, user → until when
         self._guard = threading.Lock()                       # guards _rooms
-        self._began = world.store.began()                    # whoever typed before this tick has stopped
-        self.timer = Timer(world.clock, "typing", self._ends, lambda: world.store.write(self._drop_expired))
-        world.store.on_membership = lambda room, user_id, tick: self._publish(room, tick, {user_id: None})
+        self._began = self.store.began()                     # whoever typed before this tick has stopped
+        self.timer = Timer(self.clock, "typing", self._ends, lambda: self.store.write(self._drop_expired))
+        self.store.on_membership = lambda room, user_id, tick: self._publish(room, tick, {user_id: None})
 
     def set(self, who: Who, room_id: str, until: float | None) -> None:
         """`until`: the clock's monotonic time; None: stopped typing."""
         def job(tx: Tx) -> None:
             self._change(tx, room_for(tx, who, room_id, joined=True), {who.user_id: until})
-        self.world.store.write(job, who.token)
+        self.store.write(job, who.token)
         self.timer.set(math.inf if until is None else until)
+
+    def since(self, room: int, since: int, now: int) -> JsonObject | None:
+        """The m.typing event of a room, if it changed after `since` and not after `now`."""
+        with self._guard:
+            tick, users = self._rooms.get(room, (self._began, {}))
+            return {"type": "m.typing", "content": {"user_ids": sorted(users)}} if since < tick <= now else None
 
     def _change(self, tx: Tx, room: Room, users: Mapping[str, float | None]) -> None:
         tick = tx.tick()
@@ -5958,33 +6371,23 @@ class Typing:
         tx.after.append(lambda: self._publish(room.n, tick, users))
         with self._guard:
             now = {**self._rooms.get(room.n, (0, {}))[1], **users}
-        typing = sorted(user_id for user_id, until in now.items() if until is not None)
         for user_id in users:
-            tx.push_ephemeral(room, user_id, "m.typing", {"content": {"user_ids": typing}})
+            tx.push_ephemeral(room, user_id, "m.typing", {"content": {"user_ids": sorted(without_none(now))}})
 
     def _publish(self, room: int, tick: int, users: Mapping[str, float | None]) -> None:
         with self._guard:
             before = self._rooms.get(room, (0, {}))[1]
-            if not before.keys() & users.keys() and not any(users.values()):
-                return                                       # who stopped had not started
-            now = {**before, **users}
-            self._rooms[room] = (tick, {user_id: until for user_id, until in now.items() if until is not None})
-
-    def since(self, room: int, since: int, now: int) -> JsonObject | None:
-        """The m.typing event of a room, if it changed after `since` and not after `now`."""
-        with self._guard:
-            tick, users = self._rooms.get(room, (self._began, {}))
-            return {"type": "m.typing", "content": {"user_ids": sorted(users)}} if since < tick <= now else None
+            if before.keys() & users.keys() or any(users.values()):          # else who stopped had not started
+                self._rooms[room] = (tick, without_none({**before, **users}))
 
     def _ends(self) -> float:
         with self._guard:
             return min((until for _, users in self._rooms.values() for until in users.values()), default=math.inf)
 
     def _drop_expired(self, tx: Tx) -> None:
-        now = self.world.clock.monotonic()
+        now = self.clock.monotonic()
         with self._guard:
-            ended = {room: [user for user, until in users.items() if until <= now] for room,
-                     (_, users) in self._rooms.items()}
+            ended = {room: [user for user, until in users.items() if until <= now] for room, (_, users) in self._rooms.items()}
         over = {room: users for room, users in ended.items() if users}
         for room in list(tx.rooms.values()):
             if room.n in over:
@@ -6017,29 +6420,36 @@ class Status(NamedTuple):
         """When it is too long without doing anything. A ghost, which stays, is as its application service says."""
         return self.active_at + UNAVAILABLE_SECONDS if self.presence == "online" and self.until < math.inf else math.inf
 
+    @property
+    def next_at(self) -> float:
+        """When it becomes another by itself."""
+        return min(self.until, self.idle_at)
+
+    def lasting(self, until: float) -> Status:
+        """Who is there, not offline before `until`; who was offline, from then on."""
+        return self._replace(until=until if self.presence == "offline" else max(until, self.until))
+
     def content(self, now: int) -> JsonObject:
         """Of m.presence."""
-        active = {"last_active_ago": max(0, now - self.active_ts)} if self.active_ts else {}
-        message = {} if self.message is None else {"status_msg": self.message}
-        return {"presence": self.presence, "currently_active": self.presence == "online", **active, **message}
+        return without_none({"presence": self.presence, "currently_active": self.presence == "online",
+                             "last_active_ago": max(0, now - self.active_ts) if self.active_ts else None, "status_msg": self.message})
 
 
-class Presence:
-    """Who is there. Kept in memory only: after a start everybody is offline until they come back (Presence)."""
+class Presence(Verbs):
+    """Who is there. After a start everybody is offline until they come back."""
 
     def __init__(self, world: World) -> None:
-        self.world = world
-        self._users: dict[str, Status] = {}
+        super().__init__(world)
+        self._users: dict[str, Status] = {}                  # who has been there since the start
         self._guard = threading.Lock()                       # guards _users
         self._last = 0                                       # tick of the last change of all
-        self.timer = Timer(world.clock, "presence", self._next, self._expire)
+        self.timer = Timer(self.clock, "presence", self._next, self._expire)
 
     def set(self, who: Who, presence: str, message: str | None) -> None:
         """As the user says. A ghost is so until its application service says otherwise."""
         def change(status: Status, now: float) -> Status:
             until = math.inf if who.appservice or presence == "offline" else now + OFFLINE_SECONDS
-            return status._replace(presence=presence, message=message, active_at=now,
-                                   until=until if status.presence == "offline" else max(until, status.until))
+            return status.lasting(until)._replace(presence=presence, message=message, active_at=now)
         self._change(who.user_id, change)
 
     def polling(self, who: Who, wish: str, seconds: float) -> None:
@@ -6047,11 +6457,11 @@ class Presence:
         the device's last one: of several devices, the one that is most there counts.
         """
         def change(status: Status, now: float) -> Status:
-            until, back = now + seconds + OFFLINE_SECONDS, status.presence == "offline"
-            if back or status.wishes.get(who.device_id) != wish:
-                wishes = {**status.wishes, who.device_id: wish}
-                status = status._replace(presence=min(wishes.values(), key=PRESENCES.index), active_at=now, wishes=wishes)
-            return status._replace(until=until if back else max(until, status.until))
+            after = status.lasting(now + seconds + OFFLINE_SECONDS)
+            if status.presence != "offline" and status.wishes.get(who.device_id) == wish:
+                return after
+            wishes = {**status.wishes, who.device_id: wish}
+            return after._replace(presence=min(wishes.values(), key=PRESENCES.index), active_at=now, wishes=wishes)
         if wish != "offline":
             self._change(who.user_id, change)
 
@@ -6062,18 +6472,18 @@ class Presence:
                 active_at=now, presence="offline" if status.presence == "offline" else "online"))
 
     def get(self, who: Who, user_id: str) -> JsonObject:
-        with self.world.store.read() as reader:
+        with self.store.read() as reader:
             own = who.appservice and self.world.registrations.claim_of(who.appservice, "users", user_id)
             if not own and user_id not in reader.met_by(who.user_id, [user_id]):
                 raise forbidden(f"{who.user_id} is in no room with {shorten(user_id)}")
-        return self._users.get(user_id, Status()).content(self.world.clock.now())
+        return self._users.get(user_id, Status()).content(self.clock.now())
 
     def since(self, reader: Reader, user_id: str, since: int, now: int, new: Iterable[str] = ()) -> list[JsonObject]:
         """An m.presence event for each whom the user meets and who changed after `since` and not after `now`; `new`: whom
         the user has not met before.
         """
-        if since and since < self.world.store.started_at:    # whoever was online then may have been told of
-            new = self.world.store.users
+        if since and since < self.store.started_at:          # whoever was online then may have been told of
+            new = self.store.users
         if self._last <= since and not new:
             return []
         with self._guard:
@@ -6083,29 +6493,28 @@ class Presence:
         return self.events([other for other, status in told.items() if other in met and (since or status.presence != "offline")])
 
     def events(self, user_ids: Iterable[str]) -> list[JsonObject]:
-        now = self.world.clock.now()
+        now = self.clock.now()
         return [{"type": "m.presence", "sender": user_id, "content": self._users.get(user_id, Status()).content(now)}
                 for user_id in user_ids]
 
     def _change(self, user_id: str, change: Callable[[Status, float], Status]) -> None:
         """Changes a status. Only what others see takes a tick."""
-        now = self.world.clock.monotonic()
+        now = self.clock.monotonic()
         with self._guard:
             old = self._users.get(user_id, Status())
             new = change(old, now)
             if new.active_at == now:
-                new = new._replace(active_ts=self.world.clock.now())
-            seen = (old.presence, old.message) != (new.presence, new.message)
+                new = new._replace(active_ts=self.clock.now())
             self._users[user_id] = new
         try:
-            if seen:
+            if (old.presence, old.message) != (new.presence, new.message):
                 self._tell(user_id)
         except Exception:                                    # nobody was told, so it has not happened
             with self._guard:
                 if self._users[user_id] is new:
                     self._users[user_id] = old
             raise
-        self.timer.set(min(new.until, new.idle_at))
+        self.timer.set(new.next_at)
 
     def _tell(self, user_id: str) -> None:
         def job(tx: Tx) -> None:
@@ -6113,7 +6522,7 @@ class Presence:
             tx.push_presence(user_id, *self.events([user_id]))
             tx.after.append(lambda: self._publish(user_id, tick))
             tx.woken_around.add(user_id)
-        self.world.store.write(job)
+        self.store.write(job)
 
     def _publish(self, user_id: str, tick: int) -> None:
         with self._guard:
@@ -6122,24 +6531,24 @@ class Presence:
 
     def _next(self) -> float:
         with self._guard:
-            return min((min(status.until, status.idle_at) for status in self._users.values()), default=math.inf)
+            return min((status.next_at for status in self._users.values()), default=math.inf)
 
     def _expire(self) -> None:
-        now = self.world.clock.monotonic()
+        now = self.clock.monotonic()
         with self._guard:
-            over = [user_id for user_id, status in self._users.items() if min(status.until, status.idle_at) <= now]
+            over = [user_id for user_id, status in self._users.items() if status.next_at <= now]
         for user_id in over:
             self._change(user_id, Status.at)
 
 
-# -- Media.
+# -- Media: what was uploaded, kept in the database as it came (Content repository). For clients.
 
-class Media:
-    """What was uploaded: kept in the database."""
+class Media(Verbs):
+    """Uploads and downloads."""
 
     def __init__(self, world: World) -> None:
-        self.world, self.store = world, world.store
-        self._under_way = collections.Counter[str]()         # by user
+        super().__init__(world)
+        self._under_way = collections.Counter[str]()         # large uploads, by user
         self._guard = threading.Lock()                       # guards it
 
     @contextlib.contextmanager
@@ -6156,104 +6565,106 @@ class Media:
             with self._guard:
                 self._under_way -= collections.Counter([who.user_id])        # which forgets who has none
 
-    def upload(self, who: Who, content: bytes, content_type: str, filename: str | None) -> str:
-        """The mxc: URI of the new content."""
-        return self._put(who, self.world.chance.text(who.user_id, 24), content, content_type, filename)
-
-    def _put(self, who: Who, media_id: str, content: bytes | None, content_type: str, filename: str | None) -> str:
-        now = self.world.clock.now()
+    def upload(self, who: Who, content: bytes | None, content_type: str, filename: str | None) -> str:
+        """The mxc: URI of the new content; None: it comes later."""
+        media_id, now = self.world.chance.text(who.user_id, 24), self.clock.now()
         self.store.write(lambda tx: tx.put_media(media_id, content_type, filename, who.user_id, now, content), who.token)
         return f"mxc://{self.world.name}/{media_id}"
 
     def create(self, who: Who) -> JsonObject:
         """A URI whose content comes later (asynchronous upload), by the same user and within a day."""
-        return {"content_uri": self._put(who, self.world.chance.text(who.user_id, 24), None, "", None),
-                "unused_expires_at": self.world.clock.now() + UNUSED_MEDIA_MS}
+        return {"content_uri": self.upload(who, None, "", None), "unused_expires_at": self.clock.now() + UNUSED_MEDIA_MS}
 
-    def fill(self, who: Who, server_name: str, media_id: str, content: bytes, content_type: str, filename: str | None) -> None:
-        def job(tx: Tx) -> None:
-            row = tx.media(media_id) if server_name == self.world.name else None
-            if not row or (row[2] is None and row[4] + UNUSED_MEDIA_MS < self.world.clock.now()):
-                raise self._not_found(server_name, media_id)
-            if row[3] != who.user_id:
-                raise forbidden(f"the URI was made by somebody else than {who.user_id}")
-            if row[2] is not None:
-                raise MatrixError("M_CANNOT_OVERWRITE_MEDIA", "this has its content already; make another URI")
-            tx.put_media(media_id, content_type, filename, who.user_id, row[4], content)
-        self.store.write(job, who.token)
+    @on_writer
+    def fill(self, tx: Tx, who: Who, server_name: str, media_id: str, content: bytes, content_type: str, filename: str | None) -> None:
+        _, _, known, owner, created_ts = self._row(tx, server_name, media_id, self.clock.now() - UNUSED_MEDIA_MS)
+        if owner != who.user_id:
+            raise forbidden(f"the URI was made by somebody else than {who.user_id}")
+        if known is not None:
+            raise MatrixError("M_CANNOT_OVERWRITE_MEDIA", "this has its content already; make another URI")
+        tx.put_media(media_id, content_type, filename, who.user_id, created_ts, content)
+
+    def _row(self, reader: Reader, server_name: str, media_id: str, since: int = 0) -> Any:
+        """(content_type, filename, content, user_id, created_ts); M_NOT_FOUND, also if it has been empty since before `since`."""
+        row = reader.media(media_id) if server_name == self.world.name else None
+        if not row or (row[2] is None and row[4] < since):
+            raise MatrixError("M_NOT_FOUND", f"there is no media mxc://{shorten(server_name)}/{shorten(media_id)} on this server")
+        return row
 
     def download(self, server_name: str, media_id: str, timeout: float = 0.0) -> tuple[str, str | None, bytes]:
         """Type, file name and content, for which it waits up to `timeout` seconds if only its URI was made yet."""
-        clock, waiting = self.world.clock, self.store.waiters.enter(media_id)
+        clock, waiting = self.clock, self.store.waiters.enter(media_id)
         deadline = clock.monotonic() + timeout
         try:
             while True:
                 with self.store.read() as reader:
-                    row = reader.media(media_id) if server_name == self.world.name else None
-                if not row:
-                    raise self._not_found(server_name, media_id)
-                if row[2] is not None:
-                    return row[0], row[1], row[2]
+                    content_type, filename, content, _, _ = self._row(reader, server_name, media_id)
+                if content is not None:
+                    return content_type, filename, content
                 if clock.monotonic() >= deadline or self.world.stopping:
                     raise MatrixError("M_NOT_YET_UPLOADED", "the content of this URI has not been uploaded yet; try again later")
                 self.store.waiters.wait(waiting, deadline)
         finally:
             self.store.waiters.leave(media_id, waiting)
 
-    @staticmethod
-    def _not_found(server_name: str, media_id: str) -> MatrixError:
-        return MatrixError("M_NOT_FOUND", f"there is no media mxc://{shorten(server_name)}/{shorten(media_id)} on this server")
 
-
-# -- Keys: for end-to-end encryption, which the homeserver only serves and does not understand. To be skipped by a
-# reader who comes for the application service.
+# -- Keys for end-to-end encryption, and messages from device to device (End-to-End Encryption, Send-to-Device messaging). The
+# homeserver only serves them and does not understand them. For clients.
 
 USAGES = ("master", "self_signing", "user_signing")
 
 
-class Keys:
-    """Device keys, one-time keys and cross-signing keys, and messages from device to device."""
+def public_part(key: JsonObject) -> str:
+    """The public key of a cross-signing key, by which it is named; '' if it has not exactly one."""
+    keys = list(field(key, "keys", dict, {}).items())
+    return str(keys[0][1]) if len(keys) == 1 and keys[0][0] == f"ed25519:{keys[0][1]}" else ""
 
-    def __init__(self, world: World) -> None:
-        self.world, self.store = world, world.store
+
+def bare(key: JsonObject) -> JsonObject:
+    """What of a key is signed."""
+    return {name: value for name, value in key.items() if name not in ("signatures", "unsigned")}
+
+
+def signatures_by(user_id: str, key: JsonObject) -> JsonObject:
+    """On an uploaded key: {key ID: signature}."""
+    return field(field(key, "signatures", dict, {}), user_id, dict, {})
+
+
+class Keys(Verbs):
+    """Device keys, one-time keys and cross-signing keys, and messages from device to device."""
 
     # -- of one device
 
-    def upload(self, who: Who, device_keys: JsonObject, one_time: JsonObject, fallback: JsonObject) -> dict[str, int]:
+    @on_writer
+    def upload(self, tx: Tx, who: Who, device_keys: JsonObject, one_time: JsonObject, fallback: JsonObject) -> dict[str, int]:
         """Publishes keys of the asking device; the number of its one-time keys by algorithm."""
-        user_id, device_id = who.user_id, self._own_device(who)
-        self._check_upload(who, device_keys, {**one_time, **fallback})
-
-        def job(tx: Tx) -> dict[str, int]:
-            if not tx.device(user_id, device_id):
-                raise MatrixError("M_UNKNOWN_DEVICE", f"{user_id} has no device {shorten(device_id)} any more")
-            known = tx.device_keys(user_id, device_id)
-            if device_keys and (known is None or json.loads(known) != device_keys):
-                tx.put_device_keys(user_id, device_id, to_json(device_keys))
-            for key_id, key in one_time.items():
-                known = tx.one_time_key(user_id, device_id, key_id)
-                if known is None:
-                    tx.put_one_time_key(user_id, device_id, key_id, to_json(key))
-                elif json.loads(known) != key:
-                    raise MatrixError("M_INVALID_PARAM", f"One time key {shorten(key_id)} already exists, and is another")
-            for key_id, key in fallback.items():
-                tx.put_fallback_key(user_id, device_id, key_id, to_json(key))
-            return tx.one_time_counts(user_id, device_id)
-        return self.store.write(job, who.token)
+        user_id, device_id = who.user_id, self._check_upload(who, device_keys, {**one_time, **fallback})
+        if not tx.device(user_id, device_id):
+            raise MatrixError("M_UNKNOWN_DEVICE", f"{user_id} has no device {shorten(device_id)} any more")
+        known = tx.device_keys(user_id, device_id)
+        if device_keys and (known is None or json.loads(known) != device_keys):
+            tx.put_device_keys(user_id, device_id, to_json(device_keys))
+        for key_id, key in one_time.items():
+            known = tx.one_time_key(user_id, device_id, key_id)
+            if known is None:
+                tx.put_one_time_key(user_id, device_id, key_id, to_json(key))
+            elif json.loads(known) != key:
+                raise MatrixError("M_INVALID_PARAM", f"One time key {shorten(key_id)} already exists, and is another")
+        for key_id, key in fallback.items():
+            tx.put_fallback_key(user_id, device_id, key_id, to_json(key))
+        return tx.one_time_counts(user_id, device_id)
 
     @staticmethod
-    def _own_device(who: Who) -> str:
+    def _check_upload(who: Who, device_keys: JsonObject, others: JsonObject) -> str:
+        """The asking device, if these may be its keys."""
         if not who.device_id:
             raise MatrixError("M_MISSING_PARAM", "this is for a device: log in, or name one of the user's with device_id in the query")
-        return who.device_id
-
-    @staticmethod
-    def _check_upload(who: Who, device_keys: JsonObject, others: JsonObject) -> None:
         if device_keys and (device_keys.get("user_id"), device_keys.get("device_id")) != (who.user_id, who.device_id):
             raise MatrixError("M_INVALID_PARAM", f"device_keys must be those of {who.user_id} and of the device {who.device_id}")
         for key_id, key in others.items():
             if not re.fullmatch(r"[^:]+:.+", key_id) or not isinstance(key, (str, dict)):
                 raise MatrixError("M_INVALID_PARAM", f"{quoted({key_id: key})} is not of the form {{\"algorithm:id\": key}}")
+        return who.device_id
 
     # -- of everybody
 
@@ -6265,40 +6676,35 @@ class Keys:
                 if server_of(user_id) != self.world.name:
                     answer["failures"][server_of(user_id)] = {"errcode": "M_UNRECOGNIZED", "error": "this server does not federate"}
                     continue
-                signed = self._signer(reader, user_id, who.user_id)
+                rows = reader.signatures(user_id, who.user_id)
                 answer["device_keys"][user_id] = {
-                    device_id: {**signed(device_id, json.loads(text)), "unsigned": {"device_display_name": name} if name else {}}
+                    device_id: {**self._signed(json.loads(text), device_id, rows),
+                                "unsigned": {"device_display_name": name} if name else {}}
                     for device_id, name, text in reader.keys_of(user_id) if not device_ids or device_id in device_ids}
                 for usage, key in reader.cross_signing(user_id).items():
                     if usage != "user_signing" or user_id == who.user_id:
-                        answer[f"{usage}_keys"][user_id] = signed(public_part(key), key)
+                        answer[f"{usage}_keys"][user_id] = self._signed(key, public_part(key), rows)
         return answer
 
     @staticmethod
-    def _signer(reader: Reader, user_id: str, asker: str) -> Callable[[str, JsonObject], JsonObject]:
-        """A function that adds to one of the user's keys the signatures on it that the asker may see."""
-        rows = reader.signatures(user_id, asker)
+    def _signed(key: JsonObject, name: str, rows: list[Any]) -> JsonObject:
+        """The key of this name with the signatures on it that are among the rows."""
+        claimed = key.get("signatures")                      # whatever a client may have put there
+        by_signer = claimed if isinstance(claimed, dict) else {}
+        signatures = {signer: dict(by) for signer, by in by_signer.items() if isinstance(by, dict)}
+        for _, signer, key_id, signature in (row for row in rows if row[0] == name):
+            signatures.setdefault(signer, {})[key_id] = signature
+        return {**key, "signatures": signatures}
 
-        def signed(name: str, key: JsonObject) -> JsonObject:
-            claimed = key.get("signatures")                    # whatever a client may have put there
-            by_signer = claimed if isinstance(claimed, dict) else {}
-            signatures = {signer: dict(by) for signer, by in by_signer.items() if isinstance(by, dict)}
-            for _, signer, key_id, signature in (row for row in rows if row[0] == name):
-                signatures.setdefault(signer, {})[key_id] = signature
-            return {**key, "signatures": signatures}
-        return signed
-
-    def claim(self, who: Who, wanted: Mapping[str, JsonObject]) -> JsonObject:
+    @on_writer
+    def claim(self, tx: Tx, who: Who, wanted: Mapping[str, JsonObject]) -> JsonObject:
         """One key of each device, {user: {device: algorithm}}; each one-time key goes out once, then the fallback key."""
-        def job(tx: Tx) -> JsonObject:
-            found: dict[str, dict[str, JsonObject]] = {}
-            for user_id, devices in wanted.items():
-                for device_id in devices:
-                    key = tx.claim_key(user_id, device_id, field(devices, device_id, str))
-                    if key:
-                        found.setdefault(user_id, {})[device_id] = {key[0]: Raw(key[1])}
-            return found
-        return {"one_time_keys": self.store.write(job, who.token), "failures": {}}
+        found: dict[str, dict[str, JsonObject]] = {}
+        for user_id, devices in wanted.items():
+            for device_id in devices:
+                if key := tx.claim_key(user_id, device_id, field(devices, device_id, str)):
+                    found.setdefault(user_id, {})[device_id] = {key[0]: Raw(key[1])}
+        return {"one_time_keys": found, "failures": {}}
 
     # -- cross-signing
 
@@ -6314,8 +6720,7 @@ class Keys:
         if not master:
             raise MatrixError("M_MISSING_PARAM", "there is no master key yet; upload it with or before the others")
         for usage in keys.keys() - {"master"}:
-            signatures = field(field(keys[usage], "signatures", dict, {}), who.user_id, dict, {})
-            if f"ed25519:{public_part(master)}" not in signatures:
+            if f"ed25519:{public_part(master)}" not in signatures_by(who.user_id, keys[usage]):
                 raise MatrixError("M_INVALID_SIGNATURE", f"the {usage} key must be signed by the master key")
         return self._replaces(keys, known)
 
@@ -6323,32 +6728,30 @@ class Keys:
     def _replaces(keys: Mapping[str, JsonObject], known: Mapping[str, JsonObject]) -> bool:
         return "master" in known and any(bare(known.get(usage, {})) != bare(key) for usage, key in keys.items())
 
-    def upload_cross_signing(self, who: Who, keys: Mapping[str, JsonObject], confirmed: bool) -> None:
-        def job(tx: Tx) -> None:
-            known = tx.cross_signing(who.user_id)
-            if self._replaces(keys, known) and not confirmed:
-                raise forbidden("other cross-signing keys have been uploaded meanwhile; try again, and confirm that these replace them")
-            if "master" in keys and bare(keys["master"]) != bare(known.get("master", {})):
-                tx.delete_cross_signing(who.user_id)         # what the old one has signed is worth nothing now
-            for usage, key in keys.items():
-                tx.put_cross_signing(who.user_id, usage, to_json(key))
-            tx.keys_changed(who.user_id)
-        self.store.write(job, who.token)
+    @on_writer
+    def upload_cross_signing(self, tx: Tx, who: Who, keys: Mapping[str, JsonObject], confirmed: bool) -> None:
+        known = tx.cross_signing(who.user_id)
+        if self._replaces(keys, known) and not confirmed:
+            raise forbidden("other cross-signing keys have been uploaded meanwhile; try again, and confirm that these replace them")
+        if "master" in keys and bare(keys["master"]) != bare(known.get("master", {})):
+            tx.delete_cross_signing(who.user_id)             # what the old one has signed is worth nothing now
+        for usage, key in keys.items():
+            tx.put_cross_signing(who.user_id, usage, to_json(key))
+        tx.keys_changed(who.user_id)
 
-    def upload_signatures(self, who: Who, signed: Mapping[str, JsonObject]) -> JsonObject:
+    @on_writer
+    def upload_signatures(self, tx: Tx, who: Who, signed: Mapping[str, JsonObject]) -> JsonObject:
         """Adds the asking user's signatures, {user: {device or public key: signed object}}; the failures."""
-        def job(tx: Tx) -> JsonObject:
-            failures: JsonObject = {}
-            for user_id, keys in signed.items():
-                for name in keys:
-                    try:
-                        self._add_signatures(tx, who, user_id, name, field(keys, name, dict))
-                    except MatrixError as error:
-                        failures.setdefault(user_id, {})[name] = error.body()
-            if signed.get(who.user_id, {}).keys() - failures.get(who.user_id, {}).keys():
-                tx.keys_changed(who.user_id)
-            return failures
-        return {"failures": self.store.write(job, who.token)}
+        failures: JsonObject = {}
+        for user_id, keys in signed.items():
+            for name in keys:
+                try:
+                    self._add_signatures(tx, who, user_id, name, field(keys, name, dict))
+                except MatrixError as error:
+                    failures.setdefault(user_id, {})[name] = error.body()
+        if signed.get(who.user_id, {}).keys() - failures.get(who.user_id, {}).keys():
+            tx.keys_changed(who.user_id)
+        return {"failures": failures}
 
     @staticmethod
     def _add_signatures(tx: Tx, who: Who, user_id: str, name: str, key: JsonObject) -> None:
@@ -6358,7 +6761,7 @@ class Keys:
         known = master if public_part(master) == name else json.loads(text or "{}")
         if not known:
             raise MatrixError("M_NOT_FOUND", f"{shorten(user_id)} has no key {shorten(name)} that {who.user_id} may sign")
-        signatures = field(field(key, "signatures", dict, {}), who.user_id, dict, {})
+        signatures = signatures_by(who.user_id, key)
         if bare(known) != bare(key) or not signatures:
             raise MatrixError("M_INVALID_SIGNATURE", f"what is signed must be the key {shorten(name)} as it was uploaded, "
                               f"with a signature of {who.user_id}")
@@ -6370,54 +6773,38 @@ class Keys:
 
     # -- messages
 
-    def send_to_device(self, who: Who, type: str, txn_id: str, messages: Mapping[str, JsonObject]) -> None:
+    @on_writer
+    def send_to_device(self, tx: Tx, who: Who, type: str, txn_id: str, messages: Mapping[str, JsonObject]) -> None:
         """Leaves messages for devices, {user: {device or '*': content}}; once for each client transaction ID. For a
         device that does not exist: nothing.
         """
         for contents in messages.values():
             for device_id in contents:
                 field(contents, device_id, dict)
-
-        def job(tx: Tx) -> None:
-            if not tx.first_to_device(who.user_id, who.device_id or "", type, txn_id, self.world.clock.now()):
-                return
-            for user_id, contents in messages.items():
-                for device_id in [row[0] for row in tx.devices(user_id)]:
-                    content = contents.get(device_id, contents.get("*"))
-                    if content is not None:
-                        tx.add_to_device(user_id, device_id, {"type": type, "sender": who.user_id, "content": content})
-        self.store.write(job, who.token)
+        if not tx.first_to_device(who.user_id, who.device_id or "", type, txn_id, self.clock.now()):
+            return
+        for user_id, contents in messages.items():
+            for device_id in [row[0] for row in tx.devices(user_id)]:
+                content = contents.get(device_id, contents.get("*"))
+                if content is not None:
+                    tx.add_to_device(user_id, device_id, {"type": type, "sender": who.user_id, "content": content})
 
 
-def public_part(key: JsonObject) -> str:
-    """The public key of a cross-signing key, by which it is named; '' if it has not exactly one."""
-    keys = list(field(key, "keys", dict, {}).items())
-    return str(keys[0][1]) if len(keys) == 1 and keys[0][0] == f"ed25519:{keys[0][1]}" else ""
+# -- Key backups (Server-side key backups). For clients.
 
-
-def bare(key: JsonObject) -> JsonObject:
-    """What of a key is signed."""
-    return {name: value for name, value in key.items() if name not in ("signatures", "unsigned")}
-
-
-class Backups:
-    """Encrypted copies of room keys, for new devices of the same user (Server-side key backups)."""
-
-    def __init__(self, world: World) -> None:
-        self.store = world.store
+class Backups(Verbs):
+    """Encrypted copies of room keys, for new devices of the same user. Each version has an etag, which changes with its keys."""
 
     def create(self, who: Who, algorithm: str, auth_data: JsonObject) -> str:
         return str(self.store.write(lambda tx: tx.add_backup(who.user_id, algorithm, to_json(auth_data)), who.token))
 
     @staticmethod
     def _find(reader: Reader, who: Who, version: str | None) -> Any:
-        """The row of this version, or of the last; M_NOT_FOUND."""
+        """(version, algorithm, auth_data, etag, number of keys) of this version, or of the last; M_NOT_FOUND."""
         number = None if version is None else number_in(version)
         row = None if number is None and version is not None else reader.backup(who.user_id, number)
-        if not row:
-            which = f"key backup of version {shorten(version)}" if version else "key backup"
-            raise MatrixError("M_NOT_FOUND", f"{who.user_id} has no {which}")
-        return row
+        which = f"key backup of version {shorten(version)}" if version else "key backup"
+        return existing(row, f"{who.user_id} has no {which}")
 
     def get(self, who: Who, version: str | None) -> JsonObject:
         with self.store.read() as reader:
@@ -6428,45 +6815,41 @@ class Backups:
     def _size(row: Any) -> JsonObject:
         return {"etag": str(row[3]), "count": row[4]}
 
-    def update(self, who: Who, version: str, algorithm: str, auth_data: JsonObject) -> None:
-        def job(tx: Tx) -> None:
-            row = self._find(tx, who, version)
-            if row[1] != algorithm:
-                raise MatrixError("M_INVALID_PARAM", f"the algorithm of this backup is {row[1]} and can't be changed")
-            tx.set_backup_auth(row[0], to_json(auth_data))
-        self.store.write(job, who.token)
+    @on_writer
+    def update(self, tx: Tx, who: Who, version: str, algorithm: str, auth_data: JsonObject) -> None:
+        row = self._find(tx, who, version)
+        if row[1] != algorithm:
+            raise MatrixError("M_INVALID_PARAM", f"the algorithm of this backup is {row[1]} and can't be changed")
+        tx.set_backup_auth(row[0], to_json(auth_data))
 
     def delete(self, who: Who, version: str) -> None:
         self.store.write(lambda tx: tx.delete_backup(self._find(tx, who, version)[0]), who.token)
 
-    def put_keys(self, who: Who, version: str, rooms: Mapping[str, Mapping[str, JsonObject]]) -> JsonObject:
+    @on_writer
+    def put_keys(self, tx: Tx, who: Who, version: str, rooms: Mapping[str, Mapping[str, JsonObject]]) -> JsonObject:
         """Adds keys, {room: {session: key}}, to the last backup. One that is there stays, unless the new one is better."""
-        for sessions in rooms.values():
-            for key in sessions.values():
-                self._quality(key)
-                field(key, "session_data", dict)
-
-        def job(tx: Tx) -> JsonObject:
-            row, last = self._find(tx, who, version), self._find(tx, who, None)
-            if row != last:
-                raise MatrixError("M_WRONG_ROOM_KEYS_VERSION", f"the backup to write to is version {last[0]}, not "
-                                  f"{shorten(version)}", current_version=str(last[0]))
-            new = [(room_id, session_id, key) for room_id, sessions in rooms.items() for session_id, key in sessions.items()
-                   if self._is_better(key, tx.backup_keys(last[0], room_id, session_id))]
-            for room_id, session_id, key in new:
+        keys = [(room_id, session_id, key) for room_id, sessions in rooms.items() for session_id, key in sessions.items()]
+        for _, _, key in keys:
+            self._quality(key)
+            field(key, "session_data", dict)
+        row, last = self._find(tx, who, version), self._find(tx, who, None)
+        if row != last:
+            raise MatrixError("M_WRONG_ROOM_KEYS_VERSION", f"the backup to write to is version {last[0]}, not "
+                              f"{shorten(version)}", current_version=str(last[0]))
+        changed = False
+        for room_id, session_id, key in keys:
+            known = tx.backup_keys(last[0], room_id, session_id)
+            if not known or self._quality(key) < self._quality(json.loads(known[0][2])):
                 tx.put_backup_key(last[0], room_id, session_id, to_json(key))
-            if new:
-                tx.backup_changed(last[0])
-            return self._size(self._find(tx, who, version))
-        return self.store.write(job, who.token)
+                changed = True
+        if changed:
+            tx.backup_changed(last[0])
+        return self._size(self._find(tx, who, version))
 
     @staticmethod
     def _quality(key: JsonObject) -> tuple[bool, int, int]:
         """The less, the better."""
         return not field(key, "is_verified", bool), field(key, "first_message_index", int), field(key, "forwarded_count", int)
-
-    def _is_better(self, key: JsonObject, known: list[Any]) -> bool:
-        return not known or self._quality(key) < self._quality(json.loads(known[0][2]))
 
     def keys(self, who: Who, version: str, room_id: str | None, session_id: str | None) -> dict[str, JsonObject]:
         """{room: {session: key}} of a backup, of one room, or of one session."""
@@ -6476,17 +6859,15 @@ class Backups:
                 found.setdefault(room, {})[session] = Raw(text)
         return found
 
-    def delete_keys(self, who: Who, version: str, room_id: str | None, session_id: str | None) -> JsonObject:
-        def job(tx: Tx) -> JsonObject:
-            n = self._find(tx, who, version)[0]
-            if tx.delete_backup_keys(n, room_id, session_id):
-                tx.backup_changed(n)
-            return self._size(self._find(tx, who, version))
-        return self.store.write(job, who.token)
+    @on_writer
+    def delete_keys(self, tx: Tx, who: Who, version: str, room_id: str | None, session_id: str | None) -> JsonObject:
+        n = self._find(tx, who, version)[0]
+        if tx.delete_backup_keys(n, room_id, session_id):
+            tx.backup_changed(n)
+        return self._size(self._find(tx, who, version))
 
 
-# -- Notifications: push rules, and what is unread (Push Notifications; Receiving notifications). They are for clients only:
-# a reader who comes for the application service may skip them, down to "Sync".
+# -- Push rules: which events notify whom (Push Notifications). For clients.
 
 RULE_KINDS = ("override", "content", "room", "sender", "underride")      # in the order in which they are asked
 CONDITIONS: dict[str, JsonObject] = {        # the words of the table below; what has a '=' in it is key=pattern
@@ -6526,17 +6907,13 @@ LEGACY_RULES = (".m.rule.contains_display_name", ".m.rule.roomnotif", ".m.rule.c
 JSON_TYPES = (str, int, bool, type(None))        # what event_property_is and event_property_contains compare
 
 
-def default_condition(word: str) -> JsonObject:
-    key, _, pattern = word.partition("=")
-    return CONDITIONS.get(word, {"kind": "event_match", "key": key, "pattern": pattern})
-
-
 @functools.lru_cache(maxsize=1000)
 def default_rules(user_id: str) -> Raw:
     """Content of m.push_rules for a user who has changed nothing."""
     rules: dict[str, list[JsonObject]] = {kind: [] for kind in RULE_KINDS}
     for kind, id, conditions, actions in DEFAULT_RULES:
-        words = [default_condition(word) for word in conditions.split()]
+        words = [CONDITIONS.get(key) or {"kind": "event_match", "key": key, "pattern": pattern}
+                 for key, _, pattern in (word.partition("=") for word in conditions.split())]
         rules[kind].append({"rule_id": f".m.rule.{id}", "default": True, "enabled": id != "master",
                             "actions": [ACTIONS[name] for name in actions.split()],
                             **({"pattern": conditions} if kind == "content" else {"conditions": words})})
@@ -6551,11 +6928,8 @@ def push_rules(reader: Reader, user_id: str) -> Raw:
     return reader.account_data(user_id, "", "m.push_rules") or default_rules(user_id)
 
 
-class Notifications:
+class Notifications(Verbs):
     """The push rules of users: kept as the account data m.push_rules, so that /sync tells when they change."""
-
-    def __init__(self, world: World) -> None:
-        self.store = world.store
 
     def rules(self, who: Who) -> JsonObject:
         with self.store.read() as reader:
@@ -6566,20 +6940,8 @@ class Notifications:
 
     @staticmethod
     def _rule(content: JsonObject, kind: str, id: str) -> JsonObject:
-        rule = next((rule for rule in content["global"][kind] if rule["rule_id"] == id), None)
-        if not rule:
-            raise MatrixError("M_NOT_FOUND", f"there is no {kind} rule {shorten(id)}")
-        return cast(JsonObject, rule)
-
-    def _change(self, who: Who, change: Callable[[JsonObject], object]) -> None:
-        def job(tx: Tx) -> None:
-            content = json.loads(push_rules(tx, who.user_id))
-            change(content)
-            text = to_json(content)
-            if len(text.encode()) > MAX_RULES_BYTES:
-                raise MatrixError("M_TOO_LARGE", f"all push rules together may have {MAX_RULES_BYTES} bytes at most")
-            tx.set_account_data(who.user_id, "", "m.push_rules", text)
-        self.store.write(job, who.token)
+        found = [rule for rule in content["global"][kind] if rule["rule_id"] == id]
+        return cast(JsonObject, existing(found[0] if found else None, f"there is no {kind} rule {shorten(id)}"))
 
     def set_rule(self, who: Who, kind: str, id: str, parts: JsonObject, before: str | None, after: str | None) -> None:
         """Adds a rule above the user's others of its kind, or changes one; next to another if `before` or `after` names one."""
@@ -6615,6 +6977,18 @@ class Notifications:
         """`part`: the rule's new `enabled` or `actions`."""
         self._change(who, lambda content: self._rule(content, kind, id).update(part))
 
+    @on_writer
+    def _change(self, tx: Tx, who: Who, change: Callable[[JsonObject], object]) -> None:
+        content = json.loads(push_rules(tx, who.user_id))
+        change(content)
+        text = to_json(content)
+        if len(text.encode()) > MAX_RULES_BYTES:
+            raise MatrixError("M_TOO_LARGE", f"all push rules together may have {MAX_RULES_BYTES} bytes at most")
+        tx.set_account_data(who.user_id, "", "m.push_rules", text)
+
+
+# -- What is unread, by these rules (Receiving notifications). A user's rules are made ready once and held against every event
+# that is new to the user, when the user asks. For clients.
 
 @functools.lru_cache(maxsize=4096)
 def glob_matcher(pattern: str, words: bool) -> Callable[[str], object]:
@@ -6642,7 +7016,7 @@ class RoomFacts:
     def __init__(self, reader: Reader, room: int, displayname: str) -> None:
         self.reader, self.room = reader, room
         self.displayname, self.name_in_text = displayname, _in_text(displayname)[1:-1]   # of the user whose rules are asked
-        self._members: dict[int, int] = {}
+        self._members: dict[int, int] = {}                   # how far it was counted → how many there are
 
     def members(self, upto: int) -> int:
         """How many are in the room; those past `upto` need not be counted."""
@@ -6653,8 +7027,7 @@ class RoomFacts:
     @functools.cached_property
     def state(self) -> RoomState:
         """As much of the state as power needs."""
-        found = [self.reader.state_event(self.room, type, "") for type in ("m.room.create", "m.room.power_levels")]
-        events = [event for event in found if event]
+        events = state_events(self.reader, self.room, [("m.room.create", ""), ("m.room.power_levels", "")])
         state = RoomState(ROOM_VERSIONS[events[0].content["room_version"]])
         for event in events:
             state.put(event.type, "", StateEvent(event.tick, event.sender, event.content))
@@ -6758,10 +7131,7 @@ class ReadyRule(NamedTuple):
     highlight: bool
     types: list[Callable[[str], object]]         # tests of the event's type
     hint: str                                    # stands in every event that the rule matches
-    tests: list[Callable[[Notable], object]]
-
-    def matches(self, event: Notable) -> bool:
-        return all(test(event) for test in self.tests)
+    tests: list[Callable[[Notable], object]]     # all have to hold
 
 
 def conditions_of(kind: str, rule: JsonObject) -> list[JsonObject]:
@@ -6792,9 +7162,10 @@ class PushRules:
 
     def __init__(self, content: str) -> None:
         ruleset = json.loads(content)["global"]
-        self.content, self.weight = content, 100 + max(0, len(content) - DEFAULT_RULES_BYTES)
+        self.content = content                               # of m.push_rules
+        self.weight = 100 + max(0, len(content) - DEFAULT_RULES_BYTES)       # what a byte of an event costs: of the user's own rules
         self._rules = [ready_rule(kind, rule) for kind in RULE_KINDS for rule in ruleset[kind] if rule["enabled"]]
-        self._by_type: dict[str, list[ReadyRule]] = {}
+        self._by_type: dict[str, list[ReadyRule]] = {}       # see of_type
         # Whether comings and goings may notify. Who has joined is not invited.
         self.members = any(rule.notify and rule.id != ".m.rule.invite_for_me" for rule in self.of_type("m.room.member"))
 
@@ -6816,18 +7187,16 @@ class PushRules:
         """The rule that decides."""
         text = event.text
         for rule in self.of_type(event.type):
-            if rule.hint in text and rule.matches(event):
+            if rule.hint in text and all(test(event) for test in rule.tests):
                 return rule
         return None
 
 
 class Tally(NamedTuple):
-    """What one user has not read in one room. Good as long as the rules, the user's member event and whom the user ignores are
-    the same.
-    """
+    """What one user has not read in one room. Good as long as the first three are the same."""
     rules: PushRules
-    member_tick: int
-    ignored: list[str]
+    member_tick: int                     # of the user's member event
+    ignored: list[str]                   # users
     displayname: str
     upto: int                            # looked at up to this tick
     notes: dict[int, tuple[int, bool]]   # tick of an event that notifies → root of its thread or 0, highlight; old to new
@@ -6837,8 +7206,8 @@ class Unread:
     """Counts what users have not read when they ask, and keeps it in memory, so that next time only what is new is looked at."""
 
     def __init__(self) -> None:
-        self._rules: dict[str, PushRules] = {}
-        self._tallies: dict[tuple[str, int], Tally] = {}
+        self._rules: dict[str, PushRules] = {}               # by user; of each the latest last
+        self._tallies: dict[tuple[str, int], Tally] = {}     # by user and room, likewise
         self._guard = threading.Lock()                       # guards both
 
     def rules(self, reader: Reader, user_id: str) -> PushRules:
@@ -6850,7 +7219,7 @@ class Unread:
 
     def _keep(self, kept: dict[Any, Any], key: Any, value: Any) -> None:
         with self._guard:
-            kept.pop(key, None)                              # the latest last
+            kept.pop(key, None)
             kept[key] = value
             if len(kept) > MAX_TALLIES:
                 del kept[next(iter(kept))]
@@ -6909,370 +7278,6 @@ class Unread:
         return notes
 
 
-# -- Sync.
-
-class SyncFilter:
-    """A client's filter (Client-Server API, Filtering), as far as /sync reads it.
-
-    `event_fields` is left out: a server may include more fields than were asked for. A `limit` counts for the timeline only:
-    what it cut off elsewhere the client would never get.
-    """
-
-    def __init__(self, source: JsonObject) -> None:
-        if field(source, "event_format", str, "client") != "client":
-            raise MatrixError("M_INVALID_PARAM", "events come in the format \"client\" only: this server does not federate")
-        room = field(source, "room", dict, {})
-        timeline, state = field(room, "timeline", dict, {}), field(room, "state", dict, {})
-        self.rooms, self.include_leave = event_filter(room), bool(room.get("include_leave"))
-        self.timeline, self.state = event_filter(timeline), event_filter(state)
-        self.ephemeral, self.room_data = (event_filter(field(room, key, dict, {})) for key in ("ephemeral", "account_data"))
-        self.account_data, self.presence = (event_filter(field(source, key, dict, {})) for key in ("account_data", "presence"))
-        self.threads = bool(timeline.get("unread_thread_notifications"))
-        self.lazy = bool(state.get("lazy_load_members") or timeline.get("lazy_load_members"))
-        self.limit = min(max(field(timeline, "limit", int, TIMELINE), 1), MAX_PAGE)
-
-
-@functools.lru_cache(128)
-def inline_filter(text: str) -> SyncFilter:
-    """One that a client sends with each request."""
-    return SyncFilter(parse_object(text, "filter"))
-
-
-def event_filter(source: JsonObject) -> Filter:
-    """EventFilter or RoomEventFilter."""
-    return EVERYTHING if not source else Filter(
-        names_in(source, "types"), names_in(source, "not_types") or (), names_in(source, "senders"),
-        names_in(source, "not_senders") or (), field(source, "contains_url", bool, None),
-        rooms=names_in(source, "rooms"), not_rooms=names_in(source, "not_rooms") or ())
-
-
-def names_in(source: JsonObject, key: str) -> list[str] | None:
-    names = source.get(key)
-    if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
-        raise MatrixError("M_BAD_JSON", f"{key!r} in a filter must be a list of texts, not {shorten(names)}")
-    if names and (len(names) > MAX_NAMES or len(max(names, key=len)) > MAX_ID_BYTES or sum("*" in name for name in names) > MAX_GLOBS):
-        raise MatrixError("M_INVALID_PARAM", f"{key!r} in a filter may have {MAX_NAMES:,} texts of {MAX_ID_BYTES} characters at most, "
-                          f"and of those with a '*' {MAX_GLOBS}")
-    return names
-
-
-class Sync:
-    """What is new for one user: everything that lies after a tick."""
-
-    def __init__(self, world: World, typing: Typing, presence: Presence) -> None:
-        self.world, self.store, self.typing, self.presence, self.unread = world, world.store, typing, presence, Unread()
-        self.handed: set[tuple[str, str]] = set()            # user and device that have been given messages, to be dropped next time
-
-    def sync(self, who: Who, since: int | None, filter: SyncFilter, timeout: float = 0.0, full_state: bool = False,
-             state_after: str = "", set_presence: str = "online", check_client: Callable[[], None] = lambda: None) -> JsonObject:
-        """Waits up to `timeout` seconds until there is something new after the tick `since`.
-
-        `state_after`: the key for the state at the end of each timeline, in place of `state` at its start. `check_client`:
-        raises if nobody waits any more; asked now and then.
-        """
-        clock = self.world.clock
-        timeout = min(timeout, MAX_SYNC_SECONDS)
-        with contextlib.suppress(MatrixError):               # the disk is full, say: that is no reason not to read
-            self.presence.polling(who, set_presence, timeout)
-        if since is not None and since > self.store.position:
-            since = None                                     # from the future: of another database, say
-        deadline = clock.monotonic() + timeout
-        waiting = self.store.waiters.enter(who.user_id)
-        try:
-            while True:
-                over = clock.monotonic() >= deadline or self.world.stopping
-                if (over or full_state or since is None or since < self.store.position       # else nothing has happened
-                        or (who.user_id, who.device_id or "") in self.handed):
-                    window = Window(self, who, since, filter, full_state, state_after)
-                    answer = window.read()
-                    if over or full_state or window.initial or window.news:
-                        break
-                    del window, answer                       # and hold nothing while it waits: many may
-                self.store.check_session(who.token)
-                look = clock.monotonic() + LOOK_SECONDS
-                self.store.waiters.wait(waiting, min(deadline, look))
-                if look <= clock.monotonic():
-                    check_client()
-        finally:
-            self.store.waiters.leave(who.user_id, waiting)
-        self.store.check_session(who.token)
-        if window.echo:
-            time.sleep(ECHO_SECONDS)
-        return answer
-
-
-class Window:
-    """One look: what lies between `since` and now, for one user and filter."""
-
-    def __init__(self, sync: Sync, who: Who, since: int | None, filter: SyncFilter, full_state: bool, state_after: str) -> None:
-        self.sync, self.who, self.filter, self.full_state, self.state_after = sync, who, filter, full_state, state_after
-        self.store, self.clock_now = sync.store, sync.world.clock.now()
-        self.initial, self.since = since is None, since or 0
-        self.now = 0
-        self.news = False                                    # whether there was any
-        self.changed: dict[int, list[str]] = {}              # room → whose membership changed, for rooms that moved
-        # Whether a relation that this device has just sent is in it. matrix-js-sdk never sends again if it sees an event of
-        # a thread in /sync before it has the answer to its PUT.
-        self.echo = False
-        # By room, of some rooms at a time:
-        self.own: dict[int, list[tuple[int, str]]] = {}      # the user's membership and
-        self.visibilities: dict[int, list[tuple[int, str]]] = {}     # the room's visibility, each change, where the user may be new
-        self.counts: dict[int, dict[str, int]] = {}          # members by membership, where that has changed,
-        self.heroes: dict[int, list[str]] = {}               # and by whom the room is known
-        self.receipts: dict[int, list[Any]] = {}             # the new ones, and all
-        self.own_receipts: dict[int, list[Any]] = {}         # of the user
-
-    def read(self) -> JsonObject:
-        """The answer of /sync."""
-        me = self.who.user_id
-        device = (me, self.who.device_id or "")
-        with self.store.read() as self.reader:
-            self.now = self.reader.position()
-            self.store.wait_published(self.now)
-            self.data, self.ignored = self._account_data(self.since), self.reader.ignored(me)
-            self.memberships = self.reader.memberships_of(me)
-            self.met = self._met()
-            presence = self.sync.presence.since(self.reader, me, self.since, self.now, self.met)
-            messages = self.reader.to_device(*device)
-            parts = {"account_data": self._events(self.filter.account_data, self.data.pop("", [])),
-                     "presence": self._events(self.filter.presence, presence), "rooms": self._rooms(),
-                     "to_device": {"events": fresh} if (fresh := [Raw(text) for tick, text in messages if tick > self.since]) else {},
-                     "device_lists": self._device_lists()}
-            answer = {"next_batch": str(self.now), **{key: part for key, part in parts.items() if part}, **self._key_counts()}
-        self.news = any(parts.values())
-        if messages and messages[0][0] <= self.since:        # the device has got them
-            with contextlib.suppress(MatrixError):           # who reads did not ask for it; next time, then
-                self.store.write(lambda tx: tx.drop_to_device(*device, self.since))
-        (self.sync.handed.add if fresh else self.sync.handed.discard)(device)
-        return answer
-
-    def _events(self, filter: Filter, found: Sequence[JsonObject | None]) -> JsonObject:
-        """Of these the ones that the filter wants."""
-        events = [event for event in found if event and filter.passes(
-            Event(0, event["type"], None, event.get("sender", ""), 0, '{"content":{}}', None, None, None, None, 0))]
-        return {"events": events} if events else {}
-
-    def _rooms(self) -> JsonObject:
-        rooms: dict[str, dict[str, Raw]] = {}
-        pause = time.monotonic() + SLICE_SECONDS
-        shown = [one for one in self.memberships if self._concerns(*one)]
-        for start in range(0, len(shown), ROOMS_AT_ONCE):
-            self._ask(shown[start:start + ROOMS_AT_ONCE])
-            for room, room_id, membership, tick, forgotten in shown[start:start + ROOMS_AT_ONCE]:
-                if time.monotonic() > pause:                 # a thousand rooms: let others to the interpreter's lock
-                    time.sleep(0.0001)
-                    pause = time.monotonic() + SLICE_SECONDS
-                section, entry = self._room(room, room_id, membership, tick, forgotten)
-                if entry:
-                    rooms.setdefault(section, {})[room_id] = Raw(to_json(entry))     # written piece by piece, too
-        return rooms
-
-    def _concerns(self, room: int, room_id: str, membership: str, tick: int, forgotten: int) -> bool:
-        """Whether there may be something to say of this room."""
-        if not self.filter.rooms.wants(room_id):
-            return False
-        if membership in ("leave", "ban"):
-            return tick > self.since if not self.initial else self.filter.include_leave and not forgotten
-        return tick > self.since or (membership == "join" and (
-            self.full_state or room_id in self.data or self.store.moved_since(room, self.since)))
-
-    def _ask(self, shown: Sequence[Any]) -> None:
-        """Reads what is asked of each of these rooms, with one statement for all."""
-        me, rooms, new = self.who.user_id, [one[0] for one in shown], [one[0] for one in shown if one[3] > self.since]
-        self.own = self.reader.changes(new, *MEMBERSHIP, me)
-        self.visibilities = self.reader.changes(new, *HISTORY_VISIBILITY)
-        counted = rooms if self.initial or self.full_state else [room for room in rooms if self.changed.get(room)]
-        self.counts, self.heroes = self.reader.member_counts(counted), self.reader.heroes(counted, me)
-        self.receipts, self.own_receipts = self.reader.receipts_since(rooms, self.since), self.reader.own_receipts(rooms, me)
-
-    def _met(self) -> set[str]:
-        """Whom the user may have met or lost sight of since."""
-        met: set[str] = set()
-        for room, _, membership, tick, _ in self.memberships if not self.initial else ():
-            if tick > self.since:
-                self.changed[room] = [self.who.user_id]
-                met |= self.reader.met_in(room, self.who.user_id, self.since)
-            elif membership == "join" and self.store.moved_since(room, self.since):
-                self.changed[room] = self.reader.changed_members(room, self.since)
-                met.update(self.changed[room])
-        return met - {self.who.user_id}
-
-    def _device_lists(self) -> JsonObject:
-        """Whose keys to ask for again, and who is met in no room any more."""
-        if self.initial:
-            return {}
-        users = self.reader.key_news(self.who.user_id, self.since, self.met)
-        changed = sorted(user_id for user_id, shared in users.items() if shared)
-        left = sorted(user_id for user_id in users.keys() & self.met if not users[user_id])
-        return {"changed": changed, "left": left} if changed or left else {}
-
-    def _key_counts(self) -> JsonObject:
-        if not self.who.device_id:
-            return {}
-        device = (self.who.user_id, self.who.device_id)
-        return {"device_one_time_keys_count": self.reader.one_time_counts(*device),
-                "device_unused_fallback_key_types": self.reader.unused_fallbacks(*device)}
-
-    def _account_data(self, since: int) -> dict[str, list[JsonObject]]:
-        """By room ID; '' has the account's."""
-        found: dict[str, list[JsonObject]] = {}
-        for room_id, type, content in self.reader.account_data_since(self.who.user_id, since):
-            found.setdefault(room_id, []).append({"type": type, "content": Raw(content)})
-        account = found.setdefault("", [])
-        if self.initial and not any(event["type"] == "m.push_rules" for event in account):
-            account.append({"type": "m.push_rules", "content": push_rules(self.reader, self.who.user_id)})
-        return found
-
-    def _room(self, room: int, room_id: str, membership: str, tick: int, forgotten: int) -> tuple[str, JsonObject]:
-        if membership == "join":
-            return "join", self._joined(room, room_id, tick)
-        if membership in ("invite", "knock"):
-            events = self._stripped(room)
-            return membership, {} if events[-1]["sender"] in self.ignored else {f"{membership}_state": {"events": events}}
-        return "leave", self._left(room, room_id, tick, forgotten)
-
-    def _joined(self, room: int, room_id: str, tick: int) -> JsonObject:
-        view = self._view(room, room_id)
-        came_back = self._came_back(room) if view and not self.initial else None
-        fresh = self.initial or came_back is not None
-        summary = self._summary(room)
-        entry = self._timeline(room, room_id, view, self.since if came_back is None else came_back, fresh, summary.get("m.heroes", ()))
-        if summary:
-            entry["summary"] = summary
-        since = 0 if fresh else self.since
-        receipts = self.receipts if since == self.since else self.reader.receipts_since([room], since)
-        passing = [self.sync.typing.since(room, since, self.now), receipts_event(receipts[room], self.who.user_id)]
-        known = self._account_data(0) if fresh and not self.initial else self.data   # what was set before the user came in, too
-        for key, events in (("ephemeral", self._events(self.filter.ephemeral.in_room(room_id), passing)),
-                            ("account_data", self._events(self.filter.room_data.in_room(room_id), known.get(room_id, [])))):
-            if events:
-                entry[key] = events
-        entry.update(self._unread(room, tick, bool(entry)))
-        if entry and self.state_after:
-            entry.setdefault(self.state_after, {"events": []})
-        return entry
-
-    def _unread(self, room: int, tick: int, moved: bool) -> JsonObject:
-        """How much is unread in a room that moved, or in which the user has read on; by thread, if the filter wants that."""
-        receipts = self.own_receipts[room]
-        if not moved and all(read_at <= self.since for _, _, read_at in receipts):
-            return {}
-        counts = self.sync.unread.count(self.reader, self.who.user_id, self._push_rules, self.ignored, room, tick, receipts, self.now)
-        if not self.filter.threads:
-            counts = {0: [sum(column) for column in zip([0, 0], *counts.values(), strict=True)]}
-        shown = {root: {"notification_count": count[0], "highlight_count": count[1]} for root, count in {0: [0, 0], **counts}.items()}
-        entry: JsonObject = {"unread_notifications": shown.pop(0)}
-        if shown:
-            entry["unread_thread_notifications"] = {self.reader.event_at(root).event_id: count for root, count in shown.items()}
-        return entry
-
-    @functools.cached_property
-    def _push_rules(self) -> PushRules:
-        return self.sync.unread.rules(self.reader, self.who.user_id)
-
-    def _view(self, room: int, room_id: str) -> View | None:
-        """What the user, who may be new here, may see. None: nothing, or is not new and sees all that comes."""
-        return view_by(room, room_id, self.own[room], self.visibilities[room]) if room in self.own else None
-
-    def _came_back(self, room: int) -> int | None:
-        """If the user was out of the room at `since` or after it: the tick of the last leave, or 0. Else None."""
-        changes = self.own[room]
-        before = [value for tick, value in changes if tick <= self.since][-1:]
-        if before == ["join"] and all(value == "join" for tick, value in changes if tick > self.since):
-            return None
-        return max((tick for tick, value in changes if value in ("leave", "ban")), default=0)
-
-    def _left(self, room: int, room_id: str, tick: int, forgotten: int) -> JsonObject:
-        """The room up to the leave, which is told in any case: also if it was of an invitation, or if the room has been
-        forgotten since, of which other devices do not know.
-        """
-        view = (None if forgotten else self._view(room, room_id)) or View(room, room_id, "leave", [], -1, self.own[room])
-        if not view.sees(tick):
-            view = view._replace(ranges=[*(one for one in view.ranges if one[1] < tick), (tick, tick)])
-        if entry := self._timeline(room, room_id, view, self.since, upto=tick):
-            return entry
-        own = self.reader.event_at(tick)                     # the filter wants nothing of it
-        return {"timeline": {"events": self._render([own]), "limited": False, "prev_batch": str(tick)},
-                self.state_after or "state": {"events": []}}
-
-    def _timeline(self, room: int, room_id: str, view: View | None, after: int, fresh: bool = False,
-                  heroes: Iterable[str] = (), upto: int = FOREVER) -> JsonObject:
-        """timeline, and the state that leads to it or follows from it. Without a view all is visible. A timeline has no gaps:
-        what changed unseen between two of its events would be in no state.
-        """
-        upto = min(upto, self.now)
-        seen = [max(after + 1, first) for first, last in view.ranges if last > after and first <= upto] if view else [after + 1]
-        filter = self.filter.timeline.in_room(room_id)._replace(ignored=self.ignored)
-        events = self.reader.events(room, seen[-1] - 1, upto, self.filter.limit + 1, True, filter)
-        away = fresh and after > self.since                  # the client may not know that the user was out of the room meanwhile
-        limited = len(events) > self.filter.limit or len(seen) > 1 or away
-        events = events[:self.filter.limit][::-1]
-        whole = self.full_state or fresh or not after
-        last = min(upto, view.state_upto) if view else upto
-        state = self._state(room, 0 if whole else after, last, events, whole or limited)
-        unknown = 0 if not whole else self.since if away else FOREVER
-        state = self._chosen(room, room_id, state, events, last, unknown, heroes)
-        if not events and not state:
-            return {}
-        visible = view.visible if view else to_json([(0, self.now)])     # an unlimited timeline has what relates to its events
-        more = aggregations(self.reader, self.who, events, visible, self.clock_now) if limited else {}
-        then = view.then if view else lambda tick: '"membership":"join"'
-        shown = self._render(events, lambda tick: (then(tick), *more.get(tick, ())))
-        prev_batch = (events[0].tick if events else seen[-1]) - 1 if limited or events else upto
-        return {"timeline": {"events": shown, "limited": limited, "prev_batch": str(prev_batch)},
-                self.state_after or "state": {"events": self._render(state)}}
-
-    def _state(self, room: int, after: int, last: int, timeline: list[Event], gap: bool) -> list[Event]:
-        """What changed after `after`, up to the start of the timeline or its end. `gap`: it may be much."""
-        start = min(timeline[0].tick - 1, last) if timeline and not self.state_after else last
-        state = self.reader.state_at(room, start, after) if gap else []
-        if self.state_after or self.filter.timeline != EVERYTHING:           # what the filter keeps out of the timeline comes here
-            shown = set() if self.state_after else {event.tick for event in timeline}
-            more = self.reader.state_changes(room, start if gap else after, last)
-            state += [event for event in more if event.tick not in shown]
-        return state
-
-    def _chosen(self, room: int, room_id: str, state: list[Event], timeline: list[Event], last: int, unknown: int,
-                heroes: Iterable[str]) -> list[Event]:
-        """Of the state, what the filter wants. With lazy loading, of the members: who speaks, and by whom a room without
-        a name is known; but all changes after the tick `unknown`, for the client keeps a list. 0: these are changes only.
-        """
-        if self.filter.lazy:
-            named = any(self.reader.contents(room, ("m.room.name", "m.room.canonical_alias")).values()) if heroes else True
-            speakers = {*(event.sender for event in timeline), *(() if named else heroes), *([self.who.user_id] if unknown else ())}
-            state = [event for event in state if event.tick > unknown or event.type != "m.room.member" or event.state_key in speakers]
-            shown = state if self.state_after else [*state, *timeline]
-            known = {event.state_key for event in shown if event.type == "m.room.member"}
-            members = [self.reader.state_event(room, "m.room.member", user_id, last) for user_id in sorted(speakers - known)]
-            state += [event for event in members if event]
-        filter = self.filter.state.in_room(room_id)
-        return state if filter == EVERYTHING else [event for event in state if filter.passes(event)]
-
-    def _render(self, events: list[Event], more: Callable[[int], Iterable[str]] = lambda tick: ()) -> Raw:
-        """The list of them in JSON. `more`: from an event's tick to further parts of its `unsigned`."""
-        user, device = self.who.user_id, self.who.device_id
-        self.echo |= any(event.device_id == device and 0 <= self.clock_now - event.ts < 100 and "m.relates_to" in event.json
-                         for event in events if event.txn_id)
-        return Raw("[" + ",".join([event.for_client(self.clock_now, user, device, *more(event.tick)) for event in events]) + "]")
-
-    def _stripped(self, room: int) -> list[JsonObject]:
-        """What somebody invited may know: the room's face, the invitation, and who sent it."""
-        events = [self.reader.state_event(room, type, "") for type in STRIPPED_STATE]
-        own = self.reader.state_event(room, "m.room.member", self.who.user_id)
-        if own and own.sender != self.who.user_id:
-            events.append(self.reader.state_event(room, "m.room.member", own.sender))
-        return [{"type": event.type, "state_key": event.state_key, "sender": event.sender,
-                 "content": event.content}
-                for event in [*events, own] if event]
-
-    def _summary(self, room: int) -> JsonObject:
-        """Counts and heroes, when a membership has changed."""
-        if room not in self.counts:
-            return {}
-        return {"m.heroes": self.heroes[room], "m.joined_member_count": self.counts[room].get("join", 0),
-                "m.invited_member_count": self.counts[room].get("invite", 0)}
-
-
 # ============================================================================
 # 7. Delivery
 # ============================================================================
@@ -7280,15 +7285,183 @@ class Window:
 # acknowledged; pings; the questions for users and aliases that don't exist yet,
 # and for third-party networks. Spec: Application Service API, Pushing events,
 # Pinging, Querying, Third-party networks, Legacy routes. Does not know clients.
+#
+# The way of an event: it was stored together with a row in the outbox of each
+# application service that is interested (5, Tx._insert); at the end of the batch
+# the rows became a transaction (Tx.freeze), which after COMMIT is offered to the
+# worker (Worker.offer). That PUTs it until the answer is 200 (Worker._push), and
+# has that stored (Tx.acknowledge), which freezes what has come meanwhile.
 
 QUERY_SECONDS = 30.0             # for all attempts of one question
 QUERY_ATTEMPTS = 3
 PROTOCOL_SECONDS = 60.0          # how long an application service's word about a protocol counts
 SILENCE_SECONDS = 3.0            # until one that did not tell is asked again
 FALL_BACK_ON = (404, 405, 500, 501)
+# What an application service serves, besides pings: today's path, and the older one, which is tried after these answers.
 LEGACY_PATHS = {"/_matrix/app/v1/transactions/": "/transactions/", "/_matrix/app/v1/users/": "/users/",
                 "/_matrix/app/v1/rooms/": "/rooms/", "/_matrix/app/v1/thirdparty/": "/_matrix/app/unstable/thirdparty/"}
 
+
+# -- Pushing. One thread for each application service, so that none waits for another; it is started when there is something to send.
+
+class Worker:
+    """Pushes to one application service: the open transaction, until it answers 200; then the next (Pushing events).
+
+        waiting --frozen--> sending --200--> acknowledged --> waiting
+                               ^  |
+                               |  +--anything else--> backing off --time, ping or retry()--+
+                               +----------------------------------------------------------+
+    """
+
+    def __init__(self, world: World, line: Line) -> None:
+        self.world, self.line, self.registration = world, line, line.registration
+        self.transaction: Transaction | None = None          # what is to be sent; set by offer()
+        self.failures = 0                                    # attempts since the last success
+        self.next_attempt = 0.0                              # the clock's monotonic time
+        self.paused = False                                  # by hand
+        self.down_since: int | None = None                   # when the first of the failures was
+        self.attempts: collections.deque[Exchange] = collections.deque(maxlen=KEPT_EXCHANGES)    # of transactions, since the start
+        self._thread: threading.Thread | None = None         # started by the first transaction
+        self._hurry = False                                  # somebody wants no backoff after the attempt that is under way
+        self._guard = threading.Lock()                       # guards changes of transaction
+        self._bell = bell()                                  # rung when there may be something to do
+        self._stopped = False
+        self._seldom = Seldom()                              # whether to complain again that there is no thread
+
+    def offer(self, transaction: Transaction) -> None:
+        """A transaction was frozen. Called by the writer thread, so it only takes note."""
+        with self._guard:
+            self.transaction = transaction
+        self._start()
+        release(self._bell)
+
+    def _start(self) -> None:
+        """If it has no thread yet, and there is one to be had."""
+        if self._thread is None and not self._stopped:
+            thread = threading.Thread(target=self._run, name=f"push {self.registration.id}", daemon=True)
+            try:
+                thread.start()
+                self._thread = thread
+            except RuntimeError as error:
+                self.world.store.late.append(self._start)
+                if self._seldom():
+                    log.error("application service %s: nothing can be pushed: %s", self.registration.id, error)
+
+    @property
+    def fresh(self) -> bool:
+        """Whether nothing has been offered yet."""
+        return self._thread is None
+
+    def retry(self) -> None:
+        """Ends the backoff."""
+        self.next_attempt, self._hurry = 0.0, True
+        release(self._bell)
+
+    def pause(self, paused: bool = True) -> None:
+        """No further attempt until it goes on."""
+        self.paused = paused
+        release(self._bell)
+
+    def drop(self, txn_id: int) -> None:
+        """This one is not to be sent any more. Called by the writer thread."""
+        with self._guard:
+            if not self.transaction or self.transaction.txn_id != txn_id:
+                return
+            self.transaction = None
+            self._forgive()
+        self.line.abort()
+
+    def _forgive(self) -> None:
+        """The next attempt is the first one again."""
+        self.failures, self.next_attempt, self.down_since = 0, 0.0, None
+
+    @property
+    def state(self) -> str:
+        if self.paused:
+            return "paused"
+        if self.transaction is None:
+            return "idle"
+        return "backing off" if self.next_attempt > self.world.clock.monotonic() else "sending"
+
+    def stop(self, deadline: float) -> None:
+        """Lets the attempt that is under way end, until this real monotonic time."""
+        self._stopped = True
+        release(self._bell)
+        if self._thread:
+            self._thread.join(max(0.0, deadline - time.monotonic()))
+            self.line.abort()
+            self._thread.join(max(0.0, deadline + 0.2 - time.monotonic()))
+
+    def _run(self) -> None:
+        while not self._stopped:
+            transaction = self.transaction
+            left = self.next_attempt - self.world.clock.monotonic()
+            if transaction is None or self.paused or left > 0:
+                self.world.clock.wait(self._bell, self.next_attempt if transaction and not self.paused else math.inf)
+            else:
+                try:
+                    self._push(transaction)
+                except Exception:                            # a bug; the transaction is not to wait for ever because of it
+                    log.exception("application service %s: the push failed", self.registration.id)
+                    self._back_off()
+        self.line.close()
+
+    def _push(self, transaction: Transaction) -> None:
+        """One attempt. Any 200 is an acknowledgement, whatever its body; anything else is tried again, after a time that doubles."""
+        self._hurry = False
+        outcome, one = self.line.attempt(
+            "transaction", "PUT", f"/_matrix/app/v1/transactions/{transaction.txn_id}", transaction.body,
+            self.world.settings.push_timeout_ms / 1000, txn_id=transaction.txn_id, events=transaction.events,
+            attempt=self.failures + 1)
+        self.attempts.append(one)
+        if isinstance(outcome, Answer) and outcome.status == 200:
+            self.line.wire.end(one, "" if outcome.json is not None else "an acknowledgement, though it is not JSON")
+            self._acknowledge(transaction)
+        elif not self.transaction or self.transaction.txn_id != one.txn_id:
+            self.line.wire.end(one, "it was skipped")
+        else:
+            delay = self._back_off()
+            self.line.wire.end(one, f"attempt {self.failures + 1} in {delay:.1f} s")
+            self._warn(transaction, outcome)
+
+    def _acknowledge(self, transaction: Transaction) -> None:
+        with self._guard:
+            if self.transaction is transaction:              # the next one comes with the COMMIT of this acknowledgement
+                self.transaction = None
+        try:
+            self.world.store.write(lambda tx: tx.acknowledge(transaction.appservice, transaction.txn_id))
+        except MatrixError as error:                         # not stored: it will be sent again, with the same ID
+            with self._guard:
+                self.transaction = self.transaction or transaction
+            self._back_off()
+            return self._warn(transaction, error)
+        if self.failures:
+            log.info("application service %s is back; transaction %d went through", transaction.appservice, transaction.txn_id)
+        self._forgive()
+
+    def _back_off(self) -> float:
+        """Seconds until the next attempt."""
+        settings = self.world.settings
+        delay = 0.0 if self._hurry else next_delay(self.failures, settings.retry_first_ms, settings.retry_max_ms)
+        self.down_since = self.down_since or self.world.clock.now()
+        self.failures += 1
+        self.next_attempt = self.world.clock.monotonic() + delay
+        return delay
+
+    def _warn(self, transaction: Transaction, failure: Answer | BaseException) -> None:
+        if not (self._stopped or self.world.stopping) and self.transaction is transaction:
+            log.warning("application service %s: transaction %d (%d events, attempt %d) did not go through: %s; next "
+                        "attempt in %.1f s",
+                        transaction.appservice, transaction.txn_id, transaction.events, self.failures,
+                        advice(self.registration, failure), max(0.0, self.next_attempt - self.world.clock.monotonic()))
+
+
+def next_delay(failures: int, first_ms: int, max_ms: int) -> float:
+    """Seconds until the next attempt: doubled each time, up to a limit, a tenth more or less."""
+    return min(first_ms * 2.0 ** min(failures, 60), max_ms) / 1000 * random.uniform(0.9, 1.1)
+
+
+# -- Calling: the one place that speaks to an application service.
 
 class Answer(NamedTuple):
     status: int
@@ -7306,7 +7479,500 @@ class Answer(NamedTuple):
         return self.json.get("errcode") if isinstance(self.json, dict) else None
 
 
-# -- What passes, kept for a while to be looked at.
+class Ask(NamedTuple):
+    """What an application service is asked."""
+    kind: str                            # "transaction", "query", "thirdparty" or "ping"
+    method: str
+    path: str
+    body: bytes | None
+    deadline: float                      # real monotonic time, for all that it takes
+    about: Mapping[str, Any]             # what more is known: further fields of its Exchange
+
+
+class Line:
+    """Calls one application service, over one connection. For one thread at a time."""
+
+    def __init__(self, registration: Registration, wire: Wire, faults: Faults) -> None:
+        self.registration, self.wire, self.faults = registration, wire, faults
+        self._client = HttpClient(registration.url or "", cut=True)
+        self._bell, self._aborted = bell(), False            # for a fault that delays
+
+    def exchange(self, kind: str, method: str, path: str, body: bytes | None, seconds: float) -> Answer:
+        """The answer to a question; raises what CALL_FAILED has."""
+        outcome, one = self.attempt(kind, method, path, body, seconds)
+        self.wire.end(one)
+        if isinstance(outcome, BaseException):
+            raise outcome
+        return outcome
+
+    def attempt(self, kind: str, method: str, path: str, body: bytes | None, seconds: float,
+                **about: Any) -> tuple[Answer | BaseException, Exchange]:
+        """Calls the path of today's specification and, if the AS does not know it, at once the older one. The outcome, and its
+        Exchange, which is still to be ended. `about` is what more is known of it.
+        """
+        faults, self._aborted = self.faults.take(kind), False
+        ask = Ask(kind, method, path, body, time.monotonic() + seconds, about)
+        outcome, one = self._ask(ask, faults)
+        if "duplicate" in faults:
+            self.wire.end(one, "the same once more")
+            outcome, one = self._ask(ask, {"duplicate": faults["duplicate"]})
+        return self._spoil(one, outcome, faults), one
+
+    def _ask(self, ask: Ask, faults: Mapping[str, Fault]) -> tuple[Answer | BaseException, Exchange]:
+        outcome, one = self._call(ask, faults)
+        older = next((old + ask.path[len(new):] for new, old in LEGACY_PATHS.items() if ask.path.startswith(new)), None)
+        if (older and "status" not in faults and isinstance(outcome, Answer) and outcome.status in FALL_BACK_ON
+                and outcome.errcode in (None, "M_UNRECOGNIZED")):
+            self.wire.end(one, "the older path is tried")
+            after = {name: fault for name, fault in faults.items() if name != "delay"}
+            second, one = self._call(ask._replace(path=older), after)
+            if (not isinstance(second, Answer) or (second.status == 200 and second.json is not None)
+                    or (second.status != 200 and second.errcode not in (None, "M_UNRECOGNIZED"))):
+                outcome = second
+        return outcome, one
+
+    def _call(self, ask: Ask, faults: Mapping[str, Fault]) -> tuple[Answer | BaseException, Exchange]:
+        """The hs_token goes into the header and, for software older than v1.4, into the query."""
+        token = self.registration.hs_token
+        headers = {"Authorization": f"Bearer {token}", "Content-Type": "application/json",
+                   "User-Agent": f"asbridge/{__version__}"}
+        target = f"{ask.path}{'&' if '?' in ask.path else '?'}access_token={urllib.parse.quote(token, safe='')}"
+        one = self.wire.begin(Exchange(self.wire.number(), self.wire.clock.now(), HS, self.registration.id, ask.kind, ask.method,
+                                       ask.path.partition("?")[0], headers, (ask.body or b"")[:KEPT_BYTES],
+                                       fault=", ".join(faults), **ask.about))
+        began = time.monotonic()
+        try:
+            outcome: Answer | BaseException | None = self._instead(faults, ask.deadline)
+            left = max(0.001, ask.deadline - time.monotonic())
+            outcome = outcome or Answer(*self._client.request(ask.method, target, ask.body, headers, left))
+        except CALL_FAILED as error:
+            outcome, one.error = error, advice(self.registration, error)
+        one.ms = round((time.monotonic() - began) * 1000, 2)
+        if isinstance(outcome, Answer):
+            one.status, one.answer = outcome.status, outcome.body[:KEPT_BYTES]
+            if any(each.encode() in outcome.body for each in (token, self.registration.as_token, "access_token")):
+                one.answer = without_tokens(self.registration, outcome.body.decode("utf-8", "replace")).encode()[:KEPT_BYTES]
+        return outcome, one
+
+    def _instead(self, faults: Mapping[str, Fault], deadline: float) -> Answer | None:
+        """What faults do before anything is sent, or in place of it."""
+        if "refuse" in faults:
+            raise ConnectionRefusedError(errno.ECONNREFUSED, "refused")
+        if "delay" in faults:
+            most, wanted = deadline - time.monotonic(), faults["delay"].delay_ms / 1000
+            self._pass(min(wanted, most))
+            if self._aborted:
+                raise ConnectionAbortedError(errno.ECONNABORTED, "given up while it was delayed")
+            if wanted >= most:
+                raise TimeoutError("delayed for longer than an answer is waited for")
+        if "status" in faults:
+            return Answer(faults["status"].status, b'{"errcode":"M_UNKNOWN","error":"a fault answers for the application service"}')
+        return None
+
+    @staticmethod
+    def _spoil(one: Exchange, outcome: Answer | BaseException, faults: Mapping[str, Fault]) -> Answer | BaseException:
+        """What faults make of an answer."""
+        if "lose_ack" in faults and isinstance(outcome, Answer):
+            one.lost, one.error = True, "it answered, but the answer was lost on the way"
+            return ConnectionResetError(errno.ECONNRESET, one.error)
+        if "garbage" in faults and isinstance(outcome, Answer) and outcome.status == 200:
+            one.answer = b"<html>this is not JSON</html>"
+            return Answer(200, one.answer)
+        return outcome
+
+    def _pass(self, seconds: float) -> None:
+        """Lets time pass, by the clock that can be wound on."""
+        until = self.wire.clock.monotonic() + seconds
+        while self.wire.clock.monotonic() < until and not self._aborted:
+            self.wire.clock.wait(self._bell, until)
+
+    def close(self) -> None:
+        self._client.close()
+
+    def abort(self) -> None:
+        self._aborted = True
+        release(self._bell)
+        self._client.abort()
+
+
+CALL_FAILED = (OSError, http.client.HTTPException, ValueError)   # what Line.exchange can raise
+
+
+def advice(registration: Registration, failure: Answer | BaseException) -> str:
+    """Why a call failed, and what to do about it."""
+    if isinstance(failure, MatrixError):
+        return failure.error
+    if isinstance(failure, Answer) and failure.status in (401, 403):
+        return (f"{failure.status}: it rejects the hs_token; is the application service running with the registration "
+                "that the homeserver has?")
+    if isinstance(failure, Answer):
+        text = without_tokens(registration, failure.body.decode("utf-8", "replace"))
+        return printable(f"it answered {failure.status} {shorten(text, 200)}")
+    if isinstance(failure, ConnectionRefusedError):
+        return (f"nothing listens at {registration.url}; is the application service running? "
+                "(inside a container, localhost is the container)")
+    if isinstance(failure, TimeoutError):
+        return "it did not answer in time"
+    if isinstance(failure, (ConnectionResetError, BrokenPipeError)):
+        return failure.strerror or "it closed the connection without an answer; does its log say why?"
+    if isinstance(failure, http.client.IncompleteRead):
+        return "it closed the connection, or said a wrong length, in the middle of its answer; does its log say why?"
+    text = printable(shorten(without_tokens(registration, f"{type(failure).__name__}: {failure}"), 200))
+    return f"what it answered is not HTTP/1.1 ({text})" if isinstance(failure, (http.client.HTTPException, ValueError)) else text
+
+
+def without_tokens(registration: Registration, text: str, shown: str = "") -> str:
+    """Some answer with what they were asked. In place of a token stands its name, or what is `shown` for both."""
+    forms = {form: name for name in ("hs_token", "as_token") for token in (getattr(registration, name),)
+             for form in (token, urllib.parse.quote(token, safe=""), urllib.parse.quote(token), json.dumps(token)[1:-1])}
+    longest_first = sorted(forms, key=len, reverse=True)
+    return re.sub("|".join(map(re.escape, longest_first)), lambda match: f"({shown or forms[match[0]]})", text)
+
+
+# -- Asking, and all workers together.
+
+class Query:
+    """A question in flight, and who waits for its answer."""
+
+    def __init__(self) -> None:
+        self.done = threading.Event()
+        self.created = False
+        self.error: MatrixError | None = None
+
+    def result(self) -> bool:
+        self.done.wait()
+        if self.error:
+            raise self.error
+        return self.created
+
+
+PROTOCOL_KEYS = {"user_fields": list, "location_fields": list, "icon": str, "field_types": dict}
+THIRD_PARTY_IDS = {"user": "userid", "location": "alias"}    # what a look-up finds, and the key of its Matrix ID
+
+
+def has_keys(value: Any, keys: Mapping[str, Any]) -> bool:
+    return isinstance(value, dict) and all(is_a(value.get(key), type_) for key, type_ in keys.items())
+
+
+def is_protocol(value: Any) -> bool:
+    """Whether this is a protocol's metadata. Bridges leave out what they don't have, but for `instances`."""
+    if not has_keys(value, {"instances": list}):
+        return False
+    told = {key: type_ for key, type_ in PROTOCOL_KEYS.items() if value.get(key) is not None}
+    return has_keys(value, told) and all(has_keys(one, {"network_id": str}) for one in value["instances"])
+
+
+def batch_in(value: Any, kind: str) -> list[JsonObject] | None:
+    """Of a list those that are third-party users or locations; None if it is no list."""
+    keys = {THIRD_PARTY_IDS[kind]: str, "protocol": str, "fields": dict}
+    return [one for one in value if has_keys(one, keys)] if isinstance(value, list) else None
+
+
+class Delivery:
+    """All workers, and the calls that answer somebody who waits."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.wire = Wire(world.clock)
+        self._workers: dict[str, Worker] = {}                # made when first needed
+        self._faults: dict[str, Faults] = {}                 # made when first needed
+        self._lines: set[Line] = set()                       # over which somebody asks at the moment
+        self._former: dict[str, Worker] = {}                 # whose registration has changed, until there is another
+        # In flight: who is asked, kind, ID, patient, which application service asks (or '').
+        self._queries: dict[tuple[str, str, str, bool, str], Query] = {}
+        # What was said about a protocol, and until when it counts.
+        self._protocols: dict[tuple[Registration, str], tuple[JsonObject | None, float]] = {}
+        self._guard = threading.Lock()                       # guards all of these but _protocols
+        self._stopped = False
+
+    # -- pushing
+
+    def start(self) -> None:
+        """Takes up what was open when the homeserver stopped."""
+        self.world.store.on_frozen = self._offer
+        self.world.ask = self.ask
+        self._take_up()
+
+    def _take_up(self) -> None:
+        """Offers what is open to workers that have had nothing yet, and lets freeze() look at what waits.
+
+        On the writer thread, as every offer: anybody else might offer what has been acknowledged meanwhile.
+        """
+        def job(tx: Tx) -> None:
+            tx.ready.update(tx.boxes)
+            tx.hear_anew()
+            for box in tx.boxes.values():
+                if box.open:
+                    tx.after.append(functools.partial(self._resume, box.open))
+        self.world.store.write(job)
+
+    def _resume(self, transaction: Transaction) -> None:
+        worker = self.worker(transaction.appservice)
+        if worker and worker.fresh:
+            self._offer(transaction)
+
+    def stop(self, seconds: float = 1.0) -> None:
+        """Attempts that are under way may take this long to end."""
+        self._stopped = True
+        self.wire.stop()
+        deadline = time.monotonic() + seconds
+        with self._guard:
+            workers, lines = list(self._workers.values()), list(self._lines)
+        for line in lines:
+            line.abort()
+        for worker in workers:
+            worker.stop(deadline)
+
+    def _offer(self, transaction: Transaction) -> None:
+        worker = self.worker(transaction.appservice)
+        if worker and not self._stopped:
+            worker.offer(transaction)
+
+    def worker(self, id: str) -> Worker | None:
+        registration = self.world.registrations.by_id.get(id)
+        if not registration or registration.url is None:
+            return None
+        faults = self.faults(id)
+        with self._guard:
+            worker = self._workers.get(id)
+            if worker is None:
+                worker = self._workers[id] = Worker(self.world, Line(registration, self.wire, faults))
+                if former := self._former.pop(id, None):
+                    worker.paused, worker.attempts = former.paused, former.attempts
+            return worker
+
+    @contextlib.contextmanager
+    def _calling(self, registration: Registration) -> Iterator[Line]:
+        """A line for a call that somebody waits for; stop() ends it."""
+        line = Line(registration, self.wire, self.faults(registration.id))
+        with self._guard:
+            self._lines.add(line)
+        try:
+            yield line
+        finally:
+            with self._guard:
+                self._lines.discard(line)
+            line.close()
+
+    def faults(self, id: str) -> Faults:
+        self.registration(id)
+        with self._guard:
+            return self._faults.setdefault(id, Faults())
+
+    def registration(self, id: str) -> Registration:
+        """M_NOT_FOUND if there is no such application service."""
+        registration = self.world.registrations.by_id.get(id)
+        if not registration:
+            raise MatrixError("M_NOT_FOUND", f"there is no application service {shorten(id)!r}, only "
+                              f"{', '.join(self.world.registrations.by_id) or 'none at all'}")
+        return registration
+
+    # -- by hand
+
+    def hand(self, id: str) -> Worker:
+        """The worker to pause, retry …; M_URL_NOT_SET if nothing is ever sent there."""
+        worker = self.worker(self.registration(id).id)
+        if not worker:
+            raise MatrixError("M_URL_NOT_SET", f"the registration of {id!r} has url: null, so nothing is sent to it")
+        return worker
+
+    def skip(self, id: str) -> int:
+        """Gives up the open transaction, as if it were acknowledged; its ID."""
+        worker = self.hand(id)
+
+        def job(tx: Tx) -> int:
+            box = tx.boxes.get(id, NOTHING_WAITS)
+            if not box.open:
+                raise MatrixError("M_NOT_FOUND", f"no transaction is open for {id!r}")
+            tx.acknowledge(id, box.open.txn_id)
+            tx.after.append(functools.partial(worker.drop, box.open.txn_id))
+            return box.open.txn_id
+        txn_id = self.world.store.write(job)
+        log.warning("application service %s: transaction %d is skipped by hand", id, txn_id)
+        return txn_id
+
+    def replay(self, id: str, txn_id: int | None = None, new_id: bool = False) -> int:
+        """Sends a transaction that was acknowledged (the last one, if none is named) once more: the same bytes with the same ID,
+        or with a new one, which deduplication does not know. The ID.
+        """
+        self.hand(id)
+        return self.world.store.write(lambda tx: tx.reopen(id, txn_id, new_id))
+
+    def reload(self) -> None:
+        """After a change of the registrations: what is gone or different gets no more from its old worker."""
+        with self._guard:
+            changed = [worker for id, worker in self._workers.items()
+                       if self.world.registrations.by_id.get(id) is not worker.registration]
+            for worker in changed:
+                del self._workers[worker.registration.id]
+                self._former[worker.registration.id] = worker
+        self._protocols = {}
+        for worker in changed:
+            worker.stop(time.monotonic())
+        self._take_up()
+
+    # -- pinging
+
+    def ping(self, registration: Registration, transaction_id: str | None) -> int:
+        """Calls the application service as it asked; milliseconds (Pinging). A success ends its backoff."""
+        if registration.url is None:
+            raise MatrixError("M_URL_NOT_SET", f"the registration of {registration.id!r} has url: null, so "
+                              "there is nobody to ping")
+        body = to_json({} if transaction_id is None else {"transaction_id": transaction_id}).encode()
+        began = time.monotonic()
+        try:
+            with self._calling(registration) as line:
+                answer = line.exchange("ping", "POST", "/_matrix/app/v1/ping", body, self.world.settings.query_timeout_ms / 1000)
+        except TimeoutError as error:
+            raise MatrixError("M_CONNECTION_TIMEOUT", advice(registration, error)) from None
+        except CALL_FAILED as error:
+            raise MatrixError("M_CONNECTION_FAILED", advice(registration, error)) from None
+        if answer.status != 200:
+            raise MatrixError("M_BAD_STATUS", advice(registration, answer), status=answer.status,
+                              body=without_tokens(registration, answer.body.decode("utf-8", "replace")))
+        worker = self.worker(registration.id)
+        if worker:
+            worker.retry()
+        return int((time.monotonic() - began) * 1000)
+
+    # -- asking
+
+    def ask(self, kind: str, id: str, by: Registration | None, patient: bool) -> bool:
+        """Whether an application service, asked for a user or alias in its namespace, has created it (Querying).
+
+        Not asked: what exists already, and an application service about itself (`by`). Patient: three attempts,
+        then 408.
+        """
+        if self._exists(kind, id):
+            return False
+        unanswered: MatrixError | None = None
+        for claim in self.world.registrations.claims(kind, id):
+            if claim.namespace and claim.registration is not by and claim.registration.url is not None:
+                try:
+                    if self._ask_one(claim.registration, kind, id, by, patient):
+                        if not self._exists(kind, id):
+                            log.warning("application service %s was asked for %s: it answered 200, as if it had created it, but it "
+                                        "has not", claim.registration.id, printable(id))
+                        return True
+                except MatrixError as error:                 # another may know
+                    unanswered = error
+        if unanswered:
+            raise unanswered
+        return False
+
+    def _exists(self, kind: str, id: str) -> bool:
+        with self.world.store.read() as reader:
+            return bool(reader.user(id) if kind == "users" else reader.alias(id))
+
+    def _ask_one(self, registration: Registration, kind: str, id: str, by: Registration | None,
+                 patient: bool) -> bool:
+        """Equal questions of people are asked once. One that an AS's request leads to is never shared, for the first
+        may wait for that AS; and asked in a circle, it is answered with no.
+        """
+        key = (registration.id, kind, id, patient, by.id if by else "")
+        with self._guard:
+            query = self._queries.get(key)
+            mine = query is None
+            if query is None:
+                query = self._queries[key] = Query()
+        if by and not mine:
+            return False                                     # what it waits for may wait for it
+        if mine:
+            try:
+                query.created = self._question(registration, kind, id, patient)
+            except MatrixError as error:
+                query.error = error
+            finally:
+                with self._guard:
+                    del self._queries[key]
+                query.done.set()
+        return query.result()
+
+    def _question(self, registration: Registration, kind: str, id: str, patient: bool) -> bool:
+        """Asks until there is an answer below 500: 200 means yes, any other no."""
+        clock, why, path = self.world.clock, "", query_path(kind, id)
+        deadline = clock.monotonic() + QUERY_SECONDS
+        with self._calling(registration) as line:
+            for attempt in range(QUERY_ATTEMPTS if patient else 1):
+                if attempt:
+                    clock.wait(bell(), min(deadline, clock.monotonic() + 0.25 * 2**attempt))
+                outcome = self._attempt(line, path, deadline)
+                if isinstance(outcome, Answer) and outcome.status in (200, 404):
+                    return outcome.status == 200
+                why = advice(registration, outcome)
+                patient = patient and not (isinstance(outcome, Answer) and outcome.status < 500)
+                if not patient or self._stopped:
+                    break
+        log.log(logging.DEBUG if self.world.stopping else logging.WARNING,
+                "application service %s was asked for %s: %s", registration.id, printable(id), why)
+        if patient:
+            raise MatrixError("M_UNKNOWN", f"the application service {registration.id!r} was asked for {id}, but: {why}", 408)
+        return False
+
+    def _attempt(self, line: Line, path: str, deadline: float) -> Answer | BaseException:
+        left = deadline - self.world.clock.monotonic()
+        try:
+            return line.exchange("query", "GET", path, None, max(0.001, min(self.world.settings.query_timeout_ms / 1000, left)))
+        except CALL_FAILED as error:
+            return error
+
+    # -- third-party networks. Nobody is asked about itself (`by`): while it waits, it may not be able to answer.
+
+    def protocols(self, by: Registration | None, only: str | None = None) -> dict[str, JsonObject]:
+        """Metadata of each protocol: the instances of all who have it, all else as the first of them says."""
+        asked = [(registration, protocol) for registration in self.world.registrations if registration.url is not None
+                 for protocol in dict.fromkeys(registration.protocols) if only in (None, protocol)]
+        found: dict[str, JsonObject] = {}
+        for (_, protocol), said in zip(asked, at_once(lambda one: self._protocol(*one, by), asked), strict=True):
+            if said:
+                known = found.setdefault(protocol, {**said, "instances": []})
+                known["instances"] = known["instances"] + said["instances"]
+        return found
+
+    def _protocol(self, registration: Registration, protocol: str, by: Registration | None) -> JsonObject | None:
+        now = self.world.clock.monotonic()
+        said, until = self._protocols.get((registration, protocol), (None, 0.0))
+        if until <= now and registration is not by:
+            said = self._look_up(registration, f"protocol/{urllib.parse.quote(protocol, safe='')}",
+                                 lambda value: value if is_protocol(value) else None)
+            for instance in said["instances"] if said else ():
+                instance["instance_id"] = f"{registration.id}|{instance['network_id']}"
+            self._protocols[registration, protocol] = said, now + (PROTOCOL_SECONDS if said else SILENCE_SECONDS)
+        return said
+
+    def look_up(self, kind: str, protocol: str, fields: Mapping[str, str], by: Registration | None) -> list[JsonObject]:
+        """Third-party users or locations with these fields, as all who have the protocol ('': any) know them."""
+        asked = [one for one in self.world.registrations if one.url is not None and one is not by
+                 and (protocol in one.protocols if protocol else one.protocols)]
+        path = kind + (f"/{urllib.parse.quote(protocol, safe='')}" if protocol else "")
+        path += "?" + urllib.parse.urlencode(fields) if fields else ""
+        answers = at_once(lambda one: self._look_up(one, path, lambda value: batch_in(value, kind)), asked)
+        found = [one for answer in answers for one in answer or ()]
+        if not found:
+            raise MatrixError("M_NOT_FOUND", f"no application service knows of this {kind}; asked: "
+                              f"{', '.join([one.id for one in asked]) or 'none, for none declares the protocol'}")
+        return found
+
+    def _look_up(self, registration: Registration, path: str, read: Callable[[Any], Any]) -> Any:
+        """What can be used of its answer; None, with a line in the log, if nothing can. 404 is an answer."""
+        try:
+            with self._calling(registration) as line:
+                answer = line.exchange("thirdparty", "GET", "/_matrix/app/v1/thirdparty/" + path, None,
+                                       self.world.settings.query_timeout_ms / 1000)
+            if answer.status == 404:
+                return None
+            value = parse_json(answer.body) if answer.status == 200 else None
+            found, why = read(value), advice(registration, answer)
+            if found == value and found is not None:
+                return found
+        except (*CALL_FAILED, MatrixError) as error:
+            found, why = None, advice(registration, error)
+        left = ", of which only a part can be used" * (found is not None)
+        log.warning("application service %s was asked for third-party %s: %s%s", registration.id, path.partition("?")[0], why, left)
+        return found
+
+
+# -- What passes, kept for a while to be looked at: for the trace and the inspector. To be skipped at first reading, as are the faults.
 
 HS = "hs"                        # the homeserver, where application services stand by ID and clients by user ID
 KEPT_EXCHANGES = 1000
@@ -7566,636 +8232,6 @@ class Faults:
         return acting
 
 
-class Line:
-    """The one place that speaks to an application service. For one thread at a time."""
-
-    def __init__(self, registration: Registration, wire: Wire, faults: Faults) -> None:
-        self.registration, self.wire, self.faults = registration, wire, faults
-        self._client = HttpClient(registration.url or "", cut=True)
-        self._bell, self._aborted = bell(), False            # for a fault that delays
-
-    def exchange(self, kind: str, method: str, path: str, body: bytes | None, seconds: float,
-                 then: Callable[[Exchange, Answer | BaseException], str] = lambda one, outcome: "", **about: Any) -> Answer:
-        """Calls the path of today's specification and, if the AS does not know it, at once the older one.
-
-        Raises what CALL_FAILED has. `then` says what comes of the outcome; `about` is what more is known of the exchange.
-        """
-        faults, self._aborted = self.faults.take(kind), False
-        ask = functools.partial(self._ask, kind, method, path, body, time.monotonic() + seconds, about)
-        outcome, one = ask(faults)
-        if "duplicate" in faults:
-            self.wire.end(one, "the same once more")
-            outcome, one = ask({"duplicate": faults["duplicate"]})
-        outcome = self._spoil(one, outcome, faults)
-        self.wire.end(one, then(one, outcome))
-        if isinstance(outcome, BaseException):
-            raise outcome
-        return outcome
-
-    def _ask(self, kind: str, method: str, path: str, body: bytes | None, deadline: float, about: Mapping[str, Any],
-             faults: Mapping[str, Fault]) -> tuple[Answer | BaseException, Exchange]:
-        outcome, one = self._call(kind, method, path, body, deadline, about, faults)
-        older = next((old + path[len(new):] for new, old in LEGACY_PATHS.items() if path.startswith(new)), None)
-        if (older and "status" not in faults and isinstance(outcome, Answer) and outcome.status in FALL_BACK_ON
-                and outcome.errcode in (None, "M_UNRECOGNIZED")):
-            self.wire.end(one, "the older path is tried")
-            after = {name: fault for name, fault in faults.items() if name != "delay"}
-            second, one = self._call(kind, method, older, body, deadline, about, after)
-            if (not isinstance(second, Answer) or (second.status == 200 and second.json is not None)
-                    or (second.status != 200 and second.errcode not in (None, "M_UNRECOGNIZED"))):
-                outcome = second
-        return outcome, one
-
-    def _call(self, kind: str, method: str, path: str, body: bytes | None, deadline: float, about: Mapping[str, Any],
-              faults: Mapping[str, Fault]) -> tuple[Answer | BaseException, Exchange]:
-        """The hs_token goes into the header and, for software older than v1.4, into the query."""
-        token = self.registration.hs_token
-        headers = {"Authorization": f"Bearer {token}", "Content-Type": "application/json",
-                   "User-Agent": f"asbridge/{__version__}"}
-        target = f"{path}{'&' if '?' in path else '?'}access_token={urllib.parse.quote(token, safe='')}"
-        one = self.wire.begin(Exchange(self.wire.number(), self.wire.clock.now(), HS, self.registration.id, kind, method,
-                                       path.partition("?")[0], headers, (body or b"")[:KEPT_BYTES],
-                                       fault=", ".join(faults), **about))
-        began = time.monotonic()
-        try:
-            outcome: Answer | BaseException | None = self._instead(faults, deadline)
-            left = max(0.001, deadline - time.monotonic())
-            outcome = outcome or Answer(*self._client.request(method, target, body, headers, left))
-        except CALL_FAILED as error:
-            outcome, one.error = error, advice(self.registration, error)
-        one.ms = round((time.monotonic() - began) * 1000, 2)
-        if isinstance(outcome, Answer):
-            one.status, one.answer = outcome.status, outcome.body[:KEPT_BYTES]
-            if any(each.encode() in outcome.body for each in (token, self.registration.as_token, "access_token")):
-                one.answer = without_tokens(self.registration, outcome.body.decode("utf-8", "replace")).encode()[:KEPT_BYTES]
-        return outcome, one
-
-    def _instead(self, faults: Mapping[str, Fault], deadline: float) -> Answer | None:
-        """What faults do before anything is sent, or in place of it."""
-        if "refuse" in faults:
-            raise ConnectionRefusedError(errno.ECONNREFUSED, "refused")
-        if "delay" in faults:
-            most, wanted = deadline - time.monotonic(), faults["delay"].delay_ms / 1000
-            self._pass(min(wanted, most))
-            if self._aborted:
-                raise ConnectionAbortedError(errno.ECONNABORTED, "given up while it was delayed")
-            if wanted >= most:
-                raise TimeoutError("delayed for longer than an answer is waited for")
-        if "status" in faults:
-            return Answer(faults["status"].status, b'{"errcode":"M_UNKNOWN","error":"a fault answers for the application service"}')
-        return None
-
-    @staticmethod
-    def _spoil(one: Exchange, outcome: Answer | BaseException, faults: Mapping[str, Fault]) -> Answer | BaseException:
-        """What faults make of an answer."""
-        if "lose_ack" in faults and isinstance(outcome, Answer):
-            one.lost, one.error = True, "it answered, but the answer was lost on the way"
-            return ConnectionResetError(errno.ECONNRESET, one.error)
-        if "garbage" in faults and isinstance(outcome, Answer) and outcome.status == 200:
-            one.answer = b"<html>this is not JSON</html>"
-            return Answer(200, one.answer)
-        return outcome
-
-    def _pass(self, seconds: float) -> None:
-        """Lets time pass, by the clock that can be wound on."""
-        until = self.wire.clock.monotonic() + seconds
-        while self.wire.clock.monotonic() < until and not self._aborted:
-            self.wire.clock.wait(self._bell, until)
-
-    def close(self) -> None:
-        self._client.close()
-
-    def abort(self) -> None:
-        self._aborted = True
-        release(self._bell)
-        self._client.abort()
-
-
-CALL_FAILED = (OSError, http.client.HTTPException, ValueError)   # what Line.exchange can raise
-
-
-def advice(registration: Registration, failure: Answer | BaseException) -> str:
-    """Why a call failed, and what to do about it."""
-    if isinstance(failure, MatrixError):
-        return failure.error
-    if isinstance(failure, Answer) and failure.status in (401, 403):
-        return (f"{failure.status}: it rejects the hs_token; is the application service running with the registration "
-                "that the homeserver has?")
-    if isinstance(failure, Answer):
-        text = without_tokens(registration, failure.body.decode("utf-8", "replace"))
-        return printable(f"it answered {failure.status} {shorten(text, 200)}")
-    if isinstance(failure, ConnectionRefusedError):
-        return (f"nothing listens at {registration.url}; is the application service running? "
-                "(inside a container, localhost is the container)")
-    if isinstance(failure, TimeoutError):
-        return "it did not answer in time"
-    if isinstance(failure, (ConnectionResetError, BrokenPipeError)):
-        return failure.strerror or "it closed the connection without an answer; does its log say why?"
-    if isinstance(failure, http.client.IncompleteRead):
-        return "it closed the connection, or said a wrong length, in the middle of its answer; does its log say why?"
-    text = printable(shorten(without_tokens(registration, f"{type(failure).__name__}: {failure}"), 200))
-    return f"what it answered is not HTTP/1.1 ({text})" if isinstance(failure, (http.client.HTTPException, ValueError)) else text
-
-
-def without_tokens(registration: Registration, text: str, shown: str = "") -> str:
-    """Some answer with what they were asked. In place of a token stands its name, or what is `shown` for both."""
-    forms = {form: name for name in ("hs_token", "as_token") for token in (getattr(registration, name),)
-             for form in (token, urllib.parse.quote(token, safe=""), urllib.parse.quote(token), json.dumps(token)[1:-1])}
-    longest_first = sorted(forms, key=len, reverse=True)
-    return re.sub("|".join(map(re.escape, longest_first)), lambda match: f"({shown or forms[match[0]]})", text)
-
-
-class Worker:
-    """Pushes to one application service: the open transaction, until it answers 200; then the next.
-
-        waiting --frozen--> sending --200--> acknowledged --> waiting
-                               ^  |
-                               |  +--anything else--> backing off --time, ping or retry()--+
-                               +----------------------------------------------------------+
-    """
-
-    def __init__(self, world: World, line: Line) -> None:
-        self.world, self.line, self.registration = world, line, line.registration
-        self.transaction: Transaction | None = None          # what is to be sent; set by offer()
-        self.failures = 0                                    # attempts since the last success
-        self.next_attempt = 0.0                              # the clock's monotonic time
-        self.paused = False                                  # by hand
-        self.down_since: int | None = None                   # when the first of the failures was
-        self.attempts: collections.deque[Exchange] = collections.deque(maxlen=KEPT_EXCHANGES)    # of transactions, since the start
-        self._thread: threading.Thread | None = None         # started by the first transaction
-        self._hurry = False                                  # somebody wants no backoff after the attempt that is under way
-        self._guard = threading.Lock()                       # guards changes of transaction
-        self._bell, self._stopped, self._seldom = bell(), False, Seldom()
-
-    def offer(self, transaction: Transaction) -> None:
-        """A transaction was frozen. Called by the writer thread, so it only takes note."""
-        with self._guard:
-            self.transaction = transaction
-        self._start()
-        release(self._bell)
-
-    def _start(self) -> None:
-        """If it has no thread yet, and there is one to be had."""
-        if self._thread is None and not self._stopped:
-            thread = threading.Thread(target=self._run, name=f"push {self.registration.id}", daemon=True)
-            try:
-                thread.start()
-                self._thread = thread
-            except RuntimeError as error:
-                self.world.store.late.append(self._start)
-                if self._seldom():
-                    log.error("application service %s: nothing can be pushed: %s", self.registration.id, error)
-
-    @property
-    def fresh(self) -> bool:
-        """Whether nothing has been offered yet."""
-        return self._thread is None
-
-    def retry(self) -> None:
-        """Ends the backoff."""
-        self.next_attempt, self._hurry = 0.0, True
-        release(self._bell)
-
-    def pause(self, paused: bool = True) -> None:
-        """No further attempt until it goes on."""
-        self.paused = paused
-        release(self._bell)
-
-    def drop(self, txn_id: int) -> None:
-        """This one is not to be sent any more. Called by the writer thread."""
-        with self._guard:
-            if not self.transaction or self.transaction.txn_id != txn_id:
-                return
-            self.transaction = None
-            self._forgive()
-        self.line.abort()
-
-    def _forgive(self) -> None:
-        """The next attempt is the first one again."""
-        self.failures, self.next_attempt, self.down_since = 0, 0.0, None
-
-    @property
-    def state(self) -> str:
-        if self.paused:
-            return "paused"
-        if self.transaction is None:
-            return "idle"
-        return "backing off" if self.next_attempt > self.world.clock.monotonic() else "sending"
-
-    def stop(self, deadline: float) -> None:
-        """Lets the attempt that is under way end, until this real monotonic time."""
-        self._stopped = True
-        release(self._bell)
-        if self._thread:
-            self._thread.join(max(0.0, deadline - time.monotonic()))
-            self.line.abort()
-            self._thread.join(max(0.0, deadline + 0.2 - time.monotonic()))
-
-    def _run(self) -> None:
-        while not self._stopped:
-            transaction = self.transaction
-            left = self.next_attempt - self.world.clock.monotonic()
-            if transaction is None or self.paused or left > 0:
-                self.world.clock.wait(self._bell, self.next_attempt if transaction and not self.paused else math.inf)
-            else:
-                try:
-                    self._settle(transaction, self._push(transaction))
-                except Exception:                            # a bug; the transaction is not to wait for ever because of it
-                    log.exception("application service %s: the push failed", self.registration.id)
-                    self._back_off()
-        self.line.close()
-
-    def _push(self, transaction: Transaction) -> Answer | BaseException:
-        self._hurry = False
-        try:
-            return self.line.exchange("transaction", "PUT", f"/_matrix/app/v1/transactions/{transaction.txn_id}", transaction.body,
-                                      self.world.settings.push_timeout_ms / 1000, self._then, txn_id=transaction.txn_id,
-                                      events=transaction.events, attempt=self.failures + 1)
-        except CALL_FAILED as error:
-            return error
-
-    def _then(self, one: Exchange, outcome: Answer | BaseException) -> str:
-        """Any 200 is an acknowledgement, whatever its body; anything else is tried again, after a time that doubles."""
-        self.attempts.append(one)
-        if isinstance(outcome, Answer) and outcome.status == 200:
-            return "" if outcome.json is not None else "an acknowledgement, though it is not JSON"
-        if not self.transaction or self.transaction.txn_id != one.txn_id:
-            return "it was skipped"
-        delay = self._back_off()
-        return f"attempt {self.failures + 1} in {delay:.1f} s"
-
-    def _back_off(self) -> float:
-        """Seconds until the next attempt."""
-        settings = self.world.settings
-        delay = 0.0 if self._hurry else next_delay(self.failures, settings.retry_first_ms, settings.retry_max_ms)
-        self.down_since = self.down_since or self.world.clock.now()
-        self.failures += 1
-        self.next_attempt = self.world.clock.monotonic() + delay
-        return delay
-
-    def _settle(self, transaction: Transaction, outcome: Answer | BaseException) -> None:
-        if isinstance(outcome, Answer) and outcome.status == 200:
-            try:
-                with self._guard:
-                    if self.transaction is transaction:      # the next one comes with the COMMIT of this acknowledgement
-                        self.transaction = None
-                self.world.store.write(lambda tx: tx.acknowledge(transaction.appservice, transaction.txn_id))
-                if self.failures:
-                    log.info("application service %s is back; transaction %d went through",
-                             transaction.appservice, transaction.txn_id)
-                self._forgive()
-                return
-            except MatrixError as error:                     # not stored: it will be sent again, with the same ID
-                with self._guard:
-                    self.transaction, outcome = self.transaction or transaction, error
-                self._back_off()
-        if not (self._stopped or self.world.stopping) and self.transaction is transaction:
-            log.warning("application service %s: transaction %d (%d events, attempt %d) did not go through: %s; next "
-                        "attempt in %.1f s",
-                        transaction.appservice, transaction.txn_id, transaction.events, self.failures,
-                        advice(self.registration, outcome), max(0.0, self.next_attempt - self.world.clock.monotonic()))
-
-
-def next_delay(failures: int, first_ms: int, max_ms: int) -> float:
-    """Seconds until the next attempt: doubled each time, up to a limit, a tenth more or less."""
-    return min(first_ms * 2.0 ** min(failures, 60), max_ms) / 1000 * random.uniform(0.9, 1.1)
-
-
-class Query:
-    """A question in flight, and who waits for its answer."""
-
-    def __init__(self) -> None:
-        self.done = threading.Event()
-        self.created = False
-        self.error: MatrixError | None = None
-
-    def result(self) -> bool:
-        self.done.wait()
-        if self.error:
-            raise self.error
-        return self.created
-
-
-PROTOCOL_KEYS = {"user_fields": list, "location_fields": list, "icon": str, "field_types": dict}
-THIRD_PARTY_IDS = {"user": "userid", "location": "alias"}    # what a look-up finds, and the key of its Matrix ID
-
-
-def has_keys(value: Any, keys: Mapping[str, Any]) -> bool:
-    return isinstance(value, dict) and all(is_a(value.get(key), type_) for key, type_ in keys.items())
-
-
-def is_protocol(value: Any) -> bool:
-    """Whether this is a protocol's metadata. Bridges leave out what they don't have, but for `instances`."""
-    if not has_keys(value, {"instances": list}):
-        return False
-    told = {key: type_ for key, type_ in PROTOCOL_KEYS.items() if value.get(key) is not None}
-    return has_keys(value, told) and all(has_keys(one, {"network_id": str}) for one in value["instances"])
-
-
-def is_batch(value: Any, kind: str) -> bool:
-    """Whether this is a list of third-party users or locations."""
-    keys = {THIRD_PARTY_IDS[kind]: str, "protocol": str, "fields": dict}
-    return isinstance(value, list) and all(has_keys(one, keys) for one in value)
-
-
-class Delivery:
-    """All workers, and the calls that answer somebody who waits."""
-
-    def __init__(self, world: World) -> None:
-        self.world = world
-        self.wire = Wire(world.clock)
-        self._workers: dict[str, Worker] = {}                # made when first needed
-        self._faults: dict[str, Faults] = {}                 # made when first needed
-        self._lines: set[Line] = set()                       # over which somebody asks at the moment
-        self._former: dict[str, Worker] = {}                 # whose registration has changed, until there is another
-        # In flight: who is asked, kind, ID, patient, which application service asks (or '').
-        self._queries: dict[tuple[str, str, str, bool, str], Query] = {}
-        # What was said about a protocol, and until when it counts.
-        self._protocols: dict[tuple[Registration, str], tuple[JsonObject | None, float]] = {}
-        self._guard = threading.Lock()                       # guards all of these but _protocols
-        self._stopped = False
-
-    def start(self) -> None:
-        """Takes up what was open when the homeserver stopped."""
-        self.world.store.on_frozen = self._offer
-        self.world.ask = self.ask
-        self._take_up()
-
-    def _take_up(self) -> None:
-        """Offers what is open to workers that have had nothing yet, and has frozen what waits.
-
-        On the writer thread, as every offer: anybody else might offer what has been acknowledged meanwhile.
-        """
-        def job(tx: Tx) -> None:
-            tx.ready.update(tx.boxes)
-            tx.hear_anew()
-            for box in tx.boxes.values():
-                if box.open:
-                    tx.after.append(functools.partial(self._resume, box.open))
-        self.world.store.write(job)
-
-    def _resume(self, transaction: Transaction) -> None:
-        worker = self.worker(transaction.appservice)
-        if worker and worker.fresh:
-            self._offer(transaction)
-
-    def stop(self, seconds: float = 1.0) -> None:
-        """Attempts that are under way may take this long to end."""
-        self._stopped = True
-        self.wire.stop()
-        deadline = time.monotonic() + seconds
-        with self._guard:
-            workers, lines = list(self._workers.values()), list(self._lines)
-        for line in lines:
-            line.abort()
-        for worker in workers:
-            worker.stop(deadline)
-
-    def _offer(self, transaction: Transaction) -> None:
-        worker = self.worker(transaction.appservice)
-        if worker and not self._stopped:
-            worker.offer(transaction)
-
-    def worker(self, id: str) -> Worker | None:
-        registration = self.world.registrations.by_id.get(id)
-        if not registration or registration.url is None:
-            return None
-        faults = self.faults(id)
-        with self._guard:
-            worker = self._workers.get(id)
-            if worker is None:
-                worker = self._workers[id] = Worker(self.world, Line(registration, self.wire, faults))
-                if former := self._former.pop(id, None):
-                    worker.paused, worker.attempts = former.paused, former.attempts
-            return worker
-
-    @contextlib.contextmanager
-    def _calling(self, registration: Registration) -> Iterator[Line]:
-        """A line for a call that somebody waits for; stop() ends it."""
-        line = Line(registration, self.wire, self.faults(registration.id))
-        with self._guard:
-            self._lines.add(line)
-        try:
-            yield line
-        finally:
-            with self._guard:
-                self._lines.discard(line)
-            line.close()
-
-    def faults(self, id: str) -> Faults:
-        self.registration(id)
-        with self._guard:
-            return self._faults.setdefault(id, Faults())
-
-    def registration(self, id: str) -> Registration:
-        """M_NOT_FOUND if there is no such application service."""
-        registration = self.world.registrations.by_id.get(id)
-        if not registration:
-            raise MatrixError("M_NOT_FOUND", f"there is no application service {shorten(id)!r}, only "
-                              f"{', '.join(self.world.registrations.by_id) or 'none at all'}")
-        return registration
-
-    def hand(self, id: str) -> Worker:
-        """The worker to pause, retry …; M_URL_NOT_SET if nothing is ever sent there."""
-        worker = self.worker(self.registration(id).id)
-        if not worker:
-            raise MatrixError("M_URL_NOT_SET", f"the registration of {id!r} has url: null, so nothing is sent to it")
-        return worker
-
-    def skip(self, id: str) -> int:
-        """Gives up the open transaction, as if it were acknowledged; its ID."""
-        worker = self.hand(id)
-
-        def job(tx: Tx) -> int:
-            box = tx.boxes.get(id, NOTHING_WAITS)
-            if not box.open:
-                raise MatrixError("M_NOT_FOUND", f"no transaction is open for {id!r}")
-            tx.acknowledge(id, box.open.txn_id)
-            tx.after.append(functools.partial(worker.drop, box.open.txn_id))
-            return box.open.txn_id
-        txn_id = self.world.store.write(job)
-        log.warning("application service %s: transaction %d is skipped by hand", id, txn_id)
-        return txn_id
-
-    def replay(self, id: str, txn_id: int | None = None, new_id: bool = False) -> int:
-        """Sends a transaction that was acknowledged (the last one, if none is named) once more: the same bytes with the same ID,
-        or with a new one, which deduplication does not know. The ID.
-        """
-        self.hand(id)
-        return self.world.store.write(lambda tx: tx.reopen(id, txn_id, new_id))
-
-    def reload(self) -> None:
-        """After a change of the registrations: what is gone or different gets no more from its old worker."""
-        with self._guard:
-            changed = [worker for id, worker in self._workers.items()
-                       if self.world.registrations.by_id.get(id) is not worker.registration]
-            for worker in changed:
-                del self._workers[worker.registration.id]
-                self._former[worker.registration.id] = worker
-        self._protocols = {}
-        for worker in changed:
-            worker.stop(time.monotonic())
-        self._take_up()
-
-    # -- pinging
-
-    def ping(self, registration: Registration, transaction_id: str | None) -> int:
-        """Calls the application service as it asked; milliseconds (Pinging). A success ends its backoff."""
-        if registration.url is None:
-            raise MatrixError("M_URL_NOT_SET", f"the registration of {registration.id!r} has url: null, so "
-                              "there is nobody to ping")
-        body = to_json({} if transaction_id is None else {"transaction_id": transaction_id}).encode()
-        began = time.monotonic()
-        try:
-            with self._calling(registration) as line:
-                answer = line.exchange("ping", "POST", "/_matrix/app/v1/ping", body, self.world.settings.query_timeout_ms / 1000)
-        except TimeoutError as error:
-            raise MatrixError("M_CONNECTION_TIMEOUT", advice(registration, error)) from None
-        except CALL_FAILED as error:
-            raise MatrixError("M_CONNECTION_FAILED", advice(registration, error)) from None
-        if answer.status != 200:
-            raise MatrixError("M_BAD_STATUS", advice(registration, answer), status=answer.status,
-                              body=without_tokens(registration, answer.body.decode("utf-8", "replace")))
-        worker = self.worker(registration.id)
-        if worker:
-            worker.retry()
-        return int((time.monotonic() - began) * 1000)
-
-    # -- asking
-
-    def ask(self, kind: str, id: str, by: Registration | None, patient: bool) -> bool:
-        """Whether an application service, asked for a user or alias in its namespace, has created it (Querying).
-
-        Not asked: what exists already, and an application service about itself (`by`). Patient: three attempts,
-        then 408.
-        """
-        if self._exists(kind, id):
-            return False
-        unanswered: MatrixError | None = None
-        for claim in self.world.registrations.claims(kind, id):
-            if claim.namespace and claim.registration is not by and claim.registration.url is not None:
-                try:
-                    if self._ask_one(claim.registration, kind, id, by, patient):
-                        if not self._exists(kind, id):
-                            log.warning("application service %s was asked for %s: it answered 200, as if it had created it, but it "
-                                        "has not", claim.registration.id, printable(id))
-                        return True
-                except MatrixError as error:                 # another may know
-                    unanswered = error
-        if unanswered:
-            raise unanswered
-        return False
-
-    def _exists(self, kind: str, id: str) -> bool:
-        with self.world.store.read() as reader:
-            return bool(reader.user(id) if kind == "users" else reader.alias(id))
-
-    def _ask_one(self, registration: Registration, kind: str, id: str, by: Registration | None,
-                 patient: bool) -> bool:
-        """Equal questions of people are asked once. One that an AS's request leads to is never shared, for the first
-        may wait for that AS; and asked in a circle, it is answered with no.
-        """
-        key = (registration.id, kind, id, patient, by.id if by else "")
-        with self._guard:
-            query = self._queries.get(key)
-            mine = query is None
-            if query is None:
-                query = self._queries[key] = Query()
-        if by and not mine:
-            return False                                     # what it waits for may wait for it
-        if mine:
-            try:
-                query.created = self._question(registration, kind, id, patient)
-            except MatrixError as error:
-                query.error = error
-            finally:
-                with self._guard:
-                    del self._queries[key]
-                query.done.set()
-        return query.result()
-
-    def _question(self, registration: Registration, kind: str, id: str, patient: bool) -> bool:
-        """Asks until there is an answer below 500: 200 means yes, any other no."""
-        clock, why, path = self.world.clock, "", query_path(kind, id)
-        deadline = clock.monotonic() + QUERY_SECONDS
-        with self._calling(registration) as line:
-            for attempt in range(QUERY_ATTEMPTS if patient else 1):
-                if attempt:
-                    clock.wait(bell(), min(deadline, clock.monotonic() + 0.25 * 2**attempt))
-                outcome = self._attempt(line, path, deadline)
-                if isinstance(outcome, Answer) and outcome.status in (200, 404):
-                    return outcome.status == 200
-                why = advice(registration, outcome)
-                patient = patient and not (isinstance(outcome, Answer) and outcome.status < 500)
-                if not patient or self._stopped:
-                    break
-        log.log(logging.DEBUG if self.world.stopping else logging.WARNING,
-                "application service %s was asked for %s: %s", registration.id, printable(id), why)
-        if patient:
-            raise MatrixError("M_UNKNOWN", f"the application service {registration.id!r} was asked for {id}, but: {why}", 408)
-        return False
-
-    def _attempt(self, line: Line, path: str, deadline: float) -> Answer | BaseException:
-        left = deadline - self.world.clock.monotonic()
-        try:
-            return line.exchange("query", "GET", path, None, max(0.001, min(self.world.settings.query_timeout_ms / 1000, left)))
-        except CALL_FAILED as error:
-            return error
-
-    # -- third-party networks. Nobody is asked about itself (`by`): while it waits, it may not be able to answer.
-
-    def protocols(self, by: Registration | None, only: str | None = None) -> dict[str, JsonObject]:
-        """Metadata of each protocol: the instances of all who have it, all else as the first of them says."""
-        asked = [(registration, protocol) for registration in self.world.registrations if registration.url is not None
-                 for protocol in dict.fromkeys(registration.protocols) if only in (None, protocol)]
-        found: dict[str, JsonObject] = {}
-        for (_, protocol), said in zip(asked, at_once(lambda one: self._protocol(*one, by), asked), strict=True):
-            if said:
-                known = found.setdefault(protocol, {**said, "instances": []})
-                known["instances"] = known["instances"] + said["instances"]
-        return found
-
-    def _protocol(self, registration: Registration, protocol: str, by: Registration | None) -> JsonObject | None:
-        now = self.world.clock.monotonic()
-        said, until = self._protocols.get((registration, protocol), (None, 0.0))
-        if until <= now and registration is not by:
-            said = self._look_up(registration, f"protocol/{urllib.parse.quote(protocol, safe='')}", is_protocol)
-            for instance in said["instances"] if said else ():
-                instance["instance_id"] = f"{registration.id}|{instance['network_id']}"
-            self._protocols[registration, protocol] = said, now + (PROTOCOL_SECONDS if said else SILENCE_SECONDS)
-        return said
-
-    def look_up(self, kind: str, protocol: str, fields: Mapping[str, str], by: Registration | None) -> list[JsonObject]:
-        """Third-party users or locations with these fields, as all who have the protocol ('': any) know them."""
-        asked = [one for one in self.world.registrations if one.url is not None and one is not by
-                 and (protocol in one.protocols if protocol else one.protocols)]
-        path = kind + (f"/{urllib.parse.quote(protocol, safe='')}" if protocol else "")
-        path += "?" + urllib.parse.urlencode(fields) if fields else ""
-        answers = at_once(lambda one: self._look_up(one, path, lambda value: is_batch(value, kind)), asked)
-        found = [one for answer in answers for one in answer or ()]
-        if not found:
-            raise MatrixError("M_NOT_FOUND", f"no application service knows of this {kind}; asked: "
-                              f"{', '.join([one.id for one in asked]) or 'none, for none declares the protocol'}")
-        return found
-
-    def _look_up(self, registration: Registration, path: str, fits: Callable[[Any], bool]) -> Any:
-        """Its answer; None, with a line in the log, if it has none that can be used. 404 is an answer."""
-        try:
-            with self._calling(registration) as line:
-                answer = line.exchange("thirdparty", "GET", "/_matrix/app/v1/thirdparty/" + path, None,
-                                       self.world.settings.query_timeout_ms / 1000)
-            if answer.status == 404:
-                return None
-            value = parse_json(answer.body) if answer.status == 200 else None
-            if value is not None and fits(value):
-                return value
-            why = advice(registration, answer)
-        except (*CALL_FAILED, MatrixError) as error:
-            why = advice(registration, error)
-        log.warning("application service %s was asked for third-party %s: %s", registration.id, path.partition("?")[0], why)
-        return None
-
-
 # ============================================================================
 # 8. Routes
 # ============================================================================
@@ -8217,11 +8253,8 @@ IDENTITY = ("user_id", "device_id", "org.matrix.msc3202.device_id")      # in th
 class Call:
     """One request, as a handler sees it."""
 
-    __slots__ = ("api", "request", "params", "who")
-
     def __init__(self, api: Api, request: Request) -> None:
         self.api, self.request = api, request
-        self.params: Mapping[str, str] = {}                  # the variables of the path
         self.who = NOBODY
 
     @property
@@ -8235,13 +8268,19 @@ class Call:
         """Headers that let a web client of any site in; to the inspector none."""
         return b"" if self.request.path == "/" or self.request.path.startswith(INSPECTOR) else CORS
 
-    def __getitem__(self, name: str) -> str:
-        """A variable of the path."""
-        return self.params[name]
-
-    @property
+    @functools.cached_property
     def body(self) -> JsonObject:
         return parse_object(self.bytes(self.api.world.settings.max_request_bytes))
+
+    def field(self, key: str, type_: type[T], default: Any = ...) -> T:
+        """One key of the body."""
+        return field(self.body, key, type_, default)
+
+    @property
+    def reason(self) -> JsonObject:
+        """Why a membership changes, as a part of the event."""
+        reason = self.field("reason", str, None)
+        return {} if reason is None else {"reason": reason}
 
     def bytes(self, limit: int) -> bytes:
         return self.request.body(limit if self.who is not NOBODY else min(limit, ANONYMOUS_BODY))
@@ -8276,6 +8315,9 @@ class Call:
         """The origin_server_ts that an application service wishes (Timestamp massaging)."""
         return self.integer("ts", None) if self.who.appservice else None
 
+    def flag(self, name: str) -> bool:
+        return self.choice(name, ("true", "false"), "false") == "true"
+
     def choice(self, name: str, options: Sequence[str], default: str) -> str:
         value = self.request.query.get(name) or default
         if value not in options:
@@ -8283,13 +8325,76 @@ class Call:
                               f"{shorten(value)!r}")
         return value
 
-    def own(self, user_id: str) -> None:
-        """Refuses to touch what belongs to another user."""
-        if user_id != self.who.user_id:
-            raise forbidden(f"{self.who.user_id} can't do this for {shorten(user_id)}")
-
 
 NOBODY = Who("")
+
+
+# -- Which handler is it?
+
+class Route(NamedTuple):
+    """One endpoint. The handler gets the call and the variables of the path, and returns what a 200 says in JSON (None: {}),
+    or a Response.
+    It refuses by raising a MatrixError.
+
+    `auth`, who may call: "nobody" (no token is looked at), "maybe", "user" (a person, or an AS as one of its users), "self" (the
+    user in the path, which the handler does not get then), "appservice", "admin" (whoever runs the homeserver).
+    """
+    method: str
+    path: str
+    auth: str
+    handler: Callable[..., Any]
+    spec: str
+
+
+class Router:
+    """Finds routes by walking the path's segments. r0, v1 and v3 spellings of a route are one."""
+
+    VERSION = re.compile(r"r0|v[0-9]+|unstable")
+    VARIABLE, ANY_VERSION = "/{}", "/v"                      # no segment has a slash in it
+
+    def __init__(self, routes: Sequence[Route]) -> None:
+        self._root: dict[str, Any] = {}  # segment, or VARIABLE → the like; None → {method: route}
+        for route in routes:
+            node = self._root
+            for segment in self._segments(route.path):
+                node = node.setdefault(self.VARIABLE if segment[:1] == "{" else segment, {})
+            names = re.findall(r"{(\w+)}", route.path)
+            node.setdefault(None, {})[route.method] = route, names       # type: ignore[call-overload]
+
+    @classmethod
+    def _segments(cls, path: str) -> list[str]:
+        segments = path.split("/")[1:]
+        if len(segments) > 2 and segments[0] == "_matrix" and cls.VERSION.fullmatch(segments[2]):
+            segments[2] = cls.ANY_VERSION
+        return segments
+
+    def find(self, method: str, path: str) -> tuple[Route, dict[str, str]]:
+        """The route and the variables of its path, decoded; M_UNRECOGNIZED, 404 or 405."""
+        node, values = self._root, []
+        for segment in self._segments(path):
+            if (literal := node.get(segment)) is not None:
+                node = literal
+            elif (variable := node.get(self.VARIABLE)) is not None:
+                node = variable
+                values.append(segment)
+            else:
+                raise MatrixError("M_UNRECOGNIZED", f"there is no endpoint {shorten(path)}; 'asbridge.py "
+                                  "routes' lists them")
+        routes = node.get(None)                              # type: ignore[call-overload]
+        if not routes:
+            raise MatrixError("M_UNRECOGNIZED", f"there is no endpoint {shorten(path)}; 'asbridge.py routes' "
+                              "lists them")
+        if method not in routes:
+            raise MatrixError("M_UNRECOGNIZED", f"{shorten(path)} takes {', '.join(sorted(routes))}, not "
+                              f"{shorten(method)}", 405)
+        route, names = routes[method]
+        return route, {name: decode_segment(value) for name, value in zip(names, values, strict=True)}
+
+
+@functools.lru_cache(4)
+def router_of(routes: tuple[Route, ...]) -> Router:
+    """Many homeservers in one process, as in tests, have the same one."""
+    return Router(routes)
 
 
 # -- Who is asking?
@@ -8307,6 +8412,10 @@ def token_in(headers: Mapping[str, str], query: Mapping[str, str]) -> str | None
         raise MatrixError("M_UNKNOWN_TOKEN", "the tokens in the Authorization header and in access_token "
                           "differ; send one of them")
     return in_header or in_query or None
+
+
+def is_loopback(host: str) -> bool:
+    return host in ("localhost", "::1", "[::1]") or re.fullmatch(r"127(\.[0-9]{1,3}){3}", host) is not None
 
 
 class Limiter:
@@ -8341,9 +8450,12 @@ class Api:
 
     def __init__(self, world: World, delivery: Delivery, routes: Sequence[Route]) -> None:
         self.world, self.delivery = world, delivery
-        self.accounts, self.rooms, self.media = Accounts(world), Rooms(world), Media(world)
-        self.typing, self.presence, self.keys, self.backups = Typing(world), Presence(world), Keys(world), Backups(world)
-        self.sync, self.notifications = Sync(world, self.typing, self.presence), Notifications(world)
+        self.accounts, self.aliases, self.history = Accounts(world), Aliases(world), History(world)
+        self.rooms, self.relations, self.directory = Rooms(world, self.aliases), Relations(world), Directory(world)
+        self.data, self.openid, self.media = ClientData(world), OpenId(world), Media(world)
+        self.typing, self.presence, self.receipts = Typing(world), Presence(world), Receipts(world)
+        self.keys, self.backups, self.notifications = Keys(world), Backups(world), Notifications(world)
+        self.sync = Sync(world, self.typing, self.presence, Unread())
         self.router, self.limiter = router_of(tuple(routes)), Limiter(world)
 
     def __call__(self, request: Request) -> Response:
@@ -8377,17 +8489,19 @@ class Api:
         request = call.request
         if request.method == "OPTIONS":
             return Response(204, b"", headers=call.cors)
-        route, call.params = self.router.find("GET" if request.method == "HEAD" else request.method, request.path)
+        route, params = self.router.find("GET" if request.method == "HEAD" else request.method, request.path)
         if route.auth == "admin":
             self.check_admin(request)
         elif route.auth != "nobody":
             call.who = self.identify(request, route.auth)
         if route.method != "GET":
             self.limiter.count(call.who)
-            if call.params.get("roomId") and not call.who.appservice:
+            if "roomId" in params and not call.who.appservice:
                 self.presence.active(call.who.user_id)
-        answer = route.handler(call)
-        return answer if isinstance(answer, Response) else json_response(200, answer, call.cors)
+        if route.auth == "self" and (user_id := params.pop("userId")) != call.who.user_id:
+            raise forbidden(f"{call.who.user_id} can't do this for {shorten(user_id)}")
+        answer = route.handler(call, *params.values())
+        return answer if isinstance(answer, Response) else json_response(200, {} if answer is None else answer, call.cors)
 
     def _exchange(self, n: int, ts: int, who: Who, method: str, path: str, query: Mapping[str, str], headers: Mapping[str, str],
                   body: bytes, status: int, answer: bytes, ms: float) -> Exchange:
@@ -8484,78 +8598,10 @@ class Api:
         return registration
 
 
-# -- Which handler is it?
-
-class Route(NamedTuple):
-    """One endpoint. `auth`: "nobody" (no token is looked at), "maybe", "user" (a person, or an AS as one of
-    its users), "appservice", "admin" (whoever runs the homeserver).
-    """
-    method: str
-    path: str
-    auth: str
-    handler: Callable[[Call], Any]
-    spec: str
-
-
-class Router:
-    """Finds routes by walking the path's segments. r0, v1 and v3 spellings of a route are one."""
-
-    VERSION = re.compile(r"r0|v[0-9]+|unstable")
-    VARIABLE, ANY_VERSION = "/{}", "/v"                      # no segment has a slash in it
-
-    def __init__(self, routes: Sequence[Route]) -> None:
-        self._root: dict[str, Any] = {}  # segment, or VARIABLE → the like; None → {method: route}
-        for route in routes:
-            node = self._root
-            for segment in self._segments(route.path):
-                node = node.setdefault(self.VARIABLE if segment[:1] == "{" else segment, {})
-            names = re.findall(r"{(\w+)}", route.path)
-            node.setdefault(None, {})[route.method] = route, names       # type: ignore[call-overload]
-
-    @classmethod
-    def _segments(cls, path: str) -> list[str]:
-        segments = path.split("/")[1:]
-        if len(segments) > 2 and segments[0] == "_matrix" and cls.VERSION.fullmatch(segments[2]):
-            segments[2] = cls.ANY_VERSION
-        return segments
-
-    def find(self, method: str, path: str) -> tuple[Route, dict[str, str]]:
-        """The route and the variables of its path, decoded; M_UNRECOGNIZED, 404 or 405."""
-        node, values = self._root, []
-        for segment in self._segments(path):
-            if (literal := node.get(segment)) is not None:
-                node = literal
-            elif (variable := node.get(self.VARIABLE)) is not None:
-                node = variable
-                values.append(segment)
-            else:
-                raise MatrixError("M_UNRECOGNIZED", f"there is no endpoint {shorten(path)}; 'asbridge.py "
-                                  "routes' lists them")
-        routes = node.get(None)                              # type: ignore[call-overload]
-        if not routes:
-            raise MatrixError("M_UNRECOGNIZED", f"there is no endpoint {shorten(path)}; 'asbridge.py routes' "
-                              "lists them")
-        if method not in routes:
-            raise MatrixError("M_UNRECOGNIZED", f"{shorten(path)} takes {', '.join(sorted(routes))}, not "
-                              f"{shorten(method)}", 405)
-        route, names = routes[method]
-        return route, {name: decode_segment(value) for name, value in zip(names, values, strict=True)}
-
-
-@functools.lru_cache(4)
-def router_of(routes: tuple[Route, ...]) -> Router:
-    """Many homeservers in one process, as in tests, have the same one."""
-    return Router(routes)
-
-
 # -- Handlers: accounts.
 
 def versions(call: Call) -> Any:
     return VERSIONS
-
-
-def is_loopback(host: str) -> bool:
-    return host in ("localhost", "::1", "[::1]") or re.fullmatch(r"127(\.[0-9]{1,3}){3}", host) is not None
 
 
 def well_known(call: Call) -> Any:
@@ -8601,18 +8647,18 @@ def new_device_id(device_id: str) -> str:
     return device_id
 
 
-def device_of(call: Call, body: JsonObject) -> JsonObject:
-    device_id = field(body, "device_id", str, None)
+def device_of(call: Call) -> JsonObject:
+    device_id = call.field("device_id", str, None)
     return {"device_id": new_device_id(device_id) if device_id else None, "ip": call.request.client_ip,
-            "display_name": field(body, "initial_device_display_name", str, None)}
+            "display_name": call.field("initial_device_display_name", str, None)}
 
 
 def register(call: Call) -> Any:
     """A person by the dummy stage of user-interactive authentication, or a ghost by the as_token."""
-    body, accounts = call.body, call.api.accounts
-    username = field(body, "username", str, None) or field(body, "user", str, None)     # `user`: the 2016 text
-    options = {**device_of(call, body), "inhibit_login": field(body, "inhibit_login", bool, False)}
-    if body.get("type") == LOGIN_APPSERVICE:
+    accounts = call.api.accounts
+    username = call.field("username", str, None) or call.field("user", str, None)     # `user`: the 2016 text
+    options = {**device_of(call), "inhibit_login": call.field("inhibit_login", bool, False)}
+    if call.body.get("type") == LOGIN_APPSERVICE:
         return accounts.register_ghost(call.api.appservice(call.request), username, **options)
     if call.choice("kind", ("user", "guest"), "user") == "guest":
         raise forbidden("there are no guests here; register as a user")
@@ -8620,12 +8666,12 @@ def register(call: Call) -> Any:
     if token and call.api.world.registrations.of_as_token(digest(token)):
         raise MatrixError("M_MISSING_PARAM", f"an application service registers users with \"type\": "
                           f"\"{LOGIN_APPSERVICE}\" in the body")
-    password = field(body, "password", str, None)
+    password = call.field("password", str, None)
     accounts.check_open()
     if username is not None:
         accounts.check_available(username, None)
-    if field(field(body, "auth", dict, {}), "type", str, "") != "m.login.dummy":
-        raise Challenge("m.login.dummy", field(body, "auth", dict, {}))
+    if field(call.field("auth", dict, {}), "type", str, "") != "m.login.dummy":
+        raise Challenge("m.login.dummy", call.field("auth", dict, {}))
     return accounts.register(username, password, **options)
 
 
@@ -8634,29 +8680,25 @@ def login_flows(call: Call) -> Any:
 
 
 def login(call: Call) -> Any:
-    body = call.body
-    identifier = field(body, "identifier", dict, {})
-    # `user`: the 2016 text
-    user = field(identifier, "user", str, None) or field(body, "user", str)
+    identifier = call.field("identifier", dict, {})
+    user = field(identifier, "user", str, None) or call.field("user", str)       # at the top: the 2016 text
     if identifier and identifier.get("type", "m.id.user") != "m.id.user":
         raise MatrixError("M_UNKNOWN", "identifier.type must be m.id.user", 400)
-    kind = field(body, "type", str)
+    kind = call.field("type", str)
     if kind == LOGIN_APPSERVICE:
-        return call.api.accounts.login_ghost(call.api.appservice(call.request), user, **device_of(call, body))
+        return call.api.accounts.login_ghost(call.api.appservice(call.request), user, **device_of(call))
     if kind != "m.login.password":
         raise MatrixError("M_UNKNOWN", f"type must be m.login.password or {LOGIN_APPSERVICE}, not "
                           f"{shorten(kind)}", 400)
-    return call.api.accounts.login(user, field(body, "password", str), **device_of(call, body))
+    return call.api.accounts.login(user, call.field("password", str), **device_of(call))
 
 
 def logout(call: Call) -> Any:
     call.api.accounts.logout(call.who)
-    return {}
 
 
 def logout_all(call: Call) -> Any:
     call.api.accounts.logout_all(call.who)
-    return {}
 
 
 def whoami(call: Call) -> Any:
@@ -8665,18 +8707,15 @@ def whoami(call: Call) -> Any:
 
 
 def change_password(call: Call) -> Any:
-    body = call.body
-    password, logout_devices = field(body, "new_password", str), field(body, "logout_devices", bool, True)
-    confirm_password(call, body)
+    password, logout_devices = call.field("new_password", str), call.field("logout_devices", bool, True)
+    confirm_password(call)
     call.api.accounts.change_password(call.who, password, logout_devices)
-    return {}
 
 
 def deactivate(call: Call) -> Any:
     """With or without `erase`: what there is besides the events in rooms goes anyway."""
-    body = call.body
-    field(body, "erase", bool, False)
-    confirm_password(call, body)
+    call.field("erase", bool, False)
+    confirm_password(call)
     call.api.accounts.deactivate(call.who)
     return {"id_server_unbind_result": "success"}            # there are no third-party identifiers to unbind
 
@@ -8685,29 +8724,27 @@ def get_devices(call: Call) -> Any:
     return {"devices": call.api.accounts.devices(call.who)}
 
 
-def get_device(call: Call) -> Any:
-    return call.api.accounts.device(call.who, call["deviceId"])
+def get_device(call: Call, device_id: str) -> Any:
+    return call.api.accounts.device(call.who, device_id)
 
 
-def put_device(call: Call) -> Any:
-    device_id = new_device_id(call["deviceId"]) if call.who.appservice else call["deviceId"]
-    created = call.api.accounts.set_device(call.who, device_id, field(call.body, "display_name", str, None))
+def put_device(call: Call, device_id: str) -> Any:
+    device_id = new_device_id(device_id) if call.who.appservice else device_id
+    created = call.api.accounts.set_device(call.who, device_id, call.field("display_name", str, None))
     return json_response(201 if created else 200, {}, CORS)
 
 
-def delete_device(call: Call) -> Any:
-    body = call.body
-    device_ids = [call["deviceId"]] if "deviceId" in call.params else field(body, "devices", list)
-    if not all(isinstance(device_id, str) for device_id in device_ids):
+def delete_device(call: Call, device_id: str | None = None) -> Any:
+    device_ids = call.field("devices", list) if device_id is None else [device_id]
+    if not all(isinstance(one, str) for one in device_ids):
         raise MatrixError("M_BAD_JSON", f"'devices' is a list of texts, not {quoted(device_ids)}")
-    confirm_password(call, body)
+    confirm_password(call)
     call.api.accounts.delete_devices(call.who, device_ids)
-    return {}
 
 
-def confirm_password(call: Call, body: JsonObject) -> None:
+def confirm_password(call: Call) -> None:
     """User-interactive authentication by the password; an application service needs none for its users."""
-    auth, accounts = field(body, "auth", dict, {}), call.api.accounts
+    auth, accounts = call.field("auth", dict, {}), call.api.accounts
     if call.who.appservice:
         return
     if auth.get("type") != "m.login.password":
@@ -8721,82 +8758,73 @@ def confirm_password(call: Call, body: JsonObject) -> None:
         raise Challenge("m.login.password", auth, error) from None
 
 
-def get_profile(call: Call) -> Any:
-    return call.api.accounts.profile(call["userId"], call.asker)
+def get_profile(call: Call, user_id: str) -> Any:
+    return call.api.accounts.profile(user_id, call.asker)
 
 
-def get_profile_key(call: Call) -> Any:
+def get_profile_key(call: Call, user_id: str, key: str) -> Any:
     """One field. Unset: {} and not 404, on which bridges rely."""
-    key, profile = profile_key(call), get_profile(call)
+    profile_key(key)
+    profile = get_profile(call, user_id)
     return {key: profile[key]} if key in profile else {}
 
 
-def put_profile_key(call: Call) -> Any:
-    key = profile_key(call)
-    value = field(call.body, key, str, None) or None         # an empty text takes it away
-    call.api.accounts.set_profile(call.who, call["userId"], key, value)
-    return {}
+def put_profile_key(call: Call, user_id: str, key: str) -> Any:
+    profile_key(key)
+    value = call.field(key, str, None) or None         # an empty text takes it away
+    call.api.accounts.set_profile(call.who, user_id, key, value)
 
 
-def profile_key(call: Call) -> str:
-    if call["keyName"] not in ("displayname", "avatar_url"):
-        raise MatrixError("M_UNRECOGNIZED", f"a profile has displayname and avatar_url, not "
-                          f"{shorten(call['keyName'])}")
-    return call["keyName"]
+def profile_key(key: str) -> None:
+    if key not in ("displayname", "avatar_url"):
+        raise MatrixError("M_UNRECOGNIZED", f"a profile has displayname and avatar_url, not {shorten(key)}")
 
 
-def data_room(call: Call) -> str:
-    """The room that account data is for; "" if it is for none."""
-    return check_id("!", call["roomId"]) if "roomId" in call.params else ""
+def get_account_data(call: Call, type: str) -> Any:
+    return call.api.notifications.rules(call.who) if type == "m.push_rules" else call.api.data.account_data(call.who, "", type)
 
 
-def get_account_data(call: Call) -> Any:
-    call.own(call["userId"])
-    if call["type"] == "m.push_rules" and "roomId" not in call.params:
-        return call.api.notifications.rules(call.who)
-    return call.api.accounts.account_data(call.who, data_room(call), call["type"])
+def get_room_account_data(call: Call, room_id: str, type: str) -> Any:
+    return call.api.data.account_data(call.who, check_id("!", room_id), type)
 
 
-def put_account_data(call: Call) -> Any:
-    call.own(call["userId"])
-    if call["type"] in ("m.fully_read", "m.push_rules"):
-        raise MatrixError("M_BAD_JSON", f"{call['type']} is set by its own endpoint", 405)
-    call.api.accounts.set_account_data(call.who, data_room(call), call["type"], call.body)
-    return {}
+def put_account_data(call: Call, type: str) -> Any:
+    call.api.data.set_account_data(call.who, "", settable(type), call.body)
 
 
-def get_tags(call: Call) -> Any:
-    call.own(call["userId"])
-    return call.api.accounts.tags(call.who, data_room(call))
+def put_room_account_data(call: Call, room_id: str, type: str) -> Any:
+    call.api.data.set_account_data(call.who, check_id("!", room_id), settable(type), call.body)
 
 
-def put_tag(call: Call) -> Any:
-    call.own(call["userId"])
-    call.api.accounts.set_tag(call.who, data_room(call), call["tag"], call.body)
-    return {}
+def settable(type: str) -> str:
+    if type in ("m.fully_read", "m.push_rules"):
+        raise MatrixError("M_BAD_JSON", f"{type} is set by its own endpoint", 405)
+    return type
 
 
-def delete_tag(call: Call) -> Any:
-    call.own(call["userId"])
-    call.api.accounts.set_tag(call.who, data_room(call), call["tag"], None)
-    return {}
+def get_tags(call: Call, room_id: str) -> Any:
+    return call.api.data.tags(call.who, check_id("!", room_id))
+
+
+def put_tag(call: Call, room_id: str, tag: str) -> Any:
+    call.api.data.set_tag(call.who, check_id("!", room_id), tag, call.body)
+
+
+def delete_tag(call: Call, room_id: str, tag: str) -> Any:
+    call.api.data.set_tag(call.who, check_id("!", room_id), tag, None)
 
 
 def post_filter(call: Call) -> Any:
-    call.own(call["userId"])
-    source = call.body
-    SyncFilter(source)                                       # refuses what it can't read
-    return {"filter_id": call.api.accounts.add_filter(call.who, source)}
+    SyncFilter(call.body)                                    # refuses what it can't read
+    return {"filter_id": call.api.data.add_filter(call.who, call.body)}
 
 
-def get_filter(call: Call) -> Any:
-    call.own(call["userId"])
-    return call.api.accounts.filter(call.who, call["filterId"])
+def get_filter(call: Call, filter_id: str) -> Any:
+    return call.api.data.filter(call.who, filter_id)
 
 
 def post_openid_token(call: Call) -> Any:
-    call.own(call["userId"])
-    return call.api.accounts.openid_token(call.who)
+    return call.api.openid.token(call.who)
 
 
 def get_push_rules(call: Call) -> Any:
@@ -8805,28 +8833,25 @@ def get_push_rules(call: Call) -> Any:
     return rules["global"] if "global" in call.request.path.split("/") else rules
 
 
-def rule_of(call: Call) -> tuple[str, str]:
-    """Kind and ID of the rule in the path."""
-    if call["kind"] not in RULE_KINDS:
-        raise MatrixError("M_INVALID_PARAM", f"the kind of a rule is one of {', '.join(RULE_KINDS)}, not {shorten(call['kind'])}")
-    return call["kind"], call["ruleId"]
+def rule_kind(kind: str) -> str:
+    if kind not in RULE_KINDS:
+        raise MatrixError("M_INVALID_PARAM", f"the kind of a rule is one of {', '.join(RULE_KINDS)}, not {shorten(kind)}")
+    return kind
 
 
-def get_push_rule(call: Call) -> Any:
+def get_push_rule(call: Call, kind: str, id: str) -> Any:
     """The rule, or one part of it that the path names."""
-    rule, part = call.api.notifications.rule(call.who, *rule_of(call)), call.request.path.split("/")[8:]
+    rule, part = call.api.notifications.rule(call.who, rule_kind(kind), id), call.request.path.split("/")[8:]
     return {part[0]: rule[part[0]]} if part else rule
 
 
-def put_push_rule(call: Call) -> Any:
-    (kind, id), body = rule_of(call), call.body
-    parts: JsonObject = {"actions": objects(body, "actions", str)}
-    if kind == "content":
-        parts["pattern"] = field(body, "pattern", str)
+def put_push_rule(call: Call, kind: str, id: str) -> Any:
+    parts: JsonObject = {"actions": objects(call.body, "actions", str)}
+    if rule_kind(kind) == "content":
+        parts["pattern"] = call.field("pattern", str)
     elif kind in ("override", "underride"):
-        parts["conditions"] = objects({"conditions": [], **body}, "conditions")
+        parts["conditions"] = objects({"conditions": [], **call.body}, "conditions")
     call.api.notifications.set_rule(call.who, kind, id, parts, call.query("before"), call.query("after"))
-    return {}
 
 
 def objects(body: JsonObject, key: str, *also: type) -> list[Any]:
@@ -8837,40 +8862,36 @@ def objects(body: JsonObject, key: str, *also: type) -> list[Any]:
     return items
 
 
-def delete_push_rule(call: Call) -> Any:
-    call.api.notifications.delete_rule(call.who, *rule_of(call))
-    return {}
+def delete_push_rule(call: Call, kind: str, id: str) -> Any:
+    call.api.notifications.delete_rule(call.who, rule_kind(kind), id)
 
 
-def put_push_enabled(call: Call) -> Any:
-    call.api.notifications.update_rule(call.who, *rule_of(call), {"enabled": field(call.body, "enabled", bool)})
-    return {}
+def put_push_enabled(call: Call, kind: str, id: str) -> Any:
+    call.api.notifications.update_rule(call.who, rule_kind(kind), id, {"enabled": call.field("enabled", bool)})
 
 
-def put_push_actions(call: Call) -> Any:
-    call.api.notifications.update_rule(call.who, *rule_of(call), {"actions": objects(call.body, "actions", str)})
-    return {}
+def put_push_actions(call: Call, kind: str, id: str) -> Any:
+    call.api.notifications.update_rule(call.who, rule_kind(kind), id, {"actions": objects(call.body, "actions", str)})
 
 
 def openid_userinfo(call: Call) -> Any:
     token = call.query("access_token")
     if not token:
         raise MatrixError("M_MISSING_TOKEN", "the query must have access_token, an OpenID token")
-    return {"sub": call.api.accounts.openid_user(token)}
+    return {"sub": call.api.openid.user(token)}
 
 
 # -- Handlers: end-to-end encryption.
 
 def upload_keys(call: Call) -> Any:
-    body = call.body
-    fallback = field(body, "fallback_keys", dict, {}) or field(body, "org.matrix.msc2732.fallback_keys", dict, {})
-    return {"one_time_key_counts": call.api.keys.upload(call.who, field(body, "device_keys", dict, {}),
-                                                        field(body, "one_time_keys", dict, {}), fallback)}
+    fallback = call.field("fallback_keys", dict, {}) or call.field("org.matrix.msc2732.fallback_keys", dict, {})
+    return {"one_time_key_counts": call.api.keys.upload(call.who, call.field("device_keys", dict, {}),
+                                                        call.field("one_time_keys", dict, {}), fallback)}
 
 
 def by_user(call: Call, key: str, kind: type[T]) -> dict[str, T]:
     """{user ID: what is wanted of it} in the body."""
-    wanted = field(call.body, key, dict)
+    wanted = call.field(key, dict)
     return {check_id("@", user_id): field(wanted, user_id, kind) for user_id in wanted}
 
 
@@ -8885,70 +8906,48 @@ def claim_keys(call: Call) -> Any:
 
 
 def upload_cross_signing(call: Call) -> Any:
-    body = call.body
-    keys = {usage: field(body, f"{usage}_key", dict) for usage in USAGES if f"{usage}_key" in body}
+    keys = {usage: call.field(f"{usage}_key", dict) for usage in USAGES if f"{usage}_key" in call.body}
     replaces = call.api.keys.check_cross_signing(call.who, keys)
     if replaces:
-        confirm_password(call, body)
+        confirm_password(call)
     call.api.keys.upload_cross_signing(call.who, keys, replaces or call.who.appservice is not None)
-    return {}
 
 
 def upload_signatures(call: Call) -> Any:
-    body = call.body
-    return call.api.keys.upload_signatures(call.who, {check_id("@", user_id): field(body, user_id, dict) for user_id in body})
+    return call.api.keys.upload_signatures(call.who, {check_id("@", user_id): call.field(user_id, dict) for user_id in call.body})
 
 
-def send_to_device(call: Call) -> Any:
-    call.api.keys.send_to_device(call.who, call["eventType"], call["txnId"], by_user(call, "messages", dict))
-    return {}
+def send_to_device(call: Call, type: str, txn_id: str) -> Any:
+    call.api.keys.send_to_device(call.who, type, txn_id, by_user(call, "messages", dict))
 
 
 def post_backup(call: Call) -> Any:
-    body = call.body
-    return {"version": call.api.backups.create(call.who, field(body, "algorithm", str), field(body, "auth_data", dict))}
+    return {"version": call.api.backups.create(call.who, call.field("algorithm", str), call.field("auth_data", dict))}
 
 
-def get_backup(call: Call) -> Any:
-    return call.api.backups.get(call.who, call.params.get("version"))
+def get_backup(call: Call, version: str | None = None) -> Any:
+    return call.api.backups.get(call.who, version)
 
 
-def put_backup(call: Call) -> Any:
-    body = call.body
-    call.api.backups.update(call.who, call["version"], field(body, "algorithm", str), field(body, "auth_data", dict))
-    return {}
+def put_backup(call: Call, version: str) -> Any:
+    call.api.backups.update(call.who, version, call.field("algorithm", str), call.field("auth_data", dict))
 
 
-def delete_backup(call: Call) -> Any:
-    call.api.backups.delete(call.who, call["version"])
-    return {}
+def delete_backup(call: Call, version: str) -> Any:
+    call.api.backups.delete(call.who, version)
 
 
-def backup_version(call: Call) -> str:
-    version = call.query("version")
-    if not version:
-        raise MatrixError("M_MISSING_PARAM", "the query must have version, the backup's")
-    return version
-
-
-def put_backup_keys(call: Call) -> Any:
+def put_backup_keys(call: Call, room_id: str | None = None, session_id: str | None = None) -> Any:
     """Keys of a session, of a room, or of many rooms."""
-    version, body = backup_version(call), call.body
-    room_id, session_id = call.params.get("roomId"), call.params.get("sessionId")
-    if room_id is None:
-        rooms = field(body, "rooms", dict)
-    elif session_id is None:
-        rooms = {room_id: body}
-    else:
-        rooms = {room_id: {"sessions": {session_id: body}}}
+    version, sessions = call.required("version"), {"sessions": {session_id: call.body}} if session_id is not None else call.body
+    rooms = call.field("rooms", dict) if room_id is None else {room_id: sessions}
     keys = {room: field(field(rooms, room, dict), "sessions", dict) for room in rooms}
     return call.api.backups.put_keys(call.who, version, {
         room: {session: field(sessions, session, dict) for session in sessions} for room, sessions in keys.items()})
 
 
-def get_backup_keys(call: Call) -> Any:
-    room_id, session_id = call.params.get("roomId"), call.params.get("sessionId")
-    found = call.api.backups.keys(call.who, backup_version(call), room_id, session_id)
+def get_backup_keys(call: Call, room_id: str | None = None, session_id: str | None = None) -> Any:
+    found = call.api.backups.keys(call.who, call.required("version"), room_id, session_id)
     if room_id is None:
         return {"rooms": {room: {"sessions": sessions} for room, sessions in found.items()}}
     if session_id is None:
@@ -8958,8 +8957,8 @@ def get_backup_keys(call: Call) -> Any:
     return found[room_id][session_id]
 
 
-def delete_backup_keys(call: Call) -> Any:
-    return call.api.backups.delete_keys(call.who, backup_version(call), call.params.get("roomId"), call.params.get("sessionId"))
+def delete_backup_keys(call: Call, room_id: str | None = None, session_id: str | None = None) -> Any:
+    return call.api.backups.delete_keys(call.who, call.required("version"), room_id, session_id)
 
 
 # -- Handlers: rooms.
@@ -8968,96 +8967,76 @@ def create_room(call: Call) -> Any:
     return {"room_id": call.api.rooms.create(call.who, call.body)}
 
 
-def with_reason(body: JsonObject) -> JsonObject:
-    reason = field(body, "reason", str, None)
-    return {} if reason is None else {"reason": reason}
+def join_room(call: Call, room_id: str) -> Any:
+    return {"room_id": call.api.rooms.join(call.who, room_id, call.reason)}
 
 
-def join_room(call: Call) -> Any:
-    return {"room_id": call.api.rooms.join(call.who, call["roomId"], with_reason(call.body))}
+def knock_room(call: Call, room_id: str) -> Any:
+    return {"room_id": call.api.rooms.knock(call.who, room_id, call.reason)}
 
 
-def knock_room(call: Call) -> Any:
-    return {"room_id": call.api.rooms.knock(call.who, call["roomId"], with_reason(call.body))}
+def invite(call: Call, room_id: str) -> Any:
+    call.api.rooms.invite(call.who, room_id, call.field("user_id", str), call.reason)
 
 
-def invite(call: Call) -> Any:
-    body = call.body
-    call.api.rooms.invite(call.who, call["roomId"], field(body, "user_id", str), with_reason(body))
-    return {}
+def leave(call: Call, room_id: str) -> Any:
+    call.api.rooms.set_membership(call.who, room_id, call.who.user_id, "leave", call.reason)
 
 
-def leave(call: Call) -> Any:
-    call.api.rooms.set_membership(call.who, call["roomId"], call.who.user_id, "leave", with_reason(call.body))
-    return {}
+def kick(call: Call, room_id: str) -> Any:
+    call.api.rooms.kick(call.who, room_id, call.field("user_id", str), call.reason)
 
 
-def kick(call: Call) -> Any:
-    body = call.body
-    call.api.rooms.kick(call.who, call["roomId"], field(body, "user_id", str), with_reason(body))
-    return {}
+def ban(call: Call, room_id: str) -> Any:
+    call.api.rooms.set_membership(call.who, room_id, call.field("user_id", str), "ban", call.reason)
 
 
-def ban(call: Call) -> Any:
-    body = call.body
-    call.api.rooms.set_membership(call.who, call["roomId"], field(body, "user_id", str), "ban",
-                                  with_reason(body))
-    return {}
+def unban(call: Call, room_id: str) -> Any:
+    call.api.rooms.unban(call.who, room_id, call.field("user_id", str), call.reason)
 
 
-def unban(call: Call) -> Any:
-    body = call.body
-    call.api.rooms.unban(call.who, call["roomId"], field(body, "user_id", str), with_reason(body))
-    return {}
-
-
-def forget(call: Call) -> Any:
-    call.api.rooms.forget(call.who, call["roomId"])
-    return {}
+def forget(call: Call, room_id: str) -> Any:
+    call.api.rooms.forget(call.who, room_id)
 
 
 def joined_rooms(call: Call) -> Any:
     return {"joined_rooms": call.api.rooms.joined(call.who)}
 
 
-def send(call: Call) -> Any:
-    return {"event_id": call.api.rooms.send(call.who, call["roomId"], call["eventType"], call.body,
-                                            call["txnId"], call.ts)}
+def send(call: Call, room_id: str, type: str, txn_id: str) -> Any:
+    return {"event_id": call.api.rooms.send(call.who, room_id, type, call.body, txn_id, call.ts)}
 
 
-def redact(call: Call) -> Any:
-    return {"event_id": call.api.rooms.redact(call.who, call["roomId"], call["eventId"], call.body,
-                                              call["txnId"])}
+def redact(call: Call, room_id: str, event_id: str, txn_id: str) -> Any:
+    return {"event_id": call.api.rooms.redact(call.who, room_id, event_id, call.body, txn_id)}
 
 
-def put_state(call: Call) -> Any:
-    return {"event_id": call.api.rooms.set_state(call.who, call["roomId"], call["eventType"],
-                                                 call.params.get("stateKey", ""), call.body, call.ts)}
+def put_state(call: Call, room_id: str, type: str, state_key: str = "") -> Any:
+    return {"event_id": call.api.rooms.set_state(call.who, room_id, type, state_key, call.body, call.ts)}
 
 
-def get_state_event(call: Call) -> Any:
-    event = call.api.rooms.state_event(call.who, call["roomId"], call["eventType"],
-                                       call.params.get("stateKey", ""))
+def get_state_event(call: Call, room_id: str, type: str, state_key: str = "") -> Any:
+    event = call.api.history.state_event(call.who, room_id, type, state_key)
     whole = call.choice("format", ("content", "event"), "content") == "event"
-    return call.api.rooms.render(call.who, [event])[0] if whole else event.content
+    return call.api.history.render(call.who, [event])[0] if whole else event.content
 
 
-def get_state(call: Call) -> Any:
-    return call.api.rooms.state(call.who, call["roomId"])
+def get_state(call: Call, room_id: str) -> Any:
+    return call.api.history.state(call.who, room_id)
 
 
-def get_event(call: Call) -> Any:
-    return call.api.rooms.event(call.who, call["roomId"], call["eventId"])
+def get_event(call: Call, room_id: str, event_id: str) -> Any:
+    return call.api.history.event(call.who, room_id, event_id)
 
 
-def get_members(call: Call) -> Any:
-    return {"chunk": call.api.rooms.members(call.who, call["roomId"], call.integer("at", None),
+def get_members(call: Call, room_id: str) -> Any:
+    return {"chunk": call.api.history.members(call.who, room_id, call.integer("at", None),
                                             *(call.choice(name, tuple(MEMBERSHIP_RULES), "") if call.query(name) else None
                                               for name in ("membership", "not_membership")))}
 
 
-def get_joined_members(call: Call) -> Any:
-    return {"joined": call.api.rooms.joined_members(call.who, call["roomId"])}
+def get_joined_members(call: Call, room_id: str) -> Any:
+    return {"joined": call.api.history.joined_members(call.who, room_id)}
 
 
 def query_filter(call: Call) -> tuple[Filter, JsonObject]:
@@ -9066,84 +9045,74 @@ def query_filter(call: Call) -> tuple[Filter, JsonObject]:
     return event_filter(source), source
 
 
-def get_messages(call: Call) -> Any:
+def get_messages(call: Call, room_id: str) -> Any:
     filter, source = query_filter(call)
     limit = call.limit(field(source, "limit", int, 10))
     backwards = call.choice("dir", ("b", "f"), "b") == "b"
-    return call.api.rooms.messages(call.who, call["roomId"], call.integer("from", None), backwards, limit,
+    return call.api.history.messages(call.who, room_id, call.integer("from", None), backwards, limit,
                                    filter, call.integer("to", None), field(source, "lazy_load_members", bool, False))
 
 
-def get_context(call: Call) -> Any:
+def get_context(call: Call, room_id: str, event_id: str) -> Any:
     filter, source = query_filter(call)
-    return call.api.rooms.context(call.who, call["roomId"], call["eventId"],
-                                  call.limit(10), filter, field(source, "lazy_load_members", bool, False))
+    return call.api.history.context(call.who, room_id, event_id, call.limit(10), filter,
+                                    field(source, "lazy_load_members", bool, False))
 
 
-def get_relations(call: Call) -> Any:
-    recurse = call.choice("recurse", ("true", "false"), "false") == "true"
-    return call.api.rooms.relations(
-        call.who, call["roomId"], call["eventId"], call.params.get("relType"), call.params.get("eventType"),
-        call.integer("from", None), call.integer("to", None), call.choice("dir", ("b", "f"), "b") == "b",
-        call.limit(50, 1), recurse)
+def get_relations(call: Call, room_id: str, event_id: str, rel_type: str | None = None, type: str | None = None) -> Any:
+    recurse = call.flag("recurse")
+    return call.api.relations.related(call.who, room_id, event_id, rel_type, type, call.integer("from", None), call.integer("to", None),
+                                    call.choice("dir", ("b", "f"), "b") == "b", call.limit(50, 1), recurse)
 
 
-def get_threads(call: Call) -> Any:
+def get_threads(call: Call, room_id: str) -> Any:
     participated = call.choice("include", ("all", "participated"), "all") == "participated"
-    return call.api.rooms.threads(call.who, call["roomId"], participated, call.integer("from", None),
-                                  call.limit(50, 1))
+    return call.api.relations.threads(call.who, room_id, participated, call.integer("from", None), call.limit(50, 1))
 
 
-def room_aliases(call: Call) -> Any:
-    return {"aliases": call.api.rooms.aliases(call.who, call["roomId"])}
+def room_aliases(call: Call, room_id: str) -> Any:
+    return {"aliases": call.api.aliases.of_room(call.who, room_id)}
 
 
-def get_alias(call: Call) -> Any:
-    return {"room_id": call.api.rooms.resolve(call["roomAlias"], call.asker),
-            "servers": [call.api.world.name]}
+def get_alias(call: Call, alias: str) -> Any:
+    return {"room_id": call.api.aliases.resolve(alias, call.asker), "servers": [call.api.world.name]}
 
 
-def put_alias(call: Call) -> Any:
-    call.api.rooms.add_alias(call.who, call["roomAlias"], field(call.body, "room_id", str))
-    return {}
+def put_alias(call: Call, alias: str) -> Any:
+    call.api.aliases.add(call.who, alias, call.field("room_id", str))
 
 
-def delete_alias(call: Call) -> Any:
-    call.api.rooms.delete_alias(call.who, call["roomAlias"])
-    return {}
+def delete_alias(call: Call, alias: str) -> Any:
+    call.api.aliases.delete(call.who, alias)
 
 
-def get_visibility(call: Call) -> Any:
-    return {"visibility": "public" if call.api.rooms.is_published(call.who, call["roomId"]) else "private"}
+def get_visibility(call: Call, room_id: str) -> Any:
+    return {"visibility": "public" if call.api.directory.is_published(call.who, room_id) else "private"}
 
 
 def wants_public(call: Call) -> bool:
-    visibility = field(call.body, "visibility", str, "public")
+    visibility = call.field("visibility", str, "public")
     if visibility not in ("public", "private"):
         raise MatrixError("M_INVALID_PARAM", f"visibility must be public or private, not {quoted(visibility)}")
     return visibility == "public"
 
 
-def put_visibility(call: Call) -> Any:
-    call.api.rooms.publish(call.who, call["roomId"], wants_public(call))
-    return {}
+def put_visibility(call: Call, room_id: str) -> Any:
+    call.api.directory.publish(call.who, room_id, wants_public(call))
 
 
-def put_network_room(call: Call) -> Any:
-    call.api.rooms.publish_in_network(call.who, call["networkId"], call["roomId"], wants_public(call))
-    return {}
+def put_network_room(call: Call, network: str, room_id: str) -> Any:
+    call.api.directory.publish_in_network(call.who, network, room_id, wants_public(call))
 
 
-def get_hierarchy(call: Call) -> Any:
-    suggested_only = call.choice("suggested_only", ("true", "false"), "false") == "true"
+def get_hierarchy(call: Call, room_id: str) -> Any:
+    suggested_only = call.flag("suggested_only")
     max_depth = min(call.integer("max_depth", MAX_SPACE_DEPTH), MAX_SPACE_DEPTH)
-    return call.api.rooms.hierarchy(call.who, call["roomId"], suggested_only, max_depth, call.integer("from", 0),
-                                    call.limit(50, 1))
+    return call.api.directory.hierarchy(call.who, room_id, suggested_only, max_depth, call.integer("from", 0), call.limit(50, 1))
 
 
 def search_users(call: Call) -> Any:
-    body = call.body
-    return call.api.accounts.search(call.who, field(body, "search_term", str), min(max(field(body, "limit", int, 10), 1), 50))
+    return call.api.directory.search_users(call.who, call.field("search_term", str), min(max(call.field("limit", int, 10), 1), 50))
 
 
 def own_directory(call: Call) -> None:
@@ -9155,57 +9124,49 @@ def own_directory(call: Call) -> None:
 
 def get_public_rooms(call: Call) -> Any:
     own_directory(call)
-    return call.api.rooms.public(call.integer("since", 0), call.limit(100))
+    return call.api.directory.public(call.integer("since", 0), call.limit(100))
 
 
 def search_public_rooms(call: Call) -> Any:
     own_directory(call)
-    body = call.body
-    since, filter = number_in(field(body, "since", str, "") or "0"), field(body, "filter", dict, {})
+    since, filter = number_in(call.field("since", str, "") or "0"), call.field("filter", dict, {})
     if since is None:
-        raise MatrixError("M_INVALID_PARAM", f"since is a next_batch or prev_batch of another answer, not {quoted(body['since'])}")
-    types, network = field(filter, "room_types", list, []), field(body, "third_party_instance_id", str, "")
+        raise MatrixError("M_INVALID_PARAM", f"since is a next_batch or prev_batch of another answer, not {quoted(call.body['since'])}")
+    types, network = field(filter, "room_types", list, []), call.field("third_party_instance_id", str, "")
     if not all(one is None or isinstance(one, str) for one in types):
         raise MatrixError("M_BAD_JSON", f"room_types must be texts or null, not {quoted(types)}")
-    everywhere = field(body, "include_all_networks", bool, False)
+    everywhere = call.field("include_all_networks", bool, False)
     if everywhere and network:
         raise MatrixError("M_INVALID_PARAM", "it is either include_all_networks or one third_party_instance_id")
-    return call.api.rooms.public(
-        since, max(field(body, "limit", int, 100), 0),
+    return call.api.directory.public(
+        since, max(call.field("limit", int, 100), 0),
         field(filter, "generic_search_term", str, ""), types, None if everywhere else network)
 
 
-def put_typing(call: Call) -> Any:
-    call.own(call["userId"])
-    body = call.body
-    seconds = min(max(field(body, "timeout", int, 30_000), 0), 120_000) / 1000
-    until = call.api.world.clock.monotonic() + seconds if field(body, "typing", bool) else None
-    call.api.typing.set(call.who, call["roomId"], until)
-    return {}
+def put_typing(call: Call, room_id: str) -> Any:
+    seconds = min(max(call.field("timeout", int, 30_000), 0), 120_000) / 1000
+    until = call.api.world.clock.monotonic() + seconds if call.field("typing", bool) else None
+    call.api.typing.set(call.who, room_id, until)
 
 
-def post_receipt(call: Call) -> Any:
-    body = call.body
-    thread_id = body.get("thread_id", "")
-    if not isinstance(thread_id, str) or ("thread_id" in body and not thread_id):
+def post_receipt(call: Call, room_id: str, receipt_type: str, event_id: str) -> Any:
+    thread_id = call.body.get("thread_id", "")
+    if not isinstance(thread_id, str) or ("thread_id" in call.body and not thread_id):
         raise MatrixError("M_INVALID_PARAM", f"thread_id must be \"main\" or the event ID of a root, not {quoted(thread_id)}")
-    call.api.rooms.add_receipt(call.who, call["roomId"], {call["receiptType"]: call["eventId"]}, thread_id)
-    return {}
+    call.api.receipts.add(call.who, room_id, {receipt_type: event_id}, thread_id)
 
 
-def post_read_markers(call: Call) -> Any:
-    body = call.body
-    types = {str(type): field(body, type, str) for type in ("m.fully_read", "m.read", "m.read.private")
-             if body.get(type) is not None}
-    call.api.rooms.add_receipt(call.who, call["roomId"], types)
-    return {}
+def post_read_markers(call: Call, room_id: str) -> Any:
+    types = {str(type): call.field(type, str) for type in ("m.fully_read", "m.read", "m.read.private")
+             if call.body.get(type) is not None}
+    call.api.receipts.add(call.who, room_id, types)
 
 
 def get_sync(call: Call) -> Any:
     chosen = call.query("filter") or "{}"
-    filter = inline_filter(chosen) if chosen[:1] == "{" else SyncFilter(call.api.accounts.filter(call.who, chosen))
+    filter = inline_filter(chosen) if chosen[:1] == "{" else SyncFilter(call.api.data.filter(call.who, chosen))
     timeout = call.integer("timeout", 0) / 1000
-    full_state = call.choice("full_state", ("true", "false"), "false") == "true"
+    full_state = call.flag("full_state")
     state_after = next((prefix + "state_after" for prefix in ("", "org.matrix.msc4222.")
                         if call.query(f"{prefix}use_state_after") == "true"), "")
     return call.api.sync.sync(call.who, call.integer("since", None), filter, timeout, full_state, state_after,
@@ -9232,24 +9193,21 @@ def get_events(call: Call) -> Any:
     return {"start": str(start), "end": answer["next_batch"], "chunk": chunk}
 
 
-def get_initial_sync(call: Call) -> Any:
-    return call.api.rooms.initial_sync(call.who, call["roomId"], call.limit(10), call.api.presence.events)
+def get_initial_sync(call: Call, room_id: str) -> Any:
+    return call.api.history.initial_sync(call.who, room_id, call.limit(10), call.api.presence.events)
 
 
-def get_presence(call: Call) -> Any:
-    return call.api.presence.get(call.who, check_id("@", call["userId"]))
+def get_presence(call: Call, user_id: str) -> Any:
+    return call.api.presence.get(call.who, check_id("@", user_id))
 
 
 def put_presence(call: Call) -> Any:
-    call.own(call["userId"])
-    body = call.body
-    presence = field(body, "presence", str)
+    presence = call.field("presence", str)
     if presence not in PRESENCES:
         raise MatrixError("M_INVALID_PARAM", f"presence is one of {', '.join(PRESENCES)}, not {shorten(presence)}")
-    message = field(body, "status_msg", str, None)
+    message = call.field("status_msg", str, None)
     check_length("status_msg", message, MAX_STATUS)
     call.api.presence.set(call.who, presence, message)
-    return {}
 
 
 # -- Handlers: media.
@@ -9263,33 +9221,32 @@ INLINE_TYPES = (
 )
 
 
-def upload(call: Call) -> Any:
+def upload(call: Call, server_name: str = "", media_id: str | None = None) -> Any:
     """At once, or for a URI that was made before."""
     media, content_type = call.api.media, call.request.headers.get("content-type") or "application/octet-stream"
     with media.uploading(call.who) if call.request.is_larger(SMALL_UPLOAD) else contextlib.nullcontext():
         content = call.bytes(call.api.world.settings.max_upload_bytes)
-        if "mediaId" in call.params:
-            media.fill(call.who, call["serverName"], call["mediaId"], content, content_type, call.query("filename"))
-            return {}
-        return {"content_uri": media.upload(call.who, content, content_type, call.query("filename"))}
+        if media_id is None:
+            return {"content_uri": media.upload(call.who, content, content_type, call.query("filename"))}
+        return media.fill(call.who, server_name, media_id, content, content_type, call.query("filename"))
 
 
 def create_media(call: Call) -> Any:
     return call.api.media.create(call.who)
 
 
-def download(call: Call) -> Any:
+def download(call: Call, server_name: str, media_id: str, filename: str | None = None) -> Any:
     timeout = call.integer("timeout_ms", 20_000, 0, 120_000) / 1000
-    content_type, filename, content = call.api.media.download(call["serverName"], call["mediaId"], timeout)
-    return media_response(content_type, call.params.get("fileName") or filename, content)
+    content_type, uploaded_as, content = call.api.media.download(server_name, media_id, timeout)
+    return media_response(content_type, filename or uploaded_as, content)
 
 
-def thumbnail(call: Call) -> Any:
+def thumbnail(call: Call, server_name: str, media_id: str) -> Any:
     """The picture itself, whatever its size: to scale it takes more than the standard library has."""
     if call.integer("width", None, 1) is None or call.integer("height", None, 1) is None:
         raise MatrixError("M_MISSING_PARAM", "the query must have width and height")
     call.choice("method", ("crop", "scale"), "scale")
-    answer = download(call)
+    answer = download(call, server_name, media_id)
     if not answer.content_type.lower().startswith("image/"):
         raise MatrixError("M_UNKNOWN", f"{shorten(answer.content_type)} is no type of a picture", 400)
     return answer
@@ -9310,11 +9267,11 @@ def media_config(call: Call) -> Any:
 
 # -- Handlers: for application services.
 
-def ping(call: Call) -> Any:
+def ping(call: Call, id: str) -> Any:
     registration = call.who.appservice
-    if not registration or registration.id != call["appserviceId"]:
-        raise forbidden(f"the as_token is not that of the application service {shorten(call['appserviceId'])}")
-    return {"duration_ms": call.api.delivery.ping(registration, field(call.body, "transaction_id", str, None))}
+    if not registration or registration.id != id:
+        raise forbidden(f"the as_token is not that of the application service {shorten(id)}")
+    return {"duration_ms": call.api.delivery.ping(registration, call.field("transaction_id", str, None))}
 
 
 def map_uri(call: Call) -> Any:
@@ -9339,164 +9296,169 @@ def get_protocols(call: Call) -> Any:
     return call.api.delivery.protocols(call.asker)
 
 
-def get_protocol(call: Call) -> Any:
-    found = call.api.delivery.protocols(call.asker, call["protocol"])
+def get_protocol(call: Call, protocol: str) -> Any:
+    found = call.api.delivery.protocols(call.asker, protocol)
     if not found:
-        raise MatrixError("M_NOT_FOUND", f"no application service tells of a protocol {shorten(call['protocol'])!r}")
-    return found[call["protocol"]]
+        raise MatrixError("M_NOT_FOUND", f"no application service tells of a protocol {shorten(protocol)!r}")
+    return found[protocol]
 
 
-def look_up(call: Call) -> Any:
+def look_up(call: Call, protocol: str = "") -> Any:
     """By the fields of a protocol; or, without one, by the Matrix ID."""
     kind = call.request.path.split("/")[5]
     key, sigil = THIRD_PARTY_IDS[kind], {"user": "@", "location": "#"}[kind]
     own = ("access_token", *IDENTITY) if call.who.appservice else ("access_token",)
     fields = {name: value for name, value in call.request.query.items() if name not in own}
-    if not call.params.get("protocol"):
+    if not protocol:
         if key not in fields:
             raise MatrixError("M_MISSING_PARAM", f"the query must have {key}, or the path a protocol")
         fields = {key: check_id(sigil, fields[key])}
-    return call.api.delivery.look_up(kind, call.params.get("protocol", ""), fields, call.asker)
+    return call.api.delivery.look_up(kind, protocol, fields, call.asker)
 
 
-# -- The table. The first letter of a path stands for a prefix.
+# -- The table. The first letter of a path stands for a prefix; `python asbridge.py routes` prints whole paths.
 
 PREFIXES = {"C": "/_matrix/client/v3", "R": "/_matrix/client/v3/rooms/{roomId}", "U": "/_matrix/client/v3/user/{userId}",
             "L": "/_matrix/client/v3/directory/list", "V": "/_matrix/client/v1", "N": "/_matrix/client/v1/rooms/{roomId}/relations",
             "K": "/_matrix/client/v3/room_keys", "D": "/_matrix/client/v1/media", "M": "/_matrix/media/v3", "A": "/_matrix/app/v1"}
-ROUTES = [Route(method, PREFIXES.get(path[0], path[0]) + path[1:], auth, handler, spec)
-          for method, path, auth, handler, spec in (
-    # method   path                                            who           handler              section of the spec
-    ("GET",    "/_matrix/client/versions",                     "nobody",     versions,            "API Versions"),
-    ("GET",    "/.well-known/matrix/client",                   "nobody",     well_known,          "Server Discovery"),
-    ("GET",    "C/capabilities",                               "user",       capabilities,        "Capabilities negotiation"),
+
+
+def route_table(*rows: tuple[str, str, str, Callable[..., Any], str]) -> list[Route]:
+    return [Route(row[0], PREFIXES.get(row[1][0], row[1][0]) + row[1][1:], *row[2:]) for row in rows]
+
+
+ROUTES = route_table(
+    # method   path                                            who           handler                section of the spec
+    ("GET",    "/_matrix/client/versions",                     "nobody",     versions,              "API Versions"),
+    ("GET",    "/.well-known/matrix/client",                   "nobody",     well_known,            "Server Discovery"),
+    ("GET",    "C/capabilities",                               "user",       capabilities,          "Capabilities negotiation"),
     # Accounts
-    ("GET",    "C/register/available",                         "nobody",     register_available,  "Account registration"),
-    ("POST",   "C/register",                                   "nobody",     register,            "Registration; AS: Permissions"),
-    ("GET",    "C/login",                                      "nobody",     login_flows,         "Login"),
-    ("POST",   "C/login",                                      "nobody",     login,               "Login; AS: Permissions"),
-    ("POST",   "C/logout",                                     "user",       logout,              "Login"),
-    ("POST",   "C/logout/all",                                 "user",       logout_all,          "Login"),
-    ("GET",    "C/account/whoami",                             "user",       whoami,              "Current account information"),
-    ("POST",   "C/account/password",                           "user",       change_password,     "Account management"),
-    ("POST",   "C/account/deactivate",                         "user",       deactivate,          "Account management"),
-    ("GET",    "C/devices",                                    "user",       get_devices,         "Device Management"),
-    ("GET",    "C/devices/{deviceId}",                         "user",       get_device,          "Device Management"),
-    ("PUT",    "C/devices/{deviceId}",                         "user",       put_device,          "Device Management"),
-    ("DELETE", "C/devices/{deviceId}",                         "user",       delete_device,       "Device Management"),
-    ("POST",   "C/delete_devices",                             "user",       delete_device,       "Device Management"),
-    ("GET",    "C/profile/{userId}",                           "maybe",      get_profile,         "Profiles"),
-    ("GET",    "C/profile/{userId}/{keyName}",                 "maybe",      get_profile_key,     "Profiles"),
-    ("PUT",    "C/profile/{userId}/{keyName}",                 "user",       put_profile_key,     "Profiles"),
-    ("GET",    "U/account_data/{type}",                        "user",       get_account_data,    "Client Config"),
-    ("PUT",    "U/account_data/{type}",                        "user",       put_account_data,    "Client Config"),
-    ("GET",    "U/rooms/{roomId}/account_data/{type}",         "user",       get_account_data,    "Client Config"),
-    ("PUT",    "U/rooms/{roomId}/account_data/{type}",         "user",       put_account_data,    "Client Config"),
-    ("GET",    "U/rooms/{roomId}/tags",                        "user",       get_tags,            "Room Tagging"),
-    ("PUT",    "U/rooms/{roomId}/tags/{tag}",                  "user",       put_tag,             "Room Tagging"),
-    ("DELETE", "U/rooms/{roomId}/tags/{tag}",                  "user",       delete_tag,          "Room Tagging"),
-    ("POST",   "U/openid/request_token",                       "user",       post_openid_token,   "OpenID"),
-    ("GET",    "/_matrix/federation/v1/openid/userinfo",       "nobody",     openid_userinfo,     "Server-Server API, OpenID"),
-    ("POST",   "U/filter",                                     "user",       post_filter,         "Filtering"),
-    ("GET",    "U/filter/{filterId}",                          "user",       get_filter,          "Filtering"),
-    ("GET",    "C/pushrules",                                  "user",       get_push_rules,      "Push Notifications"),
-    ("GET",    "C/pushrules/",                                 "user",       get_push_rules,      "Push Notifications"),
-    ("GET",    "C/pushrules/global",                           "user",       get_push_rules,      "Push Notifications"),
-    ("GET",    "C/pushrules/global/",                          "user",       get_push_rules,      "Push Notifications"),
-    ("GET",    "C/pushrules/global/{kind}/{ruleId}",           "user",       get_push_rule,       "Push Notifications"),
-    ("PUT",    "C/pushrules/global/{kind}/{ruleId}",           "user",       put_push_rule,       "Push Notifications"),
-    ("DELETE", "C/pushrules/global/{kind}/{ruleId}",           "user",       delete_push_rule,    "Push Notifications"),
-    ("GET",    "C/pushrules/global/{kind}/{ruleId}/enabled",   "user",       get_push_rule,       "Push Notifications"),
-    ("PUT",    "C/pushrules/global/{kind}/{ruleId}/enabled",   "user",       put_push_enabled,    "Push Notifications"),
-    ("GET",    "C/pushrules/global/{kind}/{ruleId}/actions",   "user",       get_push_rule,       "Push Notifications"),
-    ("PUT",    "C/pushrules/global/{kind}/{ruleId}/actions",   "user",       put_push_actions,    "Push Notifications"),
+    ("GET",    "C/register/available",                         "nobody",     register_available,    "Account registration"),
+    ("POST",   "C/register",                                   "nobody",     register,              "Registration; AS: Permissions"),
+    ("GET",    "C/login",                                      "nobody",     login_flows,           "Login"),
+    ("POST",   "C/login",                                      "nobody",     login,                 "Login; AS: Permissions"),
+    ("POST",   "C/logout",                                     "user",       logout,                "Login"),
+    ("POST",   "C/logout/all",                                 "user",       logout_all,            "Login"),
+    ("GET",    "C/account/whoami",                             "user",       whoami,                "Current account information"),
+    ("POST",   "C/account/password",                           "user",       change_password,       "Account management"),
+    ("POST",   "C/account/deactivate",                         "user",       deactivate,            "Account management"),
+    ("GET",    "C/devices",                                    "user",       get_devices,           "Device Management"),
+    ("GET",    "C/devices/{deviceId}",                         "user",       get_device,            "Device Management"),
+    ("PUT",    "C/devices/{deviceId}",                         "user",       put_device,            "Device Management"),
+    ("DELETE", "C/devices/{deviceId}",                         "user",       delete_device,         "Device Management"),
+    ("POST",   "C/delete_devices",                             "user",       delete_device,         "Device Management"),
+    ("GET",    "C/profile/{userId}",                           "maybe",      get_profile,           "Profiles"),
+    ("GET",    "C/profile/{userId}/{keyName}",                 "maybe",      get_profile_key,       "Profiles"),
+    ("PUT",    "C/profile/{userId}/{keyName}",                 "user",       put_profile_key,       "Profiles"),
+    ("GET",    "U/account_data/{type}",                        "self",       get_account_data,      "Client Config"),
+    ("PUT",    "U/account_data/{type}",                        "self",       put_account_data,      "Client Config"),
+    ("GET",    "U/rooms/{roomId}/account_data/{type}",         "self",       get_room_account_data, "Client Config"),
+    ("PUT",    "U/rooms/{roomId}/account_data/{type}",         "self",       put_room_account_data, "Client Config"),
+    ("GET",    "U/rooms/{roomId}/tags",                        "self",       get_tags,              "Room Tagging"),
+    ("PUT",    "U/rooms/{roomId}/tags/{tag}",                  "self",       put_tag,               "Room Tagging"),
+    ("DELETE", "U/rooms/{roomId}/tags/{tag}",                  "self",       delete_tag,            "Room Tagging"),
+    ("POST",   "U/openid/request_token",                       "self",       post_openid_token,     "OpenID"),
+    ("GET",    "/_matrix/federation/v1/openid/userinfo",       "nobody",     openid_userinfo,       "Server-Server API, OpenID"),
+    ("POST",   "U/filter",                                     "self",       post_filter,           "Filtering"),
+    ("GET",    "U/filter/{filterId}",                          "self",       get_filter,            "Filtering"),
+    ("GET",    "C/pushrules",                                  "user",       get_push_rules,        "Push Notifications"),
+    ("GET",    "C/pushrules/",                                 "user",       get_push_rules,        "Push Notifications"),
+    ("GET",    "C/pushrules/global",                           "user",       get_push_rules,        "Push Notifications"),
+    ("GET",    "C/pushrules/global/",                          "user",       get_push_rules,        "Push Notifications"),
+    ("GET",    "C/pushrules/global/{kind}/{ruleId}",           "user",       get_push_rule,         "Push Notifications"),
+    ("PUT",    "C/pushrules/global/{kind}/{ruleId}",           "user",       put_push_rule,         "Push Notifications"),
+    ("DELETE", "C/pushrules/global/{kind}/{ruleId}",           "user",       delete_push_rule,      "Push Notifications"),
+    ("GET",    "C/pushrules/global/{kind}/{ruleId}/enabled",   "user",       get_push_rule,         "Push Notifications"),
+    ("PUT",    "C/pushrules/global/{kind}/{ruleId}/enabled",   "user",       put_push_enabled,      "Push Notifications"),
+    ("GET",    "C/pushrules/global/{kind}/{ruleId}/actions",   "user",       get_push_rule,         "Push Notifications"),
+    ("PUT",    "C/pushrules/global/{kind}/{ruleId}/actions",   "user",       put_push_actions,      "Push Notifications"),
     # End-to-end encryption
-    ("POST",   "C/keys/upload",                                "user",       upload_keys,         "Uploading keys"),
-    ("POST",   "C/keys/query",                                 "user",       query_keys,          "Querying keys; AS: Querying"),
-    ("POST",   "C/keys/claim",                                 "user",       claim_keys,          "Claiming one-time keys"),
-    ("POST",   "C/keys/device_signing/upload",                 "user",       upload_cross_signing, "Cross-signing; AS: Cross-signing"),
-    ("POST",   "C/keys/signatures/upload",                     "user",       upload_signatures,   "Cross-signing"),
-    ("PUT",    "C/sendToDevice/{eventType}/{txnId}",           "user",       send_to_device,      "Send-to-Device messaging"),
-    ("POST",   "K/version",                                    "user",       post_backup,         "Server-side key backups"),
-    ("GET",    "K/version",                                    "user",       get_backup,          "Server-side key backups"),
-    ("GET",    "K/version/{version}",                          "user",       get_backup,          "Server-side key backups"),
-    ("PUT",    "K/version/{version}",                          "user",       put_backup,          "Server-side key backups"),
-    ("DELETE", "K/version/{version}",                          "user",       delete_backup,       "Server-side key backups"),
-    *((method, f"K/keys{where}",                               "user",       handler,             "Server-side key backups")
+    ("POST",   "C/keys/upload",                                "user",       upload_keys,           "Uploading keys"),
+    ("POST",   "C/keys/query",                                 "user",       query_keys,            "Querying keys; AS: Querying"),
+    ("POST",   "C/keys/claim",                                 "user",       claim_keys,            "Claiming one-time keys"),
+    ("POST",   "C/keys/device_signing/upload",                 "user",       upload_cross_signing,  "Cross-signing; AS: Cross-signing"),
+    ("POST",   "C/keys/signatures/upload",                     "user",       upload_signatures,     "Cross-signing"),
+    ("PUT",    "C/sendToDevice/{eventType}/{txnId}",           "user",       send_to_device,        "Send-to-Device messaging"),
+    ("POST",   "K/version",                                    "user",       post_backup,           "Server-side key backups"),
+    ("GET",    "K/version",                                    "user",       get_backup,            "Server-side key backups"),
+    ("GET",    "K/version/{version}",                          "user",       get_backup,            "Server-side key backups"),
+    ("PUT",    "K/version/{version}",                          "user",       put_backup,            "Server-side key backups"),
+    ("DELETE", "K/version/{version}",                          "user",       delete_backup,         "Server-side key backups"),
+    *((method, f"K/keys{where}",                               "user",       handler,               "Server-side key backups")
       for method, handler in (("PUT", put_backup_keys), ("GET", get_backup_keys), ("DELETE", delete_backup_keys))
       for where in ("", "/{roomId}", "/{roomId}/{sessionId}")),
     # Rooms
-    ("GET",    "C/sync",                                       "user",       get_sync,            "Syncing"),
-    ("GET",    "C/events",                                     "user",       get_events,          "r0: Syncing"),
-    ("GET",    "R/initialSync",                                "user",       get_initial_sync,    "r0: Syncing"),
-    ("GET",    "C/presence/{userId}/status",                   "user",       get_presence,        "Presence"),
-    ("PUT",    "C/presence/{userId}/status",                   "user",       put_presence,        "Presence"),
-    ("POST",   "C/createRoom",                                 "user",       create_room,         "Creation"),
-    ("POST",   "C/join/{roomId}",                              "user",       join_room,           "Joining rooms"),
-    ("POST",   "R/join",                                       "user",       join_room,           "Joining rooms"),
-    ("POST",   "C/knock/{roomId}",                             "user",       knock_room,          "Knocking on rooms"),
-    ("POST",   "R/invite",                                     "user",       invite,              "Joining rooms"),
-    ("POST",   "R/leave",                                      "user",       leave,               "Leaving rooms"),
-    ("POST",   "R/kick",                                       "user",       kick,                "Leaving rooms"),
-    ("POST",   "R/ban",                                        "user",       ban,                 "Banning users in a room"),
-    ("POST",   "R/unban",                                      "user",       unban,               "Banning users in a room"),
-    ("POST",   "R/forget",                                     "user",       forget,              "Leaving rooms"),
-    ("GET",    "C/joined_rooms",                               "user",       joined_rooms,        "Listing rooms"),
-    ("PUT",    "R/send/{eventType}/{txnId}",                   "user",       send,                "Sending events; AS: Timestamps"),
-    ("PUT",    "R/redact/{eventId}/{txnId}",                   "user",       redact,              "Redactions"),
-    ("GET",    "R/state",                                      "user",       get_state,           "Getting events"),
-    ("GET",    "R/state/{eventType}",                          "user",       get_state_event,     "Getting events"),
-    ("GET",    "R/state/{eventType}/{stateKey}",               "user",       get_state_event,     "Getting events"),
-    ("PUT",    "R/state/{eventType}",                          "user",       put_state,           "Sending events; AS: Timestamps"),
-    ("PUT",    "R/state/{eventType}/{stateKey}",               "user",       put_state,           "Sending events; AS: Timestamps"),
-    ("GET",    "R/event/{eventId}",                            "user",       get_event,           "Getting events"),
-    ("GET",    "R/members",                                    "user",       get_members,         "Getting events"),
-    ("GET",    "R/joined_members",                             "user",       get_joined_members,  "Getting events"),
-    ("GET",    "R/messages",                                   "user",       get_messages,        "Getting events"),
-    ("GET",    "R/context/{eventId}",                          "user",       get_context,         "Event Context"),
-    ("GET",    "N/{eventId}",                                  "user",       get_relations,       "Relationships"),
-    ("GET",    "N/{eventId}/{relType}",                        "user",       get_relations,       "Relationships"),
-    ("GET",    "N/{eventId}/{relType}/{eventType}",            "user",       get_relations,       "Relationships"),
-    ("GET",    "V/rooms/{roomId}/threads",                     "user",       get_threads,         "Threading"),
-    ("PUT",    "R/typing/{userId}",                            "user",       put_typing,          "Typing Notifications"),
-    ("POST",   "R/receipt/{receiptType}/{eventId}",            "user",       post_receipt,        "Receipts"),
-    ("POST",   "R/read_markers",                               "user",       post_read_markers,   "Fully read markers"),
+    ("GET",    "C/sync",                                       "user",       get_sync,              "Syncing"),
+    ("GET",    "C/events",                                     "user",       get_events,            "r0: Syncing"),
+    ("GET",    "R/initialSync",                                "user",       get_initial_sync,      "r0: Syncing"),
+    ("GET",    "C/presence/{userId}/status",                   "user",       get_presence,          "Presence"),
+    ("PUT",    "C/presence/{userId}/status",                   "self",       put_presence,          "Presence"),
+    ("POST",   "C/createRoom",                                 "user",       create_room,           "Creation"),
+    ("POST",   "C/join/{roomId}",                              "user",       join_room,             "Joining rooms"),
+    ("POST",   "R/join",                                       "user",       join_room,             "Joining rooms"),
+    ("POST",   "C/knock/{roomId}",                             "user",       knock_room,            "Knocking on rooms"),
+    ("POST",   "R/invite",                                     "user",       invite,                "Joining rooms"),
+    ("POST",   "R/leave",                                      "user",       leave,                 "Leaving rooms"),
+    ("POST",   "R/kick",                                       "user",       kick,                  "Leaving rooms"),
+    ("POST",   "R/ban",                                        "user",       ban,                   "Banning users in a room"),
+    ("POST",   "R/unban",                                      "user",       unban,                 "Banning users in a room"),
+    ("POST",   "R/forget",                                     "user",       forget,                "Leaving rooms"),
+    ("GET",    "C/joined_rooms",                               "user",       joined_rooms,          "Listing rooms"),
+    ("PUT",    "R/send/{eventType}/{txnId}",                   "user",       send,                  "Sending events; AS: Timestamps"),
+    ("PUT",    "R/redact/{eventId}/{txnId}",                   "user",       redact,                "Redactions"),
+    ("GET",    "R/state",                                      "user",       get_state,             "Getting events"),
+    ("GET",    "R/state/{eventType}",                          "user",       get_state_event,       "Getting events"),
+    ("GET",    "R/state/{eventType}/{stateKey}",               "user",       get_state_event,       "Getting events"),
+    ("PUT",    "R/state/{eventType}",                          "user",       put_state,             "Sending events; AS: Timestamps"),
+    ("PUT",    "R/state/{eventType}/{stateKey}",               "user",       put_state,             "Sending events; AS: Timestamps"),
+    ("GET",    "R/event/{eventId}",                            "user",       get_event,             "Getting events"),
+    ("GET",    "R/members",                                    "user",       get_members,           "Getting events"),
+    ("GET",    "R/joined_members",                             "user",       get_joined_members,    "Getting events"),
+    ("GET",    "R/messages",                                   "user",       get_messages,          "Getting events"),
+    ("GET",    "R/context/{eventId}",                          "user",       get_context,           "Event Context"),
+    ("GET",    "N/{eventId}",                                  "user",       get_relations,         "Relationships"),
+    ("GET",    "N/{eventId}/{relType}",                        "user",       get_relations,         "Relationships"),
+    ("GET",    "N/{eventId}/{relType}/{eventType}",            "user",       get_relations,         "Relationships"),
+    ("GET",    "V/rooms/{roomId}/threads",                     "user",       get_threads,           "Threading"),
+    ("PUT",    "R/typing/{userId}",                            "self",       put_typing,            "Typing Notifications"),
+    ("POST",   "R/receipt/{receiptType}/{eventId}",            "user",       post_receipt,          "Receipts"),
+    ("POST",   "R/read_markers",                               "user",       post_read_markers,     "Fully read markers"),
     # Aliases and the directory
-    ("GET",    "R/aliases",                                    "user",       room_aliases,        "Room aliases"),
-    ("GET",    "C/directory/room/{roomAlias}",                 "maybe",      get_alias,           "Room aliases; AS: Querying"),
-    ("PUT",    "C/directory/room/{roomAlias}",                 "user",       put_alias,           "Room aliases"),
-    ("DELETE", "C/directory/room/{roomAlias}",                 "user",       delete_alias,        "Room aliases"),
-    ("GET",    "L/room/{roomId}",                              "maybe",      get_visibility,      "Listing rooms"),
-    ("PUT",    "L/room/{roomId}",                              "user",       put_visibility,      "Listing rooms"),
-    ("PUT",    "L/appservice/{networkId}/{roomId}",            "appservice", put_network_room,    "AS: Room directories"),
-    ("GET",    "C/publicRooms",                                "maybe",      get_public_rooms,    "Listing rooms"),
-    ("POST",   "C/publicRooms",                                "user",       search_public_rooms, "Listing rooms"),
-    ("GET",    "V/rooms/{roomId}/hierarchy",                   "user",       get_hierarchy,       "Spaces"),
-    ("POST",   "C/user_directory/search",                      "user",       search_users,        "User Directory"),
+    ("GET",    "R/aliases",                                    "user",       room_aliases,          "Room aliases"),
+    ("GET",    "C/directory/room/{roomAlias}",                 "maybe",      get_alias,             "Room aliases; AS: Querying"),
+    ("PUT",    "C/directory/room/{roomAlias}",                 "user",       put_alias,             "Room aliases"),
+    ("DELETE", "C/directory/room/{roomAlias}",                 "user",       delete_alias,          "Room aliases"),
+    ("GET",    "L/room/{roomId}",                              "maybe",      get_visibility,        "Listing rooms"),
+    ("PUT",    "L/room/{roomId}",                              "user",       put_visibility,        "Listing rooms"),
+    ("PUT",    "L/appservice/{networkId}/{roomId}",            "appservice", put_network_room,      "AS: Room directories"),
+    ("GET",    "C/publicRooms",                                "maybe",      get_public_rooms,      "Listing rooms"),
+    ("POST",   "C/publicRooms",                                "user",       search_public_rooms,   "Listing rooms"),
+    ("GET",    "V/rooms/{roomId}/hierarchy",                   "user",       get_hierarchy,         "Spaces"),
+    ("POST",   "C/user_directory/search",                      "user",       search_users,          "User Directory"),
     # Media
-    ("POST",   "M/upload",                                     "user",       upload,              "Content repository"),
-    ("POST",   "M/create",                                     "user",       create_media,        "Content repository"),
-    ("PUT",    "M/upload/{serverName}/{mediaId}",              "user",       upload,              "Content repository"),
-    ("GET",    "M/download/{serverName}/{mediaId}",            "nobody",     download,            "Content repository"),
-    ("GET",    "M/download/{serverName}/{mediaId}/{fileName}", "nobody",     download,            "Content repository"),
-    ("GET",    "M/thumbnail/{serverName}/{mediaId}",           "nobody",     thumbnail,           "Content repository"),
-    ("GET",    "M/config",                                     "user",       media_config,        "Content repository"),
-    ("GET",    "D/download/{serverName}/{mediaId}",            "user",       download,            "Content repository"),
-    ("GET",    "D/download/{serverName}/{mediaId}/{fileName}", "user",       download,            "Content repository"),
-    ("GET",    "D/thumbnail/{serverName}/{mediaId}",           "user",       thumbnail,           "Content repository"),
-    ("GET",    "D/config",                                     "user",       media_config,        "Content repository"),
+    ("POST",   "M/upload",                                     "user",       upload,                "Content repository"),
+    ("POST",   "M/create",                                     "user",       create_media,          "Content repository"),
+    ("PUT",    "M/upload/{serverName}/{mediaId}",              "user",       upload,                "Content repository"),
+    ("GET",    "M/download/{serverName}/{mediaId}",            "nobody",     download,              "Content repository"),
+    ("GET",    "M/download/{serverName}/{mediaId}/{fileName}", "nobody",     download,              "Content repository"),
+    ("GET",    "M/thumbnail/{serverName}/{mediaId}",           "nobody",     thumbnail,             "Content repository"),
+    ("GET",    "M/config",                                     "user",       media_config,          "Content repository"),
+    ("GET",    "D/download/{serverName}/{mediaId}",            "user",       download,              "Content repository"),
+    ("GET",    "D/download/{serverName}/{mediaId}/{fileName}", "user",       download,              "Content repository"),
+    ("GET",    "D/thumbnail/{serverName}/{mediaId}",           "user",       thumbnail,             "Content repository"),
+    ("GET",    "D/config",                                     "user",       media_config,          "Content repository"),
     # Third-party networks
-    ("GET",    "C/thirdparty/protocols",                       "user",       get_protocols,       "Third-party Networks"),
-    ("GET",    "C/thirdparty/protocol/{protocol}",             "user",       get_protocol,        "Third-party Networks"),
-    ("GET",    "C/thirdparty/user",                            "user",       look_up,             "Third-party Networks"),
-    ("GET",    "C/thirdparty/user/{protocol}",                 "user",       look_up,             "Third-party Networks"),
-    ("GET",    "C/thirdparty/location",                        "user",       look_up,             "Third-party Networks"),
-    ("GET",    "C/thirdparty/location/{protocol}",             "user",       look_up,             "Third-party Networks"),
+    ("GET",    "C/thirdparty/protocols",                       "user",       get_protocols,         "Third-party Networks"),
+    ("GET",    "C/thirdparty/protocol/{protocol}",             "user",       get_protocol,          "Third-party Networks"),
+    ("GET",    "C/thirdparty/user",                            "user",       look_up,               "Third-party Networks"),
+    ("GET",    "C/thirdparty/user/{protocol}",                 "user",       look_up,               "Third-party Networks"),
+    ("GET",    "C/thirdparty/location",                        "user",       look_up,               "Third-party Networks"),
+    ("GET",    "C/thirdparty/location/{protocol}",             "user",       look_up,               "Third-party Networks"),
     # For application services
-    ("POST",   "V/appservice/{appserviceId}/ping",             "appservice", ping,                "AS: Pinging"),
-    ("GET",    "A/user",                                       "nobody",     map_uri,             "AS, 2016 text: URI mapping"),
-    ("GET",    "A/alias",                                      "nobody",     map_uri,             "AS, 2016 text: URI mapping"),
-)]
+    ("POST",   "V/appservice/{appserviceId}/ping",             "appservice", ping,                  "AS: Pinging"),
+    ("GET",    "A/user",                                       "nobody",     map_uri,               "AS, 2016 text: URI mapping"),
+    ("GET",    "A/alias",                                      "nobody",     map_uri,               "AS, 2016 text: URI mapping"),
+)
 
 
 # ============================================================================
@@ -10898,20 +10860,305 @@ ADMIN_ROUTES = [Route("GET", "/", "nobody", get_page, "asbridge: the inspector's
 # ============================================================================
 # 10. The application service
 # ============================================================================
-# The other side of section 7: what a bridge or bot is built on. Client speaks
-# the client-server API, Intent does it as a user of the application service,
-# AppService takes the homeserver's pushes and queries and sees to it that an
-# event is handled once. Spec: Application Service API. Knows of sections 1 to 3
-# only: cut out with them, it works with any homeserver.
+# The other side of section 7: what a bridge or bot is built on. AppService takes
+# what the homeserver pushes and asks, and sees to it that an event is handled
+# once; Intent acts on Matrix as one of its users, with the verbs of Client.
+# Spec: Application Service API. Knows of sections 1 to 3 only: cut out with
+# them, it works with any homeserver.
 
 MAX_JSON_BYTES = 64 * 1024 * 1024        # of an answer or a transaction
 KEPT_EVENTS, KEPT_TXNS = 20_000, 1_000   # how far back the application service knows what it has done
-PORTS = {"http": 80, "https": 443}
 RETRY_FIRST, RETRY_LAST = 0.25, 15.0     # seconds between attempts to reach the homeserver
+COMES_BACK = (429, 502, 503, 504)        # with these a homeserver says that it will answer later
+
+#: What to do when the homeserver can't, or does not want to, ping us.
+PING_HINTS = {
+    "M_BAD_STATUS":         "something else answers at {url}, or the hs_token there is another",
+    "M_CONNECTION_FAILED":  "the homeserver can't connect to {url}: is that where it would find us?",
+    "M_CONNECTION_TIMEOUT": "the homeserver gets no answer from {url}: is a firewall between?",
+    "M_FORBIDDEN":          "the as_token belongs to another application service than {id!r}",
+    "M_UNKNOWN_TOKEN":      "the homeserver does not know the as_token: does it have this registration?",
+    "M_UNRECOGNIZED":       "the homeserver is too old for pings; nothing else depends on it",
+    "M_URL_NOT_SET":        "the homeserver's copy of the registration has url: null: it will push nothing",
+}
 
 
-COMES_BACK = (429, 502, 503, 504)                # with these a homeserver says that it will answer later
+class AppService:
+    """An application service: override the hooks, on_…, and act on Matrix through intents.
 
+        class Echo(AppService):
+            def on_event(self, event):
+                if event["type"] == "m.room.message" and event["sender"] != self.bot.user_id:
+                    self.bot.say(event["room_id"], event["content"]["body"], txn_id=event["event_id"])
+
+        Echo(load_registration("registration.json"), "http://localhost:8008").start()
+
+    `database`: a file that keeps what was handled, or ":memory:", which a restart forgets.
+    """
+
+    #: method, path (the prefix is missing in the 2016 text), handler
+    ROUTES = (
+        ("PUT",  r"(?:/_matrix/app/v1)?/transactions/([^/]+)",  "_put_transaction"),
+        ("GET",  r"(?:/_matrix/app/v1)?/(users|rooms)/([^/]+)", "_get_existence"),
+        ("GET",  r"/_matrix/app/(?:v1|unstable)/thirdparty/(protocol|user|location)(?:/([^/]+))?", "_get_third_party"),
+        ("POST", r"/_matrix/app/v1/ping",                       "_post_ping"),
+    )
+    SCHEMA = """
+        CREATE TABLE IF NOT EXISTS transactions_done(n INTEGER PRIMARY KEY, id TEXT NOT NULL UNIQUE);
+        CREATE TABLE IF NOT EXISTS events_handled(n INTEGER PRIMARY KEY, id TEXT NOT NULL UNIQUE);
+    """
+
+    def __init__(self, registration: Registration, homeserver_url: str, database: str = ":memory:",
+                 clock: Clock | None = None) -> None:
+        if not is_base_url(homeserver_url):
+            raise ValueError(f"{homeserver_url!r} is no URL of a homeserver; write one such as http://localhost:8008")
+        self.registration, self.id = registration, registration.id
+        self.homeserver_url, self.clock = homeserver_url, clock or Clock()
+        self.client = Client(homeserver_url, registration.as_token)  # acts as nobody; owns the connections
+        self.intents: dict[str | None, Intent] = {}          # by user ID; None: our own user
+        self.bot = self.intent()
+        self.stopping = False
+        self.bells: list[Any] = []                           # rung when the homeserver calls, and to stop
+        self._where = urllib.parse.urlsplit(registration.url or "")
+        self._prefix = self._where.path.rstrip("/")          # before each path, if the url has one
+        self._server: HttpServer | None = None
+        self._delivery = threading.Lock()                    # guards the order: one transaction at a time
+        self._db_guard = threading.Lock()                    # guards _db: one statement at a time
+        self._db = (sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
+                    if database == ":memory:" else open_sqlite(database))
+        with unusable(database), contextlib.ExitStack() as undo:
+            undo.callback(self._db.close)
+            self._db.executescript(self.SCHEMA)
+            undo.pop_all()
+
+    # -- To override: what the homeserver tells and asks. May be called from any thread, on_event from one at a time.
+
+    def on_event(self, event: JsonObject) -> None:
+        """One event, each once and in order. What it raises is logged, and the event counts as handled; but if the
+        homeserver could not be asked, it comes again.
+        """
+
+    def on_ephemeral(self, data: JsonObject) -> None:
+        """Typing, a receipt or presence, if the registration asks for such. Passing: not kept if it can't be handled."""
+
+    def on_user_query(self, user_id: str) -> bool:
+        """Whether this user exists now; it may be registered here."""
+        return False
+
+    def on_alias_query(self, alias: str) -> bool:
+        """Whether this alias exists now; the room may be created here."""
+        return False
+
+    def on_third_party_protocol(self, protocol: str) -> JsonObject | None:
+        """Metadata of one of the registration's `protocols`: user_fields, location_fields, icon, field_types, and
+        instances, each with network_id, desc and fields.
+        """
+        return None
+
+    def on_third_party_user(self, protocol: str, fields: Mapping[str, str]) -> list[JsonObject]:
+        """Users of the network, each with userid, protocol and fields. protocol '': the one with fields["userid"]."""
+        return []
+
+    def on_third_party_location(self, protocol: str, fields: Mapping[str, str]) -> list[JsonObject]:
+        """Its channels, each with alias, protocol and fields. protocol '': the one with fields["alias"]."""
+        return []
+
+    # -- To use.
+
+    def intent(self, user_id: str | None = None) -> Intent:
+        """Acts as this user, '@localpart:server'; without one, as the application service's own user."""
+        if user_id not in self.intents:
+            self.intents.setdefault(user_id, Intent(self, user_id and check_id("@", user_id)))
+        return self.intents[user_id]
+
+    @property
+    def server_name(self) -> str:
+        """Asked of the homeserver the first time."""
+        return server_of(self.bot.user_id)
+
+    @property
+    def port(self) -> int:
+        return self._server.port if self._server else 0
+
+    @property
+    def url(self) -> str:
+        """Where we listen; the registration's, but with the real port. '' if its url is null."""
+        if self.registration.url is None:
+            return ""
+        host = f"[{self._where.hostname}]" if ":" in (self._where.hostname or "") else self._where.hostname
+        return f"{self._where.scheme}://{host}:{self.port}{self._prefix}"
+
+    def sql(self, statement: str, *values: Any) -> list[Any]:
+        """Runs one statement, durably; its rows."""
+        with self._db_guard:
+            return self._db.execute(statement, values).fetchall()
+
+    # -- Start and stop.
+
+    def listen(self) -> None:
+        """Takes the port of the registration's url, if it has one. start() does it if nobody has."""
+        if self.registration.url is not None and self._server is None:
+            port = self._where.port if self._where.port is not None else {"http": 80, "https": 443}[self._where.scheme]
+            self._server = HttpServer((self._where.hostname or "127.0.0.1", port), self.answer)
+
+    def start(self) -> None:
+        """Listens, and looks for the homeserver."""
+        self.listen()
+        if self._server:
+            self._server.start()
+        threading.Thread(target=self._hello, name=f"{self.id} hello", daemon=True).start()
+
+    def stop(self) -> None:
+        """Ends after the event in hand; the rest of its transaction will come again."""
+        self.stopping = True
+        self.ring()
+        server, self._server = self._server, None
+        if server:
+            server.stop()
+        waited = self._delivery.acquire(timeout=1)
+        with self._db_guard:
+            self._db.close()
+        if waited:
+            self._delivery.release()
+        self.client.close()
+
+    def ring(self) -> None:
+        """Wakes whoever waits for the homeserver to come back."""
+        for each in list(self.bells):
+            release(each)
+
+    def _hello(self) -> None:
+        """As soon as there is a homeserver: registers our own user, learns the server name, asks for a ping."""
+        ready, seconds, url = bell(), RETRY_FIRST, self.homeserver_url
+        self.bells.append(ready)
+        while not self.stopping:
+            try:
+                log.info("%s: the homeserver %s is at %s", self.id, self.server_name, url)
+                return self._ask_for_ping()
+            except (Unreachable, MatrixError) as error:
+                does = "refuses us" if isinstance(error, MatrixError) else "does not answer"
+                log.warning("%s: the homeserver at %s %s: %s", self.id, url, does, self._hint(error))
+                self.clock.wait(ready, self.clock.monotonic() + seconds)
+                seconds = min(2 * seconds, RETRY_LAST)
+
+    def _ask_for_ping(self) -> None:
+        path = f"/_matrix/client/v1/appservice/{urllib.parse.quote(self.id, safe='')}/ping"
+        try:
+            answer = self.client.call("POST", path, {"transaction_id": secrets.token_hex(8)})
+            ms = answer.get("duration_ms") if isinstance(answer, dict) else None
+            log.info("%s: the homeserver reaches us, in %s ms", self.id, shorten(ms))
+        except (Unreachable, MatrixError) as error:
+            if not self.stopping:
+                log.warning("%s: the homeserver does not reach us: %s", self.id, self._hint(error))
+
+    def _hint(self, error: Exception) -> str:
+        hint = PING_HINTS.get(error.errcode, "") if isinstance(error, MatrixError) else ""
+        return f"{error}; {hint.format(url=self.url, id=self.id)}" if hint else str(error)
+
+    # -- The endpoint: what the homeserver sends, from the request to the hook.
+
+    def answer(self, request: Request) -> Response:
+        try:
+            handler, ids = self._route(request)
+            self._check_token(request)
+            self.ring()
+            return json_response(200, getattr(self, handler)(*ids, request) or {})
+        except MatrixError as error:
+            return json_response(error.status, error.body())
+        except ClientGone:
+            raise
+        except Exception:
+            if not self.stopping:
+                log.exception("%s: %s %s failed", self.id, request.method, request.path)
+            return json_response(500, {"errcode": "M_UNKNOWN", "error": "it failed inside; the log says why"})
+
+    def _route(self, request: Request) -> tuple[str, list[str]]:
+        """The handler's name, and the IDs in the path."""
+        path = request.path.removeprefix(self._prefix) if request.path.startswith(self._prefix + "/") else ""
+        for method, regex, handler in self.ROUTES:           # each path has one method
+            if match := re.fullmatch(regex, path):
+                if method != request.method:
+                    raise MatrixError("M_UNRECOGNIZED", f"this path takes {method}, not {request.method}", 405)
+                return handler, [decode_segment(group or "") for group in match.groups()]
+        raise MatrixError("M_UNRECOGNIZED", f"{shorten(request.path)} is no path of an application service")
+
+    def _check_token(self, request: Request) -> None:
+        """The hs_token says that it is our homeserver: in the header or, before v1.4, in the query; both must be it."""
+        scheme, _, header = request.headers.get("authorization", "").partition(" ")
+        bearer = header.strip() if scheme.lower() == "bearer" else ""
+        tokens = {bearer, request.query.get("access_token", "")} - {""}
+        if not tokens:
+            raise MatrixError("M_MISSING_TOKEN", "no hs_token, as Authorization: Bearer or access_token=")
+        right = self.registration.hs_token.encode()
+        if not all(hmac.compare_digest(token.encode(), right) for token in tokens):
+            raise MatrixError("M_FORBIDDEN", "this is not the hs_token of this application service")
+
+    def _put_transaction(self, txn_id: str, request: Request) -> None:
+        """200, which acknowledges it, when each event was handled and that is on disk. 503: it is to come again."""
+        body = parse_object(request.body(MAX_JSON_BYTES))
+        events = body.get("events")
+        if not isinstance(events, list):
+            raise MatrixError("M_BAD_JSON", "the body must have 'events': a list")
+        ephemeral = body.get("ephemeral", body.get("de.sorunome.msc2409.ephemeral"))
+        with self._delivery:
+            # An ID may come back with other events: from a homeserver that was set up anew and counts from 1. What
+            # was handled is known by event; only what has no ID is taken for done with its transaction.
+            done = bool(self.sql("SELECT 1 FROM transactions_done WHERE id = ?", txn_id))
+            for event in events:
+                if self.stopping:
+                    raise MatrixError("M_UNKNOWN", "the application service stops", 503)
+                if isinstance(event, dict) and (not done or isinstance(event.get("event_id"), str)):
+                    self._handle(event)
+            for data in ephemeral if isinstance(ephemeral, list) and not done else ():
+                try:
+                    self.on_ephemeral(data)
+                except Exception:
+                    log.exception("%s: ephemeral data failed and is skipped", self.id)
+            self._remember("transactions_done", txn_id, KEPT_TXNS)
+
+    def _handle(self, event: JsonObject) -> None:
+        """Once, whatever transactions it comes in: a crash repeats the event in hand and no other."""
+        event_id = event.get("event_id")
+        if isinstance(event_id, str) and self.sql("SELECT 1 FROM events_handled WHERE id = ?", event_id):
+            return
+        try:
+            self._notice_membership(event)
+            self.on_event(event)
+        except Exception as error:
+            if isinstance(error, Unreachable) or (isinstance(error, MatrixError) and error.status in COMES_BACK):
+                raise MatrixError("M_UNKNOWN", f"event {event_id} can't be handled now: {error}", 503) from None
+            log.exception("%s: event %s failed and is skipped", self.id, event_id)
+        if isinstance(event_id, str):
+            self._remember("events_handled", event_id, KEPT_EVENTS)
+
+    def _notice_membership(self, event: JsonObject) -> None:
+        """What somebody else did to one of our users."""
+        if event.get("type") == "m.room.member" and event.get("content", {}).get("membership") != "join":
+            if intent := self.intents.get(event.get("state_key")):
+                intent.rooms.discard(event.get("room_id", ""))
+
+    def _remember(self, table: str, id: str, keep: int) -> None:
+        self.sql(f"INSERT OR IGNORE INTO {table}(id) VALUES (?)", id)
+        if not secrets.randbelow(100):                       # now and then is enough
+            self.sql(f"DELETE FROM {table} WHERE n <= (SELECT max(n) FROM {table}) - ?", keep)
+
+    def _get_existence(self, kind: str, id: str, request: Request) -> None:
+        if not (self.on_user_query(id) if kind == "users" else self.on_alias_query(id)):
+            raise MatrixError("M_NOT_FOUND", f"{shorten(id)} does not exist here")
+
+    def _get_third_party(self, kind: str, protocol: str, request: Request) -> Any:
+        fields = {name: value for name, value in request.query.items() if name != "access_token"}
+        hook = getattr(self, f"on_third_party_{kind}")
+        found = hook(protocol) if kind == "protocol" else hook(protocol, fields)
+        if not found:
+            raise MatrixError("M_NOT_FOUND", f"there is no such third-party {kind} here")
+        return found
+
+    def _post_ping(self, request: Request) -> None:
+        parse_object(request.body(65_536))
+
+
+# -- Asking the homeserver. Client knows the paths and shapes of the client-server API, Intent what a ghost needs first.
 
 class Unreachable(OSError):
     """The homeserver can't be asked; later it may be."""
@@ -10938,7 +11185,7 @@ def given(**values: Any) -> JsonObject:
 
 
 def query_string(query: Mapping[str, Any]) -> str:
-    words = {key: str(value).lower() if isinstance(value, bool) else value for key, value in query.items()}
+    words = {key: str(value).lower() if isinstance(value, bool) else value for key, value in given(**query).items()}
     return "?" + urllib.parse.urlencode(words) if words else ""
 
 
@@ -10950,19 +11197,20 @@ class Client:
     """
 
     def __init__(self, url: str, token: str = "", user_id: str | None = None) -> None:
-        self.url, self.token, self.acts_as = url, token, user_id
+        self.url, self.token = url, token
+        self.acts_as = user_id                               # None: whose the token is
         self.connections: list[HttpClient] = []              # kept and idle, the last used on top
-        self.seen: list[JsonObject] = []                     # events that wait_for() has met
-        self._own_id = user_id
-        self._since: str | None = None                       # where wait_for() goes on
         self.new_txn_id: Callable[[], str] = lambda: secrets.token_hex(8)
+        self.seen: list[JsonObject] = []                     # events that wait_for() has met
+        self._since: str | None = None                       # where it goes on
+        self.known_id = user_id                              # whose requests these are, once that is known
 
     def call(self, method: str, path: str, body: Any = None, /, seconds: float = 60.0, **query: Any) -> Any:
-        """The JSON of the answer."""
+        """The JSON of the answer. What is None is left out of the query."""
         headers = {"Authorization": f"Bearer {self.token}"} if self.token else {}
         if body is not None:
             headers["Content-Type"] = "application/json"
-        target = path + query_string(given(**{"user_id": self.acts_as, **query}))
+        target = path + query_string({"user_id": self.acts_as, **query})
         data = None if body is None else to_json(body).encode("utf-8", "replace")
         connection = self._connection()
         try:
@@ -10976,7 +11224,7 @@ class Client:
     def _connection(self) -> HttpClient:
         try:
             return self.connections.pop()
-        except IndexError:
+        except IndexError:                                   # all are in use
             return HttpClient(self.url)
 
     def _result(self, status: int, answer: bytes) -> Any:
@@ -11003,10 +11251,10 @@ class Client:
 
     @property
     def user_id(self) -> str:
-        if not self._own_id:
-            told: Any = self.whoami()
-            self._own_id = field(told if isinstance(told, dict) else {}, "user_id", str)
-        return self._own_id
+        if not self.known_id:
+            told: Any = self.whoami()                        # a stranger may answer anything
+            self.known_id = field(told if isinstance(told, dict) else {}, "user_id", str)
+        return self.known_id
 
     def whoami(self) -> JsonObject:
         return self.ask("GET", "account", "whoami")
@@ -11070,8 +11318,7 @@ class Client:
 
     # -- Events.
 
-    def send(self, room_id: str, type: str, content: JsonObject, txn_id: str | None = None,
-             ts: int | None = None) -> str:
+    def send(self, room_id: str, type: str, content: JsonObject, txn_id: str | None = None, ts: int | None = None) -> str:
         """The event's ID. The same `txn_id` again sends nothing again; `ts` is for application services."""
         where = "rooms", room_id, "send", type, txn_id or self.new_txn_id()
         return str(self.ask("PUT", *where, body=content, ts=ts)["event_id"])
@@ -11083,8 +11330,7 @@ class Client:
         where = "rooms", room_id, "redact", event_id, txn_id or self.new_txn_id()
         return str(self.ask("PUT", *where, body=given(reason=reason))["event_id"])
 
-    def set_state(self, room_id: str, type: str, content: JsonObject, state_key: str = "",
-                  ts: int | None = None) -> str:
+    def set_state(self, room_id: str, type: str, content: JsonObject, state_key: str = "", ts: int | None = None) -> str:
         return str(self.ask("PUT", "rooms", room_id, "state", type, state_key, body=content, ts=ts)["event_id"])
 
     def state(self, room_id: str, type: str, state_key: str = "") -> JsonObject:
@@ -11108,8 +11354,7 @@ class Client:
     def receipt(self, room_id: str, event_id: str, type: str = "m.read") -> None:
         self.ask("POST", "rooms", room_id, "receipt", type, event_id, body={})
 
-    def sync(self, since: str | None = None, timeout: int = 0,
-             filter: JsonObject | str | None = None) -> JsonObject:
+    def sync(self, since: str | None = None, timeout: int = 0, filter: JsonObject | str | None = None) -> JsonObject:
         """`timeout` in milliseconds: how long the homeserver may wait for something new."""
         narrow = to_json(filter) if isinstance(filter, dict) else filter
         return self.ask("GET", "sync", seconds=60 + timeout / 1000, since=since, timeout=timeout, filter=narrow)
@@ -11133,20 +11378,21 @@ class Client:
         for rooms in answer.get("rooms", {}).values():
             for room_id, room in rooms.items():
                 for part in ("invite_state", "knock_state", "state", "timeline"):
-                    self.seen += [{**event, "room_id": room_id}
-                                  for event in room.get(part, {}).get("events", ())]
+                    self.seen += [{**event, "room_id": room_id} for event in room.get(part, {}).get("events", ())]
 
 
 class Intent(Client):
-    """Acts as a user of the application service, who is registered and joined when the need arises."""
+    """Acts as a user of the application service, who is registered before the first request and, where the homeserver
+    refuses one, joined to the room that it is about: nobody need prepare a ghost. Made by AppService.intent().
+    """
 
     ROOM_PATH = re.compile(r"/_matrix/client/v3/rooms/([^/]+)/")
 
     def __init__(self, service: AppService, user_id: str | None) -> None:
         super().__init__(service.homeserver_url, service.registration.as_token, user_id)
         self.service = service
-        self.connections = service.client.connections
-        self.registered = False
+        self.connections = service.client.connections        # shared by all intents
+        self.registered = False                              # as far as is known here
         self.rooms: set[str] = set()                         # joined, as far as is known here
 
     def call(self, method: str, path: str, body: Any = None, /, seconds: float = 60.0, **query: Any) -> Any:
@@ -11173,8 +11419,7 @@ class Intent(Client):
         """Whether the user was not registered before."""
         if self.registered:
             return False
-        localpart = localpart_of(self.acts_as) if self.acts_as else self.service.registration.sender_localpart
-        new = False
+        localpart, new = localpart_of(self.acts_as or "") or self.service.registration.sender_localpart, False
         with expecting("M_USER_IN_USE"):
             self.service.client.ask("POST", "register", body={
                 "type": "m.login.application_service", "username": localpart, "inhibit_login": True})
@@ -11208,311 +11453,39 @@ class Intent(Client):
         super().leave(room_id, reason)
 
 
-#: What to do when the homeserver can't, or does not want to, ping us.
-PING_HINTS = {
-    "M_BAD_STATUS":         "something else answers at {url}, or the hs_token there is another",
-    "M_CONNECTION_FAILED":  "the homeserver can't connect to {url}: is that where it would find us?",
-    "M_CONNECTION_TIMEOUT": "the homeserver gets no answer from {url}: is a firewall between?",
-    "M_FORBIDDEN":          "the as_token belongs to another application service than {id!r}",
-    "M_UNKNOWN_TOKEN":      "the homeserver does not know the as_token: does it have this registration?",
-    "M_UNRECOGNIZED":       "the homeserver is too old for pings; nothing else depends on it",
-    "M_URL_NOT_SET":        "the homeserver's copy of the registration has url: null: it will push nothing",
-}
-
-
-class AppService:
-    """An application service: takes what the homeserver pushes and asks, and acts through intents.
-
-    Override on_event, on_ephemeral, on_user_query, on_alias_query, and on_third_party_… for a network that can be
-    looked up. `database`: a file, or ":memory:", which a restart forgets.
-    """
-
-    #: method, path (the prefix is missing in the 2016 text), handler
-    ROUTES = (
-        ("PUT",  r"(?:/_matrix/app/v1)?/transactions/([^/]+)",  "_put_transaction"),
-        ("GET",  r"(?:/_matrix/app/v1)?/(users|rooms)/([^/]+)", "_get_existence"),
-        ("POST", r"/_matrix/app/v1/ping",                       "_post_ping"),
-        ("GET",  r"/_matrix/app/(?:v1|unstable)/thirdparty/(protocol|user|location)(?:/([^/]+))?", "_get_third_party"),
-    )
-    SCHEMA = """
-        CREATE TABLE IF NOT EXISTS transactions_done(n INTEGER PRIMARY KEY, id TEXT NOT NULL UNIQUE);
-        CREATE TABLE IF NOT EXISTS events_handled(n INTEGER PRIMARY KEY, id TEXT NOT NULL UNIQUE);
-    """
-
-    def __init__(self, registration: Registration, homeserver_url: str, database: str = ":memory:",
-                 clock: Clock | None = None) -> None:
-        if not is_base_url(homeserver_url):
-            raise ValueError(f"{homeserver_url!r} is no URL of a homeserver; write one such as http://localhost:8008")
-        self.registration, self.homeserver_url = registration, homeserver_url
-        self.id, self.clock = registration.id, clock or Clock()
-        self._where = urllib.parse.urlsplit(registration.url or "")
-        self.client = Client(homeserver_url, registration.as_token)  # acts as nobody; owns the connections
-        self.intents: dict[str | None, Intent] = {}
-        self.bot = self.intent()
-        self.stopping = False
-        self.bells: list[Any] = []                           # rung when the homeserver calls, and to stop
-        self._server: HttpServer | None = None
-        self._server_name = ""
-        self._delivery = threading.Lock()                    # guards the order: one transaction at a time
-        self._db_guard = threading.Lock()                    # guards _db: one statement at a time
-        self._db = (sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
-                    if database == ":memory:" else open_sqlite(database))
-        with unusable(database), contextlib.ExitStack() as undo:
-            undo.callback(self._db.close)
-            self._db.executescript(self.SCHEMA)
-            undo.pop_all()
-
-    # -- To override.
-
-    def on_event(self, event: JsonObject) -> None:
-        """One event, each once and in order. What it raises is logged, and the event counts as handled."""
-
-    def on_ephemeral(self, data: JsonObject) -> None:
-        """Typing, a receipt or presence, if the registration asks for such. Passing: not kept if it can't be handled."""
-
-    def on_user_query(self, user_id: str) -> bool:
-        """Whether this user exists now; it may be registered here."""
-        return False
-
-    def on_alias_query(self, alias: str) -> bool:
-        """Whether this alias exists now; the room may be created here."""
-        return False
-
-    def on_third_party_protocol(self, protocol: str) -> JsonObject | None:
-        """Metadata of one of the registration's `protocols`: user_fields, location_fields, icon, field_types, and
-        instances, each with network_id, desc and fields.
-        """
-        return None
-
-    def on_third_party_user(self, protocol: str, fields: Mapping[str, str]) -> list[JsonObject]:
-        """Users of the network, each with userid, protocol and fields. protocol '': the one with fields["userid"]."""
-        return []
-
-    def on_third_party_location(self, protocol: str, fields: Mapping[str, str]) -> list[JsonObject]:
-        """Its channels, each with alias, protocol and fields. protocol '': the one with fields["alias"]."""
-        return []
-
-    # -- To use.
-
-    def intent(self, user_id: str | None = None) -> Intent:
-        """Acts as this user, '@localpart:server'; without one, as the application service's own user."""
-        if user_id not in self.intents:
-            self.intents.setdefault(user_id, Intent(self, user_id and check_id("@", user_id)))
-        return self.intents[user_id]
-
-    @property
-    def server_name(self) -> str:
-        """Asked of the homeserver the first time."""
-        if not self._server_name:
-            self._server_name = server_of(self.bot.user_id)
-        return self._server_name
-
-    @property
-    def port(self) -> int:
-        return self._server.port if self._server else 0
-
-    @property
-    def url(self) -> str:
-        """Where we listen; the registration's, but with the real port. '' if its url is null."""
-        if self.registration.url is None:
-            return ""
-        host = f"[{self._where.hostname}]" if ":" in (self._where.hostname or "") else self._where.hostname
-        return f"{self._where.scheme}://{host}:{self.port}{self._where.path.rstrip('/')}"
-
-    def sql(self, statement: str, *values: Any) -> list[Any]:
-        """Runs one statement, durably; its rows."""
-        with self._db_guard:
-            return self._db.execute(statement, values).fetchall()
-
-    # -- Start and stop.
-
-    def listen(self) -> None:
-        """Takes the port of the registration's url, if it has one. start() does it if nobody has."""
-        if self.registration.url is not None and self._server is None:
-            port = self._where.port if self._where.port is not None else PORTS[self._where.scheme]
-            self._server = HttpServer((self._where.hostname or "127.0.0.1", port), self.answer)
-
-    def start(self) -> None:
-        """Listens, and looks for the homeserver."""
-        self.listen()
-        if self._server:
-            self._server.start()
-        threading.Thread(target=self._hello, name=f"{self.id} hello", daemon=True).start()
-
-    def stop(self) -> None:
-        """Ends after the event in hand; the rest of its transaction will come again."""
-        self.stopping = True
-        self.ring()
-        server, self._server = self._server, None
-        if server:
-            server.stop()
-        waited = self._delivery.acquire(timeout=1)
-        with self._db_guard:
-            self._db.close()
-        if waited:
-            self._delivery.release()
-        self.client.close()
-
-    def ring(self) -> None:
-        """Wakes whoever waits for the homeserver to come back."""
-        for each in list(self.bells):
-            release(each)
-
-    def _hello(self) -> None:
-        """As soon as there is a homeserver: registers our own user, learns the server name, asks for a ping."""
-        ready, seconds, url = bell(), RETRY_FIRST, self.homeserver_url
-        self.bells.append(ready)
-        while not self.stopping:
-            try:
-                log.info("%s: the homeserver %s is at %s", self.id, self.server_name, url)
-                return self._ask_for_ping()
-            except (Unreachable, MatrixError) as error:
-                does = "refuses us" if isinstance(error, MatrixError) else "does not answer"
-                log.warning("%s: the homeserver at %s %s: %s", self.id, url, does, self._hint(error))
-                self.clock.wait(ready, self.clock.monotonic() + seconds)
-                seconds = min(2 * seconds, RETRY_LAST)
-
-    def _ask_for_ping(self) -> None:
-        path = f"/_matrix/client/v1/appservice/{urllib.parse.quote(self.id, safe='')}/ping"
-        try:
-            answer = self.client.call("POST", path, {"transaction_id": secrets.token_hex(8)})
-            ms = answer.get("duration_ms") if isinstance(answer, dict) else None
-            log.info("%s: the homeserver reaches us, in %s ms", self.id, shorten(ms))
-        except (Unreachable, MatrixError) as error:
-            if not self.stopping:
-                log.warning("%s: the homeserver does not reach us: %s", self.id, self._hint(error))
-
-    def _hint(self, error: Exception) -> str:
-        hint = PING_HINTS.get(error.errcode, "") if isinstance(error, MatrixError) else ""
-        return f"{error}; {hint.format(url=self.url, id=self.id)}" if hint else str(error)
-
-    # -- What the homeserver sends.
-
-    def answer(self, request: Request) -> Response:
-        try:
-            handler, ids = self._route(request)
-            self._check_token(request)
-            self.ring()
-            return json_response(200, getattr(self, handler)(*ids, request) or {})
-        except MatrixError as error:
-            return json_response(error.status, error.body())
-        except ClientGone:
-            raise
-        except Exception:
-            if not self.stopping:
-                log.exception("%s: %s %s failed", self.id, request.method, request.path)
-            return json_response(500, {"errcode": "M_UNKNOWN", "error": "it failed inside; the log says why"})
-
-    def _route(self, request: Request) -> tuple[str, list[str]]:
-        prefix = self._where.path.rstrip("/")
-        path = request.path.removeprefix(prefix) if request.path.startswith(prefix + "/") else ""
-        for method, regex, handler in self.ROUTES:           # each path has one method
-            if match := re.fullmatch(regex, path):
-                if method != request.method:
-                    raise MatrixError("M_UNRECOGNIZED", f"this path takes {method}, not {request.method}", 405)
-                return handler, [decode_segment(group or "") for group in match.groups()]
-        raise MatrixError("M_UNRECOGNIZED", f"{shorten(request.path)} is no path of an application service")
-
-    def _check_token(self, request: Request) -> None:
-        scheme, _, header = request.headers.get("authorization", "").partition(" ")
-        bearer = header.strip() if scheme.lower() == "bearer" else ""
-        tokens = {bearer, request.query.get("access_token", "")} - {""}
-        if not tokens:
-            raise MatrixError("M_MISSING_TOKEN", "no hs_token, as Authorization: Bearer or access_token=")
-        right = self.registration.hs_token.encode()
-        if not all(hmac.compare_digest(token.encode(), right) for token in tokens):
-            raise MatrixError("M_FORBIDDEN", "this is not the hs_token of this application service")
-
-    def _put_transaction(self, txn_id: str, request: Request) -> None:
-        body = parse_object(request.body(MAX_JSON_BYTES))
-        events = body.get("events")
-        if not isinstance(events, list):
-            raise MatrixError("M_BAD_JSON", "the body must have 'events': a list")
-        ephemeral = body.get("ephemeral", body.get("de.sorunome.msc2409.ephemeral"))
-        with self._delivery:
-            # An ID may come back with other events: from a homeserver that was set up anew and counts from 1. What
-            # was handled is known by event; only what has no ID is taken for done with its transaction.
-            done = bool(self.sql("SELECT 1 FROM transactions_done WHERE id = ?", txn_id))
-            for event in events:
-                if self.stopping:
-                    raise MatrixError("M_UNKNOWN", "the application service stops", 503)
-                if isinstance(event, dict) and not (done and not isinstance(event.get("event_id"), str)):
-                    self._handle(event)
-            for data in ephemeral if isinstance(ephemeral, list) and not done else ():
-                try:
-                    self.on_ephemeral(data)
-                except Exception:
-                    log.exception("%s: ephemeral data failed and is skipped", self.id)
-            self._remember("transactions_done", txn_id, KEPT_TXNS)
-
-    def _handle(self, event: JsonObject) -> None:
-        event_id = event.get("event_id")
-        if isinstance(event_id, str) and self.sql("SELECT 1 FROM events_handled WHERE id = ?", event_id):
-            return
-        try:
-            self._notice_membership(event)
-            self.on_event(event)
-        except Exception as error:
-            if isinstance(error, Unreachable) or (isinstance(error, MatrixError) and error.status in COMES_BACK):
-                raise MatrixError("M_UNKNOWN", f"event {event_id} can't be handled now: {error}", 503) from None
-            log.exception("%s: event %s failed and is skipped", self.id, event_id)
-        if isinstance(event_id, str):
-            self._remember("events_handled", event_id, KEPT_EVENTS)
-
-    def _notice_membership(self, event: JsonObject) -> None:
-        """What somebody else did to one of our users."""
-        if event.get("type") == "m.room.member" and event.get("content", {}).get("membership") != "join":
-            if intent := self.intents.get(event.get("state_key")):
-                intent.rooms.discard(event.get("room_id", ""))
-
-    def _remember(self, table: str, id: str, keep: int) -> None:
-        self.sql(f"INSERT OR IGNORE INTO {table}(id) VALUES (?)", id)
-        if not secrets.randbelow(100):                       # now and then is enough
-            self.sql(f"DELETE FROM {table} WHERE n <= (SELECT max(n) FROM {table}) - ?", keep)
-
-    def _get_existence(self, kind: str, id: str, request: Request) -> None:
-        if not (self.on_user_query(id) if kind == "users" else self.on_alias_query(id)):
-            raise MatrixError("M_NOT_FOUND", f"{shorten(id)} does not exist here")
-
-    def _get_third_party(self, kind: str, protocol: str, request: Request) -> Any:
-        fields = {name: value for name, value in request.query.items() if name != "access_token"}
-        if kind == "protocol":
-            found: Any = self.on_third_party_protocol(protocol)
-        else:
-            found = (self.on_third_party_user if kind == "user" else self.on_third_party_location)(protocol, fields)
-        if not found:
-            raise MatrixError("M_NOT_FOUND", f"there is no such third-party {kind} here")
-        return found
-
-    def _post_ping(self, request: Request) -> None:
-        parse_object(request.body(65_536))
-
-
 # ============================================================================
 # 11. The sample: an IRC bridge
 # ============================================================================
 # An IRC server whose channels are Matrix rooms: a person on IRC is a ghost on
-# Matrix, a person on Matrix is a nick on IRC. First the words of IRC, then a
-# connected client and its commands, then the bridge between the two. RFC 1459
-# and 2812 for IRC; nothing here but section 10 speaks Matrix.
+# Matrix, a person on Matrix is a nick on IRC. What an IRC client says goes down
+# this section: words, server, client, and in the bridge spool, sender, ghost.
+# What Matrix says enters it at IrcBridge.on_event. RFC 1459 and 2812 for IRC;
+# nothing here but section 10 speaks Matrix.
 
 IRC_NAME = "irc.asbridge"
-LINE_BYTES = 510                   # without CRLF (RFC 2812, 2.3)
-NICK_LENGTH, CHANNEL_BYTES, TOPIC_BYTES = 30, 64, 390
-MAX_CHANNELS, MAX_TARGETS = 50, 10 # of one client; of one PRIVMSG
-MAX_CLIENTS, MAX_ROOMS = 1_000, 10_000 # connected; channels with somebody on them
+LINE_BYTES = 510                   # of a line, without CRLF (RFC 2812, 2.3)
+NICK_LENGTH = 30
+CHANNEL_BYTES = 64                 # of a channel's name
+TOPIC_BYTES = 390
+MAX_CHANNELS = 50                  # that one client is on
+MAX_TARGETS = 10                   # of one command, such as PRIVMSG
+MAX_CLIENTS = 1_000                # connected
+MAX_ROOMS = 10_000                 # channels with somebody on them
 MAX_LINES = 200                    # that one Matrix message may become
 MAX_LISTED = 400                   # lines in answer to one LIST or WHO
+MAX_SPOOLED = 100_000              # jobs that wait for the homeserver; past it what makes more is refused
+MAX_FAILURES = 10                  # answers 500, or bugs, until a job is given up
+KEPT_SAID = 2_000                  # messages that a reply or a redaction can be about
 SEND_BYTES = 262_144               # that wait for one client; past it the client is dropped
 PIECE_BYTES = 16_384               # of them that are sent at once
-MAX_SPOOLED = 100_000              # jobs that wait for the homeserver; past it what makes more is refused
 REGISTER_SECONDS = 30.0            # from the connection to NICK and USER
 IDLE_PING_SECONDS = 90.0           # silence until a PING, and from there to the end
 CLOSING_SECONDS = 2.0              # for the last words to be read
-BURST, LINES_PER_SECOND = 200, 50  # a client that writes faster is read more slowly
+LINES_PER_SECOND = 50              # a client that writes faster is read more slowly,
+BURST = 200                        # but for so many lines
 NICK_COST, NEW_CHANNEL_COST = 50, 10 # lines that these count for: they may make a new user or room on Matrix
-MAX_FAILURES = 10                  # answers 500, or bugs, until a job is given up
-KEPT_SAID = 2_000                  # messages that a reply or a redaction can be about
+
+# -- The words of IRC: commands, numerics, and lines as text. Knows of no connection.
 
 NICK = re.compile(rf"(?![0-9-])[A-Za-z0-9\[\]\\`_^{{|}}-]{{1,{NICK_LENGTH}}}")
 CHANNEL = re.compile(r"#[^\x00-\x20,:\x7f]+")
@@ -11521,69 +11494,86 @@ FORMATTING = re.compile(r"\x03(?:\d{1,2}(?:,\d{1,2})?)?|\x04(?:[0-9A-Fa-f]{6})?|
 CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f]")   # in Matrix text, nothing that IRC may take for its own
 ONE_LINE = {0: " ", 10: " ", 13: " "}
 
-MOTD = ("This server is a bridge: its channels are Matrix rooms.",
-        "JOIN #lobby, and people on Matrix find you in #{prefix}lobby:{server}.")
-
-#: The numeric replies whose last parameter is always the same.
-NUMERICS = {
-    1: "Welcome to Matrix by way of IRC",      401: "No such nick or channel",       433: "Nickname is already in use",
-    5: "are supported by this server",         403: "No such channel",               442: "You're not on that channel",
-    305: "You are no longer marked as away",   404: "Cannot send to channel",        443: "is already on channel",
-    306: "You have been marked as away",       405: "You are on too many channels",  451: "You have not registered",
-    315: "End of WHO list",                    411: "No recipient given",            461: "Not enough parameters",
-    318: "End of WHOIS list",                  412: "No text to send",               462: "You may not register again",
-    323: "End of LIST",                        421: "Unknown command",               482: "Matrix decides on rights",
-    331: "No topic is set",                    431: "No nickname given",             501: "Unknown mode flag",
-    366: "End of NAMES list",                  432: "Erroneous nickname",            502: "Only your own mode, please",
-    368: "End of channel ban list",            376: "End of MOTD",                   437: "Not available now; try again later",
-    407: f"Too many recipients: this one and the rest were not told ({MAX_TARGETS} at most)",
-}
-
 
 class Command(NamedTuple):
     """An IRC command, done by the method of IrcClient that is called do_ and its name."""
     least: int                   # parameters
-    early: bool                  # may come before registering
+    early: bool = False          # may come before registering
+    matrix: bool = False         # makes work for Matrix: refused while too much waits for it
 
 
 COMMANDS = {
-    "CAP":       Command(1, True),   # capabilities: we have none
-    "PASS":      Command(1, True),   # a password that nobody checks
-    "USER":      Command(4, True),   # user and real name
-    "NICK":      Command(0, True),   # choose or change the nick
-    "MOTD":      Command(0, False),  # message of the day
-    "LUSERS":    Command(0, False),  # how many are here
-    "PING":      Command(1, True),   # are you there?
-    "PONG":      Command(0, True),   # I am
-    "QUIT":      Command(0, True),   # leave IRC
-    "JOIN":      Command(1, False),  # enter channels; 0: leave all
-    "PART":      Command(1, False),  # leave channels
-    "TOPIC":     Command(1, False),  # read or set the topic
-    "NAMES":     Command(0, False),  # who is in a channel
-    "LIST":      Command(0, False),  # which channels there are
-    "MODE":      Command(1, False),  # ask for modes; there are hardly any
-    "INVITE":    Command(2, False),  # ask somebody into a channel
-    "KICK":      Command(2, False),  # refused: rights are managed on Matrix
-    "PRIVMSG":   Command(0, False),  # say something
-    "NOTICE":    Command(0, False),  # the same, to which no program answers
-    "AWAY":      Command(0, False),  # say that one is away
-    "WHO":       Command(0, False),  # who is in a channel, or who somebody is
-    "WHOIS":     Command(1, False),  # the same, in more words
-    "USERHOST":  Command(1, False),  # nicks with their hosts
-    "ISON":      Command(1, False),  # which of these nicks are here
-    "VERSION":   Command(0, False),  # what this is
+    "CAP":       Command(1, early=True),                # capabilities: we have none
+    "PASS":      Command(1, early=True),                # a password that nobody checks
+    "USER":      Command(4, early=True),                # user and real name
+    "NICK":      Command(0, early=True, matrix=True),   # choose or change the nick
+    "MOTD":      Command(0),                            # message of the day
+    "LUSERS":    Command(0),                            # how many are here
+    "PING":      Command(1, early=True),                # are you there?
+    "PONG":      Command(0, early=True),                # I am
+    "QUIT":      Command(0, early=True),                # leave IRC
+    "JOIN":      Command(1, matrix=True),               # enter channels; 0: leave all
+    "PART":      Command(1),                            # leave channels
+    "TOPIC":     Command(1, matrix=True),               # read or set the topic
+    "NAMES":     Command(0),                            # who is in a channel
+    "LIST":      Command(0),                            # which channels there are
+    "MODE":      Command(1),                            # ask for modes; there are hardly any
+    "INVITE":    Command(2, matrix=True),               # ask somebody into a channel
+    "KICK":      Command(2),                            # refused: rights are managed on Matrix
+    "PRIVMSG":   Command(0, matrix=True),               # say something
+    "NOTICE":    Command(0, matrix=True),               # the same, to which no program answers
+    "AWAY":      Command(0),                            # say that one is away
+    "WHO":       Command(0),                            # who is in a channel, or who somebody is
+    "WHOIS":     Command(1),                            # the same, in more words
+    "USERHOST":  Command(1),                            # nicks with their hosts
+    "ISON":      Command(1),                            # which of these nicks are here
+    "VERSION":   Command(0),                            # what this is
 }
-FOR_MATRIX = ("NICK", "JOIN", "TOPIC", "INVITE", "PRIVMSG", "NOTICE")     # what is refused while too much waits for Matrix
 
+#: The numeric replies whose last parameter is always the same.
+NUMERICS = {
+    1: "Welcome to Matrix by way of IRC",      376: "End of MOTD",                   433: "Nickname is already in use",
+    5: "are supported by this server",         401: "No such nick or channel",       437: "Not available now; try again later",
+    305: "You are no longer marked as away",   403: "No such channel",               442: "You're not on that channel",
+    306: "You have been marked as away",       404: "Cannot send to channel",        443: "is already on channel",
+    315: "End of WHO list",                    405: "You are on too many channels",  451: "You have not registered",
+    318: "End of WHOIS list",                  411: "No recipient given",            461: "Not enough parameters",
+    323: "End of LIST",                        412: "No text to send",               462: "You may not register again",
+    331: "No topic is set",                    421: "Unknown command",               482: "Matrix decides on rights",
+    366: "End of NAMES list",                  431: "No nickname given",             501: "Unknown mode flag",
+    368: "End of channel ban list",            432: "Erroneous nickname",            502: "Only your own mode, please",
+    407: f"Too many recipients: this one and the rest were not told ({MAX_TARGETS} at most)",
+}
 FEATURES = ("CASEMAPPING=rfc1459", "CHANTYPES=#", "PREFIX=", "CHANMODES=b,,,n", f"NICKLEN={NICK_LENGTH}",
-            f"CHANNELLEN={CHANNEL_BYTES}", f"TOPICLEN={TOPIC_BYTES}", f"CHANLIMIT=#:{MAX_CHANNELS}",
-            f"MAXTARGETS={MAX_TARGETS}", f"TARGMAX=NAMES:{MAX_TARGETS},WHOIS:{MAX_TARGETS},PRIVMSG:{MAX_TARGETS},NOTICE:{MAX_TARGETS}",
-            "NETWORK=asbridge")
+            f"CHANNELLEN={CHANNEL_BYTES}", f"TOPICLEN={TOPIC_BYTES}", f"CHANLIMIT=#:{MAX_CHANNELS}", f"MAXTARGETS={MAX_TARGETS}",
+            f"TARGMAX=NAMES:{MAX_TARGETS},WHOIS:{MAX_TARGETS},PRIVMSG:{MAX_TARGETS},NOTICE:{MAX_TARGETS}", "NETWORK=asbridge")
+MOTD = ("This server is a bridge: its channels are Matrix rooms.",
+        "JOIN #lobby, and people on Matrix find you in #{prefix}lobby:{server}.")
 
 
 def fold(name: str) -> str:
     """A nick or channel as IRC compares it."""
     return name.translate(FOLD)
+
+
+def is_channel(name: str) -> bool:
+    return bool(CHANNEL.fullmatch(name)) and len(name.encode("utf-8", "replace")) <= CHANNEL_BYTES
+
+
+def as_nick(text: str) -> str:
+    """The valid nick that is nearest to any text."""
+    nick = re.sub(r"[^A-Za-z0-9\[\]\\`_^{|}-]", "_", text)[:NICK_LENGTH]
+    return nick if NICK.fullmatch(nick) else ("_" + nick)[:NICK_LENGTH]
+
+
+def as_user(text: str) -> str:
+    """What stands between ! and @."""
+    return re.sub(r"[^A-Za-z0-9._-]", "_", text)[:10] or "_"
+
+
+def several(names: str) -> list[str]:
+    """The names in a list with commas, each once."""
+    return list({fold(name): name for name in names.split(",") if name}.values())
 
 
 def decode_line(raw: bytes) -> str:
@@ -11601,6 +11591,19 @@ def parse_line(line: str) -> tuple[str, list[str]]:
     middle, colon, trailing = line.partition(" :")
     words = [word for word in middle.split(" ") if word]     # other white space is text (RFC 2812, 2.3.1)
     return (words[0].upper(), words[1:] + ([trailing] if colon else [])) if words else ("", [])
+
+
+def parse_action(text: str) -> tuple[str, bool]:
+    """The text, and whether it is what /me sends (CTCP ACTION)."""
+    if text.startswith("\x01ACTION "):
+        return text[8:].rstrip("\x01"), True
+    return text, False
+
+
+def encode_line(line: str) -> bytes:
+    """A line as it is sent: nothing in it ends it sooner, and no half character stands at its end."""
+    data = line.translate(ONE_LINE).encode("utf-8", "replace")[:LINE_BYTES]
+    return data.decode("utf-8", "ignore").encode() + b"\r\n"
 
 
 def split_text(text: str, limit: int) -> list[str]:
@@ -11629,47 +11632,17 @@ def irc_lines(source: str, command: str, target: str, text: str, action: bool = 
     return [before + piece + after for piece in pieces]
 
 
-def parse_action(text: str) -> tuple[str, bool]:
-    """The text, and whether it is what /me sends (CTCP ACTION)."""
-    if text.startswith("\x01ACTION "):
-        return text[8:].rstrip("\x01"), True
-    return text, False
-
-
-def as_nick(text: str) -> str:
-    """The valid nick that is nearest to any text."""
-    nick = re.sub(r"[^A-Za-z0-9\[\]\\`_^{|}-]", "_", text)[:NICK_LENGTH]
-    return nick if NICK.fullmatch(nick) else ("_" + nick)[:NICK_LENGTH]
-
-
-def as_user(text: str) -> str:
-    """What stands between ! and @."""
-    return re.sub(r"[^A-Za-z0-9._-]", "_", text)[:10] or "_"
-
-
-def one_line(text: object) -> str:
-    """A field of a Matrix event, such as a topic, as IRC can show it."""
-    return CONTROL.sub("", str(text or "")).replace("\n", " ")
-
-
-def several(names: str) -> list[str]:
-    """The names in a list with commas, each once."""
-    return list({fold(name): name for name in names.split(",") if name}.values())
-
-
-def is_channel(name: str) -> bool:
-    return bool(CHANNEL.fullmatch(name)) and len(name.encode("utf-8", "replace")) <= CHANNEL_BYTES
-
+# -- The server: who and which channels there are, wherever they come from, and the connections. Knows no Matrix but the bridge.
 
 @dataclass(eq=False)
 class Person:
-    """Somebody with a nick: on Matrix, or (IrcClient) connected here. Guarded, like Channel, by IrcBridge.lock."""
+    """Somebody with a nick: on Matrix, or (IrcClient) connected here. Guarded, like Channel, by IrcServer.lock."""
     nick: str
     user: str
     host: str
     realname: str
     user_id: str = ""                                        # of a person on Matrix
-    away: str = ""
+    away: str = ""                                           # why; empty: there
     channels: set[Channel] = dataclasses.field(default_factory=set)
 
     @property
@@ -11696,7 +11669,7 @@ class Channel:
     room_id: str = ""                                        # empty until the homeserver has made or found it
     topic: str = ""
     topic_by: str = ""
-    topic_at: int = 0
+    topic_at: int = 0                                        # seconds since 1970
     people: set[Person] = dataclasses.field(default_factory=set)
     changes: int = 0                                         # counts joins and parts, for refresh()
 
@@ -11709,21 +11682,20 @@ class Channel:
             self.tell(line, but)
 
     def enter(self, person: Person) -> None:
-        if person in self.people:
-            return
-        self.people.add(person)
-        person.channels.add(self)
-        self.changes += 1
-        self.tell(f":{person.prefix} JOIN {self.name}")
+        if person not in self.people:
+            self.people.add(person)
+            person.channels.add(self)
+            self.changes += 1
+            self.tell(f":{person.prefix} JOIN {self.name}")
 
     def exit(self, person: Person, line: str = "") -> None:
-        if person not in self.people:
-            return
-        if line:
-            self.tell(line)
-        self.people.discard(person)
-        person.channels.discard(self)
-        self.changes += 1
+        """`line` tells it, if anything does."""
+        if person in self.people:
+            if line:
+                self.tell(line)
+            self.people.discard(person)
+            person.channels.discard(self)
+            self.changes += 1
 
     def change_topic(self, source: str, topic: str, at: int) -> None:
         """`at` in milliseconds."""
@@ -11731,24 +11703,114 @@ class Channel:
         self.tell(f":{source} TOPIC {self.name} :{topic}")
 
 
+class IrcServer:
+    """Takes connections, and knows everybody and every channel there is on IRC."""
+
+    def __init__(self, bridge: IrcBridge, bind: str, port: int) -> None:
+        self.bridge, self.address = bridge, (bind, port)
+        # Guards all that follows, every Person and Channel, and the bridge's maps of them. Held for one IRC line or one
+        # event, in which nothing waits: what goes to IRC is queued, what goes to Matrix is spooled.
+        self.lock = threading.Lock()
+        self.people: dict[str, Person] = {}                  # by folded nick: registered clients, people on Matrix
+        self.channels: dict[str, Channel] = {}               # by folded name
+        self.clients: set[IrcClient] = set()                 # connected, registered or not
+        self._listener: socket.socket | None = None
+        self._accepter: threading.Thread | None = None
+
+    def find_person(self, nick: str) -> Person | None:
+        return self.people.get(fold(nick))
+
+    def find_channel(self, name: str) -> Channel | None:
+        return self.channels.get(fold(name))
+
+    def open_channel(self, name: str) -> Channel:
+        """The channel, which is made if there is none."""
+        if fold(name) not in self.channels:
+            self.channels[fold(name)] = Channel(name, self.bridge.clock.now() // 1000)
+        return self.channels[fold(name)]
+
+    def may_open(self, name: str) -> bool:
+        """Channels that somebody is on, here or on Matrix, are counted: those that a flooder has left keep out nobody."""
+        return (fold(name) in self.channels or len(self.channels) < MAX_ROOMS
+                or sum(bool(channel.people) for channel in self.channels.values()) < MAX_ROOMS)
+
+    @property
+    def port(self) -> int:
+        return int(self._listener.getsockname()[1]) if self._listener else 0
+
+    def listen(self) -> None:
+        family = socket.AF_INET6 if ":" in self.address[0] else socket.AF_INET
+        with failing(f"{self.address[0]}:{self.address[1]} can't be listened at"):
+            self._listener = socket.create_server(self.address, family=family, backlog=128)
+        self._listener.settimeout(1.0)                       # where closing does not wake accept()
+
+    def start(self) -> None:
+        self._accepter = threading.Thread(target=self._accept, args=(self._listener,), name="irc accept", daemon=True)
+        self._accepter.start()
+
+    def stop(self) -> None:
+        """Ends what listen() and start() began; bridge.stopping is set before."""
+        listener, self._listener = self._listener, None
+        if listener:
+            hang_up(listener)
+            if self._accepter:
+                self._accepter.join(2)
+            listener.close()
+        with self.lock:
+            for client in self.clients:
+                client.close("The bridge stops")
+
+    def _accept(self, listener: socket.socket) -> None:
+        seldom = Seldom()
+        while not self.bridge.stopping:
+            try:
+                self._take(*listener.accept())
+            except TimeoutError:
+                pass
+            except (OSError, RuntimeError) as error:         # no more handles or threads
+                if self.bridge.stopping:
+                    return
+                if seldom():
+                    log.error("%s: no more IRC clients can be taken: %s; there are %d", self.bridge.id, error, len(self.clients))
+                time.sleep(0.1)
+
+    def _take(self, sock: socket.socket, address: Any) -> None:
+        host = re.sub("^:", "0:", address[0])                # no parameter may start with ':'
+        client = IrcClient(self, sock, host)
+        with self.lock:
+            full = len(self.clients) >= MAX_CLIENTS
+            self.clients.add(client)
+        try:
+            client.start()
+        except RuntimeError:
+            with self.lock:
+                self.clients.discard(client)
+            client.close("No more threads")                  # ends the one thread that there may be
+            hang_up(sock)
+            sock.close()
+            raise
+        if full:
+            client.close("Too many clients")
+
+
 class IrcClient(Person):
     """One IRC connection: one thread reads commands, another writes what waits for it. Nobody else waits for it."""
 
-    def __init__(self, bridge: IrcBridge, sock: socket.socket, host: str) -> None:
+    def __init__(self, server: IrcServer, sock: socket.socket, host: str) -> None:
         super().__init__("", "", host, "")
-        self.bridge, self.sock = bridge, sock
-        self.registered = self.negotiating = False           # negotiating: between CAP LS and CAP END
-        self.waiting = bytearray()                           # lines that are still to be sent
-        self.fate = ""                                       # why the connection ends; nothing is said after that
-        self.guard = threading.Lock()                        # guards waiting and fate
-        self.news = bell()                                   # one of them has changed
-        self.writer = threading.Thread(target=self.write, name=f"irc to {host}", daemon=True)
+        self.server, self.bridge, self.sock = server, server.bridge, sock
+        self.registered = False                              # NICK and USER were taken: others see it
+        self.negotiating = False                             # between CAP LS and CAP END
         self.register_by = time.monotonic() + REGISTER_SECONDS
         self.pause = bell()                                  # what a client that writes too fast waits on
         self.paid_until = 0.0                                # moved on by each line; may not pass the clock
         self.cost = 0.0                                      # of the line in hand: its jobs, and a tenth for each numeric
+        self.news = threading.Condition()                    # guards the next two; the writer waits for them
+        self.waiting = bytearray()                           # lines that are still to be sent
+        self.fate = ""                                       # why the connection ends; nothing is said after that
+        self.writer = threading.Thread(target=self.write, name=f"irc to {host}", daemon=True)
 
-    # -- The connection.
+    # -- In: from bytes to a method do_x, for the command X.
 
     def start(self) -> None:
         self.sock.settimeout(REGISTER_SECONDS)
@@ -11758,11 +11820,12 @@ class IrcClient(Person):
         threading.Thread(target=self.read, name=f"irc from {self.host}", daemon=True).start()
 
     def read(self) -> None:
+        """Obeys line after line until the client goes, or has to."""
         try:
             for raw in self.lines():
                 self.cost = 0.0
-                with self.bridge.lock:
-                    self.obey(decode_line(raw))
+                with self.server.lock:
+                    self.obey(decode_line(raw).rstrip("\r"))
                 if self.fate:
                     break
                 self.slow_down()
@@ -11775,16 +11838,8 @@ class IrcClient(Person):
         finally:
             self.end()
 
-    def end(self) -> None:
-        with self.bridge.lock:
-            self.bridge.quit(self, self.fate or "Connection closed")
-        self.close("Connection closed")
-        self.writer.join(CLOSING_SECONDS)
-        hang_up(self.sock)
-        with self.bridge.lock:
-            self.bridge.clients.discard(self)
-
     def lines(self) -> Iterator[bytes]:
+        """Until the client closes, is silent for too long, or has not registered in time."""
         buffer, pinged = b"", False
         while not self.end_if_late():
             self.sock.settimeout(IDLE_PING_SECONDS if self.registered else max(0.001, self.register_by - time.monotonic()))
@@ -11811,53 +11866,56 @@ class IrcClient(Person):
             self.close("Not registered in time: NICK and USER are wanted")
         return late
 
+    def obey(self, line: str) -> None:
+        """Does what the line says, or says why not. Under the server's lock."""
+        name, params = parse_line(line)
+        command = COMMANDS.get(name)
+        if not name or self.end_if_late():
+            return
+        if not self.registered and line.endswith((" HTTP/1.1", " HTTP/1.0")):
+            self.close("This is IRC, not HTTP")              # a web page may try to speak for its reader
+        elif not self.registered and not (command and command.early):
+            self.reply(451)
+        elif command is None:
+            self.reply(421, name)
+        elif len(params) < command.least:
+            self.reply(461, name)
+        elif self.registered and command.matrix and self.bridge.is_behind():
+            self.reply(437, *params[:1])
+        else:
+            getattr(self, f"do_{name.lower()}")(*params[:15])
+
     def slow_down(self) -> None:
         now = self.bridge.clock.monotonic()
         self.paid_until = max(self.paid_until, now - BURST / LINES_PER_SECOND) + max(1.0, self.cost) / LINES_PER_SECOND
         if self.paid_until > now:
             self.bridge.clock.wait(self.pause, self.paid_until)
 
-    def write(self) -> None:
-        with contextlib.suppress(OSError):                   # the reader notices, too
-            while piece := self.next_piece():
-                self.sock.sendall(piece)
+    def end(self) -> None:
+        try:
+            with self.server.lock:
+                self.leave_all(self.fate or "Connection closed")
+        except sqlite3.Error:                                # a full disk, say: its ghost stays until the next start
+            if not self.bridge.stopping:
+                log.exception("the IRC client %s has left, but not on Matrix", self.nick)
+        self.close("Connection closed")
+        self.writer.join(CLOSING_SECONDS)
         hang_up(self.sock)
-        self.sock.close()
+        with self.server.lock:
+            self.server.clients.discard(self)
 
-    def next_piece(self) -> bytes:
-        """Some whole lines, once there are any; nothing when there will be no more."""
-        while True:
-            with self.guard:
-                end = self.waiting.rfind(b"\n", 0, PIECE_BYTES) + 1
-                piece = bytes(self.waiting[:end])
-                del self.waiting[:end]
-                if piece or self.fate:
-                    return piece
-            self.news.acquire()
+    def leave_all(self, reason: str) -> None:
+        if not self.registered:
+            return
+        del self.server.people[fold(self.nick)]
+        self.tell_neighbours(f":{self.prefix} QUIT :{reason}")
+        channels = list(self.channels)
+        for channel in channels:
+            channel.exit(self)
+        for channel in channels if not self.bridge.stopping else ():     # else the sweep at the next start does it
+            self.spool("leave", channel.name, reason=reason)
 
-    def tell(self, line: str) -> None:
-        """One line for the client; never waits. With too many that wait already the connection ends."""
-        data = line.translate(ONE_LINE).encode("utf-8", "replace")[:LINE_BYTES]
-        whole = data.decode("utf-8", "ignore").encode() + b"\r\n"           # no half character at the end
-        with self.guard:
-            full = len(self.waiting) + len(whole) > SEND_BYTES
-            if full and not self.fate:
-                self.waiting.clear()
-            elif not self.fate:
-                self.waiting += whole
-        if full:
-            self.close("Too slow to read")
-            with contextlib.suppress(OSError):
-                self.sock.shutdown(socket.SHUT_RD)           # wakes the reader; the last words may still be taken
-        release(self.news)
-
-    def close(self, fate: str) -> None:
-        line = f"ERROR :Closing link: {fate}".translate(ONE_LINE).encode()[:LINE_BYTES] + b"\r\n"
-        with self.guard:
-            if not self.fate:
-                self.fate = fate
-                self.waiting += line
-        release(self.news)
+    # -- Out: from a line to bytes.
 
     def reply(self, number: int, *params: str) -> None:
         """A numeric; what NUMERICS has for it comes last."""
@@ -11871,30 +11929,51 @@ class IrcClient(Person):
         for piece in split_text(" ".join(words), room):
             self.reply(number, *params, piece)
 
-    def obey(self, line: str) -> None:
-        name, params = parse_line(line.rstrip("\r"))
-        command = COMMANDS.get(name)
-        if not name or self.end_if_late():
-            return
-        if not self.registered and line.rstrip("\r").endswith((" HTTP/1.1", " HTTP/1.0")):
-            self.close("This is IRC, not HTTP")              # a web page may try to speak for its reader
-        elif not self.registered and not (command and command.early):
-            self.reply(451)
-        elif command is None:
-            self.reply(421, name)
-        elif len(params) < command.least:
-            self.reply(461, name)
-        elif self.registered and name in FOR_MATRIX and self.bridge.is_behind():
-            self.reply(437, *params[:1])
-        else:
-            getattr(self, f"do_{name.lower()}")(*params[:15])
+    def listed(self, found: Sequence[T]) -> Iterator[T]:
+        """As many of them as are listed, and then how many more there are."""
+        yield from found[:MAX_LISTED]
+        if len(found) > MAX_LISTED:
+            self.tell(f":{IRC_NAME} NOTICE {self.nick} :and {len(found) - MAX_LISTED} more")
 
-    def spool(self, do: str, to: str, nick: str = "", **job: Any) -> None:
-        """What this client did is to be done on Matrix. `to`: a channel or a user ID."""
-        self.cost += 1
-        self.bridge.spool(do, nick=nick or self.nick, to=to, **job)
+    def tell(self, line: str) -> None:
+        """One line for the client; never waits. With too many that wait already the connection ends."""
+        data = encode_line(line)
+        with self.news:
+            if self.fate:
+                return
+            if len(self.waiting) + len(data) <= SEND_BYTES:
+                self.waiting += data
+                return self.news.notify()
+            self.waiting.clear()
+            self.close("Too slow to read")
+        with contextlib.suppress(OSError):
+            self.sock.shutdown(socket.SHUT_RD)               # wakes the reader; the last words may still be taken
 
-    # -- Registering. A method do_x is the command X.
+    def close(self, fate: str) -> None:
+        """The connection ends when the client was told why, after what waits for it."""
+        with self.news:
+            if not self.fate:
+                self.fate = fate
+                self.waiting += encode_line(f"ERROR :Closing link: {fate}")
+                self.news.notify()
+
+    def write(self) -> None:
+        with contextlib.suppress(OSError):                   # the reader notices, too
+            while piece := self.next_piece():
+                self.sock.sendall(piece)
+        hang_up(self.sock)
+        self.sock.close()
+
+    def next_piece(self) -> bytes:
+        """Some whole lines, once there are any; nothing when there will be no more."""
+        with self.news:
+            self.news.wait_for(lambda: self.waiting or self.fate)
+            end = self.waiting.rfind(b"\n", 0, PIECE_BYTES) + 1
+            piece = bytes(self.waiting[:end])
+            del self.waiting[:end]
+            return piece
+
+    # -- Registering.
 
     def do_cap(self, verb: str, *wanted: str) -> None:
         """We have no capabilities, but clients ask first and wait for the answer."""
@@ -11917,27 +11996,40 @@ class IrcClient(Person):
         self.welcome()
 
     def do_nick(self, nick: str = "", *_: str) -> None:
-        holder = self.bridge.people.get(fold(nick))
         if not nick:
             self.reply(431)
         elif not NICK.fullmatch(nick):
             self.reply(432, nick)
-        elif holder not in (None, self) or self.bridge.is_bot(nick):
+        elif self.server.find_person(nick) not in (None, self) or self.bridge.is_bot(nick):
             self.reply(433, nick)
         elif self.registered:
-            self.bridge.rename(self, nick)
+            self.rename(nick)
         else:
             self.nick = nick
             self.welcome()
 
+    def rename(self, nick: str) -> None:
+        """On Matrix another ghost comes, and this one leaves."""
+        old, line = self.nick, f":{self.prefix} NICK :{nick}"
+        self.tell(line)
+        self.tell_neighbours(line)
+        del self.server.people[fold(old)]
+        self.server.people[fold(nick)], self.nick = self, nick
+        self.cost += NICK_COST
+        for channel in self.channels:
+            self.spool("join", channel.name)
+            if to_localpart(old) != to_localpart(nick):      # else only the display name changes
+                self.spool("leave", channel.name, old, reason=f"is now known as {nick}")
+
     def welcome(self) -> None:
+        """Registers who has said who they are, and tells them what they are told first."""
         if self.registered or self.negotiating or not (self.nick and self.user):
             return
-        if fold(self.nick) in self.bridge.people:            # somebody was quicker
+        if self.server.find_person(self.nick):               # somebody was quicker
             taken, self.nick = self.nick, ""
             return self.reply(433, taken)
         self.registered = True
-        self.bridge.people[fold(self.nick)] = self
+        self.server.people[fold(self.nick)] = self
         self.reply(1)
         self.reply(2, f"Your host is {IRC_NAME}, running asbridge {__version__}")
         self.reply(3, "It began when Matrix did")
@@ -11953,9 +12045,9 @@ class IrcClient(Person):
         self.reply(376)
 
     def do_lusers(self, *_: str) -> None:
-        on_irc = sum(isinstance(person, IrcClient) for person in self.bridge.people.values())
-        self.reply(251, f"There are {on_irc} people on IRC and {len(self.bridge.people) - on_irc} on Matrix")
-        self.reply(254, str(len(self.bridge.channels)), "channels formed")
+        on_irc = sum(isinstance(person, IrcClient) for person in self.server.people.values())
+        self.reply(251, f"There are {on_irc} people on IRC and {len(self.server.people) - on_irc} on Matrix")
+        self.reply(254, str(len(self.server.channels)), "channels formed")
         self.reply(255, f"I have {on_irc} clients and 0 servers")
 
     def do_ping(self, token: str, *_: str) -> None:
@@ -11971,7 +12063,7 @@ class IrcClient(Person):
 
     def own_channel(self, name: str) -> Channel | None:
         """The channel, if this client is on it; otherwise it is told that not."""
-        channel = self.bridge.channels.get(fold(name))
+        channel = self.server.find_channel(name)
         if channel and self in channel.people:
             return channel
         self.reply(442 if channel else 403, name)
@@ -11985,9 +12077,9 @@ class IrcClient(Person):
                 self.reply(403, name)
             elif len(self.channels) >= MAX_CHANNELS:
                 self.reply(405, name)
-            elif not self.bridge.may_open(name):
+            elif not self.server.may_open(name):
                 self.reply(437, name)
-            elif self not in (channel := self.bridge.channel(name)).people:
+            elif self not in (channel := self.server.open_channel(name)).people:
                 self.cost += 0 if channel.room_id else NEW_CHANNEL_COST
                 channel.enter(self)
                 self.spool("join", channel.name)
@@ -12019,25 +12111,19 @@ class IrcClient(Person):
 
     def do_names(self, names: str = "*", *_: str) -> None:
         for name in several(names)[:MAX_TARGETS]:
-            if channel := self.bridge.channels.get(fold(name)):
+            if channel := self.server.find_channel(name):
                 self.reply_list(353, "=", channel.name, words=sorted(person.nick for person in channel.people))
             self.reply(366, channel.name if channel else name)
 
     def do_list(self, names: str = "", *_: str) -> None:
         wanted = {fold(name) for name in names.split(",") if is_channel(name)}
         self.reply(321, "Channel", "Users  Name")
-        found = [channel for key, channel in sorted(self.bridge.channels.items()) if not wanted or key in wanted]
-        for channel in found[:MAX_LISTED]:
+        for channel in self.listed([one for key, one in sorted(self.server.channels.items()) if not wanted or key in wanted]):
             self.reply(322, channel.name, str(len(channel.people)), channel.topic)
-        self.and_more(len(found))
         self.reply(323)
 
-    def and_more(self, count: int) -> None:
-        if count > MAX_LISTED:
-            self.tell(f":{IRC_NAME} NOTICE {self.nick} :and {count - MAX_LISTED} more")
-
     def do_mode(self, target: str, changes: str = "", *_: str) -> None:
-        channel = self.bridge.channels.get(fold(target))
+        channel = self.server.find_channel(target)
         if target.startswith("#"):
             if channel is None:
                 self.reply(403, target)
@@ -12056,7 +12142,7 @@ class IrcClient(Person):
             self.reply(501)
 
     def do_invite(self, nick: str, name: str, *_: str) -> None:
-        person = self.bridge.people.get(fold(nick))
+        person = self.server.find_person(nick)
         if person is None:
             return self.reply(401, nick)
         if channel := self.own_channel(name):
@@ -12089,15 +12175,16 @@ class IrcClient(Person):
             self.speak("NOTICE", target, text)
 
     def speak(self, command: str, target: str, text: str) -> None:
-        channel, person = self.bridge.channels.get(fold(target)), self.bridge.people.get(fold(target))
+        """To people on IRC at once; to those on Matrix by way of the homeserver."""
+        channel, person = self.server.find_channel(target), self.server.find_person(target)
         words, action = parse_action(text)
         if channel and self in channel.people:
             channel.hear(self.prefix, command, words, action, but=self)
-            self.bridge.from_irc(self, command, channel.name, words, action)
+            self.say(command, channel.name, words, action)
         elif person:
             person.hear(self.prefix, command, words, action)
             if person.user_id:
-                self.bridge.from_irc(self, command, person.user_id, words, action)
+                self.say(command, person.user_id, words, action)
             elif person.away and command == "PRIVMSG":
                 self.reply(301, person.nick, person.away)
         elif command == "PRIVMSG":
@@ -12110,17 +12197,16 @@ class IrcClient(Person):
     # -- Who is there.
 
     def do_who(self, mask: str = "*", *_: str) -> None:
-        channel, person = self.bridge.channels.get(fold(mask)), self.bridge.people.get(fold(mask))
+        channel, person = self.server.find_channel(mask), self.server.find_person(mask)
         people = channel.people if channel else [person] if person else []
-        for each in sorted(people, key=lambda each: each.nick)[:MAX_LISTED]:
+        for each in self.listed(sorted(people, key=lambda each: each.nick)):
             self.reply(352, channel.name if channel else "*", each.user, each.host, IRC_NAME, each.nick,
                        "G" if each.away else "H", f"0 {each.realname}")
-        self.and_more(len(people))
         self.reply(315, mask)
 
     def do_whois(self, *params: str) -> None:
         for nick in several(params[-1])[:MAX_TARGETS]:
-            if person := self.bridge.people.get(fold(nick)):
+            if person := self.server.find_person(nick):
                 self.describe(person)
             else:
                 self.reply(401, nick)
@@ -12136,19 +12222,39 @@ class IrcClient(Person):
             self.reply(301, person.nick, person.away)
 
     def do_userhost(self, *nicks: str) -> None:
-        found = [person for nick in nicks[:5] if (person := self.bridge.people.get(fold(nick)))]
+        found = [person for nick in nicks[:5] if (person := self.server.find_person(nick))]
         self.reply(302, " ".join([f"{p.nick}={'-' if p.away else '+'}{p.user}@{p.host}" for p in found]))
 
     def do_ison(self, *nicks: str) -> None:
-        found = [self.bridge.people.get(fold(nick)) for nick in " ".join(nicks).split()]
+        found = [self.server.find_person(nick) for nick in " ".join(nicks).split()]
         self.reply(303, " ".join([person.nick for person in found if person]))
 
     def do_version(self, *_: str) -> None:
         self.reply(351, f"asbridge-{__version__}", IRC_NAME, "an IRC door to Matrix")
 
+    # -- On to the bridge: what is to be done on Matrix.
 
-MEDIA = {"m.image": "an image", "m.video": "a video", "m.audio": "a recording", "m.file": "a file",
-         "m.sticker": "a sticker"}
+    def say(self, command: str, to: str, words: str, action: bool) -> None:
+        """On Matrix. Colours are left out, and any other CTCP: that is between IRC clients only."""
+        body = FORMATTING.sub("", words)
+        if body and not words.startswith("\x01"):
+            msgtype = "m.emote" if action else "m.notice" if command == "NOTICE" else "m.text"
+            self.spool("say", to, msgtype=msgtype, body=body, ts=self.bridge.clock.now())
+
+    def spool(self, do: str, to: str, nick: str = "", **job: Any) -> None:
+        """What this client did is to be done on Matrix. `to`: a channel or a user ID."""
+        self.cost += 1
+        self.bridge.spool(do, nick=nick or self.nick, to=to, **job)
+
+
+# -- The bridge: who is who, and what becomes of a line or an event on the other side. Knows IRC by the words and the server above.
+
+MEDIA = {"m.image": "an image", "m.video": "a video", "m.audio": "a recording", "m.file": "a file", "m.sticker": "a sticker"}
+
+
+def one_line(text: object) -> str:
+    """A field of a Matrix event, such as a topic, as IRC can show it."""
+    return CONTROL.sub("", str(text or "")).replace("\n", " ")
 
 
 def strip_quote(body: str) -> tuple[str, str]:
@@ -12172,33 +12278,30 @@ class IrcBridge(AppService):
     """
     #: event type: method
     EVENTS = {
-        "m.room.message": "_on_message", "m.room.encrypted": "_on_message", "m.sticker": "_on_message",
-        "m.room.member":  "_on_member",  "m.room.redaction": "_on_redaction",
-        "m.room.topic":   "_on_topic",
+        "m.room.message":   "_on_message",
+        "m.room.encrypted": "_on_message",
+        "m.sticker":        "_on_message",
+        "m.room.redaction": "_on_redaction",
+        "m.room.topic":     "_on_topic",
+        "m.room.member":    "_on_member",
     }
 
     def __init__(self, registration: Registration, homeserver_url: str, database: str = ":memory:",
                  clock: Clock | None = None) -> None:
         super().__init__(registration, homeserver_url, database, clock)
         options = registration.sample or {}
-        self.prefix = str(options.get("prefix", "_irc_"))
-        self.address = (str(options.get("irc_bind", "127.0.0.1")), int(options.get("irc_port", 6667)))
-        # Guards all that follows, and every Person and Channel. Held for one IRC line or one event, in which
-        # nothing waits: what goes to IRC is queued, what goes to Matrix is spooled.
-        self.lock = threading.Lock()
-        self.people: dict[str, Person] = {}                  # by folded nick: IRC clients, people on Matrix
+        self.prefix = str(options.get("prefix", "_irc_"))    # of ghosts' localparts, and of aliases
+        self.irc = IrcServer(self, str(options.get("irc_bind", "127.0.0.1")), int(options.get("irc_port", 6667)))
+        self.lock, self.people, self.channels = self.irc.lock, self.irc.people, self.irc.channels    # the same ones
+        # The lock guards these, too:
         self.matrix: dict[str, Person] = {}                  # by user ID: people on Matrix
-        self.channels: dict[str, Channel] = {}               # by folded name
         self.rooms: dict[str, Channel] = {}                  # by room ID
         self.direct: dict[str, tuple[str, str]] = {}         # by room ID: ghost and person, the latest last
         self.said: dict[str, tuple[str, str]] = {}           # by event ID: who said it, and when
-        self.clients: set[IrcClient] = set()
         # Only the sender's, or set once:
         self.dressed: dict[str, str] = {}                    # by ghost: the display name that it has
         self.work, self.heard = bell(), bell()               # something was spooled; the homeserver is back
         self.bells.append(self.heard)
-        self._listener: socket.socket | None = None
-        self._accepter: threading.Thread | None = None
         self._sender = threading.Thread(target=self._send, name="irc to matrix", daemon=True)
         with legible(database):
             self._load()
@@ -12207,94 +12310,51 @@ class IrcBridge(AppService):
         for user_id, nick in self.sql("SELECT user_id, nick FROM irc_nicks"):
             self._add_person(user_id, nick)
         for name, room_id in self.sql("SELECT name, room_id FROM irc_channels"):
-            self.rooms[room_id] = channel = self.channel(name)
+            self.rooms[room_id] = channel = self.irc.open_channel(name)
             channel.room_id = room_id
         for room_id, ghost, user_id in self.sql("SELECT room_id, ghost, user_id FROM irc_direct ORDER BY n"):
             self.direct[room_id] = (ghost, user_id)
 
-    # -- Start and stop.
+    @property
+    def irc_port(self) -> int:
+        return self.irc.port
 
     def start(self) -> None:
         """Listens for IRC, too. Ghosts that a former process left in channels leave: nobody is connected."""
-        family = socket.AF_INET6 if ":" in self.address[0] else socket.AF_INET
-        with failing(f"{self.address[0]}:{self.address[1]} can't be listened at"):
-            self._listener = socket.create_server(self.address, family=family, backlog=128)
-        self._listener.settimeout(1.0)                       # where closing does not wake accept()
+        self.irc.listen()
         try:
             super().start()
         except OSError:
-            self._listener.close()
+            self.irc.stop()
             raise
         self.sql("DELETE FROM irc_spool WHERE txn LIKE 'sweep%'")
         for channel in list(self.rooms.values()):
             self.spool("sweep", to=channel.name, txn=f"sweep-{channel.name}")
         self._sender.start()
-        self._accepter = threading.Thread(target=self._accept, args=(self._listener,), name="irc accept", daemon=True)
-        self._accepter.start()
+        self.irc.start()
 
     def stop(self) -> None:
         self.stopping = True
-        listener, self._listener = self._listener, None
-        if listener:
-            hang_up(listener)
-            if self._accepter:
-                self._accepter.join(2)
-            listener.close()
-        with self.lock:
-            for client in self.clients:
-                client.close("The bridge stops")
+        self.irc.stop()
         release(self.work)
         self.ring()
         if self._sender.is_alive():
             self._sender.join(1)
         super().stop()
 
-    @property
-    def irc_port(self) -> int:
-        return int(self._listener.getsockname()[1]) if self._listener else 0
-
-    def _accept(self, listener: socket.socket) -> None:
-        seldom = Seldom()
-        while not self.stopping:
-            try:
-                self._welcome(*listener.accept())
-            except TimeoutError:
-                pass
-            except (OSError, RuntimeError) as error:         # no more handles or threads
-                if self.stopping:
-                    return
-                if seldom():
-                    log.error("%s: no more IRC clients can be taken: %s; there are %d", self.id, error, len(self.clients))
-                time.sleep(0.1)
-
-    def _welcome(self, sock: socket.socket, address: Any) -> None:
-        host = re.sub("^:", "0:", address[0])                # no parameter may start with ':'
-        client = IrcClient(self, sock, host)
-        with self.lock:
-            full = len(self.clients) >= MAX_CLIENTS
-            self.clients.add(client)
-        try:
-            client.start()
-        except RuntimeError:
-            with self.lock:
-                self.clients.discard(client)
-            client.close("No more threads")                  # ends the one thread that there may be
-            hang_up(sock)
-            sock.close()
-            raise
-        if full:
-            client.close("Too many clients")
-
-    # -- Names. A ghost has its nick in its user ID; a person on Matrix keeps the nick that it was given first.
+    # -- Names: a ghost has its nick in its user ID, a room its channel in its alias; a person on Matrix keeps the nick that it
+    #    was given first.
 
     def known_name(self) -> str:
-        return self._server_name or "server"
+        """The homeserver's, without asking for it."""
+        return server_of(self.bot.known_id or "") or "server"
 
     def ghost_id(self, nick: str) -> str:
         return f"@{self.prefix}{to_localpart(nick)}:{self.server_name}"
 
-    def channel_alias(self, name: str) -> str:
-        return f"#{self.prefix}{fold(name)[1:]}:{self.server_name}"
+    def ghost_nick(self, user_id: str) -> str:
+        """The nick that a ghost's ID has, or ''."""
+        return from_localpart(localpart_of(user_id)[len(self.prefix):]) if self.is_ghost(user_id) else ""
 
     def is_ghost(self, user_id: str) -> bool:
         return (user_id.startswith(f"@{self.prefix}") and server_of(user_id) == self.server_name
@@ -12307,13 +12367,9 @@ class IrcBridge(AppService):
         """Whether the ghost of this nick would be our own user."""
         return self.prefix + to_localpart(nick) == self.registration.sender_localpart
 
-    def ghost_nick(self, user_id: str) -> str:
-        """The nick that a ghost's ID has, or ''."""
-        return from_localpart(localpart_of(user_id)[len(self.prefix):]) if self.is_ghost(user_id) else ""
-
     def client_of(self, ghost: str) -> IrcClient | None:
         """Who is connected and stands behind this ghost."""
-        person = self.people.get(fold(self.ghost_nick(ghost)))
+        person = self.irc.find_person(self.ghost_nick(ghost))
         return person if isinstance(person, IrcClient) else None
 
     def person(self, user_id: str, realname: str = "") -> Person:
@@ -12323,7 +12379,7 @@ class IrcBridge(AppService):
             base = as_nick(from_localpart(localpart_of(user_id)))
             nicks = (base[:NICK_LENGTH - len(suffix)] + suffix
                      for suffix in ("", "_m", *(f"_m{n}" for n in range(2, len(self.people) + 3))))
-            nick = next(nick for nick in nicks if fold(nick) not in self.people)
+            nick = next(nick for nick in nicks if not self.irc.find_person(nick))
             self.sql("INSERT OR REPLACE INTO irc_nicks VALUES (?, ?)", user_id, nick)
             person = self._add_person(user_id, nick)
         person.realname = realname or person.realname
@@ -12338,61 +12394,27 @@ class IrcBridge(AppService):
         client = self.client_of(user_id)
         return client.nick if client else self.ghost_nick(user_id) or self.person(user_id).nick
 
-    def may_open(self, name: str) -> bool:
-        """Channels that somebody is on, here or on Matrix, are counted: those that a flooder has left keep out nobody."""
-        if fold(name) in self.channels or len(self.channels) < MAX_ROOMS:
-            return True
-        return sum(bool(channel.people) for channel in self.channels.values()) < MAX_ROOMS
+    def channel_alias(self, name: str) -> str:
+        return f"#{self.prefix}{fold(name)[1:]}:{self.server_name}"
 
-    def channel(self, name: str) -> Channel:
-        if fold(name) not in self.channels:
-            self.channels[fold(name)] = Channel(name, self.clock.now() // 1000)
-        return self.channels[fold(name)]
+    def channel_of(self, alias: str) -> str:
+        """The channel's name that an alias has, or ''."""
+        name, ours = "#" + localpart_of(alias)[len(self.prefix):], alias.startswith(f"#{self.prefix}")
+        return name if ours and server_of(alias) == self.server_name and is_channel(name) else ""
 
-    # -- From IRC to Matrix: what a client does ends here, as a job for the sender.
-
-    def spool(self, do: str, *, txn: str = "", **job: Any) -> None:
-        """Puts a job on disk. `txn`: its transaction ID, if that can be derived from what the job answers."""
-        self.sql("INSERT OR IGNORE INTO irc_spool(txn, job) VALUES (?, ?)",
-                 txn or secrets.token_hex(8), to_json({"do": do, **job}))
-        release(self.work)
+    # -- From IRC to Matrix: what a client does is a job on disk, until the sender has done it or the homeserver refuses it for
+    #    good. The sender is the only thread that asks the homeserver for anything, but for the two queries at the end.
 
     def is_behind(self) -> bool:
         """Whether so much waits for the homeserver that no more is taken."""
         [(waiting,)] = self.sql("SELECT (SELECT max(n) FROM irc_spool) - (SELECT min(n) FROM irc_spool)")
         return bool(waiting and waiting >= MAX_SPOOLED)
 
-    def from_irc(self, client: IrcClient, command: str, to: str, words: str, action: bool) -> None:
-        body = FORMATTING.sub("", words)
-        if words.startswith("\x01") or not body:
-            return                                           # another CTCP: between IRC clients only
-        msgtype = "m.emote" if action else "m.notice" if command == "NOTICE" else "m.text"
-        client.spool("say", to, msgtype=msgtype, body=body, ts=self.clock.now())
-
-    def rename(self, client: IrcClient, nick: str) -> None:
-        old, line = client.nick, f":{client.prefix} NICK :{nick}"
-        client.tell(line)
-        client.tell_neighbours(line)
-        del self.people[fold(old)]
-        self.people[fold(nick)], client.nick = client, nick
-        client.cost += NICK_COST
-        for channel in client.channels:
-            client.spool("join", channel.name)
-            if to_localpart(old) != to_localpart(nick):      # else only the display name changes
-                client.spool("leave", channel.name, old, reason=f"is now known as {nick}")
-
-    def quit(self, client: IrcClient, reason: str) -> None:
-        if not client.registered:
-            return
-        del self.people[fold(client.nick)]
-        client.tell_neighbours(f":{client.prefix} QUIT :{reason}")
-        channels = list(client.channels)
-        for channel in channels:
-            channel.exit(client)
-        for channel in channels if not self.stopping else ():    # else the sweep at the next start does it
-            client.spool("leave", channel.name, reason=reason)
-
-    # -- The sender. The only thread that asks the homeserver for anything, but for the two queries below.
+    def spool(self, do: str, *, txn: str = "", **job: Any) -> None:
+        """Puts a job on disk. `txn`: its transaction ID, if that can be derived from what the job answers."""
+        self.sql("INSERT OR IGNORE INTO irc_spool(txn, job) VALUES (?, ?)",
+                 txn or secrets.token_hex(8), to_json({"do": do, **job}))
+        release(self.work)
 
     def _send(self) -> None:
         while not self.stopping:
@@ -12440,12 +12462,83 @@ class IrcBridge(AppService):
         log.log(logging.DEBUG if job["do"] == "leave" else logging.WARNING,
                 "%s: the homeserver refuses: %s: %s", self.id, what, error)
         with self.lock:
-            client = self.people.get(fold(job.get("nick", "")))
-            channel = self.channels.get(fold(job.get("to", "")))
+            client, channel = self.irc.find_person(job.get("nick", "")), self.irc.find_channel(job.get("to", ""))
             if client and job["do"] == "join" and channel:
                 channel.exit(client, f":{IRC_NAME} KICK {channel.name} {client.nick} :{error.error}")
             elif client and job["do"] != "leave":
                 client.tell(f":{IRC_NAME} NOTICE {client.nick} :Matrix refuses that: {error.error}")
+
+    # -- The jobs: each may be done again after a crash.
+
+    def _do_say(self, job: JsonObject) -> None:
+        room_id = self.room_of(job)
+        try:
+            self._say(job, room_id)
+        except MatrixError as error:
+            with self.lock:                                  # a talk that is over: this word opens another
+                over = error.status in (403, 404) and self._drop_direct(room_id)
+            if not over:
+                raise
+            self._say(job, self.room_of(job))
+
+    def _say(self, job: JsonObject, room_id: str) -> None:
+        target = job["to"] if job["to"].startswith("#") else job["nick"] + ",isnick"
+        uri = f"irc://{self.server_name.partition(':')[0]}/{urllib.parse.quote(target, safe=',')}"
+        content = {"msgtype": job["msgtype"], "body": job["body"], "external_url": uri}
+        self.ghost(job["nick"]).send(room_id, "m.room.message", content, job["txn"], job.get("ts"))
+
+    def _do_topic(self, job: JsonObject) -> None:
+        room_id, content = self.channel_room(job["to"]), {"topic": job["topic"]}
+        with expecting("M_FORBIDDEN"):
+            self.ghost(job["nick"]).set_state(room_id, "m.room.topic", content, ts=job["ts"])
+            return
+        self.bot.set_state(room_id, "m.room.topic", content, ts=job["ts"])
+
+    def _do_join(self, job: JsonObject) -> None:
+        ghost, room_id = self.ghost(job["nick"]), self.channel_room(job["to"])
+        try:
+            ghost.ensure_joined(room_id)
+        except MatrixError:
+            if not self._forget_lost_room(job["to"]):
+                raise
+            ghost.ensure_joined(self.channel_room(job["to"]))
+
+    def _forget_lost_room(self, name: str) -> bool:
+        """Whether a channel's alias is gone, as with a homeserver whose database is a new one."""
+        with expecting("M_NOT_FOUND"):
+            self.bot.resolve(self.channel_alias(name))
+            return False
+        with self.lock:
+            channel = self.irc.open_channel(name)
+            self.rooms.pop(channel.room_id, None)
+            channel.room_id = ""
+        return True
+
+    def _do_invite(self, job: JsonObject) -> None:
+        self.ghost(job["nick"]).invite(self.channel_room(job["to"]), job["user"])
+
+    def _do_leave(self, job: JsonObject) -> None:
+        """A nick leaves a channel, or a ghost any room."""
+        ghost = self.intent(job.get("ghost") or self.ghost_id(job["nick"]))
+        ghost.leave(self.room_of(job), FORMATTING.sub("", job["reason"]))
+
+    def _do_accept(self, job: JsonObject) -> None:
+        """A person invites a ghost: into a talk of two it goes, others it leaves again."""
+        ghost = self.intent(job["ghost"])
+        ghost.join(job["room"])
+        if job["direct"] or self._present(ghost, job["room"]) <= {ghost.user_id, job["user"]}:
+            self._keep_direct(job["room"], ghost.user_id, job["user"])
+        else:
+            ghost.leave(job["room"], f"IRC sees only rooms of two and #{self.prefix}channel:{self.server_name}")
+
+    def _do_sweep(self, job: JsonObject) -> None:
+        """Nobody was connected when this was spooled: the ghosts in the channel leave."""
+        with self.lock:
+            channel = self.irc.open_channel(job["to"])
+        for ghost in self.refresh(channel):
+            self.intent(ghost).leave(channel.room_id, "the bridge was started again")
+
+    # -- What a job needs: a ghost and a room, made when they are needed first.
 
     def ghost(self, nick: str) -> Intent:
         """The ghost of this nick, with it as display name."""
@@ -12470,12 +12563,11 @@ class IrcBridge(AppService):
     def channel_room(self, name: str) -> str:
         """The room of a channel, which is created, or found, if need be."""
         with self.lock:
-            channel = self.channel(name)
+            channel = self.irc.open_channel(name)
         if not channel.room_id:
             alias, room_id = self.channel_alias(name), ""
             with expecting("M_ROOM_IN_USE"):                 # no look-up first: the homeserver may ask us back
-                room_id = self.bot.create_room(preset="public_chat", name=name,
-                                               room_alias_name=localpart_of(alias))
+                room_id = self.bot.create_room(preset="public_chat", name=name, room_alias_name=localpart_of(alias))
             room_id = room_id or self.bot.resolve(alias)
             self.sql("INSERT OR REPLACE INTO irc_channels VALUES (?, ?)", name, room_id)
             with self.lock:
@@ -12485,7 +12577,9 @@ class IrcBridge(AppService):
 
     def refresh(self, channel: Channel) -> list[str]:
         """Learns who is in the room, and its topic, where no event has told; the ghosts in it."""
-        topic = self._topic(channel)
+        topic = ""
+        with expecting("M_NOT_FOUND"):
+            topic = str(self.bot.state(channel.room_id, "m.room.topic").get("topic", ""))
         while True:
             changes = channel.changes
             members = self.bot.joined_members(channel.room_id)
@@ -12496,11 +12590,6 @@ class IrcBridge(AppService):
                     if topic and topic != channel.topic:
                         channel.change_topic(IRC_NAME, topic, self.clock.now())
                     return [user_id for user_id in members if self.is_ghost(user_id)]
-
-    def _topic(self, channel: Channel) -> str:
-        with expecting("M_NOT_FOUND"):
-            return str(self.bot.state(channel.room_id, "m.room.topic").get("topic", ""))
-        return ""
 
     def _set_people(self, channel: Channel, members: Mapping[str, JsonObject]) -> None:
         for person in [person for person in channel.people if person.user_id and person.user_id not in members]:
@@ -12529,8 +12618,7 @@ class IrcBridge(AppService):
     @staticmethod
     def _present(ghost: Intent, room_id: str) -> set[str]:
         """Who is in a room or invited."""
-        present = ("join", "invite")
-        return {each["state_key"] for each in ghost.members(room_id) if each["content"]["membership"] in present}
+        return {each["state_key"] for each in ghost.members(room_id) if each["content"]["membership"] in ("join", "invite")}
 
     def _keep_direct(self, room_id: str, ghost: str, user_id: str) -> None:
         self.sql("INSERT OR REPLACE INTO irc_direct VALUES (NULL, ?, ?, ?)", room_id, ghost, user_id)
@@ -12538,124 +12626,14 @@ class IrcBridge(AppService):
             self.direct.pop(room_id, None)
             self.direct[room_id] = (ghost, user_id)
 
-    # The jobs: each may be done again after a crash.
+    def _drop_direct(self, room_id: str) -> str:
+        """The ghost whose direct room this was, or ''."""
+        ghost, _ = self.direct.pop(room_id, ("", ""))
+        if ghost:
+            self.sql("DELETE FROM irc_direct WHERE room_id = ?", room_id)
+        return ghost
 
-    def _do_join(self, job: JsonObject) -> None:
-        ghost, room_id = self.ghost(job["nick"]), self.channel_room(job["to"])
-        try:
-            ghost.ensure_joined(room_id)
-        except MatrixError:
-            if not self._forget_lost_room(job["to"]):
-                raise
-            ghost.ensure_joined(self.channel_room(job["to"]))
-
-    def _forget_lost_room(self, name: str) -> bool:
-        """Whether a channel's alias is gone, as with a homeserver whose database is a new one."""
-        with expecting("M_NOT_FOUND"):
-            self.bot.resolve(self.channel_alias(name))
-            return False
-        with self.lock:
-            channel = self.channel(name)
-            self.rooms.pop(channel.room_id, None)
-            channel.room_id = ""
-        return True
-
-    def _do_leave(self, job: JsonObject) -> None:
-        """A nick leaves a channel, or a ghost any room."""
-        ghost = self.intent(job.get("ghost") or self.ghost_id(job["nick"]))
-        ghost.leave(self.room_of(job), FORMATTING.sub("", job["reason"]))
-
-    def _do_say(self, job: JsonObject) -> None:
-        nick = job["to"] if job["to"].startswith("#") else job["nick"] + ",isnick"
-        uri = f"irc://{self.server_name.partition(':')[0]}/{urllib.parse.quote(nick, safe=',')}"
-        content = {"msgtype": job["msgtype"], "body": job["body"], "external_url": uri}
-        room_id = self.room_of(job)
-        try:
-            self.ghost(job["nick"]).send(room_id, "m.room.message", content, job["txn"], job.get("ts"))
-        except MatrixError as error:
-            with self.lock:                                  # a talk that is over: this word opens another
-                over = error.status in (403, 404) and self._drop_direct(room_id)
-            if not over:
-                raise
-            self.ghost(job["nick"]).send(self.room_of(job), "m.room.message", content, job["txn"], job.get("ts"))
-
-    def _do_topic(self, job: JsonObject) -> None:
-        room_id, content = self.channel_room(job["to"]), {"topic": job["topic"]}
-        with expecting("M_FORBIDDEN"):
-            self.ghost(job["nick"]).set_state(room_id, "m.room.topic", content, ts=job["ts"])
-            return
-        self.bot.set_state(room_id, "m.room.topic", content, ts=job["ts"])
-
-    def _do_invite(self, job: JsonObject) -> None:
-        self.ghost(job["nick"]).invite(self.channel_room(job["to"]), job["user"])
-
-    def _do_accept(self, job: JsonObject) -> None:
-        """A person invites a ghost: into a talk of two it goes, others it leaves again."""
-        ghost = self.intent(job["ghost"])
-        ghost.join(job["room"])
-        if job["direct"] or self._present(ghost, job["room"]) <= {ghost.user_id, job["user"]}:
-            self._keep_direct(job["room"], ghost.user_id, job["user"])
-        else:
-            ghost.leave(job["room"], f"IRC sees only rooms of two and #{self.prefix}channel:{self.server_name}")
-
-    def _do_sweep(self, job: JsonObject) -> None:
-        """Nobody was connected when this was spooled: the ghosts in the channel leave."""
-        with self.lock:
-            channel = self.channel(job["to"])
-        for ghost in self.refresh(channel):
-            self.intent(ghost).leave(channel.room_id, "the bridge was started again")
-
-    # -- Queries: the homeserver waits for the answer, so they ask it at once.
-
-    def on_user_query(self, user_id: str) -> bool:
-        if not self.is_ghost(user_id):
-            return False
-        with self.lock:
-            client = self.client_of(user_id)
-        if client:
-            self.ghost(client.nick)
-        return client is not None
-
-    def channel_of(self, alias: str) -> str:
-        """The channel's name that an alias has, or ''."""
-        name, ours = "#" + localpart_of(alias)[len(self.prefix):], alias.startswith(f"#{self.prefix}")
-        return name if ours and server_of(alias) == self.server_name and is_channel(name) else ""
-
-    def on_alias_query(self, alias: str) -> bool:
-        name = self.channel_of(alias)
-        if not name or not self.may_open(name):
-            return False
-        room_id = self.channel_room(name)
-        if name != fold(name):
-            with contextlib.suppress(MatrixError):           # another spelling of the same channel
-                self.bot.set_alias(alias, room_id)
-        return True
-
-    def on_third_party_protocol(self, protocol: str) -> JsonObject | None:
-        if protocol != "irc":
-            return None
-        types = {"nickname": {"regexp": r"[^\s#:]+", "placeholder": "nickname"},
-                 "channel":  {"regexp": r"#[^\s,]+", "placeholder": "#channel"}}
-        return {"user_fields": ["nickname"], "location_fields": ["channel"], "icon": "", "field_types": types,
-                "instances": [{"network_id": self.id, "desc": f"IRC, {IRC_NAME}", "fields": {}}]}
-
-    def on_third_party_user(self, protocol: str, fields: Mapping[str, str]) -> list[JsonObject]:
-        """Who is connected, by nickname or ghost."""
-        ghost = fields.get("userid", "") if protocol == "" else self.ghost_id(fields.get("nickname", ""))
-        with self.lock:
-            client = self.client_of(ghost) if protocol in ("", "irc") else None
-        if not client:
-            return []
-        return [{"userid": self.ghost_id(client.nick), "protocol": "irc", "fields": {"nickname": client.nick}}]
-
-    def on_third_party_location(self, protocol: str, fields: Mapping[str, str]) -> list[JsonObject]:
-        """Any channel: its room is made when somebody joins."""
-        channel = self.channel_of(fields.get("alias", "")) if protocol == "" else fields.get("channel", "")
-        if protocol not in ("", "irc") or not is_channel(channel):
-            return []
-        return [{"alias": self.channel_alias(channel), "protocol": "irc", "fields": {"channel": fold(channel)}}]
-
-    # -- From Matrix to IRC.
+    # -- From Matrix to IRC: what people say, as lines. What ghosts and our own user do, IRC knows already.
 
     def on_event(self, event: JsonObject) -> None:
         method = self.EVENTS.get(event.get("type", ""))
@@ -12670,22 +12648,6 @@ class IrcBridge(AppService):
             self._keep_said(event, self.nick_of(event["sender"]))
             if not self.is_ours(event["sender"]):
                 self._relay(event, channel, command, text, action)
-
-    def _relay(self, event: JsonObject, channel: Channel | None, command: str, text: str, action: bool) -> None:
-        """Tells a channel, or whoever a direct room is with."""
-        ghost, user_id = self.direct.get(event["room_id"], ("", ""))
-        if to := channel or self.client_of(ghost):
-            to.hear(self.person(event["sender"]).prefix, command, text, action)
-        elif ghost:
-            nick = self.nick_of(ghost)
-            self.spool("say", nick=nick, to=user_id, room=event["room_id"], msgtype="m.notice",
-                       body=f"{nick} is not on IRC and can't read this.", txn=f"away-{event['event_id']}")
-
-    def _keep_said(self, event: JsonObject, nick: str) -> None:
-        at = time.gmtime(event.get("origin_server_ts", 0) // 1000 % 86_400)      # of its day only: it may be a day beyond any calendar
-        self.said[event["event_id"]] = (nick, time.strftime("%H:%M:%S UTC", at))
-        if len(self.said) > KEPT_SAID:
-            del self.said[next(iter(self.said))]
 
     def readable(self, event: JsonObject) -> tuple[str, str, bool]:
         """A message as IRC can show it: PRIVMSG or NOTICE, the text, and whether it is an action."""
@@ -12721,6 +12683,22 @@ class IrcBridge(AppService):
         nick = person.nick if person else self.ghost_nick(user_id)
         return nick if NICK.fullmatch(nick) else ""
 
+    def _keep_said(self, event: JsonObject, nick: str) -> None:
+        at = time.gmtime(event.get("origin_server_ts", 0) // 1000 % 86_400)      # of its day only: it may be a day beyond any calendar
+        self.said[event["event_id"]] = (nick, time.strftime("%H:%M:%S UTC", at))
+        if len(self.said) > KEPT_SAID:
+            del self.said[next(iter(self.said))]
+
+    def _relay(self, event: JsonObject, channel: Channel | None, command: str, text: str, action: bool) -> None:
+        """Tells a channel, or whoever a direct room is with."""
+        ghost, user_id = self.direct.get(event["room_id"], ("", ""))
+        if to := channel or self.client_of(ghost):
+            to.hear(self.person(event["sender"]).prefix, command, text, action)
+        elif ghost:
+            nick = self.nick_of(ghost)
+            self.spool("say", nick=nick, to=user_id, room=event["room_id"], msgtype="m.notice",
+                       body=f"{nick} is not on IRC and can't read this.", txn=f"away-{event['event_id']}")
+
     def _on_redaction(self, event: JsonObject, channel: Channel | None) -> None:
         """Says whose and which, but does not repeat what somebody wanted to be gone."""
         if not self.is_ours(event["sender"]):
@@ -12735,20 +12713,17 @@ class IrcBridge(AppService):
 
     def _on_member(self, event: JsonObject, channel: Channel | None) -> None:
         target, membership = event.get("state_key"), event["content"].get("membership")
+        gone = membership in ("leave", "ban")
         if not isinstance(target, str) or (self.is_ours(target) and self.is_ours(event["sender"])):
             return                                           # no membership, or our own doing
-        if membership in ("leave", "ban") and not channel:
+        if gone and not channel:
             self._forget_direct(event)
         elif self.is_ours(target):
             self._on_ghost(event, channel, target, membership)
-        elif channel:
-            self._on_person(event, channel, target, membership)
-
-    def _on_person(self, event: JsonObject, channel: Channel, user_id: str, membership: object) -> None:
-        if membership == "join":
-            channel.enter(self.person(user_id, one_line(event["content"].get("displayname"))))
-        elif membership in ("leave", "ban"):
-            self._gone(event, channel, self.person(user_id))
+        elif channel and gone:
+            self._gone(event, channel, self.person(target))
+        elif channel and membership == "join":
+            channel.enter(self.person(target, one_line(event["content"].get("displayname"))))
 
     def _gone(self, event: JsonObject, channel: Channel, person: Person) -> None:
         """Somebody has left a channel, or was put out of it."""
@@ -12782,19 +12757,58 @@ class IrcBridge(AppService):
             txn = f"member-{event['event_id']}"
             self.spool("leave", ghost=ghost, room=event["room_id"], reason="alone here", txn=txn)
 
-    def _drop_direct(self, room_id: str) -> str:
-        """The ghost whose direct room this was, or ''."""
-        ghost, _ = self.direct.pop(room_id, ("", ""))
-        if ghost:
-            self.sql("DELETE FROM irc_direct WHERE room_id = ?", room_id)
-        return ghost
+    # -- Queries: the homeserver waits for the answer, so they ask it at once.
+
+    def on_user_query(self, user_id: str) -> bool:
+        """Whoever is connected."""
+        with self.lock:
+            client = self.client_of(user_id)
+        if client:
+            self.ghost(client.nick)
+        return client is not None
+
+    def on_alias_query(self, alias: str) -> bool:
+        """Any channel, whose room is made now."""
+        name = self.channel_of(alias)
+        if not name or not self.irc.may_open(name):
+            return False
+        room_id = self.channel_room(name)
+        if name != fold(name):
+            with contextlib.suppress(MatrixError):           # another spelling of the same channel
+                self.bot.set_alias(alias, room_id)
+        return True
+
+    def on_third_party_protocol(self, protocol: str) -> JsonObject | None:
+        if protocol != "irc":
+            return None
+        types = {"nickname": {"regexp": r"[^\s#:]+", "placeholder": "nickname"},
+                 "channel":  {"regexp": r"#[^\s,]+", "placeholder": "#channel"}}
+        return {"user_fields": ["nickname"], "location_fields": ["channel"], "icon": "", "field_types": types,
+                "instances": [{"network_id": self.id, "desc": f"IRC, {IRC_NAME}", "fields": {}}]}
+
+    def on_third_party_user(self, protocol: str, fields: Mapping[str, str]) -> list[JsonObject]:
+        """Who is connected, by nickname or ghost."""
+        ghost = fields.get("userid", "") if protocol == "" else self.ghost_id(fields.get("nickname", ""))
+        with self.lock:
+            client = self.client_of(ghost) if protocol in ("", "irc") else None
+        return [{"userid": self.ghost_id(client.nick), "protocol": "irc", "fields": {"nickname": client.nick}}] if client else []
+
+    def on_third_party_location(self, protocol: str, fields: Mapping[str, str]) -> list[JsonObject]:
+        """Any channel: its room is made when somebody joins."""
+        channel = self.channel_of(fields.get("alias", "")) if protocol == "" else fields.get("channel", "")
+        if protocol not in ("", "irc") or not is_channel(channel):
+            return []
+        return [{"alias": self.channel_alias(channel), "protocol": "irc", "fields": {"channel": fold(channel)}}]
 
 
 # ============================================================================
 # 12. Running it
 # ============================================================================
-# Homeserver puts the sections together, for a program or a test; below it the
-# configuration and the command line.
+# The configuration, Homeserver, which puts the sections together for a program
+# or a test, the command line, and main, which is all of it in short. Decides
+# nothing about Matrix.
+
+# -- The configuration: what can be set, what is right, and everything that is wrong at once.
 
 SAMPLE_REGISTRATION: JsonObject = {
     "id": "irc",
@@ -12819,9 +12833,6 @@ SAMPLE_REGISTRATION: JsonObject = {
 }
 
 
-SEEDED_START = 1_704_067_200_000         # the first moment of 2024, where the time of a seeded homeserver begins
-
-
 @dataclass
 class Config(Settings):
     """A whole configuration: what the homeserver reads, and what it takes to start it."""
@@ -12829,6 +12840,130 @@ class Config(Settings):
     database: str = "asbridge.db"
     registrations: Sequence[Registration] = ()
     one_cpu: bool = True
+
+
+def is_server_name(text: str) -> bool:
+    return bool(SERVER_NAME.fullmatch(text)) and len(text) <= 230
+
+
+def is_rate_limit(value: JsonObject) -> bool:
+    return value.keys() == {"per_second", "burst"} and all(is_number(number) and number > 0 for number in value.values())
+
+
+ADMIN_TOKEN = re.compile("[!-~]([ -~]*[!-~])?")
+#: Each key: its type, what else must hold of its value, and what would be right. None is right where it is the default.
+CONFIG_KEYS: dict[str, tuple[type, Callable[[Any], object] | None, str]] = {
+    "server_name":       (str,  is_server_name,                        "a name such as 'localhost' or 'example.org'"),
+    "bind":              (str,  None,                                  "an address of this machine, such as '127.0.0.1'"),
+    "port":              (int,  lambda it: 0 <= it <= 65535,           "a port from 0 to 65535; 0: any free one"),
+    "database":          (str,  lambda it: it and "\0" not in it,      "a file, or ':memory:'"),
+    "registrations":     (list, None,                                  "a list of paths, relative to this file, or of registrations"),
+    "open_registration": (bool, None,                                  "true or false"),
+    "public_url":        (str,  lambda it: not it or is_base_url(it),  "'http://host:port', as clients reach it"),
+    "admin_token":       (str,  ADMIN_TOKEN.fullmatch,                 "a long random text of printable ASCII"),
+    "max_event_bytes":   (int,  lambda it: it > 0,                     "a number of bytes"),
+    "max_request_bytes": (int,  lambda it: it > 0,                     "a number of bytes"),
+    "max_upload_bytes":  (int,  lambda it: it > 0,                     "a number of bytes"),
+    "retry_first_ms":    (int,  lambda it: it > 0,                     "milliseconds"),
+    "retry_max_ms":      (int,  lambda it: it > 0,                     "milliseconds"),
+    "push_timeout_ms":   (int,  lambda it: it > 0,                     "milliseconds"),
+    "query_timeout_ms":  (int,  lambda it: it > 0,                     "milliseconds"),
+    "room_version":      (str,  lambda it: it in ROOM_VERSIONS,        f"one of {', '.join(map(quoted, ROOM_VERSIONS))}"),
+    "rate_limit":        (dict, is_rate_limit,                         '{"per_second": 10, "burst": 50}'),
+    "one_cpu":           (bool, None,                                  "true to keep to one processor, which is faster, or false"),
+}
+
+
+class ConfigReader:
+    """Turns a parsed configuration into a Config, or raises one ConfigError with everything that is wrong."""
+
+    def __init__(self, data: Any, where: str, folder: str) -> None:
+        self.where, self.folder = where, folder              # relative paths start from the folder
+        self.findings: list[Finding] = []                    # what is wrong
+        self.rests: list[tuple[str, Sequence[Namespace]]] = []   # what can be read of registrations that can't be used
+        self.data: JsonObject = data if isinstance(data, dict) else {}
+        if not isinstance(data, dict):
+            self.wrong("", "is not an object", "a configuration has the keys " + ", ".join(CONFIG_KEYS))
+
+    def wrong(self, key: str, what: str, right: str) -> None:
+        self.findings.append(Finding(f"{self.where}: {key}" if key else self.where, what, right))
+
+    def read(self) -> Config:
+        values, registrations = self.look()
+        if self.findings:
+            raise ConfigError(self.findings)
+        config = Config(**values, registrations=[registration for _, registration in registrations])
+        if "database" in self.data and config.database != ":memory:":
+            config.database = os.path.join(self.folder, config.database)
+        return config
+
+    def look(self) -> tuple[JsonObject, list[tuple[str, Registration]]]:
+        """The values and registrations that can be used, each of these with where it stands; what is wrong becomes a finding."""
+        values = {key: value for key, value in self.data.items() if key != "registrations" and self._check(key, value)}
+        sources = self.data.get("registrations", [])
+        registrations = self._registrations(sources if self._check("registrations", sources) else [])
+        self.findings += check_together(registrations)
+        first, most = (values.get(key, getattr(Settings, key)) for key in ("retry_first_ms", "retry_max_ms"))
+        if first > most:
+            self.wrong("retry_first_ms", f"is {first}, more than retry_max_ms, which is {most}", "write a smaller number")
+        return values, registrations
+
+    def _check(self, key: str, value: Any) -> bool:
+        if key not in CONFIG_KEYS:
+            self.wrong(key, "is not a key of the configuration", f"the nearest one is {nearest(key, CONFIG_KEYS)!r}")
+            return False
+        type_, fits, right = CONFIG_KEYS[key]
+        good = (fits is None or bool(fits(value))) if is_a(value, type_) else value is None and getattr(Config, key) is None
+        if not good:
+            self.wrong(key, "is none that can be used" if SECRET_KEY.search(key) else f"is {quoted(value)}", f"write {right}")
+        return good
+
+    def _registrations(self, sources: Iterable[Any]) -> list[tuple[str, Registration]]:
+        found = []
+        for index, source in enumerate(sources):
+            is_path = isinstance(source, (str, os.PathLike))
+            where = os.path.join(self.folder, source) if is_path else f"{self.where}: registrations[{index}]"
+            try:
+                if not isinstance(source, Registration):
+                    source = load_registration(where) if is_path else read_registration(source, where)
+                found.append((where, source))
+            except ConfigError as error:
+                self.findings += error.findings
+                self.rests.append((where, error.rest))
+        return found
+
+
+def config_reader(path: str | None) -> ConfigReader:
+    """For a configuration file, or a registration alone, or without a file for the sample; ConfigError if it can't be read."""
+    if path is None:
+        return ConfigReader({"registrations": [SAMPLE_REGISTRATION]}, "built in", "")
+    data = load_file(path)
+    if isinstance(data, dict) and {"as_token", "hs_token", "sender_localpart", "namespaces"} & data.keys():
+        data = {"registrations": [os.path.basename(path)]}
+    return ConfigReader(data, path, os.path.dirname(path))
+
+
+def read_config(path: str | None) -> Config:
+    """The configuration of config_reader(); ConfigError says everything that is wrong with it."""
+    return config_reader(path).read()
+
+
+def beside(database: str, id: str) -> str:
+    """The database of an application service, next to the homeserver's."""
+    root, extension = os.path.splitext(database)
+    return database if database == ":memory:" else f"{root}-{urllib.parse.quote(id, safe='')}{extension}"
+
+
+# -- The homeserver in one piece, for a program or a test: in which order things start and end, and what a test can ask of them.
+
+SEEDED_START = 1_704_067_200_000         # the first moment of 2024, where the time of a seeded homeserver begins
+TOP_KEYS = ("type", "sender", "state_key", "room_id", "event_id")
+
+
+def differences(event: JsonObject, wanted: Mapping[str, Any]) -> list[str]:
+    """What of an event, or else of its content, is not as it is wanted."""
+    has = {key: (event if key in TOP_KEYS else event["content"]).get(key) for key in wanted}
+    return [f"{key} is {shorten(repr(has[key]))}" for key in wanted if has[key] != wanted[key]]
 
 
 class Homeserver:
@@ -12843,18 +12978,26 @@ class Homeserver:
     but for advance().
     """
 
+    _server: HttpServer                                      # from start() to stop()
+    world: World                                             # this and what follows: another after reset()
+    delivery: Delivery
+    api: Api
+    inspector: Inspector
+
     def __init__(self, registrations: Sequence[Any] = (), *, port: int = 0, database: str = ":memory:",
                  clock: Clock | None = None, seed: int | None = None, samples: bool = True, **keys: Any) -> None:
         sources = {**keys, "port": port, "database": database, "registrations": list(registrations)}
-        self.config = ConfigReader(sources, "Homeserver", os.curdir).read()
+
+        def read() -> Config:
+            return ConfigReader(sources, "Homeserver", os.curdir).read()
+        self.config = read()
+        self.reread: Callable[[], Sequence[Registration]] = lambda: read().registrations     # for reload(); ConfigError
         self.clock, self.seed = clock or Clock(SEEDED_START if seed is not None else None), seed
-        self._worlds = 0                                     # that there have been: each has IDs of its own
-        log.addHandler(logging.NullHandler())                # silent, unless whoever embeds it wants to hear
-        # Reads the registrations again, for reload(); ConfigError.
-        self.reread: Callable[[], Sequence[Registration]] = lambda: ConfigReader(sources, "Homeserver", os.curdir).read().registrations
-        self.samples: list[AppService] = []
+        self.samples: list[IrcBridge] = []
         self._run_samples = samples
+        self._worlds = 0                                     # that there have been: each has IDs of its own
         self._started = False
+        log.addHandler(logging.NullHandler())                # silent, unless whoever embeds it wants to hear
 
     @property
     def port(self) -> int:
@@ -12865,26 +13008,29 @@ class Homeserver:
         host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(self.config.bind, self.config.bind)
         return f"http://{f'[{host}]' if ':' in host and host[0] != '[' else host}:{self.port}"
 
+    def __enter__(self) -> Homeserver:
+        return self.start()
+
+    def __exit__(self, *exc: object) -> None:
+        self.stop()
+
     def start(self) -> Homeserver:
         """Returns when everything listens. OSError if a port is taken, DatabaseError if the database can't be used."""
         config = self.config
         self._server = HttpServer((config.bind, config.port), lambda request: self.api(request))
         config.public_url = config.public_url or self.url
-        try:
-            with legible(config.database):
-                self._open(config.registrations)
-        except BaseException:
-            self._server.server_close()
-            raise
-        self._go(self._server.start)
+        with legible(config.database):
+            self._open(config.registrations)
+        self._go(self._server, *self.samples)
         return self
 
     def _open(self, registrations: Sequence[Registration]) -> None:
-        """The world, and what answers and pushes in it."""
+        """The world, and what answers and pushes in it; or the end of the server, too."""
         config = self.config
-        if config.database != ":memory:":
-            look_first(config.database, config.server_name)          # before the samples make files beside it
         with contextlib.ExitStack() as undo:
+            undo.callback(self._server.stop)
+            if config.database != ":memory:":
+                look_first(config.database, config.server_name)      # before the samples make files beside it
             undo.callback(self._stop_samples)
             known = [self._sample(one) if one.sample is not None and self._run_samples else one for one in registrations]
             self.world = World(config, self.clock, Registrations(config.server_name, known), config.database,
@@ -12899,15 +13045,38 @@ class Homeserver:
             undo.pop_all()
         self._started = True
 
-    def _go(self, first: Callable[[], object] = lambda: None) -> None:
-        """`first` and the samples start, or everything stops."""
+    def _sample(self, registration: Registration) -> Registration:
+        """Makes the sample application service of a registration listen; the registration with its real port."""
+        sample = IrcBridge(registration, self.url, beside(self.config.database, registration.id), self.clock)
+        self.samples.append(sample)
+        sample.listen()
+        return dataclasses.replace(registration, url=sample.url) if registration.url else registration
+
+    def _go(self, *parts: HttpServer | AppService) -> None:
+        """All of them start, or everything stops."""
         try:
-            first()
-            for sample in self.samples:
-                sample.start()
+            for part in parts:
+                part.start()
         except BaseException:
             self.stop()
             raise
+
+    def stop(self) -> None:
+        """Ends what was started; again is no error. What was answered is kept."""
+        if self._started:
+            self._close(self._server)
+
+    def _close(self, *servers: HttpServer) -> None:
+        """The servers stop before the database is closed."""
+        self._started, self.world.stopping = False, True
+        self._stop_samples()
+        self.delivery.stop()
+        self.world.store.waiters.wake()
+        for server in servers:
+            server.stop()
+        self.api.typing.timer.stop()
+        self.api.presence.timer.stop()
+        self.world.store.close()
 
     def _stop_samples(self) -> None:
         while self.samples:
@@ -12920,25 +13089,15 @@ class Homeserver:
         if self.config.database != ":memory:":
             raise ValueError(f"reset() would delete {self.config.database}; it is for ':memory:'")
         running = list(self.world.registrations)
-        ports = {sample.id: sample.irc_port for sample in self.samples if isinstance(sample, IrcBridge)}
+        ports = {sample.id: sample.irc_port for sample in self.samples}
         self._close()
         self.clock.wound = 0.0
         self._worlds += 1
         if self.clock.start is not None:
             self.clock.start += DAY_MS                       # who remembers events by their ID must not take new ones for old
-        try:
-            self._open([dataclasses.replace(one, sample={"irc_port": ports[one.id]}) if one.id in ports else one for one in running])
-        except BaseException:
-            self._server.stop()
-            raise
-        self._go()
-
-    def _sample(self, registration: Registration) -> Registration:
-        """Makes the sample application service of a registration listen; the registration with its real port."""
-        sample = IrcBridge(registration, self.url, beside(self.config.database, registration.id), self.clock)
-        self.samples.append(sample)
-        sample.listen()
-        return dataclasses.replace(registration, url=sample.url) if registration.url else registration
+        self._open([dataclasses.replace(one, sample={**(one.sample or {}), "irc_port": ports[one.id]}) if one.id in ports else one
+                    for one in running])
+        self._go(*self.samples)
 
     def reload(self) -> list[str]:
         """Reads the registrations again and says what changed. ConfigError, and nothing changes, if one is wrong.
@@ -12957,29 +13116,7 @@ class Homeserver:
         log.info("registrations read again: %s", ", ".join(changes) or "nothing changed")
         return changes
 
-    def stop(self) -> None:
-        """Ends what was started; again is no error. What was answered is kept."""
-        if self._started:
-            self._close(self._server.stop)
-
-    def _close(self, then: Callable[[], object] = lambda: None) -> None:
-        """`then` comes before the database is closed."""
-        self._started, self.world.stopping = False, True
-        self._stop_samples()
-        self.delivery.stop()
-        self.world.store.waiters.wake()
-        then()
-        self.api.typing.timer.stop()
-        self.api.presence.timer.stop()
-        self.world.store.close()
-
-    def __enter__(self) -> Homeserver:
-        return self.start()
-
-    def __exit__(self, *exc: object) -> None:
-        self.stop()
-
-    # -- for tests
+    # -- For tests: who acts.
 
     def client(self, name: str, password: str | None = None) -> Client:
         """A new person, logged in; without a password nobody can log in as them again."""
@@ -12991,16 +13128,11 @@ class Homeserver:
         """A client with the as_token of an application service."""
         return Client(self.url, self.delivery.registration(id).as_token)
 
+    # -- For tests: to wait for what is to happen, or not to wait.
+
     def advance(self, seconds: float) -> None:
         """Winds the clock on: back-off, time-outs and typing run out without anybody waiting."""
         self.clock.advance(seconds)
-
-    def waiting(self) -> dict[str, int]:
-        """Events that application services have not acknowledged, by application service."""
-        with self.world.store.read() as reader:
-            counts = {registration.id: reader.count_waiting(registration.id)
-                      for registration in self.world.registrations}
-        return {id: count for id, count in counts.items() if count}
 
     def settle(self, timeout: float = 5.0) -> None:
         """Returns when every outbox is empty and acknowledged; an AssertionError says what is stuck."""
@@ -13010,6 +13142,12 @@ class Homeserver:
                 raise AssertionError(f"not settled after {timeout} s: "
                                      + "; ".join([self._stuck(id, count) for id, count in waiting.items()]))
             time.sleep(0.002)
+
+    def waiting(self) -> dict[str, int]:
+        """Events that application services have not acknowledged, by application service."""
+        with self.world.store.read() as reader:
+            counts = {one.id: reader.count_waiting(one.id) for one in self.world.registrations}
+        return {id: count for id, count in counts.items() if count}
 
     def _stuck(self, id: str, count: int) -> str:
         worker = self.delivery.worker(id)
@@ -13032,9 +13170,9 @@ class Homeserver:
                 if not differences(found, wanted):
                     return cast(JsonObject, found)
                 seen.append(found)
-            if not events and time.monotonic() > deadline:
-                raise AssertionError(self._not_found(seen, wanted, timeout))
             if not events:
+                if time.monotonic() > deadline:
+                    raise AssertionError(self._not_found(seen, wanted, timeout))
                 time.sleep(0.002)
 
     def _not_found(self, seen: list[JsonObject], wanted: Mapping[str, Any], timeout: float) -> str:
@@ -13046,6 +13184,8 @@ class Homeserver:
         lines += [f"  no event at all has {key!r}; {', '.join(TOP_KEYS)} are of the event itself, all else of its content"
                   for key in wanted if not any(key in where for event in seen for where in (event, event["content"]))]
         return "\n".join(lines if seen else [*lines[:1], "  there are no events at all"])
+
+    # -- For tests: what went to an application service, and why.
 
     def transactions(self, id: str) -> list[JsonObject]:
         """What was pushed to an application service, old to new: txn_id, events, acknowledged, acknowledged_ts, and attempts,
@@ -13062,6 +13202,8 @@ class Homeserver:
     def explain(self, id: str) -> JsonObject:
         """Who claims a user ID, alias, room ID or URI, and why; `summary` is all of it in sentences."""
         return self.inspector.explain(id)
+
+    # -- For tests: what is to go wrong, and the levers.
 
     def faults(self, id: str) -> Faults:
         """What is to go wrong with an application service: hs.faults("irc").lose_ack(times=1)."""
@@ -13089,150 +13231,7 @@ class Homeserver:
         return str(self.delivery.replay(id, None if txn_id is None else int(txn_id), new_id))
 
 
-TOP_KEYS = ("type", "sender", "state_key", "room_id", "event_id")
-
-
-def differences(event: JsonObject, wanted: Mapping[str, Any]) -> list[str]:
-    """What of an event, or else of its content, is not as it is wanted."""
-    has = {key: (event if key in TOP_KEYS else event["content"]).get(key) for key in wanted}
-    return [f"{key} is {shorten(repr(has[key]))}" for key in wanted if has[key] != wanted[key]]
-
-
-def beside(database: str, id: str) -> str:
-    """The database of an application service, next to the homeserver's."""
-    root, extension = os.path.splitext(database)
-    return database if database == ":memory:" else f"{root}-{urllib.parse.quote(id, safe='')}{extension}"
-
-
-# -- The configuration.
-
-CONFIG_KEYS: dict[str, tuple[Any, str]] = {
-    # key                (type,               what would be right)
-    "server_name":       (str,                "a name such as 'localhost' or 'example.org'"),
-    "bind":              (str,                "an address of this machine, such as '127.0.0.1'"),
-    "port":              (int,                "a port from 0 to 65535; 0: any free one"),
-    "database":          (str,                "a file, or ':memory:'"),
-    "registrations":     (list,               "a list of paths, relative to this file, or of registrations"),
-    "open_registration": (bool,               "true or false"),
-    "public_url":        (str,                "'http://host:port', as clients reach it"),
-    "admin_token":       ((str, type(None)),  "a long random text of printable ASCII"),
-    "max_event_bytes":   (int,                "a number of bytes"),
-    "max_request_bytes": (int,                "a number of bytes"),
-    "max_upload_bytes":  (int,                "a number of bytes"),
-    "retry_first_ms":    (int,                "milliseconds"),
-    "retry_max_ms":      (int,                "milliseconds"),
-    "push_timeout_ms":   (int,                "milliseconds"),
-    "query_timeout_ms":  (int,                "milliseconds"),
-    "room_version":      (str,                f"one of {', '.join(map(quoted, ROOM_VERSIONS))}"),
-    "rate_limit":        ((dict, type(None)), '{"per_second": 10, "burst": 50}'),
-    "one_cpu":           (bool,               "true to keep to one processor, which is faster, or false"),
-}
-
-
-class ConfigReader:
-    """Turns a parsed configuration into a Config, or raises one ConfigError with everything that is wrong."""
-
-    def __init__(self, data: Any, where: str, folder: str) -> None:
-        self.where, self.folder = where, folder              # relative paths start from the folder
-        self.findings: list[Finding] = []
-        self.rests: list[tuple[str, Sequence[Namespace]]] = []   # what can be read of registrations that can't be used
-        self.data: JsonObject = data if isinstance(data, dict) else {}
-        if not isinstance(data, dict):
-            self.wrong("", "is not an object", "a configuration has the keys " + ", ".join(CONFIG_KEYS))
-
-    def wrong(self, key: str, what: str, right: str) -> None:
-        self.findings.append(Finding(f"{self.where}: {key}" if key else self.where, what, right))
-
-    def read(self) -> Config:
-        values, registrations = self.look()
-        if self.findings:
-            raise ConfigError(self.findings)
-        config = Config(**values, registrations=[registration for _, registration in registrations])
-        if "database" in self.data and config.database != ":memory:":
-            config.database = os.path.join(self.folder, config.database)
-        return config
-
-    def look(self) -> tuple[JsonObject, list[tuple[str, Registration]]]:
-        """The values and registrations that can be used, each of these with where it stands; what is wrong becomes a finding."""
-        values = {key: value for key, value in self.data.items() if key != "registrations"
-                  and self._check(key, value)}
-        sources = self.data.get("registrations", [])
-        registrations = self._registrations(sources if self._check("registrations", sources) else [])
-        self.findings += check_together(registrations)
-        first, most = (values.get(key, getattr(Settings, key)) for key in ("retry_first_ms", "retry_max_ms"))
-        if first > most:
-            self.wrong("retry_first_ms", f"is {first}, more than retry_max_ms, which is {most}", "write a smaller number")
-        return values, registrations
-
-    def _check(self, key: str, value: Any) -> bool:
-        if key not in CONFIG_KEYS:
-            self.wrong(key, "is not a key of the configuration", f"the nearest one is {nearest(key, CONFIG_KEYS)!r}")
-            return False
-        type_, right = CONFIG_KEYS[key]
-        good = any(is_a(value, one) for one in (type_ if isinstance(type_, tuple)
-                                                else (type_,))) and self._fits(key, value)
-        if not good:
-            self.wrong(key, "is none that can be used" if SECRET_KEY.search(key) else f"is {quoted(value)}", f"write {right}")
-        return good
-
-    @staticmethod
-    def _fits(key: str, value: Any) -> bool:
-        if key == "server_name":
-            return bool(SERVER_NAME.fullmatch(value)) and len(value) <= 230
-        if key == "port":
-            return 0 <= int(value) <= 65535
-        if key == "public_url":
-            return value == "" or is_base_url(value)
-        if key == "admin_token":
-            return value is None or bool(re.fullmatch(r"[!-~]([ -~]*[!-~])?", value))
-        if key == "database":
-            return value != "" and "\0" not in value
-        if key == "room_version":
-            return value in ROOM_VERSIONS
-        if key == "rate_limit":
-            return value is None or (value.keys() == {"per_second", "burst"} and all(
-                is_number(number) and number > 0 for number in value.values()))
-        return value > 0 if is_a(value, int) else True
-
-    def _registrations(self, sources: Iterable[Any]) -> list[tuple[str, Registration]]:
-        """Each with where it stands; what is wrong becomes a finding."""
-        found = []
-        for index, source in enumerate(sources):
-            where = f"{self.where}: registrations[{index}]"
-            if isinstance(source, (str, os.PathLike)):
-                where = os.path.join(self.folder, source)
-            try:
-                found.append((where, self._registration(source, where)))
-            except ConfigError as error:
-                self.findings += error.findings
-                self.rests.append((where, error.rest))
-        return found
-
-    @staticmethod
-    def _registration(source: Any, where: str) -> Registration:
-        if isinstance(source, Registration):
-            return source
-        if isinstance(source, (str, os.PathLike)):
-            return load_registration(where)
-        return read_registration(source, where)
-
-
-def config_reader(path: str | None) -> ConfigReader:
-    """For a configuration file, or a registration alone, or without a file for the sample; ConfigError if it can't be read."""
-    if path is None:
-        return ConfigReader({"registrations": [SAMPLE_REGISTRATION]}, "built in", "")
-    data = load_file(path)
-    if isinstance(data, dict) and {"as_token", "hs_token", "sender_localpart", "namespaces"} & data.keys():
-        data = {"registrations": [os.path.basename(path)]}
-    return ConfigReader(data, path, os.path.dirname(path))
-
-
-def read_config(path: str | None) -> Config:
-    """The configuration of config_reader(); ConfigError says everything that is wrong with it."""
-    return config_reader(path).read()
-
-
-# -- The command line.
+# -- The command line: what can be asked for. Each command is a function of the arguments that returns the exit code.
 
 HELP_END = """examples:
   python asbridge.py                              a homeserver and an IRC bridge, to play with
@@ -13247,26 +13246,22 @@ def parse_args(arguments: Sequence[str]) -> argparse.Namespace:
         prog="asbridge.py", epilog=HELP_END, formatter_class=argparse.RawDescriptionHelpFormatter,
         description="A Matrix homeserver with its Application Service API, and an IRC bridge.")
     parser.add_argument("--config", metavar="FILE", help="a configuration, or one registration (JSON or YAML)")
-    parser.add_argument("--role", choices=("both", "homeserver", "appservice"), default="both",
-                        help="run only one half")
-    parser.add_argument("--homeserver", metavar="URL", default="http://127.0.0.1:8008",
-                        help="for --role appservice")
-    for flag, kind in (("server-name", str), ("bind", str), ("port", int), ("database", str)):
-        parser.add_argument(f"--{flag}", type=kind, help=f"{CONFIG_KEYS[flag.replace('-', '_')][1]} "
-                            "(overrides the file)")
-    parser.add_argument("--port-file", metavar="FILE", help="write the real port there, once everything "
-                        "listens")
-    parser.add_argument("--trace", action="store_true", help="show the traffic between homeserver and "
-                        "application services")
+    parser.add_argument("--role", choices=("both", "homeserver", "appservice"), default="both", help="run only one half")
+    parser.add_argument("--homeserver", metavar="URL", default="http://127.0.0.1:8008", help="for --role appservice")
+    for key, kind in FLAGS.items():
+        parser.add_argument(f"--{key.replace('_', '-')}", type=kind, help=f"{CONFIG_KEYS[key][2]} (overrides the file)")
+    parser.add_argument("--port-file", metavar="FILE", help="write the real port there, once everything listens")
+    parser.add_argument("--trace", action="store_true", help="show the traffic between homeserver and application services")
     parser.add_argument("--log-format", choices=("text", "json"), default="text")
     parser.add_argument("-v", "--verbose", action="store_true", help="log every request")
     parser.add_argument("-q", "--quiet", action="store_true", help="log only what goes wrong")
     parser.add_argument("--version", action="version", version=f"asbridge {__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="check | explain | generate | routes")
+    parser.set_defaults(command=None)
+    commands = parser.add_subparsers(metavar="check | explain | generate | routes")
     add_explain(commands.add_parser("explain", help="who claims a user ID, alias, room ID or URI, and why"))
     add_generate(commands.add_parser("generate", help="print a fresh registration"))
     add_check(commands.add_parser("check", help="say what is wrong with registrations, or with the application services behind them"))
-    commands.add_parser("routes", help="print the table of endpoints")
+    commands.add_parser("routes", help="print the table of endpoints").set_defaults(command=run_routes)
     return parser.parse_args(arguments)
 
 
@@ -13275,14 +13270,15 @@ def add_explain(parser: argparse.ArgumentParser) -> None:
     for flag in ("--config", "--server-name", "--database"):
         parser.add_argument(flag, default=argparse.SUPPRESS)
     parser.add_argument("--json", action="store_true", help="as the inspector's API has it")
+    parser.set_defaults(command=run_explain)
 
 
 def add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("id")
-    parser.add_argument("--url", default="http://127.0.0.1:29300", help="where the application service "
-                          "listens")
+    parser.add_argument("--url", default="http://127.0.0.1:29300", help="where the application service listens")
     parser.add_argument("--server-name", default=argparse.SUPPRESS, help="of the homeserver (default: localhost)")
     parser.add_argument("--prefix", help="of its users and aliases (default: the ID and '_')")
+    parser.set_defaults(command=run_generate)
 
 
 def add_check(parser: argparse.ArgumentParser) -> None:
@@ -13295,6 +13291,51 @@ def add_check(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--queries", action="store_true", help="with --examine: ask for an unknown user and alias, too; a bridge "
                         "may create and keep them")
     parser.add_argument("--json", action="store_true", help="print a list of objects")
+    parser.set_defaults(command=run_check)
+
+
+FLAGS = {"server_name": str, "bind": str, "port": int, "database": str}      # keys of the configuration
+
+
+def flags_of(args: argparse.Namespace) -> tuple[JsonObject, ConfigReader]:
+    """The keys of the configuration that the command line sets, and a reader with what is wrong with them."""
+    reader = ConfigReader(given(**{key: getattr(args, key) for key in FLAGS}), "command line", "")
+    return reader.look()[0], reader
+
+
+def config_of(args: argparse.Namespace) -> Config:
+    """The file and the flags, which override it; without a file the sample."""
+    config = read_config(args.config)
+    flags, reader = flags_of(args)
+    for key, value in flags.items():
+        setattr(config, key, value)
+    if args.role == "appservice" and not any(one.sample is not None for one in config.registrations):
+        reader.wrong("--role appservice", "has nothing to run", 'a registration needs the key "asbridge.sample": {"irc_port": 6667}')
+    if not is_base_url(args.homeserver):
+        reader.wrong("--homeserver", f"is {quoted(args.homeserver)}", "write 'http://host:port'")
+    if reader.findings:
+        raise ConfigError(reader.findings)
+    return config
+
+
+# -- The commands that answer a question and end.
+
+def print_table(*rows: Sequence[str]) -> None:
+    """Aligned; the last column may be as long as it is."""
+    widths = [max(map(len, column)) for column in list(zip(*rows, strict=True))[:-1]]
+    for row in rows:
+        print("  ".join(text.ljust(width) for text, width in zip(row, [*widths, 0], strict=True)).rstrip())
+
+
+def run_routes(args: argparse.Namespace) -> int:
+    print_table(("method", "path", "who may call", "section of the specification"),
+                *((route.method, route.path, route.auth, route.spec) for route in ROUTES + ADMIN_ROUTES))
+    return 0
+
+
+def run_generate(args: argparse.Namespace) -> int:
+    print(json.dumps(generate_registration(args.id, args.url, args.prefix, args.server_name or "localhost"), indent=2))
+    return 0
 
 
 def generate_registration(id: str, url: str, prefix: str | None = None, server_name: str = "localhost") -> JsonObject:
@@ -13309,18 +13350,15 @@ def generate_registration(id: str, url: str, prefix: str | None = None, server_n
                            "aliases": [{"exclusive": True, "regex": f"#{escaped}.*:{server}"}], "rooms": []}}
 
 
-def explain_id(config: Config, id: str) -> JsonObject:
+def run_explain(args: argparse.Namespace) -> int:
     """By the registrations, and by the database if there is one; it is only read."""
-    told = explain(Registrations(config.server_name, config.registrations), id)
-    if not os.path.exists(config.database):
-        return explained(told, None)
-    with legible(config.database), contextlib.closing(open_sqlite(config.database, read_only=True)) as db:
-        return explained(told, Reader(db))
-
-
-def run_explain(args: argparse.Namespace, config: Config) -> int:
+    config = config_of(args)
     try:
-        told = explain_id(config, args.id)
+        told, reader = explain(Registrations(config.server_name, config.registrations), args.id), None
+        with legible(config.database), contextlib.ExitStack() as then:
+            if os.path.exists(config.database):
+                reader = Reader(then.enter_context(contextlib.closing(open_sqlite(config.database, read_only=True))))
+            told = explained(told, reader)
     except (MatrixError, DatabaseError, sqlite3.Error) as error:
         print(error.error if isinstance(error, MatrixError) else error, file=sys.stderr)
         return 2
@@ -13328,17 +13366,89 @@ def run_explain(args: argparse.Namespace, config: Config) -> int:
     return 0
 
 
-def print_table(*rows: Sequence[str]) -> None:
-    """Aligned; the last column may be as long as it is."""
-    widths = [max(map(len, column)) for column in list(zip(*rows, strict=True))[:-1]]
-    for row in rows:
-        print("  ".join(text.ljust(width) for text, width in zip(row, [*widths, 0], strict=True)).rstrip())
+def run_check(args: argparse.Namespace) -> int:
+    """Says everything that can be said of a configuration, and opens no database; 1 if something is wrong with it."""
+    args.config = args.file or args.config
+    if args.examine:
+        return examine(config_of(args), args)
+    flags, reader = flags_of(args)
+    if reader.findings:
+        raise ConfigError(reader.findings)
+    findings = diagnose(args.config, flags)
+    keys = ("level", "where", "what", "why", "right")
+    objects = [{key: getattr(finding, key) for key in keys} for finding in findings]
+    print(json.dumps(objects, indent=2) if args.json else report(findings))
+    return int(any(finding.level == "error" for finding in findings))
 
 
-def print_routes() -> None:
-    print_table(("method", "path", "who may call", "section of the specification"),
-                *((route.method, route.path, route.auth, route.spec) for route in ROUTES + ADMIN_ROUTES))
+def diagnose(path: str | None, flags: JsonObject) -> list[Finding]:
+    try:
+        reader = config_reader(path)
+    except ConfigError as error:
+        return error.findings
+    values, registrations = reader.look()
+    values = {"server_name": "localhost", "port": 8008, **values, **flags}
+    return reader.findings + Doctor(values["server_name"], values["port"]).examine(registrations, reader.rests)
 
+
+def report(findings: Sequence[Finding]) -> str:
+    """The findings for a terminal, and how many there are."""
+    lines = []
+    for finding in findings:
+        lines.append(f"{finding.level}: {finding.where}: {finding.what}")
+        lines += [f"    why:   {finding.why}"] * bool(finding.why)
+        lines += ["    " + re.sub("^write ", "write: ", finding.right)] * bool(finding.right)
+    counts = collections.Counter(finding.level for finding in findings)
+    total = ", ".join(f"{count} {level}" + "s" * (count > 1) for level, count in sorted(counts.items()))
+    return "\n".join([*map(printable, lines), total or "nothing to complain of"])
+
+
+def examine(config: Config, args: argparse.Namespace) -> int:
+    """Takes the homeserver's place for a moment, in memory, and examines the application service of each registration."""
+    set_up_log(args)
+    if not args.verbose:
+        log.setLevel(logging.ERROR)                          # what it finds is what it says
+    registrations = [dataclasses.replace(one, sample=None) if one.sample is not None and reachable(one.url) == "answers" else one
+                     for one in config.registrations]
+    hs = Homeserver(**{**vars(config), "database": ":memory:", "registrations": registrations})
+    try:
+        hs.start()
+        found = [(one.id, *result) for one in hs.world.registrations for result in examination(hs, one, args.queries)]
+    except START_ERRORS as error:
+        taken = f":{config.port} " in str(error)
+        print(f"asbridge: port {config.port} is taken, and check --examine takes the homeserver's place: stop it for that moment. "
+              "If it is asbridge itself, leave it: its inspector has the button Examine." if taken
+              else why_not_started(error, config), file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    finally:
+        hs.stop()
+    print_examination(found, args.json)
+    return int(any(outcome == "failed" for _, _, outcome, _, _ in found))
+
+
+def examination(hs: Homeserver, registration: Registration, queries: bool) -> list[Result]:
+    """Waits for an application service that is about to start. What our own samples create is gone with them."""
+    deadline = time.monotonic() + hs.config.query_timeout_ms / 1000
+    if reachable(registration.url) == "does not answer yet":
+        print(f"nothing listens yet at {registration.url}; start {registration.id} now", file=sys.stderr)
+    while reachable(registration.url) == "does not answer yet" and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return Examiner(registration, hs.config, queries or registration.id in {sample.id for sample in hs.samples}).results()
+
+
+def print_examination(found: Sequence[tuple[str, str, str, str, str]], as_json: bool) -> None:
+    keys = ("appservice", "test", "outcome", "spec", "seen")
+    if as_json:
+        print(json.dumps([dict(zip(keys, row, strict=True)) for row in found], indent=2))
+        return
+    print_table(keys, *found)
+    counts = collections.Counter(outcome for _, _, outcome, _, _ in found)
+    print(", ".join([f"{counts[outcome]} {outcome}" for outcome in ("passed", "failed", "skipped")]))
+
+
+# -- The log.
 
 class JsonLines(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
@@ -13376,62 +13486,73 @@ def set_up_log(args: argparse.Namespace) -> None:
     trace.setLevel(logging.DEBUG if args.trace else logging.WARNING)
 
 
-def flags_of(args: argparse.Namespace, reader: ConfigReader) -> JsonObject:
-    """The flags that override the file; the reader finds what is wrong with them."""
-    flags = {key: getattr(args, key) for key in ("server_name", "bind", "port", "database")}
-    return {key: value for key, value in flags.items() if value is not None and reader._check(key, value)}
+# -- The program: starts, says that it is ready, and ends on a signal.
+
+START_ERRORS = (OSError, DatabaseError, sqlite3.Error, MatrixError)
 
 
-def config_of(args: argparse.Namespace) -> Config:
-    """The file and the flags, which override it; without a file the sample."""
-    config = read_config(args.config)
-    reader = ConfigReader({}, "command line", "")
-    for key, value in flags_of(args, reader).items():
-        setattr(config, key, value)
-    if args.role == "appservice" and not any(registration.sample is not None
-                                             for registration in config.registrations):
-        reader.wrong("--role appservice", "has nothing to run", "a registration needs the key "
-                     "\"asbridge.sample\": {\"irc_port\": 6667}")
-    if not is_base_url(args.homeserver):
-        reader.wrong("--homeserver", f"is {quoted(args.homeserver)}", "write 'http://host:port'")
-    if reader.findings:
-        raise ConfigError(reader.findings)
-    return config
-
-
-def run_check(args: argparse.Namespace) -> int:
-    """Says everything that can be said of a configuration, and opens no database; 1 if something is wrong with it."""
-    reader = ConfigReader({}, "command line", "")
-    flags = flags_of(args, reader)
-    if reader.findings:
-        raise ConfigError(reader.findings)
-    findings = diagnose(args.config, flags)
-    keys = ("level", "where", "what", "why", "right")
-    objects = [{key: getattr(finding, key) for key in keys} for finding in findings]
-    print(json.dumps(objects, indent=2) if args.json else report(findings))
-    return int(any(finding.level == "error" for finding in findings))
-
-
-def diagnose(path: str | None, flags: JsonObject) -> list[Finding]:
+def run(config: Config, args: argparse.Namespace, stop: Any) -> int:
+    """The parts, until the bell `stop` rings; 1 if they can't start, or if that can't be said."""
+    running: list[Homeserver | IrcBridge] = []
     try:
-        reader = config_reader(path)
-    except ConfigError as error:
-        return error.findings
-    values, registrations = reader.look()
-    values = {"server_name": "localhost", "port": 8008, **values, **flags}
-    return reader.findings + Doctor(values["server_name"], values["port"]).examine(registrations, reader.rests)
+        for part in parts_of(config, args):
+            running.append(part)
+            part.start()
+    except START_ERRORS as error:
+        print(why_not_started(error, config), file=sys.stderr)
+        return 1
+    try:
+        ready = ", ".join([introduce(part, args) for part in running])
+        with failing("what is printed can't be written"):    # who waits for this line would wait for ever
+            print(f"asbridge ready at {ready}", flush=True)
+        while not stop.acquire(timeout=1):                   # a signal that came just before would else be handled after the wait
+            pass
+    except OSError as error:
+        complain(f"asbridge: {error.strerror}")
+        return 1
+    finally:
+        for part in running:
+            part.stop()
+    return 0
 
 
-def report(findings: Sequence[Finding]) -> str:
-    """The findings for a terminal, and how many there are."""
-    lines = []
-    for finding in findings:
-        lines.append(f"{finding.level}: {finding.where}: {finding.what}")
-        lines += [f"    why:   {finding.why}"] * bool(finding.why)
-        lines += ["    " + re.sub("^write ", "write: ", finding.right)] * bool(finding.right)
-    counts = collections.Counter(finding.level for finding in findings)
-    total = ", ".join(f"{count} {level}" + "s" * (count > 1) for level, count in sorted(counts.items()))
-    return "\n".join([*map(printable, lines), total or "nothing to complain of"])
+def parts_of(config: Config, args: argparse.Namespace) -> Iterator[Homeserver | IrcBridge]:
+    """The homeserver, with its samples or without; or the samples only, for another homeserver."""
+    if args.role == "appservice":
+        for one in config.registrations:
+            if one.sample is not None:
+                yield IrcBridge(one, args.homeserver, beside(config.database, one.id))
+    else:
+        hs = Homeserver(samples=args.role == "both", **vars(config))
+        hs.reread = lambda: config_of(args).registrations
+        yield hs
+
+
+def introduce(part: Homeserver | IrcBridge, args: argparse.Namespace) -> str:
+    """Where it is ready. Of a homeserver the log says more, its port goes to the file for it, and SIGHUP is heard."""
+    if isinstance(part, IrcBridge):
+        return f"{part.url or 'no url'} (IRC on port {part.irc_port})"
+    reload_on_sighup(part)
+    threading.Thread(target=describe, args=(part,), name="describe", daemon=True).start()
+    for line in suggestions(part) if not args.quiet else ():
+        log.info("try: %s", line) if args.log_format == "json" else complain(f"  try: {line}")
+    if args.port_file:
+        with failing(f"--port-file {args.port_file}"):
+            with open(args.port_file + ".new", "w", encoding="utf-8") as file:
+                file.write(f"{part.port}\n")
+            os.replace(args.port_file + ".new", args.port_file)      # nobody sees it half written
+    return part.url
+
+
+def why_not_started(error: Exception, config: Config) -> str:
+    if isinstance(error, sqlite3.Error):
+        return (f"asbridge: {config.database} is damaged, or can't be used: {error}; put back a copy of it, or name another --database")
+    if isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
+        where = "--port 0 takes any free one"
+        if f":{config.port} " not in str(error):
+            where = "for the sample the ports stand in its registration: url, and asbridge.sample.irc_port"
+        return f"asbridge: {error.strerror}; stop the program that has this port, or use another ({where})"
+    return f"asbridge: {error}"
 
 
 def describe(hs: Homeserver) -> None:
@@ -13441,8 +13562,7 @@ def describe(hs: Homeserver) -> None:
     except MatrixError:                                      # stopped already
         return
     for registration in hs.world.registrations:
-        names = ", ".join(str(namespace) for kind in KINDS
-                          for namespace in registration.namespaces[kind]) or "no namespaces"
+        names = ", ".join(str(namespace) for kind in KINDS for namespace in registration.namespaces[kind]) or "no namespaces"
         log.info("application service %s %s (%s): %s; events that wait: %d; %s", registration.id,
                  f"at {registration.url}" if registration.url else "without a url", reachable(registration.url),
                  registration.sender(hs.world.name), waiting.get(registration.id, 0), names)
@@ -13463,8 +13583,7 @@ def reachable(url: str | None) -> str:
         return "nothing is sent"
     parts = urllib.parse.urlsplit(url)
     try:
-        socket.create_connection((parts.hostname or "", parts.port
-                                  or (443 if parts.scheme == "https" else 80)), 1).close()
+        socket.create_connection((parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80)), 1).close()
         return "answers"
     except OSError:
         return "does not answer yet"
@@ -13472,14 +13591,79 @@ def reachable(url: str | None) -> str:
 
 def suggestions(hs: Homeserver) -> list[str]:
     """What to try, ready to be pasted."""
-    port = next((sample.irc_port for sample in hs.samples if isinstance(sample, IrcBridge)), None)
     register = """-d '{"username": "alice", "password": "wonderland", "auth": {"type": "m.login.dummy"}}'"""
     talk = r"(printf 'NICK bob\r\nUSER bob 0 * :Bob\r\nJOIN #lobby\r\nPRIVMSG #lobby :hello from IRC\r\n'; cat)"
     closed = hs.config.admin_token is None and not is_loopback(hs.config.bind)
     needs = "it needs an admin_token in the configuration" if closed else "it shows all that passes"
-    inspector = [f"open {hs.url}/      # the inspector: {needs}"]
-    return inspector + ([f"irssi -c 127.0.0.1 -p {port} -n bob      # then: /join #lobby", f"{talk} | nc 127.0.0.1 {port}",
-                         f"curl -s {hs.url}/_matrix/client/v3/register {register}"] if port else [])
+    lines = [f"open {hs.url}/      # the inspector: {needs}"]
+    if hs.samples:
+        port = hs.samples[0].irc_port
+        lines += [f"irssi -c 127.0.0.1 -p {port} -n bob      # then: /join #lobby", f"{talk} | nc 127.0.0.1 {port}",
+                  f"curl -s {hs.url}/_matrix/client/v3/register {register}"]
+    return lines
+
+
+def reload_on_sighup(hs: Homeserver) -> None:
+    """One after the other, and once for signals that come together."""
+    again = bell()
+
+    def reload_when_rung() -> None:
+        while True:
+            again.acquire()
+            reload(hs)
+    if hasattr(signal, "SIGHUP"):
+        threading.Thread(target=reload_when_rung, name="reload", daemon=True).start()
+        signal.signal(signal.SIGHUP, lambda number, frame: release(again))
+
+
+def reload(hs: Homeserver) -> None:
+    before = set(hs.world.registrations)
+    try:
+        hs.reload()
+        for registration in set(hs.world.registrations) - before:
+            warn_of(hs, registration)
+    except ConfigError as error:
+        log.error("the registrations are not read again, for something is wrong with them:\n%s", error)
+    except MatrixError as error:
+        log.error("the registrations can't be taken: %s", error)
+
+
+def complain(line: str) -> None:
+    """To stderr, which may be full or have no reader."""
+    with contextlib.suppress(OSError):
+        print(line, file=sys.stderr)
+
+
+# -- The process, and what it gets from the machine.
+
+def fill_standard_files() -> None:
+    """Whoever starts us may have closed stdin, stdout or stderr: nothing else is to be opened in their place, and written to."""
+    while (number := os.open(os.devnull, os.O_RDWR)) < 3:
+        os.set_inheritable(number, True)
+    os.close(number)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))      # noqa: SIM115
+
+
+def raise_handles() -> None:
+    """Many systems give a process 1,024 handles until it asks for more, which is too few for 2,000 clients."""
+    with contextlib.suppress(ImportError, OSError, ValueError):
+        limits = importlib.import_module("resource")         # not on Windows
+        soft, hard = limits.getrlimit(limits.RLIMIT_NOFILE)
+        wanted = 10_240 if hard == limits.RLIM_INFINITY else min(hard, 10_240)
+        if soft != limits.RLIM_INFINITY and soft < wanted:
+            limits.setrlimit(limits.RLIMIT_NOFILE, (wanted, hard))
+
+
+def keep_to_one_cpu() -> None:
+    """Of all threads one at a time runs Python. To hand that over to a thread on another processor takes several times as
+    long as on the same one. For Linux; elsewhere nothing happens.
+    """
+    with contextlib.suppress(AttributeError, OSError):
+        allowed = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {allowed[os.getpid() % len(allowed)]})      # several of us spread
+        sys.setswitchinterval(0.0005)                        # to pass it on costs little there
 
 
 def ring_on_signals(stop: Any) -> None:
@@ -13496,225 +13680,25 @@ def ring_on_signals(stop: Any) -> None:
         signal.signal(number, rung)
 
 
-def run(config: Config, args: argparse.Namespace) -> int:
-    stop = bell()
-    ring_on_signals(stop)
-    if args.role == "appservice":
-        return run_samples(config, args.homeserver, stop)
-    hs = Homeserver(samples=args.role == "both", **{entry.name: getattr(config, entry.name)
-                                                    for entry in dataclasses.fields(config)})
-    hs.reread = lambda: config_of(args).registrations
-    try:
-        hs.start()
-    except (OSError, DatabaseError, sqlite3.Error, MatrixError) as error:
-        print(why_not_started(error, config), file=sys.stderr)
-        return 1
-    try:
-        reload_on_sighup(hs)
-        threading.Thread(target=describe, args=(hs,), name="describe", daemon=True).start()
-        for line in suggestions(hs) if not args.quiet else ():
-            log.info("try: %s", line) if args.log_format == "json" else complain(f"  try: {line}")
-        if args.port_file:
-            with failing(f"--port-file {args.port_file}"):
-                write_whole(args.port_file, f"{hs.port}\n")
-        say_ready(hs.url)
-        until_rung(stop)
-    except OSError as error:
-        complain(f"asbridge: {error.strerror}")
-        return 1
-    finally:
-        hs.stop()
-    return 0
-
-
-def say_ready(what: str) -> None:
-    """Who waits for this line would wait for ever if it could not be written, so that is an error."""
-    with failing("what is printed can't be written"):
-        print(f"asbridge ready at {what}", flush=True)
-
-
-def complain(line: str) -> None:
-    """To stderr, which may be full or have no reader."""
-    with contextlib.suppress(OSError):
-        print(line, file=sys.stderr)
-
-
-def examine(config: Config, args: argparse.Namespace) -> int:
-    """Takes the homeserver's place for a moment, in memory, and examines the application service of each registration."""
-    registrations = [dataclasses.replace(one, sample=None) if one.sample is not None and reachable(one.url) == "answers" else one
-                     for one in config.registrations]
-    hs = Homeserver(**{**{entry.name: getattr(config, entry.name) for entry in dataclasses.fields(config)},
-                       "database": ":memory:", "registrations": registrations})
-    try:
-        hs.start()
-        found = [(one.id, *result) for one in hs.world.registrations for result in examination(hs, one, args.queries)]
-    except (OSError, DatabaseError, sqlite3.Error, MatrixError) as error:
-        taken = f":{config.port} " in str(error)
-        print(f"asbridge: port {config.port} is taken, and check --examine takes the homeserver's place: stop it for that moment. "
-              "If it is asbridge itself, leave it: its inspector has the button Examine." if taken
-              else why_not_started(error, config), file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
-    finally:
-        hs.stop()
-    print_examination(found, args.json)
-    return int(any(outcome == "failed" for _, _, outcome, _, _ in found))
-
-
-def examination(hs: Homeserver, registration: Registration, queries: bool) -> list[Result]:
-    """Waits for an application service that is about to start. What our own samples create is gone with them."""
-    deadline = time.monotonic() + hs.config.query_timeout_ms / 1000
-    if reachable(registration.url) == "does not answer yet":
-        print(f"nothing listens yet at {registration.url}; start {registration.id} now", file=sys.stderr)
-    while reachable(registration.url) == "does not answer yet" and time.monotonic() < deadline:
-        time.sleep(0.1)
-    return Examiner(registration, hs.config, queries or registration.id in {sample.id for sample in hs.samples}).results()
-
-
-def print_examination(found: Sequence[tuple[str, str, str, str, str]], as_json: bool) -> None:
-    keys = ("appservice", "test", "outcome", "spec", "seen")
-    if as_json:
-        print(json.dumps([dict(zip(keys, row, strict=True)) for row in found], indent=2))
-        return
-    print_table(keys, *found)
-    counts = collections.Counter(outcome for _, _, outcome, _, _ in found)
-    print(", ".join([f"{counts[outcome]} {outcome}" for outcome in ("passed", "failed", "skipped")]))
-
-
-def reload(hs: Homeserver) -> None:
-    before = set(hs.world.registrations)
-    try:
-        hs.reload()
-        for registration in set(hs.world.registrations) - before:
-            warn_of(hs, registration)
-    except ConfigError as error:
-        log.error("the registrations are not read again, for something is wrong with them:\n%s", error)
-    except MatrixError as error:
-        log.error("the registrations can't be taken: %s", error)
-
-
-def reload_on_sighup(hs: Homeserver) -> None:
-    """One after the other, and once for signals that come together."""
-    again = bell()
-
-    def reload_when_rung() -> None:
-        while True:
-            again.acquire()
-            reload(hs)
-    if hasattr(signal, "SIGHUP"):
-        threading.Thread(target=reload_when_rung, name="reload", daemon=True).start()
-        signal.signal(signal.SIGHUP, lambda number, frame: release(again))
-
-
-def until_rung(stop: Any) -> None:
-    """Looks up every second: a signal that comes just before the wait would else be handled after it only."""
-    while not stop.acquire(timeout=1):
-        pass
-    stop.release()
-
-
-def run_samples(config: Config, homeserver: str, stop: Any) -> int:
-    """Only the sample application services, for another homeserver."""
-    samples: list[IrcBridge] = []
-    try:
-        for one in config.registrations:
-            if one.sample is not None:
-                samples.append(IrcBridge(one, homeserver, beside(config.database, one.id)))
-                samples[-1].start()
-    except (OSError, DatabaseError, sqlite3.Error) as error:
-        print(why_not_started(error, config), file=sys.stderr)
-        return 1
-    try:
-        say_ready(", ".join(f"{sample.url or 'no url'} (IRC on port {sample.irc_port})" for sample in samples))
-        until_rung(stop)
-    except OSError as error:
-        complain(f"asbridge: {error.strerror}")
-        return 1
-    finally:
-        for sample in samples:
-            sample.stop()
-    return 0
-
-
-def why_not_started(error: Exception, config: Config) -> str:
-    if isinstance(error, sqlite3.Error):
-        return (f"asbridge: {config.database} is damaged, or can't be used: {error}; put back a copy of it, or name another --database")
-    if isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
-        where = "--port 0 takes any free one"
-        if f":{config.port} " not in str(error):
-            where = "for the sample the ports stand in its registration: url, and asbridge.sample.irc_port"
-        return f"asbridge: {error.strerror}; stop the program that has this port, or use another ({where})"
-    return f"asbridge: {error}"
-
-
-def write_whole(path: str, text: str) -> None:
-    """Writes a file that nobody sees half written."""
-    with open(path + ".new", "w", encoding="utf-8") as file:
-        file.write(text)
-    os.replace(path + ".new", path)
-
-
-def keep_to_one_cpu() -> None:
-    """Of all threads one at a time runs Python. To hand that over to a thread on another processor takes several times as
-    long as on the same one. For Linux; elsewhere nothing happens.
-    """
-    with contextlib.suppress(AttributeError, OSError):
-        allowed = sorted(os.sched_getaffinity(0))
-        os.sched_setaffinity(0, {allowed[os.getpid() % len(allowed)]})      # several of us spread
-        sys.setswitchinterval(0.0005)                        # to pass it on costs little there
-
-
-def raise_handles() -> None:
-    """Many systems give a process 1,024 handles until it asks for more, which is too few for 2,000 clients."""
-    with contextlib.suppress(ImportError, OSError, ValueError):
-        limits = importlib.import_module("resource")         # not on Windows
-        soft, hard = limits.getrlimit(limits.RLIMIT_NOFILE)
-        wanted = 10_240 if hard == limits.RLIM_INFINITY else min(hard, 10_240)
-        if soft != limits.RLIM_INFINITY and soft < wanted:
-            limits.setrlimit(limits.RLIMIT_NOFILE, (wanted, hard))
-
-
-def fill_standard_files() -> None:
-    """Whoever starts us may have closed stdin, stdout or stderr: nothing else is to be opened in their place, and written to."""
-    while (number := os.open(os.devnull, os.O_RDWR)) < 3:
-        os.set_inheritable(number, True)
-    os.close(number)
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))      # noqa: SIM115
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
+    """0: done. 1: it failed while running, or found something wrong. 2: so is the command line, or the configuration."""
     warnings.filterwarnings("ignore", "Possible ", FutureWarning)     # Python's about regexes such as [[a]
     args = parse_args(sys.argv[1:] if arguments is None else arguments)
-    args.config = getattr(args, "file", None) or args.config
     try:
-        if args.command == "routes":
-            print_routes()
-            return 0
-        if args.command == "generate":
-            print(json.dumps(generate_registration(args.id, args.url, args.prefix, args.server_name or "localhost"), indent=2))
-            return 0
-        if args.command == "check" and not args.examine:
-            return run_check(args)
+        if args.command:
+            return int(args.command(args))
         config = config_of(args)
-        if args.command == "explain":
-            return run_explain(args, config)
     except ConfigError as error:
         print(error, file=sys.stderr)
         return 2
-    if args.command == "check":
-        set_up_log(args)
-        if not args.verbose:
-            log.setLevel(logging.ERROR)                      # what it finds is what it says
-        return examine(config, args)
     set_up_log(args)
     raise_handles()
     gc.freeze()                                              # what there is now stays: not to be looked at again and again
     if config.one_cpu:
         keep_to_one_cpu()                                    # before there are threads
-    return run(config, args)
+    stop = bell()
+    ring_on_signals(stop)
+    return run(config, args, stop)
 
 
 if __name__ == "__main__":

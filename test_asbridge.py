@@ -145,8 +145,8 @@ def answered():
     rows = set()
 
     def noting(route):
-        def handler(call):
-            answer = route.handler(call)
+        def handler(call, *params):
+            answer = route.handler(call, *params)
             rows.add((route.method, route.path))
             return answer
         return route._replace(handler=handler)
@@ -7684,8 +7684,8 @@ def test_a_change_of_a_session_that_has_ended_is_refused_though_it_was_asked_bef
     alice = hs.client("alice")
     who = hs.api.identify(asbridge.Request(f"GET / HTTP/1.1\r\nHost: h\r\nAuthorization: Bearer {alice.token}"), "user")
     hs.api.accounts.logout(who)
-    for change in (lambda: hs.api.accounts.set_account_data(who, "", "x", {}), lambda: hs.api.accounts.add_filter(who, {}),
-                   lambda: hs.api.accounts.set_tag(who, "!r:localhost", "u.x", {}), lambda: hs.api.rooms.create(who, {}),
+    for change in (lambda: hs.api.data.set_account_data(who, "", "x", {}), lambda: hs.api.data.add_filter(who, {}),
+                   lambda: hs.api.data.set_tag(who, "!r:localhost", "u.x", {}), lambda: hs.api.rooms.create(who, {}),
                    lambda: hs.api.media.upload(who, b"x", "text/plain", None)):
         with refused("M_UNKNOWN_TOKEN", 401):
             change()
@@ -7940,11 +7940,11 @@ def test_a_space_lists_the_rooms_below_it_that_one_may_see(three):
 
 def test_of_a_space_no_more_is_looked_at_than_is_shown(three, monkeypatch):
     hs, alice, *_ = three
-    space, looked_at, look = alice.create_room(creation_content={"type": "m.space"}), [], asbridge.Rooms._space_entry
+    space, looked_at, look = alice.create_room(creation_content={"type": "m.space"}), [], asbridge.Directory._space_entry
     children = [alice.create_room() for _ in range(6)]
     for n, child in enumerate(children):
         alice.set_state(space, "m.space.child", {"via": ["localhost"], "order": str(n)}, child)
-    monkeypatch.setattr(asbridge.Rooms, "_space_entry", staticmethod(lambda *args: looked_at.append(args[2]) or look(*args)))
+    monkeypatch.setattr(asbridge.Directory, "_space_entry", staticmethod(lambda *args: looked_at.append(args[2]) or look(*args)))
     rooms, answer = hierarchy(alice, space, limit=2)
     assert rooms == [space, children[0]] and looked_at == [space, *children[:2]]
     pages = [rooms]
@@ -11152,7 +11152,7 @@ def test_each_row_of_the_table_refuses_whoever_may_not_ask_it(asking):
     people["logged out"].ask("POST", "logout"), people["deactivated"].ask("POST", "account", "deactivate", body=confirmed())
     to_all, position, wrong = {row_of(text): answer for text, answer in TO_ALL.items()}, hs.world.store.position, []
     for route, (token, query, *says) in itertools.product(asbridge.ROUTES, ASKERS.values()):
-        says = dict(zip(("user", "appservice", "maybe"), says, strict=True)).get(route.auth) or to_all[route.method, route.path]
+        says = dict(zip(("user", "appservice", "maybe"), says, strict=True)).get(route.auth.replace("self", "user")) or to_all[route.method, route.path]
         if says == 401 and token == "as-irc":                # a service registers in another way
             says = "M_MISSING_PARAM"
         if says == "may":
@@ -11584,12 +11584,12 @@ class Target:
             api.sync.sync(who, None, one)
         api.keys.query(alice, {ghost.user_id: []})
         with contextlib.suppress(MatrixError):               # she may have been thrown out
-            api.rooms.messages(alice, self.room, None, True, 3, asbridge.Filter(), lazy=True)
-            api.rooms.threads(alice, self.room, False, None, 3)
-            api.rooms.hierarchy(alice, self.room, False, 1, 0, 3)
-        api.rooms.public(0, 3)
-        api.accounts.tags(ghost, self.room)
-        api.accounts.search(alice, "bob", 3)
+            api.history.messages(alice, self.room, None, True, 3, asbridge.Filter(), lazy=True)
+            api.relations.threads(alice, self.room, False, None, 3)
+            api.directory.hierarchy(alice, self.room, False, 1, 0, 3)
+        api.directory.public(0, 3)
+        api.data.tags(ghost, self.room)
+        api.directory.search_users(alice, "bob", 3)
         assert api.accounts.device(ghost, "GHOST") and self.alice.user_id in self.hs.world.store.users
 
 
@@ -12947,8 +12947,8 @@ def test_an_irc_client_for_which_there_is_no_thread_is_closed_and_the_next_is_ta
     with monkeypatch.context() as patch:
         patch.setattr(threading.Thread, "start", start_thread)
         assert Irc(bridge).closed()
-        eventually(lambda: not bridge.clients)
-    assert Irc(bridge, "bob", "#lobby") and len(bridge.clients) == 1
+        eventually(lambda: not bridge.irc.clients)
+    assert Irc(bridge, "bob", "#lobby") and len(bridge.irc.clients) == 1
     assert [record.getMessage() for record in caplog.records if record.levelname == "ERROR"] == [
         "irc: no more IRC clients can be taken: can't start new thread; there are 0"]
 
@@ -13003,15 +13003,15 @@ def test_a_command_is_answered_by_its_numeric(bridge, line, answer):
 def test_when_a_bridge_has_stopped_it_takes_no_connection_any_more_and_no_thread_of_it_waits_for_one(bridge):
     for _ in range(5):
         bridge.stop()
-        assert not [thread for thread in threading.enumerate() if thread is bridge._accepter]
+        assert not [thread for thread in threading.enumerate() if thread is bridge.irc._accepter]
         bridge = asbridge.IrcBridge(bridge_registration(), bridge.homeserver_url)
         bridge.start()
     bridge.stop()
 
 
 def test_no_line_waits_for_another_to_be_acknowledged(bridge):
-    Irc(bridge, "bob")
-    assert [client.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) for client in bridge.clients] == [1]
+    _bob = Irc(bridge, "bob")                                # kept: else its socket is closed at once
+    assert [client.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) for client in bridge.irc.clients] == [1]
 
 
 def test_before_registration_commands_are_refused_by_451(bridge):
@@ -13101,7 +13101,22 @@ def test_who_does_not_register_in_time_is_told_and_dropped(bridge, monkeypatch):
             busy.send("PONG x")
     silent.wait("^ERROR :Closing link: Not registered in time: NICK and USER are wanted$")
     assert silent.closed() and busy.closed()
-    eventually(lambda: not bridge.clients)
+    eventually(lambda: not bridge.irc.clients)
+
+
+@pytest.mark.parametrize("last", ["PRIVMSG #lobby :x", "QUIT", None])
+def test_a_client_that_leaves_while_the_disk_is_full_takes_up_no_room_afterwards(bridge, monkeypatch, last):
+    def full(*args, **job):
+        raise sqlite3.OperationalError("database or disk is full")
+    bob, eve = Irc(bridge, "bob", "#lobby"), Irc(bridge, "eve", "#lobby")
+    channel_is_known(bridge)
+    with monkeypatch.context() as patch:
+        patch.setattr(bridge, "spool", full)
+        bob.send(last) if last else bob.sock.close()
+        eve.wait("^:bob!.* QUIT ")
+        eventually(lambda: len(bridge.irc.clients) == 1)
+    assert not last or bob.closed()
+    assert list(bridge.people) == ["eve"] and bridge.channels["#lobby"].people == {bridge.people["eve"]}
 
 
 def test_past_the_most_clients_one_is_told_and_dropped_and_the_others_stay(bridge, monkeypatch):
@@ -13112,7 +13127,7 @@ def test_past_the_most_clients_one_is_told_and_dropped_and_the_others_stay(bridg
     bob.never("ERROR")
     bob.send("QUIT")
     assert bob.closed()
-    eventually(lambda: not bridge.clients)
+    eventually(lambda: not bridge.irc.clients)
     Irc(bridge, "next")
 
 
@@ -13605,7 +13620,7 @@ def test_an_invited_ghost_joins_a_direct_room_and_its_messages_are_private(fake,
     eventually(lambda: fake.said() == ["yes?"])
     assert "/rooms/%21direct%3Atest/send/" in fake.paths("/send/")[0][1]
     assert bob.closed()
-    eventually(lambda: not bridge.clients)
+    eventually(lambda: not bridge.irc.clients)
     event_id = message(bridge, "still there?", room_id="!direct:test")
     eventually(lambda: len(fake.said()) == 2)
     assert "not on IRC" in fake.said()[1]
@@ -14109,66 +14124,70 @@ def test_a_registration_file_is_loaded_or_everything_wrong_with_it_is_said(tmp_p
     assert len(caught.value.findings) == 2
 
 
-def python_of_the_readme(start):
-    """The README's Python block that has this line in it."""
+def readme():
     with open(os.path.join(HERE, "README.md"), encoding="utf-8") as file:
-        blocks = re.findall(r"```python\n(.*?)```", file.read(), re.S)
-    return next(block for block in blocks if start in block)
+        return file.read()
 
 
-def test_the_test_in_the_readme_passes():
-    code = python_of_the_readme("def test_my_bridge").replace("http://127.0.0.1:29300", f"http://127.0.0.1:{closed_port()}")
+def python_of_the_readme(start, old="http://127.0.0.1:29300", new=None):
+    """What the README's Python block that has this in it defines, fixtures as context managers, when `new` stands for `old` in it."""
+    code = next(block for block in re.findall(r"```python\n(.*?)```", readme(), re.S) if start in block)
+    assert old in code
     names = {}
-    exec(compile(code, "README.md", "exec"), names)
-    names["test_my_bridge"]()
+    with unittest.mock.patch.dict(sys.modules, pytest=unittest.mock.Mock(fixture=contextlib.contextmanager)):
+        exec(compile(code.replace(old, new or f"http://127.0.0.1:{closed_port()}"), "README.md", "exec"), names)
+    return names
 
 
-def test_the_fixture_in_the_readme_tests_a_bridge_that_runs_by_itself(tmp_path, monkeypatch):
-    class Bridge(asbridge.AppService):
-        def on_event(self, event):
-            if event["content"].get("membership") == "invite":
-                self.bot.join(event["room_id"])
-            elif event["type"] == "m.room.message" and event["sender"] != self.bot.user_id:
-                self.bot.say(event["room_id"], "hello yourself", txn_id=event["event_id"])
+def test_the_bridge_in_the_readme_has_the_bug_that_its_test_shows_and_the_cure_cures_it():
+    lesson = python_of_the_readme("class Greeter")
+    with lesson["hs"]() as hs, pytest.raises(AssertionError, match="attempt 1: it answered, but the answer was lost"):
+        lesson["test_it_greets_once_even_if_it_dies_before_its_answer_arrives"](hs)
+    cured = python_of_the_readme("class Greeter", '"hello yourself")\n\n@', '"hello yourself", txn_id=event["event_id"])\n\n@')
+    with cured["hs"]() as hs:
+        cured["test_it_greets_once_even_if_it_dies_before_its_answer_arrives"](hs)
 
-    made = asbridge.generate_registration("mybridge", f"http://127.0.0.1:{closed_port()}")
-    (tmp_path / "registration.json").write_text(json.dumps(made))
+
+def test_the_bridge_of_ten_lines_in_the_readme_passes_what_is_said_both_ways(tmp_path, monkeypatch, capsys):
+    made = asbridge.generate_registration("tty", f"http://127.0.0.1:{closed_port()}")
+    (tmp_path / "tty.json").write_text(json.dumps(made))
     monkeypatch.chdir(tmp_path)
-    names = {"asbridge": asbridge, "pytest": unittest.mock.Mock(fixture=contextlib.contextmanager)}
-    code = python_of_the_readme("@pytest.fixture") + python_of_the_readme("def test_my_bridge_hears")
-    exec(compile(code.replace("port=8008", "port=0"), "README.md", "exec"), names)
-    with names["hs"]() as hs:
-        bridge = Bridge(asbridge.read_registration(made, "here"), hs.url)
-        bridge.start()
-        names["test_my_bridge_hears_a_message_once_even_if_its_answer_is_lost"](hs)
-        bridge.stop()
+    with asbridge.Homeserver(registrations=["tty.json"]) as hs:
+        def typed():
+            alice = hs.client("alice")
+            room = alice.join("#tty_room:localhost")
+            yield "hello from the terminal\n"
+            hs.wait_for(sender="@tty_you:localhost", body="hello from the terminal")
+            alice.say(room, "hello back")
+            hs.settle()
+        monkeypatch.setattr(sys, "stdin", typed())
+        python_of_the_readme("class Terminal", "http://127.0.0.1:8008", hs.url)["bridge"].stop()
+    assert capsys.readouterr().out.endswith("@tty_you:localhost m.room.message hello from the terminal\n"
+                                            "@alice:localhost m.room.message hello back\n")
+
+
+def test_the_readme_says_in_which_section_a_thing_stands_and_links_to_headings_that_are_there():
+    with open(asbridge.__file__, encoding="utf-8") as file:
+        source = file.read()
+    sections = [source[:at.start()].count("\n") for at in re.finditer(r"(?m)^# [0-9]+\. ", source)]
+    named = [node for node in ast.parse(source).body if isinstance(node, (ast.ClassDef, ast.FunctionDef))]
+    lines = {node.name: node.lineno for node in named} | {
+        f"{node.name}.{inner.name}": inner.lineno for node in named for inner in node.body if isinstance(inner, ast.FunctionDef)}
+    told = [(name, int(number)) for number, names in re.findall(r"section\s([0-9]+),((?:\s`[\w.]+`,?)+)", readme())
+            for name in re.findall(r"`([\w.]+)`", names)]
+    assert len(told) > 15 and told == [(name, sum(start < lines.get(name, 0) for start in sections)) for name, _ in told]
+    headings = [re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in re.findall(r"(?m)^##+ (.*)$", readme())]
+    links = re.findall(r"\]\(#([^)]*)\)", readme())
+    assert len(links) > 20 and not set(links) - set(headings)
 
 
 def test_the_readme_names_every_route_of_the_inspector_and_every_verb_for_tests():
-    with open(os.path.join(HERE, "README.md"), encoding="utf-8") as file:
-        readme = file.read()
-    api = readme[readme.index("## The inspector's API"):readme.index("## Promises")]
+    text = readme()
+    api = text[text.index("## The inspector's API"):text.index("## Promises")]
     assert not [route.path for route in asbridge.ADMIN_ROUTES[1:] if not re.search(rf"\b{route.path.removeprefix('/_asbridge/')}\b", api)]
     assert not [fault for fault in asbridge.FAULTS if f"`{fault}`" not in api]
     verbs = [name for name, verb in vars(asbridge.Homeserver).items() if callable(verb) and name[0] != "_" and name not in ("start", "stop")]
-    assert len(verbs) > 12 and not [name for name in verbs if not re.search(rf"\b{name}\b", readme)]
-
-
-def test_the_bot_in_the_readme_answers(tmp_path, monkeypatch):
-    made = asbridge.generate_registration("echo", f"http://127.0.0.1:{closed_port()}")
-    (tmp_path / "registration.json").write_text(json.dumps(made))
-    monkeypatch.chdir(tmp_path)
-    with asbridge.Homeserver(registrations=["registration.json"]) as hs:
-        code = python_of_the_readme("class Echo").replace("http://127.0.0.1:8008", hs.url).replace(".start()\ninput", "\ninput")
-        names = {"input": lambda text: None}
-        exec(compile(code.replace("Echo(asbridge.load", "bot = Echo(asbridge.load"), "README.md", "exec"), names)
-        names["bot"].start()
-        alice = hs.client("alice")
-        room = alice.create_room(invite=["@echo_bot:localhost"])
-        alice.wait_for(lambda event: event["sender"] == "@echo_bot:localhost" and event["content"].get("membership") == "join")
-        alice.say(room, "is there an echo?")
-        alice.wait_for(lambda event: event["sender"] == "@echo_bot:localhost" and event["content"].get("body") == "is there an echo?")
-        names["bot"].stop()
+    assert len(verbs) > 12 and not [name for name in verbs if not re.search(rf"\b{name}\b", text)]
 
 
 def test_registrations_are_read_again_while_it_runs(start, recorder, tmp_path):
@@ -14309,8 +14328,8 @@ def test_a_damaged_database_of_a_bridge_alone_is_refused_in_words(tmp_path, caps
     with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as db:
         if damage:
             db.executescript(asbridge.IrcBridge.SCHEMA + "INSERT INTO irc_nicks VALUES ('@a:b', 'a');" + damage)
-    args = asbridge.parse_args(["--role", "appservice", "--config", str(config)])
-    assert asbridge.run_samples(asbridge.config_of(args), "http://127.0.0.1:1", asbridge.bell()) == 1
+    args = asbridge.parse_args(["--role", "appservice", "--homeserver", "http://127.0.0.1:1", "--config", str(config)])
+    assert asbridge.run(asbridge.config_of(args), args, asbridge.bell()) == 1
     assert re.search(r"hs-irc\.db (is damaged|can't be used)", capsys.readouterr().err)
 
 
@@ -14749,6 +14768,13 @@ def test_a_reset_is_a_new_world_behind_the_same_port(start, recorder, tmp_path):
     assert int(r.transactions[-1][0]) > int(before)
     with pytest.raises(ValueError, match="would delete"):
         start(database=str(tmp_path / "hs.db")).reset()
+
+
+def test_after_a_reset_a_sample_is_the_same_with_all_that_its_registration_says_of_it(start):
+    hs = start({**asbridge.SAMPLE_REGISTRATION, "url": "http://127.0.0.1:0", "asbridge.sample": {"irc_port": 0, "prefix": "_irc_x_", "irc_bind": "localhost"}})
+    before = [(bridge.prefix, bridge.irc.address[0], bridge.irc_port) for bridge in hs.samples]
+    hs.reset()
+    assert [(bridge.prefix, bridge.irc.address[0], bridge.irc_port) for bridge in hs.samples] == before and before[0][:2] == ("_irc_x_", "localhost")
 
 
 def test_wait_for_gives_the_first_event_past_or_to_come_with_these_values(three):
