@@ -1225,16 +1225,363 @@ def trouble_with(path: str) -> str:
 # regexes with which it claims user IDs, aliases and rooms. Here it is decided
 # who owns an ID, who may create it, and who is interested, each answer with its
 # reason. Spec: Application Service API, Registration; its 2016 text for URIs.
-# Does not know of storage or HTTP.
+# Does not know of storage or HTTP. The ideas come first: what is claimed, whose
+# it is, and why. How a registration is read, and what may be wrong with it, follows.
+
+# -- What an application service claims. Decides what a regex means: POSIX extended or Python's, from the start of an ID.
+
+POSIX_CLASSES = {
+    "alnum": "a-zA-Z0-9", "alpha": "a-zA-Z",    "blank": r" \t",         "cntrl": r"\x00-\x1f\x7f",
+    "digit": "0-9",       "graph": r"\x21-\x7e", "lower": "a-z",          "print": r"\x20-\x7e",
+    "space": r"\t-\r ",   "upper": "A-Z",       "xdigit": "0-9A-Fa-f",   "punct": r"!-/:-@\[-`{-~",
+}
+# One that is open at the end is matched, too, and refused later: to look for its end from each of its characters takes long.
+BRACKETS = re.compile(r"\\.|\[\^?\]?(?:\[:[a-z]+:\]|\\.|[^\]\\])*(?:\]|\\?\Z)", re.S)
+
+
+def compile_regex(regex: str) -> re.Pattern[str]:
+    """A POSIX extended regex as Python's: [[:alnum:]] and its kin are translated; re.error if it is none."""
+    def translated(match: re.Match[str]) -> str:
+        is_bracket = match[0].startswith("[")
+        return re.sub(r"\[:([a-z]+):\]", lambda one: POSIX_CLASSES[one[1]], match[0]) if is_bracket else match[0]
+    try:
+        return re.compile(BRACKETS.sub(translated, regex))
+    except KeyError as error:
+        raise re.error(f"[:{error.args[0]}:] is no POSIX character class") from None
+    except (ValueError, OverflowError, RecursionError) as error:      # flags that exclude each other, 10^20 repeats, brackets
+        raise re.error(str(error)) from None
+
+
+@dataclass(frozen=True)
+class Namespace:
+    """One entry of `namespaces`: matched from the start of the ID, as Synapse does."""
+    kind: str                                                # "users", "aliases" or "rooms"
+    index: int                                               # its place among those of its kind
+    regex: str                                               # as it is written
+    exclusive: bool                                          # nobody else may have what it matches
+    pattern: re.Pattern[str] = dataclasses.field(compare=False, repr=False)      # the regex as Python's
+
+    def __str__(self) -> str:
+        return f"{self.kind}[{self.index}] {self.regex!r}"
+
+
+@dataclass(frozen=True)
+class UriRule:
+    """One entry of our own key `uris`: a URI that matches as a whole becomes the ID in `template`."""
+    kind: str                                                # "users" or "aliases"
+    pattern: re.Pattern[str]
+    template: str                                            # with named groups of the regex: "@_irc_{nick}:{server_name}"
+
+    def apply(self, uri: str, server_name: str) -> str | None:
+        match = self.pattern.fullmatch(uri)
+        if not match:
+            return None
+        write = to_localpart if self.kind == "users" else str
+        groups = {name: write(urllib.parse.unquote(value or "")) for name, value in match.groupdict().items()}
+        return self.template.format(**groups, server_name=server_name)
+
+
+@dataclass(frozen=True, eq=False)
+class Registration:
+    """An application service as its registration file has it (Application Service API, Registration)."""
+    id: str                                                  # unique on this homeserver
+    url: str | None                                          # where it listens; None: nothing is sent to it and nothing queued
+    as_token: str = dataclasses.field(repr=False)            # it shows this one to the homeserver
+    hs_token: str = dataclasses.field(repr=False)            # the homeserver shows this one to it
+    sender_localpart: str                                    # of its own user
+    namespaces: Mapping[str, Sequence[Namespace]]            # what it claims, by kind
+    rate_limited: bool = True                                # whether its ghosts are; its own user never is
+    protocols: Sequence[str] = ()                            # the third-party networks that it knows
+    receive_ephemeral: bool = False                          # it wants typing, receipts and presence
+    push_ephemeral: bool = False                             # the same by an older name (de.sorunome.msc2409.push_ephemeral)
+    msc3202: bool = False                                    # it wants device lists and counts of keys (org.matrix.msc3202)
+    uris: Sequence[UriRule] = ()                             # our own: which URI stands for which ID
+    sample: Mapping[str, Any] | None = None                  # asbridge.sample: run the IRC bridge for it
+    unknown: Sequence[str] = ()                              # keys that nobody here reads
+
+    @property
+    def hears_ephemeral(self) -> bool:
+        return self.url is not None and bool(self.ephemeral_keys)
+
+    @property
+    def ephemeral_keys(self) -> list[str]:
+        """Under what names it wants ephemeral data in a transaction; none, if it wants none."""
+        return (["ephemeral"] if self.receive_ephemeral else []) + (
+            ["de.sorunome.msc2409.ephemeral"] if self.push_ephemeral else [])
+
+    def sender(self, server_name: str) -> str:
+        """The user ID of the application service's own user."""
+        return f"@{self.sender_localpart}:{server_name}"
+
+    def regexes(self, kind: str) -> str:
+        """Its regexes for an error text."""
+        return ", ".join(repr(namespace.regex) for namespace in self.namespaces[kind]) or "no regex"
+
+
+@dataclass(frozen=True)
+class Claim:
+    """Why an application service has to do with an ID. `namespace` is None for its own sender_localpart user."""
+    registration: Registration
+    id: str                                                  # of a user or room, or an alias
+    namespace: Namespace | None                              # that matches the ID
+
+    @property
+    def exclusive(self) -> bool:
+        return self.namespace is None or self.namespace.exclusive
+
+    def __str__(self) -> str:
+        if self.namespace is None:
+            return f"{self.id} is its sender_localpart user"
+        return f"{self.id} matches {self.namespace.kind}[{self.namespace.index}]"
+
+
+# -- Whose is it? Decides who owns an ID, who may create it or act as it, who hears of a room, and which ID a URI stands for.
+
+class Registrations:
+    """All registrations of a homeserver, and the questions about them.
+
+    What an ID matches is remembered (bounded), so that a busy ID costs no regex, whatever the number of registrations.
+    """
+
+    def __init__(self, server_name: str, registrations: Sequence[Registration] = ()) -> None:
+        self.server_name = server_name                       # only its users are in a namespace
+        self.by_id = {one.id: one for one in registrations}
+        self._by_as_token = {hashlib.sha256(one.as_token.encode()).digest(): one for one in registrations}
+        self._by_hs_token = {hashlib.sha256(one.hs_token.encode()).digest(): one for one in registrations}
+        self.known = functools.lru_cache(maxsize=100_000)(self._claims)      # what is remembered
+
+    def __iter__(self) -> Iterator[Registration]:
+        return iter(self.by_id.values())
+
+    def of_as_token(self, token_digest: bytes) -> Registration | None:
+        return self._by_as_token.get(token_digest)
+
+    def of_hs_token(self, token_digest: bytes) -> Registration | None:
+        return self._by_hs_token.get(token_digest)
+
+    def claims(self, kind: str, id: str) -> tuple[Claim, ...]:
+        """Every application service that has to do with this ID, each with its first reason. Only local users count, and only
+        what is short enough to be an ID.
+        """
+        return self.known(kind, id) if len(id) <= MAX_ID_BYTES else ()
+
+    def _claims(self, kind: str, id: str) -> tuple[Claim, ...]:
+        if kind == "users" and server_of(id) != self.server_name:
+            return ()
+        found = []
+        for registration in self:
+            if kind == "users" and id == registration.sender(self.server_name):
+                found.append(Claim(registration, id, None))
+                continue
+            for namespace in sorted(registration.namespaces[kind], key=lambda one: not one.exclusive):
+                if namespace.pattern.match(id):
+                    found.append(Claim(registration, id, namespace))
+                    break
+        return tuple(found)
+
+    def claim_of(self, registration: Registration, kind: str, id: str) -> Claim | None:
+        return next((claim for claim in self.claims(kind, id) if claim.registration is registration), None)
+
+    def owner(self, kind: str, id: str, other_than: Registration | None = None) -> Claim | None:
+        """The exclusive claim on this ID, if somebody (else) has one."""
+        return next((claim for claim in self.claims(kind, id)
+                     if claim.exclusive and claim.registration is not other_than), None)
+
+    def check_may_create(self, kind: str, id: str, by: Registration | None) -> None:
+        """M_EXCLUSIVE if a person (by=None) or an application service may not create or delete this ID."""
+        owner = self.owner(kind, id, by)
+        if owner:
+            why = f"{owner.namespace} claims it exclusively" if owner.namespace else "it is its sender_localpart user"
+            raise MatrixError("M_EXCLUSIVE",
+                              f"{id} is reserved by the application service {owner.registration.id!r}: {why}")
+        if by:
+            self.check_claims(by, kind, id, "M_EXCLUSIVE")
+
+    def check_claims(self, registration: Registration, kind: str, id: str, errcode: str) -> None:
+        """Raises `errcode` if the ID is in none of the application service's namespaces."""
+        if not self.claim_of(registration, kind, id):
+            raise MatrixError(errcode, f"{shorten(id)} is outside the namespaces of the application service "
+                              f"{registration.id!r}: its regexes for {kind} are {registration.regexes(kind)}, matched "
+                              "from the start of the whole ID" + f" of users of {self.server_name}" * (kind == "users"))
+
+    def map_uri(self, kind: str, uri: str) -> str | None:
+        """The user ID or alias that a URI stands for (2016 text, URI mapping), or None. The first rule that matches decides."""
+        for registration in self:
+            for rule in registration.uris:
+                if rule.kind == kind and (id := rule.apply(uri, self.server_name)):
+                    return id if self.is_own(registration, kind, id) else None
+        return None
+
+    def is_own(self, registration: Registration, kind: str, id: str) -> bool:
+        """Whether it is an ID of this server that the application service claims."""
+        with contextlib.suppress(MatrixError):
+            return self.claim_of(registration, kind, check_id(KINDS[kind], id, self.server_name)) is not None
+        return False
+
+
+class Audience:
+    """Which application services hear a room, and because of whom: its joined members, its aliases, its ID.
+
+    Kept with the room and changed by the few events that change it, so that a message costs no regex.
+    """
+
+    def __init__(self, registrations: Registrations, room_id: str, members: Iterable[str],
+                 aliases: Iterable[str]) -> None:
+        self.registrations = registrations
+        self.why: dict[str, dict[str, Claim]] = {}           # application service's ID → ID in the room → claim
+        self.add("rooms", room_id)
+        for user_id in members:
+            self.add("users", user_id)
+        for alias in aliases:
+            self.add("aliases", alias)
+
+    def add(self, kind: str, id: str) -> None:
+        for claim in self.registrations.claims(kind, id):
+            self.why.setdefault(claim.registration.id, {})[id] = claim
+
+    def remove(self, kind: str, id: str) -> None:
+        for claim in self.registrations.claims(kind, id):
+            held = self.why.get(claim.registration.id, {})
+            held.pop(id, None)
+            if not held:
+                self.why.pop(claim.registration.id, None)
+
+    def interested(self, sender: str, target: str | None) -> dict[str, str]:
+        """Application services that get an event, each with the reason: its sender, the target of a
+        membership, the room.
+        """
+        found: dict[str, str] = {}
+        for part, user_id in (("sender", sender), ("target", target)):
+            for claim in self.registrations.claims("users", user_id) if user_id else ():
+                found.setdefault(claim.registration.id, f"{part} {claim}")
+        for id, claims in self.why.items():
+            claim = next(iter(claims.values()))
+            part = {"@": "member", "#": "alias", "!": "room"}[claim.id[0]]
+            found.setdefault(id, f"{part} {claim}")
+        return found
+
+
+def query_path(kind: str, id: str) -> str:
+    """With which an application service is asked for a user or alias that does not exist yet (Querying)."""
+    return f"/_matrix/app/v1/{'users' if kind == 'users' else 'rooms'}/{urllib.parse.quote(id, safe='')}"
+
+
+# -- Why? The same answers with all that led to them, for people. Decides nothing.
+
+@functools.lru_cache(maxsize=1000)
+def beginnings(regex: str) -> list[tuple[int, re.Pattern[str]]]:
+    """Those of a regex that are regexes, the longest first, each with its length."""
+    found = []
+    for end in range(min(len(regex) - 1, MAX_ID_BYTES), 0, -1):
+        with contextlib.suppress(re.error):
+            found.append((end, compile_regex(regex[:end])))
+    return found
+
+
+@functools.lru_cache(maxsize=1000)
+def without_case(regex: str) -> re.Pattern[str] | None:
+    """The regex for IDs in any case, if it is harmless to ask that."""
+    pattern = re.compile(compile_regex(regex).pattern, re.I)
+    return pattern if cost_of(pattern).verdict == "harmless" else None
+
+
+def nearest_miss(regex: str, id: str) -> tuple[int, str]:
+    """Where an ID stops being what the regex wants: after the longest beginning of the regex that it does match. As the
+    number of characters that are right, and in words.
+    """
+    any_case = without_case(regex)
+    case = "; it is only the case" if any_case and any_case.match(id) else ""
+    for end, beginning in beginnings(regex):
+        if match := beginning.match(id):
+            there = repr(shorten(id[match.end():], 40)) if id[match.end():] else "nothing"
+            wanted = repr(shorten(regex[end:], 40))
+            return match.end(), f"differs at character {match.end() + 1}: {wanted} is wanted, {there} is there{case}"
+    return 0, f"differs at character 1: {shorten(regex, 40)!r} is wanted{case}"
+
+
+def explain_namespace(namespace: Namespace, id: str) -> JsonObject:
+    """Whether it matches, the nearest miss if not, and how those decide who read regexes in another way."""
+    matches = namespace.pattern.match(id) is not None
+    return {"kind": namespace.kind, "index": namespace.index, "regex": namespace.regex, "exclusive": namespace.exclusive,
+            "matches": matches, "miss": None if matches else nearest_miss(namespace.regex, id)[1],
+            "unanchored": namespace.pattern.search(id) is not None, "whole": namespace.pattern.fullmatch(id) is not None}
+
+
+def explain_rule(registrations: Registrations, registration: Registration, rule: str, kind: str, id: str) -> JsonObject:
+    """One rule of interest: whether this ID makes events interesting to the application service, or what is nearest to that."""
+    claim = registrations.claim_of(registration, kind, id)
+    told: JsonObject = {"rule": rule, "id": id, "matches": claim is not None, "namespace": None, "miss": None}
+    if claim:
+        return {**told, "namespace": str(claim.namespace) if claim.namespace else "its sender_localpart user"}
+    if kind == "users" and server_of(id) != registrations.server_name:
+        return {**told, "miss": f"is not a user of {registrations.server_name}; only those count"}
+    misses = [(*nearest_miss(one.regex, id), one) for one in registration.namespaces[kind]]
+    if not misses:
+        return {**told, "miss": f"can't match, for the registration has no regex for {kind}"}
+    _, miss, nearest = max(misses, key=lambda one: one[0])
+    return {**told, "namespace": str(nearest), "miss": miss}
+
+
+def explain_appservice(registrations: Registrations, registration: Registration, kind: str, id: str) -> JsonObject:
+    claim = registrations.claim_of(registration, kind, id)
+    return {"id": registration.id, "matches": claim is not None, "exclusive": bool(claim and claim.exclusive),
+            "reason": str(claim) if claim else None,
+            "namespaces": [explain_namespace(namespace, id) for namespace in registration.namespaces[kind]]}
+
+
+def creators(registrations: Registrations, kind: str, id: str) -> list[str]:
+    """Who may create it: "people", and application services."""
+    def may(by: Registration | None) -> bool:
+        with contextlib.suppress(MatrixError):
+            registrations.check_may_create(kind, id, by)
+            return True
+        return False
+    people = ["people"] if may(None) and (kind != "users" or STRICT_LOCALPART.fullmatch(localpart_of(id))) else []
+    return people + [registration.id for registration in registrations if may(registration)]
+
+
+def explain_claims(registrations: Registrations, kind: str, id: str) -> JsonObject:
+    local = kind == "rooms" or server_of(id) == registrations.server_name
+    owner = registrations.owner(kind, id)
+    return {
+        "appservices": [explain_appservice(registrations, registration, kind, id) for registration in registrations],
+        "owner": {"appservice": owner.registration.id, "reason": str(owner)} if owner else None,
+        "may_create": creators(registrations, kind, id) if local and kind != "rooms" else [],
+        "query": [{"appservice": claim.registration.id, "request": f"GET {query_path(kind, id)}"}
+                  for claim in registrations.claims(kind, id)
+                  if claim.namespace and claim.registration.url and kind != "rooms"],
+        "local": local}
+
+
+def explain_uri(registrations: Registrations, uri: str) -> JsonObject:
+    rules = [{"appservice": registration.id, "kind": rule.kind, "regex": rule.pattern.pattern,
+              "maps_to": rule.apply(uri, registrations.server_name)}
+             for registration in registrations for rule in registration.uris]
+    return {"uris": rules, "maps_to": registrations.map_uri("users", uri) or registrations.map_uri("aliases", uri)}
+
+
+def explain(registrations: Registrations, id: str) -> JsonObject:
+    """Who claims an ID or maps a URI, and why: each namespace with what it decides (README, The inspector's API)."""
+    kind = next((kind for kind, sigil in KINDS.items() if id[:1] == sigil), "uris" if is_uri(id) else None)
+    if kind is None or (kind != "uris" and len(id) > MAX_ID_BYTES):
+        example = f"{MAX_ID_BYTES} bytes at most" if kind else f"@{id}:{registrations.server_name} would be a user ID"
+        raise MatrixError("M_INVALID_PARAM", f"{shorten(id)!r} is no user ID (@…), alias (#…), room ID (!…) or URI (irc://…); "
+                          f"{shorten(example, 150)}")
+    told: JsonObject = {"id": id, "kind": {"users": "user", "aliases": "alias", "rooms": "room", "uris": "uri"}[kind],
+                        "appservices": [], "owner": None, "may_create": [], "query": [], "uris": [], "maps_to": None, "local": True}
+    return {**told, **(explain_uri(registrations, id) if kind == "uris" else explain_claims(registrations, kind, id))}
+
+
+# -- Reading a registration. Decides what one must have, and says at once all that is wrong with it.
 
 @dataclass(frozen=True)
 class Finding:
     """One thing that is wrong with a configuration or a registration."""
-    where: str
+    where: str                                               # the file, and the key in it
     what: str
-    right: str = ""
+    right: str = ""                                          # what to write
     why: str = ""
-    level: str = "error"         # or "warning"
+    level: str = "error"                                     # or "warning"
 
     def __str__(self) -> str:
         return printable(f"{self.where}: {self.what}" + (f"; {self.right}" if self.right else ""))
@@ -1248,7 +1595,220 @@ class ConfigError(Exception):
         self.findings, self.rest = list(findings), rest      # rest: what can be read of a registration, for the doctor
 
 
-# -- YAML, as far as bridges write it.
+# One line for each key: its type, whether there must be one, and what would be right.
+REGISTRATION_KEYS: dict[str, tuple[Any, bool, str]] = {
+    "id":                                     (str,                True,  "a text that is unique on this homeserver"),
+    "url":                                    ((str, type(None)),  True,  "'http://host:port', or null if nothing is to be sent"),
+    "as_token":                               (str,                True,  "a long random text"),
+    "hs_token":                               (str,                True,  "another long random text"),
+    "sender_localpart":                       (str,                True,  "the localpart of its own user, without '@' and server name"),
+    "namespaces":                             (dict,               True,  "an object with users, aliases and rooms"),
+    "rate_limited":                           (bool,               False, "true or false"),
+    "protocols":                              ((list, type(None)), False, "a list of texts"),
+    "receive_ephemeral":                      (bool,               False, "true or false"),
+    "de.sorunome.msc2409.push_ephemeral":     (bool,               False, "true or false"),
+    "push_ephemeral":                         (bool,               False, "true or false"),
+    "org.matrix.msc3202":                     (bool,               False, "true or false"),
+    "io.element.msc4190":                     (bool,               False, "true or false"),
+    "uris":                                   (dict,               False, "an object with users and aliases"),
+    "asbridge.sample":                        (dict,               False, '{"irc_port": 6667}'),
+}
+KNOWN_KEYS = (*REGISTRATION_KEYS, *(f"namespaces.{kind}" for kind in KINDS))
+
+
+def is_base_url(url: str) -> bool:
+    """Whether an application service can be called there: http or https, a host, perhaps a port and a path."""
+    try:
+        parts = urllib.parse.urlsplit(url)
+        return (parts.scheme in ("http", "https") and bool(parts.hostname) and not parts.query and not parts.fragment
+                and (parts.port is None or parts.port >= 0) and not CONTROLS.search(url))
+    except ValueError:                                       # the port is none, or a bracket is open
+        return False
+
+
+class RegistrationReader:
+    """Turns one parsed registration into a Registration and collects everything that is wrong with it."""
+
+    def __init__(self, data: Any, where: str) -> None:
+        self.where = where                                   # the file, say, for the findings
+        self.data: JsonObject = data if isinstance(data, dict) else {}
+        self.findings: list[Finding] = []
+        self.rest: list[Namespace] = []                      # what can be read of one that can't be used
+        if not isinstance(data, dict):
+            self.wrong("", "is not an object", "a registration has the keys " + ", ".join(REGISTRATION_KEYS))
+
+    def wrong(self, key: str, what: str, right: str) -> None:
+        self.findings.append(Finding(f"{self.where}: {key}" if key else self.where, what, right))
+
+    def read(self) -> Registration | None:
+        """The registration, or None if anything in `findings` stands against it."""
+        if self.findings:
+            return None
+        self._check_types()
+        self._check_values()
+        namespaces = {kind: self._namespaces(kind) for kind in KINDS}
+        uris = self._uris()
+        self._check_sample()
+        if self.findings:
+            self.rest = [one for kind in KINDS for one in namespaces[kind]]
+            return None
+        data = self.data
+        as_written = {key: data[key] for key in ("id", "url", "as_token", "hs_token", "sender_localpart", "rate_limited",
+                                                 "receive_ephemeral") if key in data}
+        keys = (*data, *(f"namespaces.{kind}" for kind in data["namespaces"]))
+        return Registration(
+            **as_written, namespaces=namespaces, uris=uris, protocols=tuple(data.get("protocols") or ()),
+            push_ephemeral=data.get("de.sorunome.msc2409.push_ephemeral") or data.get("push_ephemeral", False),
+            msc3202=data.get("org.matrix.msc3202", False), sample=data.get("asbridge.sample"),
+            unknown=tuple(key for key in keys if key not in KNOWN_KEYS))
+
+    def _check_types(self) -> None:
+        for key, (type_, required, right) in REGISTRATION_KEYS.items():
+            if required and key not in self.data:
+                self.wrong(key, "is missing", f"write {right}")
+            elif key in self.data and not is_a(self.data[key], type_):
+                shown = "is no text" if key.endswith("_token") else f"is {quoted(self.data[key])}"
+                self.wrong(key, shown, f"write {right}")
+
+    def _check_values(self) -> None:
+        """What else is asked of values that have the right type."""
+        self._ask("url", lambda url: url is None or is_base_url(url), "is {}")
+        self._ask("sender_localpart", lambda name: HISTORICAL_LOCALPART.fullmatch(name) and name[0] != "@" and len(name) <= 200,
+                  "is {}", f"{REGISTRATION_KEYS['sender_localpart'][2]}; 200 characters at most")
+        self._ask("id", bool, "is empty")
+        for key in ("as_token", "hs_token"):
+            self._ask(key, bool, "is empty")
+            self._ask(key, re.compile("[ -~]*").fullmatch, "has characters that no header can carry",
+                      "a long random text of printable ASCII")
+        if self.data.get("as_token") and self.data["as_token"] == self.data.get("hs_token"):
+            self.wrong("hs_token", "is the same as as_token", "write another long random text")
+        self._ask("protocols", lambda found: all(isinstance(one, str) for one in found or ()), "has an entry that is no text")
+
+    def _ask(self, key: str, is_right: Callable[[Any], object], what: str, right: str = "") -> None:
+        type_, _, usual = REGISTRATION_KEYS[key]
+        value = self.data.get(key)
+        if key in self.data and is_a(value, type_) and not is_right(value):
+            self.wrong(key, what.format(quoted(value)), f"write {right or usual}")
+
+    def _check_sample(self) -> None:
+        sample = self.data.get("asbridge.sample")
+        port = sample.get("irc_port", 6667) if isinstance(sample, dict) else 0
+        if not is_a(port, int) or not 0 <= port <= 65535:
+            self.wrong("asbridge.sample.irc_port", f"is {quoted(port)}", "write a port from 0 to 65535")
+
+    def _namespaces(self, kind: str) -> tuple[Namespace, ...]:
+        found = []
+        for index, (path, entry, pattern) in enumerate(self._entries("namespaces", kind)):
+            exclusive = entry.get("exclusive")
+            if not isinstance(exclusive, bool):
+                self.wrong(f"{path}.exclusive",
+                           "is missing" if exclusive is None else f"is {quoted(exclusive)}, neither true nor false",
+                           "write true to keep everybody else out, false to share")
+            elif pattern:
+                found.append(Namespace(kind, index, entry["regex"], exclusive, pattern))
+        return tuple(found)
+
+    def _uris(self) -> tuple[UriRule, ...]:
+        found = []
+        for kind, key in (("users", "user_id"), ("aliases", "alias")):
+            for path, entry, pattern in self._entries("uris", kind):
+                template = entry.get(key)
+                if pattern and self._fits(template, pattern):
+                    found.append(UriRule(kind, pattern, str(template)))
+                elif pattern:
+                    self.wrong(f"{path}.{key}", f"is {quoted(template)}",
+                               "write an ID with the regex's named groups and server_name in braces: "
+                               f"{KINDS[kind]}irc_{{nick}}:{{server_name}}")
+        return tuple(found)
+
+    def _entries(self, key: str, kind: str) -> Iterator[tuple[str, JsonObject, re.Pattern[str] | None]]:
+        """Where each entry of a list stands, the entry, and its regex unless that is wrong."""
+        lists = self.data.get(key)
+        entries = lists.get(kind) if isinstance(lists, dict) else None
+        if not is_a(entries, (list, type(None))):
+            self.wrong(f"{key}.{kind}", f"is {quoted(entries)}", "write a list")
+            return
+        for index, entry in enumerate(entries or ()):
+            path, entry = f"{key}.{kind}[{index}]", entry if isinstance(entry, dict) else {}
+            yield path, entry, self._regex(entry.get("regex"), f"{path}.regex", uri=key == "uris")
+
+    def _regex(self, regex: object, path: str, uri: bool) -> re.Pattern[str] | None:
+        if not isinstance(regex, str):
+            self.wrong(path, "is missing or no text", "write a POSIX extended regex such as '@irc_.*:example\\.org'")
+            return None
+        try:
+            pattern = compile_regex(regex)
+        except re.error as error:
+            self.wrong(path, f"{shorten(regex)!r} is not a regex: {error}", "write one of Python's, or a POSIX extended one")
+            return None
+        cost = glance_at_cost(pattern, uri)
+        if cost.verdict == "exponential":
+            self.wrong(path, f"'{shorten(regex)}' can take for ever: {cost.reason}",
+                       "let there be one way only to match a text: write [a-z_]* for ([a-z]*_*)*")
+        return pattern
+
+    @staticmethod
+    def _fits(template: object, pattern: re.Pattern[str]) -> bool:
+        """Whether there is nothing in the braces of a template but names of the regex's groups, and server_name."""
+        names = "|".join([*pattern.groupindex, "server_name"])
+        return isinstance(template, str) and "server_name" not in pattern.groupindex and bool(
+            re.fullmatch(r"(?:[^{}]|\{\{|\}\}|\{(?:NAMES):?\})*".replace("NAMES", names), template))
+
+
+def read_registration(data: Any, where: str) -> Registration:
+    """A registration from its plain value; ConfigError with everything that is wrong with it."""
+    reader = RegistrationReader(data, where)
+    registration = reader.read()
+    if registration is None:
+        raise ConfigError(reader.findings, reader.rest)
+    return registration
+
+
+def check_together(registrations: Sequence[tuple[str, Registration]]) -> list[Finding]:
+    """What is wrong between registrations: each is given with where it stands."""
+    findings, holders = [], collections.defaultdict[tuple[str, str], list[str]](list)     # key, value → where that stands
+    for where, registration in registrations:
+        for key in ("id", "as_token", "hs_token"):
+            holders[key, getattr(registration, key)].append(where)
+    for where, registration in registrations:
+        for key in ("id", "as_token"):
+            first = holders[key, getattr(registration, key)][0]
+            if first is not where:
+                findings.append(Finding(f"{where}: {key}", f"is already that of {first}", f"every {key} must be unique"))
+        for key, twin in (("as_token", "hs_token"), ("hs_token", "as_token")):
+            findings += [Finding(f"{where}: {key}", f"is the {twin} of {other}", "tokens must differ from each other")
+                         for other in holders[twin, getattr(registration, key)] if other is not where]
+    return findings
+
+
+def parse_registration(text: str) -> Any:
+    """The plain value of a registration file, JSON or YAML; ValueError says where it is neither."""
+    try:
+        is_json = text.lstrip("\ufeff \r\n\t").startswith("{")
+        value = json.loads(text.lstrip("\ufeff")) if is_json else Yaml(text).read()
+        to_json(value).encode("utf-8")                       # neither NaN nor half a character
+        return value
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def load_file(path: str) -> Any:
+    """The plain value of a JSON or YAML file; ConfigError."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            return parse_registration(file.read())
+    except OSError as error:
+        raise ConfigError([Finding(path, f"can't be read: {error.strerror}", "name a file that can be read")]) from None
+    except ValueError as error:
+        raise ConfigError([Finding(path, f"is neither JSON nor plain YAML: {error}", "see the README, Registration")]) from None
+
+
+def load_registration(path: str) -> Registration:
+    """The registration in a file, JSON or YAML; ConfigError with everything that is wrong with it."""
+    return read_registration(load_file(path), path)
+
+
+# -- YAML, as far as bridges write it. Decides what a file says, and not whether that is right. To be skipped at first reading.
 
 class YamlError(ValueError):
     pass
@@ -1263,149 +1823,107 @@ class Yaml:
     QUOTED = r""""(?:[^"\\]|\\.)*"|'(?:[^']|'')*'"""
     PLAIN_KEY = r"""[A-Za-z0-9_.](?:[^:#'"]*[^:#'" \t])?"""
     QUOTES = re.compile(QUOTED)
-    KEY = re.compile(rf"({QUOTED}|{PLAIN_KEY})[ \t]*:(?:[ \t]+(.*))?$")
-    ITEM = re.compile(r"-(?:[ \t]+(.*))?$")
-    FLOW = re.compile(rf"[ \t]*({QUOTED}" r"""|[\[\]{},]|:(?=[ \t,\]}'"]|$)|(?!['"])(?:[^\[\]{},:]|:(?=[^ \t,\]}]))+)[ \t]*""")
+    REST = r"(?:[ \t]+(?:#.*|(.*)))?$"                       # what is in the line behind a key or '-', unless it is a comment
+    KEY = re.compile(rf"({QUOTED}|{PLAIN_KEY})[ \t]*:{REST}")
+    ITEM = re.compile(rf"-{REST}")
+    END = re.compile(r"[ \t]*(?:(?<=[ \t])#.*)?$")           # of what counts in a line; a '#' behind a space starts a comment
+    FLOW = re.compile(rf"[ \t]*({QUOTED}" r"""|[\[\]{},]|:(?=[ \t,\]}'"]|$)"""
+                      r"""|(?!['" \t])(?:[^\[\]{},:#]|(?<![ \t])#|:(?=[^ \t,\]}]))+)""")
     STRANGE = re.compile(r"[^\t -~\xa0-\u2027\u202a-\ud7ff\ue000-\ufefe\uff00-\ufffd\U00010000-\U0010ffff]")
     ESCAPE = re.compile(r"\\(x[0-9a-fA-F]{2}|u[0-9a-fA-F]{4}|U[0-9a-fA-F]{8}|.)")
     ESCAPES = {"0": "\0", "a": "\a", "b": "\b", "t": "\t", "\t": "\t", "n": "\n", "v": "\v", "f": "\f", "r": "\r", "e": "\x1b",
                " ": " ", '"': '"', "/": "/", "\\": "\\", "N": "\x85", "_": "\xa0", "L": "\u2028", "P": "\u2029"}
     NO_START = re.compile(r"[,\]}#&*!|>%@`]|[-?:](?:[ \t]|$)")
-    WORDS: dict[str, Any] = {"null": None, "~": None, "": None, "true": True, "false": False,
-                             "True": True, "False": False, "Null": None, "TRUE": True, "FALSE": False, "NULL": None}
+    WORDS = {"null": None, "Null": None, "NULL": None, "~": None,
+             "true": True, "True": True, "TRUE": True, "false": False, "False": False, "FALSE": False}
 
     def __init__(self, text: str) -> None:
-        self.lines: list[tuple[int, int, str]] = []          # line number, indent, content
-        self.at, self.marked = 0, False                      # marked: a document has begun
+        self.lines: list[tuple[int, int, str]] = []          # number, indent, content; without empty ones and comments
+        self.at = 0                                          # which of them is read next
+        self.marked = False                                  # a document has begun
         for number, line in enumerate(re.split("\r\n|\r|\n", text.removeprefix("\ufeff")), 1):
             self._add_line(number, line)
 
     def _add_line(self, number: int, line: str) -> None:
         if strange := self.STRANGE.search(line):
             raise YamlError(f"line {number}: {strange[0]!r} can't stand in YAML")
-        if "\t" in line[:len(line) - len(line.lstrip(" \t"))]:
+        content, indent = line.strip(" \t"), len(line) - len(line.lstrip(" \t"))
+        if "\t" in line[:indent]:
             raise YamlError(f"line {number}: a tab can't indent")
-        content = self._without_comment(line).rstrip(" \t")
-        if re.match(r"%|(?:---|\.\.\.)(?:[ \t]|$)", content):
-            if self.lines or self.marked or content != "---":
+        if re.match(r"%|(?:---|\.\.\.)(?:[ \t]|$)", line):
+            if self.lines or self.marked or not (line.startswith("---") and self.END.match(line, 3)):
                 raise YamlError(f"line {number}: only one document, without directives, is read")
             self.marked = True
-        elif content:
-            self.lines.append((number, len(content) - len(content.lstrip(" ")), content.lstrip(" ")))
-
-    @classmethod
-    def _without_comment(cls, line: str) -> str:
-        """A '#' after a space starts a comment, but not in a quoted text, which starts where a value can."""
-        at, depth, fresh = 0, 0, True                        # fresh: here a value can start; depth: of brackets
-        while at < len(line):
-            char, before, after = line[at], line[at - 1:at], line[at + 1:at + 2]
-            if fresh and char in "'\"":
-                text = cls.QUOTES.match(line, at)
-                if not text:
-                    return line
-                at, fresh = text.end(), False
-                continue
-            if char == "#" and before in ("", " ", "\t"):
-                return line[:at]
-            at += 1
-            if char in "[{" and (fresh or depth):
-                depth, fresh = depth + 1, True
-            elif char in "]}" and depth:
-                depth, fresh = depth - 1, False
-            elif char in ",:-?":
-                fresh = depth > 0 if char == "," else (
-                    after in ("", " ", "\t") and (fresh or char == ":")) or (char == ":" and depth > 0 and before in "'\"")
-            elif char not in " \t":
-                fresh = False
-        return line
+        elif content and content[0] != "#":
+            self.lines.append((number, indent, content))
 
     def read(self) -> Any:
-        value = self._block(0) if self.lines else None
+        value = self._block(0)
         if self.at < len(self.lines):
             raise self._error("is indented in a way that fits nothing above it")
         return value
 
-    def _error(self, what: str, at: int | None = None) -> YamlError:
-        number, _, content = self.lines[min(self.at if at is None else at, len(self.lines) - 1)]
+    def _error(self, what: str) -> YamlError:
+        number, _, content = self.lines[self.at]
         return YamlError(f"line {number}: {shorten(content)!r} {what}")
 
-    def _block(self, indent: int) -> Any:
-        """What stands from here on at this indent or deeper."""
-        _, own, content = self.lines[self.at]
-        if own < indent:
+    @property
+    def indent(self) -> int:
+        """That of the line that is read next; -1 after the last."""
+        return self.lines[self.at][1] if self.at < len(self.lines) else -1
+
+    def _next_is(self, form: re.Pattern[str], indent: int) -> re.Match[str] | None:
+        """Whether the next line stands at this indent and is a list item, or begins with a key."""
+        return form.match(self.lines[self.at][2]) if self.indent == indent else None
+
+    def _block(self, least: int) -> Any:
+        """What stands from here on at this indent or deeper, if anything does."""
+        indent = self.indent
+        if indent < least:
             return None
-        if self.ITEM.match(content):
-            return self._list(own)
-        if self.KEY.match(content):
-            return self._mapping(own)
-        value = self._scalar(content)
+        if self._next_is(self.ITEM, indent):
+            return self._list(indent)
+        if self._next_is(self.KEY, indent):
+            return self._mapping(indent)
+        value = self._scalar(self.lines[self.at][2])
         self.at += 1
         return value
 
     def _mapping(self, indent: int) -> JsonObject:
         out: JsonObject = {}
-        while self.at < len(self.lines) and self.lines[self.at][1] == indent:
-            match = self.KEY.match(self.lines[self.at][2])
-            if not match:
-                break
+        while match := self._next_is(self.KEY, indent):
             key = self._key(match[1])
             if key in out:
                 raise self._error("stands here a second time")
-            out[key] = self._value(match[2] or "", indent)
+            value = self._scalar(match[2]) if match[2] else None
+            self.at += 1
+            if not match[2]:                                 # it is the block below; a list may stand at the key's own indent
+                value = self._block(indent if self._next_is(self.ITEM, indent) else indent + 1)
+            out[key] = value
         return out
 
     def _key(self, text: str) -> str:
         return str(self._scalar(text)) if text[0] in "'\"" else text
 
-    def _value(self, rest: str, indent: int) -> Any:
-        """What belongs to a key: the rest of its line, or the block below (a list may stand at the key's own
-        indent).
-        """
-        value = self._scalar(rest) if rest else None
-        self.at += 1
-        if not rest and self.at < len(self.lines):
-            _, own, content = self.lines[self.at]
-            if own > indent or (own == indent and self.ITEM.match(content)):
-                return self._block(own)
-        return value
-
     def _list(self, indent: int) -> list[Any]:
         out: list[Any] = []
-        while self.at < len(self.lines) and self.lines[self.at][1] == indent:
-            number, _, content = self.lines[self.at]
-            match = self.ITEM.match(content)
-            if not match:
-                break
+        while match := self._next_is(self.ITEM, indent):
             if match[1] is None:
                 self.at += 1
-                deeper = self.at < len(self.lines) and self.lines[self.at][1] > indent
-                out.append(self._block(indent + 1) if deeper else None)
             else:                                            # "- key: value": a block that starts in this line
-                self.lines[self.at] = (number, indent + len(content) - len(match[1]), match[1])
-                out.append(self._block(indent + 1))
+                self.lines[self.at] = (self.lines[self.at][0], indent + match.start(1), match[1])
+            out.append(self._block(indent + 1))
         return out
 
     def _scalar(self, text: str) -> Any:
         if text[0] in "[{":
             return self._flow(text)
-        if text[0] == "'":
-            if not re.fullmatch(r"'(?:[^']|'')*'", text):
-                raise self._error("has a quote that does not end in its line")
-            return text[1:-1].replace("''", "'")
-        if text[0] == '"':
-            if not self.QUOTES.fullmatch(text):
-                raise self._error("is not a double-quoted text in one line")
-            try:                                             # JSON has pairs of surrogates; half a character is none
-                value = self.ESCAPE.sub(lambda one: self.ESCAPES.get(one[1]) or chr(int(one[1][1:], 16)), text[1:-1])
-                return value.encode("utf-16", "surrogatepass").decode("utf-16")
-            except (ValueError, OverflowError):
-                raise self._error("has a backslash that means nothing; write two, or quote with '") from None
+        if text[0] in "'\"":
+            return self._quoted(text)
+        text = re.split(r"[ \t]#", text, maxsplit=1)[0].rstrip(" \t")
         if self.NO_START.match(text):
             raise self._error(f"starts with {text[0]!r}, which means something else in YAML, or nothing; quote "
                               f"the whole: '{text}'")
-        return self._plain(text)
-
-    def _plain(self, text: str) -> Any:
         if re.search(r":[ \t]|:$", text):
             raise self._error("has a second ':' in the line; quote the value")
         if text in self.WORDS:
@@ -1419,12 +1937,26 @@ class Yaml:
             raise self._error("is too large a number") from None
         return text
 
+    def _quoted(self, text: str) -> str:
+        match = self.QUOTES.match(text)
+        if not match or not self.END.match(text, match.end()):
+            raise self._error("is not a double-quoted text in one line" if text[0] == '"' else
+                              "has a quote that does not end in its line")
+        inner = match[0][1:-1]
+        if text[0] == "'":
+            return inner.replace("''", "'")
+        try:                                                 # JSON has pairs of surrogates; half a character is none
+            value = self.ESCAPE.sub(lambda one: self.ESCAPES.get(one[1]) or chr(int(one[1][1:], 16)), inner)
+            return value.encode("utf-16", "surrogatepass").decode("utf-16")
+        except (ValueError, OverflowError):
+            raise self._error("has a backslash that means nothing; write two, or quote with '") from None
+
     def _flow(self, text: str) -> Any:
         """A collection within one line: [], {}, [a, 'b'], {exclusive: true, regex: '…'}."""
-        tokens, at = [], 0
-        while at < len(text):
+        tokens, at = list[str](), 0
+        while not self.END.match(text, at):
             match = self.FLOW.match(text, at)
-            if not match or match.end() == at:
+            if not match:
                 raise self._error("is not a list or mapping in one line")
             tokens.append(match[1].rstrip(" \t"))
             at = match.end()
@@ -1435,6 +1967,7 @@ class Yaml:
         return value
 
     def _flow_value(self, tokens: list[str]) -> Any:
+        """Takes it from the end of the tokens, which are in reverse."""
         token = tokens.pop() if tokens else "]"
         if token not in "[{":
             if token in "]},:" or token[0] == "?":
@@ -1463,33 +1996,6 @@ class Yaml:
         return self._key(key), self._flow_value(tokens)
 
 
-# -- Namespaces.
-
-POSIX_CLASSES = {
-    "alnum": "a-zA-Z0-9", "alpha": "a-zA-Z",    "blank": r" \t",         "cntrl": r"\x00-\x1f\x7f",
-    "digit": "0-9",       "graph": r"\x21-\x7e", "lower": "a-z",          "print": r"\x20-\x7e",
-    "space": r"\t-\r ",   "upper": "A-Z",       "xdigit": "0-9A-Fa-f",   "punct": r"!-/:-@\[-`{-~",
-}
-# One that is open at the end is matched, too, and refused later: to look for its end from each of its characters takes long.
-BRACKETS = re.compile(r"\\.|\[\^?\]?(?:\[:[a-z]+:\]|\\.|[^\]\\])*(?:\]|\\?\Z)", re.S)
-
-
-def compile_regex(regex: str) -> re.Pattern[str]:
-    """A POSIX extended regex as Python's: [[:alnum:]] and its kin are translated; re.error if it is none."""
-    def one_class(match: re.Match[str]) -> str:
-        if match[1] not in POSIX_CLASSES:
-            raise re.error(f"[:{match[1]}:] is no POSIX character class")
-        return POSIX_CLASSES[match[1]]
-
-    def one_bracket(match: re.Match[str]) -> str:
-        return re.sub(r"\[:([a-z]+):\]", one_class, match[0]) if match[0][0] == "[" else match[0]
-
-    try:
-        return re.compile(BRACKETS.sub(one_bracket, regex))
-    except (ValueError, OverflowError, RecursionError) as error:      # flags that exclude each other, 10^20 repeats, brackets
-        raise re.error(str(error)) from None
-
-
 # -- What a regex can match. To be skipped at first reading.
 #
 # Read into a tree, a regex tells in how many ways a text can be matched, which bounds the steps of Python's backtracking, and
@@ -1503,7 +2009,6 @@ BEYOND: Chars = frozenset("é٣\u2003€")                       # stand for all
 ALPHABET = ASCII | BEYOND
 NOTHING: Chars = frozenset()
 HARMLESS_WAYS, ENDLESS_WAYS = 10**5, 2 * 10**7
-TOO_DEEP = "too many brackets in each other"
 MAX_SEARCH, MAX_WORK, MANY = 1000, 20_000, 8                 # steps and reads for a common text; repeats that are counted in it
 
 
@@ -1513,6 +2018,15 @@ class NotAnalysable(ValueError):
 
 class Exponential(ValueError):
     """A regex for which each further character multiplies the ways of matching; the text says why."""
+
+
+@contextlib.contextmanager
+def not_too_deep() -> Iterator[None]:
+    """All this calls itself once for each bracket in another: NotAnalysable where those are too many."""
+    try:
+        yield
+    except RecursionError:
+        raise NotAnalysable("too many brackets in each other") from None
 
 
 # Each kind of Tree has: `first`, the characters it can start with; `least`, its shortest length; ways(), in how many ways it can
@@ -1632,45 +2146,36 @@ def chain(*parts: Tree) -> Chain:
     return Chain(tuple(one for part in parts for one in (part.parts if isinstance(part, Chain) else (part,))))
 
 
-def leaves(tree: Tree) -> Iterator[Chars]:
-    """The sets of characters in it."""
-    if isinstance(tree, OneOf):
-        yield tree.first
-    else:
-        for part in (tree.part,) if isinstance(tree, Repeat) else tree.parts:
-            yield from leaves(part)
-
-
 def letters(*trees: Tree) -> list[str]:
     """Of all characters that the trees don't tell apart the plainest one."""
-    sets, groups = {chars for tree in trees for chars in leaves(tree)}, dict[tuple[bool, ...], str]()
+    todo, sets = list[Tree](trees), set[Chars]()
+    for tree in todo:
+        if isinstance(tree, OneOf):
+            sets.add(tree.first)
+        else:
+            todo += (tree.part,) if isinstance(tree, Repeat) else tree.parts
+    groups = dict[tuple[bool, ...], str]()                   # which of the sets a character is in → the plainest such
     for char in sorted(ALPHABET | EDGES, key=lambda char: (not char.islower(), char)):
         groups.setdefault(tuple(char in chars for chars in sets), char)
     return list(groups.values())
 
 
+@not_too_deep()
 def common(*trees: Tree) -> str | None:
     """A shortest text that all of them match as a whole, or None if there is none; NotAnalysable."""
-    try:
-        return _common(trees)
-    except RecursionError:
-        raise NotAnalysable(TOO_DEEP) from None
-
-
-def _common(trees: Sequence[Tree]) -> str | None:
     @functools.cache                                         # the same rests come again beside others
     def read(rests: frozenset[Tree], char: str) -> frozenset[Tree]:
         return frozenset(rest for tree in rests for rest in tree.read(char))
 
     alphabet, work = letters(*trees), 0
-    todo = [tuple(frozenset({tree}) for tree in trees)]
-    texts = {todo[0]: ""}
+    todo = [tuple(frozenset({tree}) for tree in trees)]      # of each regex what may remain of it
+    texts = {todo[0]: ""}                                    # what was read until that remained
     for at in todo:
         if all(any(not tree.least for tree in rests) for rests in at):
             return texts[at]
         shared = frozenset.intersection(*(NOTHING.union(*(tree.first for tree in rests)) for rests in at))
         for char in filter(shared.__contains__, alphabet):
-            work += sum(len(rests) for rests in at)
+            work += sum(map(len, at))
             if len(todo) > MAX_SEARCH or work > MAX_WORK:
                 raise NotAnalysable("too many repeats")
             then = tuple(read(rests, char) for rests in at)
@@ -1688,16 +2193,14 @@ NEAR_ASCII = {"\u0130": "i", "\u0131": "i", "\u017f": "s", "\u212a": "k"}     # 
 CATEGORIES = {"DIGIT": r"\d", "NOT_DIGIT": r"\D", "SPACE": r"\s", "NOT_SPACE": r"\S", "WORD": r"\w", "NOT_WORD": r"\W"}
 
 
+@not_too_deep()
 def tree_of(pattern: re.Pattern[str]) -> Tree:
     """The tree of a regex; NotAnalysable. Python's own parser reads it: it is private (re._parser), but has kept its shape for
     twenty years, and whatever it says that is not known here makes the regex not analysable, no more.
     """
-    try:
-        if pattern.flags & (re.ASCII | re.MULTILINE):
-            raise NotAnalysable("the flag a or m")
-        return _chain(importlib.import_module("re._parser").parse(pattern.pattern), pattern.flags)
-    except RecursionError:
-        raise NotAnalysable(TOO_DEEP) from None
+    if pattern.flags & (re.ASCII | re.MULTILINE):
+        raise NotAnalysable("the flag a or m")
+    return _chain(importlib.import_module("re._parser").parse(pattern.pattern), pattern.flags)
 
 
 def _chain(items: Iterable[Any], flags: int) -> Chain:
@@ -1753,12 +2256,12 @@ class Cost(NamedTuple):
     reason: str = ""
 
 
+@functools.lru_cache(maxsize=1000)
 def cost_of(pattern: re.Pattern[str], uri: bool = False) -> Cost:
     """Of the start of 255 characters, or of a URI as a whole."""
     try:
-        ways = tree_of(pattern).ways(ALPHABET, MAX_URI_BYTES) if uri else tree_of(pattern).ways(NOTHING, MAX_ID_BYTES)
-    except RecursionError:
-        return Cost("not analysable", 0, TOO_DEEP)
+        with not_too_deep():
+            ways = tree_of(pattern).ways(ALPHABET if uri else NOTHING, MAX_URI_BYTES if uri else MAX_ID_BYTES)
     except NotAnalysable as error:
         return Cost("not analysable", 0, str(error))
     except Exponential as error:
@@ -1766,539 +2269,12 @@ def cost_of(pattern: re.Pattern[str], uri: bool = False) -> Cost:
     return Cost("harmless" if ways <= HARMLESS_WAYS else "heavy", ways, f"it can match a text in {ways:,} ways")
 
 
-# -- What a namespace claims.
+def glance_at_cost(pattern: re.Pattern[str], uri: bool = False) -> Cost:
+    """The same, without a look where there is no need of one."""
+    return cost_of(pattern, uri) if uri or DESERVES_A_LOOK.search(pattern.pattern) else Cost("harmless")
 
-@functools.lru_cache(maxsize=1000)
-def beginnings(regex: str) -> list[tuple[int, re.Pattern[str]]]:
-    """Those of a regex that are regexes, the longest first, each with its length."""
-    found = []
-    for end in range(min(len(regex) - 1, MAX_ID_BYTES), 0, -1):
-        with contextlib.suppress(re.error):
-            found.append((end, compile_regex(regex[:end])))
-    return found
 
-
-@functools.lru_cache(maxsize=1000)
-def without_case(regex: str) -> re.Pattern[str] | None:
-    """The regex for IDs in any case, if it is harmless to ask that."""
-    pattern = re.compile(compile_regex(regex).pattern, re.I)
-    return pattern if cost_of(pattern).verdict == "harmless" else None
-
-
-def nearest_miss(regex: str, id: str) -> tuple[int, str]:
-    """Where an ID stops being what the regex wants: after the longest beginning of the regex that it does match. As the
-    number of characters that are right, and in words.
-    """
-    any_case = without_case(regex)
-    case = "; it is only the case" if any_case and any_case.match(id) else ""
-    for end, beginning in beginnings(regex):
-        if match := beginning.match(id):
-            there = repr(shorten(id[match.end():], 40)) if id[match.end():] else "nothing"
-            wanted = repr(shorten(regex[end:], 40))
-            return match.end(), f"differs at character {match.end() + 1}: {wanted} is wanted, {there} is there{case}"
-    return 0, f"differs at character 1: {shorten(regex, 40)!r} is wanted{case}"
-
-
-def query_path(kind: str, id: str) -> str:
-    """With which an application service is asked for a user or alias that does not exist yet (Querying)."""
-    return f"/_matrix/app/v1/{'users' if kind == 'users' else 'rooms'}/{urllib.parse.quote(id, safe='')}"
-
-
-@dataclass(frozen=True)
-class Namespace:
-    """One entry of `namespaces`: matched from the start of the ID, as Synapse does."""
-    kind: str                    # "users", "aliases" or "rooms"
-    index: int
-    regex: str
-    exclusive: bool
-    pattern: re.Pattern[str] = dataclasses.field(compare=False, repr=False)
-
-    def __str__(self) -> str:
-        return f"{self.kind}[{self.index}] {self.regex!r}"
-
-    def explain(self, id: str) -> JsonObject:
-        """Whether it matches, the nearest miss if not, and how those decide who read regexes in another way."""
-        matches = self.pattern.match(id) is not None
-        return {"kind": self.kind, "index": self.index, "regex": self.regex, "exclusive": self.exclusive, "matches": matches,
-                "miss": None if matches else nearest_miss(self.regex, id)[1],
-                "unanchored": self.pattern.search(id) is not None, "whole": self.pattern.fullmatch(id) is not None}
-
-
-@dataclass(frozen=True)
-class Claim:
-    """Why an application service has to do with an ID. `namespace` is None for its own sender_localpart user."""
-    registration: Registration
-    id: str
-    namespace: Namespace | None
-
-    @property
-    def exclusive(self) -> bool:
-        return self.namespace is None or self.namespace.exclusive
-
-    def __str__(self) -> str:
-        if self.namespace is None:
-            return f"{self.id} is its sender_localpart user"
-        return f"{self.id} matches {self.namespace.kind}[{self.namespace.index}]"
-
-
-@dataclass(frozen=True)
-class UriRule:
-    """One entry of our own key `uris`: a URI that matches as a whole becomes the ID in `template`."""
-    kind: str                    # "users" or "aliases"
-    pattern: re.Pattern[str]
-    template: str
-
-    def apply(self, uri: str, server_name: str) -> str | None:
-        match = self.pattern.fullmatch(uri)
-        if not match:
-            return None
-        write = to_localpart if self.kind == "users" else str
-        groups = {name: write(urllib.parse.unquote(value or "")) for name, value in match.groupdict().items()}
-        return self.template.format(**groups, server_name=server_name)
-
-
-@dataclass(frozen=True, eq=False)
-class Registration:
-    """An application service as its registration file has it (Application Service API, Registration)."""
-    id: str
-    url: str | None              # None: nothing is sent to it and nothing queued
-    as_token: str = dataclasses.field(repr=False)
-    hs_token: str = dataclasses.field(repr=False)
-    sender_localpart: str
-    namespaces: Mapping[str, Sequence[Namespace]]
-    rate_limited: bool = True
-    protocols: Sequence[str] = ()
-    receive_ephemeral: bool = False
-    push_ephemeral: bool = False                             # de.sorunome.msc2409.push_ephemeral
-    msc3202: bool = False                                    # org.matrix.msc3202
-    uris: Sequence[UriRule] = ()
-    sample: Mapping[str, Any] | None = None                  # asbridge.sample: run the IRC bridge for it
-    unknown: Sequence[str] = ()                              # keys that nobody here reads
-
-    @property
-    def hears_ephemeral(self) -> bool:
-        return self.url is not None and bool(self.ephemeral_keys)
-
-    def is_like(self, other: Registration) -> bool:
-        """Whether the files say the same."""
-        return all(getattr(self, one.name) == getattr(other, one.name) for one in dataclasses.fields(self))
-
-    @property
-    def ephemeral_keys(self) -> list[str]:
-        """Under what names it wants ephemeral data in a transaction; none, if it wants none."""
-        return (["ephemeral"] if self.receive_ephemeral else []) + (
-            ["de.sorunome.msc2409.ephemeral"] if self.push_ephemeral else [])
-
-    def sender(self, server_name: str) -> str:
-        """The user ID of the application service's own user."""
-        return f"@{self.sender_localpart}:{server_name}"
-
-    def regexes(self, kind: str) -> str:
-        """Its regexes for an error text."""
-        return ", ".join(repr(namespace.regex) for namespace in self.namespaces[kind]) or "no regex"
-
-
-# One line for each key: its type, whether there must be one, and what would be right.
-REGISTRATION_KEYS: dict[str, tuple[Any, bool, str]] = {
-    "id":                                     (str,                True,  "a text that is unique on this homeserver"),
-    "url":                                    ((str, type(None)),  True,  "'http://host:port', or null if nothing is to be sent"),
-    "as_token":                               (str,                True,  "a long random text"),
-    "hs_token":                               (str,                True,  "another long random text"),
-    "sender_localpart":                       (str,                True,  "the localpart of its own user, without '@' and server name"),
-    "namespaces":                             (dict,               True,  "an object with users, aliases and rooms"),
-    "rate_limited":                           (bool,               False, "true or false"),
-    "protocols":                              ((list, type(None)), False, "a list of texts"),
-    "receive_ephemeral":                      (bool,               False, "true or false"),
-    "de.sorunome.msc2409.push_ephemeral":     (bool,               False, "true or false"),
-    "push_ephemeral":                         (bool,               False, "true or false"),
-    "org.matrix.msc3202":                     (bool,               False, "true or false"),
-    "io.element.msc4190":                     (bool,               False, "true or false"),
-    "uris":                                   (dict,               False, "an object with users and aliases"),
-    "asbridge.sample":                        (dict,               False, '{"irc_port": 6667}'),
-}
-KNOWN_KEYS = (*REGISTRATION_KEYS, *(f"namespaces.{kind}" for kind in KINDS))
-
-
-class RegistrationReader:
-    """Turns one parsed registration into a Registration and collects everything that is wrong with it."""
-
-    def __init__(self, data: Any, where: str) -> None:
-        self.where, self.findings = where, []  # type: ignore[var-annotated]
-        self.rest: list[Namespace] = []                      # what can be read of one that can't be used
-        self.data: JsonObject = data if isinstance(data, dict) else {}
-        if not isinstance(data, dict):
-            self.wrong("", "is not an object", "a registration has the keys " + ", ".join(REGISTRATION_KEYS))
-
-    def wrong(self, key: str, what: str, right: str = "") -> None:
-        self.findings.append(Finding(f"{self.where}: {key}" if key else self.where, what, right))
-
-    def read(self) -> Registration | None:
-        """The registration, or None if anything in `findings` stands against it."""
-        if self.findings:
-            return None
-        for key, (type_, required, right) in REGISTRATION_KEYS.items():
-            if key not in self.data:
-                if required:
-                    self.wrong(key, "is missing", f"write {right}")
-            elif not is_a(self.data[key], type_):
-                shown = "is no text" if key.endswith("_token") else f"is {quoted(self.data[key])}"
-                self.wrong(key, shown, f"write {right}")
-        self._check_words()
-        namespaces = {kind: self._namespaces(kind) for kind in KINDS}
-        uris, sample = self._uris(), self.data.get("asbridge.sample")
-        port = sample.get("irc_port", 6667) if isinstance(sample, dict) else 0
-        if not is_a(port, int) or not 0 <= port <= 65535:
-            self.wrong("asbridge.sample.irc_port", f"is {quoted(port)}", "write a port from 0 to 65535")
-        if self.findings:
-            self.rest = [one for kind in KINDS for one in namespaces[kind]]
-            return None
-        get = self.data.get
-        return Registration(
-            id=get("id", ""), url=get("url"), as_token=get("as_token", ""), hs_token=get("hs_token", ""),
-            sender_localpart=get("sender_localpart",
-                                 ""), namespaces=namespaces, rate_limited=get("rate_limited", True),
-            protocols=tuple(get("protocols") or ()), receive_ephemeral=get("receive_ephemeral", False),
-            push_ephemeral=get("de.sorunome.msc2409.push_ephemeral", False) or get("push_ephemeral", False),
-            msc3202=get("org.matrix.msc3202", False), uris=uris, sample=sample,
-            unknown=tuple(key for key in (*self.data, *(f"namespaces.{kind}" for kind in self.data["namespaces"]))
-                          if key not in KNOWN_KEYS))
-
-    def _check_words(self) -> None:
-        url, sender = self.data.get("url"), self.data.get("sender_localpart")
-        if isinstance(url, str):
-            if not is_base_url(url):
-                self.wrong("url", f"is {quoted(url)}", f"write {REGISTRATION_KEYS['url'][2]}")
-        if isinstance(sender, str) and (sender[:1] == "@" or not HISTORICAL_LOCALPART.fullmatch(sender) or len(sender) > 200):
-            self.wrong("sender_localpart", f"is {quoted(sender)}",
-                       f"write {REGISTRATION_KEYS['sender_localpart'][2]}; 200 characters at most")
-        for key in ("id", "as_token", "hs_token"):
-            if self.data.get(key) == "":
-                self.wrong(key, "is empty", f"write {REGISTRATION_KEYS[key][2]}")
-            elif key != "id" and isinstance(self.data.get(key), str) and not re.fullmatch(r"[ -~]+", self.data[key]):
-                self.wrong(key, "has characters that no header can carry", "write a long random text of printable ASCII")
-        if self.data.get("as_token") and self.data.get("as_token") == self.data.get("hs_token"):
-            self.wrong("hs_token", "is the same as as_token", "write another long random text")
-        protocols = self.data.get("protocols")
-        if isinstance(protocols, list) and not all(isinstance(protocol, str) for protocol in protocols):
-            self.wrong("protocols", "has an entry that is no text", "write a list of texts")
-
-    def _items(self, data: JsonObject, key: str, path: str) -> list[Any]:
-        value = data.get(key)
-        if value is not None and not isinstance(value, list):
-            self.wrong(path, f"is {quoted(value)}", "write a list")
-        return value if isinstance(value, list) else []
-
-    def _namespaces(self, kind: str) -> tuple[Namespace, ...]:
-        all_kinds = self.data.get("namespaces")
-        found = []
-        if isinstance(all_kinds, dict):
-            for index, entry in enumerate(self._items(all_kinds, kind, f"namespaces.{kind}")):
-                path = f"namespaces.{kind}[{index}]"
-                pattern = self._regex(entry, path)
-                exclusive = entry.get("exclusive") if isinstance(entry, dict) else None
-                if not isinstance(exclusive, bool):
-                    self.wrong(f"{path}.exclusive",
-                               "is missing" if exclusive is None else f"is {quoted(exclusive)}, neither true nor false",
-                               "write true to keep everybody else out, false to share")
-                elif pattern:
-                    found.append(Namespace(kind, index, entry["regex"], exclusive, pattern))
-        return tuple(found)
-
-    def _regex(self, entry: Any, path: str) -> re.Pattern[str] | None:
-        regex = entry.get("regex") if isinstance(entry, dict) else None
-        if not isinstance(regex, str):
-            self.wrong(f"{path}.regex", "is missing or no text", "write a POSIX extended regex such as "
-                       "'@irc_.*:example\\.org'")
-            return None
-        try:
-            pattern = compile_regex(regex)
-            uri = path.startswith("uris")
-            cost = cost_of(pattern, uri) if uri or DESERVES_A_LOOK.search(regex) else Cost("harmless")
-            if cost.verdict == "exponential":
-                self.wrong(f"{path}.regex", f"'{shorten(regex)}' can take for ever: {cost.reason}",
-                           "let there be one way only to match a text: write [a-z_]* for ([a-z]*_*)*")
-            return pattern
-        except re.error as error:
-            self.wrong(f"{path}.regex", f"{shorten(regex)!r} is not a regex: {error}",
-                       "write one of Python's, or a POSIX extended one")
-            return None
-
-    def _uris(self) -> tuple[UriRule, ...]:
-        uris = self.data.get("uris")
-        found = []
-        for kind, key in (("users", "user_id"), ("aliases", "alias")):
-            entries = self._items(uris, kind, f"uris.{kind}") if isinstance(uris, dict) else []
-            for index, entry in enumerate(entries):
-                path = f"uris.{kind}[{index}]"
-                pattern = self._regex(entry, path)
-                template = entry.get(key) if isinstance(entry, dict) else None
-                if pattern and self._fits(template, pattern):
-                    found.append(UriRule(kind, pattern, str(template)))
-                elif pattern:
-                    self.wrong(f"{path}.{key}", f"is {quoted(template)}",
-                               "write an ID with the regex's named groups and server_name in braces: "
-                               f"{KINDS[kind]}irc_{{nick}}:{{server_name}}")
-        return tuple(found)
-
-    @staticmethod
-    def _fits(template: object, pattern: re.Pattern[str]) -> bool:
-        try:
-            parts = [part[1:] for part in string.Formatter().parse(str(template)) if part[1] is not None]
-        except ValueError:
-            return False
-        plain = all(not format and not conversion for _, format, conversion in parts)
-        known = {part[0] for part in parts} <= {*pattern.groupindex, "server_name"}
-        return isinstance(template, str) and plain and known and "server_name" not in pattern.groupindex
-
-
-def is_base_url(url: str) -> bool:
-    """Whether an application service can be called there: http or https, a host, perhaps a port and a path."""
-    try:
-        parts = urllib.parse.urlsplit(url)
-        return (parts.scheme in ("http", "https") and bool(parts.hostname) and not parts.query and not parts.fragment
-                and (parts.port is None or parts.port >= 0) and not CONTROLS.search(url))
-    except ValueError:                                       # the port is none, or a bracket is open
-        return False
-
-
-def parse_registration(text: str) -> Any:
-    """The plain value of a registration file, JSON or YAML; ValueError says where it is neither."""
-    try:
-        is_json = text.lstrip("\ufeff \r\n\t").startswith("{")
-        value = json.loads(text.lstrip("\ufeff")) if is_json else Yaml(text).read()
-        to_json(value).encode("utf-8")                       # neither NaN nor half a character
-        return value
-    except RecursionError:
-        raise ValueError("it is nested too deeply") from None
-
-
-def read_registration(data: Any, where: str) -> Registration:
-    """A registration from its plain value; ConfigError with everything that is wrong with it."""
-    reader = RegistrationReader(data, where)
-    registration = reader.read()
-    if registration is None:
-        raise ConfigError(reader.findings, reader.rest)
-    return registration
-
-
-def load_file(path: str) -> Any:
-    """The plain value of a JSON or YAML file; ConfigError."""
-    try:
-        with open(path, encoding="utf-8") as file:
-            return parse_registration(file.read())
-    except OSError as error:
-        raise ConfigError([Finding(path, f"can't be read: {error.strerror}", "name a file that can be read")]) from None
-    except ValueError as error:
-        raise ConfigError([Finding(path, f"is neither JSON nor plain YAML: {error}", "see the README, Registration")]) from None
-
-
-def load_registration(path: str) -> Registration:
-    """The registration in a file, JSON or YAML; ConfigError with everything that is wrong with it."""
-    return read_registration(load_file(path), path)
-
-
-class Registrations:
-    """All registrations of a homeserver, and the questions about them.
-
-    What an ID matches is remembered (bounded), so that a busy ID costs no regex, whatever the number of registrations.
-    """
-
-    def __init__(self, server_name: str, registrations: Sequence[Registration] = ()) -> None:
-        self.server_name = server_name
-        self.by_id = {registration.id: registration for registration in registrations}
-        self._by_token = {hashlib.sha256(r.as_token.encode()).digest(): r for r in registrations}
-        self._hs_tokens = {hashlib.sha256(r.hs_token.encode()).digest(): r for r in registrations}
-        self.known = functools.lru_cache(maxsize=100_000)(self._claims)
-
-    def __iter__(self) -> Iterator[Registration]:
-        return iter(self.by_id.values())
-
-    def of_as_token(self, token_digest: bytes) -> Registration | None:
-        return self._by_token.get(token_digest)
-
-    def of_hs_token(self, token_digest: bytes) -> Registration | None:
-        return self._hs_tokens.get(token_digest)
-
-    def claims(self, kind: str, id: str) -> tuple[Claim, ...]:
-        """Every application service that has to do with this ID, each with its first reason. Only local users count, and only
-        what is short enough to be an ID.
-        """
-        return self.known(kind, id) if len(id) <= MAX_ID_BYTES else ()
-
-    def _claims(self, kind: str, id: str) -> tuple[Claim, ...]:
-        if kind == "users" and server_of(id) != self.server_name:
-            return ()
-        found = []
-        for registration in self.by_id.values():
-            if kind == "users" and id == registration.sender(self.server_name):
-                found.append(Claim(registration, id, None))
-                continue
-            for namespace in sorted(registration.namespaces[kind], key=lambda n: not n.exclusive):
-                if namespace.pattern.match(id):
-                    found.append(Claim(registration, id, namespace))
-                    break
-        return tuple(found)
-
-    def claim_of(self, registration: Registration, kind: str, id: str) -> Claim | None:
-        return next((claim for claim in self.claims(kind, id) if claim.registration is registration), None)
-
-    def owner(self, kind: str, id: str, other_than: Registration | None = None) -> Claim | None:
-        """The exclusive claim on this ID, if somebody (else) has one."""
-        return next((claim for claim in self.claims(kind, id)
-                     if claim.exclusive and claim.registration is not other_than), None)
-
-    def check_may_create(self, kind: str, id: str, by: Registration | None) -> None:
-        """M_EXCLUSIVE if a person (by=None) or an application service may not create or delete this ID."""
-        owner = self.owner(kind, id, by)
-        if owner:
-            why = f"{owner.namespace} claims it exclusively" if owner.namespace else "it is its sender_localpart user"
-            raise MatrixError("M_EXCLUSIVE",
-                              f"{id} is reserved by the application service {owner.registration.id!r}: {why}")
-        if by:
-            self.check_claims(by, kind, id, "M_EXCLUSIVE")
-
-    def check_claims(self, registration: Registration, kind: str, id: str, errcode: str) -> None:
-        """Raises `errcode` if the ID is in none of the application service's namespaces."""
-        if not self.claim_of(registration, kind, id):
-            raise MatrixError(errcode, f"{shorten(id)} is outside the namespaces of the application service "
-                              f"{registration.id!r}: its regexes for {kind} are {registration.regexes(kind)}, matched "
-                              "from the start of the whole ID" + f" of users of {self.server_name}" * (kind == "users"))
-
-    def map_uri(self, kind: str, uri: str) -> str | None:
-        """The user ID or alias that a URI stands for (2016 text, URI mapping), or None."""
-        for registration in self:
-            for rule in registration.uris:
-                if rule.kind == kind and (id := rule.apply(uri, self.server_name)):
-                    return id if self._is_own(registration, kind, id) else None
-        return None
-
-    def explain(self, id: str) -> JsonObject:
-        """Who claims an ID or maps a URI, and why: each namespace with what it decides (README, The inspector's API)."""
-        kind = next((kind for kind, sigil in KINDS.items() if id[:1] == sigil), "uris" if is_uri(id) else None)
-        if kind is None or (kind != "uris" and len(id) > MAX_ID_BYTES):
-            example = f"@{id}:{self.server_name} would be a user ID" if kind is None else f"{MAX_ID_BYTES} bytes at most"
-            raise MatrixError("M_INVALID_PARAM", f"{shorten(id)!r} is no user ID (@…), alias (#…), room ID (!…) or URI (irc://…); "
-                              f"{shorten(example, 150)}")
-        told: JsonObject = {"id": id, "kind": {"users": "user", "aliases": "alias", "rooms": "room", "uris": "uri"}[kind],
-                            "appservices": [], "owner": None, "may_create": [], "query": [], "uris": [], "maps_to": None}
-        if kind == "uris":
-            return {**told, **self._explain_uri(id), "local": True}
-        told["local"] = kind == "rooms" or server_of(id) == self.server_name
-        told["appservices"] = [self._explain_claim(registration, kind, id) for registration in self]
-        owner = self.owner(kind, id)
-        if owner:
-            told["owner"] = {"appservice": owner.registration.id, "reason": str(owner)}
-        told["may_create"] = self._creators(kind, id) if told["local"] and kind != "rooms" else []
-        told["query"] = [{"appservice": claim.registration.id, "request": f"GET {query_path(kind, id)}"}
-                         for claim in self.claims(kind, id) if claim.namespace and claim.registration.url and kind != "rooms"]
-        return told
-
-    def rule(self, registration: Registration, rule: str, kind: str, id: str) -> JsonObject:
-        """One rule of interest: whether this ID makes events interesting to the application service, or what is nearest to that."""
-        claim = self.claim_of(registration, kind, id)
-        told: JsonObject = {"rule": rule, "id": id, "matches": claim is not None, "namespace": None, "miss": None}
-        if claim:
-            return {**told, "namespace": str(claim.namespace) if claim.namespace else "its sender_localpart user"}
-        if kind == "users" and server_of(id) != self.server_name:
-            return {**told, "miss": f"is not a user of {self.server_name}; only those count"}
-        misses = [(*nearest_miss(one.regex, id), one) for one in registration.namespaces[kind]]
-        if not misses:
-            return {**told, "miss": f"can't match, for the registration has no regex for {kind}"}
-        _, miss, nearest = max(misses, key=lambda one: one[0])
-        return {**told, "namespace": str(nearest), "miss": miss}
-
-    def _explain_claim(self, registration: Registration, kind: str, id: str) -> JsonObject:
-        claim = self.claim_of(registration, kind, id)
-        return {"id": registration.id, "matches": claim is not None, "exclusive": bool(claim and claim.exclusive),
-                "reason": str(claim) if claim else None,
-                "namespaces": [namespace.explain(id) for namespace in registration.namespaces[kind]]}
-
-    def _creators(self, kind: str, id: str) -> list[str]:
-        """Who may: "people", and application services."""
-        def may(by: Registration | None) -> bool:
-            with contextlib.suppress(MatrixError):
-                self.check_may_create(kind, id, by)
-                return True
-            return False
-        people = ["people"] if may(None) and (kind != "users" or STRICT_LOCALPART.fullmatch(localpart_of(id))) else []
-        return people + [registration.id for registration in self if may(registration)]
-
-    def _explain_uri(self, uri: str) -> JsonObject:
-        rules = [{"appservice": registration.id, "kind": rule.kind, "regex": rule.pattern.pattern,
-                  "maps_to": rule.apply(uri, self.server_name)} for registration in self for rule in registration.uris]
-        return {"uris": rules, "maps_to": self.map_uri("users", uri) or self.map_uri("aliases", uri)}
-
-    def _is_own(self, registration: Registration, kind: str, id: str) -> bool:
-        with contextlib.suppress(MatrixError):
-            check_id(KINDS[kind], id, self.server_name)
-            return self.claim_of(registration, kind, id) is not None
-        return False
-
-
-def check_together(registrations: Sequence[tuple[str, Registration]]) -> list[Finding]:
-    """What is wrong between registrations: each is given with where it stands."""
-    findings, seen = [], dict[tuple[str, str], str]()
-    holders = dict[tuple[str, str], list[str]]()             # of a token, by which it is, in the order of the registrations
-    for where, registration in registrations:
-        for key in ("as_token", "hs_token"):
-            holders.setdefault((key, getattr(registration, key)), []).append(where)
-    for where, registration in registrations:
-        for key in ("id", "as_token"):
-            value = getattr(registration, key)
-            other = seen.setdefault((key, value), where)
-            if other is not where:
-                findings.append(Finding(f"{where}: {key}", f"is already that of {other}",
-                                        f"every {key} must be unique"))
-        for key, twin in (("as_token", "hs_token"), ("hs_token", "as_token")):
-            findings += [Finding(f"{where}: {key}", f"is the {twin} of {other}", "tokens must differ from each other")
-                         for other in holders.get((twin, getattr(registration, key)), ()) if other is not where]
-    return findings
-
-
-class Audience:
-    """Which application services hear a room, and because of whom: its joined members, its aliases, its ID.
-
-    Kept with the room and changed by the few events that change it, so that a message costs no regex.
-    """
-
-    def __init__(self, registrations: Registrations, room_id: str, members: Iterable[str],
-                 aliases: Iterable[str]) -> None:
-        self.registrations = registrations
-        self.why: dict[str, dict[str, Claim]] = {}           # application service's ID → ID in the room → claim
-        self.add("rooms", room_id)
-        for user_id in members:
-            self.add("users", user_id)
-        for alias in aliases:
-            self.add("aliases", alias)
-
-    def add(self, kind: str, id: str) -> None:
-        for claim in self.registrations.claims(kind, id):
-            self.why.setdefault(claim.registration.id, {})[id] = claim
-
-    def remove(self, kind: str, id: str) -> None:
-        for claim in self.registrations.claims(kind, id):
-            held = self.why.get(claim.registration.id, {})
-            held.pop(id, None)
-            if not held:
-                self.why.pop(claim.registration.id, None)
-
-    def interested(self, sender: str, target: str | None) -> dict[str, str]:
-        """Application services that get an event, each with the reason: its sender, the target of a
-        membership, the room.
-        """
-        found: dict[str, str] = {}
-        for part, user_id in (("sender", sender), ("target", target)):
-            for claim in self.registrations.claims("users", user_id) if user_id else ():
-                found.setdefault(claim.registration.id, f"{part} {claim}")
-        for id, claims in self.why.items():
-            if id not in found:
-                claim = next(iter(claims.values()))
-                part = {"@": "member", "#": "alias", "!": "room"}[claim.id[0]]
-                found[id] = f"{part} {claim}"
-        return found
-
-
-# -- The doctor: what can be used, and is not what was meant.
+# -- The doctor: what can be used, and is not what was meant. To be skipped at first reading.
 
 ID_FORMS = {                                                 # all IDs on a server; those of them that one meets
     "users":   (r"@[!-9;-~]+:(?:%s)", r"@[a-z0-9._=/+-]+:(?:%s)"),
@@ -2374,89 +2350,90 @@ def ids_of(kind: str, servers: str, usual: bool = False) -> Tree:
     return chain(BEFORE, tree_of(re.compile(ID_FORMS[kind][usual].replace("%s", servers))), BEHIND)
 
 
-def shared_id(server_name: str, *namespaces: Namespace) -> str | None:
-    """An ID that namespaces of one kind all claim; None if there is none, or if their regexes can't be analysed."""
+def shared_id(ids: Tree, *namespaces: Namespace) -> str | None:
+    """One of these IDs that all the namespaces claim; None if there is none, or if their regexes can't be analysed."""
     with contextlib.suppress(NotAnalysable):
-        id = common(ids_of(namespaces[0].kind, re.escape(server_name)),
-                    *(chain(BEFORE, tree_of(one.pattern), ANYTHING) for one in namespaces))
+        id = common(ids, *(chain(BEFORE, tree_of(one.pattern), ANYTHING) for one in namespaces))
         return id if id and all(one.pattern.match(id) for one in namespaces) else None
     return None
 
 
+Checks = Iterator[tuple[str, JsonObject]]                    # names of complaints, each with the words that go into it
+
+
 class NamespaceDoctor:
-    """Examines one entry of `namespaces`. A check yields names of complaints, each with the words that go into it."""
+    """Examines one entry of `namespaces`."""
 
     def __init__(self, namespace: Namespace, server_name: str, where: str = "") -> None:
         self.namespace, self.kind, self.regex, self.pattern = namespace, namespace.kind, namespace.regex, namespace.pattern
-        self.sigil, self.server, self.escaped = KINDS[self.kind], server_name, re.sub(r"([.\[\]])", r"\\\1", server_name)
         self.where = f"{where}namespaces.{self.kind}[{namespace.index}].regex"
-        self.prefix, self.with_sigil = f"{self.sigil}irc_.*:{self.escaped}", re.sub(r"^\^?(?:\\?[@#!])?", self.sigil, self.regex)
-
-    def findings(self, checks: Iterable[tuple[str, JsonObject]]) -> list[Finding]:
-        return [complaint(name, self.where, **{
-            "regex": self.regex, "noun": NOUNS[self.kind], "sigil": self.sigil, "server": self.server, "reason": self.cost.reason,
-            "better": self.prefix, **words}) for name, words in checks]
-
-    @functools.cached_property
-    def cost(self) -> Cost:
-        return cost_of(self.pattern)
-
-    def slow(self) -> Iterator[tuple[str, JsonObject]]:
-        """Whether a match can take long, or nobody can tell."""
-        if DESERVES_A_LOOK.search(self.regex) and self.cost.verdict in ("heavy", "not analysable"):
-            yield self.cost.verdict, {}
+        self.cost = glance_at_cost(self.pattern)
+        self.sigil = KINDS[self.kind]
+        self.server_name, self.server = server_name, re.sub(r"([.\[\]])", r"\\\1", server_name)      # the second as a regex
+        self.usual = f"{self.sigil}irc_.*:{self.server}"     # to be written where nothing better is known
+        self.with_sigil = re.sub(r"^\^?(?:\\?[@#!])?", self.sigil, self.regex)
+        self.grouped = f"(?:{self.regex})" if "|" in self.regex else self.regex     # so that what is behind it is for all of it
+        self.words = {"regex": self.regex, "noun": NOUNS[self.kind], "sigil": self.sigil, "server": server_name,
+                      "reason": self.cost.reason, "better": self.usual}
 
     @functools.cached_property
     def everybody(self) -> bool:
-        return all(self.pattern.match(f"{self.sigil}{name}:{self.server}") for name in ("alice", "x.7", "_-z", "0"))
+        return all(self.pattern.match(f"{self.sigil}{name}:{self.server_name}") for name in ("alice", "x.7", "_-z", "0"))
 
-    def greedy(self) -> Iterator[tuple[str, JsonObject]]:
-        """Whether it leaves nothing to anybody else."""
-        if self.regex and self.everybody and self.namespace.exclusive and self.kind != "rooms":
-            yield "everybody", {}
+    def findings(self, checks: Iterable[tuple[str, JsonObject]]) -> list[Finding]:
+        return [complaint(name, self.where, **{**self.words, **words}) for name, words in checks]
 
-    def examine(self) -> Iterator[tuple[str, JsonObject]]:
+    def examine(self) -> Checks:
         if self.kind == "rooms" and self.namespace.exclusive:
             yield "exclusive rooms", {}
         if self.cost.verdict == "exponential":
             return                                           # the reader has said so
-        yield from self.slow()
-        never = list(self.never())
-        yield from self.greedy()
+        yield from self.at_once()
         if not self.regex:
             yield "empty", {}
         elif not self.everybody:
-            yield from never or (*self._spelling(), *self._read_differently())
+            yield from list(self.never()) or (*self._spelling(), *self._read_differently())
+
+    def at_once(self) -> Checks:
+        """Whether a match can take long, or nobody can tell; whether it leaves nothing to anybody else."""
+        if self.cost.verdict in ("heavy", "not analysable"):
+            yield self.cost.verdict, {}
+        if self.regex and self.everybody and self.namespace.exclusive and self.kind != "rooms":
+            yield "everybody", {}
 
     def match(self, servers: str, regex: re.Pattern[str] | None = None, usual: bool = False) -> str | None:
         """An ID on these servers that it, or another regex, matches from the start."""
         return common(ids_of(self.kind, servers, usual), chain(BEFORE, tree_of(regex or self.pattern), ANYTHING))
 
-    def never(self) -> Iterator[tuple[str, JsonObject]]:
+    def never(self) -> Checks:
         """Whether it can match no ID at all, or none of this server."""
         with contextlib.suppress(NotAnalysable):
-            if not self.match(self.escaped):
-                tries = (self.with_sigil, self.regex.removesuffix("$"),
-                         re.sub(r":[^:]*?(\$?)$", lambda match: f":{self.escaped}{match[1]}", self.regex))
-                yield "elsewhere" if self.match(r"[\w.:-]+") else "never", {"better": next(filter(self._works, tries), self.prefix)}
+            if not self.match(self.server):
+                better = self._that_works(self.with_sigil, self.regex.removesuffix("$"),
+                                          re.sub(r":[^:]*?(\$?)$", lambda match: f":{self.server}{match[1]}", self.regex))
+                yield "elsewhere" if self.match(r"[\w.:-]+") else "never", {"better": better}
 
-    def _works(self, regex: str) -> bool:
-        with contextlib.suppress(re.error, NotAnalysable):
-            pattern = compile_regex(regex)
-            return cost_of(pattern).verdict != "exponential" and self.match(self.escaped, pattern) is not None
-        return False
+    def _that_works(self, *regexes: str) -> str:
+        """The first that claims IDs of this server and is not exponential, or else the usual one."""
+        for regex in regexes:
+            with contextlib.suppress(re.error, NotAnalysable):
+                pattern = compile_regex(regex)
+                if cost_of(pattern).verdict != "exponential" and self.match(self.server, pattern) is not None:
+                    return regex
+        return self.usual
 
-    def _spelling(self) -> Iterator[tuple[str, JsonObject]]:
+    def _spelling(self) -> Checks:
         plain = PLAIN_DOT.sub(lambda match: r"\." if match[0] == "." else match[0], self.regex)
         if plain != self.regex:
             yield "dot", {"better": plain}
         if self.regex != self.pattern.pattern:
             yield "posix", {"better": self.pattern.pattern}
 
-    def _read_differently(self) -> Iterator[tuple[str, JsonObject]]:
+    def _read_differently(self) -> Checks:
         """Where it matters whether a homeserver looks at the start of an ID, anywhere in it, or at the whole."""
         with contextlib.suppress(NotAnalysable):
-            tree, example, usual = tree_of(self.pattern), self.match(self.escaped, usual=True), ids_of(self.kind, self.escaped, True)
+            tree, usual = tree_of(self.pattern), ids_of(self.kind, self.server, usual=True)
+            example = self.match(self.server, usual=True)
             if self.sigil not in self.regex:
                 yield "no sigil", {"example": example, "better": self.with_sigil}
             within = common(usual, chain(BEFORE, Repeat(OneOf(ALPHABET), 1), tree, ANYTHING))
@@ -2466,20 +2443,15 @@ class NamespaceDoctor:
             if example and not common(usual, chain(BEFORE, tree, BEHIND)):
                 yield "part", {"example": example, "better": self.grouped + ".*"}
 
-    @property
-    def grouped(self) -> str:
-        """So that what is written after it is for all of it."""
-        return f"(?:{self.regex})" if "|" in self.regex else self.regex
-
     def with_server(self) -> str:
-        tries = (f"{self.grouped.removesuffix('$').removesuffix(':.*')}:{self.escaped}",
-                 re.sub(r":(?:\[\^:\]|\.)[*+]$", f":{self.escaped}", self.regex))
-        return next(filter(self._works, tries), self.prefix)
+        return self._that_works(f"{self.grouped.removesuffix('$').removesuffix(':.*')}:{self.server}",
+                                re.sub(r":(?:\[\^:\]|\.)[*+]$", f":{self.server}", self.regex))
 
     def stranger(self) -> str | None:
         """A user or alias of another server that it matches."""
         with contextlib.suppress(NotAnalysable):
-            return self.match("elsewhere", usual=True) if self.regex and self.kind != "rooms" and self.match(self.escaped) else None
+            if self.regex and self.kind != "rooms" and self.match(self.server):
+                return self.match("elsewhere", usual=True)
         return None
 
 
@@ -2489,89 +2461,83 @@ def slow_uri(rule: UriRule, where: str) -> list[Finding]:
 
 
 class Doctor:
-    """Examines registrations that can be used; `findings` has what is not as it should be, or may not be as it is meant."""
+    """Examines registrations that can be used: what is not as it should be, or may not be as it is meant."""
 
     def __init__(self, server_name: str, port: int | None = None) -> None:
-        self.server, self.port = server_name, port
-        self.findings: list[Finding] = []
-
-    def say(self, name: str, where: str, **words: object) -> None:
-        self.findings.append(complaint(name, where, **words))
+        self.server, self.port = server_name, port           # of the homeserver
 
     def examine(self, registrations: Sequence[tuple[str, Registration]],
                 rests: Iterable[tuple[str, Sequence[Namespace]]] = ()) -> list[Finding]:
-        """All findings; each registration is given with where it stands, and so are namespaces of which no more could be read."""
+        """Each registration is given with where it stands, and so are namespaces of which no more could be read."""
+        found: list[Finding] = []
         for where, one in registrations:
-            self._keys(where, one)
-            self._url(f"{where}: url", one.url)
-            self._namespaces(where, [namespace for kind in KINDS for namespace in one.namespaces[kind]])
-            self._uris(where, one)
-        for where, namespaces in rests:
-            self._namespaces(where, namespaces)
+            namespaces = [namespace for kind in KINDS for namespace in one.namespaces[kind]]
+            found += (*self._keys(where, one), *self._url(f"{where}: url", one.url),
+                      *self._namespaces(where, namespaces), *self._uris(where, one))
+        for where, rest in rests:
+            found += self._namespaces(where, rest)
         for first, second in itertools.combinations(registrations, 2):
-            self._senders(*first, *second)
-            self._senders(*second, *first)
-            self._overlaps(*first, *second)
-        return self.findings
+            found += (*self._senders(*first, *second), *self._senders(*second, *first), *self._overlaps(*first, *second))
+        return found
 
-    def _keys(self, where: str, one: Registration) -> None:
+    def _keys(self, where: str, one: Registration) -> Iterator[Finding]:
         for key in ("as_token", "hs_token"):
             token = getattr(one, key)
             if EXAMPLE_TOKEN.search(token):
-                self.say("token", f"{where}: {key}", looks="looks like an example")
+                yield complaint("token", f"{where}: {key}", looks="looks like an example")
             elif len(token) < SHORT_TOKEN:
-                self.say("token", f"{where}: {key}", looks=f"has {len(token)} characters only")
+                yield complaint("token", f"{where}: {key}", looks=f"has {len(token)} characters only")
         for key in one.unknown:
-            self.say("unknown", f"{where}: {key}", better=nearest(key, KNOWN_KEYS))
+            yield complaint("unknown", f"{where}: {key}", better=nearest(key, KNOWN_KEYS))
 
-    def _url(self, where: str, url: str | None) -> None:
+    def _url(self, where: str, url: str | None) -> Iterator[Finding]:
         parts = urllib.parse.urlsplit(url or "")
         if parts.hostname in ("0.0.0.0", "::"):
-            self.say("any address", where, url=url, better=parts._replace(netloc=f"127.0.0.1:{parts.port or 80}").geturl())
+            yield complaint("any address", where, url=url, better=parts._replace(netloc=f"127.0.0.1:{parts.port or 80}").geturl())
         if "/_matrix" in parts.path:
-            self.say("path", where, url=url, better=str(url).partition("/_matrix")[0])
+            yield complaint("path", where, url=url, better=str(url).partition("/_matrix")[0])
         if self.port and parts.port == self.port and parts.hostname in ("localhost", "127.0.0.1", "0.0.0.0", "::1", "::"):
-            self.say("own port", where, url=url)
+            yield complaint("own port", where, url=url)
 
-    def _namespaces(self, where: str, namespaces: Sequence[Namespace]) -> None:
+    def _namespaces(self, where: str, namespaces: Sequence[Namespace]) -> Iterator[Finding]:
         strangers = []                                       # one finding for all of them, for most regexes match some
         for at, one in enumerate(namespaces):
             doctor = NamespaceDoctor(one, self.server, f"{where}: ")
             checks = list(doctor.examine())
-            self.findings += doctor.findings(checks)
+            yield from doctor.findings(checks)
             if any((one.kind, one.regex) == (other.kind, other.regex) for other in namespaces[:at]):
-                self.say("twice", doctor.where, regex=one.regex)
+                yield complaint("twice", doctor.where, regex=one.regex)
             elif "part" not in dict(checks) and (example := doctor.stranger()):
                 strangers.append((doctor, example))
         if strangers:
             (doctor, example), *others = strangers
-            self.say("open", doctor.where, regex=doctor.regex, example=example,
-                     more="".join([f"; neither does '{other.regex}'" for other, _ in others]),
-                     better=doctor.with_server())
+            yield complaint("open", doctor.where, regex=doctor.regex, example=example, better=doctor.with_server(),
+                            more="".join([f"; neither does '{other.regex}'" for other, _ in others]))
 
-    def _uris(self, where: str, one: Registration) -> None:
+    def _uris(self, where: str, one: Registration) -> Iterator[Finding]:
         for rule in one.uris:
             path = f"{where}: uris.{rule.kind}: '{rule.pattern.pattern}'"
-            self.findings += slow_uri(rule, path)
+            yield from slow_uri(rule, path)
             with contextlib.suppress(NotAnalysable):
                 uri = common(chain(BEFORE, tree_of(rule.pattern), BEHIND))
                 id = uri and rule.apply(uri, self.server)
-                if id and not Registrations(self.server, [one])._is_own(one, rule.kind, id):
-                    self.say("uri", path, id=id, uri=uri, regexes=one.regexes(rule.kind))
+                if id and not Registrations(self.server, [one]).is_own(one, rule.kind, id):
+                    yield complaint("uri", path, id=id, uri=uri, regexes=one.regexes(rule.kind))
 
-    def _senders(self, where: str, one: Registration, other_where: str, other: Registration) -> None:
+    def _senders(self, where: str, one: Registration, other_where: str, other: Registration) -> Iterator[Finding]:
         id = one.sender(self.server)
         owner = next((one for one in other.namespaces["users"] if one.exclusive and one.pattern.match(id)), None)
         if owner and id != other.sender(self.server):
-            self.say("taken sender", f"{where}: sender_localpart", id=id, theirs=f"{owner} of {other_where}")
+            yield complaint("taken sender", f"{where}: sender_localpart", id=id, theirs=f"{owner} of {other_where}")
 
-    def _overlaps(self, where: str, one: Registration, other_where: str, other: Registration) -> None:
+    def _overlaps(self, where: str, one: Registration, other_where: str, other: Registration) -> Iterator[Finding]:
         if one.sender_localpart == other.sender_localpart:
-            self.say("same sender", f"{other_where}: sender_localpart", sender=one.sender_localpart, other=where)
+            yield complaint("same sender", f"{other_where}: sender_localpart", sender=one.sender_localpart, other=where)
         for kind in ("users", "aliases"):
+            ids = ids_of(kind, re.escape(self.server))
             for mine, theirs in itertools.product(one.namespaces[kind], other.namespaces[kind]):
-                if mine.exclusive and theirs.exclusive and (id := shared_id(self.server, mine, theirs)):
-                    self.say("overlap", f"{where}: namespaces", mine=mine, example=id, theirs=f"{theirs} of {other_where}")
+                if mine.exclusive and theirs.exclusive and (id := shared_id(ids, mine, theirs)):
+                    yield complaint("overlap", f"{where}: namespaces", mine=mine, example=id, theirs=f"{theirs} of {other_where}")
 
 
 def said_at_start(registration: Registration, server_name: str, thorough: bool) -> list[Finding]:
@@ -2579,8 +2545,8 @@ def said_at_start(registration: Registration, server_name: str, thorough: bool) 
     time to find out, what can never match.
     """
     doctors = [NamespaceDoctor(one, server_name) for kind in KINDS for one in registration.namespaces[kind]]
-    found = [finding for doctor in doctors for finding in doctor.findings(
-        (*doctor.slow(), *doctor.greedy(), *(doctor.never() if thorough else ())))]
+    found = [finding for doctor in doctors
+             for finding in doctor.findings((*doctor.at_once(), *(doctor.never() if thorough else ())))]
     return found + [finding for rule in registration.uris for finding in slow_uri(rule, f"uris.{rule.kind}")]
 
 
@@ -9589,8 +9555,8 @@ class Inspector:
     # -- why
 
     def explain(self, id: str) -> JsonObject:
-        """What Registrations.explain() says, and whether the ID exists."""
-        told = self.world.registrations.explain(id)
+        """What explain() says, and whether the ID exists."""
+        told = explain(self.world.registrations, id)
         with self.world.store.read() as reader:
             return explained(told, reader)
 
@@ -9616,7 +9582,7 @@ class Inspector:
     def _rules(self, reader: Reader, registration: Registration, room: RoomRow, event: Event) -> list[JsonObject]:
         """Each rule of interest: sender, target, then the room's members just before the event, its aliases, its ID."""
         def rule(name: str, kind: str, id: str) -> JsonObject:
-            return self.world.registrations.rule(registration, name, kind, id)
+            return explain_rule(self.world.registrations, registration, name, kind, id)
         target = event.state_key if event.type == "m.room.member" else None
         state = reader.state_at(room.n, event.tick - 1, type="m.room.member")
         known = [(one.content.get("membership"), one.state_key or "") for one in state]
@@ -9685,7 +9651,7 @@ class Inspector:
 
 
 def explained(told: JsonObject, reader: Reader | None) -> JsonObject:
-    """Adds to what Registrations.explain() says whether the ID exists (None: that can't be seen), and all of it in sentences."""
+    """Adds to what explain() says whether the ID exists (None: that can't be seen), and all of it in sentences."""
     id = told["maps_to"] if told["kind"] == "uri" else told["id"]
     look = {"@": Reader.user, "#": Reader.alias, "!": Reader.room_row}.get((id or "")[:1])
     told["exists"] = bool(look(reader, id)) if reader and look else None
@@ -9764,10 +9730,8 @@ def nobody(namespace: Namespace, server_name: str) -> str | None:
     tag = secrets.token_hex(4)
     for word in (f"asbridge-nobody-{tag}", f"asbridge_nobody_{tag}", f"asbridgenobody{tag}", f"9{secrets.randbelow(10**17):017}"):
         strange = re.compile(f"{KINDS[namespace.kind]}[a-z0-9._=/+-]*{word}[a-z0-9._=/+-]*:{re.escape(server_name)}")
-        with contextlib.suppress(NotAnalysable):
-            id = common(chain(BEFORE, tree_of(strange), BEHIND), chain(BEFORE, tree_of(namespace.pattern), ANYTHING))
-            if id and namespace.pattern.match(id):
-                return id
+        if id := shared_id(chain(BEFORE, tree_of(strange), BEHIND), namespace):
+            return id
     return None
 
 
@@ -13164,7 +13128,7 @@ class Homeserver:
         """
         fresh = {registration.id: registration for registration in self.reread()}
         before = {registration.id: registration for registration in self.config.registrations}
-        same = {id for id in fresh if id in before and fresh[id].is_like(before[id])}
+        same = {id for id in fresh if id in before and vars(fresh[id]) == vars(before[id])}   # the files say the same
         changes = [f"added {id!r}" for id in fresh if id not in before] + [f"removed {id!r}" for id in before if id not in fresh]
         changes += [f"changed {id!r}" for id in fresh if id in before and id not in same]
         running = self.world.registrations.by_id
@@ -13412,7 +13376,7 @@ def run_explain(args: argparse.Namespace) -> int:
     """By the registrations, and by the database if there is one; it is only read."""
     config = config_of(args)
     try:
-        told, reader = Registrations(config.server_name, config.registrations).explain(args.id), None
+        told, reader = explain(Registrations(config.server_name, config.registrations), args.id), None
         with legible(config.database), contextlib.ExitStack() as then:
             if os.path.exists(config.database):
                 reader = Reader(then.enter_context(contextlib.closing(open_sqlite(config.database, read_only=True))))
