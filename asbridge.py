@@ -259,6 +259,11 @@ def cut_path(path: str) -> str:
     return TOKEN_IN_URL.sub(r"\1…", shorten(path, 2000))
 
 
+def counted(n: int, word: str) -> str:
+    """As in "1 event" and "2 events"."""
+    return f"{n} {word}" + "s" * (n != 1)
+
+
 def quoted(value: object) -> str:
     """The same as JSON, so that 1 and "1" can be told apart."""
     return shorten(json.dumps(value, ensure_ascii=False))
@@ -1267,7 +1272,9 @@ class Namespace:
 
 @dataclass(frozen=True)
 class UriRule:
-    """One entry of our own key `uris`: a URI that matches as a whole becomes the ID in `template`."""
+    """One entry of our own key `uris`: a URI that matches as a whole becomes the ID in `template` (2016 text, URI mapping). The
+    homeserver is asked for it, so that no client need know by what rule a bridge names its ghosts.
+    """
     kind: str                                                # "users" or "aliases"
     pattern: re.Pattern[str]
     template: str                                            # with named groups of the regex: "@_irc_{nick}:{server_name}"
@@ -1335,7 +1342,7 @@ class Claim:
         return f"{self.id} matches {self.namespace.kind}[{self.namespace.index}]"
 
 
-# -- Whose is it? Decides who owns an ID, who may create it or act as it, who hears of a room, and which ID a URI stands for.
+# -- Whose is it? Decides who owns an ID, who may create it or act as it, who is interested in a room, and which ID a URI stands for.
 
 class Registrations:
     """All registrations of a homeserver, and the questions about them.
@@ -1348,7 +1355,7 @@ class Registrations:
         self.by_id = {one.id: one for one in registrations}
         self._by_as_token = {hashlib.sha256(one.as_token.encode()).digest(): one for one in registrations}
         self._by_hs_token = {hashlib.sha256(one.hs_token.encode()).digest(): one for one in registrations}
-        self.known = functools.lru_cache(maxsize=100_000)(self._claims)      # what is remembered
+        self._known = functools.lru_cache(maxsize=100_000)(self._claims)      # what is remembered
 
     def __iter__(self) -> Iterator[Registration]:
         return iter(self.by_id.values())
@@ -1360,10 +1367,10 @@ class Registrations:
         return self._by_hs_token.get(token_digest)
 
     def claims(self, kind: str, id: str) -> tuple[Claim, ...]:
-        """Every application service that has to do with this ID, each with its first reason. Only local users count, and only
-        what is short enough to be an ID.
+        """Every application service that claims this ID, each with one reason: an exclusive regex before a shared one, for who has
+        both owns the ID. Only local users count, and only what is short enough to be an ID.
         """
-        return self.known(kind, id) if len(id) <= MAX_ID_BYTES else ()
+        return self._known(kind, id) if len(id) <= MAX_ID_BYTES else ()
 
     def _claims(self, kind: str, id: str) -> tuple[Claim, ...]:
         if kind == "users" and server_of(id) != self.server_name:
@@ -1420,7 +1427,7 @@ class Registrations:
 
 
 class Audience:
-    """Which application services hear a room, and because of whom: its joined members, its aliases, its ID.
+    """Which application services are interested in a room, and because of what: a joined member, an alias, its ID (Registration).
 
     Kept with the room and changed by the few events that change it, so that a message costs no regex.
     """
@@ -1447,8 +1454,8 @@ class Audience:
                 self.why.pop(claim.registration.id, None)
 
     def interested(self, sender: str, target: str | None) -> dict[str, str]:
-        """Application services that get an event, each with the reason: its sender, the target of a
-        membership, the room.
+        """Application services that are interested in an event, each with the reason: they claim its sender, the target of a
+        membership, or something that makes them interested in the room. Whether the claim is exclusive makes no difference.
         """
         found: dict[str, str] = {}
         for part, user_id in (("sender", sender), ("target", target)):
@@ -7464,9 +7471,9 @@ class Worker:
 
     def _warn(self, transaction: Transaction, failure: Answer | BaseException) -> None:
         if not (self._stopped or self.world.stopping) and self.transaction is transaction:
-            log.warning("application service %s: transaction %d (%d events, attempt %d) did not go through: %s; next "
+            log.warning("application service %s: transaction %d (%s, attempt %d) did not go through: %s; next "
                         "attempt in %.1f s",
-                        transaction.appservice, transaction.txn_id, transaction.events, self.failures,
+                        transaction.appservice, transaction.txn_id, counted(transaction.events, "event"), self.failures,
                         advice(self.registration, failure), max(0.0, self.next_attempt - self.world.clock.monotonic()))
 
 
@@ -8055,7 +8062,7 @@ class Exchange:
             return f"{self.method} {path}" + (f" as {printable(self.acts_as)}" if self.acts_as else "")
         first = self.first if self.events else None
         words = [f"{self.method} {path.removeprefix('/_matrix/app/v1/')}"]
-        words += [f"{self.events} event{'s' * (self.events != 1)}"] if self.events is not None else []
+        words += [counted(self.events, "event")] if self.events is not None else []
         words += [printable(f"{first['type']} of {first['sender']}")] if first else []
         return ", ".join(words + ([f"attempt {self.attempt}"] if self.attempt else []))
 
@@ -13176,8 +13183,8 @@ class Homeserver:
         if not worker:
             return f"{count} events for {id!r}, to which nothing is sent"
         failed = [one.failure for one in list(worker.attempts)[-1:] if one.failure]
-        many = f"{count} event{'s' * (count != 1)}"
-        return "; ".join([f"{many} for {id!r}, {worker.state}, after {worker.failures} failed attempts", *failed])
+        tried = f"after {counted(worker.failures, 'failed attempt')}"
+        return "; ".join([f"{counted(count, 'event')} for {id!r}, {worker.state}, {tried}", *failed])
 
     def wait_for(self, timeout: float = 5.0, **wanted: Any) -> JsonObject:
         """The first event of any room, past or to come, with these values: of `type`, `sender`, `state_key`, `room_id`, or of
@@ -13421,7 +13428,7 @@ def report(findings: Sequence[Finding]) -> str:
         lines += [f"    why:   {finding.why}"] * bool(finding.why)
         lines += ["    " + re.sub("^write ", "write: ", finding.right)] * bool(finding.right)
     counts = collections.Counter(finding.level for finding in findings)
-    total = ", ".join(f"{count} {level}" + "s" * (count > 1) for level, count in sorted(counts.items()))
+    total = ", ".join(counted(count, level) for level, count in sorted(counts.items()))
     return "\n".join([*map(printable, lines), total or "nothing to complain of"])
 
 
