@@ -9541,12 +9541,9 @@ ROUTES = [Route(method, PREFIXES.get(path[0], path[0]) + path[1:], auth, handler
 # for a lesson or a test: faults, pause, replay, the clock. And the examiner: does
 # an application service do what the specification asks? All of it is JSON under
 # /_asbridge/ (its own, in no specification), and a page that uses nothing else.
+# Nothing above knows of it.
 
 MAX_MISSES = 20                  # members that don't match, of those that `why` names
-FAULT_KEYS = ("appservice", "fault", "on", "times", "probability", "seed", "delay_ms", "status")
-NOBODY_MAY = "nobody; people take user names of a-z, 0-9 and ._=/+- only"
-LIKE_SECRET = re.compile(r"""((?:token|password|secret)["']?\s*[:=]\s*\[?\s*)"""
-                         r"""(?:"(?:[^"\\]|\\.)*"?|'[^']*'?|[^\s"'&,}\]]+)""", re.I)
 
 
 class Inspector:
@@ -9566,22 +9563,22 @@ class Inspector:
         return {"now": self.world.clock.now(), "wound": self.world.clock.wound}
 
     def _appservice(self, reader: Reader, registration: Registration) -> JsonObject:
-        worker, last = self.delivery.worker(registration.id), reader.last_acknowledged(registration.id)
+        id, last = registration.id, reader.last_acknowledged(registration.id)
         namespaces = {kind: [{"regex": one.regex, "exclusive": one.exclusive} for one in entries]
                       for kind, entries in registration.namespaces.items()}
-        return {"id": registration.id, "url": registration.url, "sender": registration.sender(self.world.name),
-                "namespaces": namespaces, "waiting": reader.count_waiting(registration.id),
+        return {"id": id, "url": registration.url, "sender": registration.sender(self.world.name),
+                "namespaces": namespaces, "waiting": reader.count_waiting(id),
                 "last_acknowledged": {"txn_id": str(last[0]), "ts": last[1]} if last else None,
-                "faults": self.delivery.faults(registration.id).told(), **self._worker(worker)}
+                "faults": self.delivery.faults(id).told(), **self._worker(self.delivery.worker(id))}
 
     def _worker(self, worker: Worker | None) -> JsonObject:
         if worker is None:
             return {"state": "nothing is sent", "failures": 0, **dict.fromkeys(("down_since", "next_attempt", "open", "latency_ms"))}
-        now, opened, left = self.world.clock.now(), worker.transaction, worker.next_attempt - self.world.clock.monotonic()
+        now, frozen, left = self.world.clock.now(), worker.transaction, worker.next_attempt - self.world.clock.monotonic()
         answered = [one.ms for one in list(worker.attempts) if one.status is not None][-1:]
         return {"state": worker.state, "failures": worker.failures, "down_since": worker.down_since,
-                "next_attempt": now + int(left * 1000) if opened and left > 0 else None,
-                "open": {"txn_id": str(opened.txn_id), "events": opened.events} if opened else None,
+                "next_attempt": now + int(left * 1000) if frozen and left > 0 else None,
+                "open": {"txn_id": str(frozen.txn_id), "events": frozen.events} if frozen else None,
                 "latency_ms": answered[0] if answered else None}
 
     # -- what was pushed
@@ -9631,20 +9628,18 @@ class Inspector:
 
     def _rules(self, reader: Reader, registration: Registration, room: RoomRow, event: Event) -> list[JsonObject]:
         """Each rule of interest: sender, target, then the room's members just before the event, its aliases, its ID."""
-        def rule(name: str, kind: str, id: str) -> JsonObject:
-            return self.world.registrations.rule(registration, name, kind, id)
-        target = event.state_key if event.type == "m.room.member" else None
-        state = reader.state_at(room.n, event.tick - 1, type="m.room.member")
-        known = [(one.content.get("membership"), one.state_key or "") for one in state]
-        claimed = {user_id for _, user_id in known if self.world.registrations.claim_of(registration, "users", user_id)}
-        joined = [user_id for membership, user_id in known if membership == "join"]
+        def rules(name: str, kind: str, ids: Iterable[str]) -> list[JsonObject]:
+            return [self.world.registrations.rule(registration, name, kind, id) for id in ids]
+        members = collections.defaultdict[Any, list[str]](list)
+        for one in reader.state_at(room.n, event.tick - 1, type="m.room.member"):
+            claimed = self.world.registrations.claim_of(registration, "users", one.state_key or "") is not None
+            members[one.content.get("membership"), claimed].append(one.state_key or "")
         only = {"matches": False, "miss": "matches, but it is only invited: who has joined counts"}
-        invited = [{**rule("member", "users", user_id), **only}
-                   for membership, user_id in known if membership == "invite" and user_id in claimed]
-        members = [user_id for user_id in joined if user_id in claimed] + [one for one in joined if one not in claimed][:MAX_MISSES]
-        return [rule("sender", "users", event.sender), *([rule("target", "users", target)] if target else []), *invited,
-                *[rule("member", "users", user_id) for user_id in members],
-                *[rule("alias", "aliases", alias) for alias in reader.aliases_of(room.n)], rule("room", "rooms", room.room_id)]
+        return [*rules("sender", "users", [event.sender]),
+                *rules("target", "users", [event.state_key] if event.type == "m.room.member" and event.state_key else []),
+                *[{**rule, **only} for rule in rules("member", "users", members["invite", True])],
+                *rules("member", "users", members["join", True] + members["join", False][:MAX_MISSES]),
+                *rules("alias", "aliases", reader.aliases_of(room.n)), *rules("room", "rooms", [room.room_id])]
 
     @staticmethod
     def _summary(told: JsonObject, registration: Registration, forgotten: bool) -> list[str]:
@@ -9694,10 +9689,16 @@ class Inspector:
 
     def check_person(self, user_id: str) -> Who:
         """A local person to act as; never a ghost, whom only its application service speaks for."""
-        if user_id not in self.people():
-            people = ", ".join(self.people()) or "there are none yet"
-            raise MatrixError("M_NOT_FOUND", f"{shorten(user_id)} is none of the people here: {people}")
+        people = self.people()
+        if user_id not in people:
+            raise MatrixError("M_NOT_FOUND", f"{shorten(user_id)} is none of the people here: "
+                              f"{', '.join(people) or 'there are none yet'}")
         return Who(user_id)
+
+
+# -- Who claims an ID, in sentences.
+
+NOBODY_MAY = "nobody; people take user names of a-z, 0-9 and ._=/+- only"
 
 
 def explained(told: JsonObject, reader: Reader | None) -> JsonObject:
@@ -9738,8 +9739,26 @@ def namespace_summary(id: str, namespace: JsonObject, claimed: bool) -> list[str
         f"{name} would {'not ' * namespace['matches']}match if it {how}" for how in others]
 
 
-def opened(one: Exchange) -> JsonObject:
-    """An exchange with headers and bodies. What must not be seen is cut."""
+# -- Questions of the API that are more than a verb of the Inspector.
+
+LIKE_SECRET = re.compile(r"""((?:token|password|secret)["']?\s*[:=]\s*\[?\s*)"""
+                         r"""(?:"(?:[^"\\]|\\.)*"?|'[^']*'?|[^\s"'&,}\]]+)""", re.I)
+
+
+def inspector(call: Call) -> Inspector:
+    return Inspector(call.api.world, call.api.delivery)
+
+
+def get_exchanges(call: Call) -> Any:
+    now, found = call.api.delivery.wire.since(call.integer("since", 0), call.integer("timeout", 0, 0, 30_000) / 1000)
+    return {"next": now, "exchanges": [one.told() for one in found]}
+
+
+def get_exchange(call: Call) -> Any:
+    """With headers and bodies. What must not be seen is cut."""
+    one = call.api.delivery.wire.find(call.integer("n", 0))
+    if not one:
+        raise MatrixError("M_NOT_FOUND", f"the last {KEPT_EXCHANGES} exchanges are kept; this one is not among them")
     return {**one.told(), "request": {"headers": shown_headers(one.headers), "body": shown_body(one.body),
                                       "cut": len(one.body) == KEPT_BYTES},
             "answer": {"body": shown_body(one.answer), "cut": len(one.answer) == KEPT_BYTES}}
@@ -9759,10 +9778,123 @@ def without_secrets(value: Any) -> Any:
     return [without_secrets(item) for item in value] if isinstance(value, list) else value
 
 
-# -- The bridge examiner.
+def get_transactions(call: Call) -> Any:
+    """New to old. Of their events only what they are."""
+    found = inspector(call).transactions(call.required("appservice"), call.integer("limit", 50, 1, KEPT_TRANSACTIONS))
+    keys = ("event_id", "type", "sender", "room_id", "state_key")
+    return {"transactions": [{**one, "events": [{key: event[key] for key in keys if key in event} for event in one["events"]]}
+                             for one in reversed(found)]}
+
+
+def get_timeline(call: Call) -> Any:
+    return inspector(call).timeline(call.required("room"), call.integer("limit", 50, 1, MAX_PAGE))
+
+
+# -- Levers: people who come and speak, faults, what an application service gets, the clock.
+
+FAULT_KEYS = ("appservice", "fault", "on", "times", "probability", "seed", "delay_ms", "status")
+
+
+def post_people(call: Call) -> Any:
+    return {"user_id": call.api.accounts.add_person(field(call.body, "name", str))["user_id"]}
+
+
+def as_client(call: Call, who: Who, method: str, path: str, content: JsonObject, verb: Callable[[], JsonObject]) -> JsonObject:
+    """Does what the person's client would ask for with this request; so it looks on the wire."""
+    wire, began = call.api.delivery.wire, time.monotonic()
+    one = wire.begin(Exchange(wire.number(), wire.clock.now(), who.user_id, HS, "request", method, "/_matrix/client/v3/" + path, {},
+                              to_json(content).encode("utf-8", "replace")[:KEPT_BYTES], client=True))
+    try:
+        answer = verb()
+        one.status, one.answer = 200, to_json(answer).encode()
+        return answer
+    except MatrixError as error:
+        one.status, one.answer = error.status, to_json(error.body()).encode()
+        raise
+    finally:
+        one.ms = round((time.monotonic() - began) * 1000, 2)
+        wire.end(one)
+
+
+def post_rooms(call: Call) -> Any:
+    """Brings a person into a room: one that is named by alias or ID; a new one with this user; or else a new one of this name."""
+    body, rooms = call.body, call.api.rooms
+    who, room = inspector(call).check_person(field(body, "user_id", str)), field(body, "room", str)
+    if room[:1] in ("#", "!"):
+        path = f"join/{urllib.parse.quote(room, safe='')}"
+        return as_client(call, who, "POST", path, {}, lambda: {"room_id": rooms.join(who, room)})
+    options: JsonObject = {"preset": "public_chat", "name": room} if room[:1] != "@" else {
+        "preset": "trusted_private_chat", "is_direct": True, "invite": [check_id("@", room)]}
+    return as_client(call, who, "POST", "createRoom", options, lambda: {"room_id": rooms.create(who, options)})
+
+
+def post_say(call: Call) -> Any:
+    """The room may be named by an alias, too; who is not in it joins."""
+    body, rooms, txn_id = call.body, call.api.rooms, secrets.token_hex(8)
+    who, room = inspector(call).check_person(field(body, "user_id", str)), field(body, "room_id", str)
+    content = {"msgtype": "m.text", "body": field(body, "body", str)}
+    path = f"rooms/{urllib.parse.quote(room, safe='')}/send/m.room.message/{txn_id}"
+    return as_client(call, who, "PUT", path, content, lambda: {     # who is in it already stays as he is
+        "event_id": rooms.send(who, rooms.join(who, room), "m.room.message", content, txn_id)})
+
+
+def post_faults(call: Call) -> Any:
+    body = call.body
+    for key in body.keys() - FAULT_KEYS:
+        raise MatrixError("M_BAD_JSON", f"{shorten(key)!r} is no key of a fault; the nearest one is {nearest(key, FAULT_KEYS)!r}")
+    probability = body.get("probability")
+    if probability is not None and not is_number(probability):
+        raise MatrixError("M_BAD_JSON", f"'probability' must be a number above 0 and up to 1, not {quoted(probability)}")
+    faults = call.api.delivery.faults(field(body, "appservice", str))
+    faults.add(field(body, "fault", str), on=field(body, "on", str, "transactions"), times=field(body, "times", int, None),
+               probability=probability, seed=field(body, "seed", int, None), delay_ms=field(body, "delay_ms", int, 1000),
+               status=field(body, "status", int, 500))
+    return {"faults": faults.told()}
+
+
+def get_faults(call: Call) -> Any:
+    return {"faults": call.api.delivery.faults(call.required("appservice")).told()}
+
+
+def delete_faults(call: Call) -> Any:
+    call.api.delivery.faults(call.required("appservice")).clear()
+    return {}
+
+
+def lever(pull: Callable[[Delivery, str], JsonObject | None]) -> Callable[[Call], Any]:
+    """What somebody does by hand with the application service that the body names."""
+    return lambda call: pull(call.api.delivery, field(call.body, "appservice", str)) or {}
+
+
+def post_replay(call: Call) -> Any:
+    body = call.body
+    txn_id = field(body, "txn_id", str, None)
+    if txn_id is not None and not re.fullmatch(r"[0-9]{1,18}", txn_id):
+        raise MatrixError("M_INVALID_PARAM", f"{shorten(txn_id)!r} is no transaction ID: decimal digits")
+    id, new_id = field(body, "appservice", str), field(body, "new_id", bool, False)
+    return {"txn_id": str(call.api.delivery.replay(id, int(txn_id) if txn_id else None, new_id))}
+
+
+def post_ping(call: Call) -> Any:
+    registration = call.api.delivery.registration(field(call.body, "appservice", str))
+    return {"duration_ms": call.api.delivery.ping(registration, None)}
+
+
+def post_clock(call: Call) -> Any:
+    seconds: Any = call.body.get("advance")
+    if not is_number(seconds) or not 0 <= seconds <= 10**9:
+        raise MatrixError("M_BAD_JSON", f"'advance' must be a number of seconds from 0 on, not {quoted(seconds)}")
+    call.api.world.clock.advance(seconds)
+    return inspector(call).clock()
+
+
+# -- The bridge examiner: does an application service do what the specification asks of it? It speaks HTTP and knows no database.
 
 NOWHERE = "asbridge-examiner.invalid"    # a server that can't be (RFC 2606)
 OURS = "org.asbridge.examiner"           # a key, and a type of event, that nobody else has
+WRONG = "asbridge-examiner-wrong-token"
+UNKNOWN = "/_matrix/app/v1/asbridge_examiner"
+OLDER_EPHEMERAL = "de.sorunome.msc2409.ephemeral"
 SILENT_CALLS = 2                         # so many in a row without an answer, and no more are made
 Verdict = tuple[str, str]                # outcome, and what was seen
 
@@ -9794,34 +9926,36 @@ class Examiner:
     be kept. Only the two questions of Querying may lead a bridge to make a user or a room; they are asked with `queries`.
     """
 
-    #: test, section of the specification, method
-    CHECKS = (
-        ("listens at its url",                                "AS: Registration",         "_listens"),
-        ("answers a ping",                                    "AS: Pinging",              "_ping"),
-        ("takes an empty transaction",                        "AS: Pushing events",       "_empty"),
-        ("takes the same transaction again",                  "AS: Pushing events",       "_again"),
-        ("takes the hs_token from the header alone",          "AS: Authorization",        "_header_alone"),
-        ("refuses a transaction without a token",             "AS: Authorization",        "_no_token"),
-        ("refuses a wrong token in the header",               "AS: Authorization",        "_wrong_header"),
-        ("refuses a wrong token in the query",                "AS: Authorization",        "_wrong_query"),
-        ("refuses broken JSON, and is not broken by it",      "Standard error response",  "_broken"),
-        ("says 404 to an unknown path",                       "AS: Unknown routes",       "_path"),
-        ("says 405 to a wrong method",                        "AS: Unknown routes",       "_method"),
-        ("takes unknown keys in a transaction",               "AS: Pushing events",       "_keys"),
-        ("takes an event of an unknown type and shape",       "AS: Pushing events",       "_type"),
-        ("takes an event of a room that it does not know",    "AS: Pushing events",       "_room"),
-        ("takes ephemeral data",                              "AS: Pushing EDUs",         "_ephemeral"),
-        ("takes ephemeral data, by its older name",           "AS: Pushing EDUs",         "_older_ephemeral"),
-        ("describes its protocols",                           "AS: Third-party networks", "_protocols"),
-        ("answers when asked for an unknown user",            "AS: Querying",             "_user"),
-        ("answers when asked for an unknown alias",           "AS: Querying",             "_alias"),
+    #: test, section of the specification, what is asked and judged
+    CHECKS: tuple[tuple[str, str, Callable[[Examiner], Verdict]], ...] = (
+        ("listens at its url",                              "AS: Registration",         lambda it: it._listens()),
+        ("answers a ping",                                  "AS: Pinging",              lambda it: it._ping()),
+        ("takes an empty transaction",                      "AS: Pushing events",       lambda it: it._empty()),
+        ("takes the same transaction again",                "AS: Pushing events",       lambda it: it._again()),
+        ("takes the hs_token from the header alone",        "AS: Authorization",        lambda it: it._header_alone()),
+        ("refuses a transaction without a token",           "AS: Authorization",        lambda it: it._refuses("", "")),
+        ("refuses a wrong token in the header",             "AS: Authorization",        lambda it: it._refuses(WRONG, "")),
+        ("refuses a wrong token in the query",              "AS: Authorization",        lambda it: it._refuses("", WRONG)),
+        ("refuses broken JSON, and is not broken by it",    "Standard error response",  lambda it: it._broken()),
+        ("says 404 to an unknown path",                     "AS: Unknown routes",       lambda it: it._unknown(404, UNKNOWN)),
+        ("says 405 to a wrong method",                      "AS: Unknown routes",       lambda it: it._unknown(405, it._last[0])),
+        ("takes unknown keys in a transaction",             "AS: Pushing events",       lambda it: it._keys()),
+        ("takes an event of an unknown type and shape",     "AS: Pushing events",       lambda it: it._type()),
+        ("takes an event of a room that it does not know",  "AS: Pushing events",       lambda it: it._room()),
+        ("takes ephemeral data",                            "AS: Pushing EDUs",         lambda it: it._data("ephemeral")),
+        ("takes ephemeral data, by its older name",         "AS: Pushing EDUs",         lambda it: it._data(OLDER_EPHEMERAL)),
+        ("describes its protocols",                         "AS: Third-party networks", lambda it: it._protocols()),
+        ("answers when asked for an unknown user",          "AS: Querying",             lambda it: it._query("users")),
+        ("answers when asked for an unknown alias",         "AS: Querying",             lambda it: it._query("aliases")),
     )
 
     def __init__(self, registration: Registration, settings: Settings, queries: bool = False) -> None:
         self.registration, self.server_name, self.queries = registration, settings.server_name, queries
         self.seconds = settings.query_timeout_ms / 1000      # for each call
         self._client = HttpClient(registration.url or "", cut=True)
-        self._run, self._pushed, self._last = secrets.token_hex(4), 0, ("", b"")
+        self._run = secrets.token_hex(4)                     # in the ID of each transaction
+        self._pushed = 0                                     # transactions
+        self._last: tuple[str, bytes] = ("", b"")            # path and body of the last one
         self._legacy = False                                 # it only knows the older paths
         self._silent = 0                                     # calls without an answer, since the last that had one
         self._hopeless = ""                                  # why no more is asked
@@ -9829,22 +9963,22 @@ class Examiner:
     def results(self) -> list[Result]:
         """Asks everything, one after the other."""
         try:
-            return [Result(test, *self._verdict(method, spec)) for test, spec, method in self.CHECKS]
+            return [self._result(*row) for row in self.CHECKS]
         finally:
             self._client.close()
 
-    def _verdict(self, method: str, spec: str) -> tuple[str, str, str]:
+    def _result(self, test: str, spec: str, check: Callable[[Examiner], Verdict]) -> Result:
         if self._hopeless:
-            return "skipped", spec, self._hopeless
+            return Result(test, "skipped", spec, self._hopeless)
         try:
-            outcome, seen = getattr(self, method)()
+            outcome, seen = check(self)
             self._silent = 0
         except CALL_FAILED as error:
             outcome, seen = "failed", self._plain(advice(self.registration, error))
             self._silent += isinstance(error, (TimeoutError, ConnectionRefusedError))
             if self._silent == SILENT_CALLS:
                 self._hopeless = f"it did not answer {SILENT_CALLS} calls in a row"
-        return outcome, spec, seen
+        return Result(test, outcome, spec, seen)
 
     # -- How it is asked.
 
@@ -9886,16 +10020,15 @@ class Examiner:
             text = self._plain(f"{answer.errcode}: {shorten(answer.json.get('error', 'no error text'))}")
         return f"{answer.status} {text if answer.json is not None else quoted(text)}"
 
-    def _judge(self, good: bool, answer: Answer, right: str) -> Verdict:
-        return ("passed", self._said(answer)) if good else ("failed", f"{self._said(answer)}; right would be {right}")
+    @staticmethod
+    def _judged(good: bool, seen: str, right: str) -> Verdict:
+        return ("passed", seen) if good else ("failed", f"{seen}; right would be {right}")
 
     def _taken(self, answer: Answer, right: str = "200 with a JSON object") -> Verdict:
-        return self._judge(answer.status == 200 and isinstance(answer.json, dict), answer, right)
+        return self._judged(answer.status == 200 and isinstance(answer.json, dict), self._said(answer), right)
 
-    def _refused(self, answer: Answer, statuses: Iterable[int], right: str, errcode: str | None = None) -> Verdict:
-        """Must have one of these statuses, and an errcode (or this one)."""
-        known = answer.errcode == errcode if errcode else isinstance(answer.errcode, str)
-        return self._judge(known and answer.status in statuses, answer, right)
+    def _refused(self, answer: Answer, statuses: Iterable[int], right: str) -> Verdict:
+        return self._judged(isinstance(answer.errcode, str) and answer.status in statuses, self._said(answer), right)
 
     # -- The checks.
 
@@ -9934,21 +10067,16 @@ class Examiner:
     def _header_alone(self) -> Verdict:
         return self._taken(self._push({"events": []}, query=""), "200 (since v1.4 the query need not have it)")
 
-    def _with_tokens(self, header: str, query: str) -> Verdict:
+    def _refuses(self, header: str, query: str) -> Verdict:
         return self._refused(self._push({"events": []}, header, query), (401, 403), "403 M_FORBIDDEN or 401")
-
-    _no_token = functools.partialmethod(_with_tokens, "", "")
-    _wrong_header = functools.partialmethod(_with_tokens, "asbridge-examiner-wrong-token", "")
-    _wrong_query = functools.partialmethod(_with_tokens, "", "asbridge-examiner-wrong-token")
 
     def _broken(self) -> Verdict:
         return self._refused(self._push(b'{"events": ['), range(400, 500), "400 M_NOT_JSON")
 
-    def _path(self) -> Verdict:
-        return self._refused(self._call("GET", "/_matrix/app/v1/asbridge_examiner"), (404,), "404 M_UNRECOGNIZED", "M_UNRECOGNIZED")
-
-    def _method(self) -> Verdict:
-        return self._refused(self._call("GET", self._last[0]), (405,), "405 M_UNRECOGNIZED", "M_UNRECOGNIZED")
+    def _unknown(self, status: int, path: str) -> Verdict:
+        answer = self._call("GET", path)
+        good = answer.status == status and answer.errcode == "M_UNRECOGNIZED"
+        return self._judged(good, self._said(answer), f"{status} M_UNRECOGNIZED")
 
     def _keys(self) -> Verdict:
         return self._taken(self._push({"events": [], OURS: {"list": [1, None, {}]}}))
@@ -9968,10 +10096,7 @@ class Examiner:
             {"type": "m.receipt", "room_id": room_id, "content": receipt},
             {"type": "m.presence", "sender": who, "content": {"presence": "online", "last_active_ago": 1}}]}))
 
-    _ephemeral = functools.partialmethod(_data, "ephemeral")
-    _older_ephemeral = functools.partialmethod(_data, "de.sorunome.msc2409.ephemeral")
-
-    def _query(self, kind: str, segment: str) -> Verdict:
+    def _query(self, kind: str) -> Verdict:
         namespaces = self.registration.namespaces[kind]
         id = next(filter(None, (nobody(one, self.server_name) for one in namespaces)), None)
         if not namespaces:
@@ -9980,28 +10105,74 @@ class Examiner:
             return "skipped", "asked with --queries only: a bridge may create what it is asked for, and keep it"
         if id is None:
             return "skipped", f"no ID could be made up for {self.registration.regexes(kind)}"
-        answer = self._call("GET", f"/_matrix/app/v1/{segment}/{urllib.parse.quote(id, safe='')}")
+        answer = self._call("GET", query_path(kind, id))
         good = answer.status in (200, 404) and isinstance(answer.json, dict)
-        outcome, seen = self._judge(good, answer, "404 with an errcode")
+        outcome, seen = self._judged(good, self._said(answer), "404 with an errcode")
         if good and not isinstance(answer.errcode, str):
             seen += ": it says that it created it" if answer.status == 200 else "; an errcode would say that the path is known"
         return outcome, f"{id}: {seen}"
-
-    _user = functools.partialmethod(_query, "users", "users")
-    _alias = functools.partialmethod(_query, "aliases", "rooms")
 
     def _protocols(self) -> Verdict:
         answers = {protocol: self._call("GET", f"/_matrix/app/v1/thirdparty/protocol/{urllib.parse.quote(protocol, safe='')}")
                    for protocol in self.registration.protocols}
         if not answers:
             return "skipped", "its registration has no protocols"
-        wrong = [one for one in answers.values() if one.status != 404 and not (one.status == 200 and is_protocol(one.json))]
+        good = all(one.status == 404 or (one.status == 200 and is_protocol(one.json)) for one in answers.values())
         seen = "; ".join([f"{protocol}: {self._said(answer)}" for protocol, answer in answers.items()])
-        return ("failed", f"{seen}; right would be 200 with user_fields, location_fields, icon, field_types and instances, or 404"
-                ) if wrong else ("passed", seen)
+        return self._judged(good, seen, "200 with user_fields, location_fields, icon, field_types and instances, or 404")
 
 
-# -- The page. It uses the API below and nothing else; what anybody wrote goes into it as text only.
+def post_examine(call: Call) -> Any:
+    body, api = call.body, call.api
+    registration, queries = api.delivery.registration(field(body, "appservice", str)), field(body, "queries", bool, False)
+    return {"results": [result._asdict() for result in Examiner(registration, api.world.settings, queries).results()]}
+
+
+# -- The table. The page uses what is in it and nothing else.
+
+def question(verb: Callable[..., Any], *names: str) -> Callable[[Call], Any]:
+    """A verb of the Inspector, given what the query must have."""
+    return lambda call: verb(inspector(call), *[call.required(name) for name in names])
+
+
+def get_page(call: Call) -> Any:
+    """Only the page's own script and style may run, and nothing may show the page in a frame."""
+    nonce = secrets.token_urlsafe(16)
+    policy = (f"default-src 'none'; script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; connect-src 'self'; base-uri 'none'; "
+              "form-action 'none'; frame-ancestors 'none'")
+    headers = f"Content-Security-Policy: {policy}\r\nX-Content-Type-Options: nosniff\r\nCache-Control: no-store\r\n"
+    return Response(200, PAGE.replace("{nonce}", nonce).encode(), "text/html; charset=utf-8", headers.encode())
+
+
+ADMIN_ROUTES = [Route("GET", "/", "nobody", get_page, "asbridge: the inspector's page"), *(
+    Route(method, INSPECTOR + path, "admin", handler, "asbridge: " + what) for method, path, what, handler in (
+    ("GET",    "status",       "how everybody is",              question(Inspector.status)),
+    ("GET",    "exchanges",    "what passed since",             get_exchanges),
+    ("GET",    "exchange",     "one of them, opened",           get_exchange),
+    ("GET",    "transactions", "of an AS, with attempts",       get_transactions),
+    ("GET",    "explain",      "who claims an ID",              question(Inspector.explain, "id")),
+    ("GET",    "why",          "why an event was pushed",       question(Inspector.why, "event", "appservice")),
+    ("GET",    "rooms",        "rooms",                         lambda call: {"rooms": inspector(call).rooms()}),
+    ("POST",   "rooms",        "join one, or make one",         post_rooms),
+    ("GET",    "timeline",     "the last events of a room",     get_timeline),
+    ("GET",    "people",       "local people",                  lambda call: {"people": inspector(call).people()}),
+    ("POST",   "people",       "a new person",                  post_people),
+    ("POST",   "say",          "say something as a person",     post_say),
+    ("GET",    "faults",       "faults that are to happen",     get_faults),
+    ("POST",   "faults",       "one more",                      post_faults),
+    ("DELETE", "faults",       "no more",                       delete_faults),
+    ("POST",   "pause",        "no more attempts",              lever(lambda delivery, id: delivery.hand(id).pause())),
+    ("POST",   "resume",       "attempts again",                lever(lambda delivery, id: delivery.hand(id).pause(False))),
+    ("POST",   "retry",        "now, not after the backoff",    lever(lambda delivery, id: delivery.hand(id).retry())),
+    ("POST",   "skip",         "give a transaction up",         lever(lambda delivery, id: {"txn_id": str(delivery.skip(id))})),
+    ("POST",   "replay",       "send one again",                post_replay),
+    ("POST",   "ping",         "ping an AS",                    post_ping),
+    ("POST",   "clock",        "wind the clock on",             post_clock),
+    ("POST",   "examine",      "examine an AS",                 post_examine),
+))]
+
+
+# -- The page, to be skipped at first reading. It uses the API above and nothing else; what anybody wrote goes into it as text only.
 
 PAGE = r"""<!doctype html>
 <html lang="en">
@@ -10734,201 +10905,6 @@ chooseTab(tab); setInterval(refresh, 2000); refresh().then(listen);
 </script>
 </html>
 """
-
-
-# -- Handlers.
-
-def inspector(call: Call) -> Inspector:
-    return Inspector(call.api.world, call.api.delivery)
-
-
-def get_page(call: Call) -> Any:
-    """Only the page's own script and style may run, and nothing may show the page in a frame."""
-    nonce = secrets.token_urlsafe(16)
-    policy = (f"default-src 'none'; script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; connect-src 'self'; base-uri 'none'; "
-              "form-action 'none'; frame-ancestors 'none'")
-    headers = f"Content-Security-Policy: {policy}\r\nX-Content-Type-Options: nosniff\r\nCache-Control: no-store\r\n"
-    return Response(200, PAGE.replace("{nonce}", nonce).encode(), "text/html; charset=utf-8", headers.encode())
-
-
-def get_status(call: Call) -> Any:
-    return inspector(call).status()
-
-
-def get_exchanges(call: Call) -> Any:
-    now, found = call.api.delivery.wire.since(call.integer("since", 0), call.integer("timeout", 0, 0, 30_000) / 1000)
-    return {"next": now, "exchanges": [one.told() for one in found]}
-
-
-def get_exchange(call: Call) -> Any:
-    one = call.api.delivery.wire.find(call.integer("n", 0))
-    if not one:
-        raise MatrixError("M_NOT_FOUND", f"the last {KEPT_EXCHANGES} exchanges are kept; this one is not among them")
-    return opened(one)
-
-
-def get_transactions(call: Call) -> Any:
-    def brief(event: JsonObject) -> JsonObject:
-        return {key: event[key] for key in ("event_id", "type", "sender", "room_id", "state_key") if key in event}
-    found = inspector(call).transactions(call.required("appservice"), call.integer("limit", 50, 1, KEPT_TRANSACTIONS))
-    return {"transactions": [{**one, "events": [brief(event) for event in one["events"]]} for one in reversed(found)]}
-
-
-def get_explain(call: Call) -> Any:
-    return inspector(call).explain(call.required("id"))
-
-
-def get_why(call: Call) -> Any:
-    return inspector(call).why(call.required("event"), call.required("appservice"))
-
-
-def get_rooms(call: Call) -> Any:
-    return {"rooms": inspector(call).rooms()}
-
-
-def get_timeline(call: Call) -> Any:
-    return inspector(call).timeline(call.required("room"), call.integer("limit", 50, 1, MAX_PAGE))
-
-
-def get_people(call: Call) -> Any:
-    return {"people": inspector(call).people()}
-
-
-def post_people(call: Call) -> Any:
-    return {"user_id": call.api.accounts.add_person(field(call.body, "name", str))["user_id"]}
-
-
-def as_client(call: Call, who: Who, method: str, path: str, content: JsonObject, verb: Callable[[], JsonObject]) -> JsonObject:
-    """Does what the person's client would ask for with this request; so it looks on the wire."""
-    wire, began = call.api.delivery.wire, time.monotonic()
-    one = wire.begin(Exchange(wire.number(), wire.clock.now(), who.user_id, HS, "request", method, path, {},
-                              to_json(content).encode("utf-8", "replace")[:KEPT_BYTES], client=True))
-    try:
-        answer = verb()
-        one.status, one.answer = 200, to_json(answer).encode()
-        return answer
-    except MatrixError as error:
-        one.status, one.answer = error.status, to_json(error.body()).encode()
-        raise
-    finally:
-        one.ms = round((time.monotonic() - began) * 1000, 2)
-        wire.end(one)
-
-
-def post_rooms(call: Call) -> Any:
-    """Brings a person into a room: one that is named by alias or ID; a new one with this user; or else a new one of this name."""
-    body, rooms = call.body, call.api.rooms
-    who, room = inspector(call).check_person(field(body, "user_id", str)), field(body, "room", str)
-    if room[:1] in ("#", "!"):
-        path = f"/_matrix/client/v3/join/{urllib.parse.quote(room, safe='')}"
-        return as_client(call, who, "POST", path, {}, lambda: {"room_id": rooms.join(who, room)})
-    options: JsonObject = {"preset": "public_chat", "name": room} if room[:1] != "@" else {
-        "preset": "trusted_private_chat", "is_direct": True, "invite": [check_id("@", room)]}
-    return as_client(call, who, "POST", "/_matrix/client/v3/createRoom", options, lambda: {"room_id": rooms.create(who, options)})
-
-
-def post_say(call: Call) -> Any:
-    """The room may be named by an alias, too; who is not in it joins."""
-    body, rooms, txn_id = call.body, call.api.rooms, secrets.token_hex(8)
-    who, room = inspector(call).check_person(field(body, "user_id", str)), field(body, "room_id", str)
-    content = {"msgtype": "m.text", "body": field(body, "body", str)}
-    path = f"/_matrix/client/v3/rooms/{urllib.parse.quote(room, safe='')}/send/m.room.message/{txn_id}"
-    return as_client(call, who, "PUT", path, content, lambda: {     # who is in it already stays as he is
-        "event_id": rooms.send(who, rooms.join(who, room), "m.room.message", content, txn_id)})
-
-
-def get_faults(call: Call) -> Any:
-    return {"faults": call.api.delivery.faults(call.required("appservice")).told()}
-
-
-def post_faults(call: Call) -> Any:
-    body = call.body
-    for key in body.keys() - FAULT_KEYS:
-        raise MatrixError("M_BAD_JSON", f"{shorten(key)!r} is no key of a fault; the nearest one is {nearest(key, FAULT_KEYS)!r}")
-    probability = body.get("probability")
-    if probability is not None and not is_number(probability):
-        raise MatrixError("M_BAD_JSON", f"'probability' must be a number above 0 and up to 1, not {quoted(probability)}")
-    faults = call.api.delivery.faults(field(body, "appservice", str))
-    faults.add(field(body, "fault", str), on=field(body, "on", str, "transactions"), times=field(body, "times", int, None),
-               probability=probability, seed=field(body, "seed", int, None), delay_ms=field(body, "delay_ms", int, 1000),
-               status=field(body, "status", int, 500))
-    return {"faults": faults.told()}
-
-
-def delete_faults(call: Call) -> Any:
-    call.api.delivery.faults(call.required("appservice")).clear()
-    return {}
-
-
-def post_pause(call: Call) -> Any:
-    """Pause and resume."""
-    call.api.delivery.hand(field(call.body, "appservice", str)).pause(call.request.path.endswith("pause"))
-    return {}
-
-
-def post_retry(call: Call) -> Any:
-    call.api.delivery.hand(field(call.body, "appservice", str)).retry()
-    return {}
-
-
-def post_skip(call: Call) -> Any:
-    return {"txn_id": str(call.api.delivery.skip(field(call.body, "appservice", str)))}
-
-
-def post_replay(call: Call) -> Any:
-    body = call.body
-    txn_id = field(body, "txn_id", str, None)
-    if txn_id is not None and not re.fullmatch(r"[0-9]{1,18}", txn_id):
-        raise MatrixError("M_INVALID_PARAM", f"{shorten(txn_id)!r} is no transaction ID: decimal digits")
-    id, new_id = field(body, "appservice", str), field(body, "new_id", bool, False)
-    return {"txn_id": str(call.api.delivery.replay(id, int(txn_id) if txn_id else None, new_id))}
-
-
-def post_ping(call: Call) -> Any:
-    registration = call.api.delivery.registration(field(call.body, "appservice", str))
-    return {"duration_ms": call.api.delivery.ping(registration, None)}
-
-
-def post_clock(call: Call) -> Any:
-    seconds: Any = call.body.get("advance")
-    if not is_number(seconds) or not 0 <= seconds <= 10**9:
-        raise MatrixError("M_BAD_JSON", f"'advance' must be a number of seconds from 0 on, not {quoted(seconds)}")
-    call.api.world.clock.advance(seconds)
-    return inspector(call).clock()
-
-
-def post_examine(call: Call) -> Any:
-    body, api = call.body, call.api
-    registration, queries = api.delivery.registration(field(body, "appservice", str)), field(body, "queries", bool, False)
-    return {"results": [result._asdict() for result in Examiner(registration, api.world.settings, queries).results()]}
-
-
-ADMIN_ROUTES = [Route("GET", "/", "nobody", get_page, "asbridge: the inspector's page"), *(
-    Route(method, INSPECTOR + path, "admin", handler, spec) for method, path, handler, spec in (
-    ("GET",    "status",       get_status,       "asbridge: how everybody is"),
-    ("GET",    "exchanges",    get_exchanges,    "asbridge: what passed since"),
-    ("GET",    "exchange",     get_exchange,     "asbridge: one of them, opened"),
-    ("GET",    "transactions", get_transactions, "asbridge: of an AS, with attempts"),
-    ("GET",    "explain",      get_explain,      "asbridge: who claims an ID"),
-    ("GET",    "why",          get_why,          "asbridge: why an event was pushed"),
-    ("GET",    "rooms",        get_rooms,        "asbridge: rooms"),
-    ("POST",   "rooms",        post_rooms,       "asbridge: join one, or make one"),
-    ("GET",    "timeline",     get_timeline,     "asbridge: the last events of a room"),
-    ("GET",    "people",       get_people,       "asbridge: local people"),
-    ("POST",   "people",       post_people,      "asbridge: a new person"),
-    ("POST",   "say",          post_say,         "asbridge: say something as a person"),
-    ("GET",    "faults",       get_faults,       "asbridge: faults that are to happen"),
-    ("POST",   "faults",       post_faults,      "asbridge: one more"),
-    ("DELETE", "faults",       delete_faults,    "asbridge: no more"),
-    ("POST",   "pause",        post_pause,       "asbridge: no more attempts"),
-    ("POST",   "resume",       post_pause,       "asbridge: attempts again"),
-    ("POST",   "retry",        post_retry,       "asbridge: now, not after the backoff"),
-    ("POST",   "skip",         post_skip,        "asbridge: give a transaction up"),
-    ("POST",   "replay",       post_replay,      "asbridge: send one again"),
-    ("POST",   "ping",         post_ping,        "asbridge: ping an AS"),
-    ("POST",   "clock",        post_clock,       "asbridge: wind the clock on"),
-    ("POST",   "examine",      post_examine,     "asbridge: examine an AS"),
-))]
 
 
 # ============================================================================
