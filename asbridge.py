@@ -9498,12 +9498,9 @@ ROUTES = route_table(
 # for a lesson or a test: faults, pause, replay, the clock. And the examiner: does
 # an application service do what the specification asks? All of it is JSON under
 # /_asbridge/ (its own, in no specification), and a page that uses nothing else.
+# Nothing above knows of it.
 
 MAX_MISSES = 20                  # members that don't match, of those that `why` names
-FAULT_KEYS = ("appservice", "fault", "on", "times", "probability", "seed", "delay_ms", "status")
-NOBODY_MAY = "nobody; people take user names of a-z, 0-9 and ._=/+- only"
-LIKE_SECRET = re.compile(r"""((?:token|password|secret)["']?\s*[:=]\s*\[?\s*)"""
-                         r"""(?:"(?:[^"\\]|\\.)*"?|'[^']*'?|[^\s"'&,}\]]+)""", re.I)
 
 
 class Inspector:
@@ -9523,22 +9520,22 @@ class Inspector:
         return {"now": self.world.clock.now(), "wound": self.world.clock.wound}
 
     def _appservice(self, reader: Reader, registration: Registration) -> JsonObject:
-        worker, last = self.delivery.worker(registration.id), reader.last_acknowledged(registration.id)
+        id, last = registration.id, reader.last_acknowledged(registration.id)
         namespaces = {kind: [{"regex": one.regex, "exclusive": one.exclusive} for one in entries]
                       for kind, entries in registration.namespaces.items()}
-        return {"id": registration.id, "url": registration.url, "sender": registration.sender(self.world.name),
-                "namespaces": namespaces, "waiting": reader.count_waiting(registration.id),
+        return {"id": id, "url": registration.url, "sender": registration.sender(self.world.name),
+                "namespaces": namespaces, "waiting": reader.count_waiting(id),
                 "last_acknowledged": {"txn_id": str(last[0]), "ts": last[1]} if last else None,
-                "faults": self.delivery.faults(registration.id).told(), **self._worker(worker)}
+                "faults": self.delivery.faults(id).told(), **self._worker(self.delivery.worker(id))}
 
     def _worker(self, worker: Worker | None) -> JsonObject:
         if worker is None:
             return {"state": "nothing is sent", "failures": 0, **dict.fromkeys(("down_since", "next_attempt", "open", "latency_ms"))}
-        now, opened, left = self.world.clock.now(), worker.transaction, worker.next_attempt - self.world.clock.monotonic()
+        now, frozen, left = self.world.clock.now(), worker.transaction, worker.next_attempt - self.world.clock.monotonic()
         answered = [one.ms for one in list(worker.attempts) if one.status is not None][-1:]
         return {"state": worker.state, "failures": worker.failures, "down_since": worker.down_since,
-                "next_attempt": now + int(left * 1000) if opened and left > 0 else None,
-                "open": {"txn_id": str(opened.txn_id), "events": opened.events} if opened else None,
+                "next_attempt": now + int(left * 1000) if frozen and left > 0 else None,
+                "open": {"txn_id": str(frozen.txn_id), "events": frozen.events} if frozen else None,
                 "latency_ms": answered[0] if answered else None}
 
     # -- what was pushed
@@ -9588,20 +9585,18 @@ class Inspector:
 
     def _rules(self, reader: Reader, registration: Registration, room: RoomRow, event: Event) -> list[JsonObject]:
         """Each rule of interest: sender, target, then the room's members just before the event, its aliases, its ID."""
-        def rule(name: str, kind: str, id: str) -> JsonObject:
-            return explain_rule(self.world.registrations, registration, name, kind, id)
-        target = event.state_key if event.type == "m.room.member" else None
-        state = reader.state_at(room.n, event.tick - 1, type="m.room.member")
-        known = [(one.content.get("membership"), one.state_key or "") for one in state]
-        claimed = {user_id for _, user_id in known if self.world.registrations.claim_of(registration, "users", user_id)}
-        joined = [user_id for membership, user_id in known if membership == "join"]
+        def rules(name: str, kind: str, ids: Iterable[str]) -> list[JsonObject]:
+            return [explain_rule(self.world.registrations, registration, name, kind, id) for id in ids]
+        members = collections.defaultdict[Any, list[str]](list)
+        for one in reader.state_at(room.n, event.tick - 1, type="m.room.member"):
+            claimed = self.world.registrations.claim_of(registration, "users", one.state_key or "") is not None
+            members[one.content.get("membership"), claimed].append(one.state_key or "")
         only = {"matches": False, "miss": "matches, but it is only invited: who has joined counts"}
-        invited = [{**rule("member", "users", user_id), **only}
-                   for membership, user_id in known if membership == "invite" and user_id in claimed]
-        members = [user_id for user_id in joined if user_id in claimed] + [one for one in joined if one not in claimed][:MAX_MISSES]
-        return [rule("sender", "users", event.sender), *([rule("target", "users", target)] if target else []), *invited,
-                *[rule("member", "users", user_id) for user_id in members],
-                *[rule("alias", "aliases", alias) for alias in reader.aliases_of(room.n)], rule("room", "rooms", room.room_id)]
+        return [*rules("sender", "users", [event.sender]),
+                *rules("target", "users", [event.state_key] if event.type == "m.room.member" and event.state_key else []),
+                *[{**rule, **only} for rule in rules("member", "users", members["invite", True])],
+                *rules("member", "users", members["join", True] + members["join", False][:MAX_MISSES]),
+                *rules("alias", "aliases", reader.aliases_of(room.n)), *rules("room", "rooms", [room.room_id])]
 
     @staticmethod
     def _summary(told: JsonObject, registration: Registration, forgotten: bool) -> list[str]:
@@ -9651,10 +9646,16 @@ class Inspector:
 
     def check_person(self, user_id: str) -> Who:
         """A local person to act as; never a ghost, whom only its application service speaks for."""
-        if user_id not in self.people():
-            people = ", ".join(self.people()) or "there are none yet"
-            raise MatrixError("M_NOT_FOUND", f"{shorten(user_id)} is none of the people here: {people}")
+        people = self.people()
+        if user_id not in people:
+            raise MatrixError("M_NOT_FOUND", f"{shorten(user_id)} is none of the people here: "
+                              f"{', '.join(people) or 'there are none yet'}")
         return Who(user_id)
+
+
+# -- Who claims an ID, in sentences.
+
+NOBODY_MAY = "nobody; people take user names of a-z, 0-9 and ._=/+- only"
 
 
 def explained(told: JsonObject, reader: Reader | None) -> JsonObject:
@@ -9695,8 +9696,26 @@ def namespace_summary(id: str, namespace: JsonObject, claimed: bool) -> list[str
         f"{name} would {'not ' * namespace['matches']}match if it {how}" for how in others]
 
 
-def opened(one: Exchange) -> JsonObject:
-    """An exchange with headers and bodies. What must not be seen is cut."""
+# -- Questions of the API that are more than a verb of the Inspector.
+
+LIKE_SECRET = re.compile(r"""((?:token|password|secret)["']?\s*[:=]\s*\[?\s*)"""
+                         r"""(?:"(?:[^"\\]|\\.)*"?|'[^']*'?|[^\s"'&,}\]]+)""", re.I)
+
+
+def inspector(call: Call) -> Inspector:
+    return Inspector(call.api.world, call.api.delivery)
+
+
+def get_exchanges(call: Call) -> Any:
+    now, found = call.api.delivery.wire.since(call.integer("since", 0), call.integer("timeout", 0, 0, 30_000) / 1000)
+    return {"next": now, "exchanges": [one.told() for one in found]}
+
+
+def get_exchange(call: Call) -> Any:
+    """With headers and bodies. What must not be seen is cut."""
+    one = call.api.delivery.wire.find(call.integer("n", 0))
+    if not one:
+        raise MatrixError("M_NOT_FOUND", f"the last {KEPT_EXCHANGES} exchanges are kept; this one is not among them")
     return {**one.told(), "request": {"headers": shown_headers(one.headers), "body": shown_body(one.body),
                                       "cut": len(one.body) == KEPT_BYTES},
             "answer": {"body": shown_body(one.answer), "cut": len(one.answer) == KEPT_BYTES}}
@@ -9716,10 +9735,117 @@ def without_secrets(value: Any) -> Any:
     return [without_secrets(item) for item in value] if isinstance(value, list) else value
 
 
-# -- The bridge examiner.
+def get_transactions(call: Call) -> Any:
+    """New to old. Of their events only what they are."""
+    found = inspector(call).transactions(call.required("appservice"), call.integer("limit", 50, 1, KEPT_TRANSACTIONS))
+    keys = ("event_id", "type", "sender", "room_id", "state_key")
+    return {"transactions": [{**one, "events": [{key: event[key] for key in keys if key in event} for event in one["events"]]}
+                             for one in reversed(found)]}
+
+
+def get_timeline(call: Call) -> Any:
+    return inspector(call).timeline(call.required("room"), call.integer("limit", 50, 1, MAX_PAGE))
+
+
+# -- Levers: people who come and speak, faults, what an application service gets, the clock.
+
+FAULT_KEYS = ("appservice", "fault", "on", "times", "probability", "seed", "delay_ms", "status")
+
+
+def post_people(call: Call) -> Any:
+    return {"user_id": call.api.accounts.add_person(field(call.body, "name", str))["user_id"]}
+
+
+def as_client(call: Call, who: Who, method: str, path: str, content: JsonObject, verb: Callable[[], JsonObject]) -> JsonObject:
+    """Does what the person's client would ask for with this request; so it looks on the wire."""
+    wire, began = call.api.delivery.wire, time.monotonic()
+    one = wire.begin(Exchange(wire.number(), wire.clock.now(), who.user_id, HS, "request", method, "/_matrix/client/v3/" + path, {},
+                              to_json(content).encode("utf-8", "replace")[:KEPT_BYTES], client=True))
+    try:
+        answer = verb()
+        one.status, one.answer = 200, to_json(answer).encode()
+        return answer
+    except MatrixError as error:
+        one.status, one.answer = error.status, to_json(error.body()).encode()
+        raise
+    finally:
+        one.ms = round((time.monotonic() - began) * 1000, 2)
+        wire.end(one)
+
+
+def post_rooms(call: Call) -> Any:
+    """Brings a person into a room: one that is named by alias or ID; a new one with this user; or else a new one of this name."""
+    body, rooms = call.body, call.api.rooms
+    who, room = inspector(call).check_person(field(body, "user_id", str)), field(body, "room", str)
+    if room[:1] in ("#", "!"):
+        path = f"join/{urllib.parse.quote(room, safe='')}"
+        return as_client(call, who, "POST", path, {}, lambda: {"room_id": rooms.join(who, room)})
+    options: JsonObject = {"preset": "public_chat", "name": room} if room[:1] != "@" else {
+        "preset": "trusted_private_chat", "is_direct": True, "invite": [check_id("@", room)]}
+    return as_client(call, who, "POST", "createRoom", options, lambda: {"room_id": rooms.create(who, options)})
+
+
+def post_say(call: Call) -> Any:
+    """The room may be named by an alias, too; who is not in it joins."""
+    body, rooms, txn_id = call.body, call.api.rooms, secrets.token_hex(8)
+    who, room = inspector(call).check_person(field(body, "user_id", str)), field(body, "room_id", str)
+    content = {"msgtype": "m.text", "body": field(body, "body", str)}
+    path = f"rooms/{urllib.parse.quote(room, safe='')}/send/m.room.message/{txn_id}"
+    return as_client(call, who, "PUT", path, content, lambda: {     # who is in it already stays as he is
+        "event_id": rooms.send(who, rooms.join(who, room), "m.room.message", content, txn_id)})
+
+
+def post_faults(call: Call) -> Any:
+    body = call.body
+    for key in body.keys() - FAULT_KEYS:
+        raise MatrixError("M_BAD_JSON", f"{shorten(key)!r} is no key of a fault; the nearest one is {nearest(key, FAULT_KEYS)!r}")
+    probability = body.get("probability")
+    if probability is not None and not is_number(probability):
+        raise MatrixError("M_BAD_JSON", f"'probability' must be a number above 0 and up to 1, not {quoted(probability)}")
+    faults = call.api.delivery.faults(field(body, "appservice", str))
+    faults.add(field(body, "fault", str), on=field(body, "on", str, "transactions"), times=field(body, "times", int, None),
+               probability=probability, seed=field(body, "seed", int, None), delay_ms=field(body, "delay_ms", int, 1000),
+               status=field(body, "status", int, 500))
+    return {"faults": faults.told()}
+
+
+def lever(pull: Callable[[Delivery, str], JsonObject | None]) -> Callable[[Call], Any]:
+    """What is done by hand with the application service that the query names, or the body of a POST."""
+    def handler(call: Call) -> Any:
+        id = field(call.body, "appservice", str) if call.request.method == "POST" else call.required("appservice")
+        return pull(call.api.delivery, id) or {}
+    return handler
+
+
+def post_replay(call: Call) -> Any:
+    body = call.body
+    txn_id = field(body, "txn_id", str, None)
+    if txn_id is not None and not re.fullmatch(r"[0-9]{1,18}", txn_id):
+        raise MatrixError("M_INVALID_PARAM", f"{shorten(txn_id)!r} is no transaction ID: decimal digits")
+    id, new_id = field(body, "appservice", str), field(body, "new_id", bool, False)
+    return {"txn_id": str(call.api.delivery.replay(id, int(txn_id) if txn_id else None, new_id))}
+
+
+def post_ping(call: Call) -> Any:
+    registration = call.api.delivery.registration(field(call.body, "appservice", str))
+    return {"duration_ms": call.api.delivery.ping(registration, None)}
+
+
+def post_clock(call: Call) -> Any:
+    seconds: Any = call.body.get("advance")
+    if not is_number(seconds) or not 0 <= seconds <= 10**9:
+        raise MatrixError("M_BAD_JSON", f"'advance' must be a number of seconds from 0 on, not {quoted(seconds)}")
+    call.api.world.clock.advance(seconds)
+    return inspector(call).clock()
+
+
+# -- The bridge examiner: does an application service do what the specification asks of it? It speaks HTTP and knows no database.
 
 NOWHERE = "asbridge-examiner.invalid"    # a server that can't be (RFC 2606)
 OURS = "org.asbridge.examiner"           # a key, and a type of event, that nobody else has
+WRONG = "asbridge-examiner-wrong-token"
+UNKNOWN = "/_matrix/app/v1/asbridge_examiner"
+OLDER_EPHEMERAL = "de.sorunome.msc2409.ephemeral"
 SILENT_CALLS = 2                         # so many in a row without an answer, and no more are made
 Verdict = tuple[str, str]                # outcome, and what was seen
 
@@ -9749,34 +9875,36 @@ class Examiner:
     be kept. Only the two questions of Querying may lead a bridge to make a user or a room; they are asked with `queries`.
     """
 
-    #: test, section of the specification, method
-    CHECKS = (
-        ("listens at its url",                                "AS: Registration",         "_listens"),
-        ("answers a ping",                                    "AS: Pinging",              "_ping"),
-        ("takes an empty transaction",                        "AS: Pushing events",       "_empty"),
-        ("takes the same transaction again",                  "AS: Pushing events",       "_again"),
-        ("takes the hs_token from the header alone",          "AS: Authorization",        "_header_alone"),
-        ("refuses a transaction without a token",             "AS: Authorization",        "_no_token"),
-        ("refuses a wrong token in the header",               "AS: Authorization",        "_wrong_header"),
-        ("refuses a wrong token in the query",                "AS: Authorization",        "_wrong_query"),
-        ("refuses broken JSON, and is not broken by it",      "Standard error response",  "_broken"),
-        ("says 404 to an unknown path",                       "AS: Unknown routes",       "_path"),
-        ("says 405 to a wrong method",                        "AS: Unknown routes",       "_method"),
-        ("takes unknown keys in a transaction",               "AS: Pushing events",       "_keys"),
-        ("takes an event of an unknown type and shape",       "AS: Pushing events",       "_type"),
-        ("takes an event of a room that it does not know",    "AS: Pushing events",       "_room"),
-        ("takes ephemeral data",                              "AS: Pushing EDUs",         "_ephemeral"),
-        ("takes ephemeral data, by its older name",           "AS: Pushing EDUs",         "_older_ephemeral"),
-        ("describes its protocols",                           "AS: Third-party networks", "_protocols"),
-        ("answers when asked for an unknown user",            "AS: Querying",             "_user"),
-        ("answers when asked for an unknown alias",           "AS: Querying",             "_alias"),
+    #: test, section of the specification, what is asked and judged
+    CHECKS: tuple[tuple[str, str, Callable[[Examiner], Verdict]], ...] = (
+        ("listens at its url",                              "AS: Registration",         lambda it: it._listens()),
+        ("answers a ping",                                  "AS: Pinging",              lambda it: it._ping()),
+        ("takes an empty transaction",                      "AS: Pushing events",       lambda it: it._empty()),
+        ("takes the same transaction again",                "AS: Pushing events",       lambda it: it._again()),
+        ("takes the hs_token from the header alone",        "AS: Authorization",        lambda it: it._header_alone()),
+        ("refuses a transaction without a token",           "AS: Authorization",        lambda it: it._refuses("", "")),
+        ("refuses a wrong token in the header",             "AS: Authorization",        lambda it: it._refuses(WRONG, "")),
+        ("refuses a wrong token in the query",              "AS: Authorization",        lambda it: it._refuses("", WRONG)),
+        ("refuses broken JSON, and is not broken by it",    "Standard error response",  lambda it: it._broken()),
+        ("says 404 to an unknown path",                     "AS: Unknown routes",       lambda it: it._unknown(404, UNKNOWN)),
+        ("says 405 to a wrong method",                      "AS: Unknown routes",       lambda it: it._unknown(405, it._last[0])),
+        ("takes unknown keys in a transaction",             "AS: Pushing events",       lambda it: it._keys()),
+        ("takes an event of an unknown type and shape",     "AS: Pushing events",       lambda it: it._type()),
+        ("takes an event of a room that it does not know",  "AS: Pushing events",       lambda it: it._room()),
+        ("takes ephemeral data",                            "AS: Pushing EDUs",         lambda it: it._data("ephemeral")),
+        ("takes ephemeral data, by its older name",         "AS: Pushing EDUs",         lambda it: it._data(OLDER_EPHEMERAL)),
+        ("describes its protocols",                         "AS: Third-party networks", lambda it: it._protocols()),
+        ("answers when asked for an unknown user",          "AS: Querying",             lambda it: it._query("users")),
+        ("answers when asked for an unknown alias",         "AS: Querying",             lambda it: it._query("aliases")),
     )
 
     def __init__(self, registration: Registration, settings: Settings, queries: bool = False) -> None:
         self.registration, self.server_name, self.queries = registration, settings.server_name, queries
         self.seconds = settings.query_timeout_ms / 1000      # for each call
         self._client = HttpClient(registration.url or "", cut=True)
-        self._run, self._pushed, self._last = secrets.token_hex(4), 0, ("", b"")
+        self._run = secrets.token_hex(4)                     # in the ID of each transaction
+        self._pushed = 0                                     # transactions
+        self._last: tuple[str, bytes] = ("", b"")            # path and body of the last one
         self._legacy = False                                 # it only knows the older paths
         self._silent = 0                                     # calls without an answer, since the last that had one
         self._hopeless = ""                                  # why no more is asked
@@ -9784,22 +9912,22 @@ class Examiner:
     def results(self) -> list[Result]:
         """Asks everything, one after the other."""
         try:
-            return [Result(test, *self._verdict(method, spec)) for test, spec, method in self.CHECKS]
+            return [self._result(*row) for row in self.CHECKS]
         finally:
             self._client.close()
 
-    def _verdict(self, method: str, spec: str) -> tuple[str, str, str]:
+    def _result(self, test: str, spec: str, check: Callable[[Examiner], Verdict]) -> Result:
         if self._hopeless:
-            return "skipped", spec, self._hopeless
+            return Result(test, "skipped", spec, self._hopeless)
         try:
-            outcome, seen = getattr(self, method)()
+            outcome, seen = check(self)
             self._silent = 0
         except CALL_FAILED as error:
             outcome, seen = "failed", self._plain(advice(self.registration, error))
             self._silent += isinstance(error, (TimeoutError, ConnectionRefusedError))
             if self._silent == SILENT_CALLS:
                 self._hopeless = f"it did not answer {SILENT_CALLS} calls in a row"
-        return outcome, spec, seen
+        return Result(test, outcome, spec, seen)
 
     # -- How it is asked.
 
@@ -9841,16 +9969,15 @@ class Examiner:
             text = self._plain(f"{answer.errcode}: {shorten(answer.json.get('error', 'no error text'))}")
         return f"{answer.status} {text if answer.json is not None else quoted(text)}"
 
-    def _judge(self, good: bool, answer: Answer, right: str) -> Verdict:
-        return ("passed", self._said(answer)) if good else ("failed", f"{self._said(answer)}; right would be {right}")
+    @staticmethod
+    def _judged(good: bool, seen: str, right: str) -> Verdict:
+        return ("passed", seen) if good else ("failed", f"{seen}; right would be {right}")
 
     def _taken(self, answer: Answer, right: str = "200 with a JSON object") -> Verdict:
-        return self._judge(answer.status == 200 and isinstance(answer.json, dict), answer, right)
+        return self._judged(answer.status == 200 and isinstance(answer.json, dict), self._said(answer), right)
 
-    def _refused(self, answer: Answer, statuses: Iterable[int], right: str, errcode: str | None = None) -> Verdict:
-        """Must have one of these statuses, and an errcode (or this one)."""
-        known = answer.errcode == errcode if errcode else isinstance(answer.errcode, str)
-        return self._judge(known and answer.status in statuses, answer, right)
+    def _refused(self, answer: Answer, statuses: Iterable[int], right: str) -> Verdict:
+        return self._judged(isinstance(answer.errcode, str) and answer.status in statuses, self._said(answer), right)
 
     # -- The checks.
 
@@ -9889,21 +10016,16 @@ class Examiner:
     def _header_alone(self) -> Verdict:
         return self._taken(self._push({"events": []}, query=""), "200 (since v1.4 the query need not have it)")
 
-    def _with_tokens(self, header: str, query: str) -> Verdict:
+    def _refuses(self, header: str, query: str) -> Verdict:
         return self._refused(self._push({"events": []}, header, query), (401, 403), "403 M_FORBIDDEN or 401")
-
-    _no_token = functools.partialmethod(_with_tokens, "", "")
-    _wrong_header = functools.partialmethod(_with_tokens, "asbridge-examiner-wrong-token", "")
-    _wrong_query = functools.partialmethod(_with_tokens, "", "asbridge-examiner-wrong-token")
 
     def _broken(self) -> Verdict:
         return self._refused(self._push(b'{"events": ['), range(400, 500), "400 M_NOT_JSON")
 
-    def _path(self) -> Verdict:
-        return self._refused(self._call("GET", "/_matrix/app/v1/asbridge_examiner"), (404,), "404 M_UNRECOGNIZED", "M_UNRECOGNIZED")
-
-    def _method(self) -> Verdict:
-        return self._refused(self._call("GET", self._last[0]), (405,), "405 M_UNRECOGNIZED", "M_UNRECOGNIZED")
+    def _unknown(self, status: int, path: str) -> Verdict:
+        answer = self._call("GET", path)
+        good = answer.status == status and answer.errcode == "M_UNRECOGNIZED"
+        return self._judged(good, self._said(answer), f"{status} M_UNRECOGNIZED")
 
     def _keys(self) -> Verdict:
         return self._taken(self._push({"events": [], OURS: {"list": [1, None, {}]}}))
@@ -9923,10 +10045,7 @@ class Examiner:
             {"type": "m.receipt", "room_id": room_id, "content": receipt},
             {"type": "m.presence", "sender": who, "content": {"presence": "online", "last_active_ago": 1}}]}))
 
-    _ephemeral = functools.partialmethod(_data, "ephemeral")
-    _older_ephemeral = functools.partialmethod(_data, "de.sorunome.msc2409.ephemeral")
-
-    def _query(self, kind: str, segment: str) -> Verdict:
+    def _query(self, kind: str) -> Verdict:
         namespaces = self.registration.namespaces[kind]
         id = next(filter(None, (nobody(one, self.server_name) for one in namespaces)), None)
         if not namespaces:
@@ -9935,71 +10054,151 @@ class Examiner:
             return "skipped", "asked with --queries only: a bridge may create what it is asked for, and keep it"
         if id is None:
             return "skipped", f"no ID could be made up for {self.registration.regexes(kind)}"
-        answer = self._call("GET", f"/_matrix/app/v1/{segment}/{urllib.parse.quote(id, safe='')}")
+        answer = self._call("GET", query_path(kind, id))
         good = answer.status in (200, 404) and isinstance(answer.json, dict)
-        outcome, seen = self._judge(good, answer, "404 with an errcode")
+        outcome, seen = self._judged(good, self._said(answer), "404 with an errcode")
         if good and not isinstance(answer.errcode, str):
             seen += ": it says that it created it" if answer.status == 200 else "; an errcode would say that the path is known"
         return outcome, f"{id}: {seen}"
-
-    _user = functools.partialmethod(_query, "users", "users")
-    _alias = functools.partialmethod(_query, "aliases", "rooms")
 
     def _protocols(self) -> Verdict:
         answers = {protocol: self._call("GET", f"/_matrix/app/v1/thirdparty/protocol/{urllib.parse.quote(protocol, safe='')}")
                    for protocol in self.registration.protocols}
         if not answers:
             return "skipped", "its registration has no protocols"
-        wrong = [one for one in answers.values() if one.status != 404 and not (one.status == 200 and is_protocol(one.json))]
+        good = all(one.status == 404 or (one.status == 200 and is_protocol(one.json)) for one in answers.values())
         seen = "; ".join([f"{protocol}: {self._said(answer)}" for protocol, answer in answers.items()])
-        return ("failed", f"{seen}; right would be 200 with user_fields, location_fields, icon, field_types and instances, or 404"
-                ) if wrong else ("passed", seen)
+        return self._judged(good, seen, "200 with user_fields, location_fields, icon, field_types and instances, or 404")
 
 
-# -- The page. It uses the API below and nothing else; what anybody wrote goes into it as text only.
+def post_examine(call: Call) -> Any:
+    body, api = call.body, call.api
+    registration, queries = api.delivery.registration(field(body, "appservice", str)), field(body, "queries", bool, False)
+    return {"results": [result._asdict() for result in Examiner(registration, api.world.settings, queries).results()]}
+
+
+# -- The table. The page uses what is in it and nothing else.
+
+def question(verb: Callable[..., Any], *names: str) -> Callable[[Call], Any]:
+    """A verb of the Inspector, given what the query must have."""
+    return lambda call: verb(inspector(call), *[call.required(name) for name in names])
+
+
+def get_page(call: Call) -> Any:
+    """Only the page's own script and style may run, and nothing may show the page in a frame."""
+    nonce = secrets.token_urlsafe(16)
+    policy = (f"default-src 'none'; script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; connect-src 'self'; base-uri 'none'; "
+              "form-action 'none'; frame-ancestors 'none'")
+    headers = f"Content-Security-Policy: {policy}\r\nX-Content-Type-Options: nosniff\r\nCache-Control: no-store\r\n"
+    return Response(200, PAGE.replace("{nonce}", nonce).encode(), "text/html; charset=utf-8", headers.encode())
+
+
+ADMIN_ROUTES = [Route("GET", "/", "nobody", get_page, "asbridge: the inspector's page"), *(
+    Route(method, INSPECTOR + path, "admin", handler, "asbridge: " + what) for method, path, what, handler in (
+    ("GET",    "status",       "how everybody is",           question(Inspector.status)),
+    ("GET",    "exchanges",    "what passed since",          get_exchanges),
+    ("GET",    "exchange",     "one of them, opened",        get_exchange),
+    ("GET",    "transactions", "of an AS, with attempts",    get_transactions),
+    ("GET",    "explain",      "who claims an ID",           question(Inspector.explain, "id")),
+    ("GET",    "why",          "why an event was pushed",    question(Inspector.why, "event", "appservice")),
+    ("GET",    "rooms",        "rooms",                      lambda call: {"rooms": inspector(call).rooms()}),
+    ("POST",   "rooms",        "join one, or make one",      post_rooms),
+    ("GET",    "timeline",     "the last events of a room",  get_timeline),
+    ("GET",    "people",       "local people",               lambda call: {"people": inspector(call).people()}),
+    ("POST",   "people",       "a new person",               post_people),
+    ("POST",   "say",          "say something as a person",  post_say),
+    ("GET",    "faults",       "faults that are to happen",  lever(lambda delivery, id: {"faults": delivery.faults(id).told()})),
+    ("POST",   "faults",       "one more",                   post_faults),
+    ("DELETE", "faults",       "no more",                    lever(lambda delivery, id: delivery.faults(id).clear())),
+    ("POST",   "pause",        "no more attempts",           lever(lambda delivery, id: delivery.hand(id).pause())),
+    ("POST",   "resume",       "attempts again",             lever(lambda delivery, id: delivery.hand(id).pause(False))),
+    ("POST",   "retry",        "now, not after the backoff", lever(lambda delivery, id: delivery.hand(id).retry())),
+    ("POST",   "skip",         "give a transaction up",      lever(lambda delivery, id: {"txn_id": str(delivery.skip(id))})),
+    ("POST",   "replay",       "send one again",             post_replay),
+    ("POST",   "ping",         "ping an AS",                 post_ping),
+    ("POST",   "clock",        "wind the clock on",          post_clock),
+    ("POST",   "examine",      "examine an AS",              post_examine),
+))]
+
+
+# -- The page, to be skipped at first reading. It uses the API above and nothing else; what anybody wrote goes into it as text only.
 
 PAGE = r"""<!doctype html>
 <html lang="en">
 <meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><title>asbridge</title>
 <style nonce="{nonce}">
-:root { color-scheme: light dark; --gutter: 4.4rem;
-  --paper: light-dark(#fbf9f3, #14161b); --card: light-dark(#fff, #1c1f26); --wash: light-dark(#f3efe4, #22262f);
-  --ink: light-dark(#24211c, #ebe6da); --soft: light-dark(#6b6557, #a39d8f); --rule: light-dark(#dfd8c8, #363b46);
-  --client: light-dark(#1f62a7, #84b8f5); --hs: light-dark(#3f3a33, #d9d2c2); --as: light-dark(#0b7059, #5ecfab);
-  --bad: light-dark(#bb2a1c, #ff8b7b); --lost: light-dark(#a5168f, #ff7fdc); --wait: light-dark(#8a5a00, #e9b44c);
+:root {
+  color-scheme: light dark; color: var(--ink); --gutter: 4.4rem;
+  font: clamp(14px, .35vw + 9.5px, 20px)/1.45 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif;
   --book: "Iowan Old Style", "Palatino Linotype", Palatino, "URW Palladio L", Georgia, "Liberation Serif", serif;
-  --code: ui-monospace, SFMono-Regular, Menlo, Consolas, "DejaVu Sans Mono", monospace;
-  font: clamp(14px, .35vw + 9.5px, 20px)/1.45 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; color: var(--ink) }
-:root[data-theme=light] { color-scheme: light } :root[data-theme=dark] { color-scheme: dark }
+  --code: ui-monospace, SFMono-Regular, Menlo, Consolas, "DejaVu Sans Mono", monospace; font-variant-numeric: tabular-nums;
+  --paper:  light-dark(#fbf9f3, #14161b); --card: light-dark(#fff, #1c1f26);    --wash: light-dark(#f3efe4, #22262f);
+  --ink:    light-dark(#24211c, #ebe6da); --soft: light-dark(#6b6557, #a39d8f); --rule: light-dark(#dfd8c8, #363b46);
+  --client: light-dark(#1f62a7, #84b8f5); --hs:   light-dark(#3f3a33, #d9d2c2); --as:   light-dark(#0b7059, #5ecfab);
+  --bad:    light-dark(#bb2a1c, #ff8b7b); --lost: light-dark(#a5168f, #ff7fdc); --wait: light-dark(#8a5a00, #e9b44c) }
 * { box-sizing: border-box; scrollbar-width: thin } [hidden] { display: none !important }
+/* Text and controls. */
+h1, h2, h3 { font: 600 1.3rem/1.2 var(--book); margin: 0 }
+h1 { font-size: 1.55rem; font-style: italic } h3 { font-size: 1.05rem; margin-top: 1.1rem }
+p { margin: .4rem 0 } small { font-size: .92em; color: var(--soft) }
+code, pre, .code { font-family: var(--code); font-size: .86em; overflow-wrap: anywhere }
+pre { background: var(--wash); padding: .7rem .8rem; border-radius: .5rem; margin: .3rem 0; white-space: pre-wrap; max-height: 24rem;
+  overflow: auto }
+button, input, select { font: inherit; color: inherit; background: var(--card); border: 1px solid var(--rule); border-radius: .45rem;
+  padding: .28rem .65rem; min-width: 0; max-width: 100% }
+button, summary { cursor: pointer } button:hover { background: var(--wash) }
+:focus-visible { outline: 2.5px solid var(--client); outline-offset: 1px }
+input[type=number] { width: 5.2rem } input[type=checkbox] { accent-color: var(--client); margin: 0 .3rem 0 0; vertical-align: -.1em }
+summary { margin: .4rem 0 }
+dl { display: grid; grid-template-columns: auto minmax(0, 1fr); gap: .12rem .9rem; margin: .6rem 0 }
+dl.wide { grid-template-columns: repeat(2, auto minmax(0, 1fr)) }
+dt { color: var(--soft) } dd { margin: 0; overflow-wrap: anywhere }
+table { border-collapse: collapse; width: 100%; font-size: .92em; margin: .4rem 0 }
+td, th { text-align: left; vertical-align: top; padding: .3rem .7rem .3rem 0; border-top: 1px solid var(--rule);
+  overflow-wrap: break-word }
+th { color: var(--soft); border: 0 } .why td:nth-child(2) { min-width: 11rem }
+.lines { list-style: none; margin: .6rem 0; padding: 0 } .lines > li { padding: .35rem 0; border-top: 1px solid var(--rule) }
+.bar { display: flex; flex-wrap: wrap; gap: .45rem; align-items: center }
+.grow { flex: 1 1 auto } .bar > input.grow { flex-basis: 9rem }
+.card .bar, main > section > .bar { margin: .5rem 0 } .card > .bar:first-child, main > section > .bar:first-child { margin-top: 0 }
+.card { background: var(--card); border: 1px solid var(--rule); border-radius: .7rem; padding: .8rem 1rem; margin-bottom: .9rem }
+.main { background: var(--lost); border-color: var(--lost); color: light-dark(#fff, #1c1018); font-weight: 600 }
+.main:hover { background: var(--lost); filter: brightness(1.12) }
+.link { border: 0; padding: 0 .2rem; background: none; color: var(--client) }
+.link:hover { background: none; text-decoration: underline }
+.said { font: 1.08em var(--book) }
+.state { padding: .05rem .6rem; border-radius: 1rem; border: 1.5px solid; font-size: .9em; font-weight: 600; color: var(--as) }
+.soft { color: var(--soft) } .good { color: var(--as) } .bad { color: var(--bad) } .wait { color: var(--wait) }
+.fault { color: var(--lost); font-style: italic }
+.tag { display: inline-block; font: .86em/1.3 var(--code); padding: 0 .35em; border-radius: .3em; border: 1px solid var(--rule);
+  background: var(--card) }
+/* The parts of the page. */
 body { margin: 0; height: 100dvh; overflow: hidden; display: grid; background: var(--paper);
   grid-template: auto auto minmax(0, 1fr) / minmax(0, 1fr) }
-h1, h2, h3 { font-family: var(--book); font-weight: 600; margin: 0; line-height: 1.2 } h3 { margin-top: 1.1rem; font-size: 1.05rem }
-h1 { font-size: 1.55rem; font-style: italic } h2 { font-size: 1.3rem } p { margin: .4rem 0 }
-code, pre, .code { font-family: var(--code); font-size: .86em; overflow-wrap: anywhere } .said { font: 1.08em var(--book) }
-small { font-size: .92em } small, .soft { color: var(--soft) } .good { color: var(--as) } .bad { color: var(--bad) }
-.wait { color: var(--wait) } .fault { color: var(--lost); font-style: italic } .grow { flex: 1 1 auto }
-button, input, select { font: inherit; color: inherit; background: var(--card); border: 1px solid var(--rule); border-radius: .45rem;
-  padding: .28rem .65rem; min-width: 0; max-width: 100% } button { cursor: pointer } button:hover { background: var(--wash) }
-:focus-visible { outline: 2.5px solid var(--client); outline-offset: 1px }
-button.main { background: var(--lost); border-color: var(--lost); color: light-dark(#fff, #1c1018); font-weight: 600 }
-button.main:hover { filter: brightness(1.12) } button.link { border: 0; padding: 0 .2rem; background: none; color: var(--client) }
-button.link:hover { text-decoration: underline } button.link.good { color: var(--as) } button.link.bad { color: var(--bad) }
-input[type=number] { width: 5.2rem } input[type=checkbox] { accent-color: var(--client); margin: 0 .3rem 0 0; vertical-align: -.1em }
-.bar { display: flex; flex-wrap: wrap; gap: .45rem; align-items: center } .bar > input.grow { flex-basis: 9rem }
-.card .bar, main > section > .bar { margin: .5rem 0 } .card > .bar:first-child, main > section > .bar:first-child { margin-top: 0 }
 header { display: flex; flex-wrap: wrap; gap: .3rem 1.1rem; align-items: center; padding: .5rem 1.1rem;
-  border-bottom: 1px solid var(--rule) } #tabs { display: flex; overflow-x: auto }
+  border-bottom: 1px solid var(--rule) }
+#tabs { display: flex; overflow-x: auto }
 [role=tab] { border: 0; background: none; border-radius: .4rem .4rem 0 0; padding: .3rem .75rem }
 [role=tab][aria-selected=true] { font-weight: 600; box-shadow: inset 0 -2.5px var(--client) }
-#time { font-variant-numeric: tabular-nums } #banner { margin: 0; padding: .4rem 1.1rem; background: var(--bad); color: var(--paper) }
+#banner { margin: 0; padding: .4rem 1.1rem; background: var(--bad); color: var(--paper) }
 main { grid-row: 3; display: grid; grid-template: minmax(0, 1fr) / minmax(0, 1.62fr) minmax(25rem, 1fr) }
 main > section { grid-area: 1 / 2; overflow: auto; padding: 1rem 1.2rem; background: var(--paper) }
 #details { z-index: 6; animation: slide .16s ease-out }
-#diagram { grid-area: 1 / 1; display: flex; flex-direction: column; padding: 0; border-right: 1px solid var(--rule);
-  position: relative } #diagram > .bar { margin: 0; padding: .5rem 1.1rem; gap: .4rem .9rem; border-bottom: 1px solid var(--rule) }
+#timeline { display: grid; grid-template-columns: auto minmax(0, 1fr) auto; gap: .2rem .8rem; align-items: baseline;
+  align-content: start; overflow: auto; height: calc(100dvh - 19rem); min-height: 10rem; margin: .6rem 0; padding: .5rem 0;
+  border: solid var(--rule); border-width: 1px 0 }
+time { font: .78em var(--code); color: var(--soft) }
+dialog { border: 1px solid var(--rule); border-radius: .8rem; background: var(--card); color: inherit; padding: 1.3rem;
+  max-width: 26rem } dialog::backdrop { background: #0007 }
+#toast { position: fixed; bottom: 1.2rem; right: 1.2rem; z-index: 9; max-width: 30rem; padding: .5rem 1rem; border-radius: .6rem;
+  color: var(--paper); background: var(--ink) }
+#toast.bad { background: var(--bad) } #toast:empty { display: none }
+/* The diagram: heads that stay, lifelines, and rows over them. --x is a column, in percent of what is right of the gutter. */
+#diagram { grid-area: 1 / 1; display: flex; flex-direction: column; padding: 0; position: relative;
+  border-right: 1px solid var(--rule) }
+#diagram > .bar { margin: 0; padding: .5rem 1.1rem; gap: .4rem .9rem; border-bottom: 1px solid var(--rule) }
 #diagram > .legend { font-size: .85em; color: var(--soft); border: solid var(--rule); border-width: 1px 0 0 }
-.key { display: inline-block; width: 2.6rem; vertical-align: middle; margin-right: .35rem; padding: 0 }
+.key { display: inline-block; width: 2.6rem; vertical-align: middle; margin-right: .35rem }
 .key > span { display: block; position: relative }
 #newer { position: absolute; bottom: 3.4rem; left: 50%; translate: -50%; border-radius: 2rem; z-index: 5; box-shadow: 0 2px 12px #0003 }
 #empty { padding: 14vh 2rem 0; margin: 0; text-align: center; font: italic 1.15rem var(--book); color: var(--soft) }
@@ -10007,12 +10206,14 @@ main > section { grid-area: 1 / 2; overflow: auto; padding: 1rem 1.2rem; backgro
 #rows { position: relative; min-height: calc(100% - 3.6rem); padding-bottom: 1rem }
 #heads { position: sticky; top: 0; z-index: 4; height: 3.6rem; background: linear-gradient(var(--paper) 82%, transparent);
   pointer-events: none }
+.client { --tint: var(--client) } .hs, .row { --tint: var(--hs) } .as { --tint: var(--as) }
+.again, .rail { --tint: light-dark(hsl(var(--hue) 75% 34%), hsl(var(--hue) 75% 70%)) }
 .head, .life, .row > i { position: absolute; left: var(--at); --at: calc(var(--gutter) + (100% - var(--gutter)) * var(--x) / 100) }
 .head { top: .55rem; translate: -50%; max-width: min(12rem, var(--room)); padding: .18rem .7rem; text-align: center; line-height: 1.2;
   border: 1.6px solid var(--tint); color: var(--tint); background: var(--card); border-radius: .3rem; pointer-events: auto }
 .head > * { display: block; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; color: inherit }
-.head small { font-size: .72em } .life { top: -1.4rem; bottom: 0; border-left: 1.5px solid var(--tint); opacity: .5 }
-.client { --tint: var(--client) } .hs, .row { --tint: var(--hs) } .as { --tint: var(--as) }
+.head small { font-size: .72em }
+.life { top: -1.4rem; bottom: 0; border-left: 1.5px solid var(--tint); opacity: .5 }
 /* An exchange: a label, the arrow of the request, and the answer's with its text; or, when others came between, only a part of that. */
 .row { display: block; position: relative; width: 100%; padding: .3rem 0 0 var(--gutter); border: 0; border-radius: 0;
   background: none; line-height: 1.25; contain: layout paint style }
@@ -10020,68 +10221,54 @@ main > section { grid-area: 1 / 2; overflow: auto; padding: 1rem 1.2rem; backgro
 .row:focus-visible { outline-offset: -3px }
 .row > span { display: block; position: relative; margin-left: var(--left); width: var(--width) }
 .row > .when { position: absolute; left: 0; top: .35rem; margin: 0 0 0 .9rem; width: auto; font: .74em var(--code); color: var(--soft) }
-.row > .label { width: fit-content; min-width: var(--width); max-width: var(--wide); padding: 0 .5rem; font-size: .9em; z-index: 1 }
-.label > span { overflow-wrap: anywhere; background: var(--bg); padding: 0 .3em } .label b { font-weight: 600 }
-.tag { display: inline-block; font: .86em/1.3 var(--code); padding: 0 .35em; border-radius: .3em; border: 1px solid var(--rule);
-  background: var(--card) } .again, .rail { --tint: light-dark(hsl(var(--hue) 75% 34%), hsl(var(--hue) 75% 70%)) }
+.row > .label { width: fit-content; min-width: var(--width); max-width: min(max(var(--width), 17rem), 100% - var(--left));
+  padding: 0 .5rem; font-size: .9em; z-index: 1 }
+.label > span { overflow-wrap: anywhere; background: var(--bg); padding: 0 .3em }
 .again { border-color: var(--tint); color: var(--tint); font-weight: 700; background: color-mix(in srgb, var(--tint) 12%, var(--card)) }
 .line { height: .75rem; color: var(--tint); --y: .375rem }
 .answer { min-height: 1.25rem; font-size: .86em; color: var(--tint); padding: 0 1rem; --y: .62rem }
+.answer > span { position: relative; background: var(--bg); padding: 0 .45em }
+.answer em { font: italic 1.08em var(--book); white-space: nowrap }
+.answer small { display: inline-block; max-width: 12em; overflow: hidden; text-overflow: ellipsis; white-space: nowrap;
+  vertical-align: bottom }
+.fine .answer { --tint: var(--as) } .failed .answer { --tint: var(--bad) } .lost .answer { --tint: var(--lost) }
+.slash { display: inline-block; width: .7em; height: .95em; margin: 0 .3em -.12em; border: solid; border-width: 0 2px;
+  transform: skewX(-24deg) }
+/* An arrow is the line before and the head after: of a request full, of an answer dashed and open; where none came, a cross. */
 .line::before, .answer::before { content: ""; position: absolute; left: .1rem; right: .1rem; top: var(--y); border-top: 1.7px solid }
+.answer::before { border-top-style: dashed; opacity: .75 } .lost .answer::before { border-top-style: dotted }
 .line::after, .answer::after { content: ""; position: absolute; top: calc(var(--y) - .29rem + .85px); right: .05rem; height: .58rem;
   width: .7rem; background: currentColor; clip-path: polygon(0 0, 100% 50%, 0 100%, 22% 50%) }
-.left .line::after { right: auto; left: .05rem; rotate: 180deg } .answer::before { border-top-style: dashed; opacity: .75 }
 .answer::after { background: none; clip-path: none; border: solid; border-width: 1.7px 1.7px 0 0; width: .45rem; height: .45rem;
-  top: calc(var(--y) - .225rem + .85px); rotate: 45deg } .right .answer::after { right: auto; left: .15rem; rotate: -135deg }
-.answer > span { position: relative; background: var(--bg); padding: 0 .45em; font-variant-numeric: tabular-nums }
-.answer em { font: italic 1.08em var(--book); white-space: nowrap } .pending .line { animation: breathe 1.4s infinite alternate }
-.answer small { display: inline-block; max-width: 12em; overflow: hidden; text-overflow: ellipsis; white-space: nowrap;
-  vertical-align: bottom } .fine .answer { --tint: var(--as) } .failed .answer { --tint: var(--bad) }
-.lost .answer { --tint: var(--lost) } .lost .answer::before { border-top-style: dotted }
-.slash { display: inline-block; width: .7em; height: .95em; margin: 0 .3em -.12em; border: solid; border-width: 0 2px;
-  transform: skewX(-24deg) } .none .answer::before, .none .answer::after { content: none }
+  top: calc(var(--y) - .225rem + .85px); rotate: 45deg }
+.left .line::after { left: .05rem; rotate: 180deg } .right .answer::after { right: auto; left: .15rem; rotate: -135deg }
+.none .answer::before, .none .answer::after { content: none }
 .none .line::after { background: var(--bad); width: .75rem; height: .75rem; top: 0;
   clip-path: polygon(0 14%, 14% 0, 50% 36%, 86% 0, 100% 14%, 64% 50%, 100% 86%, 86% 100%, 50% 64%, 14% 100%, 0 86%, 36% 50%) }
+.pending .line { animation: breathe 1.4s infinite alternate }
 /* Who works on an answer, as a box on his line; and from a failed attempt to the next, a rail. A row clips what leaves it. */
-.act { position: absolute; top: 0; bottom: 0; left: var(--at); margin-left: calc(-.28rem + var(--deep) * .3rem); width: .56rem;
-  background: var(--card); border: solid var(--tint); border-width: 0 1.5px }
+.act, .rail { position: absolute; top: 0; bottom: 0; left: var(--at); border: solid var(--tint) }
+.act { margin-left: calc(-.28rem + var(--deep) * .3rem); width: .56rem; background: var(--card); border-width: 0 1.5px }
 .act.start { top: auto; height: .4rem; border-top-width: 1.5px } .act.end { bottom: auto; height: .95rem; border-bottom-width: 1.5px }
-.act.only { top: -.38rem; bottom: auto; height: 1.05rem; border-width: 1.5px; --at: 100% } .left .act.only { --at: 0% }
-.rail { position: absolute; top: 0; bottom: 0; left: var(--at); margin-left: calc(-1.2rem - var(--deep) * .45rem); width: .8rem;
-  border: 0 solid var(--tint); border-left-width: 2.5px }
+.act.only { top: -.38rem; height: 1.05rem; border-width: 1.5px; --at: 100% } .left .act.only { --at: 0% }
+.rail { margin-left: calc(-1.2rem - var(--deep) * .45rem); width: .8rem; border-width: 0 0 0 2.5px }
 .rail.leave { --at: 0%; top: var(--y); border-top-width: 2.5px; border-radius: .5rem 0 0 }
 .rail.arrive { --at: 0%; top: -20rem; bottom: .3rem; border-bottom-width: 2.5px; border-radius: 0 0 0 .5rem }
 .fresh > .line, .fresh > .answer { animation: draw .28s ease-out }
 .fresh.left > .line, .fresh.right > .answer { --hidden: inset(-20rem -2rem -9px 100%) }
 @keyframes draw { from { clip-path: var(--hidden, inset(-20rem 100% -9px -2rem)) } to { clip-path: inset(-20rem -2rem -9px) } }
 @keyframes slide { from { translate: 1.5rem; opacity: 0 } } @keyframes breathe { to { opacity: .35 } }
-.card { background: var(--card); border: 1px solid var(--rule); border-radius: .7rem; padding: .8rem 1rem; margin-bottom: .9rem }
-.state { padding: .05rem .6rem; border-radius: 1rem; border: 1.5px solid; font-size: .9em; font-weight: 600; color: var(--as) }
-.state.wait { color: var(--wait) } .state.bad { color: var(--bad) } .state.soft { color: var(--soft) }
-dl { display: grid; grid-template-columns: auto minmax(0, 1fr); gap: .12rem .9rem; margin: .6rem 0 } dt { color: var(--soft) }
-dd { margin: 0; overflow-wrap: anywhere; font-variant-numeric: tabular-nums }
-dl.wide { grid-template-columns: repeat(2, auto minmax(0, 1fr)) } summary { cursor: pointer; margin: .4rem 0 }
-table { border-collapse: collapse; width: 100%; font-size: .92em; margin: .4rem 0 }
-td, th { text-align: left; vertical-align: top; padding: .3rem .7rem .3rem 0; border-top: 1px solid var(--rule);
-  overflow-wrap: break-word } .why td:nth-child(2) { min-width: 11rem } th { font-weight: 600; color: var(--soft); border: 0 }
-.lines { list-style: none; margin: .6rem 0; padding: 0 } .lines > li { padding: .35rem 0; border-top: 1px solid var(--rule) }
-pre { background: var(--wash); padding: .7rem .8rem; border-radius: .5rem; margin: .3rem 0; white-space: pre-wrap; max-height: 24rem;
-  overflow: auto }
-#timeline { display: grid; grid-template-columns: auto minmax(0, 1fr) auto; gap: .2rem .8rem; align-items: baseline;
-  align-content: start; overflow: auto; height: calc(100dvh - 19rem); min-height: 10rem; margin: .6rem 0; padding: .5rem 0;
-  border: solid var(--rule); border-width: 1px 0 } #timeline time { font: .78em var(--code); color: var(--soft) }
-dialog::backdrop { background: #0007 }
-dialog { border: 1px solid var(--rule); border-radius: .8rem; background: var(--card); color: inherit; padding: 1.3rem;
-  max-width: 26rem }
-#toast { position: fixed; bottom: 1.2rem; right: 1.2rem; z-index: 9; max-width: 30rem; padding: .5rem 1rem; border-radius: .6rem;
-  color: var(--paper); background: var(--ink) } #toast.bad { background: var(--bad) } #toast:empty { display: none }
-@media (min-width: 62rem) { [data-tab=diagram] { display: none } }
-@media (max-width: 61.99rem) { main { grid-template-columns: minmax(0, 1fr) } main > section, #diagram { grid-area: 1 / 1; border: 0 }
-  main > section:not(#diagram) { padding: .8rem } header { padding: .35rem .7rem } #where { display: none } #tabs { order: 9;
-  width: 100% } :root { --gutter: .3rem } .row > .when, #diagram > .legend { display: none } #diagram > .bar { padding: .4rem .7rem }
-  [role=tab] { padding: .3rem .5rem; font-size: .94em } .answer { padding: 0 .4rem } dl.wide {
-  grid-template-columns: auto minmax(0, 1fr) } #timeline { height: 46dvh } }
 @media (prefers-reduced-motion: reduce) { * { animation: none !important } }
+@media (min-width: 62rem) { [data-tab=diagram] { display: none } }
+@media (max-width: 61.99rem) {
+  :root { --gutter: .3rem }
+  main { grid-template-columns: minmax(0, 1fr) } main > section, #diagram { grid-area: 1 / 1; border: 0 }
+  main > section:not(#diagram) { padding: .8rem } header { padding: .35rem .7rem } #diagram > .bar { padding: .4rem .7rem }
+  #tabs { order: 9; width: 100%; justify-content: space-between }
+  [role=tab] { flex: none; padding: .3rem .35rem; font-size: .88em }
+  #where, .row > .when, #diagram > .legend { display: none }
+  .answer { padding: 0 .4rem } dl.wide { grid-template-columns: auto minmax(0, 1fr) } #timeline { height: 46dvh }
+}
 </style>
 <header>
   <h1>asbridge</h1><span id="where" class="soft"></span><nav id="tabs" role="tablist" aria-label="Parts of the inspector"></nav>
@@ -10098,7 +10285,8 @@ dialog { border: 1px solid var(--rule); border-radius: .8rem; background: var(--
       <input id="find" class="grow" type="search" placeholder="filter: a type, a user, a status …" aria-label="Filter by text">
       <button id="clear" title="Hide what has passed until now; press again to show it">Clear</button>
     </div>
-    <div id="scroll"><div id="heads"></div><div id="rows" role="group" aria-label="Exchanges, oldest first"></div></div>
+    <div id="scroll"><div id="heads"></div><div id="rows" role="group" aria-label="Exchanges, oldest first"><div id="lives"></div></div>
+    </div>
     <button id="newer" hidden>↓ newer</button>
     <div class="bar legend" aria-hidden="true">
       <span><i class="key right"><span class="line"></span></i>request</span>
@@ -10117,57 +10305,72 @@ dialog { border: 1px solid var(--rule); border-radius: .8rem; background: var(--
 <dialog id="ask"><form method="dialog"></form></dialog>
 <div id="toast" role="status"></div>
 <script type="module" nonce="{nonce}">
-// ---- Elements.
-const $ = id => document.getElementById(id), nothing = x => x === null || x === undefined || x === false;
+// ---- What the page knows. All that it shows is made from this.
+let hs = {appservices: [], server_name: "", now: 0};         // the last status; `at`: when it came; `standing`: its clock stands still
+const seen = new Map();                                      // exchanges by n, the last KEPT
+let since = null;                                            // the last change that is in it; null: all is asked for anew
+let cleared = 0;                                             // exchanges up to this n are hidden
+let tab = "services";                                        // what is shown (beside the diagram, where there is room)
+const cards = new Map();                                     // application services by ID: {node, show}
+const drawn = new Map();                                     // rows of the diagram by key: {node, as: what it shows}
+let stick = true, top0 = 0;                                  // the diagram stays at its end; how far it was scrolled
+let opener = null;                                           // what had the focus before the details were opened
+let asking = null;                                           // the question for the token; whatever meets a 401 waits for it
+let drawing = 0, soon = 0, fading = 0;                       // timers: the next drawing, the next status, the end of the toast
 
-// The one way to make an element. What anybody wrote goes in as text, so that it can't become markup.
-function h(tag, props = {}, ...kids) {
-  const node = document.createElement(tag);
-  for (const [key, value] of Object.entries(props)) {
+const KEPT = 1000, HUES = [210, 28, 262, 48, 238, 192];      // hues of transactions
+const TABS = {diagram: "Diagram", services: "Services", transactions: "Transactions", names: "Namespaces", rooms: "Rooms"};
+const KINDS = {client: "client", hs: "homeserver", as: "application service"};
+const LOOKS = {"backing off": "bad", "paused": "wait", "nothing is sent": "soft", "passed": "good", "failed": "bad", "skipped": "soft"};
+
+// ---- Elements.
+const $ = id => document.getElementById(id), root = document.documentElement, wide = matchMedia("(min-width: 62rem)");
+const nothing = x => x === null || x === undefined || x === false;
+
+// The one way to make one: h("b.good", {title: …}, what is in it …). What anybody wrote goes in as text, so that it is no markup.
+function h(tag, ...kids) {
+  const [name, ...looks] = tag.split("."), node = document.createElement(name);
+  const props = kids[0]?.constructor === Object ? kids.shift() : {};
+  for (const [key, value] of Object.entries({class: looks.join(" ") || null, ...props})) {
     if (nothing(value)) continue;
     if (typeof value === "function") node.addEventListener(key, value);
     else if (key.startsWith("--")) node.style.setProperty(key, value);
     else node.setAttribute(key, value === true ? "" : value);
   }
-  node.append(...kids.flat(9).filter(kid => !nothing(kid)));
-  return node;
+  return fill(node, kids);
 }
-const made = (tag, look) => (...kids) => h(tag, look ? {class: look} : {}, ...kids);
-const [div, code, bold, title, part] = ["div", "code", "b", "h2", "h3"].map(tag => made(tag)), small = made("small");
-const bar = made("div", "bar"), soft = made("div", "soft"), said = made("p", "said"), grow = made("span", "grow");
-const looking = (look, ...kids) => h("span", {class: look}, ...kids), strong = (look, ...kids) => h("b", {class: look}, ...kids);
-const folded = (name, ...kids) => h("details", {}, h("summary", {}, name), ...kids);
-const button = (text, click, props) => h("button", {type: "button", click, ...props}, text);
-const select = (label, values, props, words = x => x) => h("select", {"aria-label": label, ...props},
-  values.map(value => h("option", {value}, words(value))));
-const number = (label, name, value) => h("input", {type: "number", min: 0, step: "any", "aria-label": label, name, value});
-const table = (heads, rows) => h("table", {}, h("tr", {}, heads.map(text => h("th", {scope: "col"}, text))),
-  rows.map(cells => h("tr", {}, cells.map(cell => h("td", {}, cell)))));
-const facts = pairs => h("dl", {}, pairs.filter(([, value]) => !nothing(value) && value.length !== 0)
-  .map(([name, value]) => [h("dt", {}, name), h("dd", {}, value)]));
-const list = items => h("ol", {class: "lines"}, items.map(kids => h("li", {}, kids)));
-const form = (submit, ...kids) => h("form", {class: "bar", submit(event) { event.preventDefault(); submit(this); }}, ...kids);
-const put = (node, text) => { if (node.textContent !== String(text)) node.textContent = text; };
-
+function fill(node, ...kids) { node.replaceChildren(...kids.flat(9).filter(kid => !nothing(kid))); return node; }
 // Something is only made anew when what it shows has changed: focus and selection stay where they are.
-function refill(node, data, make) {
+function refill(node, data, make = x => x) {
   const now = JSON.stringify(data);
   if (node.shows === now) return false;
   node.shows = now;
-  node.replaceChildren(...[make(data)].flat(9).filter(kid => !nothing(kid)));
-  return true;
+  return !!fill(node, make(data));
 }
-function rechoose(box, values, words = x => x) {
-  const chosen = box.value;
-  const made = refill(box, values.map(value => [value, words(value)]), all => all.map(([value, text]) => h("option", {value}, text)));
+// The options of a select; what was chosen stays chosen.
+function options(box, values, words = x => x) {
+  const chosen = box.value, entries = values.map(value => [value, words(value)]);
+  const made = refill(box, entries, all => all.map(([value, text]) => h("option", {value}, text)));
   if (made && values.includes(chosen)) box.value = chosen;
+  return box;
 }
+const select = (label, values, props) => options(h("select", {"aria-label": label, ...props}), values);
+const number = (label, name, value) => h("input", {type: "number", min: 0, step: "any", "aria-label": label, name, value});
+const button = (text, click, props) => h("button", {type: "button", click, ...props}, text);
+const verb = (text, words, path, data, props) => button(text, () => post(words, path, data), props);
+const form = (submit, ...kids) => h("form.bar", {submit(event) { event.preventDefault(); submit(this); }}, kids);
+const folded = (name, ...kids) => h("details", h("summary", name), kids);
+const list = items => h("ol.lines", items.map(item => h("li", item)));
+const table = (heads, rows) => h("table", h("tr", heads.map(text => h("th", {scope: "col"}, text))),
+  rows.map(cells => h("tr", cells.map(cell => h("td", cell)))));
+const facts = pairs => h("dl", pairs.filter(([, value]) => !nothing(value) && value.length !== 0)
+  .map(([name, value]) => [h("dt", name), h("dd", value)]));
 
 // ---- Words.
-let hs = {appservices: [], server_name: "", now: 0};         // the last status
-const ids = () => hs.appservices.map(one => one.id), plural = (n, word) => `${n} ${word}${n === 1 ? "" : "s"}`;
+const ids = () => hs.appservices.map(one => one.id), joined = (...words) => words.filter(Boolean).join(" · ");
+const plural = (n, word) => `${n} ${word}${n === 1 ? "" : "s"}`, pretty = value => JSON.stringify(value, null, 2);
 const local = id => (id || "").endsWith(":" + hs.server_name) ? id.slice(0, -hs.server_name.length - 1) : id || "";
-const tail = id => id.length > 8 ? "…" + id.slice(-5) : id;
+const tail = id => id.length > 8 ? "…" + id.slice(-5) : id, sentAs = got => `sent as ${tail(got.txn_id)}`;
 const clock = ts => new Date(ts).toTimeString().slice(0, 8);
 const exactly = ts => `${clock(ts)}.${String(Math.floor(ts % 1000)).padStart(3, "0")}`;
 const span = s => s < 90 ? `${s.toFixed(s < 10 ? 1 : 0)} s` : s < 5400 ? `${(s / 60).toFixed(0)} min` : `${(s / 3600).toFixed(1)} h`;
@@ -10177,86 +10380,87 @@ function short(path) {
   return path.replace(/^\/_matrix\/(client|app|media)\/(v\d+|r0|unstable)/, "").replace(/(\/send\/[^/]+)\/.*/, "$1")
     .replace(/([!$][\w-]{5})[\w-]{5,}(:[\w.:[\]-]+)?/g, "$1…").split("/").map(local).join("/");
 }
+// Of an exchange: did it fail, how does it look, what was asked, what is in it, what came of it; and all of that as a sentence.
 const failed = x => x.lost || x.status === null || x.status >= 400;
 const tone = x => !x.done ? "pending" : x.lost ? "lost" : x.status === null ? "none failed" : failed(x) ? "failed" : "fine";
 const what = x => x.kind === "transaction" ? "PUT transaction" : `${x.method} ${short(x.path)}`;
-const joined = (...words) => words.filter(Boolean).join(" · ");
-const about = x => joined(x.events !== null && plural(x.events, "event"), x.first && `${x.first.type} by ${local(x.first.sender)}`,
-  x.as && `as ${local(x.as)}`, x.kind === "query" && `does this ${x.path.includes("/users/") ? "user" : "room"} exist?`);
+const opening = event => `${event.type} by ${local(event.sender)}`;
+const about = x => joined(x.events !== null && plural(x.events, "event"), x.first && opening(x.first), x.as && `as ${local(x.as)}`,
+  x.kind === "query" && `does this ${x.path.includes("/users/") ? "user" : "room"} exist?`);
 const outcome = x => x.status === null ? (x.error || "no answer").split("; ")[0] : `${x.status} · ${took(x.ms)}`;
 const party = id => id === "hs" ? "homeserver" : local(id);
 const asked = x => joined(what(x), x.txn_id, x.attempt && `attempt ${x.attempt}`, about(x));
-const sentence = x => `${party(x.from)} → ${party(x.to)}: ${asked(x)}: ` +
-  (x.done ? joined(outcome(x), x.lost && "the answer is lost", x.then) : "under way");
+const answered = x => x.done ? joined(outcome(x), x.lost && "the answer is lost", x.then) : "under way";
+const sentence = x => `${party(x.from)} → ${party(x.to)}: ${asked(x)}: ${answered(x)}`;
 
 // ---- The server.
-async function api(method, path, body) {
-  const token = sessionStorage.getItem("token"), headers = {"Content-Type": "application/json"};
+async function api(method, path, data) {
+  const token = sessionStorage.getItem("token"), headers = {"Content-Type": "application/json"}, posts = method === "POST";
   if (token) headers.Authorization = "Bearer " + token;
-  const answer = await fetch("/_asbridge/" + path, {method, headers, body: body && JSON.stringify(body), cache: "no-store"});
-  const json = await answer.json();
-  if (answer.status === 401) { await askToken(json.error, token); return api(method, path, body); }
-  if (!answer.ok) throw Object.assign(new Error(json.error || answer.status), {answered: true});
-  return json;
+  const answer = await fetch(`/_asbridge/${path}` + (posts ? "" : "?" + new URLSearchParams(data)),
+    {method, headers, body: posts ? JSON.stringify(data) : null, cache: "no-store"});
+  const got = await answer.json();
+  if (answer.status === 401) { await askToken(got.error, token); return api(method, path, data); }
+  if (!answer.ok) throw Object.assign(new Error(got.error || answer.status), {answered: true});
+  return got;
 }
-const get = (path, query = {}) => api("GET", path + "?" + new URLSearchParams(query));
+const get = (path, query) => api("GET", path, query);
+// What a person started: says what came of it.
+async function post(words, path, data, method = "POST") {
+  try {
+    const got = await api(method, path, data);
+    toast(typeof words === "function" ? words(got) : words); refresh();
+    return got;
+  } catch (error) { return toast(error.message, true); }
+}
+function toast(text, bad) {
+  refill($("toast"), text); $("toast").className = bad ? "bad" : "";
+  clearTimeout(fading); fading = setTimeout(refill, bad ? 8000 : 3500, $("toast"), "");
+}
 function ask(question, text, yes, input) {
   const no = !input && h("button", {value: ""}, "Cancel"), dialog = $("ask");
-  dialog.firstChild.replaceChildren(title(question), div(text), bar(input, h("button", {value: "yes", class: "main"}, yes), no));
+  fill(dialog.firstChild, h("h2", question), h("div", text), h("div.bar", input, h("button.main", {value: "yes"}, yes), no));
   dialog.returnValue = ""; dialog.showModal();
   return new Promise(done => { dialog.onclose = () => done(dialog.returnValue === "yes"); });
 }
-let asking = null;                                           // whatever meets a 401 waits for the same dialog
 async function askToken(why, used) {
   if (used !== sessionStorage.getItem("token")) return;
   const input = h("input", {type: "password", required: true, "aria-label": "admin_token"});
   asking ??= ask("The admin token, please", why, "Go on", input).then(() => sessionStorage.setItem("token", input.value.trim()));
   await asking; asking = null;
 }
-let fading = 0;
-function toast(text, bad) {
-  put($("toast"), text); $("toast").className = bad ? "bad" : "";
-  clearTimeout(fading); fading = setTimeout(put, bad ? 8000 : 3500, $("toast"), "");
-}
-// What a person started: says what came of it.
-async function act(words, method, path, body) {
-  try {
-    const got = await api(method, path, body);
-    toast(typeof words === "function" ? words(got) : words); refresh();
-    return got;
-  } catch (error) { toast(error.message, true); return null; }
-}
-const post = (words, path, body) => act(words, "POST", path, body);
 
 // ---- Live.
-const KEPT = 1000, seen = new Map();                         // exchanges by n
-let since = 0, anew = false, cleared = 0, soon = 0;          // cleared: "Clear" was pressed at this n
 const connected = yes => { $("banner").hidden = yes; }, pause = ms => new Promise(done => setTimeout(done, ms));
 
 async function listen() {
-  for (let wait = 500;;) {
+  for (let wait = 250;;) {
     try {
-      const got = await get("exchanges", {since, timeout: anew ? 0 : 25000});
-      wait = 500; connected(true);
-      if (anew || got.next < since) { seen.clear(); clear(0); }           // another server, another story
-      if (!anew && got.next < since) { since = 0; continue; }
-      anew = false; since = got.next; got.exchanges.forEach(remember);
-      for (const n of seen.keys()) { if (seen.size <= KEPT) break; seen.delete(n); }
-      schedule(); if (got.exchanges.length) soon ||= setTimeout(() => { soon = 0; refresh(); }, 250);
+      const got = await get("exchanges", {since: since ?? 0, timeout: since === null ? 0 : 25000});
+      if (since === null || got.next < since) { seen.clear(); clear(0); }         // another server, another story
+      since = got.next; wait = 250; connected(true);
+      got.exchanges.forEach(remember); schedule();
+      if (got.exchanges.length) soon ||= setTimeout(() => { soon = 0; refresh(); }, 250);
       await pause(60);                                       // of a burst, many at once
-    } catch (error) { connected(!!error.answered); since = 0; anew = true; await pause(wait); wait = Math.min(wait * 2, 5000); }
+    } catch (error) {
+      since = null; connected(!!error.answered);
+      await pause(wait = Math.min(wait * 2, 5000));
+    }
   }
 }
 // `n` and `seq` are of one counter: a request stands at its n, an answer at the seq with which its exchange was first seen to be done.
-function remember(x) { x.ended = seen.get(x.n)?.ended ?? (x.done ? x.seq : null); seen.set(x.n, x); }
-
-function clear(n) { cleared = n; put($("clear"), n ? "Show all" : "Clear"); schedule(); }
+function remember(x) {
+  x.ended = seen.get(x.n)?.ended ?? (x.done ? x.seq : null);
+  seen.set(x.n, x);
+  if (seen.size > KEPT) seen.delete(seen.keys().next().value);
+}
+function clear(n) { cleared = n; refill($("clear"), n ? "Show all" : "Clear"); schedule(); }
 
 async function refresh() {
   try {
-    const got = await get("status"), standing = got.now === hs.now;   // the clock of a seeded homeserver stands still
-    hs = {...got, at: performance.now(), standing}; connected(true);
-    put($("where"), `${got.server_name} · ${got.url}`); rechoose($("only"), ["", ...ids()], id => id || "all services");
+    const got = await get("status");
+    hs = {...got, at: performance.now(), standing: got.now === hs.now}; connected(true);    // a seeded homeserver's clock stands still
+    refill($("where"), `${got.server_name} · ${got.url}`); options($("only"), ["", ...ids()], id => id || "all services");
     showServices(); schedule(); await panels[tab]?.();
   } catch (error) { connected(!!error.answered); }
 }
@@ -10267,7 +10471,6 @@ const fits = x => x.n > cleared && !($("hidesync").checked && /\/(sync|events)$/
   && !($("hideclient").checked && x.lane === "client")
   && (!$("only").value || x.lane === "client" || [x.from, x.to].includes($("only").value))
   && (!$("find").value || (sentence(x) + JSON.stringify(x)).toLowerCase().includes($("find").value.toLowerCase()));
-const HUES = [210, 28, 262, 48, 238, 192];
 
 // The columns: people as long as there is room for each, else some of them together; the homeserver; application services.
 function columns(shown) {
@@ -10275,13 +10478,11 @@ function columns(shown) {
   const services = ids().filter(id => !$("only").value || id === $("only").value);
   const room = Math.max(1, Math.floor(width / 200) - 1 - services.length), alone = who.length > room ? who.slice(0, room - 1) : who;
   const rest = who.length > room || (!who.length && !$("hideclient").checked);
-  const all = [...alone.map(id => ({id, kind: "client", name: local(id), text: "client"})),
-    ...(rest ? [{id: "*", kind: "client", name: alone.length ? "others" : "clients", text: "client"}] : []),
-    {id: "hs", kind: "hs", name: hs.server_name, text: "homeserver"},
-    ...services.map(id => ({id, kind: "as", name: id, text: "application service"}))];
+  const all = [...alone.map(id => ({id, kind: "client", name: local(id)})),
+    ...(rest ? [{id: "*", kind: "client", name: alone.length ? "others" : "clients"}] : []),
+    {id: "hs", kind: "hs", name: hs.server_name}, ...services.map(id => ({id, kind: "as", name: id}))];
   const margin = all.length < 3 ? 20 : width < 600 ? 16 : all.length === 3 ? 12 : 8;
-  all.forEach((one, i) => { one.x = all.length > 1 ? margin + i * (100 - 2 * margin) / (all.length - 1) : 50; });
-  return all;
+  return all.map((one, i) => ({...one, x: all.length > 1 ? margin + i * (100 - 2 * margin) / (all.length - 1) : 50}));
 }
 // Requests and answers in the order in which they were; an answer that follows at once on its request shares its row.
 function arrows(shown) {
@@ -10289,120 +10490,114 @@ function arrows(shown) {
   all.sort((a, b) => a.at - b.at);
   return all.flatMap((one, i) => all[i + 1]?.x === one.x ? {...one, part: "both"} : all[i - 1]?.x === one.x ? [] : one);
 }
+const transaction = x => x.txn_id && `${x.to} ${x.txn_id}`;
 function layout() {
   const shown = [...seen.values()].filter(fits), all = columns(shown), column = new Map(all.map(one => [one.id, one]));
-  const widest = Math.min(98, 2700 * parseFloat(getComputedStyle(root).fontSize) / $("scroll").clientWidth), tries = new Map();
-  for (const x of shown) if (x.txn_id) tries.set(x.to + x.txn_id, [...tries.get(x.to + x.txn_id) || [], x.n]);
   const find = (id, x) => column.get(id) || (x.lane === "client" && column.get("*")) || column.get("hs");
-  const calls = new Map(), rails = new Map();                // under way; transactions between two attempts
+  const attempts = Map.groupBy(shown, transaction), begun = new Map(), open = new Map();
   let second = "";
   const rows = arrows(shown).map(({x, part}, i) => {
-    const row = {x, part, from: find(x.from, x), to: find(x.to, x), widest, marks: [], far: i - calls.get(x.n)?.i > 5};
-    row.key = x.n + (part === "answer" ? "a" : "");
+    const row = {key: x.n + (part === "answer" ? "a" : ""), x, part, from: find(x.from, x), to: find(x.to, x)};
+    if (part === "answer") row.far = i - begun.get(x.n) > 5; else begun.set(x.n, i);
     if (part !== "answer" && clock(x.ts) !== second) row.when = second = clock(x.ts);
-    markCalls(row, calls, i); markRails(row, rails, tries.get(x.to + x.txn_id) || []);
+    if (x.txn_id) {
+      const same = attempts.get(transaction(x));
+      row.hue = HUES[Number(x.txn_id.slice(-6)) % HUES.length];
+      row.goesOn = x.done && failed(x) && (x.then || same.some(one => one.n > x.n));
+      row.again = row.goesOn || x.attempt > 1 || same.length > 1;
+    }
+    row.marks = marksOf(row, open);
     return row;
   });
   return [all, rows.slice(-KEPT)];
 }
-// Who works on an answer, until it is there.
-function markCalls({x, part, to, marks}, calls, i) {
-  for (const call of calls.values()) marks.push({...call, part: call.n === x.n ? "end" : ""});
-  const call = {kind: "act " + to.kind, x: to.x, deep: [...calls.values()].filter(one => one.x === to.x).length, n: x.n, i};
-  if (part !== "answer" && (!x.done || x.status !== null)) marks.push({...call, part: part === "both" ? "only" : "start"});
-  if (part === "request") calls.set(x.n, call); else calls.delete(x.n);
+// What goes on over several rows: who works on an answer ("act"), and from an attempt that failed to the next one ("rail").
+// `open`: what has begun, by exchange or transaction.
+function marksOf({x, part, from, to, hue, goesOn}, open) {
+  const ends = part === "answer" ? x.n : transaction(x), works = !x.done || x.status !== null;
+  const all = [...open].map(([key, one]) => ({...one, part: key !== ends ? "" : one.kind === "rail" ? "arrive" : "end"}));
+  open.delete(ends);
+  const begin = (key, part, kind, x, hue) => {
+    const mark = {kind, x, hue, deep: [...open.values()].filter(one => one.kind === kind && one.x === x).length};
+    all.push({...mark, part});
+    if (part !== "only") open.set(key, mark);
+  };
+  if (part !== "answer" && works) begin(x.n, part === "both" ? "only" : "start", "act " + to.kind, to.x);
+  if (part !== "request" && goesOn) begin(transaction(x), "leave", "rail", from.x, hue);
+  return all;
 }
-// From an attempt that failed to the next one.
-function markRails(row, rails, tries) {
-  const {x, part, from, marks} = row, key = x.to + x.txn_id;
-  const goesOn = x.txn_id && x.done && failed(x) && (x.then || x.n < Math.max(...tries));
-  row.hue = HUES[Number((x.txn_id || "").slice(-6)) % HUES.length]; row.again = goesOn || x.attempt > 1 || tries.length > 1;
-  for (const rail of rails.values()) marks.push({...rail, part: rail.key === key && part !== "answer" ? "arrive" : ""});
-  if (part !== "answer") rails.delete(key);
-  if (!goesOn || part === "request") return;
-  rails.set(key, {kind: "rail", x: from.x, deep: rails.size, hue: row.hue, key}); marks.push({...rails.get(key), part: "leave"});
-}
-function drawRow(row) {
-  const {x, part, from, to} = row, length = Math.abs(to.x - from.x), left = Math.min(from.x, to.x);
-  const wide = Math.min(Math.max(length, row.widest), 100 - left);       // of the label: wider than its arrow, if need be
-  const marks = (...parts) => row.marks.filter(one => parts.includes(one.part))
+function drawRow({key, x, part, from, to, marks, far, when, hue, again}) {
+  const bars = (...parts) => marks.filter(one => parts.includes(one.part))
     .map(one => h("i", {class: `${one.kind} ${one.part}`, "--x": one.x, "--deep": one.deep, "--hue": one.hue}));
-  const tag = x.txn_id && h("span", {class: row.again ? "tag again" : "tag", "--hue": row.hue, title: x.txn_id},
-    tail(x.txn_id), x.attempt > 1 && ` attempt ${x.attempt}`);
-  const more = small(" ", about(x), from.id === "*" && ` from ${local(x.from)}`);
-  const label = h("span", {}, bold(what(x)), " ", tag, more, x.fault && looking("fault", ` fault: ${x.fault}`));
-  const request = () => [looking("label", label), looking(`line ${from.kind}`, marks("arrive"))];
-  const whose = part === "answer" && [" ", tag || (row.far && small(`to ${what(x)}`))];
-  const answer = () => looking("answer", marks("only", "leave"), h("span", {}, x.lost && h("i", {class: "slash"}),
-    joined(outcome(x), x.lost && "lost"), whose, x.then && [" · ", h("em", {}, x.then)]));
+  const tag = x.txn_id && h(again ? "span.tag.again" : "span.tag", {"--hue": hue, title: x.txn_id}, tail(x.txn_id),
+    x.attempt > 1 && ` attempt ${x.attempt}`);
+  const label = [h("b", breakable(what(x))), " ", tag, h("small", " ", about(x), from.id === "*" && ` from ${local(x.from)}`),
+    x.fault && h("span.fault", ` fault: ${x.fault}`)];
+  const said = [x.lost && h("i.slash"), joined(outcome(x), x.lost && "lost"),
+    part === "answer" && [" ", tag || (far && h("small", `to ${what(x)}`))], x.then && [" · ", h("em", x.then)]];
   return h("button", {type: "button", class: `row ${tone(x)} ${to.x > from.x ? "right" : "left"}`, tabindex: -1, "data-n": x.n,
-    "data-key": row.key, "aria-label": sentence(x), "--left": left + "%", "--width": length + "%", "--wide": wide + "%"},
-    marks("", "start", "end"), row.when && looking("when", row.when), part !== "answer" && request(), part !== "request" && answer());
+    "data-key": key, "aria-label": sentence(x), "--left": Math.min(from.x, to.x) + "%", "--width": Math.abs(to.x - from.x) + "%"},
+    bars("", "start", "end"), when && h("span.when", when),
+    part !== "answer" && [h("span.label", h("span", label)), h(`span.line.${from.kind}`, bars("arrive"))],
+    part !== "request" && h("span.answer", bars("only", "leave"), h("span", said)));
 }
-const signature = row => [row.x.seq, row.part, row.from.x, row.to.x, row.from.id, row.when, row.far, row.again, row.widest,
-  ...row.marks.map(one => [one.kind, one.part, one.x, one.deep])].join();
-const drawn = new Map();                                     // key → {node, as: what it shows}
-let drawing = 0, stick = true;
+// What of a row can change.
+const signature = ({x, part, from, to, when, far, again, marks}) => [x.seq, part, from.x, to.x, from.id, when, far, again,
+  ...marks.map(one => [one.kind, one.part, one.x, one.deep])].join();
+const breakable = path => path.split(/(?<=[/:])/).flatMap(part => [part, h("wbr")]);
+
 function schedule() { drawing ||= requestAnimationFrame(draw); }
 
 function draw() {
   drawing = 0;
-  const [all, rows] = layout(), box = $("rows"), keys = new Set(rows.map(row => row.key)),
-    focused = document.activeElement?.dataset?.key;
+  const [all, rows] = layout(), keys = new Set(rows.map(row => row.key)), focused = document.activeElement?.dataset.key;
+  const burst = rows.filter(row => !drawn.has(row.key)).length > 8;       // then nothing moves in
   drawColumns(all);
   for (const [key, {node}] of drawn) if (!keys.has(key)) { node.remove(); drawn.delete(key); }
-  const burst = rows.filter(row => !drawn.has(row.key)).length > 8;       // then nothing moves in
-  let place = box.querySelector(".row"), budget = 30;        // new rows in one frame, so that nothing stutters
+  let budget = 30, last = $("lives");                        // new rows in one frame, so that nothing stutters
   for (const row of rows) {
-    const old = drawn.get(row.key), as = signature(row);
-    let node = old?.node;
-    if (old?.as !== as) {
-      if (!budget--) { schedule(); break; }
-      node = drawRow(row); drawn.set(row.key, {node, as});
-      if (!burst && !old) node.classList.add("fresh");
-      if (old) { if (place === old.node) place = node; old.node.replaceWith(node); }
-      if (row.key === focused) { node.tabIndex = 0; node.focus({preventScroll: true}); }
-    }
-    if (node === place) place = place.nextElementSibling; else box.insertBefore(node, place);
+    const as = signature(row), old = drawn.get(row.key), stale = old?.as !== as;
+    if (stale && !budget--) { schedule(); break; }
+    if (stale) { old?.node.remove(); drawn.set(row.key, {node: drawRow(row), as}); }
+    const {node} = drawn.get(row.key);
+    if (!old && !burst) node.classList.add("fresh");
+    if (last.nextSibling !== node) last.after(node);
+    if (stale && row.key === focused) rove(null, node);
+    last = node;
   }
-  if (!box.querySelector('.row[tabindex="0"]')) box.querySelector(".row:last-child")?.setAttribute("tabindex", 0);
+  if (!$("rows").querySelector('.row[tabindex="0"]')) $("rows").querySelector(".row:last-child")?.setAttribute("tabindex", 0);
   follow();
 }
 function drawColumns(all) {
-  const room = 84 / all.length + "%";
-  refill($("heads"), all, () => all.map(one => h("div", {class: `head ${one.kind}`, "--x": one.x, "--room": room, title: one.id},
-    bold(one.name), small(one.text))));
-  const box = $("rows"), now = JSON.stringify([all, !seen.size]);
-  if (box.shows === now) return;
-  box.shows = now; box.querySelectorAll(".life, #empty").forEach(node => node.remove());
-  box.prepend(...all.map(one => h("div", {class: `life ${one.kind}`, "--x": one.x})),
-    seen.size ? "" : h("p", {id: "empty"}, "Nothing has passed yet. Say something under Rooms, or ping a service."));
+  refill($("heads"), all, () => all.map(one => h(`div.head.${one.kind}`, {"--x": one.x, "--room": 84 / all.length + "%", title: one.id},
+    h("b", one.name), h("small", KINDS[one.kind]))));
+  refill($("lives"), [all, !seen.size], () => [all.map(one => h(`div.life.${one.kind}`, {"--x": one.x})),
+    !seen.size && h("p", {id: "empty"}, "Nothing has passed yet. Say something under Rooms, or ping a service.")]);
 }
 function follow() { if (stick) $("scroll").scrollTop = $("scroll").scrollHeight; $("newer").hidden = stick; }
 
 // ---- Details of an exchange, and why.
-let opener = null;
-const unmark = () => $("rows").querySelectorAll("[aria-current]").forEach(node => node.removeAttribute("aria-current"));
 function openDetails(name, ...content) {
   if ($("details").hidden) opener = document.activeElement;
-  $("details").replaceChildren(bar(grow(title(name)), button("Close", closeDetails, {title: "Esc"})),
-    ...content.flat(9).filter(kid => !nothing(kid)));
-  $("details").hidden = false; $("details").scrollTop = 0; $("details").focus();
+  fill($("details"), h("div.bar", h("h2.grow", name), button("Close", closeDetails, {title: "Esc"})), content);
+  Object.assign($("details"), {hidden: false, scrollTop: 0}).focus();
 }
 function closeDetails() {
-  $("details").hidden = true; $("details").replaceChildren(); unmark();
+  fill($("details")).hidden = true; mark(null);
   (opener?.isConnected ? opener : $("rows").querySelector('.row[tabindex="0"]'))?.focus();
+}
+function mark(n) {
+  for (const row of $("rows").querySelectorAll(".row")) row.ariaCurrent = row.dataset.n === n ? "true" : null;
 }
 function parsed(text) { try { return JSON.parse(text); } catch { return null; } }
 function message(name, one) {
-  if (!one) return null;
-  const json = parsed(one.body), body = json === null ? one.body : JSON.stringify(json, null, 2);
-  return [part(name), h("div", {class: "code"}, facts(Object.entries(one.headers || {}))),
-    body ? h("pre", {tabindex: 0}, body) : soft("no body"), one.cut && soft("… cut here")];
+  const json = parsed(one.body), body = json === null ? one.body : pretty(json);
+  return [h("h3", name), h("div.code", facts(Object.entries(one.headers || {}))),
+    body ? h("pre", {tabindex: 0}, body) : h("div.soft", "no body"), one.cut && h("div.soft", "… cut here")];
 }
 // The events that passed: what was sent, or in a transaction; of one whose body is cut, as the homeserver has them.
 async function eventsOf(x) {
-  const sent = parsed(x.answer?.body)?.event_id, pushed = parsed(x.request?.body)?.events;
+  const sent = parsed(x.answer.body)?.event_id, pushed = parsed(x.request.body)?.events;
   if (x.kind !== "transaction") return sent ? [{event_id: sent, type: "the event", sender: x.as || x.from}] : [];
   const all = pushed ? [] : (await get("transactions", {appservice: x.to})).transactions;
   return pushed || all.find(one => one.txn_id === x.txn_id)?.events || [];
@@ -10411,219 +10606,220 @@ async function openExchange(n) {
   const x = await get("exchange", {n}).catch(error => toast(error.message, true));
   if (!x) return;
   const events = await eventsOf(x).catch(() => []), service = x.kind === "transaction" ? x.to : null;
-  openDetails(what(x), said(sentence(x)), facts([["at", exactly(x.ts)], ["path", code(`${x.method} ${x.path}`)],
-    ["transaction", x.txn_id && code(x.txn_id)], ["attempt", x.attempt], ["acting as", x.as],
-    ["answer", x.done ? strong(failed(x) ? "bad" : "good", outcome(x)) : "under way"], ["error", x.error],
-    ["fault", x.fault && looking("fault", x.fault)], ["then", x.then]]), service && replayButtons(service, x.txn_id),
-    events.length > 0 && [part("Events, and why they are sent"), list(events.map(e => eventLine(e, service)))],
+  openDetails(what(x), h("p.said", sentence(x)), facts([["at", exactly(x.ts)], ["path", h("code", `${x.method} ${x.path}`)],
+    ["transaction", x.txn_id && h("code", x.txn_id)], ["attempt", x.attempt], ["acting as", x.as],
+    ["answer", x.done ? h(failed(x) ? "b.bad" : "b.good", outcome(x)) : "under way"], ["error", x.error],
+    ["fault", x.fault && h("span.fault", x.fault)], ["then", x.then]]), service && replayButtons(service, x.txn_id),
+    events.length > 0 && [h("h3", "Events, and why they are sent"), list(events.map(e => eventLine(e, service)))],
     message("Request", x.request), message("Answer", x.answer));
-  unmark(); $("rows").querySelectorAll(`[data-n="${Number(n)}"]`).forEach(node => node.setAttribute("aria-current", "true"));
+  mark(String(n));
 }
+const replayButtons = (appservice, txn_id) => h("div.bar",
+  verb("Replay", got => `${tail(got.txn_id)} is sent again`, "replay", {appservice, txn_id},
+    {title: "the same ID: who deduplicates ignores it"}),
+  verb("Replay as new", sentAs, "replay", {appservice, txn_id, new_id: true}, {title: "the same events in a new transaction"}));
 function eventLine(e, service) {
-  const place = div(), toggle = button("why?", () => {
-    place.replaceChildren(...(place.firstChild ? [] : [whyBox(e.event_id, service)]));
-    toggle.setAttribute("aria-expanded", !!place.firstChild);
+  const text = [h("code", e.type), " by ", h("b", local(e.sender)), e.content?.body && `: ${e.content.body}`], place = h("div");
+  const toggle = button("why?", () => {
+    fill(place, !place.firstChild && whyBox(e.event_id, service));
+    toggle.ariaExpanded = !!place.firstChild;
   }, {"aria-expanded": "false"});
-  return [bar(grow(code(e.type), " by ", bold(local(e.sender)), e.content?.body && `: ${e.content.body}`), toggle), place];
+  return [h("div.bar", h("span.grow", text), toggle), place];
 }
-const verdict = yes => strong(yes ? "good" : "soft", yes ? "✓ match" : "✗ miss");
 function whyBox(event, service) {
-  const result = div(), choice = select("Application service", ids(), {change: load});
+  const result = h("div"), choice = select("Application service", ids(), {change: load});
   async function load() {
-    result.replaceChildren(...await get("why", {event, appservice: choice.value}).then(reasons, error => [soft(error.message)]));
+    fill(result, await get("why", {event, appservice: choice.value}).then(reasons, error => h("div.soft", error.message)));
   }
   if (service) choice.value = service;
   load();
-  return h("div", {class: "card why"}, bar("for", choice), result);
+  return h("div.card.why", h("div.bar", "for", choice), result);
 }
+const verdict = yes => yes ? h("b.good", "✓ match") : h("b.soft", "✗ miss");
 function reasons(why) {
   const one = why.transaction, words = why.pushed ? why.summary.join("; ") : why.summary[0];
-  const became = one && ["transaction ", h("code", {class: "tag"}, tail(one.txn_id)), ", " + plural(one.attempts.length, "attempt"),
+  const became = one && ["transaction ", h("code.tag", tail(one.txn_id)), ", " + plural(one.attempts.length, "attempt"),
     one.acknowledged ? `, acknowledged ${clock(one.acknowledged_ts)}` : ", not acknowledged yet"];
-  const rules = why.rules.map(one => [one.rule, code(one.id),
-    [verdict(one.matches), " ", code(one.namespace || ""), one.miss && soft(one.miss)]]);
-  return [said(strong(why.pushed ? "good" : "wait", why.pushed ? "✓ " : "✗ "), words), table(["rule", "ID", "namespace"], rules),
-    div(became || why.state)];
+  const rules = why.rules.map(one => [one.rule, h("code", one.id),
+    [verdict(one.matches), " ", h("code", one.namespace || ""), one.miss && h("div.soft", one.miss)]]);
+  return [h("p.said", why.pushed ? h("b.good", "✓ ") : h("b.wait", "✗ "), words), table(["rule", "ID", "namespace"], rules),
+    h("div", became || why.state)];
 }
-const replayButtons = (appservice, txn_id) => bar(
-  button("Replay", () => post(got => `${tail(got.txn_id)} is sent again`, "replay", {appservice, txn_id}),
-    {title: "the same ID: who deduplicates ignores it"}),
-  button("Replay as new", () => post(got => `sent as ${tail(got.txn_id)}`, "replay", {appservice, txn_id, new_id: true}),
-    {title: "the same events in a new transaction"}));
 
 // ---- Application services, and the clock.
-const cards = new Map(), LOOKS = {"backing off": "bad", "paused": "wait", "nothing is sent": "soft", "passed": "good", "failed": "bad"};
 function showServices() {
-  for (const [id, card] of cards) if (!ids().includes(id)) { card.node.remove(); cards.delete(id); }
+  for (const [id, {node}] of cards) if (!ids().includes(id)) { node.remove(); cards.delete(id); }
   for (const one of hs.appservices) {
     if (!cards.has(one.id)) cards.set(one.id, serviceCard(one.id));
-    if (!cards.get(one.id).node.isConnected) $("services").insertBefore(cards.get(one.id).node, $("clock"));
-    cards.get(one.id).show(one);
+    const {node, show} = cards.get(one.id);
+    if (!node.isConnected) $("services").insertBefore(node, $("clock"));
+    show(one);
   }
 }
 function serviceCard(appservice) {
-  const f = {}, field = (name, label) => [h("dt", {}, label), f[name] = h("dd", {}, "–")], body = {appservice};
-  const state = h("span"), url = h("p", {class: "soft code"}), faults = bar(), spaces = div();
-  const sentAs = got => `sent as ${tail(got.txn_id)}`;
-  const verb = (text, path, words, more) => button(text, () => post(words, path, {...body, ...more}));
-  const toggle = button("Pause", () => post(toggle.textContent.toLowerCase() + "d", toggle.textContent.toLowerCase(), body));
+  const state = h("span"), url = h("p.soft.code"), faults = h("div.bar"), spaces = h("div");
+  const fields = ["state", "queue", "next try", "open", "last ACK", "latency"].map(name => [h("dt", name), h("dd")]);
+  const lose = verb("Lose the next ACK", "the next acknowledgement will be lost", "faults", {appservice, fault: "lose_ack", times: 1},
+    {class: "main", title: "it answers 200, and the homeserver forgets that"});
+  const toggle = button("Pause", () => post(toggle.textContent.toLowerCase() + "d", toggle.textContent.toLowerCase(), {appservice}));
   const sure = () => ask(`Skip the open transaction of ${appservice}?`, "It will never get these events.", "Skip it");
-  const skip = async () => { if (await sure()) post("skipped", "skip", body); };
-  const lose = verb("Lose the next ACK", "faults", "the next acknowledgement will be lost", {fault: "lose_ack", times: 1});
-  lose.className = "main"; lose.title = "it answers 200, and the homeserver forgets that";
-  const node = h("article", {class: "card", "aria-label": appservice}, bar(title(appservice), state, grow(), lose), url,
-    h("dl", {class: "wide"}, field("since", "state"), field("waiting", "queue"), field("next", "next try"), field("open", "open"),
-      field("acked", "last ACK"), field("latency", "latency")),
-    bar(toggle, verb("Retry now", "retry", "tried at once"), verb("Ping", "ping", got => `pinged in ${took(got.duration_ms)}`),
-      verb("Replay last", "replay", sentAs), verb("Replay as new", "replay", sentAs, {new_id: true}), button("Skip …", skip),
+  const node = h("article.card", {"aria-label": appservice}, h("div.bar", h("h2", appservice), state, h("span.grow"), lose), url,
+    h("dl.wide", fields), h("div.bar", toggle, verb("Retry now", "tried at once", "retry", {appservice}),
+      verb("Ping", got => `pinged in ${took(got.duration_ms)}`, "ping", {appservice}),
+      verb("Replay last", sentAs, "replay", {appservice}), verb("Replay as new", sentAs, "replay", {appservice, new_id: true}),
+      button("Skip …", async () => { if (await sure()) post("skipped", "skip", {appservice}); }),
       button("Examine", () => examine(appservice))),
     faults, folded("More faults", faultForm(appservice)), folded("Namespaces", spaces));
   function show(one) {
-    const down = one.down_since !== null, last = one.last_acknowledged;
-    put(state, one.state); state.className = "state " + (LOOKS[one.state] || "");
-    put(url, joined(one.url || "no url", one.sender)); put(toggle, one.state === "paused" ? "Resume" : "Pause");
-    f.since.className = down ? "bad" : "";
-    put(f.since, down ? `down since ${clock(one.down_since)}, ${plural(one.failures, "failure")}` : last ? "up" : "nothing sent yet");
-    put(f.waiting, plural(one.waiting, "event"));
-    put(f.open, one.open ? joined(tail(one.open.txn_id), plural(one.open.events, "event")) : "–");
-    put(f.acked, last ? `${tail(last.txn_id)} ${clock(last.ts)}` : "–"); put(f.latency, took(one.latency_ms) || "–"); tick();
-    refill(faults, one.faults, all => all.length > 0 && [all.map(fault => looking("tag fault", faultWords(fault))),
-      button("End all faults", () => act("no faults any more", "DELETE", "faults?" + new URLSearchParams(body)))]);
+    refill(state, one.state);
+    state.className = "state " + (LOOKS[one.state] || "");
+    refill(url, joined(one.url || "no url", one.sender));
+    fieldsOf(one).forEach((text, i) => refill(fields[i][1], text));
+    fields[0][1].className = one.down_since !== null ? "bad" : "";
+    refill(toggle, one.state === "paused" ? "Resume" : "Pause");
+    refill(faults, one.faults, all => all.length > 0 && [all.map(fault => h("span.tag.fault", faultWords(fault))),
+      button("End all faults", () => post("no faults any more", "faults", {appservice}, "DELETE"))]);
     refill(spaces, one.namespaces, all => table(["", "regex", ""], Object.entries(all).flatMap(([kind, entries]) =>
-      entries.map(entry => [kind, code(entry.regex), entry.exclusive ? "exclusive" : "shared"]))));
+      entries.map(entry => [kind, h("code", entry.regex), entry.exclusive ? "exclusive" : "shared"]))));
   }
-  function tick() {
-    const at = hs.appservices.find(one => one.id === appservice)?.next_attempt;
-    put(f.next, nothing(at) ? "–" : `in ${span(Math.max(0, at - serverNow()) / 1000)}`);
-  }
-  return {node, show, tick};
+  return {node, show};
+}
+function fieldsOf(one) {
+  const last = one.last_acknowledged, down = one.down_since !== null, at = one.next_attempt;
+  return [down ? `down since ${clock(one.down_since)}, ${plural(one.failures, "failure")}` : last ? "up" : "nothing sent yet",
+    plural(one.waiting, "event"), at === null ? "–" : `in ${span(Math.max(0, at - serverNow()) / 1000)}`,
+    one.open ? joined(tail(one.open.txn_id), plural(one.open.events, "event")) : "–",
+    last ? `${tail(last.txn_id)} ${clock(last.ts)}` : "–", took(one.latency_ms) || "–"];
 }
 const faultWords = one => [one.fault, one.status, one.delay_ms && `${one.delay_ms} ms`, "on", one.on].filter(Boolean).join(" ") + ", " +
   (one.probability ? `p = ${one.probability}` : plural(one.times, "time"));
 function faultForm(appservice) {
-  const delay = number("Milliseconds", "delay_ms", 1000), status = number("Status", "status", 500), only = {delay, status};
-  const choose = event => { for (const [name, input] of Object.entries(only)) input.hidden = name !== event.target.value; };
-  delay.hidden = status.hidden = true;
+  const only = {delay: number("Milliseconds", "delay_ms", 1000), status: number("Status", "status", 500)};      // for these faults
+  const choose = fault => { for (const name in only) only[name].hidden = only[name].disabled = name !== fault; };
+  choose("lose_ack");
   return form(node => {
-    const data = Object.fromEntries(new FormData(node)), {fault, on} = data;
-    post("the fault is set", "faults", {appservice, fault, on, [data.how]: Number(data.amount),
-      ...(only[fault] && {[only[fault].name]: Number(only[fault].value)})});
-  }, select("Fault", ["lose_ack", "refuse", "delay", "status", "duplicate", "garbage"], {name: "fault", change: choose}), delay, status,
+    const {how, amount, fault, on, ...more} = Object.fromEntries(new FormData(node));
+    for (const name in more) more[name] = Number(more[name]);
+    post("the fault is set", "faults", {appservice, fault, on, [how]: Number(amount), ...more});
+  }, select("Fault", ["lose_ack", "refuse", "delay", "status", "duplicate", "garbage"],
+    {name: "fault", change: event => choose(event.target.value)}), only.delay, only.status,
   select("On what", ["transactions", "queries", "ping"], {name: "on"}), number("How many times, or how probably", "amount", 1),
-  select("Times or probability", ["times", "probability"], {name: "how"}), h("button", {}, "Begin"));
+  select("Times or probability", ["times", "probability"], {name: "how"}), h("button", "Begin"));
 }
 async function examine(appservice) {
   toast(`examining ${appservice} …`);
   const results = (await post("examined", "examine", {appservice}))?.results;
   if (!results) return;
   const count = name => `${results.filter(one => one.outcome === name).length} ${name}`;
-  openDetails(`Examination of ${appservice}`, said(["passed", "failed", "skipped"].map(count).join(", ")), table(["", "test", "seen"],
-    results.map(one => [strong(LOOKS[one.outcome] || "soft", one.outcome), [one.test, soft(one.spec)], one.seen])));
+  openDetails(`Examination of ${appservice}`, h("p.said", ["passed", "failed", "skipped"].map(count).join(", ")),
+    table(["", "test", "seen"], results.map(one =>
+      [h(`b.${LOOKS[one.outcome]}`, one.outcome), [one.test, h("div.soft", one.spec)], one.seen])));
 }
 function clockCard() {
   const wind = seconds => post(`the clock was wound on by ${span(seconds)}`, "clock", {advance: seconds});
-  return h("article", {class: "card", id: "clock"}, bar(title("The clock"), h("span", {id: "wound", class: "soft"})),
-    soft("Backoff, time-outs and typing follow it; a minute of waiting becomes a click."),
-      form(node => wind(Number(node.seconds.value)),
-      [[1, "+1 s"], [10, "+10 s"], [60, "+1 min"], [3600, "+1 h"]].map(([seconds, text]) => button(text, () => wind(seconds))),
-      number("Seconds", "seconds", 300), "s", h("button", {}, "Wind on")));
+  const steps = Object.entries({"+1 s": 1, "+10 s": 10, "+1 min": 60, "+1 h": 3600});
+  return h("article.card", {id: "clock"}, h("div.bar", h("h2", "The clock"), h("span.soft", {id: "wound"})),
+    h("div.soft", "Backoff, time-outs and typing follow it; a minute of waiting becomes a click."),
+    form(node => wind(Number(node.seconds.value)), steps.map(([text, seconds]) => button(text, () => wind(seconds))),
+      number("Seconds", "seconds", 300), "s", h("button", "Wind on")));
 }
-setInterval(() => {
+function showTime() {
   if (!hs.now) return;
-  cards.forEach(card => card.tick());
-  put($("time"), clock(serverNow()) + (hs.wound ? ` (+${span(hs.wound)})` : ""));
-    put($("wound"), hs.wound ? `wound on by ${span(hs.wound)}` : "");
-}, 200);
+  showServices();                                            // when the next attempt is
+  refill($("time"), clock(serverNow()) + (hs.wound ? ` (+${span(hs.wound)})` : ""));
+  refill($("wound"), hs.wound ? `wound on by ${span(hs.wound)}` : "");
+}
 
 // ---- Transactions.
 function transactionsPanel() {
-  const choice = select("Application service", [], {change: show}), box = div();
-  $("transactions").append(bar(grow(title("Transactions")), choice), box);
+  const choice = select("Application service", [], {change: show}), box = h("div");
+  $("transactions").append(h("div.bar", h("h2.grow", "Transactions"), choice), box);
   async function show() {
-    rechoose(choice, ids());
-    const found = choice.value ? (await get("transactions", {appservice: choice.value, limit: 50})).transactions : [];
-    refill(box, [choice.value, found], () => found.length ? list(found.map(t => transactionLine(choice.value, t))) : soft("none yet"));
+    options(choice, ids());
+    const id = choice.value, found = id ? (await get("transactions", {appservice: id, limit: 50})).transactions : [];
+    refill(box, [id, found], () => found.length ? list(found.map(t => transactionLine(id, t))) : h("div.soft", "none yet"));
   }
   return show;
 }
 function transactionLine(appservice, t) {
   const attempt = (one, i) => button(`${i + 1}: ${one.status ?? "✕"}${one.fault ? " " + one.fault : ""}`, () => openExchange(one.n),
     {class: "link " + (one.error ? "bad" : "good"), title: joined(exactly(one.ts), took(one.ms), one.error)});
-  const first = t.events[0], about = [plural(t.events.length, "event"), first && small(` · ${first.type} by ${local(first.sender)}`)];
-  return [bar(h("code", {class: "tag", title: t.txn_id}, tail(t.txn_id)), grow(about),
-    strong(t.acknowledged ? "good" : "wait", t.acknowledged ? `✓ ${clock(t.acknowledged_ts)}` : "not acknowledged")),
-    bar(grow(small(plural(t.attempts.length, "attempt"), " "), t.attempts.map(attempt)), replayButtons(appservice, t.txn_id)),
-    folded(small("events, and why"), list(t.events.map(e => eventLine(e, appservice))))];
+  const first = t.events[0], became = t.acknowledged ? h("b.good", `✓ ${clock(t.acknowledged_ts)}`) : h("b.wait", "not acknowledged");
+  return [h("div.bar", h("code.tag", {title: t.txn_id}, tail(t.txn_id)),
+    h("span.grow", plural(t.events.length, "event"), first && h("small", " · " + opening(first))), became),
+    h("div.bar", h("span.grow", h("small", plural(t.attempts.length, "attempt"), " "), t.attempts.map(attempt)),
+      replayButtons(appservice, t.txn_id)),
+    folded(h("small", "events, and why"), list(t.events.map(e => eventLine(e, appservice))))];
 }
 
 // ---- Namespaces: who claims an ID, seen as it is typed.
 function namesPanel() {
-  const result = h("div", {"aria-live": "polite"}), examples = bar(), hint = "@user, #alias, !room or a URI";
+  const result = h("div", {"aria-live": "polite"}), examples = h("div.bar"), hint = "@user, #alias, !room or a URI";
   const later = () => { clearTimeout(timer); timer = setTimeout(look, 150); };
-  const input = h("input", {class: "grow code", type: "search", placeholder: hint, "aria-label": "An ID or a URI", input: later});
+  const input = h("input.grow.code", {type: "search", placeholder: hint, "aria-label": "An ID or a URI", input: later});
   let timer = 0, asked = 0;
   async function look() {
     const mine = ++asked, id = input.value.trim();           // of answers, only that to the last question counts
-    const got = id ? await get("explain", {id}).then(explanation, error => [soft(error.message)]) : [];
-    if (mine === asked) result.replaceChildren(...got);
+    const got = id && await get("explain", {id}).then(explanation, error => h("div.soft", error.message));
+    if (mine === asked) fill(result, got);
   }
-  $("names").append(title("Who claims it?"), bar(input), examples, result);
+  $("names").append(h("h2", "Who claims it?"), h("div.bar", input), examples, result);
   const example = entry => local(entry.regex.replace(/\\(.)/g, "$1").replace(/[.[(*+].*?(?=:|$)/, "bob")) + ":" + hs.server_name;
   const given = one => [...one.namespaces.users, ...one.namespaces.aliases].map(example);
   return () => refill(examples, [...hs.appservices.flatMap(given).slice(0, 4), `@alice:${hs.server_name}`],
     found => found.map(id => button(id, () => { input.value = id; look(); }, {class: "link code"})));
 }
 function explanation(got) {
-  const whose = got.owner ? ["It belongs to ", bold(got.owner.appservice), `: ${got.owner.reason}.`] :
-    got.maps_to ? ["It maps to ", bold(got.maps_to)] :
+  const whose = got.owner ? ["It belongs to ", h("b", got.owner.appservice), `: ${got.owner.reason}.`] :
+    got.maps_to ? ["It maps to ", h("b", got.maps_to)] :
     got.appservices.some(one => one.matches) ? "Claimed, but by nobody exclusively." : "Nobody claims it.";
   const exists = nothing(got.exists) ? "" : got.exists ? "it exists" : "it does not exist yet";
-  const maps = one => div(code(one.regex), ` of ${one.appservice} → `, bold(one.maps_to || "no match"));
-  return [said(whose), facts([["it is", joined("a " + got.kind, got.local && "of this homeserver", exists)],
+  const maps = one => h("div", h("code", one.regex), ` of ${one.appservice} → `, h("b", one.maps_to || "no match"));
+  return [h("p.said", whose), facts([["it is", joined("a " + got.kind, got.local && "of this homeserver", exists)],
     ["may create it", got.may_create.join(", ")],
-    ["would be asked", got.query.map(one => div(one.appservice, ": ", code(one.request)))],
+    ["would be asked", got.query.map(one => h("div", one.appservice, ": ", h("code", one.request)))],
     ["maps to", got.uris.map(maps)]]),
-    ...got.appservices.map(claim), folded("In sentences", list(got.summary))];
+    got.appservices.map(claim), folded("In sentences", list(got.summary))];
 }
 function claim(one) {
   const says = !one.matches ? "is not interested" : one.exclusive ? "claims it exclusively" : "is interested";
-  const rows = one.namespaces.map(entry => [[`${entry.kind}[${entry.index}]`, entry.exclusive && soft("exclusive")], code(entry.regex),
-    [verdict(entry.matches), entry.miss && soft(entry.miss), differs(entry)]]);
-  return h("article", {class: "card"}, bar(title(one.id), looking(one.matches ? "state" : "state soft", says)),
-    one.reason && div(one.reason), rows.length > 0 && table(["namespace", "regex", ""], rows));
+  const differs = (entry, key, how) => entry[key] !== entry.matches && h("div.wait", `${how}: ${entry[key] ? "match" : "miss"}`);
+  const rows = one.namespaces.map(entry => [[`${entry.kind}[${entry.index}]`, entry.exclusive && h("div.soft", "exclusive")],
+    h("code", entry.regex), [verdict(entry.matches), entry.miss && h("div.soft", entry.miss),
+      differs(entry, "unanchored", "if searched anywhere"), differs(entry, "whole", "if it had to match the whole")]]);
+  return h("article.card", h("div.bar", h("h2", one.id), h(one.matches ? "span.state" : "span.state.soft", says)),
+    one.reason && h("div", one.reason), rows.length > 0 && table(["namespace", "regex", ""], rows));
 }
-const differs = entry => [["unanchored", "if searched anywhere"], ["whole", "if it had to match the whole"]]
-  .filter(([key]) => entry[key] !== entry.matches).map(([key, how]) => made("div", "wait")(`${how}: ${entry[key] ? "match" : "miss"}`));
 
 // ---- Rooms: enough of a client for a lesson.
 function roomsPanel() {
-  const room = select("Room", [], {class: "grow", change: timeline}), who = select("Say it as", []), here = soft();
+  const room = select("Room", [], {class: "grow", change: timeline}), who = select("Say it as", []), here = h("div.soft");
   const events = h("div", {id: "timeline", role: "log", tabindex: 0, "aria-label": "Timeline"});
-  const field = (name, text) => h("input", {name, class: "grow", required: true, placeholder: text, "aria-label": text});
+  const field = (name, text) => h("input.grow", {name, required: true, placeholder: text, "aria-label": text});
   const speak = form(async node => {
     if (await post("said", "say", {room_id: room.value, user_id: who.value, body: node.body.value})) { node.reset(); timeline(); }
-  }, who, field("body", "say something"), h("button", {}, "Say"));
+  }, who, field("body", "say something"), h("button", "Say"));
   const arrive = form(async node => {
     const got = await post(one => `${one.user_id} is here`, "people", {name: node.person.value.trim()});
     if (got) { node.reset(); await show(); who.value = got.user_id; }
-  }, field("person", "a new person's name"), h("button", {}, "Make a person"));
+  }, field("person", "a new person's name"), h("button", "Make a person"));
   const enter = form(async node => {
     const got = await post("", "rooms", {user_id: who.value, room: node.room.value.trim()});
     if (got) { node.reset(); await show(); room.value = got.room_id; timeline(); }
-  }, field("room", "#alias to join, @user to write to, or a new room's name"), h("button", {}, "Enter"));
-  $("rooms").append(bar(title("Rooms"), room), events, speak, here, enter, arrive);
+  }, field("room", "#alias to join, @user to write to, or a new room's name"), h("button", "Enter"));
+  $("rooms").append(h("div.bar", h("h2", "Rooms"), room), events, speak, here, enter, arrive);
   async function show() {
     const [{rooms}, {people}] = await Promise.all([get("rooms"), get("people")]);
     const names = new Map(rooms.map(one => [one.room_id, joined(one.name || one.alias || one.room_id, plural(one.members, "member"))]));
-    rechoose(room, [...names.keys()], id => names.get(id)); rechoose(who, people, id => "as " + local(id));
+    options(room, [...names.keys()], id => names.get(id)); options(who, people, id => "as " + local(id));
     speak.hidden = !people.length || !rooms.length; enter.hidden = !people.length;
     await timeline();
   }
   async function timeline() {
-    if (!room.value) { refill(events, null, () => soft("no rooms yet: make a person, who enters one")); return; }
+    if (!room.value) { refill(events, null, () => h("div.soft", "no rooms yet: make a person, who enters one")); return; }
     const got = await get("timeline", {room: room.value, limit: 50});
     const low = events.scrollHeight - events.scrollTop - events.clientHeight < 40;
-    put(here, `here: ${got.members.map(local).join(", ")}`);
+    refill(here, `here: ${got.members.map(local).join(", ")}`);
     if (refill(events, got.events, all => all.map(timelineLine)) && low) events.scrollTop = events.scrollHeight;
   }
   return show;
@@ -10631,259 +10827,64 @@ function roomsPanel() {
 function timelineLine(e) {
   const talk = e.type === "m.room.message", text = talk ? e.content.body ?? "(redacted)" :
     joined(e.type, e.content.membership || e.content.name || e.content.topic, e.state_key && local(e.state_key));
-  const why = () => openDetails("Was it sent, and why?", said(`${local(e.sender)}: ${text}`), whyBox(e.event_id), part("The event"),
-    h("pre", {tabindex: 0}, JSON.stringify(e, null, 2)));
-  return [h("time", {}, clock(e.origin_server_ts)), looking(talk ? "" : "soft", bold(local(e.sender)), " ", text),
+  const why = () => openDetails("Was it sent, and why?", h("p.said", `${local(e.sender)}: ${text}`), whyBox(e.event_id),
+    h("h3", "The event"), h("pre", {tabindex: 0}, pretty(e)));
+  return [h("time", clock(e.origin_server_ts)), h(talk ? "span" : "span.soft", h("b", local(e.sender)), " ", text),
     button("why?", why, {class: "link"})];
 }
 
 // ---- The page.
-const TABS = {diagram: "Diagram", services: "Services", transactions: "Transactions", names: "Namespaces", rooms: "Rooms"};
-const root = document.documentElement, theme = localStorage.getItem("theme"), wide = matchMedia("(min-width: 62rem)");
 const panels = {transactions: transactionsPanel(), names: namesPanel(), rooms: roomsPanel()};
-let tab = wide.matches ? "services" : "diagram", top0 = 0;
+const on = (id, event, listener) => $(id).addEventListener(event, listener);
 function chooseTab(name) {
   tab = wide.matches && name === "diagram" ? "services" : name;          // beside the others, the diagram is always there
   for (const one of $("tabs").children) { one.ariaSelected = one.dataset.tab === tab; one.tabIndex = one.dataset.tab === tab ? 0 : -1; }
-  for (const id of Object.keys(TABS)) $(id).hidden = id !== tab && !(wide.matches && id === "diagram");
+  for (const id in TABS) $(id).hidden = id !== tab && !(wide.matches && id === "diagram");
   if (!$("details").hidden) closeDetails();
   refresh(); schedule();
 }
 // Arrow keys walk among the like; Tab goes past them.
-function roving(box, selector, back, ahead, then) {
-  box.addEventListener("keydown", event => {
-    const all = [...box.querySelectorAll(selector)], at = all.indexOf(event.target);
-    const to = {[back]: at - 1, [ahead]: at + 1, Home: 0, End: all.length - 1}[event.key];
-    if (at < 0 || !all[to]) return;
-    event.preventDefault(); event.target.tabIndex = -1; all[to].tabIndex = 0; all[to].focus(); then?.(all[to]);
+function roving(id, selector, back, ahead, then) {
+  on(id, "keydown", event => {
+    const all = [...$(id).querySelectorAll(selector)], at = all.indexOf(event.target);
+    const to = all[{[back]: at - 1, [ahead]: at + 1, Home: 0, End: all.length - 1}[event.key]];
+    if (at < 0 || !to) return;
+    event.preventDefault(); rove(event.target, to); then?.(to);
   });
 }
+function rove(from, to) { if (from) from.tabIndex = -1; to.tabIndex = 0; to.focus({preventScroll: !from}); }
 $("services").append(clockCard());
 $("tabs").append(...Object.entries(TABS).map(([name, text]) => button(text, () => chooseTab(name),
   {role: "tab", "data-tab": name, "aria-controls": name})));
-roving($("tabs"), "[role=tab]", "ArrowLeft", "ArrowRight", one => one.click());
-roving($("rows"), ".row", "ArrowUp", "ArrowDown");
-$("rows").addEventListener("click", event => {
-  const row = event.target.closest("[data-n]");
+roving("tabs", "[role=tab]", "ArrowLeft", "ArrowRight", one => one.click());
+roving("rows", ".row", "ArrowUp", "ArrowDown");
+on("rows", "click", event => {
+  const row = event.target.closest(".row");
   if (!row) return;
-  $("rows").querySelectorAll('.row[tabindex="0"]').forEach(one => { one.tabIndex = -1; });
-  row.tabIndex = 0; row.focus(); openExchange(row.dataset.n);
+  rove($("rows").querySelector('.row[tabindex="0"]'), row); openExchange(row.dataset.n);
 });
-document.addEventListener("keydown", event => event.key === "Escape" && !$("details").hidden && !$("ask").open && closeDetails());
-for (const id of ["hidesync", "hideclient", "only", "find"]) $(id).addEventListener("input", schedule);
-$("clear").addEventListener("click", () => clear(cleared ? 0 : Math.max(0, ...seen.keys())));
-$("scroll").addEventListener("scroll", () => {               // rows that grow scroll too; only who goes up wants to stay there
+document.addEventListener("keydown", event => {
+  if (event.key === "Escape" && !$("details").hidden && !$("ask").open) closeDetails();
+});
+for (const id of ["hidesync", "hideclient", "only", "find"]) on(id, "input", schedule);
+on("clear", "click", () => clear(cleared ? 0 : Math.max(0, ...seen.keys())));
+on("newer", "click", () => { stick = true; follow(); });
+on("scroll", "scroll", () => {                               // rows that grow scroll too; only who goes up wants to stay there
   const box = $("scroll"), below = box.scrollHeight - box.scrollTop - box.clientHeight;
   if (box.scrollTop < top0 - 1 && below > 2) stick = false; else if (below < 40) stick = true;
   top0 = box.scrollTop; $("newer").hidden = stick;
-}, {passive: true});
-$("newer").addEventListener("click", () => { stick = true; follow(); });
+});
 new ResizeObserver(follow).observe($("rows")); new ResizeObserver(schedule).observe($("scroll"));
-if (theme) root.dataset.theme = theme;
-$("theme").addEventListener("click", () => {
-  const dark = root.dataset.theme ? root.dataset.theme === "dark" : matchMedia("(prefers-color-scheme: dark)").matches;
-  localStorage.setItem("theme", root.dataset.theme = dark ? "light" : "dark");
+root.style.colorScheme = localStorage.getItem("theme");
+on("theme", "click", () => {
+  const now = root.style.colorScheme || (matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light");
+  localStorage.setItem("theme", root.style.colorScheme = now === "dark" ? "light" : "dark");
 });
 wide.addEventListener("change", () => chooseTab(tab));
-chooseTab(tab); setInterval(refresh, 2000); refresh().then(listen);
+chooseTab("diagram"); setInterval(showTime, 200); setInterval(refresh, 2000); refresh().then(listen);
 </script>
 </html>
 """
-
-
-# -- Handlers.
-
-def inspector(call: Call) -> Inspector:
-    return Inspector(call.api.world, call.api.delivery)
-
-
-def get_page(call: Call) -> Any:
-    """Only the page's own script and style may run, and nothing may show the page in a frame."""
-    nonce = secrets.token_urlsafe(16)
-    policy = (f"default-src 'none'; script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; connect-src 'self'; base-uri 'none'; "
-              "form-action 'none'; frame-ancestors 'none'")
-    headers = f"Content-Security-Policy: {policy}\r\nX-Content-Type-Options: nosniff\r\nCache-Control: no-store\r\n"
-    return Response(200, PAGE.replace("{nonce}", nonce).encode(), "text/html; charset=utf-8", headers.encode())
-
-
-def get_status(call: Call) -> Any:
-    return inspector(call).status()
-
-
-def get_exchanges(call: Call) -> Any:
-    now, found = call.api.delivery.wire.since(call.integer("since", 0), call.integer("timeout", 0, 0, 30_000) / 1000)
-    return {"next": now, "exchanges": [one.told() for one in found]}
-
-
-def get_exchange(call: Call) -> Any:
-    one = call.api.delivery.wire.find(call.integer("n", 0))
-    if not one:
-        raise MatrixError("M_NOT_FOUND", f"the last {KEPT_EXCHANGES} exchanges are kept; this one is not among them")
-    return opened(one)
-
-
-def get_transactions(call: Call) -> Any:
-    def brief(event: JsonObject) -> JsonObject:
-        return {key: event[key] for key in ("event_id", "type", "sender", "room_id", "state_key") if key in event}
-    found = inspector(call).transactions(call.required("appservice"), call.integer("limit", 50, 1, KEPT_TRANSACTIONS))
-    return {"transactions": [{**one, "events": [brief(event) for event in one["events"]]} for one in reversed(found)]}
-
-
-def get_explain(call: Call) -> Any:
-    return inspector(call).explain(call.required("id"))
-
-
-def get_why(call: Call) -> Any:
-    return inspector(call).why(call.required("event"), call.required("appservice"))
-
-
-def get_rooms(call: Call) -> Any:
-    return {"rooms": inspector(call).rooms()}
-
-
-def get_timeline(call: Call) -> Any:
-    return inspector(call).timeline(call.required("room"), call.integer("limit", 50, 1, MAX_PAGE))
-
-
-def get_people(call: Call) -> Any:
-    return {"people": inspector(call).people()}
-
-
-def post_people(call: Call) -> Any:
-    return {"user_id": call.api.accounts.add_person(field(call.body, "name", str))["user_id"]}
-
-
-def as_client(call: Call, who: Who, method: str, path: str, content: JsonObject, verb: Callable[[], JsonObject]) -> JsonObject:
-    """Does what the person's client would ask for with this request; so it looks on the wire."""
-    wire, began = call.api.delivery.wire, time.monotonic()
-    one = wire.begin(Exchange(wire.number(), wire.clock.now(), who.user_id, HS, "request", method, path, {},
-                              to_json(content).encode("utf-8", "replace")[:KEPT_BYTES], client=True))
-    try:
-        answer = verb()
-        one.status, one.answer = 200, to_json(answer).encode()
-        return answer
-    except MatrixError as error:
-        one.status, one.answer = error.status, to_json(error.body()).encode()
-        raise
-    finally:
-        one.ms = round((time.monotonic() - began) * 1000, 2)
-        wire.end(one)
-
-
-def post_rooms(call: Call) -> Any:
-    """Brings a person into a room: one that is named by alias or ID; a new one with this user; or else a new one of this name."""
-    body, rooms = call.body, call.api.rooms
-    who, room = inspector(call).check_person(field(body, "user_id", str)), field(body, "room", str)
-    if room[:1] in ("#", "!"):
-        path = f"/_matrix/client/v3/join/{urllib.parse.quote(room, safe='')}"
-        return as_client(call, who, "POST", path, {}, lambda: {"room_id": rooms.join(who, room)})
-    options: JsonObject = {"preset": "public_chat", "name": room} if room[:1] != "@" else {
-        "preset": "trusted_private_chat", "is_direct": True, "invite": [check_id("@", room)]}
-    return as_client(call, who, "POST", "/_matrix/client/v3/createRoom", options, lambda: {"room_id": rooms.create(who, options)})
-
-
-def post_say(call: Call) -> Any:
-    """The room may be named by an alias, too; who is not in it joins."""
-    body, rooms, txn_id = call.body, call.api.rooms, secrets.token_hex(8)
-    who, room = inspector(call).check_person(field(body, "user_id", str)), field(body, "room_id", str)
-    content = {"msgtype": "m.text", "body": field(body, "body", str)}
-    path = f"/_matrix/client/v3/rooms/{urllib.parse.quote(room, safe='')}/send/m.room.message/{txn_id}"
-    return as_client(call, who, "PUT", path, content, lambda: {     # who is in it already stays as he is
-        "event_id": rooms.send(who, rooms.join(who, room), "m.room.message", content, txn_id)})
-
-
-def get_faults(call: Call) -> Any:
-    return {"faults": call.api.delivery.faults(call.required("appservice")).told()}
-
-
-def post_faults(call: Call) -> Any:
-    body = call.body
-    for key in body.keys() - FAULT_KEYS:
-        raise MatrixError("M_BAD_JSON", f"{shorten(key)!r} is no key of a fault; the nearest one is {nearest(key, FAULT_KEYS)!r}")
-    probability = body.get("probability")
-    if probability is not None and not is_number(probability):
-        raise MatrixError("M_BAD_JSON", f"'probability' must be a number above 0 and up to 1, not {quoted(probability)}")
-    faults = call.api.delivery.faults(field(body, "appservice", str))
-    faults.add(field(body, "fault", str), on=field(body, "on", str, "transactions"), times=field(body, "times", int, None),
-               probability=probability, seed=field(body, "seed", int, None), delay_ms=field(body, "delay_ms", int, 1000),
-               status=field(body, "status", int, 500))
-    return {"faults": faults.told()}
-
-
-def delete_faults(call: Call) -> Any:
-    call.api.delivery.faults(call.required("appservice")).clear()
-    return {}
-
-
-def post_pause(call: Call) -> Any:
-    """Pause and resume."""
-    call.api.delivery.hand(field(call.body, "appservice", str)).pause(call.request.path.endswith("pause"))
-    return {}
-
-
-def post_retry(call: Call) -> Any:
-    call.api.delivery.hand(field(call.body, "appservice", str)).retry()
-    return {}
-
-
-def post_skip(call: Call) -> Any:
-    return {"txn_id": str(call.api.delivery.skip(field(call.body, "appservice", str)))}
-
-
-def post_replay(call: Call) -> Any:
-    body = call.body
-    txn_id = field(body, "txn_id", str, None)
-    if txn_id is not None and not re.fullmatch(r"[0-9]{1,18}", txn_id):
-        raise MatrixError("M_INVALID_PARAM", f"{shorten(txn_id)!r} is no transaction ID: decimal digits")
-    id, new_id = field(body, "appservice", str), field(body, "new_id", bool, False)
-    return {"txn_id": str(call.api.delivery.replay(id, int(txn_id) if txn_id else None, new_id))}
-
-
-def post_ping(call: Call) -> Any:
-    registration = call.api.delivery.registration(field(call.body, "appservice", str))
-    return {"duration_ms": call.api.delivery.ping(registration, None)}
-
-
-def post_clock(call: Call) -> Any:
-    seconds: Any = call.body.get("advance")
-    if not is_number(seconds) or not 0 <= seconds <= 10**9:
-        raise MatrixError("M_BAD_JSON", f"'advance' must be a number of seconds from 0 on, not {quoted(seconds)}")
-    call.api.world.clock.advance(seconds)
-    return inspector(call).clock()
-
-
-def post_examine(call: Call) -> Any:
-    body, api = call.body, call.api
-    registration, queries = api.delivery.registration(field(body, "appservice", str)), field(body, "queries", bool, False)
-    return {"results": [result._asdict() for result in Examiner(registration, api.world.settings, queries).results()]}
-
-
-ADMIN_ROUTES = [Route("GET", "/", "nobody", get_page, "asbridge: the inspector's page"), *(
-    Route(method, INSPECTOR + path, "admin", handler, spec) for method, path, handler, spec in (
-    ("GET",    "status",       get_status,       "asbridge: how everybody is"),
-    ("GET",    "exchanges",    get_exchanges,    "asbridge: what passed since"),
-    ("GET",    "exchange",     get_exchange,     "asbridge: one of them, opened"),
-    ("GET",    "transactions", get_transactions, "asbridge: of an AS, with attempts"),
-    ("GET",    "explain",      get_explain,      "asbridge: who claims an ID"),
-    ("GET",    "why",          get_why,          "asbridge: why an event was pushed"),
-    ("GET",    "rooms",        get_rooms,        "asbridge: rooms"),
-    ("POST",   "rooms",        post_rooms,       "asbridge: join one, or make one"),
-    ("GET",    "timeline",     get_timeline,     "asbridge: the last events of a room"),
-    ("GET",    "people",       get_people,       "asbridge: local people"),
-    ("POST",   "people",       post_people,      "asbridge: a new person"),
-    ("POST",   "say",          post_say,         "asbridge: say something as a person"),
-    ("GET",    "faults",       get_faults,       "asbridge: faults that are to happen"),
-    ("POST",   "faults",       post_faults,      "asbridge: one more"),
-    ("DELETE", "faults",       delete_faults,    "asbridge: no more"),
-    ("POST",   "pause",        post_pause,       "asbridge: no more attempts"),
-    ("POST",   "resume",       post_pause,       "asbridge: attempts again"),
-    ("POST",   "retry",        post_retry,       "asbridge: now, not after the backoff"),
-    ("POST",   "skip",         post_skip,        "asbridge: give a transaction up"),
-    ("POST",   "replay",       post_replay,      "asbridge: send one again"),
-    ("POST",   "ping",         post_ping,        "asbridge: ping an AS"),
-    ("POST",   "clock",        post_clock,       "asbridge: wind the clock on"),
-    ("POST",   "examine",      post_examine,     "asbridge: examine an AS"),
-))]
 
 
 # ============================================================================
