@@ -69,8 +69,8 @@ to follow the rest.
 Reading paths
 =============
     The Application Service API in an hour (about 1,900 lines)
-        3 down to Audience; in 5 Tx.append and "the outbox"; 7 down to "What passes"; in 8 "Who is
-        asking?"; 10
+        3 down to Audience; in 5, of Tx, "events" and "the outbox"; 7 down to "What passes";
+        in 8 "Who is asking?"; 10. How a ghost is made, and when an alias is asked for: in 6 Accounts, Aliases
     Write a bridge       10, then 11
     Test a bridge        12 down to "The configuration", and the faults at the end of 7
     Change the server    1, 4, 5, 6, 8; a change of the API begins with its row in the table of 8
@@ -257,6 +257,11 @@ SECRET_KEY = re.compile("token|password|secret|^(pass|auth|identifier)$", re.I) 
 def cut_path(path: str) -> str:
     """Without the token that somebody put after a '&' in place of a '?'. For error texts, too, which repeat what was asked."""
     return TOKEN_IN_URL.sub(r"\1…", shorten(path, 2000))
+
+
+def counted(n: int, word: str) -> str:
+    """As in "1 event" and "2 events"."""
+    return f"{n} {word}" + "s" * (n != 1)
 
 
 def quoted(value: object) -> str:
@@ -1225,16 +1230,365 @@ def trouble_with(path: str) -> str:
 # regexes with which it claims user IDs, aliases and rooms. Here it is decided
 # who owns an ID, who may create it, and who is interested, each answer with its
 # reason. Spec: Application Service API, Registration; its 2016 text for URIs.
-# Does not know of storage or HTTP.
+# Does not know of storage or HTTP. The ideas come first: what is claimed, whose
+# it is, and why. How a registration is read, and what may be wrong with it, follows.
+
+# -- What an application service claims. Decides what a regex means: POSIX extended or Python's, from the start of an ID.
+
+POSIX_CLASSES = {
+    "alnum": "a-zA-Z0-9", "alpha": "a-zA-Z",    "blank": r" \t",         "cntrl": r"\x00-\x1f\x7f",
+    "digit": "0-9",       "graph": r"\x21-\x7e", "lower": "a-z",          "print": r"\x20-\x7e",
+    "space": r"\t-\r ",   "upper": "A-Z",       "xdigit": "0-9A-Fa-f",   "punct": r"!-/:-@\[-`{-~",
+}
+# One that is open at the end is matched, too, and refused later: to look for its end from each of its characters takes long.
+BRACKETS = re.compile(r"\\.|\[\^?\]?(?:\[:[a-z]+:\]|\\.|[^\]\\])*(?:\]|\\?\Z)", re.S)
+
+
+def compile_regex(regex: str) -> re.Pattern[str]:
+    """A POSIX extended regex as Python's: [[:alnum:]] and its kin are translated; re.error if it is none."""
+    def translated(match: re.Match[str]) -> str:
+        is_bracket = match[0].startswith("[")
+        return re.sub(r"\[:([a-z]+):\]", lambda one: POSIX_CLASSES[one[1]], match[0]) if is_bracket else match[0]
+    try:
+        return re.compile(BRACKETS.sub(translated, regex))
+    except KeyError as error:
+        raise re.error(f"[:{error.args[0]}:] is no POSIX character class") from None
+    except (ValueError, OverflowError, RecursionError) as error:      # flags that exclude each other, 10^20 repeats, brackets
+        raise re.error(str(error)) from None
+
+
+@dataclass(frozen=True)
+class Namespace:
+    """One entry of `namespaces`: matched from the start of the ID, as Synapse does."""
+    kind: str                                                # "users", "aliases" or "rooms"
+    index: int                                               # its place among those of its kind
+    regex: str                                               # as it is written
+    exclusive: bool                                          # nobody else may have what it matches
+    pattern: re.Pattern[str] = dataclasses.field(compare=False, repr=False)      # the regex as Python's
+
+    def __str__(self) -> str:
+        return f"{self.kind}[{self.index}] {self.regex!r}"
+
+
+@dataclass(frozen=True)
+class UriRule:
+    """One entry of our own key `uris`: a URI that matches as a whole becomes the ID in `template` (2016 text, URI mapping). The
+    homeserver is asked for it, so that no client need know by what rule a bridge names its ghosts.
+    """
+    kind: str                                                # "users" or "aliases"
+    pattern: re.Pattern[str]
+    template: str                                            # with named groups of the regex: "@_irc_{nick}:{server_name}"
+
+    def apply(self, uri: str, server_name: str) -> str | None:
+        match = self.pattern.fullmatch(uri)
+        if not match:
+            return None
+        write = to_localpart if self.kind == "users" else str
+        groups = {name: write(urllib.parse.unquote(value or "")) for name, value in match.groupdict().items()}
+        return self.template.format(**groups, server_name=server_name)
+
+
+@dataclass(frozen=True, eq=False)
+class Registration:
+    """An application service as its registration file has it (Application Service API, Registration)."""
+    id: str                                                  # unique on this homeserver
+    url: str | None                                          # where it listens; None: nothing is sent to it and nothing queued
+    as_token: str = dataclasses.field(repr=False)            # it shows this one to the homeserver
+    hs_token: str = dataclasses.field(repr=False)            # the homeserver shows this one to it
+    sender_localpart: str                                    # of its own user
+    namespaces: Mapping[str, Sequence[Namespace]]            # what it claims, by kind
+    rate_limited: bool = True                                # whether its ghosts are; its own user never is
+    protocols: Sequence[str] = ()                            # the third-party networks that it knows
+    receive_ephemeral: bool = False                          # it wants typing, receipts and presence
+    push_ephemeral: bool = False                             # the same by an older name (de.sorunome.msc2409.push_ephemeral)
+    msc3202: bool = False                                    # it wants device lists and counts of keys (org.matrix.msc3202)
+    uris: Sequence[UriRule] = ()                             # our own: which URI stands for which ID
+    sample: Mapping[str, Any] | None = None                  # asbridge.sample: run the IRC bridge for it
+    unknown: Sequence[str] = ()                              # keys that nobody here reads
+
+    @property
+    def hears_ephemeral(self) -> bool:
+        return self.url is not None and bool(self.ephemeral_keys)
+
+    @property
+    def ephemeral_keys(self) -> list[str]:
+        """Under what names it wants ephemeral data in a transaction; none, if it wants none."""
+        return (["ephemeral"] if self.receive_ephemeral else []) + (
+            ["de.sorunome.msc2409.ephemeral"] if self.push_ephemeral else [])
+
+    def sender(self, server_name: str) -> str:
+        """The user ID of the application service's own user."""
+        return f"@{self.sender_localpart}:{server_name}"
+
+    def regexes(self, kind: str) -> str:
+        """Its regexes for an error text."""
+        return ", ".join(repr(namespace.regex) for namespace in self.namespaces[kind]) or "no regex"
+
+
+@dataclass(frozen=True)
+class Claim:
+    """Why an application service has to do with an ID. `namespace` is None for its own sender_localpart user."""
+    registration: Registration
+    id: str                                                  # of a user or room, or an alias
+    namespace: Namespace | None                              # that matches the ID
+
+    @property
+    def exclusive(self) -> bool:
+        return self.namespace is None or self.namespace.exclusive
+
+    def __str__(self) -> str:
+        if self.namespace is None:
+            return f"{self.id} is its sender_localpart user"
+        return f"{self.id} matches {self.namespace.kind}[{self.namespace.index}]"
+
+
+# -- Whose is it? Decides who owns an ID, who may create it or act as it, who is interested in a room, and which ID a URI stands for.
+
+class Registrations:
+    """All registrations of a homeserver, and the questions about them.
+
+    What an ID matches is remembered (bounded), so that a busy ID costs no regex, whatever the number of registrations.
+    """
+
+    def __init__(self, server_name: str, registrations: Sequence[Registration] = ()) -> None:
+        self.server_name = server_name                       # only its users are in a namespace
+        self.by_id = {one.id: one for one in registrations}
+        self._by_as_token = {hashlib.sha256(one.as_token.encode()).digest(): one for one in registrations}
+        self._by_hs_token = {hashlib.sha256(one.hs_token.encode()).digest(): one for one in registrations}
+        self._known = functools.lru_cache(maxsize=100_000)(self._claims)      # what is remembered
+
+    def __iter__(self) -> Iterator[Registration]:
+        return iter(self.by_id.values())
+
+    def of_as_token(self, token_digest: bytes) -> Registration | None:
+        return self._by_as_token.get(token_digest)
+
+    def of_hs_token(self, token_digest: bytes) -> Registration | None:
+        return self._by_hs_token.get(token_digest)
+
+    def claims(self, kind: str, id: str) -> tuple[Claim, ...]:
+        """Every application service that claims this ID, each with one reason: an exclusive regex before a shared one, for who has
+        both owns the ID. Only local users count, and only what is short enough to be an ID.
+        """
+        return self._known(kind, id) if len(id) <= MAX_ID_BYTES else ()
+
+    def _claims(self, kind: str, id: str) -> tuple[Claim, ...]:
+        if kind == "users" and server_of(id) != self.server_name:
+            return ()
+        found = []
+        for registration in self:
+            if kind == "users" and id == registration.sender(self.server_name):
+                found.append(Claim(registration, id, None))
+                continue
+            for namespace in sorted(registration.namespaces[kind], key=lambda one: not one.exclusive):
+                if namespace.pattern.match(id):
+                    found.append(Claim(registration, id, namespace))
+                    break
+        return tuple(found)
+
+    def claim_of(self, registration: Registration, kind: str, id: str) -> Claim | None:
+        return next((claim for claim in self.claims(kind, id) if claim.registration is registration), None)
+
+    def owner(self, kind: str, id: str, other_than: Registration | None = None) -> Claim | None:
+        """The exclusive claim on this ID, if somebody (else) has one."""
+        return next((claim for claim in self.claims(kind, id)
+                     if claim.exclusive and claim.registration is not other_than), None)
+
+    def check_may_create(self, kind: str, id: str, by: Registration | None) -> None:
+        """M_EXCLUSIVE if a person (by=None) or an application service may not create or delete this ID."""
+        owner = self.owner(kind, id, by)
+        if owner:
+            why = f"{owner.namespace} claims it exclusively" if owner.namespace else "it is its sender_localpart user"
+            raise MatrixError("M_EXCLUSIVE",
+                              f"{id} is reserved by the application service {owner.registration.id!r}: {why}")
+        if by:
+            self.check_claims(by, kind, id, "M_EXCLUSIVE")
+
+    def check_claims(self, registration: Registration, kind: str, id: str, errcode: str) -> None:
+        """Raises `errcode` if the ID is in none of the application service's namespaces."""
+        if not self.claim_of(registration, kind, id):
+            raise MatrixError(errcode, f"{shorten(id)} is outside the namespaces of the application service "
+                              f"{registration.id!r}: its regexes for {kind} are {registration.regexes(kind)}, matched "
+                              "from the start of the whole ID" + f" of users of {self.server_name}" * (kind == "users"))
+
+    def map_uri(self, kind: str, uri: str) -> str | None:
+        """The user ID or alias that a URI stands for (2016 text, URI mapping), or None. The first rule that matches decides."""
+        for registration in self:
+            for rule in registration.uris:
+                if rule.kind == kind and (id := rule.apply(uri, self.server_name)):
+                    return id if self.is_own(registration, kind, id) else None
+        return None
+
+    def is_own(self, registration: Registration, kind: str, id: str) -> bool:
+        """Whether it is an ID of this server that the application service claims."""
+        with contextlib.suppress(MatrixError):
+            return self.claim_of(registration, kind, check_id(KINDS[kind], id, self.server_name)) is not None
+        return False
+
+
+class Audience:
+    """Which application services are interested in a room, and because of what: a joined member, an alias, its ID (Registration).
+
+    Kept with the room and changed by the few events that change it, so that a message costs no regex.
+    """
+
+    def __init__(self, registrations: Registrations, room_id: str, members: Iterable[str],
+                 aliases: Iterable[str]) -> None:
+        self.registrations = registrations
+        self.why: dict[str, dict[str, Claim]] = {}           # application service's ID → ID in the room → claim
+        self.add("rooms", room_id)
+        for user_id in members:
+            self.add("users", user_id)
+        for alias in aliases:
+            self.add("aliases", alias)
+
+    def add(self, kind: str, id: str) -> None:
+        for claim in self.registrations.claims(kind, id):
+            self.why.setdefault(claim.registration.id, {})[id] = claim
+
+    def remove(self, kind: str, id: str) -> None:
+        for claim in self.registrations.claims(kind, id):
+            held = self.why.get(claim.registration.id, {})
+            held.pop(id, None)
+            if not held:
+                self.why.pop(claim.registration.id, None)
+
+    def interested(self, sender: str, target: str | None) -> dict[str, str]:
+        """Application services that are interested in an event, each with the reason: they claim its sender, the target of a
+        membership, or something that makes them interested in the room. Whether the claim is exclusive makes no difference.
+        """
+        found: dict[str, str] = {}
+        for part, user_id in (("sender", sender), ("target", target)):
+            for claim in self.registrations.claims("users", user_id) if user_id else ():
+                found.setdefault(claim.registration.id, f"{part} {claim}")
+        for id, claims in self.why.items():
+            claim = next(iter(claims.values()))
+            part = {"@": "member", "#": "alias", "!": "room"}[claim.id[0]]
+            found.setdefault(id, f"{part} {claim}")
+        return found
+
+
+def query_path(kind: str, id: str) -> str:
+    """With which an application service is asked for a user or alias that does not exist yet (Querying)."""
+    return f"/_matrix/app/v1/{'users' if kind == 'users' else 'rooms'}/{urllib.parse.quote(id, safe='')}"
+
+
+# -- Why? The same answers with all that led to them, for people. Decides nothing.
+
+@functools.lru_cache(maxsize=1000)
+def beginnings(regex: str) -> list[tuple[int, re.Pattern[str]]]:
+    """Those of a regex that are regexes, the longest first, each with its length."""
+    found = []
+    for end in range(min(len(regex) - 1, MAX_ID_BYTES), 0, -1):
+        with contextlib.suppress(re.error):
+            found.append((end, compile_regex(regex[:end])))
+    return found
+
+
+@functools.lru_cache(maxsize=1000)
+def without_case(regex: str) -> re.Pattern[str] | None:
+    """The regex for IDs in any case, if it is harmless to ask that."""
+    pattern = re.compile(compile_regex(regex).pattern, re.I)
+    return pattern if cost_of(pattern).verdict == "harmless" else None
+
+
+def nearest_miss(regex: str, id: str) -> tuple[int, str]:
+    """Where an ID stops being what the regex wants: after the longest beginning of the regex that it does match. As the
+    number of characters that are right, and in words.
+    """
+    any_case = without_case(regex)
+    case = "; it is only the case" if any_case and any_case.match(id) else ""
+    for end, beginning in beginnings(regex):
+        if match := beginning.match(id):
+            there = repr(shorten(id[match.end():], 40)) if id[match.end():] else "nothing"
+            wanted = repr(shorten(regex[end:], 40))
+            return match.end(), f"differs at character {match.end() + 1}: {wanted} is wanted, {there} is there{case}"
+    return 0, f"differs at character 1: {shorten(regex, 40)!r} is wanted{case}"
+
+
+def explain_namespace(namespace: Namespace, id: str) -> JsonObject:
+    """Whether it matches, the nearest miss if not, and how those decide who read regexes in another way."""
+    matches = namespace.pattern.match(id) is not None
+    return {"kind": namespace.kind, "index": namespace.index, "regex": namespace.regex, "exclusive": namespace.exclusive,
+            "matches": matches, "miss": None if matches else nearest_miss(namespace.regex, id)[1],
+            "unanchored": namespace.pattern.search(id) is not None, "whole": namespace.pattern.fullmatch(id) is not None}
+
+
+def explain_rule(registrations: Registrations, registration: Registration, rule: str, kind: str, id: str) -> JsonObject:
+    """One rule of interest: whether this ID makes events interesting to the application service, or what is nearest to that."""
+    claim = registrations.claim_of(registration, kind, id)
+    told: JsonObject = {"rule": rule, "id": id, "matches": claim is not None, "namespace": None, "miss": None}
+    if claim:
+        return {**told, "namespace": str(claim.namespace) if claim.namespace else "its sender_localpart user"}
+    if kind == "users" and server_of(id) != registrations.server_name:
+        return {**told, "miss": f"is not a user of {registrations.server_name}; only those count"}
+    misses = [(*nearest_miss(one.regex, id), one) for one in registration.namespaces[kind]]
+    if not misses:
+        return {**told, "miss": f"can't match, for the registration has no regex for {kind}"}
+    _, miss, nearest = max(misses, key=lambda one: one[0])
+    return {**told, "namespace": str(nearest), "miss": miss}
+
+
+def explain_appservice(registrations: Registrations, registration: Registration, kind: str, id: str) -> JsonObject:
+    claim = registrations.claim_of(registration, kind, id)
+    return {"id": registration.id, "matches": claim is not None, "exclusive": bool(claim and claim.exclusive),
+            "reason": str(claim) if claim else None,
+            "namespaces": [explain_namespace(namespace, id) for namespace in registration.namespaces[kind]]}
+
+
+def creators(registrations: Registrations, kind: str, id: str) -> list[str]:
+    """Who may create it: "people", and application services."""
+    def may(by: Registration | None) -> bool:
+        with contextlib.suppress(MatrixError):
+            registrations.check_may_create(kind, id, by)
+            return True
+        return False
+    people = ["people"] if may(None) and (kind != "users" or STRICT_LOCALPART.fullmatch(localpart_of(id))) else []
+    return people + [registration.id for registration in registrations if may(registration)]
+
+
+def explain_claims(registrations: Registrations, kind: str, id: str) -> JsonObject:
+    local = kind == "rooms" or server_of(id) == registrations.server_name
+    owner = registrations.owner(kind, id)
+    return {
+        "appservices": [explain_appservice(registrations, registration, kind, id) for registration in registrations],
+        "owner": {"appservice": owner.registration.id, "reason": str(owner)} if owner else None,
+        "may_create": creators(registrations, kind, id) if local and kind != "rooms" else [],
+        "query": [{"appservice": claim.registration.id, "request": f"GET {query_path(kind, id)}"}
+                  for claim in registrations.claims(kind, id)
+                  if claim.namespace and claim.registration.url and kind != "rooms"],
+        "local": local}
+
+
+def explain_uri(registrations: Registrations, uri: str) -> JsonObject:
+    rules = [{"appservice": registration.id, "kind": rule.kind, "regex": rule.pattern.pattern,
+              "maps_to": rule.apply(uri, registrations.server_name)}
+             for registration in registrations for rule in registration.uris]
+    return {"uris": rules, "maps_to": registrations.map_uri("users", uri) or registrations.map_uri("aliases", uri)}
+
+
+def explain(registrations: Registrations, id: str) -> JsonObject:
+    """Who claims an ID or maps a URI, and why: each namespace with what it decides (README, The inspector's API)."""
+    kind = next((kind for kind, sigil in KINDS.items() if id[:1] == sigil), "uris" if is_uri(id) else None)
+    if kind is None or (kind != "uris" and len(id) > MAX_ID_BYTES):
+        example = f"{MAX_ID_BYTES} bytes at most" if kind else f"@{id}:{registrations.server_name} would be a user ID"
+        raise MatrixError("M_INVALID_PARAM", f"{shorten(id)!r} is no user ID (@…), alias (#…), room ID (!…) or URI (irc://…); "
+                          f"{shorten(example, 150)}")
+    told: JsonObject = {"id": id, "kind": {"users": "user", "aliases": "alias", "rooms": "room", "uris": "uri"}[kind],
+                        "appservices": [], "owner": None, "may_create": [], "query": [], "uris": [], "maps_to": None, "local": True}
+    return {**told, **(explain_uri(registrations, id) if kind == "uris" else explain_claims(registrations, kind, id))}
+
+
+# -- Reading a registration. Decides what one must have, and says at once all that is wrong with it.
 
 @dataclass(frozen=True)
 class Finding:
     """One thing that is wrong with a configuration or a registration."""
-    where: str
+    where: str                                               # the file, and the key in it
     what: str
-    right: str = ""
+    right: str = ""                                          # what to write
     why: str = ""
-    level: str = "error"         # or "warning"
+    level: str = "error"                                     # or "warning"
 
     def __str__(self) -> str:
         return printable(f"{self.where}: {self.what}" + (f"; {self.right}" if self.right else ""))
@@ -1248,7 +1602,220 @@ class ConfigError(Exception):
         self.findings, self.rest = list(findings), rest      # rest: what can be read of a registration, for the doctor
 
 
-# -- YAML, as far as bridges write it.
+# One line for each key: its type, whether there must be one, and what would be right.
+REGISTRATION_KEYS: dict[str, tuple[Any, bool, str]] = {
+    "id":                                     (str,                True,  "a text that is unique on this homeserver"),
+    "url":                                    ((str, type(None)),  True,  "'http://host:port', or null if nothing is to be sent"),
+    "as_token":                               (str,                True,  "a long random text"),
+    "hs_token":                               (str,                True,  "another long random text"),
+    "sender_localpart":                       (str,                True,  "the localpart of its own user, without '@' and server name"),
+    "namespaces":                             (dict,               True,  "an object with users, aliases and rooms"),
+    "rate_limited":                           (bool,               False, "true or false"),
+    "protocols":                              ((list, type(None)), False, "a list of texts"),
+    "receive_ephemeral":                      (bool,               False, "true or false"),
+    "de.sorunome.msc2409.push_ephemeral":     (bool,               False, "true or false"),
+    "push_ephemeral":                         (bool,               False, "true or false"),
+    "org.matrix.msc3202":                     (bool,               False, "true or false"),
+    "io.element.msc4190":                     (bool,               False, "true or false"),
+    "uris":                                   (dict,               False, "an object with users and aliases"),
+    "asbridge.sample":                        (dict,               False, '{"irc_port": 6667}'),
+}
+KNOWN_KEYS = (*REGISTRATION_KEYS, *(f"namespaces.{kind}" for kind in KINDS))
+
+
+def is_base_url(url: str) -> bool:
+    """Whether an application service can be called there: http or https, a host, perhaps a port and a path."""
+    try:
+        parts = urllib.parse.urlsplit(url)
+        return (parts.scheme in ("http", "https") and bool(parts.hostname) and not parts.query and not parts.fragment
+                and (parts.port is None or parts.port >= 0) and not CONTROLS.search(url))
+    except ValueError:                                       # the port is none, or a bracket is open
+        return False
+
+
+class RegistrationReader:
+    """Turns one parsed registration into a Registration and collects everything that is wrong with it."""
+
+    def __init__(self, data: Any, where: str) -> None:
+        self.where = where                                   # the file, say, for the findings
+        self.data: JsonObject = data if isinstance(data, dict) else {}
+        self.findings: list[Finding] = []
+        self.rest: list[Namespace] = []                      # what can be read of one that can't be used
+        if not isinstance(data, dict):
+            self.wrong("", "is not an object", "a registration has the keys " + ", ".join(REGISTRATION_KEYS))
+
+    def wrong(self, key: str, what: str, right: str) -> None:
+        self.findings.append(Finding(f"{self.where}: {key}" if key else self.where, what, right))
+
+    def read(self) -> Registration | None:
+        """The registration, or None if anything in `findings` stands against it."""
+        if self.findings:
+            return None
+        self._check_types()
+        self._check_values()
+        namespaces = {kind: self._namespaces(kind) for kind in KINDS}
+        uris = self._uris()
+        self._check_sample()
+        if self.findings:
+            self.rest = [one for kind in KINDS for one in namespaces[kind]]
+            return None
+        data = self.data
+        as_written = {key: data[key] for key in ("id", "url", "as_token", "hs_token", "sender_localpart", "rate_limited",
+                                                 "receive_ephemeral") if key in data}
+        keys = (*data, *(f"namespaces.{kind}" for kind in data["namespaces"]))
+        return Registration(
+            **as_written, namespaces=namespaces, uris=uris, protocols=tuple(data.get("protocols") or ()),
+            push_ephemeral=data.get("de.sorunome.msc2409.push_ephemeral") or data.get("push_ephemeral", False),
+            msc3202=data.get("org.matrix.msc3202", False), sample=data.get("asbridge.sample"),
+            unknown=tuple(key for key in keys if key not in KNOWN_KEYS))
+
+    def _check_types(self) -> None:
+        for key, (type_, required, right) in REGISTRATION_KEYS.items():
+            if required and key not in self.data:
+                self.wrong(key, "is missing", f"write {right}")
+            elif key in self.data and not is_a(self.data[key], type_):
+                shown = "is no text" if key.endswith("_token") else f"is {quoted(self.data[key])}"
+                self.wrong(key, shown, f"write {right}")
+
+    def _check_values(self) -> None:
+        """What else is asked of values that have the right type."""
+        self._ask("url", lambda url: url is None or is_base_url(url), "is {}")
+        self._ask("sender_localpart", lambda name: HISTORICAL_LOCALPART.fullmatch(name) and name[0] != "@" and len(name) <= 200,
+                  "is {}", f"{REGISTRATION_KEYS['sender_localpart'][2]}; 200 characters at most")
+        self._ask("id", bool, "is empty")
+        for key in ("as_token", "hs_token"):
+            self._ask(key, bool, "is empty")
+            self._ask(key, re.compile("[ -~]*").fullmatch, "has characters that no header can carry",
+                      "a long random text of printable ASCII")
+        if self.data.get("as_token") and self.data["as_token"] == self.data.get("hs_token"):
+            self.wrong("hs_token", "is the same as as_token", "write another long random text")
+        self._ask("protocols", lambda found: all(isinstance(one, str) for one in found or ()), "has an entry that is no text")
+
+    def _ask(self, key: str, is_right: Callable[[Any], object], what: str, right: str = "") -> None:
+        type_, _, usual = REGISTRATION_KEYS[key]
+        value = self.data.get(key)
+        if key in self.data and is_a(value, type_) and not is_right(value):
+            self.wrong(key, what.format(quoted(value)), f"write {right or usual}")
+
+    def _check_sample(self) -> None:
+        sample = self.data.get("asbridge.sample")
+        port = sample.get("irc_port", 6667) if isinstance(sample, dict) else 0
+        if not is_a(port, int) or not 0 <= port <= 65535:
+            self.wrong("asbridge.sample.irc_port", f"is {quoted(port)}", "write a port from 0 to 65535")
+
+    def _namespaces(self, kind: str) -> tuple[Namespace, ...]:
+        found = []
+        for index, (path, entry, pattern) in enumerate(self._entries("namespaces", kind)):
+            exclusive = entry.get("exclusive")
+            if not isinstance(exclusive, bool):
+                self.wrong(f"{path}.exclusive",
+                           "is missing" if exclusive is None else f"is {quoted(exclusive)}, neither true nor false",
+                           "write true to keep everybody else out, false to share")
+            elif pattern:
+                found.append(Namespace(kind, index, entry["regex"], exclusive, pattern))
+        return tuple(found)
+
+    def _uris(self) -> tuple[UriRule, ...]:
+        found = []
+        for kind, key in (("users", "user_id"), ("aliases", "alias")):
+            for path, entry, pattern in self._entries("uris", kind):
+                template = entry.get(key)
+                if pattern and self._fits(template, pattern):
+                    found.append(UriRule(kind, pattern, str(template)))
+                elif pattern:
+                    self.wrong(f"{path}.{key}", f"is {quoted(template)}",
+                               "write an ID with the regex's named groups and server_name in braces: "
+                               f"{KINDS[kind]}irc_{{nick}}:{{server_name}}")
+        return tuple(found)
+
+    def _entries(self, key: str, kind: str) -> Iterator[tuple[str, JsonObject, re.Pattern[str] | None]]:
+        """Where each entry of a list stands, the entry, and its regex unless that is wrong."""
+        lists = self.data.get(key)
+        entries = lists.get(kind) if isinstance(lists, dict) else None
+        if not is_a(entries, (list, type(None))):
+            self.wrong(f"{key}.{kind}", f"is {quoted(entries)}", "write a list")
+            return
+        for index, entry in enumerate(entries or ()):
+            path, entry = f"{key}.{kind}[{index}]", entry if isinstance(entry, dict) else {}
+            yield path, entry, self._regex(entry.get("regex"), f"{path}.regex", uri=key == "uris")
+
+    def _regex(self, regex: object, path: str, uri: bool) -> re.Pattern[str] | None:
+        if not isinstance(regex, str):
+            self.wrong(path, "is missing or no text", "write a POSIX extended regex such as '@irc_.*:example\\.org'")
+            return None
+        try:
+            pattern = compile_regex(regex)
+        except re.error as error:
+            self.wrong(path, f"{shorten(regex)!r} is not a regex: {error}", "write one of Python's, or a POSIX extended one")
+            return None
+        cost = glance_at_cost(pattern, uri)
+        if cost.verdict == "exponential":
+            self.wrong(path, f"'{shorten(regex)}' can take for ever: {cost.reason}",
+                       "let there be one way only to match a text: write [a-z_]* for ([a-z]*_*)*")
+        return pattern
+
+    @staticmethod
+    def _fits(template: object, pattern: re.Pattern[str]) -> bool:
+        """Whether there is nothing in the braces of a template but names of the regex's groups, and server_name."""
+        names = "|".join([*pattern.groupindex, "server_name"])
+        return isinstance(template, str) and "server_name" not in pattern.groupindex and bool(
+            re.fullmatch(r"(?:[^{}]|\{\{|\}\}|\{(?:NAMES):?\})*".replace("NAMES", names), template))
+
+
+def read_registration(data: Any, where: str) -> Registration:
+    """A registration from its plain value; ConfigError with everything that is wrong with it."""
+    reader = RegistrationReader(data, where)
+    registration = reader.read()
+    if registration is None:
+        raise ConfigError(reader.findings, reader.rest)
+    return registration
+
+
+def check_together(registrations: Sequence[tuple[str, Registration]]) -> list[Finding]:
+    """What is wrong between registrations: each is given with where it stands."""
+    findings, holders = [], collections.defaultdict[tuple[str, str], list[str]](list)     # key, value → where that stands
+    for where, registration in registrations:
+        for key in ("id", "as_token", "hs_token"):
+            holders[key, getattr(registration, key)].append(where)
+    for where, registration in registrations:
+        for key in ("id", "as_token"):
+            first = holders[key, getattr(registration, key)][0]
+            if first is not where:
+                findings.append(Finding(f"{where}: {key}", f"is already that of {first}", f"every {key} must be unique"))
+        for key, twin in (("as_token", "hs_token"), ("hs_token", "as_token")):
+            findings += [Finding(f"{where}: {key}", f"is the {twin} of {other}", "tokens must differ from each other")
+                         for other in holders[twin, getattr(registration, key)] if other is not where]
+    return findings
+
+
+def parse_registration(text: str) -> Any:
+    """The plain value of a registration file, JSON or YAML; ValueError says where it is neither."""
+    try:
+        is_json = text.lstrip("\ufeff \r\n\t").startswith("{")
+        value = json.loads(text.lstrip("\ufeff")) if is_json else Yaml(text).read()
+        to_json(value).encode("utf-8")                       # neither NaN nor half a character
+        return value
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def load_file(path: str) -> Any:
+    """The plain value of a JSON or YAML file; ConfigError."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            return parse_registration(file.read())
+    except OSError as error:
+        raise ConfigError([Finding(path, f"can't be read: {error.strerror}", "name a file that can be read")]) from None
+    except ValueError as error:
+        raise ConfigError([Finding(path, f"is neither JSON nor plain YAML: {error}", "see the README, Registration")]) from None
+
+
+def load_registration(path: str) -> Registration:
+    """The registration in a file, JSON or YAML; ConfigError with everything that is wrong with it."""
+    return read_registration(load_file(path), path)
+
+
+# -- YAML, as far as bridges write it. Decides what a file says, and not whether that is right. To be skipped at first reading.
 
 class YamlError(ValueError):
     pass
@@ -1263,149 +1830,107 @@ class Yaml:
     QUOTED = r""""(?:[^"\\]|\\.)*"|'(?:[^']|'')*'"""
     PLAIN_KEY = r"""[A-Za-z0-9_.](?:[^:#'"]*[^:#'" \t])?"""
     QUOTES = re.compile(QUOTED)
-    KEY = re.compile(rf"({QUOTED}|{PLAIN_KEY})[ \t]*:(?:[ \t]+(.*))?$")
-    ITEM = re.compile(r"-(?:[ \t]+(.*))?$")
-    FLOW = re.compile(rf"[ \t]*({QUOTED}" r"""|[\[\]{},]|:(?=[ \t,\]}'"]|$)|(?!['"])(?:[^\[\]{},:]|:(?=[^ \t,\]}]))+)[ \t]*""")
+    REST = r"(?:[ \t]+(?:#.*|(.*)))?$"                       # what is in the line behind a key or '-', unless it is a comment
+    KEY = re.compile(rf"({QUOTED}|{PLAIN_KEY})[ \t]*:{REST}")
+    ITEM = re.compile(rf"-{REST}")
+    END = re.compile(r"[ \t]*(?:(?<=[ \t])#.*)?$")           # of what counts in a line; a '#' behind a space starts a comment
+    FLOW = re.compile(rf"[ \t]*({QUOTED}" r"""|[\[\]{},]|:(?=[ \t,\]}'"]|$)"""
+                      r"""|(?!['" \t])(?:[^\[\]{},:#]|(?<![ \t])#|:(?=[^ \t,\]}]))+)""")
     STRANGE = re.compile(r"[^\t -~\xa0-\u2027\u202a-\ud7ff\ue000-\ufefe\uff00-\ufffd\U00010000-\U0010ffff]")
     ESCAPE = re.compile(r"\\(x[0-9a-fA-F]{2}|u[0-9a-fA-F]{4}|U[0-9a-fA-F]{8}|.)")
     ESCAPES = {"0": "\0", "a": "\a", "b": "\b", "t": "\t", "\t": "\t", "n": "\n", "v": "\v", "f": "\f", "r": "\r", "e": "\x1b",
                " ": " ", '"': '"', "/": "/", "\\": "\\", "N": "\x85", "_": "\xa0", "L": "\u2028", "P": "\u2029"}
     NO_START = re.compile(r"[,\]}#&*!|>%@`]|[-?:](?:[ \t]|$)")
-    WORDS: dict[str, Any] = {"null": None, "~": None, "": None, "true": True, "false": False,
-                             "True": True, "False": False, "Null": None, "TRUE": True, "FALSE": False, "NULL": None}
+    WORDS = {"null": None, "Null": None, "NULL": None, "~": None,
+             "true": True, "True": True, "TRUE": True, "false": False, "False": False, "FALSE": False}
 
     def __init__(self, text: str) -> None:
-        self.lines: list[tuple[int, int, str]] = []          # line number, indent, content
-        self.at, self.marked = 0, False                      # marked: a document has begun
+        self.lines: list[tuple[int, int, str]] = []          # number, indent, content; without empty ones and comments
+        self.at = 0                                          # which of them is read next
+        self.marked = False                                  # a document has begun
         for number, line in enumerate(re.split("\r\n|\r|\n", text.removeprefix("\ufeff")), 1):
             self._add_line(number, line)
 
     def _add_line(self, number: int, line: str) -> None:
         if strange := self.STRANGE.search(line):
             raise YamlError(f"line {number}: {strange[0]!r} can't stand in YAML")
-        if "\t" in line[:len(line) - len(line.lstrip(" \t"))]:
+        content, indent = line.strip(" \t"), len(line) - len(line.lstrip(" \t"))
+        if "\t" in line[:indent]:
             raise YamlError(f"line {number}: a tab can't indent")
-        content = self._without_comment(line).rstrip(" \t")
-        if re.match(r"%|(?:---|\.\.\.)(?:[ \t]|$)", content):
-            if self.lines or self.marked or content != "---":
+        if re.match(r"%|(?:---|\.\.\.)(?:[ \t]|$)", line):
+            if self.lines or self.marked or not (line.startswith("---") and self.END.match(line, 3)):
                 raise YamlError(f"line {number}: only one document, without directives, is read")
             self.marked = True
-        elif content:
-            self.lines.append((number, len(content) - len(content.lstrip(" ")), content.lstrip(" ")))
-
-    @classmethod
-    def _without_comment(cls, line: str) -> str:
-        """A '#' after a space starts a comment, but not in a quoted text, which starts where a value can."""
-        at, depth, fresh = 0, 0, True                        # fresh: here a value can start; depth: of brackets
-        while at < len(line):
-            char, before, after = line[at], line[at - 1:at], line[at + 1:at + 2]
-            if fresh and char in "'\"":
-                text = cls.QUOTES.match(line, at)
-                if not text:
-                    return line
-                at, fresh = text.end(), False
-                continue
-            if char == "#" and before in ("", " ", "\t"):
-                return line[:at]
-            at += 1
-            if char in "[{" and (fresh or depth):
-                depth, fresh = depth + 1, True
-            elif char in "]}" and depth:
-                depth, fresh = depth - 1, False
-            elif char in ",:-?":
-                fresh = depth > 0 if char == "," else (
-                    after in ("", " ", "\t") and (fresh or char == ":")) or (char == ":" and depth > 0 and before in "'\"")
-            elif char not in " \t":
-                fresh = False
-        return line
+        elif content and content[0] != "#":
+            self.lines.append((number, indent, content))
 
     def read(self) -> Any:
-        value = self._block(0) if self.lines else None
+        value = self._block(0)
         if self.at < len(self.lines):
             raise self._error("is indented in a way that fits nothing above it")
         return value
 
-    def _error(self, what: str, at: int | None = None) -> YamlError:
-        number, _, content = self.lines[min(self.at if at is None else at, len(self.lines) - 1)]
+    def _error(self, what: str) -> YamlError:
+        number, _, content = self.lines[self.at]
         return YamlError(f"line {number}: {shorten(content)!r} {what}")
 
-    def _block(self, indent: int) -> Any:
-        """What stands from here on at this indent or deeper."""
-        _, own, content = self.lines[self.at]
-        if own < indent:
+    @property
+    def indent(self) -> int:
+        """That of the line that is read next; -1 after the last."""
+        return self.lines[self.at][1] if self.at < len(self.lines) else -1
+
+    def _next_is(self, form: re.Pattern[str], indent: int) -> re.Match[str] | None:
+        """Whether the next line stands at this indent and is a list item, or begins with a key."""
+        return form.match(self.lines[self.at][2]) if self.indent == indent else None
+
+    def _block(self, least: int) -> Any:
+        """What stands from here on at this indent or deeper, if anything does."""
+        indent = self.indent
+        if indent < least:
             return None
-        if self.ITEM.match(content):
-            return self._list(own)
-        if self.KEY.match(content):
-            return self._mapping(own)
-        value = self._scalar(content)
+        if self._next_is(self.ITEM, indent):
+            return self._list(indent)
+        if self._next_is(self.KEY, indent):
+            return self._mapping(indent)
+        value = self._scalar(self.lines[self.at][2])
         self.at += 1
         return value
 
     def _mapping(self, indent: int) -> JsonObject:
         out: JsonObject = {}
-        while self.at < len(self.lines) and self.lines[self.at][1] == indent:
-            match = self.KEY.match(self.lines[self.at][2])
-            if not match:
-                break
+        while match := self._next_is(self.KEY, indent):
             key = self._key(match[1])
             if key in out:
                 raise self._error("stands here a second time")
-            out[key] = self._value(match[2] or "", indent)
+            value = self._scalar(match[2]) if match[2] else None
+            self.at += 1
+            if not match[2]:                                 # it is the block below; a list may stand at the key's own indent
+                value = self._block(indent if self._next_is(self.ITEM, indent) else indent + 1)
+            out[key] = value
         return out
 
     def _key(self, text: str) -> str:
         return str(self._scalar(text)) if text[0] in "'\"" else text
 
-    def _value(self, rest: str, indent: int) -> Any:
-        """What belongs to a key: the rest of its line, or the block below (a list may stand at the key's own
-        indent).
-        """
-        value = self._scalar(rest) if rest else None
-        self.at += 1
-        if not rest and self.at < len(self.lines):
-            _, own, content = self.lines[self.at]
-            if own > indent or (own == indent and self.ITEM.match(content)):
-                return self._block(own)
-        return value
-
     def _list(self, indent: int) -> list[Any]:
         out: list[Any] = []
-        while self.at < len(self.lines) and self.lines[self.at][1] == indent:
-            number, _, content = self.lines[self.at]
-            match = self.ITEM.match(content)
-            if not match:
-                break
+        while match := self._next_is(self.ITEM, indent):
             if match[1] is None:
                 self.at += 1
-                deeper = self.at < len(self.lines) and self.lines[self.at][1] > indent
-                out.append(self._block(indent + 1) if deeper else None)
             else:                                            # "- key: value": a block that starts in this line
-                self.lines[self.at] = (number, indent + len(content) - len(match[1]), match[1])
-                out.append(self._block(indent + 1))
+                self.lines[self.at] = (self.lines[self.at][0], indent + match.start(1), match[1])
+            out.append(self._block(indent + 1))
         return out
 
     def _scalar(self, text: str) -> Any:
         if text[0] in "[{":
             return self._flow(text)
-        if text[0] == "'":
-            if not re.fullmatch(r"'(?:[^']|'')*'", text):
-                raise self._error("has a quote that does not end in its line")
-            return text[1:-1].replace("''", "'")
-        if text[0] == '"':
-            if not self.QUOTES.fullmatch(text):
-                raise self._error("is not a double-quoted text in one line")
-            try:                                             # JSON has pairs of surrogates; half a character is none
-                value = self.ESCAPE.sub(lambda one: self.ESCAPES.get(one[1]) or chr(int(one[1][1:], 16)), text[1:-1])
-                return value.encode("utf-16", "surrogatepass").decode("utf-16")
-            except (ValueError, OverflowError):
-                raise self._error("has a backslash that means nothing; write two, or quote with '") from None
+        if text[0] in "'\"":
+            return self._quoted(text)
+        text = re.split(r"[ \t]#", text, maxsplit=1)[0].rstrip(" \t")
         if self.NO_START.match(text):
             raise self._error(f"starts with {text[0]!r}, which means something else in YAML, or nothing; quote "
                               f"the whole: '{text}'")
-        return self._plain(text)
-
-    def _plain(self, text: str) -> Any:
         if re.search(r":[ \t]|:$", text):
             raise self._error("has a second ':' in the line; quote the value")
         if text in self.WORDS:
@@ -1419,12 +1944,26 @@ class Yaml:
             raise self._error("is too large a number") from None
         return text
 
+    def _quoted(self, text: str) -> str:
+        match = self.QUOTES.match(text)
+        if not match or not self.END.match(text, match.end()):
+            raise self._error("is not a double-quoted text in one line" if text[0] == '"' else
+                              "has a quote that does not end in its line")
+        inner = match[0][1:-1]
+        if text[0] == "'":
+            return inner.replace("''", "'")
+        try:                                                 # JSON has pairs of surrogates; half a character is none
+            value = self.ESCAPE.sub(lambda one: self.ESCAPES.get(one[1]) or chr(int(one[1][1:], 16)), inner)
+            return value.encode("utf-16", "surrogatepass").decode("utf-16")
+        except (ValueError, OverflowError):
+            raise self._error("has a backslash that means nothing; write two, or quote with '") from None
+
     def _flow(self, text: str) -> Any:
         """A collection within one line: [], {}, [a, 'b'], {exclusive: true, regex: '…'}."""
-        tokens, at = [], 0
-        while at < len(text):
+        tokens, at = list[str](), 0
+        while not self.END.match(text, at):
             match = self.FLOW.match(text, at)
-            if not match or match.end() == at:
+            if not match:
                 raise self._error("is not a list or mapping in one line")
             tokens.append(match[1].rstrip(" \t"))
             at = match.end()
@@ -1435,6 +1974,7 @@ class Yaml:
         return value
 
     def _flow_value(self, tokens: list[str]) -> Any:
+        """Takes it from the end of the tokens, which are in reverse."""
         token = tokens.pop() if tokens else "]"
         if token not in "[{":
             if token in "]},:" or token[0] == "?":
@@ -1463,33 +2003,6 @@ class Yaml:
         return self._key(key), self._flow_value(tokens)
 
 
-# -- Namespaces.
-
-POSIX_CLASSES = {
-    "alnum": "a-zA-Z0-9", "alpha": "a-zA-Z",    "blank": r" \t",         "cntrl": r"\x00-\x1f\x7f",
-    "digit": "0-9",       "graph": r"\x21-\x7e", "lower": "a-z",          "print": r"\x20-\x7e",
-    "space": r"\t-\r ",   "upper": "A-Z",       "xdigit": "0-9A-Fa-f",   "punct": r"!-/:-@\[-`{-~",
-}
-# One that is open at the end is matched, too, and refused later: to look for its end from each of its characters takes long.
-BRACKETS = re.compile(r"\\.|\[\^?\]?(?:\[:[a-z]+:\]|\\.|[^\]\\])*(?:\]|\\?\Z)", re.S)
-
-
-def compile_regex(regex: str) -> re.Pattern[str]:
-    """A POSIX extended regex as Python's: [[:alnum:]] and its kin are translated; re.error if it is none."""
-    def one_class(match: re.Match[str]) -> str:
-        if match[1] not in POSIX_CLASSES:
-            raise re.error(f"[:{match[1]}:] is no POSIX character class")
-        return POSIX_CLASSES[match[1]]
-
-    def one_bracket(match: re.Match[str]) -> str:
-        return re.sub(r"\[:([a-z]+):\]", one_class, match[0]) if match[0][0] == "[" else match[0]
-
-    try:
-        return re.compile(BRACKETS.sub(one_bracket, regex))
-    except (ValueError, OverflowError, RecursionError) as error:      # flags that exclude each other, 10^20 repeats, brackets
-        raise re.error(str(error)) from None
-
-
 # -- What a regex can match. To be skipped at first reading.
 #
 # Read into a tree, a regex tells in how many ways a text can be matched, which bounds the steps of Python's backtracking, and
@@ -1503,7 +2016,6 @@ BEYOND: Chars = frozenset("é٣\u2003€")                       # stand for all
 ALPHABET = ASCII | BEYOND
 NOTHING: Chars = frozenset()
 HARMLESS_WAYS, ENDLESS_WAYS = 10**5, 2 * 10**7
-TOO_DEEP = "too many brackets in each other"
 MAX_SEARCH, MAX_WORK, MANY = 1000, 20_000, 8                 # steps and reads for a common text; repeats that are counted in it
 
 
@@ -1513,6 +2025,15 @@ class NotAnalysable(ValueError):
 
 class Exponential(ValueError):
     """A regex for which each further character multiplies the ways of matching; the text says why."""
+
+
+@contextlib.contextmanager
+def not_too_deep() -> Iterator[None]:
+    """All this calls itself once for each bracket in another: NotAnalysable where those are too many."""
+    try:
+        yield
+    except RecursionError:
+        raise NotAnalysable("too many brackets in each other") from None
 
 
 # Each kind of Tree has: `first`, the characters it can start with; `least`, its shortest length; ways(), in how many ways it can
@@ -1632,45 +2153,36 @@ def chain(*parts: Tree) -> Chain:
     return Chain(tuple(one for part in parts for one in (part.parts if isinstance(part, Chain) else (part,))))
 
 
-def leaves(tree: Tree) -> Iterator[Chars]:
-    """The sets of characters in it."""
-    if isinstance(tree, OneOf):
-        yield tree.first
-    else:
-        for part in (tree.part,) if isinstance(tree, Repeat) else tree.parts:
-            yield from leaves(part)
-
-
 def letters(*trees: Tree) -> list[str]:
     """Of all characters that the trees don't tell apart the plainest one."""
-    sets, groups = {chars for tree in trees for chars in leaves(tree)}, dict[tuple[bool, ...], str]()
+    todo, sets = list[Tree](trees), set[Chars]()
+    for tree in todo:
+        if isinstance(tree, OneOf):
+            sets.add(tree.first)
+        else:
+            todo += (tree.part,) if isinstance(tree, Repeat) else tree.parts
+    groups = dict[tuple[bool, ...], str]()                   # which of the sets a character is in → the plainest such
     for char in sorted(ALPHABET | EDGES, key=lambda char: (not char.islower(), char)):
         groups.setdefault(tuple(char in chars for chars in sets), char)
     return list(groups.values())
 
 
+@not_too_deep()
 def common(*trees: Tree) -> str | None:
     """A shortest text that all of them match as a whole, or None if there is none; NotAnalysable."""
-    try:
-        return _common(trees)
-    except RecursionError:
-        raise NotAnalysable(TOO_DEEP) from None
-
-
-def _common(trees: Sequence[Tree]) -> str | None:
     @functools.cache                                         # the same rests come again beside others
     def read(rests: frozenset[Tree], char: str) -> frozenset[Tree]:
         return frozenset(rest for tree in rests for rest in tree.read(char))
 
     alphabet, work = letters(*trees), 0
-    todo = [tuple(frozenset({tree}) for tree in trees)]
-    texts = {todo[0]: ""}
+    todo = [tuple(frozenset({tree}) for tree in trees)]      # of each regex what may remain of it
+    texts = {todo[0]: ""}                                    # what was read until that remained
     for at in todo:
         if all(any(not tree.least for tree in rests) for rests in at):
             return texts[at]
         shared = frozenset.intersection(*(NOTHING.union(*(tree.first for tree in rests)) for rests in at))
         for char in filter(shared.__contains__, alphabet):
-            work += sum(len(rests) for rests in at)
+            work += sum(map(len, at))
             if len(todo) > MAX_SEARCH or work > MAX_WORK:
                 raise NotAnalysable("too many repeats")
             then = tuple(read(rests, char) for rests in at)
@@ -1688,16 +2200,14 @@ NEAR_ASCII = {"\u0130": "i", "\u0131": "i", "\u017f": "s", "\u212a": "k"}     # 
 CATEGORIES = {"DIGIT": r"\d", "NOT_DIGIT": r"\D", "SPACE": r"\s", "NOT_SPACE": r"\S", "WORD": r"\w", "NOT_WORD": r"\W"}
 
 
+@not_too_deep()
 def tree_of(pattern: re.Pattern[str]) -> Tree:
     """The tree of a regex; NotAnalysable. Python's own parser reads it: it is private (re._parser), but has kept its shape for
     twenty years, and whatever it says that is not known here makes the regex not analysable, no more.
     """
-    try:
-        if pattern.flags & (re.ASCII | re.MULTILINE):
-            raise NotAnalysable("the flag a or m")
-        return _chain(importlib.import_module("re._parser").parse(pattern.pattern), pattern.flags)
-    except RecursionError:
-        raise NotAnalysable(TOO_DEEP) from None
+    if pattern.flags & (re.ASCII | re.MULTILINE):
+        raise NotAnalysable("the flag a or m")
+    return _chain(importlib.import_module("re._parser").parse(pattern.pattern), pattern.flags)
 
 
 def _chain(items: Iterable[Any], flags: int) -> Chain:
@@ -1753,12 +2263,12 @@ class Cost(NamedTuple):
     reason: str = ""
 
 
+@functools.lru_cache(maxsize=1000)
 def cost_of(pattern: re.Pattern[str], uri: bool = False) -> Cost:
     """Of the start of 255 characters, or of a URI as a whole."""
     try:
-        ways = tree_of(pattern).ways(ALPHABET, MAX_URI_BYTES) if uri else tree_of(pattern).ways(NOTHING, MAX_ID_BYTES)
-    except RecursionError:
-        return Cost("not analysable", 0, TOO_DEEP)
+        with not_too_deep():
+            ways = tree_of(pattern).ways(ALPHABET if uri else NOTHING, MAX_URI_BYTES if uri else MAX_ID_BYTES)
     except NotAnalysable as error:
         return Cost("not analysable", 0, str(error))
     except Exponential as error:
@@ -1766,539 +2276,12 @@ def cost_of(pattern: re.Pattern[str], uri: bool = False) -> Cost:
     return Cost("harmless" if ways <= HARMLESS_WAYS else "heavy", ways, f"it can match a text in {ways:,} ways")
 
 
-# -- What a namespace claims.
+def glance_at_cost(pattern: re.Pattern[str], uri: bool = False) -> Cost:
+    """The same, without a look where there is no need of one."""
+    return cost_of(pattern, uri) if uri or DESERVES_A_LOOK.search(pattern.pattern) else Cost("harmless")
 
-@functools.lru_cache(maxsize=1000)
-def beginnings(regex: str) -> list[tuple[int, re.Pattern[str]]]:
-    """Those of a regex that are regexes, the longest first, each with its length."""
-    found = []
-    for end in range(min(len(regex) - 1, MAX_ID_BYTES), 0, -1):
-        with contextlib.suppress(re.error):
-            found.append((end, compile_regex(regex[:end])))
-    return found
 
-
-@functools.lru_cache(maxsize=1000)
-def without_case(regex: str) -> re.Pattern[str] | None:
-    """The regex for IDs in any case, if it is harmless to ask that."""
-    pattern = re.compile(compile_regex(regex).pattern, re.I)
-    return pattern if cost_of(pattern).verdict == "harmless" else None
-
-
-def nearest_miss(regex: str, id: str) -> tuple[int, str]:
-    """Where an ID stops being what the regex wants: after the longest beginning of the regex that it does match. As the
-    number of characters that are right, and in words.
-    """
-    any_case = without_case(regex)
-    case = "; it is only the case" if any_case and any_case.match(id) else ""
-    for end, beginning in beginnings(regex):
-        if match := beginning.match(id):
-            there = repr(shorten(id[match.end():], 40)) if id[match.end():] else "nothing"
-            wanted = repr(shorten(regex[end:], 40))
-            return match.end(), f"differs at character {match.end() + 1}: {wanted} is wanted, {there} is there{case}"
-    return 0, f"differs at character 1: {shorten(regex, 40)!r} is wanted{case}"
-
-
-def query_path(kind: str, id: str) -> str:
-    """With which an application service is asked for a user or alias that does not exist yet (Querying)."""
-    return f"/_matrix/app/v1/{'users' if kind == 'users' else 'rooms'}/{urllib.parse.quote(id, safe='')}"
-
-
-@dataclass(frozen=True)
-class Namespace:
-    """One entry of `namespaces`: matched from the start of the ID, as Synapse does."""
-    kind: str                    # "users", "aliases" or "rooms"
-    index: int
-    regex: str
-    exclusive: bool
-    pattern: re.Pattern[str] = dataclasses.field(compare=False, repr=False)
-
-    def __str__(self) -> str:
-        return f"{self.kind}[{self.index}] {self.regex!r}"
-
-    def explain(self, id: str) -> JsonObject:
-        """Whether it matches, the nearest miss if not, and how those decide who read regexes in another way."""
-        matches = self.pattern.match(id) is not None
-        return {"kind": self.kind, "index": self.index, "regex": self.regex, "exclusive": self.exclusive, "matches": matches,
-                "miss": None if matches else nearest_miss(self.regex, id)[1],
-                "unanchored": self.pattern.search(id) is not None, "whole": self.pattern.fullmatch(id) is not None}
-
-
-@dataclass(frozen=True)
-class Claim:
-    """Why an application service has to do with an ID. `namespace` is None for its own sender_localpart user."""
-    registration: Registration
-    id: str
-    namespace: Namespace | None
-
-    @property
-    def exclusive(self) -> bool:
-        return self.namespace is None or self.namespace.exclusive
-
-    def __str__(self) -> str:
-        if self.namespace is None:
-            return f"{self.id} is its sender_localpart user"
-        return f"{self.id} matches {self.namespace.kind}[{self.namespace.index}]"
-
-
-@dataclass(frozen=True)
-class UriRule:
-    """One entry of our own key `uris`: a URI that matches as a whole becomes the ID in `template`."""
-    kind: str                    # "users" or "aliases"
-    pattern: re.Pattern[str]
-    template: str
-
-    def apply(self, uri: str, server_name: str) -> str | None:
-        match = self.pattern.fullmatch(uri)
-        if not match:
-            return None
-        write = to_localpart if self.kind == "users" else str
-        groups = {name: write(urllib.parse.unquote(value or "")) for name, value in match.groupdict().items()}
-        return self.template.format(**groups, server_name=server_name)
-
-
-@dataclass(frozen=True, eq=False)
-class Registration:
-    """An application service as its registration file has it (Application Service API, Registration)."""
-    id: str
-    url: str | None              # None: nothing is sent to it and nothing queued
-    as_token: str = dataclasses.field(repr=False)
-    hs_token: str = dataclasses.field(repr=False)
-    sender_localpart: str
-    namespaces: Mapping[str, Sequence[Namespace]]
-    rate_limited: bool = True
-    protocols: Sequence[str] = ()
-    receive_ephemeral: bool = False
-    push_ephemeral: bool = False                             # de.sorunome.msc2409.push_ephemeral
-    msc3202: bool = False                                    # org.matrix.msc3202
-    uris: Sequence[UriRule] = ()
-    sample: Mapping[str, Any] | None = None                  # asbridge.sample: run the IRC bridge for it
-    unknown: Sequence[str] = ()                              # keys that nobody here reads
-
-    @property
-    def hears_ephemeral(self) -> bool:
-        return self.url is not None and bool(self.ephemeral_keys)
-
-    def is_like(self, other: Registration) -> bool:
-        """Whether the files say the same."""
-        return all(getattr(self, one.name) == getattr(other, one.name) for one in dataclasses.fields(self))
-
-    @property
-    def ephemeral_keys(self) -> list[str]:
-        """Under what names it wants ephemeral data in a transaction; none, if it wants none."""
-        return (["ephemeral"] if self.receive_ephemeral else []) + (
-            ["de.sorunome.msc2409.ephemeral"] if self.push_ephemeral else [])
-
-    def sender(self, server_name: str) -> str:
-        """The user ID of the application service's own user."""
-        return f"@{self.sender_localpart}:{server_name}"
-
-    def regexes(self, kind: str) -> str:
-        """Its regexes for an error text."""
-        return ", ".join(repr(namespace.regex) for namespace in self.namespaces[kind]) or "no regex"
-
-
-# One line for each key: its type, whether there must be one, and what would be right.
-REGISTRATION_KEYS: dict[str, tuple[Any, bool, str]] = {
-    "id":                                     (str,                True,  "a text that is unique on this homeserver"),
-    "url":                                    ((str, type(None)),  True,  "'http://host:port', or null if nothing is to be sent"),
-    "as_token":                               (str,                True,  "a long random text"),
-    "hs_token":                               (str,                True,  "another long random text"),
-    "sender_localpart":                       (str,                True,  "the localpart of its own user, without '@' and server name"),
-    "namespaces":                             (dict,               True,  "an object with users, aliases and rooms"),
-    "rate_limited":                           (bool,               False, "true or false"),
-    "protocols":                              ((list, type(None)), False, "a list of texts"),
-    "receive_ephemeral":                      (bool,               False, "true or false"),
-    "de.sorunome.msc2409.push_ephemeral":     (bool,               False, "true or false"),
-    "push_ephemeral":                         (bool,               False, "true or false"),
-    "org.matrix.msc3202":                     (bool,               False, "true or false"),
-    "io.element.msc4190":                     (bool,               False, "true or false"),
-    "uris":                                   (dict,               False, "an object with users and aliases"),
-    "asbridge.sample":                        (dict,               False, '{"irc_port": 6667}'),
-}
-KNOWN_KEYS = (*REGISTRATION_KEYS, *(f"namespaces.{kind}" for kind in KINDS))
-
-
-class RegistrationReader:
-    """Turns one parsed registration into a Registration and collects everything that is wrong with it."""
-
-    def __init__(self, data: Any, where: str) -> None:
-        self.where, self.findings = where, []  # type: ignore[var-annotated]
-        self.rest: list[Namespace] = []                      # what can be read of one that can't be used
-        self.data: JsonObject = data if isinstance(data, dict) else {}
-        if not isinstance(data, dict):
-            self.wrong("", "is not an object", "a registration has the keys " + ", ".join(REGISTRATION_KEYS))
-
-    def wrong(self, key: str, what: str, right: str = "") -> None:
-        self.findings.append(Finding(f"{self.where}: {key}" if key else self.where, what, right))
-
-    def read(self) -> Registration | None:
-        """The registration, or None if anything in `findings` stands against it."""
-        if self.findings:
-            return None
-        for key, (type_, required, right) in REGISTRATION_KEYS.items():
-            if key not in self.data:
-                if required:
-                    self.wrong(key, "is missing", f"write {right}")
-            elif not is_a(self.data[key], type_):
-                shown = "is no text" if key.endswith("_token") else f"is {quoted(self.data[key])}"
-                self.wrong(key, shown, f"write {right}")
-        self._check_words()
-        namespaces = {kind: self._namespaces(kind) for kind in KINDS}
-        uris, sample = self._uris(), self.data.get("asbridge.sample")
-        port = sample.get("irc_port", 6667) if isinstance(sample, dict) else 0
-        if not is_a(port, int) or not 0 <= port <= 65535:
-            self.wrong("asbridge.sample.irc_port", f"is {quoted(port)}", "write a port from 0 to 65535")
-        if self.findings:
-            self.rest = [one for kind in KINDS for one in namespaces[kind]]
-            return None
-        get = self.data.get
-        return Registration(
-            id=get("id", ""), url=get("url"), as_token=get("as_token", ""), hs_token=get("hs_token", ""),
-            sender_localpart=get("sender_localpart",
-                                 ""), namespaces=namespaces, rate_limited=get("rate_limited", True),
-            protocols=tuple(get("protocols") or ()), receive_ephemeral=get("receive_ephemeral", False),
-            push_ephemeral=get("de.sorunome.msc2409.push_ephemeral", False) or get("push_ephemeral", False),
-            msc3202=get("org.matrix.msc3202", False), uris=uris, sample=sample,
-            unknown=tuple(key for key in (*self.data, *(f"namespaces.{kind}" for kind in self.data["namespaces"]))
-                          if key not in KNOWN_KEYS))
-
-    def _check_words(self) -> None:
-        url, sender = self.data.get("url"), self.data.get("sender_localpart")
-        if isinstance(url, str):
-            if not is_base_url(url):
-                self.wrong("url", f"is {quoted(url)}", f"write {REGISTRATION_KEYS['url'][2]}")
-        if isinstance(sender, str) and (sender[:1] == "@" or not HISTORICAL_LOCALPART.fullmatch(sender) or len(sender) > 200):
-            self.wrong("sender_localpart", f"is {quoted(sender)}",
-                       f"write {REGISTRATION_KEYS['sender_localpart'][2]}; 200 characters at most")
-        for key in ("id", "as_token", "hs_token"):
-            if self.data.get(key) == "":
-                self.wrong(key, "is empty", f"write {REGISTRATION_KEYS[key][2]}")
-            elif key != "id" and isinstance(self.data.get(key), str) and not re.fullmatch(r"[ -~]+", self.data[key]):
-                self.wrong(key, "has characters that no header can carry", "write a long random text of printable ASCII")
-        if self.data.get("as_token") and self.data.get("as_token") == self.data.get("hs_token"):
-            self.wrong("hs_token", "is the same as as_token", "write another long random text")
-        protocols = self.data.get("protocols")
-        if isinstance(protocols, list) and not all(isinstance(protocol, str) for protocol in protocols):
-            self.wrong("protocols", "has an entry that is no text", "write a list of texts")
-
-    def _items(self, data: JsonObject, key: str, path: str) -> list[Any]:
-        value = data.get(key)
-        if value is not None and not isinstance(value, list):
-            self.wrong(path, f"is {quoted(value)}", "write a list")
-        return value if isinstance(value, list) else []
-
-    def _namespaces(self, kind: str) -> tuple[Namespace, ...]:
-        all_kinds = self.data.get("namespaces")
-        found = []
-        if isinstance(all_kinds, dict):
-            for index, entry in enumerate(self._items(all_kinds, kind, f"namespaces.{kind}")):
-                path = f"namespaces.{kind}[{index}]"
-                pattern = self._regex(entry, path)
-                exclusive = entry.get("exclusive") if isinstance(entry, dict) else None
-                if not isinstance(exclusive, bool):
-                    self.wrong(f"{path}.exclusive",
-                               "is missing" if exclusive is None else f"is {quoted(exclusive)}, neither true nor false",
-                               "write true to keep everybody else out, false to share")
-                elif pattern:
-                    found.append(Namespace(kind, index, entry["regex"], exclusive, pattern))
-        return tuple(found)
-
-    def _regex(self, entry: Any, path: str) -> re.Pattern[str] | None:
-        regex = entry.get("regex") if isinstance(entry, dict) else None
-        if not isinstance(regex, str):
-            self.wrong(f"{path}.regex", "is missing or no text", "write a POSIX extended regex such as "
-                       "'@irc_.*:example\\.org'")
-            return None
-        try:
-            pattern = compile_regex(regex)
-            uri = path.startswith("uris")
-            cost = cost_of(pattern, uri) if uri or DESERVES_A_LOOK.search(regex) else Cost("harmless")
-            if cost.verdict == "exponential":
-                self.wrong(f"{path}.regex", f"'{shorten(regex)}' can take for ever: {cost.reason}",
-                           "let there be one way only to match a text: write [a-z_]* for ([a-z]*_*)*")
-            return pattern
-        except re.error as error:
-            self.wrong(f"{path}.regex", f"{shorten(regex)!r} is not a regex: {error}",
-                       "write one of Python's, or a POSIX extended one")
-            return None
-
-    def _uris(self) -> tuple[UriRule, ...]:
-        uris = self.data.get("uris")
-        found = []
-        for kind, key in (("users", "user_id"), ("aliases", "alias")):
-            entries = self._items(uris, kind, f"uris.{kind}") if isinstance(uris, dict) else []
-            for index, entry in enumerate(entries):
-                path = f"uris.{kind}[{index}]"
-                pattern = self._regex(entry, path)
-                template = entry.get(key) if isinstance(entry, dict) else None
-                if pattern and self._fits(template, pattern):
-                    found.append(UriRule(kind, pattern, str(template)))
-                elif pattern:
-                    self.wrong(f"{path}.{key}", f"is {quoted(template)}",
-                               "write an ID with the regex's named groups and server_name in braces: "
-                               f"{KINDS[kind]}irc_{{nick}}:{{server_name}}")
-        return tuple(found)
-
-    @staticmethod
-    def _fits(template: object, pattern: re.Pattern[str]) -> bool:
-        try:
-            parts = [part[1:] for part in string.Formatter().parse(str(template)) if part[1] is not None]
-        except ValueError:
-            return False
-        plain = all(not format and not conversion for _, format, conversion in parts)
-        known = {part[0] for part in parts} <= {*pattern.groupindex, "server_name"}
-        return isinstance(template, str) and plain and known and "server_name" not in pattern.groupindex
-
-
-def is_base_url(url: str) -> bool:
-    """Whether an application service can be called there: http or https, a host, perhaps a port and a path."""
-    try:
-        parts = urllib.parse.urlsplit(url)
-        return (parts.scheme in ("http", "https") and bool(parts.hostname) and not parts.query and not parts.fragment
-                and (parts.port is None or parts.port >= 0) and not CONTROLS.search(url))
-    except ValueError:                                       # the port is none, or a bracket is open
-        return False
-
-
-def parse_registration(text: str) -> Any:
-    """The plain value of a registration file, JSON or YAML; ValueError says where it is neither."""
-    try:
-        is_json = text.lstrip("\ufeff \r\n\t").startswith("{")
-        value = json.loads(text.lstrip("\ufeff")) if is_json else Yaml(text).read()
-        to_json(value).encode("utf-8")                       # neither NaN nor half a character
-        return value
-    except RecursionError:
-        raise ValueError("it is nested too deeply") from None
-
-
-def read_registration(data: Any, where: str) -> Registration:
-    """A registration from its plain value; ConfigError with everything that is wrong with it."""
-    reader = RegistrationReader(data, where)
-    registration = reader.read()
-    if registration is None:
-        raise ConfigError(reader.findings, reader.rest)
-    return registration
-
-
-def load_file(path: str) -> Any:
-    """The plain value of a JSON or YAML file; ConfigError."""
-    try:
-        with open(path, encoding="utf-8") as file:
-            return parse_registration(file.read())
-    except OSError as error:
-        raise ConfigError([Finding(path, f"can't be read: {error.strerror}", "name a file that can be read")]) from None
-    except ValueError as error:
-        raise ConfigError([Finding(path, f"is neither JSON nor plain YAML: {error}", "see the README, Registration")]) from None
-
-
-def load_registration(path: str) -> Registration:
-    """The registration in a file, JSON or YAML; ConfigError with everything that is wrong with it."""
-    return read_registration(load_file(path), path)
-
-
-class Registrations:
-    """All registrations of a homeserver, and the questions about them.
-
-    What an ID matches is remembered (bounded), so that a busy ID costs no regex, whatever the number of registrations.
-    """
-
-    def __init__(self, server_name: str, registrations: Sequence[Registration] = ()) -> None:
-        self.server_name = server_name
-        self.by_id = {registration.id: registration for registration in registrations}
-        self._by_token = {hashlib.sha256(r.as_token.encode()).digest(): r for r in registrations}
-        self._hs_tokens = {hashlib.sha256(r.hs_token.encode()).digest(): r for r in registrations}
-        self.known = functools.lru_cache(maxsize=100_000)(self._claims)
-
-    def __iter__(self) -> Iterator[Registration]:
-        return iter(self.by_id.values())
-
-    def of_as_token(self, token_digest: bytes) -> Registration | None:
-        return self._by_token.get(token_digest)
-
-    def of_hs_token(self, token_digest: bytes) -> Registration | None:
-        return self._hs_tokens.get(token_digest)
-
-    def claims(self, kind: str, id: str) -> tuple[Claim, ...]:
-        """Every application service that has to do with this ID, each with its first reason. Only local users count, and only
-        what is short enough to be an ID.
-        """
-        return self.known(kind, id) if len(id) <= MAX_ID_BYTES else ()
-
-    def _claims(self, kind: str, id: str) -> tuple[Claim, ...]:
-        if kind == "users" and server_of(id) != self.server_name:
-            return ()
-        found = []
-        for registration in self.by_id.values():
-            if kind == "users" and id == registration.sender(self.server_name):
-                found.append(Claim(registration, id, None))
-                continue
-            for namespace in sorted(registration.namespaces[kind], key=lambda n: not n.exclusive):
-                if namespace.pattern.match(id):
-                    found.append(Claim(registration, id, namespace))
-                    break
-        return tuple(found)
-
-    def claim_of(self, registration: Registration, kind: str, id: str) -> Claim | None:
-        return next((claim for claim in self.claims(kind, id) if claim.registration is registration), None)
-
-    def owner(self, kind: str, id: str, other_than: Registration | None = None) -> Claim | None:
-        """The exclusive claim on this ID, if somebody (else) has one."""
-        return next((claim for claim in self.claims(kind, id)
-                     if claim.exclusive and claim.registration is not other_than), None)
-
-    def check_may_create(self, kind: str, id: str, by: Registration | None) -> None:
-        """M_EXCLUSIVE if a person (by=None) or an application service may not create or delete this ID."""
-        owner = self.owner(kind, id, by)
-        if owner:
-            why = f"{owner.namespace} claims it exclusively" if owner.namespace else "it is its sender_localpart user"
-            raise MatrixError("M_EXCLUSIVE",
-                              f"{id} is reserved by the application service {owner.registration.id!r}: {why}")
-        if by:
-            self.check_claims(by, kind, id, "M_EXCLUSIVE")
-
-    def check_claims(self, registration: Registration, kind: str, id: str, errcode: str) -> None:
-        """Raises `errcode` if the ID is in none of the application service's namespaces."""
-        if not self.claim_of(registration, kind, id):
-            raise MatrixError(errcode, f"{shorten(id)} is outside the namespaces of the application service "
-                              f"{registration.id!r}: its regexes for {kind} are {registration.regexes(kind)}, matched "
-                              "from the start of the whole ID" + f" of users of {self.server_name}" * (kind == "users"))
-
-    def map_uri(self, kind: str, uri: str) -> str | None:
-        """The user ID or alias that a URI stands for (2016 text, URI mapping), or None."""
-        for registration in self:
-            for rule in registration.uris:
-                if rule.kind == kind and (id := rule.apply(uri, self.server_name)):
-                    return id if self._is_own(registration, kind, id) else None
-        return None
-
-    def explain(self, id: str) -> JsonObject:
-        """Who claims an ID or maps a URI, and why: each namespace with what it decides (README, The inspector's API)."""
-        kind = next((kind for kind, sigil in KINDS.items() if id[:1] == sigil), "uris" if is_uri(id) else None)
-        if kind is None or (kind != "uris" and len(id) > MAX_ID_BYTES):
-            example = f"@{id}:{self.server_name} would be a user ID" if kind is None else f"{MAX_ID_BYTES} bytes at most"
-            raise MatrixError("M_INVALID_PARAM", f"{shorten(id)!r} is no user ID (@…), alias (#…), room ID (!…) or URI (irc://…); "
-                              f"{shorten(example, 150)}")
-        told: JsonObject = {"id": id, "kind": {"users": "user", "aliases": "alias", "rooms": "room", "uris": "uri"}[kind],
-                            "appservices": [], "owner": None, "may_create": [], "query": [], "uris": [], "maps_to": None}
-        if kind == "uris":
-            return {**told, **self._explain_uri(id), "local": True}
-        told["local"] = kind == "rooms" or server_of(id) == self.server_name
-        told["appservices"] = [self._explain_claim(registration, kind, id) for registration in self]
-        owner = self.owner(kind, id)
-        if owner:
-            told["owner"] = {"appservice": owner.registration.id, "reason": str(owner)}
-        told["may_create"] = self._creators(kind, id) if told["local"] and kind != "rooms" else []
-        told["query"] = [{"appservice": claim.registration.id, "request": f"GET {query_path(kind, id)}"}
-                         for claim in self.claims(kind, id) if claim.namespace and claim.registration.url and kind != "rooms"]
-        return told
-
-    def rule(self, registration: Registration, rule: str, kind: str, id: str) -> JsonObject:
-        """One rule of interest: whether this ID makes events interesting to the application service, or what is nearest to that."""
-        claim = self.claim_of(registration, kind, id)
-        told: JsonObject = {"rule": rule, "id": id, "matches": claim is not None, "namespace": None, "miss": None}
-        if claim:
-            return {**told, "namespace": str(claim.namespace) if claim.namespace else "its sender_localpart user"}
-        if kind == "users" and server_of(id) != self.server_name:
-            return {**told, "miss": f"is not a user of {self.server_name}; only those count"}
-        misses = [(*nearest_miss(one.regex, id), one) for one in registration.namespaces[kind]]
-        if not misses:
-            return {**told, "miss": f"can't match, for the registration has no regex for {kind}"}
-        _, miss, nearest = max(misses, key=lambda one: one[0])
-        return {**told, "namespace": str(nearest), "miss": miss}
-
-    def _explain_claim(self, registration: Registration, kind: str, id: str) -> JsonObject:
-        claim = self.claim_of(registration, kind, id)
-        return {"id": registration.id, "matches": claim is not None, "exclusive": bool(claim and claim.exclusive),
-                "reason": str(claim) if claim else None,
-                "namespaces": [namespace.explain(id) for namespace in registration.namespaces[kind]]}
-
-    def _creators(self, kind: str, id: str) -> list[str]:
-        """Who may: "people", and application services."""
-        def may(by: Registration | None) -> bool:
-            with contextlib.suppress(MatrixError):
-                self.check_may_create(kind, id, by)
-                return True
-            return False
-        people = ["people"] if may(None) and (kind != "users" or STRICT_LOCALPART.fullmatch(localpart_of(id))) else []
-        return people + [registration.id for registration in self if may(registration)]
-
-    def _explain_uri(self, uri: str) -> JsonObject:
-        rules = [{"appservice": registration.id, "kind": rule.kind, "regex": rule.pattern.pattern,
-                  "maps_to": rule.apply(uri, self.server_name)} for registration in self for rule in registration.uris]
-        return {"uris": rules, "maps_to": self.map_uri("users", uri) or self.map_uri("aliases", uri)}
-
-    def _is_own(self, registration: Registration, kind: str, id: str) -> bool:
-        with contextlib.suppress(MatrixError):
-            check_id(KINDS[kind], id, self.server_name)
-            return self.claim_of(registration, kind, id) is not None
-        return False
-
-
-def check_together(registrations: Sequence[tuple[str, Registration]]) -> list[Finding]:
-    """What is wrong between registrations: each is given with where it stands."""
-    findings, seen = [], dict[tuple[str, str], str]()
-    holders = dict[tuple[str, str], list[str]]()             # of a token, by which it is, in the order of the registrations
-    for where, registration in registrations:
-        for key in ("as_token", "hs_token"):
-            holders.setdefault((key, getattr(registration, key)), []).append(where)
-    for where, registration in registrations:
-        for key in ("id", "as_token"):
-            value = getattr(registration, key)
-            other = seen.setdefault((key, value), where)
-            if other is not where:
-                findings.append(Finding(f"{where}: {key}", f"is already that of {other}",
-                                        f"every {key} must be unique"))
-        for key, twin in (("as_token", "hs_token"), ("hs_token", "as_token")):
-            findings += [Finding(f"{where}: {key}", f"is the {twin} of {other}", "tokens must differ from each other")
-                         for other in holders.get((twin, getattr(registration, key)), ()) if other is not where]
-    return findings
-
-
-class Audience:
-    """Which application services hear a room, and because of whom: its joined members, its aliases, its ID.
-
-    Kept with the room and changed by the few events that change it, so that a message costs no regex.
-    """
-
-    def __init__(self, registrations: Registrations, room_id: str, members: Iterable[str],
-                 aliases: Iterable[str]) -> None:
-        self.registrations = registrations
-        self.why: dict[str, dict[str, Claim]] = {}           # application service's ID → ID in the room → claim
-        self.add("rooms", room_id)
-        for user_id in members:
-            self.add("users", user_id)
-        for alias in aliases:
-            self.add("aliases", alias)
-
-    def add(self, kind: str, id: str) -> None:
-        for claim in self.registrations.claims(kind, id):
-            self.why.setdefault(claim.registration.id, {})[id] = claim
-
-    def remove(self, kind: str, id: str) -> None:
-        for claim in self.registrations.claims(kind, id):
-            held = self.why.get(claim.registration.id, {})
-            held.pop(id, None)
-            if not held:
-                self.why.pop(claim.registration.id, None)
-
-    def interested(self, sender: str, target: str | None) -> dict[str, str]:
-        """Application services that get an event, each with the reason: its sender, the target of a
-        membership, the room.
-        """
-        found: dict[str, str] = {}
-        for part, user_id in (("sender", sender), ("target", target)):
-            for claim in self.registrations.claims("users", user_id) if user_id else ():
-                found.setdefault(claim.registration.id, f"{part} {claim}")
-        for id, claims in self.why.items():
-            if id not in found:
-                claim = next(iter(claims.values()))
-                part = {"@": "member", "#": "alias", "!": "room"}[claim.id[0]]
-                found[id] = f"{part} {claim}"
-        return found
-
-
-# -- The doctor: what can be used, and is not what was meant.
+# -- The doctor: what can be used, and is not what was meant. To be skipped at first reading.
 
 ID_FORMS = {                                                 # all IDs on a server; those of them that one meets
     "users":   (r"@[!-9;-~]+:(?:%s)", r"@[a-z0-9._=/+-]+:(?:%s)"),
@@ -2374,89 +2357,90 @@ def ids_of(kind: str, servers: str, usual: bool = False) -> Tree:
     return chain(BEFORE, tree_of(re.compile(ID_FORMS[kind][usual].replace("%s", servers))), BEHIND)
 
 
-def shared_id(server_name: str, *namespaces: Namespace) -> str | None:
-    """An ID that namespaces of one kind all claim; None if there is none, or if their regexes can't be analysed."""
+def shared_id(ids: Tree, *namespaces: Namespace) -> str | None:
+    """One of these IDs that all the namespaces claim; None if there is none, or if their regexes can't be analysed."""
     with contextlib.suppress(NotAnalysable):
-        id = common(ids_of(namespaces[0].kind, re.escape(server_name)),
-                    *(chain(BEFORE, tree_of(one.pattern), ANYTHING) for one in namespaces))
+        id = common(ids, *(chain(BEFORE, tree_of(one.pattern), ANYTHING) for one in namespaces))
         return id if id and all(one.pattern.match(id) for one in namespaces) else None
     return None
 
 
+Checks = Iterator[tuple[str, JsonObject]]                    # names of complaints, each with the words that go into it
+
+
 class NamespaceDoctor:
-    """Examines one entry of `namespaces`. A check yields names of complaints, each with the words that go into it."""
+    """Examines one entry of `namespaces`."""
 
     def __init__(self, namespace: Namespace, server_name: str, where: str = "") -> None:
         self.namespace, self.kind, self.regex, self.pattern = namespace, namespace.kind, namespace.regex, namespace.pattern
-        self.sigil, self.server, self.escaped = KINDS[self.kind], server_name, re.sub(r"([.\[\]])", r"\\\1", server_name)
         self.where = f"{where}namespaces.{self.kind}[{namespace.index}].regex"
-        self.prefix, self.with_sigil = f"{self.sigil}irc_.*:{self.escaped}", re.sub(r"^\^?(?:\\?[@#!])?", self.sigil, self.regex)
-
-    def findings(self, checks: Iterable[tuple[str, JsonObject]]) -> list[Finding]:
-        return [complaint(name, self.where, **{
-            "regex": self.regex, "noun": NOUNS[self.kind], "sigil": self.sigil, "server": self.server, "reason": self.cost.reason,
-            "better": self.prefix, **words}) for name, words in checks]
-
-    @functools.cached_property
-    def cost(self) -> Cost:
-        return cost_of(self.pattern)
-
-    def slow(self) -> Iterator[tuple[str, JsonObject]]:
-        """Whether a match can take long, or nobody can tell."""
-        if DESERVES_A_LOOK.search(self.regex) and self.cost.verdict in ("heavy", "not analysable"):
-            yield self.cost.verdict, {}
+        self.cost = glance_at_cost(self.pattern)
+        self.sigil = KINDS[self.kind]
+        self.server_name, self.server = server_name, re.sub(r"([.\[\]])", r"\\\1", server_name)      # the second as a regex
+        self.usual = f"{self.sigil}irc_.*:{self.server}"     # to be written where nothing better is known
+        self.with_sigil = re.sub(r"^\^?(?:\\?[@#!])?", self.sigil, self.regex)
+        self.grouped = f"(?:{self.regex})" if "|" in self.regex else self.regex     # so that what is behind it is for all of it
+        self.words = {"regex": self.regex, "noun": NOUNS[self.kind], "sigil": self.sigil, "server": server_name,
+                      "reason": self.cost.reason, "better": self.usual}
 
     @functools.cached_property
     def everybody(self) -> bool:
-        return all(self.pattern.match(f"{self.sigil}{name}:{self.server}") for name in ("alice", "x.7", "_-z", "0"))
+        return all(self.pattern.match(f"{self.sigil}{name}:{self.server_name}") for name in ("alice", "x.7", "_-z", "0"))
 
-    def greedy(self) -> Iterator[tuple[str, JsonObject]]:
-        """Whether it leaves nothing to anybody else."""
-        if self.regex and self.everybody and self.namespace.exclusive and self.kind != "rooms":
-            yield "everybody", {}
+    def findings(self, checks: Iterable[tuple[str, JsonObject]]) -> list[Finding]:
+        return [complaint(name, self.where, **{**self.words, **words}) for name, words in checks]
 
-    def examine(self) -> Iterator[tuple[str, JsonObject]]:
+    def examine(self) -> Checks:
         if self.kind == "rooms" and self.namespace.exclusive:
             yield "exclusive rooms", {}
         if self.cost.verdict == "exponential":
             return                                           # the reader has said so
-        yield from self.slow()
-        never = list(self.never())
-        yield from self.greedy()
+        yield from self.at_once()
         if not self.regex:
             yield "empty", {}
         elif not self.everybody:
-            yield from never or (*self._spelling(), *self._read_differently())
+            yield from list(self.never()) or (*self._spelling(), *self._read_differently())
+
+    def at_once(self) -> Checks:
+        """Whether a match can take long, or nobody can tell; whether it leaves nothing to anybody else."""
+        if self.cost.verdict in ("heavy", "not analysable"):
+            yield self.cost.verdict, {}
+        if self.regex and self.everybody and self.namespace.exclusive and self.kind != "rooms":
+            yield "everybody", {}
 
     def match(self, servers: str, regex: re.Pattern[str] | None = None, usual: bool = False) -> str | None:
         """An ID on these servers that it, or another regex, matches from the start."""
         return common(ids_of(self.kind, servers, usual), chain(BEFORE, tree_of(regex or self.pattern), ANYTHING))
 
-    def never(self) -> Iterator[tuple[str, JsonObject]]:
+    def never(self) -> Checks:
         """Whether it can match no ID at all, or none of this server."""
         with contextlib.suppress(NotAnalysable):
-            if not self.match(self.escaped):
-                tries = (self.with_sigil, self.regex.removesuffix("$"),
-                         re.sub(r":[^:]*?(\$?)$", lambda match: f":{self.escaped}{match[1]}", self.regex))
-                yield "elsewhere" if self.match(r"[\w.:-]+") else "never", {"better": next(filter(self._works, tries), self.prefix)}
+            if not self.match(self.server):
+                better = self._that_works(self.with_sigil, self.regex.removesuffix("$"),
+                                          re.sub(r":[^:]*?(\$?)$", lambda match: f":{self.server}{match[1]}", self.regex))
+                yield "elsewhere" if self.match(r"[\w.:-]+") else "never", {"better": better}
 
-    def _works(self, regex: str) -> bool:
-        with contextlib.suppress(re.error, NotAnalysable):
-            pattern = compile_regex(regex)
-            return cost_of(pattern).verdict != "exponential" and self.match(self.escaped, pattern) is not None
-        return False
+    def _that_works(self, *regexes: str) -> str:
+        """The first that claims IDs of this server and is not exponential, or else the usual one."""
+        for regex in regexes:
+            with contextlib.suppress(re.error, NotAnalysable):
+                pattern = compile_regex(regex)
+                if cost_of(pattern).verdict != "exponential" and self.match(self.server, pattern) is not None:
+                    return regex
+        return self.usual
 
-    def _spelling(self) -> Iterator[tuple[str, JsonObject]]:
+    def _spelling(self) -> Checks:
         plain = PLAIN_DOT.sub(lambda match: r"\." if match[0] == "." else match[0], self.regex)
         if plain != self.regex:
             yield "dot", {"better": plain}
         if self.regex != self.pattern.pattern:
             yield "posix", {"better": self.pattern.pattern}
 
-    def _read_differently(self) -> Iterator[tuple[str, JsonObject]]:
+    def _read_differently(self) -> Checks:
         """Where it matters whether a homeserver looks at the start of an ID, anywhere in it, or at the whole."""
         with contextlib.suppress(NotAnalysable):
-            tree, example, usual = tree_of(self.pattern), self.match(self.escaped, usual=True), ids_of(self.kind, self.escaped, True)
+            tree, usual = tree_of(self.pattern), ids_of(self.kind, self.server, usual=True)
+            example = self.match(self.server, usual=True)
             if self.sigil not in self.regex:
                 yield "no sigil", {"example": example, "better": self.with_sigil}
             within = common(usual, chain(BEFORE, Repeat(OneOf(ALPHABET), 1), tree, ANYTHING))
@@ -2466,20 +2450,15 @@ class NamespaceDoctor:
             if example and not common(usual, chain(BEFORE, tree, BEHIND)):
                 yield "part", {"example": example, "better": self.grouped + ".*"}
 
-    @property
-    def grouped(self) -> str:
-        """So that what is written after it is for all of it."""
-        return f"(?:{self.regex})" if "|" in self.regex else self.regex
-
     def with_server(self) -> str:
-        tries = (f"{self.grouped.removesuffix('$').removesuffix(':.*')}:{self.escaped}",
-                 re.sub(r":(?:\[\^:\]|\.)[*+]$", f":{self.escaped}", self.regex))
-        return next(filter(self._works, tries), self.prefix)
+        return self._that_works(f"{self.grouped.removesuffix('$').removesuffix(':.*')}:{self.server}",
+                                re.sub(r":(?:\[\^:\]|\.)[*+]$", f":{self.server}", self.regex))
 
     def stranger(self) -> str | None:
         """A user or alias of another server that it matches."""
         with contextlib.suppress(NotAnalysable):
-            return self.match("elsewhere", usual=True) if self.regex and self.kind != "rooms" and self.match(self.escaped) else None
+            if self.regex and self.kind != "rooms" and self.match(self.server):
+                return self.match("elsewhere", usual=True)
         return None
 
 
@@ -2489,89 +2468,83 @@ def slow_uri(rule: UriRule, where: str) -> list[Finding]:
 
 
 class Doctor:
-    """Examines registrations that can be used; `findings` has what is not as it should be, or may not be as it is meant."""
+    """Examines registrations that can be used: what is not as it should be, or may not be as it is meant."""
 
     def __init__(self, server_name: str, port: int | None = None) -> None:
-        self.server, self.port = server_name, port
-        self.findings: list[Finding] = []
-
-    def say(self, name: str, where: str, **words: object) -> None:
-        self.findings.append(complaint(name, where, **words))
+        self.server, self.port = server_name, port           # of the homeserver
 
     def examine(self, registrations: Sequence[tuple[str, Registration]],
                 rests: Iterable[tuple[str, Sequence[Namespace]]] = ()) -> list[Finding]:
-        """All findings; each registration is given with where it stands, and so are namespaces of which no more could be read."""
+        """Each registration is given with where it stands, and so are namespaces of which no more could be read."""
+        found: list[Finding] = []
         for where, one in registrations:
-            self._keys(where, one)
-            self._url(f"{where}: url", one.url)
-            self._namespaces(where, [namespace for kind in KINDS for namespace in one.namespaces[kind]])
-            self._uris(where, one)
-        for where, namespaces in rests:
-            self._namespaces(where, namespaces)
+            namespaces = [namespace for kind in KINDS for namespace in one.namespaces[kind]]
+            found += (*self._keys(where, one), *self._url(f"{where}: url", one.url),
+                      *self._namespaces(where, namespaces), *self._uris(where, one))
+        for where, rest in rests:
+            found += self._namespaces(where, rest)
         for first, second in itertools.combinations(registrations, 2):
-            self._senders(*first, *second)
-            self._senders(*second, *first)
-            self._overlaps(*first, *second)
-        return self.findings
+            found += (*self._senders(*first, *second), *self._senders(*second, *first), *self._overlaps(*first, *second))
+        return found
 
-    def _keys(self, where: str, one: Registration) -> None:
+    def _keys(self, where: str, one: Registration) -> Iterator[Finding]:
         for key in ("as_token", "hs_token"):
             token = getattr(one, key)
             if EXAMPLE_TOKEN.search(token):
-                self.say("token", f"{where}: {key}", looks="looks like an example")
+                yield complaint("token", f"{where}: {key}", looks="looks like an example")
             elif len(token) < SHORT_TOKEN:
-                self.say("token", f"{where}: {key}", looks=f"has {len(token)} characters only")
+                yield complaint("token", f"{where}: {key}", looks=f"has {len(token)} characters only")
         for key in one.unknown:
-            self.say("unknown", f"{where}: {key}", better=nearest(key, KNOWN_KEYS))
+            yield complaint("unknown", f"{where}: {key}", better=nearest(key, KNOWN_KEYS))
 
-    def _url(self, where: str, url: str | None) -> None:
+    def _url(self, where: str, url: str | None) -> Iterator[Finding]:
         parts = urllib.parse.urlsplit(url or "")
         if parts.hostname in ("0.0.0.0", "::"):
-            self.say("any address", where, url=url, better=parts._replace(netloc=f"127.0.0.1:{parts.port or 80}").geturl())
+            yield complaint("any address", where, url=url, better=parts._replace(netloc=f"127.0.0.1:{parts.port or 80}").geturl())
         if "/_matrix" in parts.path:
-            self.say("path", where, url=url, better=str(url).partition("/_matrix")[0])
+            yield complaint("path", where, url=url, better=str(url).partition("/_matrix")[0])
         if self.port and parts.port == self.port and parts.hostname in ("localhost", "127.0.0.1", "0.0.0.0", "::1", "::"):
-            self.say("own port", where, url=url)
+            yield complaint("own port", where, url=url)
 
-    def _namespaces(self, where: str, namespaces: Sequence[Namespace]) -> None:
+    def _namespaces(self, where: str, namespaces: Sequence[Namespace]) -> Iterator[Finding]:
         strangers = []                                       # one finding for all of them, for most regexes match some
         for at, one in enumerate(namespaces):
             doctor = NamespaceDoctor(one, self.server, f"{where}: ")
             checks = list(doctor.examine())
-            self.findings += doctor.findings(checks)
+            yield from doctor.findings(checks)
             if any((one.kind, one.regex) == (other.kind, other.regex) for other in namespaces[:at]):
-                self.say("twice", doctor.where, regex=one.regex)
+                yield complaint("twice", doctor.where, regex=one.regex)
             elif "part" not in dict(checks) and (example := doctor.stranger()):
                 strangers.append((doctor, example))
         if strangers:
             (doctor, example), *others = strangers
-            self.say("open", doctor.where, regex=doctor.regex, example=example,
-                     more="".join([f"; neither does '{other.regex}'" for other, _ in others]),
-                     better=doctor.with_server())
+            yield complaint("open", doctor.where, regex=doctor.regex, example=example, better=doctor.with_server(),
+                            more="".join([f"; neither does '{other.regex}'" for other, _ in others]))
 
-    def _uris(self, where: str, one: Registration) -> None:
+    def _uris(self, where: str, one: Registration) -> Iterator[Finding]:
         for rule in one.uris:
             path = f"{where}: uris.{rule.kind}: '{rule.pattern.pattern}'"
-            self.findings += slow_uri(rule, path)
+            yield from slow_uri(rule, path)
             with contextlib.suppress(NotAnalysable):
                 uri = common(chain(BEFORE, tree_of(rule.pattern), BEHIND))
                 id = uri and rule.apply(uri, self.server)
-                if id and not Registrations(self.server, [one])._is_own(one, rule.kind, id):
-                    self.say("uri", path, id=id, uri=uri, regexes=one.regexes(rule.kind))
+                if id and not Registrations(self.server, [one]).is_own(one, rule.kind, id):
+                    yield complaint("uri", path, id=id, uri=uri, regexes=one.regexes(rule.kind))
 
-    def _senders(self, where: str, one: Registration, other_where: str, other: Registration) -> None:
+    def _senders(self, where: str, one: Registration, other_where: str, other: Registration) -> Iterator[Finding]:
         id = one.sender(self.server)
         owner = next((one for one in other.namespaces["users"] if one.exclusive and one.pattern.match(id)), None)
         if owner and id != other.sender(self.server):
-            self.say("taken sender", f"{where}: sender_localpart", id=id, theirs=f"{owner} of {other_where}")
+            yield complaint("taken sender", f"{where}: sender_localpart", id=id, theirs=f"{owner} of {other_where}")
 
-    def _overlaps(self, where: str, one: Registration, other_where: str, other: Registration) -> None:
+    def _overlaps(self, where: str, one: Registration, other_where: str, other: Registration) -> Iterator[Finding]:
         if one.sender_localpart == other.sender_localpart:
-            self.say("same sender", f"{other_where}: sender_localpart", sender=one.sender_localpart, other=where)
+            yield complaint("same sender", f"{other_where}: sender_localpart", sender=one.sender_localpart, other=where)
         for kind in ("users", "aliases"):
+            ids = ids_of(kind, re.escape(self.server))
             for mine, theirs in itertools.product(one.namespaces[kind], other.namespaces[kind]):
-                if mine.exclusive and theirs.exclusive and (id := shared_id(self.server, mine, theirs)):
-                    self.say("overlap", f"{where}: namespaces", mine=mine, example=id, theirs=f"{theirs} of {other_where}")
+                if mine.exclusive and theirs.exclusive and (id := shared_id(ids, mine, theirs)):
+                    yield complaint("overlap", f"{where}: namespaces", mine=mine, example=id, theirs=f"{theirs} of {other_where}")
 
 
 def said_at_start(registration: Registration, server_name: str, thorough: bool) -> list[Finding]:
@@ -2579,8 +2552,8 @@ def said_at_start(registration: Registration, server_name: str, thorough: bool) 
     time to find out, what can never match.
     """
     doctors = [NamespaceDoctor(one, server_name) for kind in KINDS for one in registration.namespaces[kind]]
-    found = [finding for doctor in doctors for finding in doctor.findings(
-        (*doctor.slow(), *doctor.greedy(), *(doctor.never() if thorough else ())))]
+    found = [finding for doctor in doctors
+             for finding in doctor.findings((*doctor.at_once(), *(doctor.never() if thorough else ())))]
     return found + [finding for rule in registration.uris for finding in slow_uri(rule, f"uris.{rule.kind}")]
 
 
@@ -2827,6 +2800,9 @@ def _may_invite(room: RoomState, draft: Draft, target: str) -> None:
 
 
 def _may_leave(room: RoomState, draft: Draft, target: str) -> None:
+    """Oneself always, if there is anything to leave. Others: who is in the room, has the power to kick (and to unban, that to
+    ban), and more power than the target.
+    """
     current = room.membership(target)
     if draft.sender == target:
         if current not in ("invite", "join", "knock"):
@@ -2943,14 +2919,18 @@ def redacted_json(version: RoomVersion, event_json: str) -> str:
 # -- Who may see it? Room history visibility.
 
 FOREVER = 2**62
-VISIBILITIES = ("world_readable", "shared", "invited", "joined")
+VISIBILITIES = ("world_readable",   # everybody sees what was sent then,
+                "shared",           # whoever joins later, too (and what has no such state is taken for this),
+                "invited",          # who was invited or in the room then,
+                "joined")           # who was in the room then
 HISTORY_VISIBILITY, MEMBERSHIP = (("m.room.history_visibility", "history_visibility"),    # type and key of the state that decides
                                   ("m.room.member", "membership"))
 
 
 def visible_ranges(visibilities: Sequence[tuple[int, str]],
                    memberships: Sequence[tuple[int, str]]) -> list[tuple[int, int]]:
-    """The ticks whose events a user may see, as inclusive ranges from old to new.
+    """The ticks whose events a user may see, as inclusive ranges from old to new. A ghost sees what its own membership lets it
+    see; what is pushed to an application service is another matter (3, Audience).
 
     `visibilities` and `memberships` are the changes of m.room.history_visibility and of this user's membership, each
     (tick, new value) from old to new. An event that is itself such a change counts as seen if either side of it is.
@@ -4084,7 +4064,8 @@ class Tx(Reader):
 
     def sent(self, room: int, draft: Draft, device_id: str | None, txn_id: str) -> str | None:
         """The event that this client transaction has made: one of the same sender and device, room and type, and if it is
-        a redaction, of the same event. Rows of the batch are stored for it only if it may be among them.
+        a redaction, of the same event; whatever its content (Transaction identifiers). Rows of the batch are stored for it only
+        if it may be among them.
         """
         if (draft.sender, txn_id) in self._unseen:
             self.flush()
@@ -4184,7 +4165,7 @@ class Tx(Reader):
         self.run("DELETE FROM outbox WHERE appservice = ? AND tick <= ?", id, tick)
         return KEPT_TRANSACTIONS + 1                         # and the open one
 
-    # -- the outbox: what passes, and news for encrypting application services
+    # -- what else goes into a transaction: ephemeral data, and news for encrypting application services
 
     def push_ephemeral(self, room: Room, user_id: str, kind: str, data: JsonObject, private: bool = False) -> None:
         """Ephemeral data for the application services that are interested in the room, and want such (Pushing ephemeral data).
@@ -5923,8 +5904,12 @@ class Window:
 
     def _timeline(self, room: int, room_id: str, view: View | None, after: int, fresh: bool = False,
                   heroes: Iterable[str] = (), upto: int = FOREVER) -> JsonObject:
-        """timeline, and the state that leads to it or follows from it. Without a view all is visible. A timeline has no gaps:
-        what changed unseen between two of its events would be in no state.
+        """timeline, and the state that leads to it or follows from it (Syncing). A timeline that is `limited` does not reach back
+        to `after`: what stands between is read with /messages, backwards from its prev_batch. It has no gaps itself: what changed
+        unseen between two of its events would be in no state.
+
+        `view`: what may be seen, all if there is none. `fresh`: the client has nothing of the room yet. Inside: `away`, it does
+        not know that the user was out of the room meanwhile; `whole`, it needs all of the state.
         """
         upto = min(upto, self.now)
         seen = [max(after + 1, first) for first, last in view.ranges if last > after and first <= upto] if view else [after + 1]
@@ -5949,7 +5934,9 @@ class Window:
                 self.state_after or "state": {"events": self._render(state)}}
 
     def _state(self, room: int, after: int, last: int, timeline: list[Event], gap: bool) -> list[Event]:
-        """What changed after `after`, up to the start of the timeline or its end. `gap`: it may be much."""
+        """The state that changed after `after`: up to the start of the timeline, whose own events go on from there, or with
+        `state_after` up to its end. `gap`: it may be much.
+        """
         start = min(timeline[0].tick - 1, last) if timeline and not self.state_after else last
         state = self.reader.state_at(room, start, after) if gap else []
         if self.state_after or self.filter.timeline != EVERYTHING:           # what the filter keeps out of the timeline comes here
@@ -7484,9 +7471,9 @@ class Worker:
 
     def _warn(self, transaction: Transaction, failure: Answer | BaseException) -> None:
         if not (self._stopped or self.world.stopping) and self.transaction is transaction:
-            log.warning("application service %s: transaction %d (%d events, attempt %d) did not go through: %s; next "
+            log.warning("application service %s: transaction %d (%s, attempt %d) did not go through: %s; next "
                         "attempt in %.1f s",
-                        transaction.appservice, transaction.txn_id, transaction.events, self.failures,
+                        transaction.appservice, transaction.txn_id, counted(transaction.events, "event"), self.failures,
                         advice(self.registration, failure), max(0.0, self.next_attempt - self.world.clock.monotonic()))
 
 
@@ -7848,7 +7835,9 @@ class Delivery:
     # -- pinging
 
     def ping(self, registration: Registration, transaction_id: str | None) -> int:
-        """Calls the application service as it asked; milliseconds (Pinging). A success ends its backoff."""
+        """Calls the application service as it asked; milliseconds (Pinging). A success ends its backoff. M_BAD_STATUS tells
+        `status` and `body` of an answer that was not 200.
+        """
         if registration.url is None:
             raise MatrixError("M_URL_NOT_SET", f"the registration of {registration.id!r} has url: null, so "
                               "there is nobody to ping")
@@ -7874,8 +7863,8 @@ class Delivery:
     def ask(self, kind: str, id: str, by: Registration | None, patient: bool) -> bool:
         """Whether an application service, asked for a user or alias in its namespace, has created it (Querying).
 
-        Not asked: what exists already, and an application service about itself (`by`). Patient: three attempts,
-        then 408.
+        Not asked: what exists already, and an application service about itself (`by`). Patient, for who wants to know an alias or
+        a profile: three attempts, then 408. For who invites, one, and the invitation goes out whatever the answer was.
         """
         if self._exists(kind, id):
             return False
@@ -7964,6 +7953,9 @@ class Delivery:
         return found
 
     def _protocol(self, registration: Registration, protocol: str, by: Registration | None) -> JsonObject | None:
+        """What one says about a protocol. Each instance, a network, gets the instance_id with which a client asks for the rooms of
+        that network (POST /publicRooms: third_party_instance_id; 6, Directory), which the application service lists there.
+        """
         now = self.world.clock.monotonic()
         said, until = self._protocols.get((registration, protocol), (None, 0.0))
         if until <= now and registration is not by:
@@ -8070,7 +8062,7 @@ class Exchange:
             return f"{self.method} {path}" + (f" as {printable(self.acts_as)}" if self.acts_as else "")
         first = self.first if self.events else None
         words = [f"{self.method} {path.removeprefix('/_matrix/app/v1/')}"]
-        words += [f"{self.events} event{'s' * (self.events != 1)}"] if self.events is not None else []
+        words += [counted(self.events, "event")] if self.events is not None else []
         words += [printable(f"{first['type']} of {first['sender']}")] if first else []
         return ", ".join(words + ([f"attempt {self.attempt}"] if self.attempt else []))
 
@@ -8346,7 +8338,9 @@ class Call:
 
     @property
     def ts(self) -> int | None:
-        """The origin_server_ts that an application service wishes (Timestamp massaging)."""
+        """The origin_server_ts that an application service wishes (Timestamp massaging). The endpoints for sending an event or a
+        state event take it, no others: to join or kick with a time of one's own, put the m.room.member event.
+        """
         return self.integer("ts", None) if self.who.appservice else None
 
     def flag(self, name: str) -> bool:
@@ -8603,6 +8597,7 @@ class Api:
                            f"the registrations that are loaded: {len(self.world.registrations.by_id)}", soft_logout=False)
 
     def act_as(self, registration: Registration, user_id: str | None) -> Who:
+        """Whoever `user_id` in the query names, if the user is in a namespace and registered; without it the sender_localpart user."""
         user_id = user_id or registration.sender(self.world.name)
         self.world.registrations.check_claims(registration, "users", user_id, "M_FORBIDDEN")
         if user_id not in self.world.store.users:
@@ -9503,12 +9498,9 @@ ROUTES = route_table(
 # for a lesson or a test: faults, pause, replay, the clock. And the examiner: does
 # an application service do what the specification asks? All of it is JSON under
 # /_asbridge/ (its own, in no specification), and a page that uses nothing else.
+# Nothing above knows of it.
 
 MAX_MISSES = 20                  # members that don't match, of those that `why` names
-FAULT_KEYS = ("appservice", "fault", "on", "times", "probability", "seed", "delay_ms", "status")
-NOBODY_MAY = "nobody; people take user names of a-z, 0-9 and ._=/+- only"
-LIKE_SECRET = re.compile(r"""((?:token|password|secret)["']?\s*[:=]\s*\[?\s*)"""
-                         r"""(?:"(?:[^"\\]|\\.)*"?|'[^']*'?|[^\s"'&,}\]]+)""", re.I)
 
 
 class Inspector:
@@ -9528,22 +9520,22 @@ class Inspector:
         return {"now": self.world.clock.now(), "wound": self.world.clock.wound}
 
     def _appservice(self, reader: Reader, registration: Registration) -> JsonObject:
-        worker, last = self.delivery.worker(registration.id), reader.last_acknowledged(registration.id)
+        id, last = registration.id, reader.last_acknowledged(registration.id)
         namespaces = {kind: [{"regex": one.regex, "exclusive": one.exclusive} for one in entries]
                       for kind, entries in registration.namespaces.items()}
-        return {"id": registration.id, "url": registration.url, "sender": registration.sender(self.world.name),
-                "namespaces": namespaces, "waiting": reader.count_waiting(registration.id),
+        return {"id": id, "url": registration.url, "sender": registration.sender(self.world.name),
+                "namespaces": namespaces, "waiting": reader.count_waiting(id),
                 "last_acknowledged": {"txn_id": str(last[0]), "ts": last[1]} if last else None,
-                "faults": self.delivery.faults(registration.id).told(), **self._worker(worker)}
+                "faults": self.delivery.faults(id).told(), **self._worker(self.delivery.worker(id))}
 
     def _worker(self, worker: Worker | None) -> JsonObject:
         if worker is None:
             return {"state": "nothing is sent", "failures": 0, **dict.fromkeys(("down_since", "next_attempt", "open", "latency_ms"))}
-        now, opened, left = self.world.clock.now(), worker.transaction, worker.next_attempt - self.world.clock.monotonic()
+        now, frozen, left = self.world.clock.now(), worker.transaction, worker.next_attempt - self.world.clock.monotonic()
         answered = [one.ms for one in list(worker.attempts) if one.status is not None][-1:]
         return {"state": worker.state, "failures": worker.failures, "down_since": worker.down_since,
-                "next_attempt": now + int(left * 1000) if opened and left > 0 else None,
-                "open": {"txn_id": str(opened.txn_id), "events": opened.events} if opened else None,
+                "next_attempt": now + int(left * 1000) if frozen and left > 0 else None,
+                "open": {"txn_id": str(frozen.txn_id), "events": frozen.events} if frozen else None,
                 "latency_ms": answered[0] if answered else None}
 
     # -- what was pushed
@@ -9567,8 +9559,8 @@ class Inspector:
     # -- why
 
     def explain(self, id: str) -> JsonObject:
-        """What Registrations.explain() says, and whether the ID exists."""
-        told = self.world.registrations.explain(id)
+        """What explain() says, and whether the ID exists."""
+        told = explain(self.world.registrations, id)
         with self.world.store.read() as reader:
             return explained(told, reader)
 
@@ -9593,20 +9585,18 @@ class Inspector:
 
     def _rules(self, reader: Reader, registration: Registration, room: RoomRow, event: Event) -> list[JsonObject]:
         """Each rule of interest: sender, target, then the room's members just before the event, its aliases, its ID."""
-        def rule(name: str, kind: str, id: str) -> JsonObject:
-            return self.world.registrations.rule(registration, name, kind, id)
-        target = event.state_key if event.type == "m.room.member" else None
-        state = reader.state_at(room.n, event.tick - 1, type="m.room.member")
-        known = [(one.content.get("membership"), one.state_key or "") for one in state]
-        claimed = {user_id for _, user_id in known if self.world.registrations.claim_of(registration, "users", user_id)}
-        joined = [user_id for membership, user_id in known if membership == "join"]
+        def rules(name: str, kind: str, ids: Iterable[str]) -> list[JsonObject]:
+            return [explain_rule(self.world.registrations, registration, name, kind, id) for id in ids]
+        members = collections.defaultdict[Any, list[str]](list)
+        for one in reader.state_at(room.n, event.tick - 1, type="m.room.member"):
+            claimed = self.world.registrations.claim_of(registration, "users", one.state_key or "") is not None
+            members[one.content.get("membership"), claimed].append(one.state_key or "")
         only = {"matches": False, "miss": "matches, but it is only invited: who has joined counts"}
-        invited = [{**rule("member", "users", user_id), **only}
-                   for membership, user_id in known if membership == "invite" and user_id in claimed]
-        members = [user_id for user_id in joined if user_id in claimed] + [one for one in joined if one not in claimed][:MAX_MISSES]
-        return [rule("sender", "users", event.sender), *([rule("target", "users", target)] if target else []), *invited,
-                *[rule("member", "users", user_id) for user_id in members],
-                *[rule("alias", "aliases", alias) for alias in reader.aliases_of(room.n)], rule("room", "rooms", room.room_id)]
+        return [*rules("sender", "users", [event.sender]),
+                *rules("target", "users", [event.state_key] if event.type == "m.room.member" and event.state_key else []),
+                *[{**rule, **only} for rule in rules("member", "users", members["invite", True])],
+                *rules("member", "users", members["join", True] + members["join", False][:MAX_MISSES]),
+                *rules("alias", "aliases", reader.aliases_of(room.n)), *rules("room", "rooms", [room.room_id])]
 
     @staticmethod
     def _summary(told: JsonObject, registration: Registration, forgotten: bool) -> list[str]:
@@ -9656,14 +9646,20 @@ class Inspector:
 
     def check_person(self, user_id: str) -> Who:
         """A local person to act as; never a ghost, whom only its application service speaks for."""
-        if user_id not in self.people():
-            people = ", ".join(self.people()) or "there are none yet"
-            raise MatrixError("M_NOT_FOUND", f"{shorten(user_id)} is none of the people here: {people}")
+        people = self.people()
+        if user_id not in people:
+            raise MatrixError("M_NOT_FOUND", f"{shorten(user_id)} is none of the people here: "
+                              f"{', '.join(people) or 'there are none yet'}")
         return Who(user_id)
 
 
+# -- Who claims an ID, in sentences.
+
+NOBODY_MAY = "nobody; people take user names of a-z, 0-9 and ._=/+- only"
+
+
 def explained(told: JsonObject, reader: Reader | None) -> JsonObject:
-    """Adds to what Registrations.explain() says whether the ID exists (None: that can't be seen), and all of it in sentences."""
+    """Adds to what explain() says whether the ID exists (None: that can't be seen), and all of it in sentences."""
     id = told["maps_to"] if told["kind"] == "uri" else told["id"]
     look = {"@": Reader.user, "#": Reader.alias, "!": Reader.room_row}.get((id or "")[:1])
     told["exists"] = bool(look(reader, id)) if reader and look else None
@@ -9700,8 +9696,26 @@ def namespace_summary(id: str, namespace: JsonObject, claimed: bool) -> list[str
         f"{name} would {'not ' * namespace['matches']}match if it {how}" for how in others]
 
 
-def opened(one: Exchange) -> JsonObject:
-    """An exchange with headers and bodies. What must not be seen is cut."""
+# -- Questions of the API that are more than a verb of the Inspector.
+
+LIKE_SECRET = re.compile(r"""((?:token|password|secret)["']?\s*[:=]\s*\[?\s*)"""
+                         r"""(?:"(?:[^"\\]|\\.)*"?|'[^']*'?|[^\s"'&,}\]]+)""", re.I)
+
+
+def inspector(call: Call) -> Inspector:
+    return Inspector(call.api.world, call.api.delivery)
+
+
+def get_exchanges(call: Call) -> Any:
+    now, found = call.api.delivery.wire.since(call.integer("since", 0), call.integer("timeout", 0, 0, 30_000) / 1000)
+    return {"next": now, "exchanges": [one.told() for one in found]}
+
+
+def get_exchange(call: Call) -> Any:
+    """With headers and bodies. What must not be seen is cut."""
+    one = call.api.delivery.wire.find(call.integer("n", 0))
+    if not one:
+        raise MatrixError("M_NOT_FOUND", f"the last {KEPT_EXCHANGES} exchanges are kept; this one is not among them")
     return {**one.told(), "request": {"headers": shown_headers(one.headers), "body": shown_body(one.body),
                                       "cut": len(one.body) == KEPT_BYTES},
             "answer": {"body": shown_body(one.answer), "cut": len(one.answer) == KEPT_BYTES}}
@@ -9721,10 +9735,117 @@ def without_secrets(value: Any) -> Any:
     return [without_secrets(item) for item in value] if isinstance(value, list) else value
 
 
-# -- The bridge examiner.
+def get_transactions(call: Call) -> Any:
+    """New to old. Of their events only what they are."""
+    found = inspector(call).transactions(call.required("appservice"), call.integer("limit", 50, 1, KEPT_TRANSACTIONS))
+    keys = ("event_id", "type", "sender", "room_id", "state_key")
+    return {"transactions": [{**one, "events": [{key: event[key] for key in keys if key in event} for event in one["events"]]}
+                             for one in reversed(found)]}
+
+
+def get_timeline(call: Call) -> Any:
+    return inspector(call).timeline(call.required("room"), call.integer("limit", 50, 1, MAX_PAGE))
+
+
+# -- Levers: people who come and speak, faults, what an application service gets, the clock.
+
+FAULT_KEYS = ("appservice", "fault", "on", "times", "probability", "seed", "delay_ms", "status")
+
+
+def post_people(call: Call) -> Any:
+    return {"user_id": call.api.accounts.add_person(field(call.body, "name", str))["user_id"]}
+
+
+def as_client(call: Call, who: Who, method: str, path: str, content: JsonObject, verb: Callable[[], JsonObject]) -> JsonObject:
+    """Does what the person's client would ask for with this request; so it looks on the wire."""
+    wire, began = call.api.delivery.wire, time.monotonic()
+    one = wire.begin(Exchange(wire.number(), wire.clock.now(), who.user_id, HS, "request", method, "/_matrix/client/v3/" + path, {},
+                              to_json(content).encode("utf-8", "replace")[:KEPT_BYTES], client=True))
+    try:
+        answer = verb()
+        one.status, one.answer = 200, to_json(answer).encode()
+        return answer
+    except MatrixError as error:
+        one.status, one.answer = error.status, to_json(error.body()).encode()
+        raise
+    finally:
+        one.ms = round((time.monotonic() - began) * 1000, 2)
+        wire.end(one)
+
+
+def post_rooms(call: Call) -> Any:
+    """Brings a person into a room: one that is named by alias or ID; a new one with this user; or else a new one of this name."""
+    body, rooms = call.body, call.api.rooms
+    who, room = inspector(call).check_person(field(body, "user_id", str)), field(body, "room", str)
+    if room[:1] in ("#", "!"):
+        path = f"join/{urllib.parse.quote(room, safe='')}"
+        return as_client(call, who, "POST", path, {}, lambda: {"room_id": rooms.join(who, room)})
+    options: JsonObject = {"preset": "public_chat", "name": room} if room[:1] != "@" else {
+        "preset": "trusted_private_chat", "is_direct": True, "invite": [check_id("@", room)]}
+    return as_client(call, who, "POST", "createRoom", options, lambda: {"room_id": rooms.create(who, options)})
+
+
+def post_say(call: Call) -> Any:
+    """The room may be named by an alias, too; who is not in it joins."""
+    body, rooms, txn_id = call.body, call.api.rooms, secrets.token_hex(8)
+    who, room = inspector(call).check_person(field(body, "user_id", str)), field(body, "room_id", str)
+    content = {"msgtype": "m.text", "body": field(body, "body", str)}
+    path = f"rooms/{urllib.parse.quote(room, safe='')}/send/m.room.message/{txn_id}"
+    return as_client(call, who, "PUT", path, content, lambda: {     # who is in it already stays as he is
+        "event_id": rooms.send(who, rooms.join(who, room), "m.room.message", content, txn_id)})
+
+
+def post_faults(call: Call) -> Any:
+    body = call.body
+    for key in body.keys() - FAULT_KEYS:
+        raise MatrixError("M_BAD_JSON", f"{shorten(key)!r} is no key of a fault; the nearest one is {nearest(key, FAULT_KEYS)!r}")
+    probability = body.get("probability")
+    if probability is not None and not is_number(probability):
+        raise MatrixError("M_BAD_JSON", f"'probability' must be a number above 0 and up to 1, not {quoted(probability)}")
+    faults = call.api.delivery.faults(field(body, "appservice", str))
+    faults.add(field(body, "fault", str), on=field(body, "on", str, "transactions"), times=field(body, "times", int, None),
+               probability=probability, seed=field(body, "seed", int, None), delay_ms=field(body, "delay_ms", int, 1000),
+               status=field(body, "status", int, 500))
+    return {"faults": faults.told()}
+
+
+def lever(pull: Callable[[Delivery, str], JsonObject | None]) -> Callable[[Call], Any]:
+    """What is done by hand with the application service that the query names, or the body of a POST."""
+    def handler(call: Call) -> Any:
+        id = field(call.body, "appservice", str) if call.request.method == "POST" else call.required("appservice")
+        return pull(call.api.delivery, id) or {}
+    return handler
+
+
+def post_replay(call: Call) -> Any:
+    body = call.body
+    txn_id = field(body, "txn_id", str, None)
+    if txn_id is not None and not re.fullmatch(r"[0-9]{1,18}", txn_id):
+        raise MatrixError("M_INVALID_PARAM", f"{shorten(txn_id)!r} is no transaction ID: decimal digits")
+    id, new_id = field(body, "appservice", str), field(body, "new_id", bool, False)
+    return {"txn_id": str(call.api.delivery.replay(id, int(txn_id) if txn_id else None, new_id))}
+
+
+def post_ping(call: Call) -> Any:
+    registration = call.api.delivery.registration(field(call.body, "appservice", str))
+    return {"duration_ms": call.api.delivery.ping(registration, None)}
+
+
+def post_clock(call: Call) -> Any:
+    seconds: Any = call.body.get("advance")
+    if not is_number(seconds) or not 0 <= seconds <= 10**9:
+        raise MatrixError("M_BAD_JSON", f"'advance' must be a number of seconds from 0 on, not {quoted(seconds)}")
+    call.api.world.clock.advance(seconds)
+    return inspector(call).clock()
+
+
+# -- The bridge examiner: does an application service do what the specification asks of it? It speaks HTTP and knows no database.
 
 NOWHERE = "asbridge-examiner.invalid"    # a server that can't be (RFC 2606)
 OURS = "org.asbridge.examiner"           # a key, and a type of event, that nobody else has
+WRONG = "asbridge-examiner-wrong-token"
+UNKNOWN = "/_matrix/app/v1/asbridge_examiner"
+OLDER_EPHEMERAL = "de.sorunome.msc2409.ephemeral"
 SILENT_CALLS = 2                         # so many in a row without an answer, and no more are made
 Verdict = tuple[str, str]                # outcome, and what was seen
 
@@ -9742,10 +9863,8 @@ def nobody(namespace: Namespace, server_name: str) -> str | None:
     tag = secrets.token_hex(4)
     for word in (f"asbridge-nobody-{tag}", f"asbridge_nobody_{tag}", f"asbridgenobody{tag}", f"9{secrets.randbelow(10**17):017}"):
         strange = re.compile(f"{KINDS[namespace.kind]}[a-z0-9._=/+-]*{word}[a-z0-9._=/+-]*:{re.escape(server_name)}")
-        with contextlib.suppress(NotAnalysable):
-            id = common(chain(BEFORE, tree_of(strange), BEHIND), chain(BEFORE, tree_of(namespace.pattern), ANYTHING))
-            if id and namespace.pattern.match(id):
-                return id
+        if id := shared_id(chain(BEFORE, tree_of(strange), BEHIND), namespace):
+            return id
     return None
 
 
@@ -9756,34 +9875,36 @@ class Examiner:
     be kept. Only the two questions of Querying may lead a bridge to make a user or a room; they are asked with `queries`.
     """
 
-    #: test, section of the specification, method
-    CHECKS = (
-        ("listens at its url",                                "AS: Registration",         "_listens"),
-        ("answers a ping",                                    "AS: Pinging",              "_ping"),
-        ("takes an empty transaction",                        "AS: Pushing events",       "_empty"),
-        ("takes the same transaction again",                  "AS: Pushing events",       "_again"),
-        ("takes the hs_token from the header alone",          "AS: Authorization",        "_header_alone"),
-        ("refuses a transaction without a token",             "AS: Authorization",        "_no_token"),
-        ("refuses a wrong token in the header",               "AS: Authorization",        "_wrong_header"),
-        ("refuses a wrong token in the query",                "AS: Authorization",        "_wrong_query"),
-        ("refuses broken JSON, and is not broken by it",      "Standard error response",  "_broken"),
-        ("says 404 to an unknown path",                       "AS: Unknown routes",       "_path"),
-        ("says 405 to a wrong method",                        "AS: Unknown routes",       "_method"),
-        ("takes unknown keys in a transaction",               "AS: Pushing events",       "_keys"),
-        ("takes an event of an unknown type and shape",       "AS: Pushing events",       "_type"),
-        ("takes an event of a room that it does not know",    "AS: Pushing events",       "_room"),
-        ("takes ephemeral data",                              "AS: Pushing EDUs",         "_ephemeral"),
-        ("takes ephemeral data, by its older name",           "AS: Pushing EDUs",         "_older_ephemeral"),
-        ("describes its protocols",                           "AS: Third-party networks", "_protocols"),
-        ("answers when asked for an unknown user",            "AS: Querying",             "_user"),
-        ("answers when asked for an unknown alias",           "AS: Querying",             "_alias"),
+    #: test, section of the specification, what is asked and judged
+    CHECKS: tuple[tuple[str, str, Callable[[Examiner], Verdict]], ...] = (
+        ("listens at its url",                              "AS: Registration",         lambda it: it._listens()),
+        ("answers a ping",                                  "AS: Pinging",              lambda it: it._ping()),
+        ("takes an empty transaction",                      "AS: Pushing events",       lambda it: it._empty()),
+        ("takes the same transaction again",                "AS: Pushing events",       lambda it: it._again()),
+        ("takes the hs_token from the header alone",        "AS: Authorization",        lambda it: it._header_alone()),
+        ("refuses a transaction without a token",           "AS: Authorization",        lambda it: it._refuses("", "")),
+        ("refuses a wrong token in the header",             "AS: Authorization",        lambda it: it._refuses(WRONG, "")),
+        ("refuses a wrong token in the query",              "AS: Authorization",        lambda it: it._refuses("", WRONG)),
+        ("refuses broken JSON, and is not broken by it",    "Standard error response",  lambda it: it._broken()),
+        ("says 404 to an unknown path",                     "AS: Unknown routes",       lambda it: it._unknown(404, UNKNOWN)),
+        ("says 405 to a wrong method",                      "AS: Unknown routes",       lambda it: it._unknown(405, it._last[0])),
+        ("takes unknown keys in a transaction",             "AS: Pushing events",       lambda it: it._keys()),
+        ("takes an event of an unknown type and shape",     "AS: Pushing events",       lambda it: it._type()),
+        ("takes an event of a room that it does not know",  "AS: Pushing events",       lambda it: it._room()),
+        ("takes ephemeral data",                            "AS: Pushing EDUs",         lambda it: it._data("ephemeral")),
+        ("takes ephemeral data, by its older name",         "AS: Pushing EDUs",         lambda it: it._data(OLDER_EPHEMERAL)),
+        ("describes its protocols",                         "AS: Third-party networks", lambda it: it._protocols()),
+        ("answers when asked for an unknown user",          "AS: Querying",             lambda it: it._query("users")),
+        ("answers when asked for an unknown alias",         "AS: Querying",             lambda it: it._query("aliases")),
     )
 
     def __init__(self, registration: Registration, settings: Settings, queries: bool = False) -> None:
         self.registration, self.server_name, self.queries = registration, settings.server_name, queries
         self.seconds = settings.query_timeout_ms / 1000      # for each call
         self._client = HttpClient(registration.url or "", cut=True)
-        self._run, self._pushed, self._last = secrets.token_hex(4), 0, ("", b"")
+        self._run = secrets.token_hex(4)                     # in the ID of each transaction
+        self._pushed = 0                                     # transactions
+        self._last: tuple[str, bytes] = ("", b"")            # path and body of the last one
         self._legacy = False                                 # it only knows the older paths
         self._silent = 0                                     # calls without an answer, since the last that had one
         self._hopeless = ""                                  # why no more is asked
@@ -9791,22 +9912,22 @@ class Examiner:
     def results(self) -> list[Result]:
         """Asks everything, one after the other."""
         try:
-            return [Result(test, *self._verdict(method, spec)) for test, spec, method in self.CHECKS]
+            return [self._result(*row) for row in self.CHECKS]
         finally:
             self._client.close()
 
-    def _verdict(self, method: str, spec: str) -> tuple[str, str, str]:
+    def _result(self, test: str, spec: str, check: Callable[[Examiner], Verdict]) -> Result:
         if self._hopeless:
-            return "skipped", spec, self._hopeless
+            return Result(test, "skipped", spec, self._hopeless)
         try:
-            outcome, seen = getattr(self, method)()
+            outcome, seen = check(self)
             self._silent = 0
         except CALL_FAILED as error:
             outcome, seen = "failed", self._plain(advice(self.registration, error))
             self._silent += isinstance(error, (TimeoutError, ConnectionRefusedError))
             if self._silent == SILENT_CALLS:
                 self._hopeless = f"it did not answer {SILENT_CALLS} calls in a row"
-        return outcome, spec, seen
+        return Result(test, outcome, spec, seen)
 
     # -- How it is asked.
 
@@ -9848,16 +9969,15 @@ class Examiner:
             text = self._plain(f"{answer.errcode}: {shorten(answer.json.get('error', 'no error text'))}")
         return f"{answer.status} {text if answer.json is not None else quoted(text)}"
 
-    def _judge(self, good: bool, answer: Answer, right: str) -> Verdict:
-        return ("passed", self._said(answer)) if good else ("failed", f"{self._said(answer)}; right would be {right}")
+    @staticmethod
+    def _judged(good: bool, seen: str, right: str) -> Verdict:
+        return ("passed", seen) if good else ("failed", f"{seen}; right would be {right}")
 
     def _taken(self, answer: Answer, right: str = "200 with a JSON object") -> Verdict:
-        return self._judge(answer.status == 200 and isinstance(answer.json, dict), answer, right)
+        return self._judged(answer.status == 200 and isinstance(answer.json, dict), self._said(answer), right)
 
-    def _refused(self, answer: Answer, statuses: Iterable[int], right: str, errcode: str | None = None) -> Verdict:
-        """Must have one of these statuses, and an errcode (or this one)."""
-        known = answer.errcode == errcode if errcode else isinstance(answer.errcode, str)
-        return self._judge(known and answer.status in statuses, answer, right)
+    def _refused(self, answer: Answer, statuses: Iterable[int], right: str) -> Verdict:
+        return self._judged(isinstance(answer.errcode, str) and answer.status in statuses, self._said(answer), right)
 
     # -- The checks.
 
@@ -9896,21 +10016,16 @@ class Examiner:
     def _header_alone(self) -> Verdict:
         return self._taken(self._push({"events": []}, query=""), "200 (since v1.4 the query need not have it)")
 
-    def _with_tokens(self, header: str, query: str) -> Verdict:
+    def _refuses(self, header: str, query: str) -> Verdict:
         return self._refused(self._push({"events": []}, header, query), (401, 403), "403 M_FORBIDDEN or 401")
-
-    _no_token = functools.partialmethod(_with_tokens, "", "")
-    _wrong_header = functools.partialmethod(_with_tokens, "asbridge-examiner-wrong-token", "")
-    _wrong_query = functools.partialmethod(_with_tokens, "", "asbridge-examiner-wrong-token")
 
     def _broken(self) -> Verdict:
         return self._refused(self._push(b'{"events": ['), range(400, 500), "400 M_NOT_JSON")
 
-    def _path(self) -> Verdict:
-        return self._refused(self._call("GET", "/_matrix/app/v1/asbridge_examiner"), (404,), "404 M_UNRECOGNIZED", "M_UNRECOGNIZED")
-
-    def _method(self) -> Verdict:
-        return self._refused(self._call("GET", self._last[0]), (405,), "405 M_UNRECOGNIZED", "M_UNRECOGNIZED")
+    def _unknown(self, status: int, path: str) -> Verdict:
+        answer = self._call("GET", path)
+        good = answer.status == status and answer.errcode == "M_UNRECOGNIZED"
+        return self._judged(good, self._said(answer), f"{status} M_UNRECOGNIZED")
 
     def _keys(self) -> Verdict:
         return self._taken(self._push({"events": [], OURS: {"list": [1, None, {}]}}))
@@ -9930,10 +10045,7 @@ class Examiner:
             {"type": "m.receipt", "room_id": room_id, "content": receipt},
             {"type": "m.presence", "sender": who, "content": {"presence": "online", "last_active_ago": 1}}]}))
 
-    _ephemeral = functools.partialmethod(_data, "ephemeral")
-    _older_ephemeral = functools.partialmethod(_data, "de.sorunome.msc2409.ephemeral")
-
-    def _query(self, kind: str, segment: str) -> Verdict:
+    def _query(self, kind: str) -> Verdict:
         namespaces = self.registration.namespaces[kind]
         id = next(filter(None, (nobody(one, self.server_name) for one in namespaces)), None)
         if not namespaces:
@@ -9942,71 +10054,151 @@ class Examiner:
             return "skipped", "asked with --queries only: a bridge may create what it is asked for, and keep it"
         if id is None:
             return "skipped", f"no ID could be made up for {self.registration.regexes(kind)}"
-        answer = self._call("GET", f"/_matrix/app/v1/{segment}/{urllib.parse.quote(id, safe='')}")
+        answer = self._call("GET", query_path(kind, id))
         good = answer.status in (200, 404) and isinstance(answer.json, dict)
-        outcome, seen = self._judge(good, answer, "404 with an errcode")
+        outcome, seen = self._judged(good, self._said(answer), "404 with an errcode")
         if good and not isinstance(answer.errcode, str):
             seen += ": it says that it created it" if answer.status == 200 else "; an errcode would say that the path is known"
         return outcome, f"{id}: {seen}"
-
-    _user = functools.partialmethod(_query, "users", "users")
-    _alias = functools.partialmethod(_query, "aliases", "rooms")
 
     def _protocols(self) -> Verdict:
         answers = {protocol: self._call("GET", f"/_matrix/app/v1/thirdparty/protocol/{urllib.parse.quote(protocol, safe='')}")
                    for protocol in self.registration.protocols}
         if not answers:
             return "skipped", "its registration has no protocols"
-        wrong = [one for one in answers.values() if one.status != 404 and not (one.status == 200 and is_protocol(one.json))]
+        good = all(one.status == 404 or (one.status == 200 and is_protocol(one.json)) for one in answers.values())
         seen = "; ".join([f"{protocol}: {self._said(answer)}" for protocol, answer in answers.items()])
-        return ("failed", f"{seen}; right would be 200 with user_fields, location_fields, icon, field_types and instances, or 404"
-                ) if wrong else ("passed", seen)
+        return self._judged(good, seen, "200 with user_fields, location_fields, icon, field_types and instances, or 404")
 
 
-# -- The page. It uses the API below and nothing else; what anybody wrote goes into it as text only.
+def post_examine(call: Call) -> Any:
+    body, api = call.body, call.api
+    registration, queries = api.delivery.registration(field(body, "appservice", str)), field(body, "queries", bool, False)
+    return {"results": [result._asdict() for result in Examiner(registration, api.world.settings, queries).results()]}
+
+
+# -- The table. The page uses what is in it and nothing else.
+
+def question(verb: Callable[..., Any], *names: str) -> Callable[[Call], Any]:
+    """A verb of the Inspector, given what the query must have."""
+    return lambda call: verb(inspector(call), *[call.required(name) for name in names])
+
+
+def get_page(call: Call) -> Any:
+    """Only the page's own script and style may run, and nothing may show the page in a frame."""
+    nonce = secrets.token_urlsafe(16)
+    policy = (f"default-src 'none'; script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; connect-src 'self'; base-uri 'none'; "
+              "form-action 'none'; frame-ancestors 'none'")
+    headers = f"Content-Security-Policy: {policy}\r\nX-Content-Type-Options: nosniff\r\nCache-Control: no-store\r\n"
+    return Response(200, PAGE.replace("{nonce}", nonce).encode(), "text/html; charset=utf-8", headers.encode())
+
+
+ADMIN_ROUTES = [Route("GET", "/", "nobody", get_page, "asbridge: the inspector's page"), *(
+    Route(method, INSPECTOR + path, "admin", handler, "asbridge: " + what) for method, path, what, handler in (
+    ("GET",    "status",       "how everybody is",           question(Inspector.status)),
+    ("GET",    "exchanges",    "what passed since",          get_exchanges),
+    ("GET",    "exchange",     "one of them, opened",        get_exchange),
+    ("GET",    "transactions", "of an AS, with attempts",    get_transactions),
+    ("GET",    "explain",      "who claims an ID",           question(Inspector.explain, "id")),
+    ("GET",    "why",          "why an event was pushed",    question(Inspector.why, "event", "appservice")),
+    ("GET",    "rooms",        "rooms",                      lambda call: {"rooms": inspector(call).rooms()}),
+    ("POST",   "rooms",        "join one, or make one",      post_rooms),
+    ("GET",    "timeline",     "the last events of a room",  get_timeline),
+    ("GET",    "people",       "local people",               lambda call: {"people": inspector(call).people()}),
+    ("POST",   "people",       "a new person",               post_people),
+    ("POST",   "say",          "say something as a person",  post_say),
+    ("GET",    "faults",       "faults that are to happen",  lever(lambda delivery, id: {"faults": delivery.faults(id).told()})),
+    ("POST",   "faults",       "one more",                   post_faults),
+    ("DELETE", "faults",       "no more",                    lever(lambda delivery, id: delivery.faults(id).clear())),
+    ("POST",   "pause",        "no more attempts",           lever(lambda delivery, id: delivery.hand(id).pause())),
+    ("POST",   "resume",       "attempts again",             lever(lambda delivery, id: delivery.hand(id).pause(False))),
+    ("POST",   "retry",        "now, not after the backoff", lever(lambda delivery, id: delivery.hand(id).retry())),
+    ("POST",   "skip",         "give a transaction up",      lever(lambda delivery, id: {"txn_id": str(delivery.skip(id))})),
+    ("POST",   "replay",       "send one again",             post_replay),
+    ("POST",   "ping",         "ping an AS",                 post_ping),
+    ("POST",   "clock",        "wind the clock on",          post_clock),
+    ("POST",   "examine",      "examine an AS",              post_examine),
+))]
+
+
+# -- The page, to be skipped at first reading. It uses the API above and nothing else; what anybody wrote goes into it as text only.
 
 PAGE = r"""<!doctype html>
 <html lang="en">
 <meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><title>asbridge</title>
 <style nonce="{nonce}">
-:root { color-scheme: light dark; --gutter: 4.4rem;
-  --paper: light-dark(#fbf9f3, #14161b); --card: light-dark(#fff, #1c1f26); --wash: light-dark(#f3efe4, #22262f);
-  --ink: light-dark(#24211c, #ebe6da); --soft: light-dark(#6b6557, #a39d8f); --rule: light-dark(#dfd8c8, #363b46);
-  --client: light-dark(#1f62a7, #84b8f5); --hs: light-dark(#3f3a33, #d9d2c2); --as: light-dark(#0b7059, #5ecfab);
-  --bad: light-dark(#bb2a1c, #ff8b7b); --lost: light-dark(#a5168f, #ff7fdc); --wait: light-dark(#8a5a00, #e9b44c);
+:root {
+  color-scheme: light dark; color: var(--ink); --gutter: 4.4rem;
+  font: clamp(14px, .35vw + 9.5px, 20px)/1.45 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif;
   --book: "Iowan Old Style", "Palatino Linotype", Palatino, "URW Palladio L", Georgia, "Liberation Serif", serif;
-  --code: ui-monospace, SFMono-Regular, Menlo, Consolas, "DejaVu Sans Mono", monospace;
-  font: clamp(14px, .35vw + 9.5px, 20px)/1.45 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; color: var(--ink) }
-:root[data-theme=light] { color-scheme: light } :root[data-theme=dark] { color-scheme: dark }
+  --code: ui-monospace, SFMono-Regular, Menlo, Consolas, "DejaVu Sans Mono", monospace; font-variant-numeric: tabular-nums;
+  --paper:  light-dark(#fbf9f3, #14161b); --card: light-dark(#fff, #1c1f26);    --wash: light-dark(#f3efe4, #22262f);
+  --ink:    light-dark(#24211c, #ebe6da); --soft: light-dark(#6b6557, #a39d8f); --rule: light-dark(#dfd8c8, #363b46);
+  --client: light-dark(#1f62a7, #84b8f5); --hs:   light-dark(#3f3a33, #d9d2c2); --as:   light-dark(#0b7059, #5ecfab);
+  --bad:    light-dark(#bb2a1c, #ff8b7b); --lost: light-dark(#a5168f, #ff7fdc); --wait: light-dark(#8a5a00, #e9b44c) }
 * { box-sizing: border-box; scrollbar-width: thin } [hidden] { display: none !important }
+/* Text and controls. */
+h1, h2, h3 { font: 600 1.3rem/1.2 var(--book); margin: 0 }
+h1 { font-size: 1.55rem; font-style: italic } h3 { font-size: 1.05rem; margin-top: 1.1rem }
+p { margin: .4rem 0 } small { font-size: .92em; color: var(--soft) }
+code, pre, .code { font-family: var(--code); font-size: .86em; overflow-wrap: anywhere }
+pre { background: var(--wash); padding: .7rem .8rem; border-radius: .5rem; margin: .3rem 0; white-space: pre-wrap; max-height: 24rem;
+  overflow: auto }
+button, input, select { font: inherit; color: inherit; background: var(--card); border: 1px solid var(--rule); border-radius: .45rem;
+  padding: .28rem .65rem; min-width: 0; max-width: 100% }
+button, summary { cursor: pointer } button:hover { background: var(--wash) }
+:focus-visible { outline: 2.5px solid var(--client); outline-offset: 1px }
+input[type=number] { width: 5.2rem } input[type=checkbox] { accent-color: var(--client); margin: 0 .3rem 0 0; vertical-align: -.1em }
+summary { margin: .4rem 0 }
+dl { display: grid; grid-template-columns: auto minmax(0, 1fr); gap: .12rem .9rem; margin: .6rem 0 }
+dl.wide { grid-template-columns: repeat(2, auto minmax(0, 1fr)) }
+dt { color: var(--soft) } dd { margin: 0; overflow-wrap: anywhere }
+table { border-collapse: collapse; width: 100%; font-size: .92em; margin: .4rem 0 }
+td, th { text-align: left; vertical-align: top; padding: .3rem .7rem .3rem 0; border-top: 1px solid var(--rule);
+  overflow-wrap: break-word }
+th { color: var(--soft); border: 0 } .why td:nth-child(2) { min-width: 11rem }
+.lines { list-style: none; margin: .6rem 0; padding: 0 } .lines > li { padding: .35rem 0; border-top: 1px solid var(--rule) }
+.bar { display: flex; flex-wrap: wrap; gap: .45rem; align-items: center }
+.grow { flex: 1 1 auto } .bar > input.grow { flex-basis: 9rem }
+.card .bar, main > section > .bar { margin: .5rem 0 } .card > .bar:first-child, main > section > .bar:first-child { margin-top: 0 }
+.card { background: var(--card); border: 1px solid var(--rule); border-radius: .7rem; padding: .8rem 1rem; margin-bottom: .9rem }
+.main { background: var(--lost); border-color: var(--lost); color: light-dark(#fff, #1c1018); font-weight: 600 }
+.main:hover { background: var(--lost); filter: brightness(1.12) }
+.link { border: 0; padding: 0 .2rem; background: none; color: var(--client) }
+.link:hover { background: none; text-decoration: underline }
+.said { font: 1.08em var(--book) }
+.state { padding: .05rem .6rem; border-radius: 1rem; border: 1.5px solid; font-size: .9em; font-weight: 600; color: var(--as) }
+.soft { color: var(--soft) } .good { color: var(--as) } .bad { color: var(--bad) } .wait { color: var(--wait) }
+.fault { color: var(--lost); font-style: italic }
+.tag { display: inline-block; font: .86em/1.3 var(--code); padding: 0 .35em; border-radius: .3em; border: 1px solid var(--rule);
+  background: var(--card) }
+/* The parts of the page. */
 body { margin: 0; height: 100dvh; overflow: hidden; display: grid; background: var(--paper);
   grid-template: auto auto minmax(0, 1fr) / minmax(0, 1fr) }
-h1, h2, h3 { font-family: var(--book); font-weight: 600; margin: 0; line-height: 1.2 } h3 { margin-top: 1.1rem; font-size: 1.05rem }
-h1 { font-size: 1.55rem; font-style: italic } h2 { font-size: 1.3rem } p { margin: .4rem 0 }
-code, pre, .code { font-family: var(--code); font-size: .86em; overflow-wrap: anywhere } .said { font: 1.08em var(--book) }
-small { font-size: .92em } small, .soft { color: var(--soft) } .good { color: var(--as) } .bad { color: var(--bad) }
-.wait { color: var(--wait) } .fault { color: var(--lost); font-style: italic } .grow { flex: 1 1 auto }
-button, input, select { font: inherit; color: inherit; background: var(--card); border: 1px solid var(--rule); border-radius: .45rem;
-  padding: .28rem .65rem; min-width: 0; max-width: 100% } button { cursor: pointer } button:hover { background: var(--wash) }
-:focus-visible { outline: 2.5px solid var(--client); outline-offset: 1px }
-button.main { background: var(--lost); border-color: var(--lost); color: light-dark(#fff, #1c1018); font-weight: 600 }
-button.main:hover { filter: brightness(1.12) } button.link { border: 0; padding: 0 .2rem; background: none; color: var(--client) }
-button.link:hover { text-decoration: underline } button.link.good { color: var(--as) } button.link.bad { color: var(--bad) }
-input[type=number] { width: 5.2rem } input[type=checkbox] { accent-color: var(--client); margin: 0 .3rem 0 0; vertical-align: -.1em }
-.bar { display: flex; flex-wrap: wrap; gap: .45rem; align-items: center } .bar > input.grow { flex-basis: 9rem }
-.card .bar, main > section > .bar { margin: .5rem 0 } .card > .bar:first-child, main > section > .bar:first-child { margin-top: 0 }
 header { display: flex; flex-wrap: wrap; gap: .3rem 1.1rem; align-items: center; padding: .5rem 1.1rem;
-  border-bottom: 1px solid var(--rule) } #tabs { display: flex; overflow-x: auto }
+  border-bottom: 1px solid var(--rule) }
+#tabs { display: flex; overflow-x: auto }
 [role=tab] { border: 0; background: none; border-radius: .4rem .4rem 0 0; padding: .3rem .75rem }
 [role=tab][aria-selected=true] { font-weight: 600; box-shadow: inset 0 -2.5px var(--client) }
-#time { font-variant-numeric: tabular-nums } #banner { margin: 0; padding: .4rem 1.1rem; background: var(--bad); color: var(--paper) }
+#banner { margin: 0; padding: .4rem 1.1rem; background: var(--bad); color: var(--paper) }
 main { grid-row: 3; display: grid; grid-template: minmax(0, 1fr) / minmax(0, 1.62fr) minmax(25rem, 1fr) }
 main > section { grid-area: 1 / 2; overflow: auto; padding: 1rem 1.2rem; background: var(--paper) }
 #details { z-index: 6; animation: slide .16s ease-out }
-#diagram { grid-area: 1 / 1; display: flex; flex-direction: column; padding: 0; border-right: 1px solid var(--rule);
-  position: relative } #diagram > .bar { margin: 0; padding: .5rem 1.1rem; gap: .4rem .9rem; border-bottom: 1px solid var(--rule) }
+#timeline { display: grid; grid-template-columns: auto minmax(0, 1fr) auto; gap: .2rem .8rem; align-items: baseline;
+  align-content: start; overflow: auto; height: calc(100dvh - 19rem); min-height: 10rem; margin: .6rem 0; padding: .5rem 0;
+  border: solid var(--rule); border-width: 1px 0 }
+time { font: .78em var(--code); color: var(--soft) }
+dialog { border: 1px solid var(--rule); border-radius: .8rem; background: var(--card); color: inherit; padding: 1.3rem;
+  max-width: 26rem } dialog::backdrop { background: #0007 }
+#toast { position: fixed; bottom: 1.2rem; right: 1.2rem; z-index: 9; max-width: 30rem; padding: .5rem 1rem; border-radius: .6rem;
+  color: var(--paper); background: var(--ink) }
+#toast.bad { background: var(--bad) } #toast:empty { display: none }
+/* The diagram: heads that stay, lifelines, and rows over them. --x is a column, in percent of what is right of the gutter. */
+#diagram { grid-area: 1 / 1; display: flex; flex-direction: column; padding: 0; position: relative;
+  border-right: 1px solid var(--rule) }
+#diagram > .bar { margin: 0; padding: .5rem 1.1rem; gap: .4rem .9rem; border-bottom: 1px solid var(--rule) }
 #diagram > .legend { font-size: .85em; color: var(--soft); border: solid var(--rule); border-width: 1px 0 0 }
-.key { display: inline-block; width: 2.6rem; vertical-align: middle; margin-right: .35rem; padding: 0 }
+.key { display: inline-block; width: 2.6rem; vertical-align: middle; margin-right: .35rem }
 .key > span { display: block; position: relative }
 #newer { position: absolute; bottom: 3.4rem; left: 50%; translate: -50%; border-radius: 2rem; z-index: 5; box-shadow: 0 2px 12px #0003 }
 #empty { padding: 14vh 2rem 0; margin: 0; text-align: center; font: italic 1.15rem var(--book); color: var(--soft) }
@@ -10014,12 +10206,14 @@ main > section { grid-area: 1 / 2; overflow: auto; padding: 1rem 1.2rem; backgro
 #rows { position: relative; min-height: calc(100% - 3.6rem); padding-bottom: 1rem }
 #heads { position: sticky; top: 0; z-index: 4; height: 3.6rem; background: linear-gradient(var(--paper) 82%, transparent);
   pointer-events: none }
+.client { --tint: var(--client) } .hs, .row { --tint: var(--hs) } .as { --tint: var(--as) }
+.again, .rail { --tint: light-dark(hsl(var(--hue) 75% 34%), hsl(var(--hue) 75% 70%)) }
 .head, .life, .row > i { position: absolute; left: var(--at); --at: calc(var(--gutter) + (100% - var(--gutter)) * var(--x) / 100) }
 .head { top: .55rem; translate: -50%; max-width: min(12rem, var(--room)); padding: .18rem .7rem; text-align: center; line-height: 1.2;
   border: 1.6px solid var(--tint); color: var(--tint); background: var(--card); border-radius: .3rem; pointer-events: auto }
 .head > * { display: block; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; color: inherit }
-.head small { font-size: .72em } .life { top: -1.4rem; bottom: 0; border-left: 1.5px solid var(--tint); opacity: .5 }
-.client { --tint: var(--client) } .hs, .row { --tint: var(--hs) } .as { --tint: var(--as) }
+.head small { font-size: .72em }
+.life { top: -1.4rem; bottom: 0; border-left: 1.5px solid var(--tint); opacity: .5 }
 /* An exchange: a label, the arrow of the request, and the answer's with its text; or, when others came between, only a part of that. */
 .row { display: block; position: relative; width: 100%; padding: .3rem 0 0 var(--gutter); border: 0; border-radius: 0;
   background: none; line-height: 1.25; contain: layout paint style }
@@ -10027,68 +10221,54 @@ main > section { grid-area: 1 / 2; overflow: auto; padding: 1rem 1.2rem; backgro
 .row:focus-visible { outline-offset: -3px }
 .row > span { display: block; position: relative; margin-left: var(--left); width: var(--width) }
 .row > .when { position: absolute; left: 0; top: .35rem; margin: 0 0 0 .9rem; width: auto; font: .74em var(--code); color: var(--soft) }
-.row > .label { width: fit-content; min-width: var(--width); max-width: var(--wide); padding: 0 .5rem; font-size: .9em; z-index: 1 }
-.label > span { overflow-wrap: anywhere; background: var(--bg); padding: 0 .3em } .label b { font-weight: 600 }
-.tag { display: inline-block; font: .86em/1.3 var(--code); padding: 0 .35em; border-radius: .3em; border: 1px solid var(--rule);
-  background: var(--card) } .again, .rail { --tint: light-dark(hsl(var(--hue) 75% 34%), hsl(var(--hue) 75% 70%)) }
+.row > .label { width: fit-content; min-width: var(--width); max-width: min(max(var(--width), 17rem), 100% - var(--left));
+  padding: 0 .5rem; font-size: .9em; z-index: 1 }
+.label > span { overflow-wrap: anywhere; background: var(--bg); padding: 0 .3em }
 .again { border-color: var(--tint); color: var(--tint); font-weight: 700; background: color-mix(in srgb, var(--tint) 12%, var(--card)) }
 .line { height: .75rem; color: var(--tint); --y: .375rem }
 .answer { min-height: 1.25rem; font-size: .86em; color: var(--tint); padding: 0 1rem; --y: .62rem }
+.answer > span { position: relative; background: var(--bg); padding: 0 .45em }
+.answer em { font: italic 1.08em var(--book); white-space: nowrap }
+.answer small { display: inline-block; max-width: 12em; overflow: hidden; text-overflow: ellipsis; white-space: nowrap;
+  vertical-align: bottom }
+.fine .answer { --tint: var(--as) } .failed .answer { --tint: var(--bad) } .lost .answer { --tint: var(--lost) }
+.slash { display: inline-block; width: .7em; height: .95em; margin: 0 .3em -.12em; border: solid; border-width: 0 2px;
+  transform: skewX(-24deg) }
+/* An arrow is the line before and the head after: of a request full, of an answer dashed and open; where none came, a cross. */
 .line::before, .answer::before { content: ""; position: absolute; left: .1rem; right: .1rem; top: var(--y); border-top: 1.7px solid }
+.answer::before { border-top-style: dashed; opacity: .75 } .lost .answer::before { border-top-style: dotted }
 .line::after, .answer::after { content: ""; position: absolute; top: calc(var(--y) - .29rem + .85px); right: .05rem; height: .58rem;
   width: .7rem; background: currentColor; clip-path: polygon(0 0, 100% 50%, 0 100%, 22% 50%) }
-.left .line::after { right: auto; left: .05rem; rotate: 180deg } .answer::before { border-top-style: dashed; opacity: .75 }
 .answer::after { background: none; clip-path: none; border: solid; border-width: 1.7px 1.7px 0 0; width: .45rem; height: .45rem;
-  top: calc(var(--y) - .225rem + .85px); rotate: 45deg } .right .answer::after { right: auto; left: .15rem; rotate: -135deg }
-.answer > span { position: relative; background: var(--bg); padding: 0 .45em; font-variant-numeric: tabular-nums }
-.answer em { font: italic 1.08em var(--book); white-space: nowrap } .pending .line { animation: breathe 1.4s infinite alternate }
-.answer small { display: inline-block; max-width: 12em; overflow: hidden; text-overflow: ellipsis; white-space: nowrap;
-  vertical-align: bottom } .fine .answer { --tint: var(--as) } .failed .answer { --tint: var(--bad) }
-.lost .answer { --tint: var(--lost) } .lost .answer::before { border-top-style: dotted }
-.slash { display: inline-block; width: .7em; height: .95em; margin: 0 .3em -.12em; border: solid; border-width: 0 2px;
-  transform: skewX(-24deg) } .none .answer::before, .none .answer::after { content: none }
+  top: calc(var(--y) - .225rem + .85px); rotate: 45deg }
+.left .line::after { left: .05rem; rotate: 180deg } .right .answer::after { right: auto; left: .15rem; rotate: -135deg }
+.none .answer::before, .none .answer::after { content: none }
 .none .line::after { background: var(--bad); width: .75rem; height: .75rem; top: 0;
   clip-path: polygon(0 14%, 14% 0, 50% 36%, 86% 0, 100% 14%, 64% 50%, 100% 86%, 86% 100%, 50% 64%, 14% 100%, 0 86%, 36% 50%) }
+.pending .line { animation: breathe 1.4s infinite alternate }
 /* Who works on an answer, as a box on his line; and from a failed attempt to the next, a rail. A row clips what leaves it. */
-.act { position: absolute; top: 0; bottom: 0; left: var(--at); margin-left: calc(-.28rem + var(--deep) * .3rem); width: .56rem;
-  background: var(--card); border: solid var(--tint); border-width: 0 1.5px }
+.act, .rail { position: absolute; top: 0; bottom: 0; left: var(--at); border: solid var(--tint) }
+.act { margin-left: calc(-.28rem + var(--deep) * .3rem); width: .56rem; background: var(--card); border-width: 0 1.5px }
 .act.start { top: auto; height: .4rem; border-top-width: 1.5px } .act.end { bottom: auto; height: .95rem; border-bottom-width: 1.5px }
-.act.only { top: -.38rem; bottom: auto; height: 1.05rem; border-width: 1.5px; --at: 100% } .left .act.only { --at: 0% }
-.rail { position: absolute; top: 0; bottom: 0; left: var(--at); margin-left: calc(-1.2rem - var(--deep) * .45rem); width: .8rem;
-  border: 0 solid var(--tint); border-left-width: 2.5px }
+.act.only { top: -.38rem; height: 1.05rem; border-width: 1.5px; --at: 100% } .left .act.only { --at: 0% }
+.rail { margin-left: calc(-1.2rem - var(--deep) * .45rem); width: .8rem; border-width: 0 0 0 2.5px }
 .rail.leave { --at: 0%; top: var(--y); border-top-width: 2.5px; border-radius: .5rem 0 0 }
 .rail.arrive { --at: 0%; top: -20rem; bottom: .3rem; border-bottom-width: 2.5px; border-radius: 0 0 0 .5rem }
 .fresh > .line, .fresh > .answer { animation: draw .28s ease-out }
 .fresh.left > .line, .fresh.right > .answer { --hidden: inset(-20rem -2rem -9px 100%) }
 @keyframes draw { from { clip-path: var(--hidden, inset(-20rem 100% -9px -2rem)) } to { clip-path: inset(-20rem -2rem -9px) } }
 @keyframes slide { from { translate: 1.5rem; opacity: 0 } } @keyframes breathe { to { opacity: .35 } }
-.card { background: var(--card); border: 1px solid var(--rule); border-radius: .7rem; padding: .8rem 1rem; margin-bottom: .9rem }
-.state { padding: .05rem .6rem; border-radius: 1rem; border: 1.5px solid; font-size: .9em; font-weight: 600; color: var(--as) }
-.state.wait { color: var(--wait) } .state.bad { color: var(--bad) } .state.soft { color: var(--soft) }
-dl { display: grid; grid-template-columns: auto minmax(0, 1fr); gap: .12rem .9rem; margin: .6rem 0 } dt { color: var(--soft) }
-dd { margin: 0; overflow-wrap: anywhere; font-variant-numeric: tabular-nums }
-dl.wide { grid-template-columns: repeat(2, auto minmax(0, 1fr)) } summary { cursor: pointer; margin: .4rem 0 }
-table { border-collapse: collapse; width: 100%; font-size: .92em; margin: .4rem 0 }
-td, th { text-align: left; vertical-align: top; padding: .3rem .7rem .3rem 0; border-top: 1px solid var(--rule);
-  overflow-wrap: break-word } .why td:nth-child(2) { min-width: 11rem } th { font-weight: 600; color: var(--soft); border: 0 }
-.lines { list-style: none; margin: .6rem 0; padding: 0 } .lines > li { padding: .35rem 0; border-top: 1px solid var(--rule) }
-pre { background: var(--wash); padding: .7rem .8rem; border-radius: .5rem; margin: .3rem 0; white-space: pre-wrap; max-height: 24rem;
-  overflow: auto }
-#timeline { display: grid; grid-template-columns: auto minmax(0, 1fr) auto; gap: .2rem .8rem; align-items: baseline;
-  align-content: start; overflow: auto; height: calc(100dvh - 19rem); min-height: 10rem; margin: .6rem 0; padding: .5rem 0;
-  border: solid var(--rule); border-width: 1px 0 } #timeline time { font: .78em var(--code); color: var(--soft) }
-dialog::backdrop { background: #0007 }
-dialog { border: 1px solid var(--rule); border-radius: .8rem; background: var(--card); color: inherit; padding: 1.3rem;
-  max-width: 26rem }
-#toast { position: fixed; bottom: 1.2rem; right: 1.2rem; z-index: 9; max-width: 30rem; padding: .5rem 1rem; border-radius: .6rem;
-  color: var(--paper); background: var(--ink) } #toast.bad { background: var(--bad) } #toast:empty { display: none }
-@media (min-width: 62rem) { [data-tab=diagram] { display: none } }
-@media (max-width: 61.99rem) { main { grid-template-columns: minmax(0, 1fr) } main > section, #diagram { grid-area: 1 / 1; border: 0 }
-  main > section:not(#diagram) { padding: .8rem } header { padding: .35rem .7rem } #where { display: none } #tabs { order: 9;
-  width: 100% } :root { --gutter: .3rem } .row > .when, #diagram > .legend { display: none } #diagram > .bar { padding: .4rem .7rem }
-  [role=tab] { padding: .3rem .5rem; font-size: .94em } .answer { padding: 0 .4rem } dl.wide {
-  grid-template-columns: auto minmax(0, 1fr) } #timeline { height: 46dvh } }
 @media (prefers-reduced-motion: reduce) { * { animation: none !important } }
+@media (min-width: 62rem) { [data-tab=diagram] { display: none } }
+@media (max-width: 61.99rem) {
+  :root { --gutter: .3rem }
+  main { grid-template-columns: minmax(0, 1fr) } main > section, #diagram { grid-area: 1 / 1; border: 0 }
+  main > section:not(#diagram) { padding: .8rem } header { padding: .35rem .7rem } #diagram > .bar { padding: .4rem .7rem }
+  #tabs { order: 9; width: 100%; justify-content: space-between }
+  [role=tab] { flex: none; padding: .3rem .35rem; font-size: .88em }
+  #where, .row > .when, #diagram > .legend { display: none }
+  .answer { padding: 0 .4rem } dl.wide { grid-template-columns: auto minmax(0, 1fr) } #timeline { height: 46dvh }
+}
 </style>
 <header>
   <h1>asbridge</h1><span id="where" class="soft"></span><nav id="tabs" role="tablist" aria-label="Parts of the inspector"></nav>
@@ -10105,7 +10285,8 @@ dialog { border: 1px solid var(--rule); border-radius: .8rem; background: var(--
       <input id="find" class="grow" type="search" placeholder="filter: a type, a user, a status …" aria-label="Filter by text">
       <button id="clear" title="Hide what has passed until now; press again to show it">Clear</button>
     </div>
-    <div id="scroll"><div id="heads"></div><div id="rows" role="group" aria-label="Exchanges, oldest first"></div></div>
+    <div id="scroll"><div id="heads"></div><div id="rows" role="group" aria-label="Exchanges, oldest first"><div id="lives"></div></div>
+    </div>
     <button id="newer" hidden>↓ newer</button>
     <div class="bar legend" aria-hidden="true">
       <span><i class="key right"><span class="line"></span></i>request</span>
@@ -10124,57 +10305,72 @@ dialog { border: 1px solid var(--rule); border-radius: .8rem; background: var(--
 <dialog id="ask"><form method="dialog"></form></dialog>
 <div id="toast" role="status"></div>
 <script type="module" nonce="{nonce}">
-// ---- Elements.
-const $ = id => document.getElementById(id), nothing = x => x === null || x === undefined || x === false;
+// ---- What the page knows. All that it shows is made from this.
+let hs = {appservices: [], server_name: "", now: 0};         // the last status; `at`: when it came; `standing`: its clock stands still
+const seen = new Map();                                      // exchanges by n, the last KEPT
+let since = null;                                            // the last change that is in it; null: all is asked for anew
+let cleared = 0;                                             // exchanges up to this n are hidden
+let tab = "services";                                        // what is shown (beside the diagram, where there is room)
+const cards = new Map();                                     // application services by ID: {node, show}
+const drawn = new Map();                                     // rows of the diagram by key: {node, as: what it shows}
+let stick = true, top0 = 0;                                  // the diagram stays at its end; how far it was scrolled
+let opener = null;                                           // what had the focus before the details were opened
+let asking = null;                                           // the question for the token; whatever meets a 401 waits for it
+let drawing = 0, soon = 0, fading = 0;                       // timers: the next drawing, the next status, the end of the toast
 
-// The one way to make an element. What anybody wrote goes in as text, so that it can't become markup.
-function h(tag, props = {}, ...kids) {
-  const node = document.createElement(tag);
-  for (const [key, value] of Object.entries(props)) {
+const KEPT = 1000, HUES = [210, 28, 262, 48, 238, 192];      // hues of transactions
+const TABS = {diagram: "Diagram", services: "Services", transactions: "Transactions", names: "Namespaces", rooms: "Rooms"};
+const KINDS = {client: "client", hs: "homeserver", as: "application service"};
+const LOOKS = {"backing off": "bad", "paused": "wait", "nothing is sent": "soft", "passed": "good", "failed": "bad", "skipped": "soft"};
+
+// ---- Elements.
+const $ = id => document.getElementById(id), root = document.documentElement, wide = matchMedia("(min-width: 62rem)");
+const nothing = x => x === null || x === undefined || x === false;
+
+// The one way to make one: h("b.good", {title: …}, what is in it …). What anybody wrote goes in as text, so that it is no markup.
+function h(tag, ...kids) {
+  const [name, ...looks] = tag.split("."), node = document.createElement(name);
+  const props = kids[0]?.constructor === Object ? kids.shift() : {};
+  for (const [key, value] of Object.entries({class: looks.join(" ") || null, ...props})) {
     if (nothing(value)) continue;
     if (typeof value === "function") node.addEventListener(key, value);
     else if (key.startsWith("--")) node.style.setProperty(key, value);
     else node.setAttribute(key, value === true ? "" : value);
   }
-  node.append(...kids.flat(9).filter(kid => !nothing(kid)));
-  return node;
+  return fill(node, kids);
 }
-const made = (tag, look) => (...kids) => h(tag, look ? {class: look} : {}, ...kids);
-const [div, code, bold, title, part] = ["div", "code", "b", "h2", "h3"].map(tag => made(tag)), small = made("small");
-const bar = made("div", "bar"), soft = made("div", "soft"), said = made("p", "said"), grow = made("span", "grow");
-const looking = (look, ...kids) => h("span", {class: look}, ...kids), strong = (look, ...kids) => h("b", {class: look}, ...kids);
-const folded = (name, ...kids) => h("details", {}, h("summary", {}, name), ...kids);
-const button = (text, click, props) => h("button", {type: "button", click, ...props}, text);
-const select = (label, values, props, words = x => x) => h("select", {"aria-label": label, ...props},
-  values.map(value => h("option", {value}, words(value))));
-const number = (label, name, value) => h("input", {type: "number", min: 0, step: "any", "aria-label": label, name, value});
-const table = (heads, rows) => h("table", {}, h("tr", {}, heads.map(text => h("th", {scope: "col"}, text))),
-  rows.map(cells => h("tr", {}, cells.map(cell => h("td", {}, cell)))));
-const facts = pairs => h("dl", {}, pairs.filter(([, value]) => !nothing(value) && value.length !== 0)
-  .map(([name, value]) => [h("dt", {}, name), h("dd", {}, value)]));
-const list = items => h("ol", {class: "lines"}, items.map(kids => h("li", {}, kids)));
-const form = (submit, ...kids) => h("form", {class: "bar", submit(event) { event.preventDefault(); submit(this); }}, ...kids);
-const put = (node, text) => { if (node.textContent !== String(text)) node.textContent = text; };
-
+function fill(node, ...kids) { node.replaceChildren(...kids.flat(9).filter(kid => !nothing(kid))); return node; }
 // Something is only made anew when what it shows has changed: focus and selection stay where they are.
-function refill(node, data, make) {
+function refill(node, data, make = x => x) {
   const now = JSON.stringify(data);
   if (node.shows === now) return false;
   node.shows = now;
-  node.replaceChildren(...[make(data)].flat(9).filter(kid => !nothing(kid)));
-  return true;
+  return !!fill(node, make(data));
 }
-function rechoose(box, values, words = x => x) {
-  const chosen = box.value;
-  const made = refill(box, values.map(value => [value, words(value)]), all => all.map(([value, text]) => h("option", {value}, text)));
+// The options of a select; what was chosen stays chosen.
+function options(box, values, words = x => x) {
+  const chosen = box.value, entries = values.map(value => [value, words(value)]);
+  const made = refill(box, entries, all => all.map(([value, text]) => h("option", {value}, text)));
   if (made && values.includes(chosen)) box.value = chosen;
+  return box;
 }
+const select = (label, values, props) => options(h("select", {"aria-label": label, ...props}), values);
+const number = (label, name, value) => h("input", {type: "number", min: 0, step: "any", "aria-label": label, name, value});
+const button = (text, click, props) => h("button", {type: "button", click, ...props}, text);
+const verb = (text, words, path, data, props) => button(text, () => post(words, path, data), props);
+const form = (submit, ...kids) => h("form.bar", {submit(event) { event.preventDefault(); submit(this); }}, kids);
+const folded = (name, ...kids) => h("details", h("summary", name), kids);
+const list = items => h("ol.lines", items.map(item => h("li", item)));
+const table = (heads, rows) => h("table", h("tr", heads.map(text => h("th", {scope: "col"}, text))),
+  rows.map(cells => h("tr", cells.map(cell => h("td", cell)))));
+const facts = pairs => h("dl", pairs.filter(([, value]) => !nothing(value) && value.length !== 0)
+  .map(([name, value]) => [h("dt", name), h("dd", value)]));
 
 // ---- Words.
-let hs = {appservices: [], server_name: "", now: 0};         // the last status
-const ids = () => hs.appservices.map(one => one.id), plural = (n, word) => `${n} ${word}${n === 1 ? "" : "s"}`;
+const ids = () => hs.appservices.map(one => one.id), joined = (...words) => words.filter(Boolean).join(" · ");
+const plural = (n, word) => `${n} ${word}${n === 1 ? "" : "s"}`, pretty = value => JSON.stringify(value, null, 2);
 const local = id => (id || "").endsWith(":" + hs.server_name) ? id.slice(0, -hs.server_name.length - 1) : id || "";
-const tail = id => id.length > 8 ? "…" + id.slice(-5) : id;
+const tail = id => id.length > 8 ? "…" + id.slice(-5) : id, sentAs = got => `sent as ${tail(got.txn_id)}`;
 const clock = ts => new Date(ts).toTimeString().slice(0, 8);
 const exactly = ts => `${clock(ts)}.${String(Math.floor(ts % 1000)).padStart(3, "0")}`;
 const span = s => s < 90 ? `${s.toFixed(s < 10 ? 1 : 0)} s` : s < 5400 ? `${(s / 60).toFixed(0)} min` : `${(s / 3600).toFixed(1)} h`;
@@ -10184,86 +10380,87 @@ function short(path) {
   return path.replace(/^\/_matrix\/(client|app|media)\/(v\d+|r0|unstable)/, "").replace(/(\/send\/[^/]+)\/.*/, "$1")
     .replace(/([!$][\w-]{5})[\w-]{5,}(:[\w.:[\]-]+)?/g, "$1…").split("/").map(local).join("/");
 }
+// Of an exchange: did it fail, how does it look, what was asked, what is in it, what came of it; and all of that as a sentence.
 const failed = x => x.lost || x.status === null || x.status >= 400;
 const tone = x => !x.done ? "pending" : x.lost ? "lost" : x.status === null ? "none failed" : failed(x) ? "failed" : "fine";
 const what = x => x.kind === "transaction" ? "PUT transaction" : `${x.method} ${short(x.path)}`;
-const joined = (...words) => words.filter(Boolean).join(" · ");
-const about = x => joined(x.events !== null && plural(x.events, "event"), x.first && `${x.first.type} by ${local(x.first.sender)}`,
-  x.as && `as ${local(x.as)}`, x.kind === "query" && `does this ${x.path.includes("/users/") ? "user" : "room"} exist?`);
+const opening = event => `${event.type} by ${local(event.sender)}`;
+const about = x => joined(x.events !== null && plural(x.events, "event"), x.first && opening(x.first), x.as && `as ${local(x.as)}`,
+  x.kind === "query" && `does this ${x.path.includes("/users/") ? "user" : "room"} exist?`);
 const outcome = x => x.status === null ? (x.error || "no answer").split("; ")[0] : `${x.status} · ${took(x.ms)}`;
 const party = id => id === "hs" ? "homeserver" : local(id);
 const asked = x => joined(what(x), x.txn_id, x.attempt && `attempt ${x.attempt}`, about(x));
-const sentence = x => `${party(x.from)} → ${party(x.to)}: ${asked(x)}: ` +
-  (x.done ? joined(outcome(x), x.lost && "the answer is lost", x.then) : "under way");
+const answered = x => x.done ? joined(outcome(x), x.lost && "the answer is lost", x.then) : "under way";
+const sentence = x => `${party(x.from)} → ${party(x.to)}: ${asked(x)}: ${answered(x)}`;
 
 // ---- The server.
-async function api(method, path, body) {
-  const token = sessionStorage.getItem("token"), headers = {"Content-Type": "application/json"};
+async function api(method, path, data) {
+  const token = sessionStorage.getItem("token"), headers = {"Content-Type": "application/json"}, posts = method === "POST";
   if (token) headers.Authorization = "Bearer " + token;
-  const answer = await fetch("/_asbridge/" + path, {method, headers, body: body && JSON.stringify(body), cache: "no-store"});
-  const json = await answer.json();
-  if (answer.status === 401) { await askToken(json.error, token); return api(method, path, body); }
-  if (!answer.ok) throw Object.assign(new Error(json.error || answer.status), {answered: true});
-  return json;
+  const answer = await fetch(`/_asbridge/${path}` + (posts ? "" : "?" + new URLSearchParams(data)),
+    {method, headers, body: posts ? JSON.stringify(data) : null, cache: "no-store"});
+  const got = await answer.json();
+  if (answer.status === 401) { await askToken(got.error, token); return api(method, path, data); }
+  if (!answer.ok) throw Object.assign(new Error(got.error || answer.status), {answered: true});
+  return got;
 }
-const get = (path, query = {}) => api("GET", path + "?" + new URLSearchParams(query));
+const get = (path, query) => api("GET", path, query);
+// What a person started: says what came of it.
+async function post(words, path, data, method = "POST") {
+  try {
+    const got = await api(method, path, data);
+    toast(typeof words === "function" ? words(got) : words); refresh();
+    return got;
+  } catch (error) { return toast(error.message, true); }
+}
+function toast(text, bad) {
+  refill($("toast"), text); $("toast").className = bad ? "bad" : "";
+  clearTimeout(fading); fading = setTimeout(refill, bad ? 8000 : 3500, $("toast"), "");
+}
 function ask(question, text, yes, input) {
   const no = !input && h("button", {value: ""}, "Cancel"), dialog = $("ask");
-  dialog.firstChild.replaceChildren(title(question), div(text), bar(input, h("button", {value: "yes", class: "main"}, yes), no));
+  fill(dialog.firstChild, h("h2", question), h("div", text), h("div.bar", input, h("button.main", {value: "yes"}, yes), no));
   dialog.returnValue = ""; dialog.showModal();
   return new Promise(done => { dialog.onclose = () => done(dialog.returnValue === "yes"); });
 }
-let asking = null;                                           // whatever meets a 401 waits for the same dialog
 async function askToken(why, used) {
   if (used !== sessionStorage.getItem("token")) return;
   const input = h("input", {type: "password", required: true, "aria-label": "admin_token"});
   asking ??= ask("The admin token, please", why, "Go on", input).then(() => sessionStorage.setItem("token", input.value.trim()));
   await asking; asking = null;
 }
-let fading = 0;
-function toast(text, bad) {
-  put($("toast"), text); $("toast").className = bad ? "bad" : "";
-  clearTimeout(fading); fading = setTimeout(put, bad ? 8000 : 3500, $("toast"), "");
-}
-// What a person started: says what came of it.
-async function act(words, method, path, body) {
-  try {
-    const got = await api(method, path, body);
-    toast(typeof words === "function" ? words(got) : words); refresh();
-    return got;
-  } catch (error) { toast(error.message, true); return null; }
-}
-const post = (words, path, body) => act(words, "POST", path, body);
 
 // ---- Live.
-const KEPT = 1000, seen = new Map();                         // exchanges by n
-let since = 0, anew = false, cleared = 0, soon = 0;          // cleared: "Clear" was pressed at this n
 const connected = yes => { $("banner").hidden = yes; }, pause = ms => new Promise(done => setTimeout(done, ms));
 
 async function listen() {
-  for (let wait = 500;;) {
+  for (let wait = 250;;) {
     try {
-      const got = await get("exchanges", {since, timeout: anew ? 0 : 25000});
-      wait = 500; connected(true);
-      if (anew || got.next < since) { seen.clear(); clear(0); }           // another server, another story
-      if (!anew && got.next < since) { since = 0; continue; }
-      anew = false; since = got.next; got.exchanges.forEach(remember);
-      for (const n of seen.keys()) { if (seen.size <= KEPT) break; seen.delete(n); }
-      schedule(); if (got.exchanges.length) soon ||= setTimeout(() => { soon = 0; refresh(); }, 250);
+      const got = await get("exchanges", {since: since ?? 0, timeout: since === null ? 0 : 25000});
+      if (since === null || got.next < since) { seen.clear(); clear(0); }         // another server, another story
+      since = got.next; wait = 250; connected(true);
+      got.exchanges.forEach(remember); schedule();
+      if (got.exchanges.length) soon ||= setTimeout(() => { soon = 0; refresh(); }, 250);
       await pause(60);                                       // of a burst, many at once
-    } catch (error) { connected(!!error.answered); since = 0; anew = true; await pause(wait); wait = Math.min(wait * 2, 5000); }
+    } catch (error) {
+      since = null; connected(!!error.answered);
+      await pause(wait = Math.min(wait * 2, 5000));
+    }
   }
 }
 // `n` and `seq` are of one counter: a request stands at its n, an answer at the seq with which its exchange was first seen to be done.
-function remember(x) { x.ended = seen.get(x.n)?.ended ?? (x.done ? x.seq : null); seen.set(x.n, x); }
-
-function clear(n) { cleared = n; put($("clear"), n ? "Show all" : "Clear"); schedule(); }
+function remember(x) {
+  x.ended = seen.get(x.n)?.ended ?? (x.done ? x.seq : null);
+  seen.set(x.n, x);
+  if (seen.size > KEPT) seen.delete(seen.keys().next().value);
+}
+function clear(n) { cleared = n; refill($("clear"), n ? "Show all" : "Clear"); schedule(); }
 
 async function refresh() {
   try {
-    const got = await get("status"), standing = got.now === hs.now;   // the clock of a seeded homeserver stands still
-    hs = {...got, at: performance.now(), standing}; connected(true);
-    put($("where"), `${got.server_name} · ${got.url}`); rechoose($("only"), ["", ...ids()], id => id || "all services");
+    const got = await get("status");
+    hs = {...got, at: performance.now(), standing: got.now === hs.now}; connected(true);    // a seeded homeserver's clock stands still
+    refill($("where"), `${got.server_name} · ${got.url}`); options($("only"), ["", ...ids()], id => id || "all services");
     showServices(); schedule(); await panels[tab]?.();
   } catch (error) { connected(!!error.answered); }
 }
@@ -10274,7 +10471,6 @@ const fits = x => x.n > cleared && !($("hidesync").checked && /\/(sync|events)$/
   && !($("hideclient").checked && x.lane === "client")
   && (!$("only").value || x.lane === "client" || [x.from, x.to].includes($("only").value))
   && (!$("find").value || (sentence(x) + JSON.stringify(x)).toLowerCase().includes($("find").value.toLowerCase()));
-const HUES = [210, 28, 262, 48, 238, 192];
 
 // The columns: people as long as there is room for each, else some of them together; the homeserver; application services.
 function columns(shown) {
@@ -10282,13 +10478,11 @@ function columns(shown) {
   const services = ids().filter(id => !$("only").value || id === $("only").value);
   const room = Math.max(1, Math.floor(width / 200) - 1 - services.length), alone = who.length > room ? who.slice(0, room - 1) : who;
   const rest = who.length > room || (!who.length && !$("hideclient").checked);
-  const all = [...alone.map(id => ({id, kind: "client", name: local(id), text: "client"})),
-    ...(rest ? [{id: "*", kind: "client", name: alone.length ? "others" : "clients", text: "client"}] : []),
-    {id: "hs", kind: "hs", name: hs.server_name, text: "homeserver"},
-    ...services.map(id => ({id, kind: "as", name: id, text: "application service"}))];
+  const all = [...alone.map(id => ({id, kind: "client", name: local(id)})),
+    ...(rest ? [{id: "*", kind: "client", name: alone.length ? "others" : "clients"}] : []),
+    {id: "hs", kind: "hs", name: hs.server_name}, ...services.map(id => ({id, kind: "as", name: id}))];
   const margin = all.length < 3 ? 20 : width < 600 ? 16 : all.length === 3 ? 12 : 8;
-  all.forEach((one, i) => { one.x = all.length > 1 ? margin + i * (100 - 2 * margin) / (all.length - 1) : 50; });
-  return all;
+  return all.map((one, i) => ({...one, x: all.length > 1 ? margin + i * (100 - 2 * margin) / (all.length - 1) : 50}));
 }
 // Requests and answers in the order in which they were; an answer that follows at once on its request shares its row.
 function arrows(shown) {
@@ -10296,120 +10490,114 @@ function arrows(shown) {
   all.sort((a, b) => a.at - b.at);
   return all.flatMap((one, i) => all[i + 1]?.x === one.x ? {...one, part: "both"} : all[i - 1]?.x === one.x ? [] : one);
 }
+const transaction = x => x.txn_id && `${x.to} ${x.txn_id}`;
 function layout() {
   const shown = [...seen.values()].filter(fits), all = columns(shown), column = new Map(all.map(one => [one.id, one]));
-  const widest = Math.min(98, 2700 * parseFloat(getComputedStyle(root).fontSize) / $("scroll").clientWidth), tries = new Map();
-  for (const x of shown) if (x.txn_id) tries.set(x.to + x.txn_id, [...tries.get(x.to + x.txn_id) || [], x.n]);
   const find = (id, x) => column.get(id) || (x.lane === "client" && column.get("*")) || column.get("hs");
-  const calls = new Map(), rails = new Map();                // under way; transactions between two attempts
+  const attempts = Map.groupBy(shown, transaction), begun = new Map(), open = new Map();
   let second = "";
   const rows = arrows(shown).map(({x, part}, i) => {
-    const row = {x, part, from: find(x.from, x), to: find(x.to, x), widest, marks: [], far: i - calls.get(x.n)?.i > 5};
-    row.key = x.n + (part === "answer" ? "a" : "");
+    const row = {key: x.n + (part === "answer" ? "a" : ""), x, part, from: find(x.from, x), to: find(x.to, x)};
+    if (part === "answer") row.far = i - begun.get(x.n) > 5; else begun.set(x.n, i);
     if (part !== "answer" && clock(x.ts) !== second) row.when = second = clock(x.ts);
-    markCalls(row, calls, i); markRails(row, rails, tries.get(x.to + x.txn_id) || []);
+    if (x.txn_id) {
+      const same = attempts.get(transaction(x));
+      row.hue = HUES[Number(x.txn_id.slice(-6)) % HUES.length];
+      row.goesOn = x.done && failed(x) && (x.then || same.some(one => one.n > x.n));
+      row.again = row.goesOn || x.attempt > 1 || same.length > 1;
+    }
+    row.marks = marksOf(row, open);
     return row;
   });
   return [all, rows.slice(-KEPT)];
 }
-// Who works on an answer, until it is there.
-function markCalls({x, part, to, marks}, calls, i) {
-  for (const call of calls.values()) marks.push({...call, part: call.n === x.n ? "end" : ""});
-  const call = {kind: "act " + to.kind, x: to.x, deep: [...calls.values()].filter(one => one.x === to.x).length, n: x.n, i};
-  if (part !== "answer" && (!x.done || x.status !== null)) marks.push({...call, part: part === "both" ? "only" : "start"});
-  if (part === "request") calls.set(x.n, call); else calls.delete(x.n);
+// What goes on over several rows: who works on an answer ("act"), and from an attempt that failed to the next one ("rail").
+// `open`: what has begun, by exchange or transaction.
+function marksOf({x, part, from, to, hue, goesOn}, open) {
+  const ends = part === "answer" ? x.n : transaction(x), works = !x.done || x.status !== null;
+  const all = [...open].map(([key, one]) => ({...one, part: key !== ends ? "" : one.kind === "rail" ? "arrive" : "end"}));
+  open.delete(ends);
+  const begin = (key, part, kind, x, hue) => {
+    const mark = {kind, x, hue, deep: [...open.values()].filter(one => one.kind === kind && one.x === x).length};
+    all.push({...mark, part});
+    if (part !== "only") open.set(key, mark);
+  };
+  if (part !== "answer" && works) begin(x.n, part === "both" ? "only" : "start", "act " + to.kind, to.x);
+  if (part !== "request" && goesOn) begin(transaction(x), "leave", "rail", from.x, hue);
+  return all;
 }
-// From an attempt that failed to the next one.
-function markRails(row, rails, tries) {
-  const {x, part, from, marks} = row, key = x.to + x.txn_id;
-  const goesOn = x.txn_id && x.done && failed(x) && (x.then || x.n < Math.max(...tries));
-  row.hue = HUES[Number((x.txn_id || "").slice(-6)) % HUES.length]; row.again = goesOn || x.attempt > 1 || tries.length > 1;
-  for (const rail of rails.values()) marks.push({...rail, part: rail.key === key && part !== "answer" ? "arrive" : ""});
-  if (part !== "answer") rails.delete(key);
-  if (!goesOn || part === "request") return;
-  rails.set(key, {kind: "rail", x: from.x, deep: rails.size, hue: row.hue, key}); marks.push({...rails.get(key), part: "leave"});
-}
-function drawRow(row) {
-  const {x, part, from, to} = row, length = Math.abs(to.x - from.x), left = Math.min(from.x, to.x);
-  const wide = Math.min(Math.max(length, row.widest), 100 - left);       // of the label: wider than its arrow, if need be
-  const marks = (...parts) => row.marks.filter(one => parts.includes(one.part))
+function drawRow({key, x, part, from, to, marks, far, when, hue, again}) {
+  const bars = (...parts) => marks.filter(one => parts.includes(one.part))
     .map(one => h("i", {class: `${one.kind} ${one.part}`, "--x": one.x, "--deep": one.deep, "--hue": one.hue}));
-  const tag = x.txn_id && h("span", {class: row.again ? "tag again" : "tag", "--hue": row.hue, title: x.txn_id},
-    tail(x.txn_id), x.attempt > 1 && ` attempt ${x.attempt}`);
-  const more = small(" ", about(x), from.id === "*" && ` from ${local(x.from)}`);
-  const label = h("span", {}, bold(what(x)), " ", tag, more, x.fault && looking("fault", ` fault: ${x.fault}`));
-  const request = () => [looking("label", label), looking(`line ${from.kind}`, marks("arrive"))];
-  const whose = part === "answer" && [" ", tag || (row.far && small(`to ${what(x)}`))];
-  const answer = () => looking("answer", marks("only", "leave"), h("span", {}, x.lost && h("i", {class: "slash"}),
-    joined(outcome(x), x.lost && "lost"), whose, x.then && [" · ", h("em", {}, x.then)]));
+  const tag = x.txn_id && h(again ? "span.tag.again" : "span.tag", {"--hue": hue, title: x.txn_id}, tail(x.txn_id),
+    x.attempt > 1 && ` attempt ${x.attempt}`);
+  const label = [h("b", breakable(what(x))), " ", tag, h("small", " ", about(x), from.id === "*" && ` from ${local(x.from)}`),
+    x.fault && h("span.fault", ` fault: ${x.fault}`)];
+  const said = [x.lost && h("i.slash"), joined(outcome(x), x.lost && "lost"),
+    part === "answer" && [" ", tag || (far && h("small", `to ${what(x)}`))], x.then && [" · ", h("em", x.then)]];
   return h("button", {type: "button", class: `row ${tone(x)} ${to.x > from.x ? "right" : "left"}`, tabindex: -1, "data-n": x.n,
-    "data-key": row.key, "aria-label": sentence(x), "--left": left + "%", "--width": length + "%", "--wide": wide + "%"},
-    marks("", "start", "end"), row.when && looking("when", row.when), part !== "answer" && request(), part !== "request" && answer());
+    "data-key": key, "aria-label": sentence(x), "--left": Math.min(from.x, to.x) + "%", "--width": Math.abs(to.x - from.x) + "%"},
+    bars("", "start", "end"), when && h("span.when", when),
+    part !== "answer" && [h("span.label", h("span", label)), h(`span.line.${from.kind}`, bars("arrive"))],
+    part !== "request" && h("span.answer", bars("only", "leave"), h("span", said)));
 }
-const signature = row => [row.x.seq, row.part, row.from.x, row.to.x, row.from.id, row.when, row.far, row.again, row.widest,
-  ...row.marks.map(one => [one.kind, one.part, one.x, one.deep])].join();
-const drawn = new Map();                                     // key → {node, as: what it shows}
-let drawing = 0, stick = true;
+// What of a row can change.
+const signature = ({x, part, from, to, when, far, again, marks}) => [x.seq, part, from.x, to.x, from.id, when, far, again,
+  ...marks.map(one => [one.kind, one.part, one.x, one.deep])].join();
+const breakable = path => path.split(/(?<=[/:])/).flatMap(part => [part, h("wbr")]);
+
 function schedule() { drawing ||= requestAnimationFrame(draw); }
 
 function draw() {
   drawing = 0;
-  const [all, rows] = layout(), box = $("rows"), keys = new Set(rows.map(row => row.key)),
-    focused = document.activeElement?.dataset?.key;
+  const [all, rows] = layout(), keys = new Set(rows.map(row => row.key)), focused = document.activeElement?.dataset.key;
+  const burst = rows.filter(row => !drawn.has(row.key)).length > 8;       // then nothing moves in
   drawColumns(all);
   for (const [key, {node}] of drawn) if (!keys.has(key)) { node.remove(); drawn.delete(key); }
-  const burst = rows.filter(row => !drawn.has(row.key)).length > 8;       // then nothing moves in
-  let place = box.querySelector(".row"), budget = 30;        // new rows in one frame, so that nothing stutters
+  let budget = 30, last = $("lives");                        // new rows in one frame, so that nothing stutters
   for (const row of rows) {
-    const old = drawn.get(row.key), as = signature(row);
-    let node = old?.node;
-    if (old?.as !== as) {
-      if (!budget--) { schedule(); break; }
-      node = drawRow(row); drawn.set(row.key, {node, as});
-      if (!burst && !old) node.classList.add("fresh");
-      if (old) { if (place === old.node) place = node; old.node.replaceWith(node); }
-      if (row.key === focused) { node.tabIndex = 0; node.focus({preventScroll: true}); }
-    }
-    if (node === place) place = place.nextElementSibling; else box.insertBefore(node, place);
+    const as = signature(row), old = drawn.get(row.key), stale = old?.as !== as;
+    if (stale && !budget--) { schedule(); break; }
+    if (stale) { old?.node.remove(); drawn.set(row.key, {node: drawRow(row), as}); }
+    const {node} = drawn.get(row.key);
+    if (!old && !burst) node.classList.add("fresh");
+    if (last.nextSibling !== node) last.after(node);
+    if (stale && row.key === focused) rove(null, node);
+    last = node;
   }
-  if (!box.querySelector('.row[tabindex="0"]')) box.querySelector(".row:last-child")?.setAttribute("tabindex", 0);
+  if (!$("rows").querySelector('.row[tabindex="0"]')) $("rows").querySelector(".row:last-child")?.setAttribute("tabindex", 0);
   follow();
 }
 function drawColumns(all) {
-  const room = 84 / all.length + "%";
-  refill($("heads"), all, () => all.map(one => h("div", {class: `head ${one.kind}`, "--x": one.x, "--room": room, title: one.id},
-    bold(one.name), small(one.text))));
-  const box = $("rows"), now = JSON.stringify([all, !seen.size]);
-  if (box.shows === now) return;
-  box.shows = now; box.querySelectorAll(".life, #empty").forEach(node => node.remove());
-  box.prepend(...all.map(one => h("div", {class: `life ${one.kind}`, "--x": one.x})),
-    seen.size ? "" : h("p", {id: "empty"}, "Nothing has passed yet. Say something under Rooms, or ping a service."));
+  refill($("heads"), all, () => all.map(one => h(`div.head.${one.kind}`, {"--x": one.x, "--room": 84 / all.length + "%", title: one.id},
+    h("b", one.name), h("small", KINDS[one.kind]))));
+  refill($("lives"), [all, !seen.size], () => [all.map(one => h(`div.life.${one.kind}`, {"--x": one.x})),
+    !seen.size && h("p", {id: "empty"}, "Nothing has passed yet. Say something under Rooms, or ping a service.")]);
 }
 function follow() { if (stick) $("scroll").scrollTop = $("scroll").scrollHeight; $("newer").hidden = stick; }
 
 // ---- Details of an exchange, and why.
-let opener = null;
-const unmark = () => $("rows").querySelectorAll("[aria-current]").forEach(node => node.removeAttribute("aria-current"));
 function openDetails(name, ...content) {
   if ($("details").hidden) opener = document.activeElement;
-  $("details").replaceChildren(bar(grow(title(name)), button("Close", closeDetails, {title: "Esc"})),
-    ...content.flat(9).filter(kid => !nothing(kid)));
-  $("details").hidden = false; $("details").scrollTop = 0; $("details").focus();
+  fill($("details"), h("div.bar", h("h2.grow", name), button("Close", closeDetails, {title: "Esc"})), content);
+  Object.assign($("details"), {hidden: false, scrollTop: 0}).focus();
 }
 function closeDetails() {
-  $("details").hidden = true; $("details").replaceChildren(); unmark();
+  fill($("details")).hidden = true; mark(null);
   (opener?.isConnected ? opener : $("rows").querySelector('.row[tabindex="0"]'))?.focus();
+}
+function mark(n) {
+  for (const row of $("rows").querySelectorAll(".row")) row.ariaCurrent = row.dataset.n === n ? "true" : null;
 }
 function parsed(text) { try { return JSON.parse(text); } catch { return null; } }
 function message(name, one) {
-  if (!one) return null;
-  const json = parsed(one.body), body = json === null ? one.body : JSON.stringify(json, null, 2);
-  return [part(name), h("div", {class: "code"}, facts(Object.entries(one.headers || {}))),
-    body ? h("pre", {tabindex: 0}, body) : soft("no body"), one.cut && soft("… cut here")];
+  const json = parsed(one.body), body = json === null ? one.body : pretty(json);
+  return [h("h3", name), h("div.code", facts(Object.entries(one.headers || {}))),
+    body ? h("pre", {tabindex: 0}, body) : h("div.soft", "no body"), one.cut && h("div.soft", "… cut here")];
 }
 // The events that passed: what was sent, or in a transaction; of one whose body is cut, as the homeserver has them.
 async function eventsOf(x) {
-  const sent = parsed(x.answer?.body)?.event_id, pushed = parsed(x.request?.body)?.events;
+  const sent = parsed(x.answer.body)?.event_id, pushed = parsed(x.request.body)?.events;
   if (x.kind !== "transaction") return sent ? [{event_id: sent, type: "the event", sender: x.as || x.from}] : [];
   const all = pushed ? [] : (await get("transactions", {appservice: x.to})).transactions;
   return pushed || all.find(one => one.txn_id === x.txn_id)?.events || [];
@@ -10418,219 +10606,220 @@ async function openExchange(n) {
   const x = await get("exchange", {n}).catch(error => toast(error.message, true));
   if (!x) return;
   const events = await eventsOf(x).catch(() => []), service = x.kind === "transaction" ? x.to : null;
-  openDetails(what(x), said(sentence(x)), facts([["at", exactly(x.ts)], ["path", code(`${x.method} ${x.path}`)],
-    ["transaction", x.txn_id && code(x.txn_id)], ["attempt", x.attempt], ["acting as", x.as],
-    ["answer", x.done ? strong(failed(x) ? "bad" : "good", outcome(x)) : "under way"], ["error", x.error],
-    ["fault", x.fault && looking("fault", x.fault)], ["then", x.then]]), service && replayButtons(service, x.txn_id),
-    events.length > 0 && [part("Events, and why they are sent"), list(events.map(e => eventLine(e, service)))],
+  openDetails(what(x), h("p.said", sentence(x)), facts([["at", exactly(x.ts)], ["path", h("code", `${x.method} ${x.path}`)],
+    ["transaction", x.txn_id && h("code", x.txn_id)], ["attempt", x.attempt], ["acting as", x.as],
+    ["answer", x.done ? h(failed(x) ? "b.bad" : "b.good", outcome(x)) : "under way"], ["error", x.error],
+    ["fault", x.fault && h("span.fault", x.fault)], ["then", x.then]]), service && replayButtons(service, x.txn_id),
+    events.length > 0 && [h("h3", "Events, and why they are sent"), list(events.map(e => eventLine(e, service)))],
     message("Request", x.request), message("Answer", x.answer));
-  unmark(); $("rows").querySelectorAll(`[data-n="${Number(n)}"]`).forEach(node => node.setAttribute("aria-current", "true"));
+  mark(String(n));
 }
+const replayButtons = (appservice, txn_id) => h("div.bar",
+  verb("Replay", got => `${tail(got.txn_id)} is sent again`, "replay", {appservice, txn_id},
+    {title: "the same ID: who deduplicates ignores it"}),
+  verb("Replay as new", sentAs, "replay", {appservice, txn_id, new_id: true}, {title: "the same events in a new transaction"}));
 function eventLine(e, service) {
-  const place = div(), toggle = button("why?", () => {
-    place.replaceChildren(...(place.firstChild ? [] : [whyBox(e.event_id, service)]));
-    toggle.setAttribute("aria-expanded", !!place.firstChild);
+  const text = [h("code", e.type), " by ", h("b", local(e.sender)), e.content?.body && `: ${e.content.body}`], place = h("div");
+  const toggle = button("why?", () => {
+    fill(place, !place.firstChild && whyBox(e.event_id, service));
+    toggle.ariaExpanded = !!place.firstChild;
   }, {"aria-expanded": "false"});
-  return [bar(grow(code(e.type), " by ", bold(local(e.sender)), e.content?.body && `: ${e.content.body}`), toggle), place];
+  return [h("div.bar", h("span.grow", text), toggle), place];
 }
-const verdict = yes => strong(yes ? "good" : "soft", yes ? "✓ match" : "✗ miss");
 function whyBox(event, service) {
-  const result = div(), choice = select("Application service", ids(), {change: load});
+  const result = h("div"), choice = select("Application service", ids(), {change: load});
   async function load() {
-    result.replaceChildren(...await get("why", {event, appservice: choice.value}).then(reasons, error => [soft(error.message)]));
+    fill(result, await get("why", {event, appservice: choice.value}).then(reasons, error => h("div.soft", error.message)));
   }
   if (service) choice.value = service;
   load();
-  return h("div", {class: "card why"}, bar("for", choice), result);
+  return h("div.card.why", h("div.bar", "for", choice), result);
 }
+const verdict = yes => yes ? h("b.good", "✓ match") : h("b.soft", "✗ miss");
 function reasons(why) {
   const one = why.transaction, words = why.pushed ? why.summary.join("; ") : why.summary[0];
-  const became = one && ["transaction ", h("code", {class: "tag"}, tail(one.txn_id)), ", " + plural(one.attempts.length, "attempt"),
+  const became = one && ["transaction ", h("code.tag", tail(one.txn_id)), ", " + plural(one.attempts.length, "attempt"),
     one.acknowledged ? `, acknowledged ${clock(one.acknowledged_ts)}` : ", not acknowledged yet"];
-  const rules = why.rules.map(one => [one.rule, code(one.id),
-    [verdict(one.matches), " ", code(one.namespace || ""), one.miss && soft(one.miss)]]);
-  return [said(strong(why.pushed ? "good" : "wait", why.pushed ? "✓ " : "✗ "), words), table(["rule", "ID", "namespace"], rules),
-    div(became || why.state)];
+  const rules = why.rules.map(one => [one.rule, h("code", one.id),
+    [verdict(one.matches), " ", h("code", one.namespace || ""), one.miss && h("div.soft", one.miss)]]);
+  return [h("p.said", why.pushed ? h("b.good", "✓ ") : h("b.wait", "✗ "), words), table(["rule", "ID", "namespace"], rules),
+    h("div", became || why.state)];
 }
-const replayButtons = (appservice, txn_id) => bar(
-  button("Replay", () => post(got => `${tail(got.txn_id)} is sent again`, "replay", {appservice, txn_id}),
-    {title: "the same ID: who deduplicates ignores it"}),
-  button("Replay as new", () => post(got => `sent as ${tail(got.txn_id)}`, "replay", {appservice, txn_id, new_id: true}),
-    {title: "the same events in a new transaction"}));
 
 // ---- Application services, and the clock.
-const cards = new Map(), LOOKS = {"backing off": "bad", "paused": "wait", "nothing is sent": "soft", "passed": "good", "failed": "bad"};
 function showServices() {
-  for (const [id, card] of cards) if (!ids().includes(id)) { card.node.remove(); cards.delete(id); }
+  for (const [id, {node}] of cards) if (!ids().includes(id)) { node.remove(); cards.delete(id); }
   for (const one of hs.appservices) {
     if (!cards.has(one.id)) cards.set(one.id, serviceCard(one.id));
-    if (!cards.get(one.id).node.isConnected) $("services").insertBefore(cards.get(one.id).node, $("clock"));
-    cards.get(one.id).show(one);
+    const {node, show} = cards.get(one.id);
+    if (!node.isConnected) $("services").insertBefore(node, $("clock"));
+    show(one);
   }
 }
 function serviceCard(appservice) {
-  const f = {}, field = (name, label) => [h("dt", {}, label), f[name] = h("dd", {}, "–")], body = {appservice};
-  const state = h("span"), url = h("p", {class: "soft code"}), faults = bar(), spaces = div();
-  const sentAs = got => `sent as ${tail(got.txn_id)}`;
-  const verb = (text, path, words, more) => button(text, () => post(words, path, {...body, ...more}));
-  const toggle = button("Pause", () => post(toggle.textContent.toLowerCase() + "d", toggle.textContent.toLowerCase(), body));
+  const state = h("span"), url = h("p.soft.code"), faults = h("div.bar"), spaces = h("div");
+  const fields = ["state", "queue", "next try", "open", "last ACK", "latency"].map(name => [h("dt", name), h("dd")]);
+  const lose = verb("Lose the next ACK", "the next acknowledgement will be lost", "faults", {appservice, fault: "lose_ack", times: 1},
+    {class: "main", title: "it answers 200, and the homeserver forgets that"});
+  const toggle = button("Pause", () => post(toggle.textContent.toLowerCase() + "d", toggle.textContent.toLowerCase(), {appservice}));
   const sure = () => ask(`Skip the open transaction of ${appservice}?`, "It will never get these events.", "Skip it");
-  const skip = async () => { if (await sure()) post("skipped", "skip", body); };
-  const lose = verb("Lose the next ACK", "faults", "the next acknowledgement will be lost", {fault: "lose_ack", times: 1});
-  lose.className = "main"; lose.title = "it answers 200, and the homeserver forgets that";
-  const node = h("article", {class: "card", "aria-label": appservice}, bar(title(appservice), state, grow(), lose), url,
-    h("dl", {class: "wide"}, field("since", "state"), field("waiting", "queue"), field("next", "next try"), field("open", "open"),
-      field("acked", "last ACK"), field("latency", "latency")),
-    bar(toggle, verb("Retry now", "retry", "tried at once"), verb("Ping", "ping", got => `pinged in ${took(got.duration_ms)}`),
-      verb("Replay last", "replay", sentAs), verb("Replay as new", "replay", sentAs, {new_id: true}), button("Skip …", skip),
+  const node = h("article.card", {"aria-label": appservice}, h("div.bar", h("h2", appservice), state, h("span.grow"), lose), url,
+    h("dl.wide", fields), h("div.bar", toggle, verb("Retry now", "tried at once", "retry", {appservice}),
+      verb("Ping", got => `pinged in ${took(got.duration_ms)}`, "ping", {appservice}),
+      verb("Replay last", sentAs, "replay", {appservice}), verb("Replay as new", sentAs, "replay", {appservice, new_id: true}),
+      button("Skip …", async () => { if (await sure()) post("skipped", "skip", {appservice}); }),
       button("Examine", () => examine(appservice))),
     faults, folded("More faults", faultForm(appservice)), folded("Namespaces", spaces));
   function show(one) {
-    const down = one.down_since !== null, last = one.last_acknowledged;
-    put(state, one.state); state.className = "state " + (LOOKS[one.state] || "");
-    put(url, joined(one.url || "no url", one.sender)); put(toggle, one.state === "paused" ? "Resume" : "Pause");
-    f.since.className = down ? "bad" : "";
-    put(f.since, down ? `down since ${clock(one.down_since)}, ${plural(one.failures, "failure")}` : last ? "up" : "nothing sent yet");
-    put(f.waiting, plural(one.waiting, "event"));
-    put(f.open, one.open ? joined(tail(one.open.txn_id), plural(one.open.events, "event")) : "–");
-    put(f.acked, last ? `${tail(last.txn_id)} ${clock(last.ts)}` : "–"); put(f.latency, took(one.latency_ms) || "–"); tick();
-    refill(faults, one.faults, all => all.length > 0 && [all.map(fault => looking("tag fault", faultWords(fault))),
-      button("End all faults", () => act("no faults any more", "DELETE", "faults?" + new URLSearchParams(body)))]);
+    refill(state, one.state);
+    state.className = "state " + (LOOKS[one.state] || "");
+    refill(url, joined(one.url || "no url", one.sender));
+    fieldsOf(one).forEach((text, i) => refill(fields[i][1], text));
+    fields[0][1].className = one.down_since !== null ? "bad" : "";
+    refill(toggle, one.state === "paused" ? "Resume" : "Pause");
+    refill(faults, one.faults, all => all.length > 0 && [all.map(fault => h("span.tag.fault", faultWords(fault))),
+      button("End all faults", () => post("no faults any more", "faults", {appservice}, "DELETE"))]);
     refill(spaces, one.namespaces, all => table(["", "regex", ""], Object.entries(all).flatMap(([kind, entries]) =>
-      entries.map(entry => [kind, code(entry.regex), entry.exclusive ? "exclusive" : "shared"]))));
+      entries.map(entry => [kind, h("code", entry.regex), entry.exclusive ? "exclusive" : "shared"]))));
   }
-  function tick() {
-    const at = hs.appservices.find(one => one.id === appservice)?.next_attempt;
-    put(f.next, nothing(at) ? "–" : `in ${span(Math.max(0, at - serverNow()) / 1000)}`);
-  }
-  return {node, show, tick};
+  return {node, show};
+}
+function fieldsOf(one) {
+  const last = one.last_acknowledged, down = one.down_since !== null, at = one.next_attempt;
+  return [down ? `down since ${clock(one.down_since)}, ${plural(one.failures, "failure")}` : last ? "up" : "nothing sent yet",
+    plural(one.waiting, "event"), at === null ? "–" : `in ${span(Math.max(0, at - serverNow()) / 1000)}`,
+    one.open ? joined(tail(one.open.txn_id), plural(one.open.events, "event")) : "–",
+    last ? `${tail(last.txn_id)} ${clock(last.ts)}` : "–", took(one.latency_ms) || "–"];
 }
 const faultWords = one => [one.fault, one.status, one.delay_ms && `${one.delay_ms} ms`, "on", one.on].filter(Boolean).join(" ") + ", " +
   (one.probability ? `p = ${one.probability}` : plural(one.times, "time"));
 function faultForm(appservice) {
-  const delay = number("Milliseconds", "delay_ms", 1000), status = number("Status", "status", 500), only = {delay, status};
-  const choose = event => { for (const [name, input] of Object.entries(only)) input.hidden = name !== event.target.value; };
-  delay.hidden = status.hidden = true;
+  const only = {delay: number("Milliseconds", "delay_ms", 1000), status: number("Status", "status", 500)};      // for these faults
+  const choose = fault => { for (const name in only) only[name].hidden = only[name].disabled = name !== fault; };
+  choose("lose_ack");
   return form(node => {
-    const data = Object.fromEntries(new FormData(node)), {fault, on} = data;
-    post("the fault is set", "faults", {appservice, fault, on, [data.how]: Number(data.amount),
-      ...(only[fault] && {[only[fault].name]: Number(only[fault].value)})});
-  }, select("Fault", ["lose_ack", "refuse", "delay", "status", "duplicate", "garbage"], {name: "fault", change: choose}), delay, status,
+    const {how, amount, fault, on, ...more} = Object.fromEntries(new FormData(node));
+    for (const name in more) more[name] = Number(more[name]);
+    post("the fault is set", "faults", {appservice, fault, on, [how]: Number(amount), ...more});
+  }, select("Fault", ["lose_ack", "refuse", "delay", "status", "duplicate", "garbage"],
+    {name: "fault", change: event => choose(event.target.value)}), only.delay, only.status,
   select("On what", ["transactions", "queries", "ping"], {name: "on"}), number("How many times, or how probably", "amount", 1),
-  select("Times or probability", ["times", "probability"], {name: "how"}), h("button", {}, "Begin"));
+  select("Times or probability", ["times", "probability"], {name: "how"}), h("button", "Begin"));
 }
 async function examine(appservice) {
   toast(`examining ${appservice} …`);
   const results = (await post("examined", "examine", {appservice}))?.results;
   if (!results) return;
   const count = name => `${results.filter(one => one.outcome === name).length} ${name}`;
-  openDetails(`Examination of ${appservice}`, said(["passed", "failed", "skipped"].map(count).join(", ")), table(["", "test", "seen"],
-    results.map(one => [strong(LOOKS[one.outcome] || "soft", one.outcome), [one.test, soft(one.spec)], one.seen])));
+  openDetails(`Examination of ${appservice}`, h("p.said", ["passed", "failed", "skipped"].map(count).join(", ")),
+    table(["", "test", "seen"], results.map(one =>
+      [h(`b.${LOOKS[one.outcome]}`, one.outcome), [one.test, h("div.soft", one.spec)], one.seen])));
 }
 function clockCard() {
   const wind = seconds => post(`the clock was wound on by ${span(seconds)}`, "clock", {advance: seconds});
-  return h("article", {class: "card", id: "clock"}, bar(title("The clock"), h("span", {id: "wound", class: "soft"})),
-    soft("Backoff, time-outs and typing follow it; a minute of waiting becomes a click."),
-      form(node => wind(Number(node.seconds.value)),
-      [[1, "+1 s"], [10, "+10 s"], [60, "+1 min"], [3600, "+1 h"]].map(([seconds, text]) => button(text, () => wind(seconds))),
-      number("Seconds", "seconds", 300), "s", h("button", {}, "Wind on")));
+  const steps = Object.entries({"+1 s": 1, "+10 s": 10, "+1 min": 60, "+1 h": 3600});
+  return h("article.card", {id: "clock"}, h("div.bar", h("h2", "The clock"), h("span.soft", {id: "wound"})),
+    h("div.soft", "Backoff, time-outs and typing follow it; a minute of waiting becomes a click."),
+    form(node => wind(Number(node.seconds.value)), steps.map(([text, seconds]) => button(text, () => wind(seconds))),
+      number("Seconds", "seconds", 300), "s", h("button", "Wind on")));
 }
-setInterval(() => {
+function showTime() {
   if (!hs.now) return;
-  cards.forEach(card => card.tick());
-  put($("time"), clock(serverNow()) + (hs.wound ? ` (+${span(hs.wound)})` : ""));
-    put($("wound"), hs.wound ? `wound on by ${span(hs.wound)}` : "");
-}, 200);
+  showServices();                                            // when the next attempt is
+  refill($("time"), clock(serverNow()) + (hs.wound ? ` (+${span(hs.wound)})` : ""));
+  refill($("wound"), hs.wound ? `wound on by ${span(hs.wound)}` : "");
+}
 
 // ---- Transactions.
 function transactionsPanel() {
-  const choice = select("Application service", [], {change: show}), box = div();
-  $("transactions").append(bar(grow(title("Transactions")), choice), box);
+  const choice = select("Application service", [], {change: show}), box = h("div");
+  $("transactions").append(h("div.bar", h("h2.grow", "Transactions"), choice), box);
   async function show() {
-    rechoose(choice, ids());
-    const found = choice.value ? (await get("transactions", {appservice: choice.value, limit: 50})).transactions : [];
-    refill(box, [choice.value, found], () => found.length ? list(found.map(t => transactionLine(choice.value, t))) : soft("none yet"));
+    options(choice, ids());
+    const id = choice.value, found = id ? (await get("transactions", {appservice: id, limit: 50})).transactions : [];
+    refill(box, [id, found], () => found.length ? list(found.map(t => transactionLine(id, t))) : h("div.soft", "none yet"));
   }
   return show;
 }
 function transactionLine(appservice, t) {
   const attempt = (one, i) => button(`${i + 1}: ${one.status ?? "✕"}${one.fault ? " " + one.fault : ""}`, () => openExchange(one.n),
     {class: "link " + (one.error ? "bad" : "good"), title: joined(exactly(one.ts), took(one.ms), one.error)});
-  const first = t.events[0], about = [plural(t.events.length, "event"), first && small(` · ${first.type} by ${local(first.sender)}`)];
-  return [bar(h("code", {class: "tag", title: t.txn_id}, tail(t.txn_id)), grow(about),
-    strong(t.acknowledged ? "good" : "wait", t.acknowledged ? `✓ ${clock(t.acknowledged_ts)}` : "not acknowledged")),
-    bar(grow(small(plural(t.attempts.length, "attempt"), " "), t.attempts.map(attempt)), replayButtons(appservice, t.txn_id)),
-    folded(small("events, and why"), list(t.events.map(e => eventLine(e, appservice))))];
+  const first = t.events[0], became = t.acknowledged ? h("b.good", `✓ ${clock(t.acknowledged_ts)}`) : h("b.wait", "not acknowledged");
+  return [h("div.bar", h("code.tag", {title: t.txn_id}, tail(t.txn_id)),
+    h("span.grow", plural(t.events.length, "event"), first && h("small", " · " + opening(first))), became),
+    h("div.bar", h("span.grow", h("small", plural(t.attempts.length, "attempt"), " "), t.attempts.map(attempt)),
+      replayButtons(appservice, t.txn_id)),
+    folded(h("small", "events, and why"), list(t.events.map(e => eventLine(e, appservice))))];
 }
 
 // ---- Namespaces: who claims an ID, seen as it is typed.
 function namesPanel() {
-  const result = h("div", {"aria-live": "polite"}), examples = bar(), hint = "@user, #alias, !room or a URI";
+  const result = h("div", {"aria-live": "polite"}), examples = h("div.bar"), hint = "@user, #alias, !room or a URI";
   const later = () => { clearTimeout(timer); timer = setTimeout(look, 150); };
-  const input = h("input", {class: "grow code", type: "search", placeholder: hint, "aria-label": "An ID or a URI", input: later});
+  const input = h("input.grow.code", {type: "search", placeholder: hint, "aria-label": "An ID or a URI", input: later});
   let timer = 0, asked = 0;
   async function look() {
     const mine = ++asked, id = input.value.trim();           // of answers, only that to the last question counts
-    const got = id ? await get("explain", {id}).then(explanation, error => [soft(error.message)]) : [];
-    if (mine === asked) result.replaceChildren(...got);
+    const got = id && await get("explain", {id}).then(explanation, error => h("div.soft", error.message));
+    if (mine === asked) fill(result, got);
   }
-  $("names").append(title("Who claims it?"), bar(input), examples, result);
+  $("names").append(h("h2", "Who claims it?"), h("div.bar", input), examples, result);
   const example = entry => local(entry.regex.replace(/\\(.)/g, "$1").replace(/[.[(*+].*?(?=:|$)/, "bob")) + ":" + hs.server_name;
   const given = one => [...one.namespaces.users, ...one.namespaces.aliases].map(example);
   return () => refill(examples, [...hs.appservices.flatMap(given).slice(0, 4), `@alice:${hs.server_name}`],
     found => found.map(id => button(id, () => { input.value = id; look(); }, {class: "link code"})));
 }
 function explanation(got) {
-  const whose = got.owner ? ["It belongs to ", bold(got.owner.appservice), `: ${got.owner.reason}.`] :
-    got.maps_to ? ["It maps to ", bold(got.maps_to)] :
+  const whose = got.owner ? ["It belongs to ", h("b", got.owner.appservice), `: ${got.owner.reason}.`] :
+    got.maps_to ? ["It maps to ", h("b", got.maps_to)] :
     got.appservices.some(one => one.matches) ? "Claimed, but by nobody exclusively." : "Nobody claims it.";
   const exists = nothing(got.exists) ? "" : got.exists ? "it exists" : "it does not exist yet";
-  const maps = one => div(code(one.regex), ` of ${one.appservice} → `, bold(one.maps_to || "no match"));
-  return [said(whose), facts([["it is", joined("a " + got.kind, got.local && "of this homeserver", exists)],
+  const maps = one => h("div", h("code", one.regex), ` of ${one.appservice} → `, h("b", one.maps_to || "no match"));
+  return [h("p.said", whose), facts([["it is", joined("a " + got.kind, got.local && "of this homeserver", exists)],
     ["may create it", got.may_create.join(", ")],
-    ["would be asked", got.query.map(one => div(one.appservice, ": ", code(one.request)))],
+    ["would be asked", got.query.map(one => h("div", one.appservice, ": ", h("code", one.request)))],
     ["maps to", got.uris.map(maps)]]),
-    ...got.appservices.map(claim), folded("In sentences", list(got.summary))];
+    got.appservices.map(claim), folded("In sentences", list(got.summary))];
 }
 function claim(one) {
   const says = !one.matches ? "is not interested" : one.exclusive ? "claims it exclusively" : "is interested";
-  const rows = one.namespaces.map(entry => [[`${entry.kind}[${entry.index}]`, entry.exclusive && soft("exclusive")], code(entry.regex),
-    [verdict(entry.matches), entry.miss && soft(entry.miss), differs(entry)]]);
-  return h("article", {class: "card"}, bar(title(one.id), looking(one.matches ? "state" : "state soft", says)),
-    one.reason && div(one.reason), rows.length > 0 && table(["namespace", "regex", ""], rows));
+  const differs = (entry, key, how) => entry[key] !== entry.matches && h("div.wait", `${how}: ${entry[key] ? "match" : "miss"}`);
+  const rows = one.namespaces.map(entry => [[`${entry.kind}[${entry.index}]`, entry.exclusive && h("div.soft", "exclusive")],
+    h("code", entry.regex), [verdict(entry.matches), entry.miss && h("div.soft", entry.miss),
+      differs(entry, "unanchored", "if searched anywhere"), differs(entry, "whole", "if it had to match the whole")]]);
+  return h("article.card", h("div.bar", h("h2", one.id), h(one.matches ? "span.state" : "span.state.soft", says)),
+    one.reason && h("div", one.reason), rows.length > 0 && table(["namespace", "regex", ""], rows));
 }
-const differs = entry => [["unanchored", "if searched anywhere"], ["whole", "if it had to match the whole"]]
-  .filter(([key]) => entry[key] !== entry.matches).map(([key, how]) => made("div", "wait")(`${how}: ${entry[key] ? "match" : "miss"}`));
 
 // ---- Rooms: enough of a client for a lesson.
 function roomsPanel() {
-  const room = select("Room", [], {class: "grow", change: timeline}), who = select("Say it as", []), here = soft();
+  const room = select("Room", [], {class: "grow", change: timeline}), who = select("Say it as", []), here = h("div.soft");
   const events = h("div", {id: "timeline", role: "log", tabindex: 0, "aria-label": "Timeline"});
-  const field = (name, text) => h("input", {name, class: "grow", required: true, placeholder: text, "aria-label": text});
+  const field = (name, text) => h("input.grow", {name, required: true, placeholder: text, "aria-label": text});
   const speak = form(async node => {
     if (await post("said", "say", {room_id: room.value, user_id: who.value, body: node.body.value})) { node.reset(); timeline(); }
-  }, who, field("body", "say something"), h("button", {}, "Say"));
+  }, who, field("body", "say something"), h("button", "Say"));
   const arrive = form(async node => {
     const got = await post(one => `${one.user_id} is here`, "people", {name: node.person.value.trim()});
     if (got) { node.reset(); await show(); who.value = got.user_id; }
-  }, field("person", "a new person's name"), h("button", {}, "Make a person"));
+  }, field("person", "a new person's name"), h("button", "Make a person"));
   const enter = form(async node => {
     const got = await post("", "rooms", {user_id: who.value, room: node.room.value.trim()});
     if (got) { node.reset(); await show(); room.value = got.room_id; timeline(); }
-  }, field("room", "#alias to join, @user to write to, or a new room's name"), h("button", {}, "Enter"));
-  $("rooms").append(bar(title("Rooms"), room), events, speak, here, enter, arrive);
+  }, field("room", "#alias to join, @user to write to, or a new room's name"), h("button", "Enter"));
+  $("rooms").append(h("div.bar", h("h2", "Rooms"), room), events, speak, here, enter, arrive);
   async function show() {
     const [{rooms}, {people}] = await Promise.all([get("rooms"), get("people")]);
     const names = new Map(rooms.map(one => [one.room_id, joined(one.name || one.alias || one.room_id, plural(one.members, "member"))]));
-    rechoose(room, [...names.keys()], id => names.get(id)); rechoose(who, people, id => "as " + local(id));
+    options(room, [...names.keys()], id => names.get(id)); options(who, people, id => "as " + local(id));
     speak.hidden = !people.length || !rooms.length; enter.hidden = !people.length;
     await timeline();
   }
   async function timeline() {
-    if (!room.value) { refill(events, null, () => soft("no rooms yet: make a person, who enters one")); return; }
+    if (!room.value) { refill(events, null, () => h("div.soft", "no rooms yet: make a person, who enters one")); return; }
     const got = await get("timeline", {room: room.value, limit: 50});
     const low = events.scrollHeight - events.scrollTop - events.clientHeight < 40;
-    put(here, `here: ${got.members.map(local).join(", ")}`);
+    refill(here, `here: ${got.members.map(local).join(", ")}`);
     if (refill(events, got.events, all => all.map(timelineLine)) && low) events.scrollTop = events.scrollHeight;
   }
   return show;
@@ -10638,259 +10827,64 @@ function roomsPanel() {
 function timelineLine(e) {
   const talk = e.type === "m.room.message", text = talk ? e.content.body ?? "(redacted)" :
     joined(e.type, e.content.membership || e.content.name || e.content.topic, e.state_key && local(e.state_key));
-  const why = () => openDetails("Was it sent, and why?", said(`${local(e.sender)}: ${text}`), whyBox(e.event_id), part("The event"),
-    h("pre", {tabindex: 0}, JSON.stringify(e, null, 2)));
-  return [h("time", {}, clock(e.origin_server_ts)), looking(talk ? "" : "soft", bold(local(e.sender)), " ", text),
+  const why = () => openDetails("Was it sent, and why?", h("p.said", `${local(e.sender)}: ${text}`), whyBox(e.event_id),
+    h("h3", "The event"), h("pre", {tabindex: 0}, pretty(e)));
+  return [h("time", clock(e.origin_server_ts)), h(talk ? "span" : "span.soft", h("b", local(e.sender)), " ", text),
     button("why?", why, {class: "link"})];
 }
 
 // ---- The page.
-const TABS = {diagram: "Diagram", services: "Services", transactions: "Transactions", names: "Namespaces", rooms: "Rooms"};
-const root = document.documentElement, theme = localStorage.getItem("theme"), wide = matchMedia("(min-width: 62rem)");
 const panels = {transactions: transactionsPanel(), names: namesPanel(), rooms: roomsPanel()};
-let tab = wide.matches ? "services" : "diagram", top0 = 0;
+const on = (id, event, listener) => $(id).addEventListener(event, listener);
 function chooseTab(name) {
   tab = wide.matches && name === "diagram" ? "services" : name;          // beside the others, the diagram is always there
   for (const one of $("tabs").children) { one.ariaSelected = one.dataset.tab === tab; one.tabIndex = one.dataset.tab === tab ? 0 : -1; }
-  for (const id of Object.keys(TABS)) $(id).hidden = id !== tab && !(wide.matches && id === "diagram");
+  for (const id in TABS) $(id).hidden = id !== tab && !(wide.matches && id === "diagram");
   if (!$("details").hidden) closeDetails();
   refresh(); schedule();
 }
 // Arrow keys walk among the like; Tab goes past them.
-function roving(box, selector, back, ahead, then) {
-  box.addEventListener("keydown", event => {
-    const all = [...box.querySelectorAll(selector)], at = all.indexOf(event.target);
-    const to = {[back]: at - 1, [ahead]: at + 1, Home: 0, End: all.length - 1}[event.key];
-    if (at < 0 || !all[to]) return;
-    event.preventDefault(); event.target.tabIndex = -1; all[to].tabIndex = 0; all[to].focus(); then?.(all[to]);
+function roving(id, selector, back, ahead, then) {
+  on(id, "keydown", event => {
+    const all = [...$(id).querySelectorAll(selector)], at = all.indexOf(event.target);
+    const to = all[{[back]: at - 1, [ahead]: at + 1, Home: 0, End: all.length - 1}[event.key]];
+    if (at < 0 || !to) return;
+    event.preventDefault(); rove(event.target, to); then?.(to);
   });
 }
+function rove(from, to) { if (from) from.tabIndex = -1; to.tabIndex = 0; to.focus({preventScroll: !from}); }
 $("services").append(clockCard());
 $("tabs").append(...Object.entries(TABS).map(([name, text]) => button(text, () => chooseTab(name),
   {role: "tab", "data-tab": name, "aria-controls": name})));
-roving($("tabs"), "[role=tab]", "ArrowLeft", "ArrowRight", one => one.click());
-roving($("rows"), ".row", "ArrowUp", "ArrowDown");
-$("rows").addEventListener("click", event => {
-  const row = event.target.closest("[data-n]");
+roving("tabs", "[role=tab]", "ArrowLeft", "ArrowRight", one => one.click());
+roving("rows", ".row", "ArrowUp", "ArrowDown");
+on("rows", "click", event => {
+  const row = event.target.closest(".row");
   if (!row) return;
-  $("rows").querySelectorAll('.row[tabindex="0"]').forEach(one => { one.tabIndex = -1; });
-  row.tabIndex = 0; row.focus(); openExchange(row.dataset.n);
+  rove($("rows").querySelector('.row[tabindex="0"]'), row); openExchange(row.dataset.n);
 });
-document.addEventListener("keydown", event => event.key === "Escape" && !$("details").hidden && !$("ask").open && closeDetails());
-for (const id of ["hidesync", "hideclient", "only", "find"]) $(id).addEventListener("input", schedule);
-$("clear").addEventListener("click", () => clear(cleared ? 0 : Math.max(0, ...seen.keys())));
-$("scroll").addEventListener("scroll", () => {               // rows that grow scroll too; only who goes up wants to stay there
+document.addEventListener("keydown", event => {
+  if (event.key === "Escape" && !$("details").hidden && !$("ask").open) closeDetails();
+});
+for (const id of ["hidesync", "hideclient", "only", "find"]) on(id, "input", schedule);
+on("clear", "click", () => clear(cleared ? 0 : Math.max(0, ...seen.keys())));
+on("newer", "click", () => { stick = true; follow(); });
+on("scroll", "scroll", () => {                               // rows that grow scroll too; only who goes up wants to stay there
   const box = $("scroll"), below = box.scrollHeight - box.scrollTop - box.clientHeight;
   if (box.scrollTop < top0 - 1 && below > 2) stick = false; else if (below < 40) stick = true;
   top0 = box.scrollTop; $("newer").hidden = stick;
-}, {passive: true});
-$("newer").addEventListener("click", () => { stick = true; follow(); });
+});
 new ResizeObserver(follow).observe($("rows")); new ResizeObserver(schedule).observe($("scroll"));
-if (theme) root.dataset.theme = theme;
-$("theme").addEventListener("click", () => {
-  const dark = root.dataset.theme ? root.dataset.theme === "dark" : matchMedia("(prefers-color-scheme: dark)").matches;
-  localStorage.setItem("theme", root.dataset.theme = dark ? "light" : "dark");
+root.style.colorScheme = localStorage.getItem("theme");
+on("theme", "click", () => {
+  const now = root.style.colorScheme || (matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light");
+  localStorage.setItem("theme", root.style.colorScheme = now === "dark" ? "light" : "dark");
 });
 wide.addEventListener("change", () => chooseTab(tab));
-chooseTab(tab); setInterval(refresh, 2000); refresh().then(listen);
+chooseTab("diagram"); setInterval(showTime, 200); setInterval(refresh, 2000); refresh().then(listen);
 </script>
 </html>
 """
-
-
-# -- Handlers.
-
-def inspector(call: Call) -> Inspector:
-    return Inspector(call.api.world, call.api.delivery)
-
-
-def get_page(call: Call) -> Any:
-    """Only the page's own script and style may run, and nothing may show the page in a frame."""
-    nonce = secrets.token_urlsafe(16)
-    policy = (f"default-src 'none'; script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; connect-src 'self'; base-uri 'none'; "
-              "form-action 'none'; frame-ancestors 'none'")
-    headers = f"Content-Security-Policy: {policy}\r\nX-Content-Type-Options: nosniff\r\nCache-Control: no-store\r\n"
-    return Response(200, PAGE.replace("{nonce}", nonce).encode(), "text/html; charset=utf-8", headers.encode())
-
-
-def get_status(call: Call) -> Any:
-    return inspector(call).status()
-
-
-def get_exchanges(call: Call) -> Any:
-    now, found = call.api.delivery.wire.since(call.integer("since", 0), call.integer("timeout", 0, 0, 30_000) / 1000)
-    return {"next": now, "exchanges": [one.told() for one in found]}
-
-
-def get_exchange(call: Call) -> Any:
-    one = call.api.delivery.wire.find(call.integer("n", 0))
-    if not one:
-        raise MatrixError("M_NOT_FOUND", f"the last {KEPT_EXCHANGES} exchanges are kept; this one is not among them")
-    return opened(one)
-
-
-def get_transactions(call: Call) -> Any:
-    def brief(event: JsonObject) -> JsonObject:
-        return {key: event[key] for key in ("event_id", "type", "sender", "room_id", "state_key") if key in event}
-    found = inspector(call).transactions(call.required("appservice"), call.integer("limit", 50, 1, KEPT_TRANSACTIONS))
-    return {"transactions": [{**one, "events": [brief(event) for event in one["events"]]} for one in reversed(found)]}
-
-
-def get_explain(call: Call) -> Any:
-    return inspector(call).explain(call.required("id"))
-
-
-def get_why(call: Call) -> Any:
-    return inspector(call).why(call.required("event"), call.required("appservice"))
-
-
-def get_rooms(call: Call) -> Any:
-    return {"rooms": inspector(call).rooms()}
-
-
-def get_timeline(call: Call) -> Any:
-    return inspector(call).timeline(call.required("room"), call.integer("limit", 50, 1, MAX_PAGE))
-
-
-def get_people(call: Call) -> Any:
-    return {"people": inspector(call).people()}
-
-
-def post_people(call: Call) -> Any:
-    return {"user_id": call.api.accounts.add_person(field(call.body, "name", str))["user_id"]}
-
-
-def as_client(call: Call, who: Who, method: str, path: str, content: JsonObject, verb: Callable[[], JsonObject]) -> JsonObject:
-    """Does what the person's client would ask for with this request; so it looks on the wire."""
-    wire, began = call.api.delivery.wire, time.monotonic()
-    one = wire.begin(Exchange(wire.number(), wire.clock.now(), who.user_id, HS, "request", method, path, {},
-                              to_json(content).encode("utf-8", "replace")[:KEPT_BYTES], client=True))
-    try:
-        answer = verb()
-        one.status, one.answer = 200, to_json(answer).encode()
-        return answer
-    except MatrixError as error:
-        one.status, one.answer = error.status, to_json(error.body()).encode()
-        raise
-    finally:
-        one.ms = round((time.monotonic() - began) * 1000, 2)
-        wire.end(one)
-
-
-def post_rooms(call: Call) -> Any:
-    """Brings a person into a room: one that is named by alias or ID; a new one with this user; or else a new one of this name."""
-    body, rooms = call.body, call.api.rooms
-    who, room = inspector(call).check_person(field(body, "user_id", str)), field(body, "room", str)
-    if room[:1] in ("#", "!"):
-        path = f"/_matrix/client/v3/join/{urllib.parse.quote(room, safe='')}"
-        return as_client(call, who, "POST", path, {}, lambda: {"room_id": rooms.join(who, room)})
-    options: JsonObject = {"preset": "public_chat", "name": room} if room[:1] != "@" else {
-        "preset": "trusted_private_chat", "is_direct": True, "invite": [check_id("@", room)]}
-    return as_client(call, who, "POST", "/_matrix/client/v3/createRoom", options, lambda: {"room_id": rooms.create(who, options)})
-
-
-def post_say(call: Call) -> Any:
-    """The room may be named by an alias, too; who is not in it joins."""
-    body, rooms, txn_id = call.body, call.api.rooms, secrets.token_hex(8)
-    who, room = inspector(call).check_person(field(body, "user_id", str)), field(body, "room_id", str)
-    content = {"msgtype": "m.text", "body": field(body, "body", str)}
-    path = f"/_matrix/client/v3/rooms/{urllib.parse.quote(room, safe='')}/send/m.room.message/{txn_id}"
-    return as_client(call, who, "PUT", path, content, lambda: {     # who is in it already stays as he is
-        "event_id": rooms.send(who, rooms.join(who, room), "m.room.message", content, txn_id)})
-
-
-def get_faults(call: Call) -> Any:
-    return {"faults": call.api.delivery.faults(call.required("appservice")).told()}
-
-
-def post_faults(call: Call) -> Any:
-    body = call.body
-    for key in body.keys() - FAULT_KEYS:
-        raise MatrixError("M_BAD_JSON", f"{shorten(key)!r} is no key of a fault; the nearest one is {nearest(key, FAULT_KEYS)!r}")
-    probability = body.get("probability")
-    if probability is not None and not is_number(probability):
-        raise MatrixError("M_BAD_JSON", f"'probability' must be a number above 0 and up to 1, not {quoted(probability)}")
-    faults = call.api.delivery.faults(field(body, "appservice", str))
-    faults.add(field(body, "fault", str), on=field(body, "on", str, "transactions"), times=field(body, "times", int, None),
-               probability=probability, seed=field(body, "seed", int, None), delay_ms=field(body, "delay_ms", int, 1000),
-               status=field(body, "status", int, 500))
-    return {"faults": faults.told()}
-
-
-def delete_faults(call: Call) -> Any:
-    call.api.delivery.faults(call.required("appservice")).clear()
-    return {}
-
-
-def post_pause(call: Call) -> Any:
-    """Pause and resume."""
-    call.api.delivery.hand(field(call.body, "appservice", str)).pause(call.request.path.endswith("pause"))
-    return {}
-
-
-def post_retry(call: Call) -> Any:
-    call.api.delivery.hand(field(call.body, "appservice", str)).retry()
-    return {}
-
-
-def post_skip(call: Call) -> Any:
-    return {"txn_id": str(call.api.delivery.skip(field(call.body, "appservice", str)))}
-
-
-def post_replay(call: Call) -> Any:
-    body = call.body
-    txn_id = field(body, "txn_id", str, None)
-    if txn_id is not None and not re.fullmatch(r"[0-9]{1,18}", txn_id):
-        raise MatrixError("M_INVALID_PARAM", f"{shorten(txn_id)!r} is no transaction ID: decimal digits")
-    id, new_id = field(body, "appservice", str), field(body, "new_id", bool, False)
-    return {"txn_id": str(call.api.delivery.replay(id, int(txn_id) if txn_id else None, new_id))}
-
-
-def post_ping(call: Call) -> Any:
-    registration = call.api.delivery.registration(field(call.body, "appservice", str))
-    return {"duration_ms": call.api.delivery.ping(registration, None)}
-
-
-def post_clock(call: Call) -> Any:
-    seconds: Any = call.body.get("advance")
-    if not is_number(seconds) or not 0 <= seconds <= 10**9:
-        raise MatrixError("M_BAD_JSON", f"'advance' must be a number of seconds from 0 on, not {quoted(seconds)}")
-    call.api.world.clock.advance(seconds)
-    return inspector(call).clock()
-
-
-def post_examine(call: Call) -> Any:
-    body, api = call.body, call.api
-    registration, queries = api.delivery.registration(field(body, "appservice", str)), field(body, "queries", bool, False)
-    return {"results": [result._asdict() for result in Examiner(registration, api.world.settings, queries).results()]}
-
-
-ADMIN_ROUTES = [Route("GET", "/", "nobody", get_page, "asbridge: the inspector's page"), *(
-    Route(method, INSPECTOR + path, "admin", handler, spec) for method, path, handler, spec in (
-    ("GET",    "status",       get_status,       "asbridge: how everybody is"),
-    ("GET",    "exchanges",    get_exchanges,    "asbridge: what passed since"),
-    ("GET",    "exchange",     get_exchange,     "asbridge: one of them, opened"),
-    ("GET",    "transactions", get_transactions, "asbridge: of an AS, with attempts"),
-    ("GET",    "explain",      get_explain,      "asbridge: who claims an ID"),
-    ("GET",    "why",          get_why,          "asbridge: why an event was pushed"),
-    ("GET",    "rooms",        get_rooms,        "asbridge: rooms"),
-    ("POST",   "rooms",        post_rooms,       "asbridge: join one, or make one"),
-    ("GET",    "timeline",     get_timeline,     "asbridge: the last events of a room"),
-    ("GET",    "people",       get_people,       "asbridge: local people"),
-    ("POST",   "people",       post_people,      "asbridge: a new person"),
-    ("POST",   "say",          post_say,         "asbridge: say something as a person"),
-    ("GET",    "faults",       get_faults,       "asbridge: faults that are to happen"),
-    ("POST",   "faults",       post_faults,      "asbridge: one more"),
-    ("DELETE", "faults",       delete_faults,    "asbridge: no more"),
-    ("POST",   "pause",        post_pause,       "asbridge: no more attempts"),
-    ("POST",   "resume",       post_pause,       "asbridge: attempts again"),
-    ("POST",   "retry",        post_retry,       "asbridge: now, not after the backoff"),
-    ("POST",   "skip",         post_skip,        "asbridge: give a transaction up"),
-    ("POST",   "replay",       post_replay,      "asbridge: send one again"),
-    ("POST",   "ping",         post_ping,        "asbridge: ping an AS"),
-    ("POST",   "clock",        post_clock,       "asbridge: wind the clock on"),
-    ("POST",   "examine",      post_examine,     "asbridge: examine an AS"),
-))]
 
 
 # ============================================================================
@@ -13142,7 +13136,7 @@ class Homeserver:
         """
         fresh = {registration.id: registration for registration in self.reread()}
         before = {registration.id: registration for registration in self.config.registrations}
-        same = {id for id in fresh if id in before and fresh[id].is_like(before[id])}
+        same = {id for id in fresh if id in before and vars(fresh[id]) == vars(before[id])}   # the files say the same
         changes = [f"added {id!r}" for id in fresh if id not in before] + [f"removed {id!r}" for id in before if id not in fresh]
         changes += [f"changed {id!r}" for id in fresh if id in before and id not in same]
         running = self.world.registrations.by_id
@@ -13190,8 +13184,8 @@ class Homeserver:
         if not worker:
             return f"{count} events for {id!r}, to which nothing is sent"
         failed = [one.failure for one in list(worker.attempts)[-1:] if one.failure]
-        many = f"{count} event{'s' * (count != 1)}"
-        return "; ".join([f"{many} for {id!r}, {worker.state}, after {worker.failures} failed attempts", *failed])
+        tried = f"after {counted(worker.failures, 'failed attempt')}"
+        return "; ".join([f"{counted(count, 'event')} for {id!r}, {worker.state}, {tried}", *failed])
 
     def wait_for(self, timeout: float = 5.0, **wanted: Any) -> JsonObject:
         """The first event of any room, past or to come, with these values: of `type`, `sender`, `state_key`, `room_id`, or of
@@ -13390,7 +13384,7 @@ def run_explain(args: argparse.Namespace) -> int:
     """By the registrations, and by the database if there is one; it is only read."""
     config = config_of(args)
     try:
-        told, reader = Registrations(config.server_name, config.registrations).explain(args.id), None
+        told, reader = explain(Registrations(config.server_name, config.registrations), args.id), None
         with legible(config.database), contextlib.ExitStack() as then:
             if os.path.exists(config.database):
                 reader = Reader(then.enter_context(contextlib.closing(open_sqlite(config.database, read_only=True))))
@@ -13435,7 +13429,7 @@ def report(findings: Sequence[Finding]) -> str:
         lines += [f"    why:   {finding.why}"] * bool(finding.why)
         lines += ["    " + re.sub("^write ", "write: ", finding.right)] * bool(finding.right)
     counts = collections.Counter(finding.level for finding in findings)
-    total = ", ".join(f"{count} {level}" + "s" * (count > 1) for level, count in sorted(counts.items()))
+    total = ", ".join(counted(count, level) for level, count in sorted(counts.items()))
     return "\n".join([*map(printable, lines), total or "nothing to complain of"])
 
 
