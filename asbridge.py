@@ -1355,7 +1355,7 @@ class Registrations:
         self.by_id = {one.id: one for one in registrations}
         self._by_as_token = {hashlib.sha256(one.as_token.encode()).digest(): one for one in registrations}
         self._by_hs_token = {hashlib.sha256(one.hs_token.encode()).digest(): one for one in registrations}
-        self._known = functools.lru_cache(maxsize=100_000)(self._claims)      # what is remembered
+        self.known = functools.lru_cache(maxsize=100_000)(self._claims)      # what is remembered
 
     def __iter__(self) -> Iterator[Registration]:
         return iter(self.by_id.values())
@@ -1370,7 +1370,7 @@ class Registrations:
         """Every application service that claims this ID, each with one reason: an exclusive regex before a shared one, for who has
         both owns the ID. Only local users count, and only what is short enough to be an ID.
         """
-        return self._known(kind, id) if len(id) <= MAX_ID_BYTES else ()
+        return self.known(kind, id) if len(id) <= MAX_ID_BYTES else ()
 
     def _claims(self, kind: str, id: str) -> tuple[Claim, ...]:
         if kind == "users" and server_of(id) != self.server_name:
@@ -9680,7 +9680,9 @@ def explain_summary(told: JsonObject) -> list[str]:
         lines += [line for namespace in one["namespaces"] for line in namespace_summary(one["id"], namespace, one["matches"])]
     if told["kind"] in ("user", "alias") and told["local"]:
         lines.append(f"it belongs to {owner['appservice']}" if owner else "it belongs to nobody exclusively")
-        lines.append("who may create it: " + (", ".join(told["may_create"]) or NOBODY_MAY))
+        both = " and ".join([one["id"] for one in claims if one["exclusive"]])
+        nobody_may = f"nobody, for {both} claim it exclusively" if " and " in both else NOBODY_MAY
+        lines.append("who may create it: " + (", ".join(told["may_create"]) or nobody_may))
     if told["exists"] is not None:
         lines.append("it exists" if told["exists"] else "it does not exist yet")
     return lines + [f"when somebody wants it, {query['appservice']} is asked: {query['request']}"
@@ -11163,9 +11165,10 @@ class AppService:
 
     def _notice_membership(self, event: JsonObject) -> None:
         """What somebody else did to one of our users."""
-        if event.get("type") == "m.room.member" and event.get("content", {}).get("membership") != "join":
-            if intent := self.intents.get(event.get("state_key")):
-                intent.rooms.discard(event.get("room_id", ""))
+        content, user_id = event.get("content"), event.get("state_key")
+        if event.get("type") == "m.room.member" and isinstance(content, dict) and isinstance(user_id, str):
+            if (intent := self.intents.get(user_id)) and content.get("membership") != "join":
+                intent.rooms.discard(str(event.get("room_id")))
 
     def _remember(self, table: str, id: str, keep: int) -> None:
         self.sql(f"INSERT OR IGNORE INTO {table}(id) VALUES (?)", id)
