@@ -12149,34 +12149,7 @@ def test_the_examiner_tells_no_tokens_and_nothing_that_moves_a_cursor(recorder):
     assert seen.count("(token)") > 20 and "\\x1b" not in seen and "\x1b" not in seen and "hs/" not in seen and "hs%2" not in seen
 
 
-# -- The page.
-
-def test_the_page_runs_its_own_script_only_loads_nothing_from_elsewhere_and_stands_in_no_frame(target):
-    pages = []
-    for _ in range(2):
-        with contextlib.closing(http.client.HTTPConnection("127.0.0.1", target.hs.port)) as connection:
-            connection.request("GET", "/", headers={"Origin": "http://evil.example"})
-            answer = connection.getresponse()
-            page, headers = answer.read().decode(), {name.lower(): value for name, value in answer.getheaders()}
-        nonce = re.search(r"script-src 'nonce-([\w-]{20,})'", headers["content-security-policy"])[1]
-        assert answer.status == 200 and headers["content-type"] == "text/html; charset=utf-8" and "access-control-allow-origin" not in headers
-        assert "default-src 'none'" in headers["content-security-policy"] and "frame-ancestors 'none'" in headers["content-security-policy"]
-        assert "unsafe" not in headers["content-security-policy"] and page.count(f'nonce="{nonce}"') == 2 and "{nonce}" not in page
-        pages.append(nonce)
-    assert pages[0] != pages[1]
-    assert not re.search(r"""(?:src|href)\s*=|url\(|@import|https?://|innerHTML|insertAdjacentHTML|document\.write|\son\w+="|\sstyle=\"""", asbridge.PAGE)
-
-
-def test_the_inspector_has_no_cors_headers_and_its_own_page_may_ask(target):
-    with contextlib.closing(http.client.HTTPConnection("127.0.0.1", target.hs.port)) as connection:
-        for method in ("GET", "OPTIONS"):
-            connection.request(method, "/_asbridge/status", headers={"Host": "localhost:1", "Origin": "http://localhost:1"})
-            answer = connection.getresponse()
-            answer.read()
-            assert answer.status < 300 and not any("access-control" in name.lower() for name, _ in answer.getheaders())
-
-
-# -- Handlers: for the owner of the homeserver alone.
+# -- The table: for the owner of the homeserver alone.
 
 ADMIN_ASKERS = {  # who asks: token and headers, and what each row says if there is an admin_token, and if there is none; None: it may
     "no token": (None, {}, "M_MISSING_TOKEN", None), "a wrong one": ("x", {}, "M_UNKNOWN_TOKEN", None), "a person": ("{alice}", {}, "M_UNKNOWN_TOKEN", None),
@@ -12276,6 +12249,33 @@ def test_no_value_of_a_wrong_type_makes_the_inspector_fail(start):
     assert {path for path, _ in ADMIN_BODIES} == {route.path.removeprefix("/_asbridge/") for route in asbridge.ADMIN_ROUTES if route.method == "POST"}
     target.hs.faults("irc").clear()
     target.reads()
+
+
+# -- The page.
+
+def test_the_page_runs_its_own_script_only_loads_nothing_from_elsewhere_and_stands_in_no_frame(target):
+    pages = []
+    for _ in range(2):
+        with contextlib.closing(http.client.HTTPConnection("127.0.0.1", target.hs.port)) as connection:
+            connection.request("GET", "/", headers={"Origin": "http://evil.example"})
+            answer = connection.getresponse()
+            page, headers = answer.read().decode(), {name.lower(): value for name, value in answer.getheaders()}
+        nonce = re.search(r"script-src 'nonce-([\w-]{20,})'", headers["content-security-policy"])[1]
+        assert answer.status == 200 and headers["content-type"] == "text/html; charset=utf-8" and "access-control-allow-origin" not in headers
+        assert "default-src 'none'" in headers["content-security-policy"] and "frame-ancestors 'none'" in headers["content-security-policy"]
+        assert "unsafe" not in headers["content-security-policy"] and page.count(f'nonce="{nonce}"') == 2 and "{nonce}" not in page
+        pages.append(nonce)
+    assert pages[0] != pages[1]
+    assert not re.search(r"""(?:src|href)\s*=|url\(|@import|https?://|innerHTML|insertAdjacentHTML|document\.write|\son\w+="|\sstyle=\"""", asbridge.PAGE)
+
+
+def test_the_inspector_has_no_cors_headers_and_its_own_page_may_ask(target):
+    with contextlib.closing(http.client.HTTPConnection("127.0.0.1", target.hs.port)) as connection:
+        for method in ("GET", "OPTIONS"):
+            connection.request(method, "/_asbridge/status", headers={"Host": "localhost:1", "Origin": "http://localhost:1"})
+            answer = connection.getresponse()
+            answer.read()
+            assert answer.status < 300 and not any("access-control" in name.lower() for name, _ in answer.getheaders())
 
 
 # ============================================================================
@@ -13533,6 +13533,39 @@ def configured(tmp_path, capsys, text):
     return code, err
 
 
+def test_every_key_of_the_design_is_a_key_of_the_configuration():
+    fields = {one.name for one in asbridge.dataclasses.fields(asbridge.Config)}
+    assert fields == set(asbridge.CONFIG_KEYS) == {
+        "server_name", "bind", "port", "database", "registrations", "open_registration", "public_url", "admin_token", "max_event_bytes", "max_request_bytes",
+        "max_upload_bytes", "retry_first_ms", "retry_max_ms", "push_timeout_ms", "query_timeout_ms", "room_version", "rate_limit", "one_cpu"}
+    config = asbridge.ConfigReader({}, "x", "").read()
+    assert (config.server_name, config.bind, config.port, config.database, config.room_version) == ("localhost", "127.0.0.1", 8008, "asbridge.db", "11")
+    assert (config.max_event_bytes, config.max_request_bytes, config.max_upload_bytes) == (65536, 2**20, 50 * 2**20)
+    assert (config.retry_first_ms, config.retry_max_ms, config.push_timeout_ms, config.query_timeout_ms) == (500, 60000, 60000, 10000)
+
+
+@pytest.mark.parametrize("text", [HEISENBRIDGE, json.dumps(registration("heisenbridge"))])
+def test_a_registration_alone_is_a_configuration(tmp_path, text):
+    (tmp_path / "r.yaml").write_text(text)
+    config = asbridge.read_config(str(tmp_path / "r.yaml"))
+    assert [one.id for one in config.registrations] == ["heisenbridge"] and config.port == 8008
+
+
+def test_paths_in_a_configuration_are_relative_to_it(tmp_path):
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "r.yaml").write_text(HEISENBRIDGE)
+    (tmp_path / "sub" / "c.json").write_text(json.dumps({"registrations": ["r.yaml", registration()], "database": "d.db"}))
+    config = asbridge.read_config(str(tmp_path / "sub" / "c.json"))
+    assert [one.id for one in config.registrations] == ["heisenbridge", "irc"] and config.database == str(tmp_path / "sub" / "d.db")
+
+
+@pytest.mark.parametrize("keys", [{"public_url": ""}, {"public_url": "https://matrix.example.org/x"}, {"admin_token": None}, {"admin_token": "open sesame"},
+                                  {"retry_first_ms": 5, "retry_max_ms": 5}])
+def test_a_value_that_is_right_is_no_finding(keys):
+    config = asbridge.ConfigReader(keys, "x", "").read()
+    assert {key: getattr(config, key) for key in keys} == keys
+
+
 @pytest.mark.parametrize("key,value", [
     ("server_name", ""), ("server_name", "a b"), ("server_name", 5), ("bind", 5), ("port", "8008"), ("port", 65536), ("port", -1), ("port", True), ("database", 5), ("database", ""), ("database", "a\0b"),
     ("registrations", {}), ("open_registration", "yes"), ("open_registration", 1), ("public_url", 5), ("public_url", "foo"), ("public_url", "http://"),
@@ -13556,34 +13589,16 @@ def test_the_first_pause_between_attempts_is_not_longer_than_the_last(tmp_path, 
     assert code == 2 and re.search(r"c.json: retry_first_ms: is \d+, more than retry_max_ms, which is \d+; write a smaller number\n$", err)
 
 
-@pytest.mark.parametrize("keys", [{"public_url": ""}, {"public_url": "https://matrix.example.org/x"}, {"admin_token": None}, {"admin_token": "open sesame"},
-                                  {"retry_first_ms": 5, "retry_max_ms": 5}])
-def test_a_value_that_is_right_is_no_finding(keys):
-    config = asbridge.ConfigReader(keys, "x", "").read()
-    assert {key: getattr(config, key) for key in keys} == keys
+@pytest.mark.parametrize("key,nearest", [("servername", "server_name"), ("prot", "port"), ("registration", "registrations"), ("zzz", "")])
+def test_an_unknown_key_names_the_nearest_known_one(tmp_path, capsys, key, nearest):
+    code, err = configured(tmp_path, capsys, {key: 1})
+    assert code == 2 and key in err and f"'{nearest}" in err
 
 
 @pytest.mark.parametrize("key", ["as_token", "hs_token", "sender_localpart", "namespaces"])
 def test_a_registration_alone_is_known_as_one_even_if_a_key_is_missing(tmp_path, capsys, key):
     code, err = configured(tmp_path, capsys, {name: value for name, value in registration().items() if name != key})
     assert code == 2 and f"c.json: {key}: is missing; write " in err and len(err.splitlines()) == 1
-
-
-def test_every_key_of_the_design_is_a_key_of_the_configuration():
-    fields = {one.name for one in asbridge.dataclasses.fields(asbridge.Config)}
-    assert fields == set(asbridge.CONFIG_KEYS) == {
-        "server_name", "bind", "port", "database", "registrations", "open_registration", "public_url", "admin_token", "max_event_bytes", "max_request_bytes",
-        "max_upload_bytes", "retry_first_ms", "retry_max_ms", "push_timeout_ms", "query_timeout_ms", "room_version", "rate_limit", "one_cpu"}
-    config = asbridge.ConfigReader({}, "x", "").read()
-    assert (config.server_name, config.bind, config.port, config.database, config.room_version) == ("localhost", "127.0.0.1", 8008, "asbridge.db", "11")
-    assert (config.max_event_bytes, config.max_request_bytes, config.max_upload_bytes) == (65536, 2**20, 50 * 2**20)
-    assert (config.retry_first_ms, config.retry_max_ms, config.push_timeout_ms, config.query_timeout_ms) == (500, 60000, 60000, 10000)
-
-
-@pytest.mark.parametrize("key,nearest", [("servername", "server_name"), ("prot", "port"), ("registration", "registrations"), ("zzz", "")])
-def test_an_unknown_key_names_the_nearest_known_one(tmp_path, capsys, key, nearest):
-    code, err = configured(tmp_path, capsys, {key: 1})
-    assert code == 2 and key in err and f"'{nearest}" in err
 
 
 def test_all_findings_are_printed_and_not_the_first(tmp_path, capsys):
@@ -13616,21 +13631,6 @@ def test_the_role_of_an_application_service_needs_a_sample(tmp_path, capsys):
     (tmp_path / "r.json").write_text(json.dumps(registration()))
     assert asbridge.main(["--role", "appservice", "--config", str(tmp_path / "r.json")]) == 2
     assert "asbridge.sample" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("text", [HEISENBRIDGE, json.dumps(registration("heisenbridge"))])
-def test_a_registration_alone_is_a_configuration(tmp_path, text):
-    (tmp_path / "r.yaml").write_text(text)
-    config = asbridge.read_config(str(tmp_path / "r.yaml"))
-    assert [one.id for one in config.registrations] == ["heisenbridge"] and config.port == 8008
-
-
-def test_paths_in_a_configuration_are_relative_to_it(tmp_path):
-    (tmp_path / "sub").mkdir()
-    (tmp_path / "sub" / "r.yaml").write_text(HEISENBRIDGE)
-    (tmp_path / "sub" / "c.json").write_text(json.dumps({"registrations": ["r.yaml", registration()], "database": "d.db"}))
-    config = asbridge.read_config(str(tmp_path / "sub" / "c.json"))
-    assert [one.id for one in config.registrations] == ["heisenbridge", "irc"] and config.database == str(tmp_path / "sub" / "d.db")
 
 
 # -- The homeserver in one piece, for a program or a test.
