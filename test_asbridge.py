@@ -220,6 +220,9 @@ def client():
         one.close()
 
 
+GET = b"GET / HTTP/1.1\r\nHost: h\r\n\r\n"
+
+
 def connect(server):
     return socket.create_connection(("127.0.0.1", server.port), 5)
 
@@ -1490,14 +1493,14 @@ def test_a_client_of_http_1_0_does_not_know_of_100_continue(serve):
 
 def test_a_large_answer_arrives_whole(serve):
     server = serve(lambda request: asbridge.Response(200, b"x" * 3_000_000))
-    assert talk(server, b"GET / HTTP/1.1\r\nHost: h\r\n\r\n").endswith(b"\r\n\r\n" + b"x" * 3_000_000)
+    assert talk(server, GET).endswith(b"\r\n\r\n" + b"x" * 3_000_000)
 
 
 @pytest.mark.parametrize("data", [b"", b"GET / HT", b"POST / HTTP/1.1\r\nHost: h\r\nContent-Length: 9\r\n\r\nabc"])
 def test_a_client_that_goes_away_leaves_nothing_behind(serve, caplog, data):
     server = serve()
     assert talk(server, data) == b"" and eventually(lambda: not server.connections)
-    assert talk(server, b"GET / HTTP/1.1\r\nHost: h\r\n\r\n").startswith(b"HTTP/1.1 200 ") and not caplog.records
+    assert talk(server, GET).startswith(b"HTTP/1.1 200 ") and not caplog.records
 
 
 # -- The HTTP server: heads.
@@ -1549,7 +1552,7 @@ def test_a_query_is_utf_8_percent_encoded_or_not_and_anything_else_is_refused_an
 
 @pytest.mark.parametrize("extra", [b"\r\n", b"\r\n\r\n"])
 def test_empty_lines_before_the_first_request_are_ignored(serve, extra):
-    assert [status for status, _, _ in answers_in(talk(serve(), extra + b"GET / HTTP/1.1\r\nHost: h\r\n\r\n"))] == [200]
+    assert [status for status, _, _ in answers_in(talk(serve(), extra + GET))] == [200]
 
 
 def test_an_empty_line_after_a_body_is_ignored(serve):
@@ -1725,7 +1728,7 @@ def test_a_client_that_does_not_read_its_answer_or_too_slowly_is_given_up(serve,
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         sock.settimeout(0.01)
         sock.connect(("127.0.0.1", server.port))
-        sock.sendall(b"GET / HTTP/1.1\r\nHost: h\r\n\r\n")
+        sock.sendall(GET)
         eventually(lambda: server.connections)
 
         def given_up():
@@ -1760,11 +1763,11 @@ def test_a_client_that_does_not_wait_for_its_answer_harms_nobody(serve, caplog):
         return asbridge.Response(200, b"x" * 1_000_000)
     server = serve(app)
     with connect(server) as sock:
-        sock.sendall(b"GET / HTTP/1.1\r\nHost: h\r\n\r\n")
+        sock.sendall(GET)
         assert reached.wait(5)
     gone.set()
     assert eventually(lambda: not server.connections)
-    assert talk(server, b"GET / HTTP/1.1\r\nHost: h\r\n\r\n").startswith(b"HTTP/1.1 200 ") and not caplog.records
+    assert talk(server, GET).startswith(b"HTTP/1.1 200 ") and not caplog.records
 
 
 def test_after_a_body_that_did_not_come_in_time_the_rest_of_it_is_no_request(serve, monkeypatch):
@@ -1797,7 +1800,7 @@ def test_a_silent_connection_may_stay(serve, monkeypatch):
         sock.settimeout(0.05)
         with pytest.raises(TimeoutError):
             sock.recv(1)
-        sock.sendall(b"GET / HTTP/1.1\r\nHost: h\r\n\r\n")
+        sock.sendall(GET)
         sock.settimeout(5)
         assert sock.recv(100).startswith(b"HTTP/1.1 200 ")
 
@@ -1822,12 +1825,12 @@ def test_at_the_cap_the_connection_that_is_idle_for_longest_goes(serve):
     server = serve(max_connections=2)
     with connect(server) as first, connect(server) as second:
         for sock in (second, first):
-            sock.sendall(b"GET / HTTP/1.1\r\nHost: h\r\n\r\n")
+            sock.sendall(GET)
             assert answers_in(sock.recv(65_536))[0][0] == 200
             eventually(lambda: all(connection.idle_since for connection in server.connections))
-        assert talk(server, b"GET / HTTP/1.1\r\nHost: h\r\n\r\n").startswith(b"HTTP/1.1 200 ")
+        assert talk(server, GET).startswith(b"HTTP/1.1 200 ")
         assert read_all(second) == b""
-        first.sendall(b"GET / HTTP/1.1\r\nHost: h\r\n\r\n")
+        first.sendall(GET)
         assert answers_in(first.recv(65_536))[0][0] == 200
 
 
@@ -1840,7 +1843,7 @@ def test_connections_leave_handles_for_the_rest(serve, monkeypatch):
 def test_where_no_handle_is_left_the_connection_that_is_idle_for_longest_goes_and_it_is_said_once(serve, monkeypatch, caplog):
     server, take, missing = serve(), socket.socket.accept, [errno.EMFILE] * 3
     with connect(server) as idle:
-        idle.sendall(b"GET / HTTP/1.1\r\nHost: h\r\n\r\n")
+        idle.sendall(GET)
         assert idle.recv(65_536)
         eventually(lambda: all(connection.idle_since for connection in server.connections))
 
@@ -1849,7 +1852,7 @@ def test_where_no_handle_is_left_the_connection_that_is_idle_for_longest_goes_an
                 raise OSError(missing.pop(), "Too many open files")
             return take(sock)
         monkeypatch.setattr(socket.socket, "accept", accept)
-        assert talk(server, b"GET / HTTP/1.1\r\nHost: h\r\n\r\n").startswith(b"HTTP/1.1 200 ")
+        assert talk(server, GET).startswith(b"HTTP/1.1 200 ")
         assert read_all(idle) == b"" and not missing
     assert [record.getMessage() for record in caplog.records] == [
         f"no more connections can be taken on port {server.port}: Too many open files; there are 1 (ulimit -n and -u say what a process may have)"]
@@ -1868,7 +1871,7 @@ def test_where_no_thread_is_left_a_connection_is_closed_and_the_next_is_served(s
     for _ in range(3):
         with connect(server) as sock:
             assert read_all(sock) == b""
-    assert talk(server, b"GET / HTTP/1.1\r\nHost: h\r\n\r\n").startswith(b"HTTP/1.1 200 ")
+    assert talk(server, GET).startswith(b"HTTP/1.1 200 ")
     assert len(caplog.records) == 1 and "can't start new thread" in caplog.text and "Traceback" not in caplog.text
 
 
@@ -1886,7 +1889,7 @@ def test_a_server_can_be_stopped_where_no_handle_or_thread_is_left(serve, monkey
 def test_stopping_ends_idle_connections(serve):
     server = serve()
     with connect(server) as sock:
-        sock.sendall(b"GET / HTTP/1.1\r\nHost: h\r\n\r\n")
+        sock.sendall(GET)
         assert sock.recv(100).startswith(b"HTTP/1.1 200 ")
         server.stop()
         assert read_all(sock)[-1:] in (b"", b"}") and eventually(lambda: not server.connections)
