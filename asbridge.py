@@ -1308,6 +1308,7 @@ class Registration:
 
     @property
     def hears_ephemeral(self) -> bool:
+        """Whether ephemeral data, and messages to its users' devices, are pushed to it."""
         return self.url is not None and bool(self.ephemeral_keys)
 
     @property
@@ -2719,7 +2720,7 @@ class RoomState:
         return int(levels.get("events", {}).get(type, default))
 
 
-# -- May this be sent? Authorisation rules, numbered as in room version 12.
+# -- May this be sent? Authorisation rules, numbered as in room version 12; in 10 and 11 they say the same, but for creators.
 
 def forbidden(error: str) -> MatrixError:
     return MatrixError("M_FORBIDDEN", error)
@@ -2782,7 +2783,7 @@ def _may_join(room: RoomState, draft: Draft, target: str) -> None:
     if room.join_rule == "public" or (current in ("join", "invite") and room.join_rule in JOIN_RULES):
         return
     if room.join_rule in ("restricted", "knock_restricted"):
-        voucher = draft.content.get("join_authorised_via_users_server")
+        voucher = draft.content.get("join_authorised_via_users_server")      # the homeserver's word: a client can't write it
         if isinstance(voucher, str) and voucher in room.joined and room.power(voucher) >= room.needed("invite"):
             return
         raise forbidden(f"{target} is in none of the rooms whose members may join this one, and is not invited")
@@ -2969,8 +2970,9 @@ def visible_ranges(visibilities: Sequence[tuple[int, str]],
 # counter, the tick: a sync token is a tick, and "what is new" is what lies after
 # one. Does not know the rules: it stores what it is told.
 
-SCHEMA_VERSION = 3               # what is new in a later one is added to an older database when it is opened
-OUTGROWN = {3: "DROP TABLE IF EXISTS client_txns;"}          # what goes then, by the version that has it no more
+SCHEMA_VERSION = 3               # tables and indexes that are new in a later one are added to an older database when it is opened
+#: What else it takes to make of an older database one of this version: a table that goes, a column that comes (ALTER TABLE).
+UPGRADES = {3: "DROP TABLE IF EXISTS client_txns;"}
 SCHEMA = """
 CREATE TABLE meta         (key TEXT PRIMARY KEY, value) WITHOUT ROWID;     -- server_name; position: the last tick in this database
 CREATE TABLE users        (user_id TEXT PRIMARY KEY,
@@ -4114,10 +4116,15 @@ class Tx(Reader):
             return
         body = '{"events":[' + ",".join([Event(*row).for_appservice(now) for row in rows]) + f"]{more}}}"
         transaction = Transaction(id, self._next_txn_id(id), len(rows), body.encode("utf-8", "replace"))
-        last = int(rows[-1][0]) if rows else box.frozen_to
-        self.run("INSERT INTO transactions VALUES (?, ?, ?, ?, ?, NULL)", id, transaction.txn_id, last,
-                 len(rows), transaction.body)
-        self.boxes[id] = box._replace(open=transaction, frozen_to=last, kept=self._prune(id, box.kept + 1))
+        self._add_transaction(box, transaction, int(rows[-1][0]) if rows else box.frozen_to)
+
+    def _add_transaction(self, box: Outbox, new: Transaction, last_tick: int) -> None:
+        self.run("INSERT INTO transactions VALUES (?, ?, ?, ?, ?, NULL)", new.appservice, new.txn_id, last_tick, new.events, new.body)
+        self._open(box._replace(frozen_to=last_tick, kept=self._prune(new.appservice, box.kept + 1)), new)
+
+    def _open(self, box: Outbox, transaction: Transaction) -> None:
+        """It is to be sent. After COMMIT its worker is told."""
+        self.boxes[transaction.appservice] = box._replace(open=transaction)
         self.after.append(lambda: self.store.on_frozen(transaction))
 
     def _next_txn_id(self, id: str) -> int:
@@ -4147,12 +4154,10 @@ class Tx(Reader):
         transaction = Transaction(*row)
         if new_id:
             transaction = transaction._replace(txn_id=self._next_txn_id(id))
-            self.run("INSERT INTO transactions VALUES (?, ?, ?, ?, ?, NULL)", id, transaction.txn_id, box.frozen_to, transaction.events,
-                     transaction.body)
+            self._add_transaction(box, transaction, box.frozen_to)
         else:
             self.run("UPDATE transactions SET acknowledged_ts = NULL WHERE appservice = ? AND txn_id = ?", id, transaction.txn_id)
-        self.boxes[id] = box._replace(open=transaction, kept=box.kept + new_id)
-        self.after.append(lambda: self.store.on_frozen(transaction))
+            self._open(box, transaction)
         return transaction.txn_id
 
     def _prune(self, id: str, kept: int) -> int:
@@ -4658,9 +4663,9 @@ def create_schema(db: sqlite3.Connection, path: str, server_name: str) -> None:
     version, empty = check_ours(db, path, server_name)
     if version < SCHEMA_VERSION:
         first = f"INSERT INTO meta VALUES ('server_name', '{server_name}'), ('position', 0);" if empty else ""
-        gone = "".join([sql for since, sql in OUTGROWN.items() if version < since])
+        upgrades = "".join([sql for since, sql in UPGRADES.items() if version < since and not empty])
         lacking = re.sub("^CREATE (TABLE|INDEX)", r"CREATE \1 IF NOT EXISTS", SCHEMA, flags=re.MULTILINE)
-        db.executescript(f"BEGIN; {gone} {lacking} {first} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
+        db.executescript(f"BEGIN; {upgrades} {lacking} {first} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
 
 
 # ============================================================================
@@ -4720,7 +4725,7 @@ MAX_TALLIES = 5000               # counts that are kept in memory, each of one u
 
 @dataclass
 class Settings:
-    """The keys of the configuration that the homeserver reads (README, Configuration)."""
+    """The keys of the configuration that the homeserver reads (README, Configuration). Each has a row in CONFIG_KEYS (12)."""
     server_name: str = "localhost"
     public_url: str = ""
     open_registration: bool = True
@@ -6891,7 +6896,7 @@ class Backups(Verbs):
 # -- Push rules: which events notify whom (Push Notifications). For clients.
 
 RULE_KINDS = ("override", "content", "room", "sender", "underride")      # in the order in which they are asked
-CONDITIONS: dict[str, JsonObject] = {        # the words of the table below; what has a '=' in it is key=pattern
+DEFAULT_CONDITIONS: dict[str, JsonObject] = {        # the words of the table below; what has a '=' in it is key=pattern
     "names-me":      {"kind": "contains_display_name"},
     "mentions-me":   {"kind": "event_property_contains", "key": r"content.m\.mentions.user_ids", "value": "{user_id}"},
     "mentions-room": {"kind": "event_property_is", "key": r"content.m\.mentions.room", "value": True},
@@ -6933,7 +6938,7 @@ def default_rules(user_id: str) -> Raw:
     """Content of m.push_rules for a user who has changed nothing."""
     rules: dict[str, list[JsonObject]] = {kind: [] for kind in RULE_KINDS}
     for kind, id, conditions, actions in DEFAULT_RULES:
-        words = [CONDITIONS.get(key) or {"kind": "event_match", "key": key, "pattern": pattern}
+        words = [DEFAULT_CONDITIONS.get(key) or {"kind": "event_match", "key": key, "pattern": pattern}
                  for key, _, pattern in (word.partition("=") for word in conditions.split())]
         rules[kind].append({"rule_id": f".m.rule.{id}", "default": True, "enabled": id != "master",
                             "actions": [ACTIONS[name] for name in actions.split()],
