@@ -73,7 +73,23 @@ Reading paths
         in 8 "Who is asking?"; 10. How a ghost is made, and when an alias is asked for: in 6 Accounts, Aliases
     Write a bridge       10, then 11
     Test a bridge        12 down to "The configuration", and the faults at the end of 7
-    Change the server    1, 4, 5, 6, 8; a change of the API begins with its row in the table of 8
+    Change the server    1, 4, 5, 6, 8
+
+To add ...                begin at ...
+==========
+    an endpoint           its row in ROUTES (8): then the handler, the verb in 6, the SQL in Reader or Tx (5)
+    a key of the config   a field of Settings (6) or Config (12), its row in CONFIG_KEYS, if need be in FLAGS (12)
+    a registration key    REGISTRATION_KEYS, and a field of Registration (3)
+    a rule of interest    Audience (3), or where the database must be asked Tx._insert (5); explain_rule (3)
+    a table, a column     SCHEMA and UPGRADES (5)
+    a room rule           MEMBERSHIP_RULES, authorise (4)
+    a push condition      CONDITION_KINDS (6)
+    a fault               FAULTS, Faults, Line (7); its form in the page (9)
+    an errcode            ERRORS (1)
+    an IRC command        COMMANDS, NUMERICS, a method do_... of IrcClient (11)
+    a check of a bridge   CHECKS of Examiner (9)
+
+The test stands in the section of the same number; the README tells of what can be seen from outside.
 
 Left out on purpose
 ===================
@@ -3870,8 +3886,8 @@ class Tx(Reader):
         return cast("tuple[str, str] | None", row)
 
     def add_to_device(self, user_id: str, device_id: str, message: JsonObject) -> None:
-        """Leaves a message for a device; a ghost's goes into its application service's next transaction, if that
-        takes such.
+        """Leaves a message for a device. One for a ghost goes into the next transaction of the application service that registered
+        it, if that takes such.
         """
         id = self.user(user_id)[1]
         registration = self.store.registrations.by_id.get(id)
@@ -7137,6 +7153,7 @@ def sender_notification_permission(condition: JsonObject) -> Test:
     return "", test
 
 
+# By the name that the spec has for a kind, which is that of the function.
 CONDITION_KINDS: dict[object, Callable[[JsonObject], Test]] = {
     make.__name__: make for make in (event_match, event_property_is, event_property_contains, contains_display_name,
                                      room_member_count, sender_notification_permission)}
@@ -8179,7 +8196,7 @@ class Wire:
         return self._made(*one) if one else None
 
 
-# -- Faults: what goes wrong on demand.
+# -- Faults: what goes wrong on demand. Line does it; the inspector has a form for them (9).
 
 FAULTS = {
     "lose_ack":  "the application service gets it and answers, but the answer is lost",
@@ -8352,6 +8369,7 @@ class Call:
         return self.choice(name, ("true", "false"), "false") == "true"
 
     def choice(self, name: str, options: Sequence[str], default: str) -> str:
+        """One of these; the default also for an empty text."""
         value = self.request.query.get(name) or default
         if value not in options:
             raise MatrixError("M_INVALID_PARAM", f"{name} must be one of {', '.join(options)}, not "
@@ -9589,7 +9607,9 @@ class Inspector:
         return {**told, "summary": self._summary(told, registration, forgotten)}
 
     def _rules(self, reader: Reader, registration: Registration, room: RoomRow, event: Event) -> list[JsonObject]:
-        """Each rule of interest: sender, target, then the room's members just before the event, its aliases, its ID."""
+        """Each rule of interest, as Audience has them (3): sender, target, then the room's members just before the event, its
+        aliases, its ID.
+        """
         def rules(name: str, kind: str, ids: Iterable[str]) -> list[JsonObject]:
             return [explain_rule(self.world.registrations, registration, name, kind, id) for id in ids]
         members = collections.defaultdict[Any, list[str]](list)
@@ -11534,7 +11554,9 @@ ONE_LINE = {0: " ", 10: " ", 13: " "}
 
 
 class Command(NamedTuple):
-    """An IRC command, done by the method of IrcClient that is called do_ and its name."""
+    """An IRC command, done by the method of IrcClient that is called do_ and its name. What only Matrix can answer it spools, as a
+    job for the method of IrcBridge that is called _do_ and its name.
+    """
     least: int                   # parameters
     early: bool = False          # may come before registering
     matrix: bool = False         # makes work for Matrix: refused while too much waits for it
