@@ -69,10 +69,10 @@ to follow the rest.
 Reading paths
 =============
     The Application Service API in an hour (about 1,900 lines)
-        3 down to Audience; in 5, of Tx, "events" and "the outbox"; 7 down to "What passes";
-        in 8 "Who is asking?"; 10. How a ghost is made, and when an alias is asked for: in 6 Accounts, Aliases
+        3 down to "Why?"; in 5, of Tx, "events" and "the outbox"; 7 down to "What passes"; in 8 "Who is
+        asking?"; 10. How a ghost is made, and when an alias is asked for: Accounts and Aliases in 6
     Write a bridge       10, then 11
-    Test a bridge        12 down to "The configuration", and the faults at the end of 7
+    Test a bridge        "The homeserver in one piece" in 12, and the faults at the end of 7
     Change the server    1, 4, 5, 6, 8
 
 To add ...                begin at ...
