@@ -69,11 +69,27 @@ to follow the rest.
 Reading paths
 =============
     The Application Service API in an hour (about 1,900 lines)
-        3 down to Audience; in 5, of Tx, "events" and "the outbox"; 7 down to "What passes";
-        in 8 "Who is asking?"; 10. How a ghost is made, and when an alias is asked for: in 6 Accounts, Aliases
+        3 down to "Why?"; in 5, of Tx, "events" and "the outbox"; 7 down to "What passes"; in 8 "Who is
+        asking?"; 10. How a ghost is made, and when an alias is asked for: Accounts and Aliases in 6
     Write a bridge       10, then 11
-    Test a bridge        12 down to "The configuration", and the faults at the end of 7
-    Change the server    1, 4, 5, 6, 8; a change of the API begins with its row in the table of 8
+    Test a bridge        "The homeserver in one piece" in 12, and the faults at the end of 7
+    Change the server    1, 4, 5, 6, 8
+
+To add ...                begin at ...
+==========
+    an endpoint           its row in ROUTES (8): then the handler, the verb in 6, the SQL in Reader or Tx (5)
+    a key of the config   a field of Settings (6) or Config (12), its row in CONFIG_KEYS, if need be in FLAGS (12)
+    a registration key    REGISTRATION_KEYS, and a field of Registration (3)
+    a rule of interest    Audience (3), or where the database must be asked Tx._insert (5); explain_rule (3)
+    a table, a column     SCHEMA and UPGRADES (5)
+    a room rule           MEMBERSHIP_RULES, authorise (4)
+    a push condition      CONDITION_KINDS (6)
+    a fault               FAULTS, Faults, Line (7); its form in the page (9)
+    an errcode            ERRORS (1)
+    an IRC command        COMMANDS, NUMERICS, a method do_... of IrcClient (11)
+    a check of a bridge   CHECKS of Examiner (9)
+
+The test stands in the section of the same number; the README tells of what can be seen from outside.
 
 Left out on purpose
 ===================
@@ -1308,6 +1324,7 @@ class Registration:
 
     @property
     def hears_ephemeral(self) -> bool:
+        """Whether ephemeral data, and messages to its users' devices, are pushed to it."""
         return self.url is not None and bool(self.ephemeral_keys)
 
     @property
@@ -2719,7 +2736,7 @@ class RoomState:
         return int(levels.get("events", {}).get(type, default))
 
 
-# -- May this be sent? Authorisation rules, numbered as in room version 12.
+# -- May this be sent? Authorisation rules, numbered as in room version 12; in 10 and 11 they say the same, but for creators.
 
 def forbidden(error: str) -> MatrixError:
     return MatrixError("M_FORBIDDEN", error)
@@ -2782,7 +2799,7 @@ def _may_join(room: RoomState, draft: Draft, target: str) -> None:
     if room.join_rule == "public" or (current in ("join", "invite") and room.join_rule in JOIN_RULES):
         return
     if room.join_rule in ("restricted", "knock_restricted"):
-        voucher = draft.content.get("join_authorised_via_users_server")
+        voucher = draft.content.get("join_authorised_via_users_server")      # the homeserver's word: a client can't write it
         if isinstance(voucher, str) and voucher in room.joined and room.power(voucher) >= room.needed("invite"):
             return
         raise forbidden(f"{target} is in none of the rooms whose members may join this one, and is not invited")
@@ -2969,8 +2986,9 @@ def visible_ranges(visibilities: Sequence[tuple[int, str]],
 # counter, the tick: a sync token is a tick, and "what is new" is what lies after
 # one. Does not know the rules: it stores what it is told.
 
-SCHEMA_VERSION = 3               # what is new in a later one is added to an older database when it is opened
-OUTGROWN = {3: "DROP TABLE IF EXISTS client_txns;"}          # what goes then, by the version that has it no more
+SCHEMA_VERSION = 3               # tables and indexes that are new in a later one are added to an older database when it is opened
+#: What else it takes to make of an older database one of this version: a table that goes, a column that comes (ALTER TABLE).
+UPGRADES = {3: "DROP TABLE IF EXISTS client_txns;"}
 SCHEMA = """
 CREATE TABLE meta         (key TEXT PRIMARY KEY, value) WITHOUT ROWID;     -- server_name; position: the last tick in this database
 CREATE TABLE users        (user_id TEXT PRIMARY KEY,
@@ -3868,8 +3886,8 @@ class Tx(Reader):
         return cast("tuple[str, str] | None", row)
 
     def add_to_device(self, user_id: str, device_id: str, message: JsonObject) -> None:
-        """Leaves a message for a device; a ghost's goes into its application service's next transaction, if that
-        takes such.
+        """Leaves a message for a device. One for a ghost goes into the next transaction of the application service that registered
+        it, if that takes such.
         """
         id = self.user(user_id)[1]
         registration = self.store.registrations.by_id.get(id)
@@ -4114,10 +4132,15 @@ class Tx(Reader):
             return
         body = '{"events":[' + ",".join([Event(*row).for_appservice(now) for row in rows]) + f"]{more}}}"
         transaction = Transaction(id, self._next_txn_id(id), len(rows), body.encode("utf-8", "replace"))
-        last = int(rows[-1][0]) if rows else box.frozen_to
-        self.run("INSERT INTO transactions VALUES (?, ?, ?, ?, ?, NULL)", id, transaction.txn_id, last,
-                 len(rows), transaction.body)
-        self.boxes[id] = box._replace(open=transaction, frozen_to=last, kept=self._prune(id, box.kept + 1))
+        self._add_transaction(box, transaction, int(rows[-1][0]) if rows else box.frozen_to)
+
+    def _add_transaction(self, box: Outbox, new: Transaction, last_tick: int) -> None:
+        self.run("INSERT INTO transactions VALUES (?, ?, ?, ?, ?, NULL)", new.appservice, new.txn_id, last_tick, new.events, new.body)
+        self._open(box._replace(frozen_to=last_tick, kept=self._prune(new.appservice, box.kept + 1)), new)
+
+    def _open(self, box: Outbox, transaction: Transaction) -> None:
+        """It is to be sent. After COMMIT its worker is told."""
+        self.boxes[transaction.appservice] = box._replace(open=transaction)
         self.after.append(lambda: self.store.on_frozen(transaction))
 
     def _next_txn_id(self, id: str) -> int:
@@ -4147,12 +4170,10 @@ class Tx(Reader):
         transaction = Transaction(*row)
         if new_id:
             transaction = transaction._replace(txn_id=self._next_txn_id(id))
-            self.run("INSERT INTO transactions VALUES (?, ?, ?, ?, ?, NULL)", id, transaction.txn_id, box.frozen_to, transaction.events,
-                     transaction.body)
+            self._add_transaction(box, transaction, box.frozen_to)
         else:
             self.run("UPDATE transactions SET acknowledged_ts = NULL WHERE appservice = ? AND txn_id = ?", id, transaction.txn_id)
-        self.boxes[id] = box._replace(open=transaction, kept=box.kept + new_id)
-        self.after.append(lambda: self.store.on_frozen(transaction))
+            self._open(box, transaction)
         return transaction.txn_id
 
     def _prune(self, id: str, kept: int) -> int:
@@ -4658,9 +4679,9 @@ def create_schema(db: sqlite3.Connection, path: str, server_name: str) -> None:
     version, empty = check_ours(db, path, server_name)
     if version < SCHEMA_VERSION:
         first = f"INSERT INTO meta VALUES ('server_name', '{server_name}'), ('position', 0);" if empty else ""
-        gone = "".join([sql for since, sql in OUTGROWN.items() if version < since])
+        upgrades = "".join([sql for since, sql in UPGRADES.items() if version < since and not empty])
         lacking = re.sub("^CREATE (TABLE|INDEX)", r"CREATE \1 IF NOT EXISTS", SCHEMA, flags=re.MULTILINE)
-        db.executescript(f"BEGIN; {gone} {lacking} {first} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
+        db.executescript(f"BEGIN; {upgrades} {lacking} {first} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
 
 
 # ============================================================================
@@ -4720,7 +4741,7 @@ MAX_TALLIES = 5000               # counts that are kept in memory, each of one u
 
 @dataclass
 class Settings:
-    """The keys of the configuration that the homeserver reads (README, Configuration)."""
+    """The keys of the configuration that the homeserver reads (README, Configuration). Each has a row in CONFIG_KEYS (12)."""
     server_name: str = "localhost"
     public_url: str = ""
     open_registration: bool = True
@@ -6891,7 +6912,7 @@ class Backups(Verbs):
 # -- Push rules: which events notify whom (Push Notifications). For clients.
 
 RULE_KINDS = ("override", "content", "room", "sender", "underride")      # in the order in which they are asked
-CONDITIONS: dict[str, JsonObject] = {        # the words of the table below; what has a '=' in it is key=pattern
+DEFAULT_CONDITIONS: dict[str, JsonObject] = {        # the words of the table below; what has a '=' in it is key=pattern
     "names-me":      {"kind": "contains_display_name"},
     "mentions-me":   {"kind": "event_property_contains", "key": r"content.m\.mentions.user_ids", "value": "{user_id}"},
     "mentions-room": {"kind": "event_property_is", "key": r"content.m\.mentions.room", "value": True},
@@ -6933,7 +6954,7 @@ def default_rules(user_id: str) -> Raw:
     """Content of m.push_rules for a user who has changed nothing."""
     rules: dict[str, list[JsonObject]] = {kind: [] for kind in RULE_KINDS}
     for kind, id, conditions, actions in DEFAULT_RULES:
-        words = [CONDITIONS.get(key) or {"kind": "event_match", "key": key, "pattern": pattern}
+        words = [DEFAULT_CONDITIONS.get(key) or {"kind": "event_match", "key": key, "pattern": pattern}
                  for key, _, pattern in (word.partition("=") for word in conditions.split())]
         rules[kind].append({"rule_id": f".m.rule.{id}", "default": True, "enabled": id != "master",
                             "actions": [ACTIONS[name] for name in actions.split()],
@@ -7132,6 +7153,7 @@ def sender_notification_permission(condition: JsonObject) -> Test:
     return "", test
 
 
+# By the name that the spec has for a kind, which is that of the function.
 CONDITION_KINDS: dict[object, Callable[[JsonObject], Test]] = {
     make.__name__: make for make in (event_match, event_property_is, event_property_contains, contains_display_name,
                                      room_member_count, sender_notification_permission)}
@@ -8174,7 +8196,7 @@ class Wire:
         return self._made(*one) if one else None
 
 
-# -- Faults: what goes wrong on demand.
+# -- Faults: what goes wrong on demand. Line does it; the inspector has a form for them (9).
 
 FAULTS = {
     "lose_ack":  "the application service gets it and answers, but the answer is lost",
@@ -8347,6 +8369,7 @@ class Call:
         return self.choice(name, ("true", "false"), "false") == "true"
 
     def choice(self, name: str, options: Sequence[str], default: str) -> str:
+        """One of these; the default also for an empty text."""
         value = self.request.query.get(name) or default
         if value not in options:
             raise MatrixError("M_INVALID_PARAM", f"{name} must be one of {', '.join(options)}, not "
@@ -9584,7 +9607,9 @@ class Inspector:
         return {**told, "summary": self._summary(told, registration, forgotten)}
 
     def _rules(self, reader: Reader, registration: Registration, room: RoomRow, event: Event) -> list[JsonObject]:
-        """Each rule of interest: sender, target, then the room's members just before the event, its aliases, its ID."""
+        """Each rule of interest, as Audience has them (3): sender, target, then the room's members just before the event, its
+        aliases, its ID.
+        """
         def rules(name: str, kind: str, ids: Iterable[str]) -> list[JsonObject]:
             return [explain_rule(self.world.registrations, registration, name, kind, id) for id in ids]
         members = collections.defaultdict[Any, list[str]](list)
@@ -11529,7 +11554,9 @@ ONE_LINE = {0: " ", 10: " ", 13: " "}
 
 
 class Command(NamedTuple):
-    """An IRC command, done by the method of IrcClient that is called do_ and its name."""
+    """An IRC command, done by the method of IrcClient that is called do_ and its name. What only Matrix can answer it spools, as a
+    job for the method of IrcBridge that is called _do_ and its name.
+    """
     least: int                   # parameters
     early: bool = False          # may come before registering
     matrix: bool = False         # makes work for Matrix: refused while too much waits for it
