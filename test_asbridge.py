@@ -117,6 +117,7 @@ def registrations_of(*data, server_name="localhost"):
 
 
 def with_uris(**more):
+    """One that maps URIs, as the sample does."""
     return registration(uris=asbridge.SAMPLE_REGISTRATION["uris"], **more)
 
 
@@ -144,6 +145,7 @@ def closed_port():
 
 
 def nowhere():
+    """The URL of an application service that is down."""
     return f"http://127.0.0.1:{closed_port()}"
 
 
@@ -486,6 +488,7 @@ def program(tmp_path):
 
 
 def person(running, name="alice"):
+    """A client of somebody new, at the program."""
     client = asbridge.Client(running.url)
     client.token = client.call("POST", V3 + "/register", {"username": name, "auth": {"type": "m.login.dummy"}})["access_token"]
     return client
@@ -540,10 +543,12 @@ def again(hs, client, **more):
 
 
 def confirmed(password="w", **more):
+    """What a body has to have for what matters: the password."""
     return {"auth": {"type": "m.login.password", "password": password, **more}}
 
 
 def renamed(client, name):
+    """Sets the display name."""
     client.call("PUT", path("profile", client.user_id, "displayname"), {"displayname": name})
 
 
@@ -595,6 +600,7 @@ def all_messages(client, room, dir="f", **query):
 
 
 def ephemeral(client, room, since=None, type="m.typing"):
+    """The content of the ephemeral event of this type that the next sync has, or None."""
     events = joined(client.sync(since), room).get("ephemeral", {"events": []})["events"]
     return next((event["content"] for event in events if event["type"] == type), None)
 
@@ -604,13 +610,14 @@ def receipt(client, room, event_id, type="m.read", **body):
 
 
 def reply(client, room, parent, rel_type="m.thread", body="reply", type="m.room.message", **more):
+    """Sends an event that relates to another; its ID."""
     relation = {"rel_type": rel_type, "event_id": parent, **more}
     return client.send(room, type, {"msgtype": "m.text", "body": body, "m.relates_to": relation})
 
 
 def relations(client, room, event_id, *more, **query):
-    answer = client.call("GET", "/_matrix/client/v1/rooms/" + "/".join(urllib.parse.quote(x, safe="") for x in (room, "relations", event_id, *more)),
-                         **query)
+    """The IDs of the events that relate to this one, and the whole answer."""
+    answer = client.call("GET", "/_matrix/client/v1/rooms/" + "/".join(map(quote, (room, "relations", event_id, *more))), **query)
     return ids(answer["chunk"]), answer
 
 
@@ -635,6 +642,7 @@ def directory(client, **body):
 
 
 def restricted(alice, other, type="m.room_membership", version="11"):
+    """A room of alice's that is joined by who is in the other one."""
     return alice.create_room(room_version=version, initial_state=[
         {"type": "m.room.join_rules", "content": {"join_rule": "restricted", "allow": [{"type": type, "room_id": other}]}}])
 
@@ -757,11 +765,13 @@ def push_under_faults(hs, alice, room):
 
 
 def heard(hs, recorder):
+    """The texts that an application service has heard when all is pushed."""
     hs.settle()
     return recorder.texts()
 
 
 def queries(recorder):
+    """What an application service was asked, without the prefix of the path."""
     return [urllib.parse.unquote(request[1]).removeprefix("/_matrix/app/v1/") for request in recorder.requests if request[0] == "GET"]
 
 
@@ -798,6 +808,7 @@ IRC_PROTOCOL = {"user_fields": ["network", "nickname"], "location_fields": ["net
 
 
 def legacy(status, body, old_status=200, old_body={}):
+    """The answers of an application service: the first on today's path, the other on the older one."""
     return lambda request, sent: (old_status, old_body) if request.path.startswith("/transactions/") else (status, body)
 
 
@@ -853,6 +864,7 @@ def answering(*faults):
 # -- Application services that act.
 
 def bot_of(hs, id="irc"):
+    """A client with the as_token of an application service, which acts as its own user."""
     return asbridge.Client(hs.url, hs.world.registrations.by_id[id].as_token)
 
 
