@@ -87,7 +87,7 @@ To add ...                begin at ...
     a fault               FAULTS, Faults, Line (7); its form in the page (9)
     an errcode            ERRORS (1)
     an IRC command        COMMANDS, NUMERICS, a method do_... of IrcClient (11)
-    a check of a bridge   CHECKS of Examiner (9)
+    a check of a bridge   Examiner.CHECKS (9)
 
 The test stands in the section of the same number; the README tells of what can be seen from outside.
 

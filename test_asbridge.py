@@ -10047,6 +10047,13 @@ def test_a_service_that_fails_or_tells_nonsense_of_a_user_is_left_out(start, rec
     assert [record.args[0] for record in caplog.records if "third-party" in record.message] == ["bad"]
 
 
+def test_of_a_list_of_users_the_entries_that_are_none_are_left_out_and_the_others_told(start, recorder, caplog):
+    bobs = [{"userid": f"@_irc_{name}:localhost", "protocol": "irc", "fields": {"nickname": name}} for name in ("bob", "rob")]
+    hs = start(registration(url=network(recorder, user_irc=[bobs[0], {"userid": 5}, None, bobs[1]]).url, protocols=["irc"]))
+    assert third_party(hs.client("alice"), "user", "irc") == bobs
+    assert ["only a part can be used" in record.message for record in caplog.records if "third-party" in record.message] == [True]
+
+
 def test_several_services_that_do_not_answer_cost_one_deadline(start, recorder):
     go = threading.Event()
     dead = [recorder() for _ in range(4)]
@@ -12386,6 +12393,12 @@ def test_no_value_of_a_wrong_type_in_what_a_homeserver_sends_makes_a_service_fai
 
 # -- AppService: each event is handled once.
 
+@pytest.mark.parametrize("strange", [{"content": None}, {"content": []}, {"content": 5}, {"state_key": ["@a:test"]}, {"state_key": {}}, {"room_id": []}])
+def test_a_member_event_of_a_strange_shape_is_handled_like_any_other(service, strange):
+    event = {"event_id": "$strange", "type": "m.room.member", "room_id": "!r:test", "sender": "@a:test", "state_key": "@a:test", "content": {}, **strange}
+    assert as_request(service, "PUT", PUSH + "strange", {"events": [event]}) == (200, {}) and service.events == ["$strange"]
+
+
 def test_events_are_handled_in_order_on_the_new_and_the_old_path(service):
     assert as_request(service, "PUT", PUSH + "1", some_events("$1", "$2")) == (200, {})
     assert as_request(service, "PUT", "/transactions/2", some_events("$3")) == (200, {})
@@ -13993,6 +14006,14 @@ def test_routes_prints_the_table(capsys):
     assert len(lines) == 1 + len(asbridge.ROUTES) + len(asbridge.ADMIN_ROUTES) and any(re.match(r"GET +/_matrix/client/v3/sync +user +Syncing", line) for line in lines)
 
 
+def test_explain_says_why_nobody_may_create_what_two_claim_exclusively_or_what_is_no_name_for_people(tmp_path, capsys):
+    file = tmp_path / "x.json"
+    file.write_text(json.dumps({"registrations": [registration(), registration("news", users=["@_i.*"], aliases=[])]}))
+    for id, why in (("@_irc_bob:localhost", "nobody, for irc and news claim it exclusively"), ("@Bob:localhost", asbridge.NOBODY_MAY)):
+        assert asbridge.main(["explain", id, "--config", str(file)]) == 0
+        assert f"who may create it: {why}" in capsys.readouterr().out.splitlines()
+
+
 def test_explain_of_the_command_line_reads_registrations_and_database_and_changes_neither(tmp_path, capsys):
     database, file = tmp_path / "hs.db", tmp_path / "x.json"
     file.write_text(json.dumps({"registrations": [registration()], "database": "hs.db"}))
@@ -14450,6 +14471,16 @@ def test_no_section_refers_to_one_below_it():
         down += [f"{node.id} in line {node.lineno}" for node in ast.walk(top) if isinstance(node, ast.Name)
                  and isinstance(node.ctx, ast.Load) and node.id not in own and home.get(node.id, 0) > section_of(node)]
     assert len(home) > 200 and down == []
+
+
+def test_what_the_front_page_sends_its_readers_to_is_there():
+    paths, _, places = asbridge.__doc__.partition("Reading paths\n")[2].partition("To add ...")
+    with open(asbridge.__file__, encoding="utf-8") as file:
+        parts = re.findall(r"(?m)^ *# -- (.*)", file.read())
+    named = re.findall(r'"([^"]+)"', " ".join(paths.split()))
+    assert len(named) >= 6 and not [name for name in named if not any(part.startswith(name) for part in parts)]
+    for place in re.findall(r"[A-Z]\w+\.\w+|[A-Z_]{5,}", places):
+        functools.reduce(getattr, place.split("."), asbridge)
 
 
 def test_the_contents_in_the_docstring_are_the_banners():
