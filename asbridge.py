@@ -286,8 +286,8 @@ def quoted(value: object) -> str:
 
 
 def to_localpart(text: str) -> str:
-    """Any text in the alphabet of user IDs: lower case, every other byte as =xx (Appendices, Mapping from
-    other character sets).
+    """Any text in the alphabet of user IDs: lower case, every other byte as =xx (Appendices, Mapping from other character sets;
+    where case counts, as it does not on IRC, that has '_a' for 'A' and '__' for '_').
     """
     return re.sub(rb"[^a-z0-9._/+-]", lambda m: b"=%02x" % m[0][0],
                   text.encode("utf-8", "replace").lower()).decode("ascii")
@@ -554,6 +554,14 @@ def json_response(status: int, value: Any, headers: bytes = b"") -> Response:
     return Response(status, to_json(value).encode("utf-8", "replace"), headers=headers)
 
 
+def error_response(error: MatrixError, headers: bytes = b"") -> Response:
+    """The standard error response. Who is to come again later is told when in a header, too (Rate limiting)."""
+    wait_ms: Any = error.extra.get("retry_after_ms")
+    if is_a(wait_ms, int):
+        headers += b"Retry-After: %d\r\n" % math.ceil(wait_ms / 1000)
+    return json_response(error.status, error.body(), headers)
+
+
 class Request:
     """One HTTP request: its head, and its body once somebody asks for it."""
 
@@ -734,7 +742,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
                 self.idle_since = time.monotonic()
         except MatrixError as error:
             with contextlib.suppress(OSError):
-                self.send(json_response(error.status, error.body()).render(head is not None and head[:5] == b"HEAD ", "close"))
+                self.send(error_response(error).render(head is not None and head[:5] == b"HEAD ", "close"))
                 self.linger()
         except OSError:
             pass                                             # the client went away
@@ -1619,7 +1627,7 @@ class ConfigError(Exception):
         self.findings, self.rest = list(findings), rest      # rest: what can be read of a registration, for the doctor
 
 
-# One line for each key: its type, whether there must be one, and what would be right.
+# key: its type, whether it must be there, and what would be right
 REGISTRATION_KEYS: dict[str, tuple[Any, bool, str]] = {
     "id":                                     (str,                True,  "a text that is unique on this homeserver"),
     "url":                                    ((str, type(None)),  True,  "'http://host:port', or null if nothing is to be sent"),
@@ -3901,7 +3909,9 @@ class Tx(Reader):
         self.wake(user_id)
 
     def first_to_device(self, user_id: str, device_id: str, type: str, txn_id: str, now: int) -> bool:
-        """Whether this client transaction is new. It is remembered for a day: events keep theirs, these messages go."""
+        """Whether this client transaction, of a device and a type, is new. It is remembered for a day: events keep theirs, these
+        messages go.
+        """
         self.run("DELETE FROM to_device_txns WHERE ts < ?", now - REMEMBERED_MS)
         done = self.run("INSERT OR IGNORE INTO to_device_txns VALUES (?, ?, ?, ?, ?)", user_id, device_id, type, txn_id, now)
         return done.rowcount == 1
@@ -4122,7 +4132,13 @@ class Tx(Reader):
         self.ready.clear()
 
     def _freeze(self, id: str, box: Outbox) -> None:
-        """Writes the transaction: the oldest events that wait, in their order, and whatever else does."""
+        """Writes the transaction: the oldest events that wait, in their order, and whatever else does.
+
+            {"events": [{"event_id": …, "type": …, "room_id": …, "sender": …, "content": …, "state_key": … if it is state}, …],
+             "ephemeral": [{"type": "m.typing", "room_id": …, "content": …}, {"type": "m.presence", "sender": …, "content": …}]}
+
+        `events` is always there, `ephemeral` only if there is any.
+        """
         rows = self.all(f"SELECT {EVENT_COLUMNS} FROM outbox o JOIN {EVENT_TABLES} "
                         "WHERE o.appservice = ? AND o.tick > ? AND e.tick = o.tick "
                         "ORDER BY o.tick LIMIT ?", id, box.frozen_to, MAX_TRANSACTION_EVENTS)
@@ -4899,7 +4915,10 @@ class Accounts(Verbs):
         return self._add(self.check_available(name, None), password, None, **device)
 
     def register_ghost(self, registration: Registration, username: str | None, **device: Any) -> JsonObject:
-        """A new user of an application service (Server admin style permissions)."""
+        """A new user of an application service (Server admin style permissions). With `inhibit_login`, as a bridge had better ask, for
+        it acts by its as_token: no access token and no device. A homeserver whose people log in elsewhere (OAuth 2.0, which is
+        not in here) takes only that, and no m.login.application_service.
+        """
         return self._add(self.check_available(username or "", registration), None, registration, **device)
 
     def check_open(self) -> None:
@@ -4948,7 +4967,9 @@ class Accounts(Verbs):
         return self.store.write(lambda tx: self._new_session(tx, user_id, **device))
 
     def login_ghost(self, registration: Registration, user: str, **device: Any) -> JsonObject:
-        """A session of its own for a user of an application service (m.login.application_service)."""
+        """A session of its own for a user of an application service (m.login.application_service). M_EXCLUSIVE outside of its
+        namespaces, M_FORBIDDEN if there is no such user.
+        """
         user_id = self.full_id(user)
         self.world.registrations.check_claims(registration, "users", user_id, "M_EXCLUSIVE")
         return self.store.write(lambda tx: self._new_session(tx, user_id, **device))
@@ -5482,7 +5503,9 @@ class Rooms(Verbs):
     # -- sending
 
     def send(self, who: Who, room_id: str, type: str, content: JsonObject, txn_id: str, ts: int | None = None) -> str:
-        """A message event; the same again for the same client transaction. `ts`: an application service's origin_server_ts."""
+        """A message event. For the same client transaction, of this device, room and type, it is the one that there is already,
+        whatever `content` is now. `ts`: an application service's origin_server_ts.
+        """
         if type == "m.room.redaction" and isinstance(content.get("redacts"), str):
             return self.redact(who, room_id, content["redacts"], content, txn_id, ts)
         check_canonical(content)
@@ -5611,7 +5634,7 @@ class History(Verbs):
             speakers = sorted({event.sender for event in events} if lazy else ())
             members = state_events(reader, view.room, [("m.room.member", sender) for sender in speakers], view.state_upto)
             chunk = bundled(reader, who, view, events, self.clock.now())
-        end = str(events[-1].tick - backwards) if events else None       # also with the last: clients ask on until none comes
+        end = str(events[-1].tick - backwards) if events else None       # also with the last ones: clients ask on until no `end` comes
         return without_none({"start": str(start), "chunk": chunk, "end": end, "state": self.render(who, members) or None})
 
     def context(self, who: Who, room_id: str, event_id: str, limit: int, filter: Filter, lazy: bool = False) -> JsonObject:
@@ -7450,7 +7473,9 @@ class Worker:
         self.line.close()
 
     def _push(self, transaction: Transaction) -> None:
-        """One attempt. Any 200 is an acknowledgement, whatever its body; anything else is tried again, after a time that doubles."""
+        """One attempt. Any 200 is an acknowledgement, whatever its body (on the older path: if it is JSON); anything else is tried
+        again, after a time that doubles.
+        """
         self._hurry = False
         outcome, one = self.line.attempt(
             "transaction", "PUT", f"/_matrix/app/v1/transactions/{transaction.txn_id}", transaction.body,
@@ -7550,8 +7575,8 @@ class Line:
 
     def attempt(self, kind: str, method: str, path: str, body: bytes | None, seconds: float,
                 **about: Any) -> tuple[Answer | BaseException, Exchange]:
-        """Calls the path of today's specification and, if the AS does not know it, at once the older one. The outcome, and its
-        Exchange, which is still to be ended. `about` is what more is known of it.
+        """Calls the path of today's specification and, if the AS does not know it, at once the older one, with the same body (Legacy
+        routes). The outcome, and its Exchange, which is still to be ended. `about` is what more is known of it.
         """
         faults, self._aborted = self.faults.take(kind), False
         ask = Ask(kind, method, path, body, time.monotonic() + seconds, about)
@@ -8360,8 +8385,9 @@ class Call:
 
     @property
     def ts(self) -> int | None:
-        """The origin_server_ts that an application service wishes (Timestamp massaging). The endpoints for sending an event or a
-        state event take it, no others: to join or kick with a time of one's own, put the m.room.member event.
+        """The origin_server_ts that an application service wishes (Timestamp massaging). Nothing else changes: the event comes after
+        those before it. The endpoints for sending an event or a state event take it, no others: to join or kick with a time of
+        one's own, put the m.room.member event.
         """
         return self.integer("ts", None) if self.who.appservice else None
 
@@ -8516,7 +8542,7 @@ class Api:
             response = self._answer(call)
         except MatrixError as error:
             error.error = cut_path(error.error)
-            response = json_response(error.status, error.body(), call.cors)
+            response = error_response(error, call.cors)
             if log.isEnabledFor(logging.DEBUG):
                 log.debug("%s %s: %s", request.method, request.shown, printable(str(error)))
         except ClientGone:
@@ -8754,6 +8780,7 @@ def logout_all(call: Call) -> Any:
 
 
 def whoami(call: Call) -> Any:
+    """Without device_id for an application service that names none: an as_token has no device."""
     device = {"device_id": call.who.device_id} if call.who.device_id else {}
     return {"user_id": call.who.user_id, "is_guest": False, **device}
 
@@ -9215,6 +9242,9 @@ def post_read_markers(call: Call, room_id: str) -> Any:
 
 
 def get_sync(call: Call) -> Any:
+    """An application service may ask, too, as one of its users. What it is interested in it is told in transactions anyway; to
+    sync without `user_id` the specification forbids it, and here it gets what its sender_localpart user sees.
+    """
     chosen = call.query("filter") or "{}"
     filter = inline_filter(chosen) if chosen[:1] == "{" else SyncFilter(call.api.data.filter(call.who, chosen))
     timeout = call.integer("timeout", 0) / 1000
@@ -9327,7 +9357,7 @@ def ping(call: Call, id: str) -> Any:
 
 
 def map_uri(call: Call) -> Any:
-    """URI mapping of the 2016 text."""
+    """URI mapping of the 2016 text: {"user_id": …} or {"alias": …}. A room that is private had better not be mapped."""
     kinds = {"user": ("users", "user_id"), "alias": ("aliases", "alias")}
     kind, key = kinds[call.request.path.rpartition("/")[2]]
     uri = call.query("uri")
@@ -10991,8 +11021,8 @@ class AppService:
     # -- To override: what the homeserver tells and asks. May be called from any thread, on_event from one at a time.
 
     def on_event(self, event: JsonObject) -> None:
-        """One event, each once and in order. What it raises is logged, and the event counts as handled; but if the
-        homeserver could not be asked, it comes again.
+        """One event, each once and in order; one of state has a `state_key`, whatever its type. What this raises is logged, and the
+        event counts as handled; but if the homeserver could not be asked, it comes again.
         """
 
     def on_ephemeral(self, data: JsonObject) -> None:
@@ -11121,7 +11151,7 @@ class AppService:
             self.ring()
             return json_response(200, getattr(self, handler)(*ids, request) or {})
         except MatrixError as error:
-            return json_response(error.status, error.body())
+            return error_response(error)
         except ClientGone:
             raise
         except Exception:
@@ -11402,7 +11432,7 @@ class Client:
         return self.ask("GET", "rooms", room_id, "event", event_id)
 
     def messages(self, room_id: str, dir: str = "b", limit: int = 100, **query: Any) -> JsonObject:
-        """`chunk`, `start` and `end`; the latest first unless `dir` is "f"."""
+        """`chunk`, `start` and `end`, from where to go on; without `end` there is no more. The latest first unless `dir` is "f"."""
         return self.ask("GET", "rooms", room_id, "messages", dir=dir, limit=limit, **query)
 
     def typing(self, room_id: str, typing: bool = True, timeout: int = 30_000) -> None:

@@ -10780,6 +10780,8 @@ def test_a_rate_limit_is_told_and_forgiven_in_time(start):
     with refused("M_LIMIT_EXCEEDED", 429) as caught:
         alice.say(room, "y")
     assert 0 < caught.value.extra["retry_after_ms"] <= 10_001
+    status, headers, _ = whole(hs, "POST", f"{V3}/createRoom", {"Authorization": f"Bearer {alice.token}"})
+    assert status == 429 and 0 < int(headers["Retry-After"]) <= 11     # in seconds
     alice.messages(room), hs.client("bob").create_room()               # reading is free, and so is everybody else
     hs.advance(caught.value.extra["retry_after_ms"] / 1000)
     alice.say(room, "y")
