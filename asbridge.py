@@ -78,23 +78,26 @@ Reading paths
 To add ...                begin at ...
 ==========
     an endpoint           its row in ROUTES (8): then the handler, the verb in 6, the SQL in Reader or Tx (5)
-    a key of the config   a field of Settings (6) or Config (12), its row in CONFIG_KEYS, if need be in FLAGS (12)
-    a registration key    REGISTRATION_KEYS, and a field of Registration (3)
+    a key of the config   a field of Settings (6) or Config (12), its row in CONFIG_KEYS; a flag: FLAGS, parse_args
+    a registration key    REGISTRATION_KEYS, a field of Registration, RegistrationReader (3)
     a rule of interest    Audience (3), or where the database must be asked Tx._insert (5); explain_rule (3)
-    a table, a column     SCHEMA and UPGRADES (5)
-    a room rule           MEMBERSHIP_RULES, authorise (4)
-    a push condition      CONDITION_KINDS (6)
-    a fault               FAULTS, Faults, Line (7); its form in the page (9)
+    a table, a column     SCHEMA (a column last, for rows go in by position), SCHEMA_VERSION, UPGRADES (5)
+    a room rule           MEMBERSHIP_RULES, authorise (4); one that looks beyond the room: Rooms._append (6)
+    a push condition      CONDITION_KINDS, what it asks of Notable, Notifications.set_rule (6)
+    a fault on the wire   FAULTS, Faults, Line (7); its form in the page (9)
+    a crash               Store._commit (5), where things become durable; Worker._push (7), where they are sent
     an errcode            ERRORS (1)
     an IRC command        COMMANDS, NUMERICS, a method do_... of IrcClient (11)
+    an event for IRC      IrcBridge.EVENTS, and the method that it names (11)
     a check of a bridge   Examiner.CHECKS (9)
 
-The test stands in the section of the same number; the README tells of what can be seen from outside.
+The test stands in the section of the same number of test_asbridge.py, if it takes long in .ci; the README
+tells of what can be seen from outside.
 
 Left out on purpose
 ===================
-Federation, guests, third-party identifiers, single sign-on, sliding sync, search, room upgrades: this is a
-homeserver to learn, build and test with. It listens on the loopback interface. When it is outgrown, the
+Federation, guests, third-party identifiers, single sign-on, OAuth 2.0, refresh tokens, sliding sync, search,
+reports, room upgrades: this is a homeserver to learn, build and test with. It listens on the loopback interface. When it is outgrown, the
 registration and the application service run unchanged on Synapse or another homeserver (README, Moving on).
 """
 
@@ -4175,7 +4178,9 @@ class Tx(Reader):
             self._change_box(id, open=None)
 
     def reopen(self, id: str, txn_id: int | None, new_id: bool) -> int:
-        """An acknowledged transaction (None: the last) is to be sent again, if need be under a new ID; its ID."""
+        """An acknowledged transaction (None: the last) is to be sent again, its bytes as they are, if need be under a new ID; its ID.
+        Its events do not wait in the outbox again.
+        """
         box = self.boxes.get(id, NOTHING_WAITS)
         if box.open:
             raise MatrixError("M_UNKNOWN", f"transaction {box.open.txn_id} is open: retry or skip it first", 409)
