@@ -97,8 +97,9 @@ tells of what can be seen from outside.
 Left out on purpose
 ===================
 Federation, guests, third-party identifiers, single sign-on, OAuth 2.0, refresh tokens, sliding sync, search,
-reports, room upgrades: this is a homeserver to learn, build and test with. It listens on the loopback interface. When it is outgrown, the
-registration and the application service run unchanged on Synapse or another homeserver (README, Moving on).
+reports, room upgrades: this is a homeserver to learn, build and test with. It listens on the loopback
+interface. When it is outgrown, the registration and the application service run unchanged on Synapse or
+another homeserver (README, Moving on).
 """
 
 from __future__ import annotations

@@ -14420,9 +14420,11 @@ def test_the_readme_says_in_which_section_a_thing_stands_and_links_to_headings_t
     with open(asbridge.__file__, encoding="utf-8") as file:
         source = file.read()
     sections = [source[:at.start()].count("\n") for at in re.finditer(r"(?m)^# [0-9]+\. ", source)]
-    named = [node for node in ast.parse(source).body if isinstance(node, (ast.ClassDef, ast.FunctionDef))]
+    tops = ast.parse(source).body
+    named = [node for node in tops if isinstance(node, (ast.ClassDef, ast.FunctionDef))]
     lines = {node.name: node.lineno for node in named} | {
-        f"{node.name}.{inner.name}": inner.lineno for node in named for inner in node.body if isinstance(inner, ast.FunctionDef)}
+        f"{node.name}.{inner.name}": inner.lineno for node in named for inner in node.body if isinstance(inner, ast.FunctionDef)} | {
+        node.target.id: node.lineno for node in tops if isinstance(node, ast.AnnAssign)}
     told = [(name, int(number)) for number, names in re.findall(r"section\s([0-9]+),((?:\s`[\w.]+`,?)+)", readme())
             for name in re.findall(r"`([\w.]+)`", names)]
     assert len(told) > 15 and told == [(name, sum(start < lines.get(name, 0) for start in sections)) for name, _ in told]
