@@ -1327,7 +1327,7 @@ class Registration:
     namespaces: Mapping[str, Sequence[Namespace]]            # what it claims, by kind
     rate_limited: bool = True                                # whether its ghosts are; its own user never is
     protocols: Sequence[str] = ()                            # the third-party networks that it knows
-    receive_ephemeral: bool = False                          # it wants typing, receipts and presence
+    receive_ephemeral: bool = False                          # it wants typing, receipts, presence, and its users' messages to devices
     push_ephemeral: bool = False                             # the same by an older name (de.sorunome.msc2409.push_ephemeral)
     msc3202: bool = False                                    # it wants device lists and counts of keys (org.matrix.msc3202)
     uris: Sequence[UriRule] = ()                             # our own: which URI stands for which ID
@@ -2999,7 +2999,8 @@ def visible_ranges(visibilities: Sequence[tuple[int, str]],
 # one. Does not know the rules: it stores what it is told.
 
 SCHEMA_VERSION = 3               # tables and indexes that are new in a later one are added to an older database when it is opened
-#: What else it takes to make of an older database one of this version: a table that goes, a column that comes (ALTER TABLE).
+#: What else turns an older database into one of this version, by the first version that has it so: a table that goes, or a column
+#: that comes (ALTER TABLE, of a table that there has been from the first version on; it is done before new ones are made).
 UPGRADES = {3: "DROP TABLE IF EXISTS client_txns;"}
 SCHEMA = """
 CREATE TABLE meta         (key TEXT PRIMARY KEY, value) WITHOUT ROWID;     -- server_name; position: the last tick in this database
@@ -3233,11 +3234,12 @@ class Reader:
         return self.db.execute(sql, values).fetchall()
 
     def text(self, sql: str, *values: Any) -> str | None:
-        """The only column of the one row, or None if there is none; number() the same where there always is one."""
+        """The only column of the one row, or None if there is none."""
         row = self.one(sql, *values)
         return row[0] if row else None
 
     def number(self, sql: str, *values: Any) -> int:
+        """The same of a number that is always there."""
         return int(self.one(sql, *values)[0])
 
     def column(self, sql: str, *values: Any) -> list[Any]:
@@ -4058,7 +4060,7 @@ class Tx(Reader):
         self._touched.add(room.room_id)
         audience = self.audience(room)
         target = draft.state_key if draft.type == "m.room.member" else None
-        reasons = audience.interested(draft.sender, target)  # before the state changes: a ghost that leaves is still to hear of it
+        reasons = audience.interested(draft.sender, target)
         before = room.events.get((draft.type, draft.state_key)) if draft.state_key is not None else None
         relates_to, rel_type = self._relation(room, draft.content.get("m.relates_to"))
         self.add_row("events", tick, room.n, draft.type, draft.state_key, draft.sender, ts, text, before.tick if before else None,
@@ -4711,20 +4713,21 @@ def create_schema(db: sqlite3.Connection, path: str, server_name: str) -> None:
 # ============================================================================
 # What users do, as verbs with plain values in and out: register, log in, create
 # a room, join, send, read, sync. A verb checks within its job on the writer
-# thread (@on_writer: it is one from beginning to end), so that what it saw is
+# thread (marked @on_writer if all of it is that job), so that what it saw is
 # still true when it is stored. Spec: Client-Server API. Does not know HTTP;
 # asks an application service only through the function that it is given.
 #
-# In front stands what an application service meets: accounts, rooms, their
-# history, sync. From "Clients' data" on it is for the comfort of clients, and
-# may be skipped at first reading.
+# In front stands what every application service meets: accounts, rooms, their
+# history, sync. What follows from "Clients' data" on may be skipped at first
+# reading: it is for clients, and for the few application services that list
+# rooms, hear of receipts and typing, or encrypt.
 
 # -- Limits. Seconds, unless the name says MS or BYTES, or the line says what is counted.
 
 # Accounts
 SCRYPT = {"n": 16_384, "r": 8, "p": 1}   # 16 MiB and 50 ms for a password:
 PASSWORDS = threading.Semaphore(2)       # two at a time
-MAX_PROFILE = {"displayname": 256, "avatar_url": 1000}       # characters, of what others are shown and can't help;
+MAX_PROFILE = {"displayname": 256, "avatar_url": 1000}       # characters; shown to others whether they like it or not,
 MAX_STATUS = 1000                # the same of a status message
 OPENID_SECONDS = 3600            # how long an OpenID token is good
 MAX_TAGS_BYTES = 65_536          # of all tags of a room
@@ -4858,7 +4861,8 @@ P = ParamSpec("P")                       # what a verb takes besides who is aski
 
 def on_writer(verb: Callable[Concatenate[V, Tx, Who, P], T]) -> Callable[Concatenate[V, Who, P], T]:
     """A verb that is a job from beginning to end: called without `tx`, it runs on the writer thread, and returns when what it has
-    done is durable. Refused, it has done nothing.
+    done is durable. Refused, it has done nothing, but everybody who writes has waited for it: what takes long to check is checked
+    before. Never called within a job, which would wait for itself.
     """
     @functools.wraps(verb)
     def call(self: V, who: Who, /, *args: P.args, **kwargs: P.kwargs) -> T:
@@ -4883,7 +4887,7 @@ def as_far(items: list[T], costs: Iterable[int], most: int) -> list[T]:
 
 
 def check_length(what: str, text: str | None, most: int) -> None:
-    """Of what others are shown, and can't help it."""
+    """M_INVALID_PARAM if it is longer."""
     if text and len(text) > most:
         raise MatrixError("M_INVALID_PARAM", f"{what} may have {most} characters at most, not {len(text)}")
 
@@ -4982,14 +4986,14 @@ class Accounts(Verbs):
 
     def _new_session(self, tx: Tx, user_id: str, device_id: str | None = None, display_name: str | None = None,
                      ip: str | None = None) -> JsonObject:
-        if not self._active(tx, user_id):
+        if not self._active_row(tx, user_id):
             raise forbidden(f"{user_id} is not registered; register it first")
         token, device_id = self.world.chance.text(user_id, 43), device_id or self.world.chance.text(user_id, 10).upper()
         tx.add_session(user_id, device_id, display_name, digest(token), self.clock.now(), ip)
         return {"user_id": user_id, "access_token": token, "device_id": device_id, "home_server": self.world.name}
 
     @staticmethod
-    def _active(reader: Reader, user_id: str) -> Any:
+    def _active_row(reader: Reader, user_id: str) -> Any:
         """The user's row, if there is such a user; M_USER_DEACTIVATED."""
         row = reader.user(user_id)
         if row and row[4]:
@@ -4998,11 +5002,11 @@ class Accounts(Verbs):
 
     def check_active(self, user_id: str) -> None:
         with self.store.read() as reader:
-            self._active(reader, user_id)
+            self._active_row(reader, user_id)
 
     def check_password(self, user_id: str, password: str) -> None:
         with self.store.read() as reader:
-            row = self._active(reader, user_id)
+            row = self._active_row(reader, user_id)
         stored = row[0] if row else None
         if not password_fits(password, stored or "scrypt$00$") or not stored:    # as long for an unknown name
             raise forbidden("wrong user name or password")
@@ -5050,10 +5054,10 @@ class Accounts(Verbs):
 
     def device(self, who: Who, device_id: str) -> JsonObject:
         with self.store.read() as reader:
-            return self._device(who, self._row(reader, who, device_id))
+            return self._device(who, self._device_row(reader, who, device_id))
 
     @staticmethod
-    def _row(reader: Reader, who: Who, device_id: str) -> Any:
+    def _device_row(reader: Reader, who: Who, device_id: str) -> Any:
         return existing(reader.device(who.user_id, device_id), f"{who.user_id} has no device {shorten(device_id)}")
 
     @staticmethod
@@ -5067,7 +5071,7 @@ class Accounts(Verbs):
         if who.appservice and not tx.device(who.user_id, device_id):
             tx.add_device(who.user_id, device_id, display_name, self.clock.now())
             return True
-        self._row(tx, who, device_id)
+        self._device_row(tx, who, device_id)
         if display_name is not None:
             tx.rename_device(who.user_id, device_id, display_name)
         return False
@@ -5210,8 +5214,8 @@ def room_for(tx: Tx, who: Who, room_id: str, joined: bool = False) -> Room:
 
 # -- Aliases: names for rooms (Room Aliases; AS: Querying).
 
-def may_name(room: Room, user_id: str) -> bool:
-    """Whether the user may change the canonical alias, and so what names the room and lists it."""
+def may_set_canonical_alias(room: Room, user_id: str) -> bool:
+    """Whether the user may change the canonical alias. The same power is wanted to list the room, and to delete others' aliases."""
     return is_allowed(room, Draft("m.room.canonical_alias", user_id, {}, ""))
 
 
@@ -5252,7 +5256,7 @@ class Aliases(Verbs):
         self.world.registrations.check_may_create("aliases", alias, who.appservice)
         room_id, creator = existing(tx.alias(alias), f"there is no room alias {shorten(alias)}")
         room = cast(Room, tx.room(room_id))
-        if not (who.appservice or creator == who.user_id or may_name(room, who.user_id)):
+        if not (who.appservice or creator == who.user_id or may_set_canonical_alias(room, who.user_id)):
             raise forbidden(f"{alias} may be deleted by who made it, or by who may change the canonical alias of its room")
         tx.delete_alias(alias, room)
 
@@ -5488,7 +5492,7 @@ class Rooms(Verbs):
     @on_writer
     def set_membership(self, tx: Tx, who: Who, room_id: str, user_id: str, membership: str, extra: JsonObject | None = None,
                        only: Sequence[str] = (), refusal: MatrixError | None = None) -> None:
-        """invite, leave (oneself or another), ban. `refusal`: for whom the membership is not one of `only` now."""
+        """invite, leave (oneself or another), ban. `only`: what the membership must be now, else `refusal`."""
         room = room_for(tx, who, room_id, joined=user_id != who.user_id)
         if refusal and room.membership(user_id) not in only:
             raise refusal
@@ -5676,7 +5680,7 @@ class History(Verbs):
 
 # -- Sync: what is new for a user (Syncing, Filtering). The token `since` is a tick, and everything that lies after it is new: Sync
 # waits until there is something, and a Window reads it in one moment of the database. Typing, presence, receipts and what is
-# unread tell theirs; they stand further down.
+# unread each add their part; they stand further down.
 
 class SyncFilter:
     """A client's filter (Client-Server API, Filtering), as far as /sync reads it.
@@ -5958,8 +5962,8 @@ class Window:
         to `after`: what stands between is read with /messages, backwards from its prev_batch. It has no gaps itself: what changed
         unseen between two of its events would be in no state.
 
-        `view`: what may be seen, all if there is none. `fresh`: the client has nothing of the room yet. Inside: `away`, it does
-        not know that the user was out of the room meanwhile; `whole`, it needs all of the state.
+        `view`: what may be seen, all if there is none. `fresh`: the client is to get the room anew, for its user was not in it at
+        `since`.
         """
         upto = min(upto, self.now)
         seen = [max(after + 1, first) for first, last in view.ranges if last > after and first <= upto] if view else [after + 1]
@@ -6055,7 +6059,7 @@ class Window:
 
 
 # -- Clients' data: account data, tags and filters that the server only keeps; OpenID tokens (Client Config, Room Tagging,
-# Filtering, OpenID). From here to the end of the section all is for the comfort of clients: to be skipped at first reading.
+# Filtering, OpenID). From here to the end of the section: to be skipped at first reading.
 
 class ClientData(Verbs):
     """What clients keep on the server for their user. `room_id` "": for no room."""
@@ -6164,7 +6168,7 @@ class Directory(Verbs):
         room = tx.room(room_id)
         if not room or not room.knows(who.user_id):
             raise MatrixError("M_NOT_FOUND", f"there is no room {shorten(room_id)} that {who.user_id} is in")
-        if not may_name(room, who.user_id):
+        if not may_set_canonical_alias(room, who.user_id):
             needed = room.needed_to_send("m.room.canonical_alias", True)
             raise forbidden(f"to list the room in the directory, {who.user_id} must be in it with power {needed}")
         tx.publish_room(room, published)
@@ -6297,7 +6301,7 @@ class Relations(Verbs):
             ignored = reader.ignored(who.user_id)
             shown = [event for event in events if event.sender not in ignored]
             chunk = bundled(reader, who, view, shown, self.clock.now())
-        end = str(events[-1].tick - backwards) if len(events) == limit else None
+        end = str(events[-1].tick - backwards) if events and len(events) == limit else None
         return without_none({"chunk": chunk, "next_batch": end, "recursion_depth": depth if recurse else None})
 
     def threads(self, who: Who, room_id: str, participated: bool, start: int | None, limit: int) -> JsonObject:
@@ -6497,7 +6501,7 @@ class Status(NamedTuple):
         return min(self.until, self.idle_at)
 
     def lasting(self, until: float) -> Status:
-        """Who is there, not offline before `until`; who was offline, from then on."""
+        """There until then, if offline before; for anybody else it only gets later."""
         return self._replace(until=until if self.presence == "offline" else max(until, self.until))
 
     def content(self, now: int) -> JsonObject:
@@ -6706,10 +6710,14 @@ class Keys(Verbs):
 
     # -- of one device
 
-    @on_writer
-    def upload(self, tx: Tx, who: Who, device_keys: JsonObject, one_time: JsonObject, fallback: JsonObject) -> dict[str, int]:
+    def upload(self, who: Who, device_keys: JsonObject, one_time: JsonObject, fallback: JsonObject) -> dict[str, int]:
         """Publishes keys of the asking device; the number of its one-time keys by algorithm."""
-        user_id, device_id = who.user_id, self._check_upload(who, device_keys, {**one_time, **fallback})
+        return self._keep(who, self._check_upload(who, device_keys, {**one_time, **fallback}), device_keys, one_time, fallback)
+
+    @on_writer
+    def _keep(self, tx: Tx, who: Who, device_id: str, device_keys: JsonObject, one_time: JsonObject,
+              fallback: JsonObject) -> dict[str, int]:
+        user_id = who.user_id
         if not tx.device(user_id, device_id):
             raise MatrixError("M_UNKNOWN_DEVICE", f"{user_id} has no device {shorten(device_id)} any more")
         known = tx.device_keys(user_id, device_id)
@@ -6844,14 +6852,17 @@ class Keys(Verbs):
 
     # -- messages
 
-    @on_writer
-    def send_to_device(self, tx: Tx, who: Who, type: str, txn_id: str, messages: Mapping[str, JsonObject]) -> None:
+    def send_to_device(self, who: Who, type: str, txn_id: str, messages: Mapping[str, JsonObject]) -> None:
         """Leaves messages for devices, {user: {device or '*': content}}; once for each client transaction ID. For a
         device that does not exist: nothing.
         """
         for contents in messages.values():
             for device_id in contents:
                 field(contents, device_id, dict)
+        self._leave(who, type, txn_id, messages)
+
+    @on_writer
+    def _leave(self, tx: Tx, who: Who, type: str, txn_id: str, messages: Mapping[str, JsonObject]) -> None:
         if not tx.first_to_device(who.user_id, who.device_id or "", type, txn_id, self.clock.now()):
             return
         for user_id, contents in messages.items():
@@ -6896,13 +6907,16 @@ class Backups(Verbs):
     def delete(self, who: Who, version: str) -> None:
         self.store.write(lambda tx: tx.delete_backup(self._find(tx, who, version)[0]), who.token)
 
-    @on_writer
-    def put_keys(self, tx: Tx, who: Who, version: str, rooms: Mapping[str, Mapping[str, JsonObject]]) -> JsonObject:
+    def put_keys(self, who: Who, version: str, rooms: Mapping[str, Mapping[str, JsonObject]]) -> JsonObject:
         """Adds keys, {room: {session: key}}, to the last backup. One that is there stays, unless the new one is better."""
         keys = [(room_id, session_id, key) for room_id, sessions in rooms.items() for session_id, key in sessions.items()]
         for _, _, key in keys:
             self._quality(key)
             field(key, "session_data", dict)
+        return self._put_keys(who, version, keys)
+
+    @on_writer
+    def _put_keys(self, tx: Tx, who: Who, version: str, keys: Sequence[tuple[str, str, JsonObject]]) -> JsonObject:
         row, last = self._find(tx, who, version), self._find(tx, who, None)
         if row != last:
             raise MatrixError("M_WRONG_ROOM_KEYS_VERSION", f"the backup to write to is version {last[0]}, not "
@@ -7235,7 +7249,7 @@ class PushRules:
     def __init__(self, content: str) -> None:
         ruleset = json.loads(content)["global"]
         self.content = content                               # of m.push_rules
-        self.weight = 100 + max(0, len(content) - DEFAULT_RULES_BYTES)       # what a byte of an event costs: of the user's own rules
+        self.weight = 100 + max(0, len(content) - DEFAULT_RULES_BYTES)       # bytes of rules, against which an event is held
         self._rules = [ready_rule(kind, rule) for kind in RULE_KINDS for rule in ruleset[kind] if rule["enabled"]]
         self._by_type: dict[str, list[ReadyRule]] = {}       # see of_type
         # Whether comings and goings may notify. Who has joined is not invited.
