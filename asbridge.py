@@ -14,6 +14,7 @@ An application service of your own is a class and its registration:
                 self.bot.say(event["room_id"], event["content"]["body"], txn_id=event["event_id"])
 
     Echo(asbridge.load_registration("registration.json"), "http://127.0.0.1:8008").start()
+    input("Enter ends it")                                                # it works on threads of its own
 
 The picture
 ===========
@@ -8060,7 +8061,7 @@ class Delivery:
                 return found
         except (*CALL_FAILED, MatrixError) as error:
             found, why = None, advice(registration, error)
-        left = ", of which only a part can be used" * (found is not None)
+        left = ", of which only a part can be used" * bool(found)
         log.warning("application service %s was asked for third-party %s: %s%s", registration.id, path.partition("?")[0], why, left)
         return found
 
@@ -8429,9 +8430,8 @@ NOBODY = Who("")
 # -- Which handler is it?
 
 class Route(NamedTuple):
-    """One endpoint. The handler gets the call and the variables of the path, and returns what a 200 says in JSON (None: {}),
-    or a Response.
-    It refuses by raising a MatrixError.
+    """One endpoint. The handler gets the call and the variables of the path. It returns what a 200 says in JSON (None: {}), or a
+    Response, and refuses by raising a MatrixError.
 
     `auth`, who may call: "nobody" (no token is looked at), "maybe", "user" (a person, or an AS as one of its users), "self" (the
     user in the path, which the handler does not get then), "appservice", "admin" (whoever runs the homeserver).
@@ -8892,7 +8892,8 @@ def put_account_data(call: Call, type: str) -> Any:
 
 
 def put_room_account_data(call: Call, room_id: str, type: str) -> Any:
-    call.api.data.set_account_data(call.who, check_id("!", room_id), settable(type), call.body)
+    settable(type)
+    call.api.data.set_account_data(call.who, check_id("!", room_id), type, call.body)
 
 
 def settable(type: str) -> str:
@@ -8945,8 +8946,9 @@ def get_push_rule(call: Call, kind: str, id: str) -> Any:
 
 
 def put_push_rule(call: Call, kind: str, id: str) -> Any:
+    rule_kind(kind)
     parts: JsonObject = {"actions": objects(call.body, "actions", str)}
-    if rule_kind(kind) == "content":
+    if kind == "content":
         parts["pattern"] = call.field("pattern", str)
     elif kind in ("override", "underride"):
         parts["conditions"] = objects({"conditions": [], **call.body}, "conditions")
@@ -9890,7 +9892,7 @@ def lever(pull: Callable[[Delivery, str], JsonObject | None]) -> Callable[[Call]
     """What is done by hand with the application service that the query names, or the body of a POST."""
     def handler(call: Call) -> Any:
         id = field(call.body, "appservice", str) if call.request.method == "POST" else call.required("appservice")
-        return pull(call.api.delivery, id) or {}
+        return pull(call.api.delivery, id)
     return handler
 
 
@@ -10991,14 +10993,7 @@ PING_HINTS = {
 
 
 class AppService:
-    """An application service: override the hooks, on_…, and act on Matrix through intents.
-
-        class Echo(AppService):
-            def on_event(self, event):
-                if event["type"] == "m.room.message" and event["sender"] != self.bot.user_id:
-                    self.bot.say(event["room_id"], event["content"]["body"], txn_id=event["event_id"])
-
-        Echo(load_registration("registration.json"), "http://localhost:8008").start()
+    """An application service: override the hooks, on_…, and act on Matrix through intents. The front page has an example.
 
     `database`: a file that keeps what was handled, or ":memory:", which a restart forgets.
     """
@@ -11604,12 +11599,12 @@ ONE_LINE = {0: " ", 10: " ", 13: " "}
 
 
 class Command(NamedTuple):
-    """An IRC command, done by the method of IrcClient that is called do_ and its name. What only Matrix can answer it spools, as a
-    job for the method of IrcBridge that is called _do_ and its name.
+    """An IRC command, done by the method of IrcClient that is called do_ and its name. What is to happen on Matrix becomes a job,
+    which is spooled, and done by the method of IrcBridge that is called _do_ and the job's name.
     """
     least: int                   # parameters
     early: bool = False          # may come before registering
-    matrix: bool = False         # makes work for Matrix: refused while too much waits for it
+    matrix: bool = False         # is refused while too much waits for Matrix
 
 
 COMMANDS = {
@@ -11818,14 +11813,14 @@ class IrcServer:
 
     def __init__(self, bridge: IrcBridge, bind: str, port: int) -> None:
         self.bridge, self.address = bridge, (bind, port)
+        self._listener: socket.socket | None = None
+        self._accepter: threading.Thread | None = None       # takes connections
         # Guards all that follows, every Person and Channel, and the bridge's maps of them. Held for one IRC line or one
         # event, in which nothing waits: what goes to IRC is queued, what goes to Matrix is spooled.
         self.lock = threading.Lock()
         self.people: dict[str, Person] = {}                  # by folded nick: registered clients, people on Matrix
         self.channels: dict[str, Channel] = {}               # by folded name
         self.clients: set[IrcClient] = set()                 # connected, registered or not
-        self._listener: socket.socket | None = None
-        self._accepter: threading.Thread | None = None
 
     def find_person(self, nick: str) -> Person | None:
         return self.people.get(fold(nick))
@@ -11859,7 +11854,7 @@ class IrcServer:
         self._accepter.start()
 
     def stop(self) -> None:
-        """Ends what listen() and start() began; bridge.stopping is set before."""
+        """Ends what listen() and start() began. Once it takes connections, bridge.stopping must be set before."""
         listener, self._listener = self._listener, None
         if listener:
             hang_up(listener)
@@ -12004,7 +11999,7 @@ class IrcClient(Person):
     def end(self) -> None:
         try:
             with self.server.lock:
-                self.leave_all(self.fate or "Connection closed")
+                self.quit(self.fate or "Connection closed")
         except sqlite3.Error:                                # a full disk, say: its ghost stays until the next start
             if not self.bridge.stopping:
                 log.exception("the IRC client %s has left, but not on Matrix", self.nick)
@@ -12014,7 +12009,8 @@ class IrcClient(Person):
         with self.server.lock:
             self.server.clients.discard(self)
 
-    def leave_all(self, reason: str) -> None:
+    def quit(self, reason: str) -> None:
+        """Leaves IRC: everybody who shares a channel is told, and Matrix."""
         if not self.registered:
             return
         del self.server.people[fold(self.nick)]
@@ -12581,21 +12577,18 @@ class IrcBridge(AppService):
     # -- The jobs: each may be done again after a crash.
 
     def _do_say(self, job: JsonObject) -> None:
+        target = job["to"] if job["to"].startswith("#") else job["nick"] + ",isnick"
+        uri = f"irc://{self.server_name.partition(':')[0]}/{urllib.parse.quote(target, safe=',')}"
+        event = "m.room.message", {"msgtype": job["msgtype"], "body": job["body"], "external_url": uri}, job["txn"], job.get("ts")
         room_id = self.room_of(job)
         try:
-            self._say(job, room_id)
+            self.ghost(job["nick"]).send(room_id, *event)
         except MatrixError as error:
             with self.lock:                                  # a talk that is over: this word opens another
                 over = error.status in (403, 404) and self._drop_direct(room_id)
             if not over:
                 raise
-            self._say(job, self.room_of(job))
-
-    def _say(self, job: JsonObject, room_id: str) -> None:
-        target = job["to"] if job["to"].startswith("#") else job["nick"] + ",isnick"
-        uri = f"irc://{self.server_name.partition(':')[0]}/{urllib.parse.quote(target, safe=',')}"
-        content = {"msgtype": job["msgtype"], "body": job["body"], "external_url": uri}
-        self.ghost(job["nick"]).send(room_id, "m.room.message", content, job["txn"], job.get("ts"))
+            self.ghost(job["nick"]).send(self.room_of(job), *event)
 
     def _do_topic(self, job: JsonObject) -> None:
         room_id, content = self.channel_room(job["to"]), {"topic": job["topic"]}
@@ -12871,6 +12864,8 @@ class IrcBridge(AppService):
 
     def on_user_query(self, user_id: str) -> bool:
         """Whoever is connected."""
+        if not self.is_ghost(user_id):                       # may ask the homeserver for its name, so before the lock is taken
+            return False
         with self.lock:
             client = self.client_of(user_id)
         if client:
@@ -12899,8 +12894,10 @@ class IrcBridge(AppService):
     def on_third_party_user(self, protocol: str, fields: Mapping[str, str]) -> list[JsonObject]:
         """Who is connected, by nickname or ghost."""
         ghost = fields.get("userid", "") if protocol == "" else self.ghost_id(fields.get("nickname", ""))
+        if protocol not in ("", "irc") or not self.is_ghost(ghost):      # before the lock is taken, too
+            return []
         with self.lock:
-            client = self.client_of(ghost) if protocol in ("", "irc") else None
+            client = self.client_of(ghost)
         return [{"userid": self.ghost_id(client.nick), "protocol": "irc", "fields": {"nickname": client.nick}}] if client else []
 
     def on_third_party_location(self, protocol: str, fields: Mapping[str, str]) -> list[JsonObject]:
@@ -13135,7 +13132,7 @@ class Homeserver:
         return self
 
     def _open(self, registrations: Sequence[Registration]) -> None:
-        """The world, and what answers and pushes in it; or the end of the server, too."""
+        """Makes the world, and what answers and pushes in it. If that fails all that was made ends, the HTTP server, too."""
         config = self.config
         with contextlib.ExitStack() as undo:
             undo.callback(self._server.stop)
@@ -13602,7 +13599,7 @@ START_ERRORS = (OSError, DatabaseError, sqlite3.Error, MatrixError)
 
 
 def run(config: Config, args: argparse.Namespace, stop: Any) -> int:
-    """The parts, until the bell `stop` rings; 1 if they can't start, or if that can't be said."""
+    """Runs the parts until the bell `stop` rings; 1 if one can't start, or if nobody can be told that they are ready."""
     running: list[Homeserver | IrcBridge] = []
     try:
         for part in parts_of(config, args):
@@ -13791,7 +13788,9 @@ def ring_on_signals(stop: Any) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """0: done. 1: it failed while running, or found something wrong. 2: so is the command line, or the configuration."""
+    """The exit code. 0: done. 1: it failed while running, or found something wrong. 2: the command line or the configuration is wrong,
+    or `explain` can't answer. 130: `check --examine` was interrupted.
+    """
     warnings.filterwarnings("ignore", "Possible ", FutureWarning)     # Python's about regexes such as [[a]
     args = parse_args(sys.argv[1:] if arguments is None else arguments)
     try:

@@ -13021,6 +13021,31 @@ def test_when_a_bridge_has_stopped_it_takes_no_connection_any_more_and_no_thread
 
 # -- The bridge, with a homeserver that says yes.
 
+@pytest.mark.parametrize("ask", [lambda bridge: bridge.on_user_query("@_irc_bob:test"), lambda bridge: bridge.on_third_party_user("", {"userid": "@_irc_bob:test"})])
+def test_irc_does_not_wait_for_a_homeserver_that_has_not_yet_said_its_name(fake, ask):
+    asked, answer = threading.Event(), threading.Event()
+
+    def slow(request):
+        if request.path.endswith("/whoami"):
+            asked.set()
+            answer.wait(10)
+    fake.fail = slow
+    bridge = asbridge.IrcBridge(bridge_registration(), fake.url)
+    bridge.start()
+    try:
+        bob = Irc(bridge, "bob")
+        asker = threading.Thread(target=ask, args=[bridge])
+        asker.start()
+        assert asked.wait(10)
+        bob.send("PING still-here")
+        bob.wait("PONG .*still-here", 5)
+        assert asker.is_alive()                              # it waits, and it alone
+    finally:
+        answer.set()
+        asker.join()
+        bridge.stop()
+
+
 def test_what_irc_says_is_sent_as_the_ghost_with_its_time_and_external_url(fake, bridge):
     bob = Irc(bridge, "Bob[x]", "#lobby")
     before = bridge.clock.now()
