@@ -4074,7 +4074,7 @@ class Tx(Reader):
         for id, reason in reasons.items():
             if self.store.registrations.by_id[id].url is not None:
                 self.add_row("outbox", id, tick, reason)
-                self._change_box(id, waiting_to=tick)
+                self._done.append(functools.partial(self._change_box, id, waiting_to=tick))
         self.moved[room.n] = tick
 
     def _relation(self, room: Room, relation: Any) -> tuple[int | None, str | None]:
@@ -4123,11 +4123,9 @@ class Tx(Reader):
     # acknowledged, the same batch freezes the next.
 
     def _change_box(self, id: str, **changes: Any) -> None:
-        """After the job; freeze() then looks at this outbox."""
-        def change() -> None:
-            self.boxes[id] = self.boxes.get(id, NOTHING_WAITS)._replace(**changes)
-            self.ready.add(id)
-        self._done.append(change)
+        """When the job is done; freeze() then looks at this outbox."""
+        self.boxes[id] = self.boxes.get(id, NOTHING_WAITS)._replace(**changes)
+        self.ready.add(id)
 
     def freeze(self) -> None:
         """Makes a transaction of what waits, for every AS that has none open. At the end of a batch: undone with all of it."""
@@ -4179,7 +4177,7 @@ class Tx(Reader):
         if box and box.open and box.open.txn_id == txn_id:
             self.run("UPDATE transactions SET acknowledged_ts = ? WHERE appservice = ? AND txn_id = ?",
                      self.store.clock.now(), id, txn_id)
-            self._change_box(id, open=None)
+            self._done.append(functools.partial(self._change_box, id, open=None))
 
     def reopen(self, id: str, txn_id: int | None, new_id: bool) -> int:
         """An acknowledged transaction (None: the last) is to be sent again, its bytes as they are, if need be under a new ID; its ID.
