@@ -78,7 +78,7 @@ Reading paths
 
 To add ...                begin at ...
 ==========
-    an endpoint           its row in ROUTES (8): then the handler, the verb in 6, the SQL in Reader or Tx (5)
+    an endpoint           its row in ROUTES (8): the handler, or just() the verb in 6, the SQL in Reader or Tx (5)
     a key of the config   a field of Settings (6) or Config (12), its row in CONFIG_KEYS; a flag: FLAGS, parse_args
     a registration key    REGISTRATION_KEYS, a field of Registration, RegistrationReader (3)
     a rule of interest    Audience (3), or where the database must be asked Tx._insert (5); explain_rule (3)
@@ -6887,7 +6887,7 @@ class Backups(Verbs):
         which = f"key backup of version {shorten(version)}" if version else "key backup"
         return existing(row, f"{who.user_id} has no {which}")
 
-    def get(self, who: Who, version: str | None) -> JsonObject:
+    def get(self, who: Who, version: str | None = None) -> JsonObject:
         with self.store.read() as reader:
             row = self._find(reader, who, version)
         return {"version": str(row[0]), "algorithm": row[1], "auth_data": Raw(row[2]), **self._size(row)}
@@ -8437,8 +8437,8 @@ class Route(NamedTuple):
     method: str
     path: str
     auth: str
+    spec: str                                                # the section of the specification
     handler: Callable[..., Any]
-    spec: str
 
 
 class Router:
@@ -8551,6 +8551,7 @@ class Api:
         self.typing, self.presence, self.receipts = Typing(world), Presence(world), Receipts(world)
         self.keys, self.backups, self.notifications = Keys(world), Backups(world), Notifications(world)
         self.sync = Sync(world, self.typing, self.presence, Unread())
+        self.by_class = {type(part).__name__: part for part in vars(self).values()}      # the same, for just()
         self.router, self.limiter = router_of(tuple(routes)), Limiter(world)
 
     def __call__(self, request: Request) -> Response:
@@ -8694,6 +8695,14 @@ class Api:
         return registration
 
 
+# -- Handlers. Each takes a request apart, has a verb of section 6 or 7 do it, and gives the answer its shape.
+
+def just(verb: Callable[..., Any]) -> Callable[..., Any]:
+    """The handler for a verb that takes no more than who is asking and the variables of the path, and whose result is the answer."""
+    owner = verb.__qualname__.partition(".")[0]
+    return lambda call, *variables: verb(call.api.by_class[owner], call.who, *variables)
+
+
 # -- Handlers: accounts.
 
 def versions(call: Call) -> Any:
@@ -8789,14 +8798,6 @@ def login(call: Call) -> Any:
     return call.api.accounts.login(user, call.field("password", str), **device_of(call))
 
 
-def logout(call: Call) -> Any:
-    call.api.accounts.logout(call.who)
-
-
-def logout_all(call: Call) -> Any:
-    call.api.accounts.logout_all(call.who)
-
-
 def whoami(call: Call) -> Any:
     """Without device_id for an application service that names none: an as_token has no device."""
     device = {"device_id": call.who.device_id} if call.who.device_id else {}
@@ -8819,10 +8820,6 @@ def deactivate(call: Call) -> Any:
 
 def get_devices(call: Call) -> Any:
     return {"devices": call.api.accounts.devices(call.who)}
-
-
-def get_device(call: Call, device_id: str) -> Any:
-    return call.api.accounts.device(call.who, device_id)
 
 
 def put_device(call: Call, device_id: str) -> Any:
@@ -8915,14 +8912,6 @@ def delete_tag(call: Call, room_id: str, tag: str) -> Any:
 def post_filter(call: Call) -> Any:
     SyncFilter(call.body)                                    # refuses what it can't read
     return {"filter_id": call.api.data.add_filter(call.who, call.body)}
-
-
-def get_filter(call: Call, filter_id: str) -> Any:
-    return call.api.data.filter(call.who, filter_id)
-
-
-def post_openid_token(call: Call) -> Any:
-    return call.api.openid.token(call.who)
 
 
 def get_push_rules(call: Call) -> Any:
@@ -9024,16 +9013,8 @@ def post_backup(call: Call) -> Any:
     return {"version": call.api.backups.create(call.who, call.field("algorithm", str), call.field("auth_data", dict))}
 
 
-def get_backup(call: Call, version: str | None = None) -> Any:
-    return call.api.backups.get(call.who, version)
-
-
 def put_backup(call: Call, version: str) -> Any:
     call.api.backups.update(call.who, version, call.field("algorithm", str), call.field("auth_data", dict))
-
-
-def delete_backup(call: Call, version: str) -> Any:
-    call.api.backups.delete(call.who, version)
 
 
 def put_backup_keys(call: Call, room_id: str | None = None, session_id: str | None = None) -> Any:
@@ -9094,10 +9075,6 @@ def unban(call: Call, room_id: str) -> Any:
     call.api.rooms.unban(call.who, room_id, call.field("user_id", str), call.reason)
 
 
-def forget(call: Call, room_id: str) -> Any:
-    call.api.rooms.forget(call.who, room_id)
-
-
 def joined_rooms(call: Call) -> Any:
     return {"joined_rooms": call.api.rooms.joined(call.who)}
 
@@ -9118,14 +9095,6 @@ def get_state_event(call: Call, room_id: str, type: str, state_key: str = "") ->
     event = call.api.history.state_event(call.who, room_id, type, state_key)
     whole = call.choice("format", ("content", "event"), "content") == "event"
     return call.api.history.render(call.who, [event])[0] if whole else event.content
-
-
-def get_state(call: Call, room_id: str) -> Any:
-    return call.api.history.state(call.who, room_id)
-
-
-def get_event(call: Call, room_id: str, event_id: str) -> Any:
-    return call.api.history.event(call.who, room_id, event_id)
 
 
 def get_members(call: Call, room_id: str) -> Any:
@@ -9179,10 +9148,6 @@ def get_alias(call: Call, alias: str) -> Any:
 
 def put_alias(call: Call, alias: str) -> Any:
     call.api.aliases.add(call.who, alias, call.field("room_id", str))
-
-
-def delete_alias(call: Call, alias: str) -> Any:
-    call.api.aliases.delete(call.who, alias)
 
 
 def get_visibility(call: Call, room_id: str) -> Any:
@@ -9333,10 +9298,6 @@ def upload(call: Call, server_name: str = "", media_id: str | None = None) -> An
         return media.fill(call.who, server_name, media_id, content, content_type, call.query("filename"))
 
 
-def create_media(call: Call) -> Any:
-    return call.api.media.create(call.who)
-
-
 def download(call: Call, server_name: str, media_id: str, filename: str | None = None) -> Any:
     timeout = call.integer("timeout_ms", 20_000, 0, 120_000) / 1000
     content_type, uploaded_as, content = call.api.media.download(server_name, media_id, timeout)
@@ -9425,141 +9386,141 @@ PREFIXES = {"C": "/_matrix/client/v3", "R": "/_matrix/client/v3/rooms/{roomId}",
             "K": "/_matrix/client/v3/room_keys", "D": "/_matrix/client/v1/media", "M": "/_matrix/media/v3", "A": "/_matrix/app/v1"}
 
 
-def route_table(*rows: tuple[str, str, str, Callable[..., Any], str]) -> list[Route]:
-    return [Route(row[0], PREFIXES.get(row[1][0], row[1][0]) + row[1][1:], *row[2:]) for row in rows]
+def route_table(*rows: tuple[str, str, str, str, Callable[..., Any]]) -> list[Route]:
+    return [Route(method, PREFIXES.get(path[0], path[0]) + path[1:], auth, spec, handler) for method, path, auth, spec, handler in rows]
 
 
 ROUTES = route_table(
-    # method   path                                            who           handler                section of the spec
-    ("GET",    "/_matrix/client/versions",                     "nobody",     versions,              "API Versions"),
-    ("GET",    "/.well-known/matrix/client",                   "nobody",     well_known,            "Server Discovery"),
-    ("GET",    "C/capabilities",                               "user",       capabilities,          "Capabilities negotiation"),
+    # method   path                                            who           section of the spec            handler
+    ("GET",    "/_matrix/client/versions",                     "nobody",     "API Versions",                versions),
+    ("GET",    "/.well-known/matrix/client",                   "nobody",     "Server Discovery",            well_known),
+    ("GET",    "C/capabilities",                               "user",       "Capabilities negotiation",    capabilities),
     # Accounts
-    ("GET",    "C/register/available",                         "nobody",     register_available,    "Account registration"),
-    ("POST",   "C/register",                                   "nobody",     register,              "Registration; AS: Permissions"),
-    ("GET",    "C/login",                                      "nobody",     login_flows,           "Login"),
-    ("POST",   "C/login",                                      "nobody",     login,                 "Login; AS: Permissions"),
-    ("POST",   "C/logout",                                     "user",       logout,                "Login"),
-    ("POST",   "C/logout/all",                                 "user",       logout_all,            "Login"),
-    ("GET",    "C/account/whoami",                             "user",       whoami,                "Current account information"),
-    ("POST",   "C/account/password",                           "user",       change_password,       "Account management"),
-    ("POST",   "C/account/deactivate",                         "user",       deactivate,            "Account management"),
-    ("GET",    "C/devices",                                    "user",       get_devices,           "Device Management"),
-    ("GET",    "C/devices/{deviceId}",                         "user",       get_device,            "Device Management"),
-    ("PUT",    "C/devices/{deviceId}",                         "user",       put_device,            "Device Management"),
-    ("DELETE", "C/devices/{deviceId}",                         "user",       delete_device,         "Device Management"),
-    ("POST",   "C/delete_devices",                             "user",       delete_device,         "Device Management"),
-    ("GET",    "C/profile/{userId}",                           "maybe",      get_profile,           "Profiles"),
-    ("GET",    "C/profile/{userId}/{keyName}",                 "maybe",      get_profile_key,       "Profiles"),
-    ("PUT",    "C/profile/{userId}/{keyName}",                 "user",       put_profile_key,       "Profiles"),
-    ("GET",    "U/account_data/{type}",                        "self",       get_account_data,      "Client Config"),
-    ("PUT",    "U/account_data/{type}",                        "self",       put_account_data,      "Client Config"),
-    ("GET",    "U/rooms/{roomId}/account_data/{type}",         "self",       get_room_account_data, "Client Config"),
-    ("PUT",    "U/rooms/{roomId}/account_data/{type}",         "self",       put_room_account_data, "Client Config"),
-    ("GET",    "U/rooms/{roomId}/tags",                        "self",       get_tags,              "Room Tagging"),
-    ("PUT",    "U/rooms/{roomId}/tags/{tag}",                  "self",       put_tag,               "Room Tagging"),
-    ("DELETE", "U/rooms/{roomId}/tags/{tag}",                  "self",       delete_tag,            "Room Tagging"),
-    ("POST",   "U/openid/request_token",                       "self",       post_openid_token,     "OpenID"),
-    ("GET",    "/_matrix/federation/v1/openid/userinfo",       "nobody",     openid_userinfo,       "Server-Server API, OpenID"),
-    ("POST",   "U/filter",                                     "self",       post_filter,           "Filtering"),
-    ("GET",    "U/filter/{filterId}",                          "self",       get_filter,            "Filtering"),
-    ("GET",    "C/pushrules",                                  "user",       get_push_rules,        "Push Notifications"),
-    ("GET",    "C/pushrules/",                                 "user",       get_push_rules,        "Push Notifications"),
-    ("GET",    "C/pushrules/global",                           "user",       get_push_rules,        "Push Notifications"),
-    ("GET",    "C/pushrules/global/",                          "user",       get_push_rules,        "Push Notifications"),
-    ("GET",    "C/pushrules/global/{kind}/{ruleId}",           "user",       get_push_rule,         "Push Notifications"),
-    ("PUT",    "C/pushrules/global/{kind}/{ruleId}",           "user",       put_push_rule,         "Push Notifications"),
-    ("DELETE", "C/pushrules/global/{kind}/{ruleId}",           "user",       delete_push_rule,      "Push Notifications"),
-    ("GET",    "C/pushrules/global/{kind}/{ruleId}/enabled",   "user",       get_push_rule,         "Push Notifications"),
-    ("PUT",    "C/pushrules/global/{kind}/{ruleId}/enabled",   "user",       put_push_enabled,      "Push Notifications"),
-    ("GET",    "C/pushrules/global/{kind}/{ruleId}/actions",   "user",       get_push_rule,         "Push Notifications"),
-    ("PUT",    "C/pushrules/global/{kind}/{ruleId}/actions",   "user",       put_push_actions,      "Push Notifications"),
+    ("GET",    "C/register/available",                         "nobody",     "Account registration",        register_available),
+    ("POST",   "C/register",                                   "nobody",     "AS: Permissions",             register),
+    ("GET",    "C/login",                                      "nobody",     "Login",                       login_flows),
+    ("POST",   "C/login",                                      "nobody",     "Login; AS: Permissions",      login),
+    ("POST",   "C/logout",                                     "user",       "Login",                       just(Accounts.logout)),
+    ("POST",   "C/logout/all",                                 "user",       "Login",                       just(Accounts.logout_all)),
+    ("GET",    "C/account/whoami",                             "user",       "Current account",             whoami),
+    ("POST",   "C/account/password",                           "user",       "Account management",          change_password),
+    ("POST",   "C/account/deactivate",                         "user",       "Account management",          deactivate),
+    ("GET",    "C/devices",                                    "user",       "Device Management",           get_devices),
+    ("GET",    "C/devices/{deviceId}",                         "user",       "Device Management",           just(Accounts.device)),
+    ("PUT",    "C/devices/{deviceId}",                         "user",       "Device Management",           put_device),
+    ("DELETE", "C/devices/{deviceId}",                         "user",       "Device Management",           delete_device),
+    ("POST",   "C/delete_devices",                             "user",       "Device Management",           delete_device),
+    ("GET",    "C/profile/{userId}",                           "maybe",      "Profiles",                    get_profile),
+    ("GET",    "C/profile/{userId}/{keyName}",                 "maybe",      "Profiles",                    get_profile_key),
+    ("PUT",    "C/profile/{userId}/{keyName}",                 "user",       "Profiles",                    put_profile_key),
+    ("GET",    "U/account_data/{type}",                        "self",       "Client Config",               get_account_data),
+    ("PUT",    "U/account_data/{type}",                        "self",       "Client Config",               put_account_data),
+    ("GET",    "U/rooms/{roomId}/account_data/{type}",         "self",       "Client Config",               get_room_account_data),
+    ("PUT",    "U/rooms/{roomId}/account_data/{type}",         "self",       "Client Config",               put_room_account_data),
+    ("GET",    "U/rooms/{roomId}/tags",                        "self",       "Room Tagging",                get_tags),
+    ("PUT",    "U/rooms/{roomId}/tags/{tag}",                  "self",       "Room Tagging",                put_tag),
+    ("DELETE", "U/rooms/{roomId}/tags/{tag}",                  "self",       "Room Tagging",                delete_tag),
+    ("POST",   "U/openid/request_token",                       "self",       "OpenID",                      just(OpenId.token)),
+    ("GET",    "/_matrix/federation/v1/openid/userinfo",       "nobody",     "Server-Server API, OpenID",   openid_userinfo),
+    ("POST",   "U/filter",                                     "self",       "Filtering",                   post_filter),
+    ("GET",    "U/filter/{filterId}",                          "self",       "Filtering",                   just(ClientData.filter)),
+    ("GET",    "C/pushrules",                                  "user",       "Push Notifications",          get_push_rules),
+    ("GET",    "C/pushrules/",                                 "user",       "Push Notifications",          get_push_rules),
+    ("GET",    "C/pushrules/global",                           "user",       "Push Notifications",          get_push_rules),
+    ("GET",    "C/pushrules/global/",                          "user",       "Push Notifications",          get_push_rules),
+    ("GET",    "C/pushrules/global/{kind}/{ruleId}",           "user",       "Push Notifications",          get_push_rule),
+    ("PUT",    "C/pushrules/global/{kind}/{ruleId}",           "user",       "Push Notifications",          put_push_rule),
+    ("DELETE", "C/pushrules/global/{kind}/{ruleId}",           "user",       "Push Notifications",          delete_push_rule),
+    ("GET",    "C/pushrules/global/{kind}/{ruleId}/enabled",   "user",       "Push Notifications",          get_push_rule),
+    ("PUT",    "C/pushrules/global/{kind}/{ruleId}/enabled",   "user",       "Push Notifications",          put_push_enabled),
+    ("GET",    "C/pushrules/global/{kind}/{ruleId}/actions",   "user",       "Push Notifications",          get_push_rule),
+    ("PUT",    "C/pushrules/global/{kind}/{ruleId}/actions",   "user",       "Push Notifications",          put_push_actions),
     # End-to-end encryption
-    ("POST",   "C/keys/upload",                                "user",       upload_keys,           "Uploading keys"),
-    ("POST",   "C/keys/query",                                 "user",       query_keys,            "Querying keys; AS: Querying"),
-    ("POST",   "C/keys/claim",                                 "user",       claim_keys,            "Claiming one-time keys"),
-    ("POST",   "C/keys/device_signing/upload",                 "user",       upload_cross_signing,  "Cross-signing; AS: Cross-signing"),
-    ("POST",   "C/keys/signatures/upload",                     "user",       upload_signatures,     "Cross-signing"),
-    ("PUT",    "C/sendToDevice/{eventType}/{txnId}",           "user",       send_to_device,        "Send-to-Device messaging"),
-    ("POST",   "K/version",                                    "user",       post_backup,           "Server-side key backups"),
-    ("GET",    "K/version",                                    "user",       get_backup,            "Server-side key backups"),
-    ("GET",    "K/version/{version}",                          "user",       get_backup,            "Server-side key backups"),
-    ("PUT",    "K/version/{version}",                          "user",       put_backup,            "Server-side key backups"),
-    ("DELETE", "K/version/{version}",                          "user",       delete_backup,         "Server-side key backups"),
-    *((method, f"K/keys{where}",                               "user",       handler,               "Server-side key backups")
+    ("POST",   "C/keys/upload",                                "user",       "Uploading keys",              upload_keys),
+    ("POST",   "C/keys/query",                                 "user",       "Querying keys; AS: Querying", query_keys),
+    ("POST",   "C/keys/claim",                                 "user",       "Claiming one-time keys",      claim_keys),
+    ("POST",   "C/keys/device_signing/upload",                 "user",       "AS: Cross-signing",           upload_cross_signing),
+    ("POST",   "C/keys/signatures/upload",                     "user",       "Cross-signing",               upload_signatures),
+    ("PUT",    "C/sendToDevice/{eventType}/{txnId}",           "user",       "Send-to-Device messaging",    send_to_device),
+    ("POST",   "K/version",                                    "user",       "Server-side key backups",     post_backup),
+    ("GET",    "K/version",                                    "user",       "Server-side key backups",     just(Backups.get)),
+    ("GET",    "K/version/{version}",                          "user",       "Server-side key backups",     just(Backups.get)),
+    ("PUT",    "K/version/{version}",                          "user",       "Server-side key backups",     put_backup),
+    ("DELETE", "K/version/{version}",                          "user",       "Server-side key backups",     just(Backups.delete)),
+    *((method, f"K/keys{where}",                               "user",       "Server-side key backups",     handler)
       for method, handler in (("PUT", put_backup_keys), ("GET", get_backup_keys), ("DELETE", delete_backup_keys))
       for where in ("", "/{roomId}", "/{roomId}/{sessionId}")),
     # Rooms
-    ("GET",    "C/sync",                                       "user",       get_sync,              "Syncing"),
-    ("GET",    "C/events",                                     "user",       get_events,            "r0: Syncing"),
-    ("GET",    "R/initialSync",                                "user",       get_initial_sync,      "r0: Syncing"),
-    ("GET",    "C/presence/{userId}/status",                   "user",       get_presence,          "Presence"),
-    ("PUT",    "C/presence/{userId}/status",                   "self",       put_presence,          "Presence"),
-    ("POST",   "C/createRoom",                                 "user",       create_room,           "Creation"),
-    ("POST",   "C/join/{roomId}",                              "user",       join_room,             "Joining rooms"),
-    ("POST",   "R/join",                                       "user",       join_room,             "Joining rooms"),
-    ("POST",   "C/knock/{roomId}",                             "user",       knock_room,            "Knocking on rooms"),
-    ("POST",   "R/invite",                                     "user",       invite,                "Joining rooms"),
-    ("POST",   "R/leave",                                      "user",       leave,                 "Leaving rooms"),
-    ("POST",   "R/kick",                                       "user",       kick,                  "Leaving rooms"),
-    ("POST",   "R/ban",                                        "user",       ban,                   "Banning users in a room"),
-    ("POST",   "R/unban",                                      "user",       unban,                 "Banning users in a room"),
-    ("POST",   "R/forget",                                     "user",       forget,                "Leaving rooms"),
-    ("GET",    "C/joined_rooms",                               "user",       joined_rooms,          "Listing rooms"),
-    ("PUT",    "R/send/{eventType}/{txnId}",                   "user",       send,                  "Sending events; AS: Timestamps"),
-    ("PUT",    "R/redact/{eventId}/{txnId}",                   "user",       redact,                "Redactions"),
-    ("GET",    "R/state",                                      "user",       get_state,             "Getting events"),
-    ("GET",    "R/state/{eventType}",                          "user",       get_state_event,       "Getting events"),
-    ("GET",    "R/state/{eventType}/{stateKey}",               "user",       get_state_event,       "Getting events"),
-    ("PUT",    "R/state/{eventType}",                          "user",       put_state,             "Sending events; AS: Timestamps"),
-    ("PUT",    "R/state/{eventType}/{stateKey}",               "user",       put_state,             "Sending events; AS: Timestamps"),
-    ("GET",    "R/event/{eventId}",                            "user",       get_event,             "Getting events"),
-    ("GET",    "R/members",                                    "user",       get_members,           "Getting events"),
-    ("GET",    "R/joined_members",                             "user",       get_joined_members,    "Getting events"),
-    ("GET",    "R/messages",                                   "user",       get_messages,          "Getting events"),
-    ("GET",    "R/context/{eventId}",                          "user",       get_context,           "Event Context"),
-    ("GET",    "N/{eventId}",                                  "user",       get_relations,         "Relationships"),
-    ("GET",    "N/{eventId}/{relType}",                        "user",       get_relations,         "Relationships"),
-    ("GET",    "N/{eventId}/{relType}/{eventType}",            "user",       get_relations,         "Relationships"),
-    ("GET",    "V/rooms/{roomId}/threads",                     "user",       get_threads,           "Threading"),
-    ("PUT",    "R/typing/{userId}",                            "self",       put_typing,            "Typing Notifications"),
-    ("POST",   "R/receipt/{receiptType}/{eventId}",            "user",       post_receipt,          "Receipts"),
-    ("POST",   "R/read_markers",                               "user",       post_read_markers,     "Fully read markers"),
+    ("GET",    "C/sync",                                       "user",       "Syncing",                     get_sync),
+    ("GET",    "C/events",                                     "user",       "r0: Syncing",                 get_events),
+    ("GET",    "R/initialSync",                                "user",       "r0: Syncing",                 get_initial_sync),
+    ("GET",    "C/presence/{userId}/status",                   "user",       "Presence",                    get_presence),
+    ("PUT",    "C/presence/{userId}/status",                   "self",       "Presence",                    put_presence),
+    ("POST",   "C/createRoom",                                 "user",       "Creation",                    create_room),
+    ("POST",   "C/join/{roomId}",                              "user",       "Joining rooms",               join_room),
+    ("POST",   "R/join",                                       "user",       "Joining rooms",               join_room),
+    ("POST",   "C/knock/{roomId}",                             "user",       "Knocking on rooms",           knock_room),
+    ("POST",   "R/invite",                                     "user",       "Joining rooms",               invite),
+    ("POST",   "R/leave",                                      "user",       "Leaving rooms",               leave),
+    ("POST",   "R/kick",                                       "user",       "Leaving rooms",               kick),
+    ("POST",   "R/ban",                                        "user",       "Banning users in a room",     ban),
+    ("POST",   "R/unban",                                      "user",       "Banning users in a room",     unban),
+    ("POST",   "R/forget",                                     "user",       "Leaving rooms",               just(Rooms.forget)),
+    ("GET",    "C/joined_rooms",                               "user",       "Listing rooms",               joined_rooms),
+    ("PUT",    "R/send/{eventType}/{txnId}",                   "user",       "Sending; AS: Timestamps",     send),
+    ("PUT",    "R/redact/{eventId}/{txnId}",                   "user",       "Redactions",                  redact),
+    ("GET",    "R/state",                                      "user",       "Getting events",              just(History.state)),
+    ("GET",    "R/state/{eventType}",                          "user",       "Getting events",              get_state_event),
+    ("GET",    "R/state/{eventType}/{stateKey}",               "user",       "Getting events",              get_state_event),
+    ("PUT",    "R/state/{eventType}",                          "user",       "Sending; AS: Timestamps",     put_state),
+    ("PUT",    "R/state/{eventType}/{stateKey}",               "user",       "Sending; AS: Timestamps",     put_state),
+    ("GET",    "R/event/{eventId}",                            "user",       "Getting events",              just(History.event)),
+    ("GET",    "R/members",                                    "user",       "Getting events",              get_members),
+    ("GET",    "R/joined_members",                             "user",       "Getting events",              get_joined_members),
+    ("GET",    "R/messages",                                   "user",       "Getting events",              get_messages),
+    ("GET",    "R/context/{eventId}",                          "user",       "Event Context",               get_context),
+    ("GET",    "N/{eventId}",                                  "user",       "Relationships",               get_relations),
+    ("GET",    "N/{eventId}/{relType}",                        "user",       "Relationships",               get_relations),
+    ("GET",    "N/{eventId}/{relType}/{eventType}",            "user",       "Relationships",               get_relations),
+    ("GET",    "V/rooms/{roomId}/threads",                     "user",       "Threading",                   get_threads),
+    ("PUT",    "R/typing/{userId}",                            "self",       "Typing Notifications",        put_typing),
+    ("POST",   "R/receipt/{receiptType}/{eventId}",            "user",       "Receipts",                    post_receipt),
+    ("POST",   "R/read_markers",                               "user",       "Fully read markers",          post_read_markers),
     # Aliases and the directory
-    ("GET",    "R/aliases",                                    "user",       room_aliases,          "Room aliases"),
-    ("GET",    "C/directory/room/{roomAlias}",                 "maybe",      get_alias,             "Room aliases; AS: Querying"),
-    ("PUT",    "C/directory/room/{roomAlias}",                 "user",       put_alias,             "Room aliases"),
-    ("DELETE", "C/directory/room/{roomAlias}",                 "user",       delete_alias,          "Room aliases"),
-    ("GET",    "L/room/{roomId}",                              "maybe",      get_visibility,        "Listing rooms"),
-    ("PUT",    "L/room/{roomId}",                              "user",       put_visibility,        "Listing rooms"),
-    ("PUT",    "L/appservice/{networkId}/{roomId}",            "appservice", put_network_room,      "AS: Room directories"),
-    ("GET",    "C/publicRooms",                                "maybe",      get_public_rooms,      "Listing rooms"),
-    ("POST",   "C/publicRooms",                                "user",       search_public_rooms,   "Listing rooms"),
-    ("GET",    "V/rooms/{roomId}/hierarchy",                   "user",       get_hierarchy,         "Spaces"),
-    ("POST",   "C/user_directory/search",                      "user",       search_users,          "User Directory"),
+    ("GET",    "R/aliases",                                    "user",       "Room aliases",                room_aliases),
+    ("GET",    "C/directory/room/{roomAlias}",                 "maybe",      "Room aliases; AS: Querying",  get_alias),
+    ("PUT",    "C/directory/room/{roomAlias}",                 "user",       "Room aliases",                put_alias),
+    ("DELETE", "C/directory/room/{roomAlias}",                 "user",       "Room aliases",                just(Aliases.delete)),
+    ("GET",    "L/room/{roomId}",                              "maybe",      "Listing rooms",               get_visibility),
+    ("PUT",    "L/room/{roomId}",                              "user",       "Listing rooms",               put_visibility),
+    ("PUT",    "L/appservice/{networkId}/{roomId}",            "appservice", "AS: Room directories",        put_network_room),
+    ("GET",    "C/publicRooms",                                "maybe",      "Listing rooms",               get_public_rooms),
+    ("POST",   "C/publicRooms",                                "user",       "Listing rooms",               search_public_rooms),
+    ("GET",    "V/rooms/{roomId}/hierarchy",                   "user",       "Spaces",                      get_hierarchy),
+    ("POST",   "C/user_directory/search",                      "user",       "User Directory",              search_users),
     # Media
-    ("POST",   "M/upload",                                     "user",       upload,                "Content repository"),
-    ("POST",   "M/create",                                     "user",       create_media,          "Content repository"),
-    ("PUT",    "M/upload/{serverName}/{mediaId}",              "user",       upload,                "Content repository"),
-    ("GET",    "M/download/{serverName}/{mediaId}",            "nobody",     download,              "Content repository"),
-    ("GET",    "M/download/{serverName}/{mediaId}/{fileName}", "nobody",     download,              "Content repository"),
-    ("GET",    "M/thumbnail/{serverName}/{mediaId}",           "nobody",     thumbnail,             "Content repository"),
-    ("GET",    "M/config",                                     "user",       media_config,          "Content repository"),
-    ("GET",    "D/download/{serverName}/{mediaId}",            "user",       download,              "Content repository"),
-    ("GET",    "D/download/{serverName}/{mediaId}/{fileName}", "user",       download,              "Content repository"),
-    ("GET",    "D/thumbnail/{serverName}/{mediaId}",           "user",       thumbnail,             "Content repository"),
-    ("GET",    "D/config",                                     "user",       media_config,          "Content repository"),
+    ("POST",   "M/upload",                                     "user",       "Content repository",          upload),
+    ("POST",   "M/create",                                     "user",       "Content repository",          just(Media.create)),
+    ("PUT",    "M/upload/{serverName}/{mediaId}",              "user",       "Content repository",          upload),
+    ("GET",    "M/download/{serverName}/{mediaId}",            "nobody",     "Content repository",          download),
+    ("GET",    "M/download/{serverName}/{mediaId}/{fileName}", "nobody",     "Content repository",          download),
+    ("GET",    "M/thumbnail/{serverName}/{mediaId}",           "nobody",     "Content repository",          thumbnail),
+    ("GET",    "M/config",                                     "user",       "Content repository",          media_config),
+    ("GET",    "D/download/{serverName}/{mediaId}",            "user",       "Content repository",          download),
+    ("GET",    "D/download/{serverName}/{mediaId}/{fileName}", "user",       "Content repository",          download),
+    ("GET",    "D/thumbnail/{serverName}/{mediaId}",           "user",       "Content repository",          thumbnail),
+    ("GET",    "D/config",                                     "user",       "Content repository",          media_config),
     # Third-party networks
-    ("GET",    "C/thirdparty/protocols",                       "user",       get_protocols,         "Third-party Networks"),
-    ("GET",    "C/thirdparty/protocol/{protocol}",             "user",       get_protocol,          "Third-party Networks"),
-    ("GET",    "C/thirdparty/user",                            "user",       look_up,               "Third-party Networks"),
-    ("GET",    "C/thirdparty/user/{protocol}",                 "user",       look_up,               "Third-party Networks"),
-    ("GET",    "C/thirdparty/location",                        "user",       look_up,               "Third-party Networks"),
-    ("GET",    "C/thirdparty/location/{protocol}",             "user",       look_up,               "Third-party Networks"),
+    ("GET",    "C/thirdparty/protocols",                       "user",       "Third-party Networks",        get_protocols),
+    ("GET",    "C/thirdparty/protocol/{protocol}",             "user",       "Third-party Networks",        get_protocol),
+    ("GET",    "C/thirdparty/user",                            "user",       "Third-party Networks",        look_up),
+    ("GET",    "C/thirdparty/user/{protocol}",                 "user",       "Third-party Networks",        look_up),
+    ("GET",    "C/thirdparty/location",                        "user",       "Third-party Networks",        look_up),
+    ("GET",    "C/thirdparty/location/{protocol}",             "user",       "Third-party Networks",        look_up),
     # For application services
-    ("POST",   "V/appservice/{appserviceId}/ping",             "appservice", ping,                  "AS: Pinging"),
-    ("GET",    "A/user",                                       "nobody",     map_uri,               "AS, 2016 text: URI mapping"),
-    ("GET",    "A/alias",                                      "nobody",     map_uri,               "AS, 2016 text: URI mapping"),
+    ("POST",   "V/appservice/{appserviceId}/ping",             "appservice", "AS: Pinging",                 ping),
+    ("GET",    "A/user",                                       "nobody",     "AS, 2016 text: URI mapping",  map_uri),
+    ("GET",    "A/alias",                                      "nobody",     "AS, 2016 text: URI mapping",  map_uri),
 )
 
 
@@ -10170,8 +10131,8 @@ def get_page(call: Call) -> Any:
     return Response(200, PAGE.replace("{nonce}", nonce).encode(), "text/html; charset=utf-8", headers.encode())
 
 
-ADMIN_ROUTES = [Route("GET", "/", "nobody", get_page, "asbridge: the inspector's page"), *(
-    Route(method, INSPECTOR + path, "admin", handler, "asbridge: " + what) for method, path, what, handler in (
+ADMIN_ROUTES = [Route("GET", "/", "nobody", "asbridge: the inspector's page", get_page), *(
+    Route(method, INSPECTOR + path, "admin", "asbridge: " + what, handler) for method, path, what, handler in (
     ("GET",    "status",       "how everybody is",           question(Inspector.status)),
     ("GET",    "exchanges",    "what passed since",          get_exchanges),
     ("GET",    "exchange",     "one of them, opened",        get_exchange),
