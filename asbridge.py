@@ -721,6 +721,12 @@ def parse_headers(text: str) -> Mapping[str, str]:
 parse_same_headers = functools.lru_cache(512)(parse_headers)
 
 
+def bearer(headers: Mapping[str, str]) -> str:
+    """The token in the Authorization header; '' if there is none."""
+    scheme, _, token = headers.get("authorization", "").partition(" ")
+    return token.strip() if scheme.lower() == "bearer" else ""
+
+
 class ClientGone(OSError):
     """The client went away in the middle of its request: there is nobody to answer."""
 
@@ -8500,9 +8506,7 @@ def token_of(request: Request) -> str | None:
 
 def token_in(headers: Mapping[str, str], query: Mapping[str, str]) -> str | None:
     """The access token, from the header or the query; 401 if they differ. Empty is absent."""
-    header = headers.get("authorization", "")
-    in_header = header[7:].strip() if header[:7].lower() == "bearer " else ""
-    in_query = query.get("access_token", "")
+    in_header, in_query = bearer(headers), query.get("access_token", "")
     if in_header and in_query and not hmac.compare_digest(in_header.encode(), in_query.encode()):
         raise MatrixError("M_UNKNOWN_TOKEN", "the tokens in the Authorization header and in access_token "
                           "differ; send one of them")
@@ -11145,9 +11149,7 @@ class AppService:
 
     def _check_token(self, request: Request) -> None:
         """The hs_token says that it is our homeserver: in the header or, before v1.4, in the query; both must be it."""
-        scheme, _, header = request.headers.get("authorization", "").partition(" ")
-        bearer = header.strip() if scheme.lower() == "bearer" else ""
-        tokens = {bearer, request.query.get("access_token", "")} - {""}
+        tokens = {bearer(request.headers), request.query.get("access_token", "")} - {""}
         if not tokens:
             raise MatrixError("M_MISSING_TOKEN", "no hs_token, as Authorization: Bearer or access_token=")
         right = self.registration.hs_token.encode()
