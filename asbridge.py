@@ -6,12 +6,12 @@ Quick start
     python asbridge.py --config bridge.yaml   a homeserver for the bridge whose registration this is
     with asbridge.Homeserver(registrations=[...]) as hs: ...              the same, inside a test
 
-An application service of your own is a class and its registration:
+An application service of your own is a class and its registration (`python asbridge.py generate echo` prints one):
 
     class Echo(asbridge.AppService):
         def on_event(self, event):                                        # each once, and in order
             if event["type"] == "m.room.message" and event["sender"] != self.bot.user_id:
-                self.bot.say(event["room_id"], event["content"]["body"], txn_id=event["event_id"])
+                self.bot.say(event["room_id"], event["content"].get("body", "?"), txn_id=event["event_id"])
 
     Echo(asbridge.load_registration("registration.json"), "http://127.0.0.1:8008").start()
     input("Enter ends it")                                                # it works on threads of its own
@@ -39,13 +39,27 @@ stored; many changes share a COMMIT. Every change takes the next number of one c
 new for me" is always "what lies after N". And whether an application service is interested in an event
 is decided, and written down, in the database transaction that stores the event, so that none is lost.
 
+The way of a line, there and back
+=================================
+    IRC client, "PRIVMSG #lobby :hello"     11 IrcClient.lines, obey, do_privmsg, speak, say
+    the bridge, as the ghost of the nick    11 IrcBridge._send, _do_say; 10 Intent.send, Client.call
+    PUT ...send/m.room.message?user_id=     2 Connection.exchange; 8 Api._answer, identify, act_as; the handler: send
+    may it, in this room?                   6 Rooms.send, _append; 4 authorise
+    stored, with a row for each AS          5 Tx.append, _insert; 3 Audience.interested
+    a transaction, after COMMIT offered     5 Tx.freeze, Store._commit, _publish; 7 Worker.offer
+    PUT transactions/..., until 200         7 Worker._push, Line.attempt
+    any other AS, or this one               10 AppService._put_transaction, _handle, on_event
+    the bridge again, and IRC               11 IrcBridge.on_event, _on_message, _relay; Channel.hear, IrcClient.tell
+
 Words
 =====
     tick           the number of a change; a sync token is one
     job, batch     a change that waits for the writer; the jobs that share a COMMIT
     outbox         the events that wait for one application service, each with the reason why it gets it
     transaction    what one PUT brings it: made of the outbox once ("frozen"), then sent, always the same,
-                   until it is acknowledged; until then it is "open"
+                   until it is acknowledged; until then it is "open". Not to be mixed up with a transaction
+                   of the database (a Tx is what a job may do in one), nor with a client transaction, the
+                   ID in a request that makes it harmless to send it twice
     claim          why an application service has to do with an ID: one of its regexes, or its own user
     ghost, portal  a user that an application service made for somebody, a room that it made for a channel
 
@@ -71,7 +85,8 @@ Reading paths
 =============
     The Application Service API in an hour (about 1,900 lines)
         3 down to "Why?"; in 5, of Tx, "events" and "the outbox"; 7 down to "What passes"; in 8 "Who is
-        asking?"; 10. How a ghost is made, and when an alias is asked for: Accounts and Aliases in 6
+        asking?"; 10. How jobs and batches work: the beginning of Tx, and "the writer thread" in 5. How a
+        ghost is made, and when an alias is asked for: Accounts and Aliases in 6
     Write a bridge       10, then 11
     Test a bridge        "The homeserver in one piece" in 12, and the faults at the end of 7
     Change the server    1, 4, 5, 6, 8
@@ -285,6 +300,11 @@ def counted(n: int, word: str) -> str:
     return f"{n} {word}" + "s" * (n != 1)
 
 
+def digest(token: str) -> bytes:
+    """What is kept of an access token."""
+    return hashlib.sha256(token.encode("utf-8", "replace")).digest()
+
+
 def quoted(value: object) -> str:
     """The same as JSON, so that 1 and "1" can be told apart."""
     return shorten(json.dumps(value, ensure_ascii=False))
@@ -421,6 +441,10 @@ def field(body: JsonObject, key: str, type_: type[T], default: Any = ...) -> T:
         shown = TYPE_NAMES[type(value)] if SECRET_KEY.search(key) else quoted(value)
         raise MatrixError("M_BAD_JSON", f"{key!r} must be {TYPE_NAMES[type_]}, not {shown}")
     return cast(T, value)
+
+
+def without_none(source: Mapping[str, Any]) -> JsonObject:
+    return {key: value for key, value in source.items() if value is not None}
 
 
 # -- Time.
@@ -1389,8 +1413,8 @@ class Registrations:
     def __init__(self, server_name: str, registrations: Sequence[Registration] = ()) -> None:
         self.server_name = server_name                       # only its users are in a namespace
         self.by_id = {one.id: one for one in registrations}
-        self._by_as_token = {hashlib.sha256(one.as_token.encode()).digest(): one for one in registrations}
-        self._by_hs_token = {hashlib.sha256(one.hs_token.encode()).digest(): one for one in registrations}
+        self._by_as_token = {digest(one.as_token): one for one in registrations}
+        self._by_hs_token = {digest(one.hs_token): one for one in registrations}
         self.known = functools.lru_cache(maxsize=100_000)(self._claims)      # what is remembered
 
     def __iter__(self) -> Iterator[Registration]:
@@ -1513,7 +1537,7 @@ def query_path(kind: str, id: str) -> str:
 
 @functools.lru_cache(maxsize=1000)
 def beginnings(regex: str) -> list[tuple[int, re.Pattern[str]]]:
-    """Those of a regex that are regexes, the longest first, each with its length."""
+    """The beginnings of a regex that are regexes themselves, the longest first, each with its length."""
     found = []
     for end in range(min(len(regex) - 1, MAX_ID_BYTES), 0, -1):
         with contextlib.suppress(re.error):
@@ -1715,19 +1739,19 @@ class RegistrationReader:
 
     def _check_values(self) -> None:
         """What else is asked of values that have the right type."""
-        self._ask("url", lambda url: url is None or is_base_url(url), "is {}")
-        self._ask("sender_localpart", lambda name: HISTORICAL_LOCALPART.fullmatch(name) and name[0] != "@" and len(name) <= 200,
+        self._require("url", lambda url: url is None or is_base_url(url), "is {}")
+        self._require("sender_localpart", lambda name: HISTORICAL_LOCALPART.fullmatch(name) and name[0] != "@" and len(name) <= 200,
                   "is {}", f"{REGISTRATION_KEYS['sender_localpart'][2]}; 200 characters at most")
-        self._ask("id", bool, "is empty")
+        self._require("id", bool, "is empty")
         for key in ("as_token", "hs_token"):
-            self._ask(key, bool, "is empty")
-            self._ask(key, re.compile("[ -~]*").fullmatch, "has characters that no header can carry",
+            self._require(key, bool, "is empty")
+            self._require(key, re.compile("[ -~]*").fullmatch, "has characters that no header can carry",
                       "a long random text of printable ASCII")
         if self.data.get("as_token") and self.data["as_token"] == self.data.get("hs_token"):
             self.wrong("hs_token", "is the same as as_token", "write another long random text")
-        self._ask("protocols", lambda found: all(isinstance(one, str) for one in found or ()), "has an entry that is no text")
+        self._require("protocols", lambda found: all(isinstance(one, str) for one in found or ()), "has an entry that is no text")
 
-    def _ask(self, key: str, is_right: Callable[[Any], object], what: str, right: str = "") -> None:
+    def _require(self, key: str, is_right: Callable[[Any], object], what: str, right: str = "") -> None:
         type_, _, usual = REGISTRATION_KEYS[key]
         value = self.data.get(key)
         if key in self.data and is_a(value, type_) and not is_right(value):
@@ -2301,7 +2325,7 @@ class Cost(NamedTuple):
 
 @functools.lru_cache(maxsize=1000)
 def cost_of(pattern: re.Pattern[str], uri: bool = False) -> Cost:
-    """Of the start of 255 characters, or of a URI as a whole."""
+    """What it costs to match the start of an ID of 255 characters, or a URI as a whole."""
     try:
         with not_too_deep():
             ways = tree_of(pattern).ways(ALPHABET if uri else NOTHING, MAX_URI_BYTES if uri else MAX_ID_BYTES)
@@ -2313,7 +2337,7 @@ def cost_of(pattern: re.Pattern[str], uri: bool = False) -> Cost:
 
 
 def glance_at_cost(pattern: re.Pattern[str], uri: bool = False) -> Cost:
-    """The same, without a look where there is no need of one."""
+    """The cost, worked out only for a regex that does not look harmless."""
     return cost_of(pattern, uri) if uri or DESERVES_A_LOOK.search(pattern.pattern) else Cost("harmless")
 
 
@@ -2963,6 +2987,13 @@ HISTORY_VISIBILITY, MEMBERSHIP = (("m.room.history_visibility", "history_visibil
                                   ("m.room.member", "membership"))
 
 
+def left_at(memberships: Sequence[tuple[int, str]]) -> int:
+    """The tick at which the user has left for the last time: FOREVER if the user is in the room, -1 if never was."""
+    if memberships and memberships[-1][1] == "join":
+        return FOREVER
+    return max((tick for (tick, _), (_, before) in zip(memberships[1:], memberships, strict=False) if before == "join"), default=-1)
+
+
 def visible_ranges(visibilities: Sequence[tuple[int, str]],
                    memberships: Sequence[tuple[int, str]]) -> list[tuple[int, int]]:
     """The ticks whose events a user may see, as inclusive ranges from old to new. A ghost sees what its own membership lets it
@@ -2973,11 +3004,7 @@ def visible_ranges(visibilities: Sequence[tuple[int, str]],
     """
     ticks = sorted({0} | {tick for tick, _ in visibilities} | {tick for tick, _ in memberships})
     visibility_at, membership_at = dict(visibilities), dict(memberships)
-    joins = [tick for tick, membership in memberships if membership == "join"]
-    leaves_last = next((tick for tick, membership in reversed(memberships) if membership != "join"), 0)
-    last_seen = FOREVER if joins and joins[-1] > leaves_last else max(
-        (tick for (tick, _), (_, before) in zip(memberships[1:], memberships, strict=False)
-         if before == "join"), default=-1)
+    last_seen = left_at(memberships)
     ranges: list[tuple[int, int]] = []
     visibility, membership, before = "shared", "leave", False
     for tick, after in zip(ticks, [*ticks[1:], FOREVER + 1], strict=True):
@@ -3010,78 +3037,83 @@ SCHEMA_VERSION = 3               # tables and indexes that are new in a later on
 #: that comes (ALTER TABLE, of a table that there has been from the first version on; it is done before new ones are made).
 UPGRADES = {3: "DROP TABLE IF EXISTS client_txns;"}
 SCHEMA = """
-CREATE TABLE meta         (key TEXT PRIMARY KEY, value) WITHOUT ROWID;     -- server_name; position: the last tick in this database
-CREATE TABLE users        (user_id TEXT PRIMARY KEY,
-                           password TEXT,                                  -- scrypt$salt$hash; NULL: can't log in with one
-                           appservice TEXT,                                -- whose ghost it is
-                           displayname TEXT, avatar_url TEXT,
-                           deactivated INTEGER NOT NULL DEFAULT 0,
-                           created_ts INTEGER NOT NULL) WITHOUT ROWID;
-CREATE TABLE devices      (user_id TEXT, device_id TEXT, display_name TEXT, last_seen_ts INTEGER, last_seen_ip TEXT,
-                           PRIMARY KEY (user_id, device_id)) WITHOUT ROWID;
-CREATE TABLE sessions     (token BLOB PRIMARY KEY,                         -- SHA-256 of the access token
-                           user_id TEXT NOT NULL, device_id TEXT NOT NULL) WITHOUT ROWID;
-CREATE TABLE rooms        (n INTEGER PRIMARY KEY, room_id TEXT UNIQUE NOT NULL, version TEXT NOT NULL,
-                           published INTEGER NOT NULL DEFAULT 0);          -- in the public directory
-CREATE TABLE events       (tick INTEGER PRIMARY KEY, room INTEGER NOT NULL, type TEXT NOT NULL, state_key TEXT, sender TEXT NOT NULL,
-                           ts INTEGER NOT NULL,                            -- origin_server_ts
-                           json TEXT NOT NULL,                             -- as it is sent, but for unsigned
-                           replaces INTEGER,                               -- tick of the state event before it
-                           redacted_by INTEGER,                            -- tick of the redaction
-                           relates_to INTEGER, rel_type TEXT,              -- tick of the event that m.relates_to names
-                           device_id TEXT, txn_id TEXT);                   -- the client's, for unsigned.transaction_id
-CREATE INDEX timeline     ON events (room, tick);
-CREATE INDEX relations    ON events (relates_to, tick) WHERE relates_to IS NOT NULL;
-CREATE INDEX threads      ON events (room, relates_to, tick) WHERE rel_type = 'm.thread';
-CREATE INDEX state_events ON events (room, type, state_key, tick) WHERE state_key IS NOT NULL;
-CREATE INDEX sent         ON events (sender, txn_id, room, type) WHERE txn_id IS NOT NULL;
-CREATE TABLE state        (room INTEGER, type TEXT, state_key TEXT, tick INTEGER NOT NULL,
-                           PRIMARY KEY (room, type, state_key)) WITHOUT ROWID;
-CREATE TABLE memberships  (user_id TEXT, room INTEGER, membership TEXT NOT NULL, tick INTEGER NOT NULL,
-                           forgotten INTEGER NOT NULL DEFAULT 0, PRIMARY KEY (user_id, room)) WITHOUT ROWID;
-CREATE INDEX room_members ON memberships (room, membership);
-CREATE TABLE aliases      (alias TEXT PRIMARY KEY, room INTEGER NOT NULL, creator TEXT NOT NULL) WITHOUT ROWID;
-CREATE INDEX room_aliases ON aliases (room);
-CREATE TABLE account_data (user_id TEXT, room_id TEXT,                     -- room_id '': of the account
-                           type TEXT, tick INTEGER NOT NULL, json TEXT NOT NULL, PRIMARY KEY (user_id, room_id, type)) WITHOUT ROWID;
-CREATE TABLE receipts     (room INTEGER, type TEXT, user_id TEXT, thread_id TEXT, tick INTEGER NOT NULL, event_id TEXT NOT NULL,
-                           ts INTEGER NOT NULL, PRIMARY KEY (room, type, user_id, thread_id)) WITHOUT ROWID;
-CREATE TABLE filters      (filter_id INTEGER PRIMARY KEY, user_id TEXT NOT NULL, json TEXT NOT NULL, UNIQUE (user_id, json));
-CREATE TABLE media        (media_id TEXT PRIMARY KEY, content_type TEXT NOT NULL, filename TEXT, user_id TEXT NOT NULL,
-                           created_ts INTEGER NOT NULL, content BLOB);     -- NULL: only the URI was made yet
-CREATE TABLE device_keys  (user_id TEXT, device_id TEXT, json TEXT NOT NULL, PRIMARY KEY (user_id, device_id)) WITHOUT ROWID;
-CREATE TABLE one_time_keys(user_id TEXT, device_id TEXT, key_id TEXT,     -- 'algorithm:id'
-                           json TEXT NOT NULL, PRIMARY KEY (user_id, device_id, key_id));     -- they go out in the order of rowid
-CREATE TABLE fallback_keys(user_id TEXT, device_id TEXT, algorithm TEXT, key_id TEXT NOT NULL, json TEXT NOT NULL,
-                           used INTEGER NOT NULL DEFAULT 0, PRIMARY KEY (user_id, device_id, algorithm)) WITHOUT ROWID;
-CREATE TABLE cross_signing(user_id TEXT, usage TEXT,                       -- master, self_signing or user_signing
-                           json TEXT NOT NULL, PRIMARY KEY (user_id, usage)) WITHOUT ROWID;
-CREATE TABLE signatures   (user_id TEXT, key TEXT,                         -- what is signed: a device, or a key of cross-signing
-                           signer TEXT, key_id TEXT, signature TEXT NOT NULL, tick INTEGER NOT NULL,
-                           PRIMARY KEY (user_id, key, signer, key_id)) WITHOUT ROWID;
-CREATE INDEX own_signs    ON signatures (signer, tick);
-CREATE TABLE key_changes  (user_id TEXT PRIMARY KEY, tick INTEGER NOT NULL) WITHOUT ROWID; -- of the user's device list
-CREATE INDEX key_news     ON key_changes (tick);
-CREATE TABLE to_device    (tick INTEGER PRIMARY KEY, user_id TEXT NOT NULL, device_id TEXT NOT NULL, json TEXT NOT NULL,
-                           appservice TEXT);                               -- who gets it in a transaction; NULL: the device's /sync
-CREATE TABLE to_device_txns(user_id TEXT, device_id TEXT, type TEXT, txn_id TEXT, ts INTEGER NOT NULL,
-                           PRIMARY KEY (user_id, device_id, type, txn_id)) WITHOUT ROWID;
-CREATE INDEX old_txns     ON to_device_txns (ts);
-CREATE INDEX inbox        ON to_device (user_id, device_id, tick);
-CREATE INDEX push_inbox   ON to_device (appservice, tick) WHERE appservice IS NOT NULL;
-CREATE TABLE backups      (version INTEGER PRIMARY KEY AUTOINCREMENT, user_id TEXT NOT NULL, algorithm TEXT NOT NULL,
-                           auth_data TEXT NOT NULL, etag INTEGER NOT NULL DEFAULT 0);
-CREATE INDEX own_backups  ON backups (user_id, version);
-CREATE TABLE backup_keys  (version INTEGER, room_id TEXT, session_id TEXT, json TEXT NOT NULL,
-                           PRIMARY KEY (version, room_id, session_id)) WITHOUT ROWID;
-CREATE TABLE network_rooms(appservice TEXT, network TEXT, room INTEGER,    -- the directory of a third-party network
-                           PRIMARY KEY (appservice, network, room)) WITHOUT ROWID;
-CREATE TABLE pushed       (appservice TEXT PRIMARY KEY, key_changes INTEGER NOT NULL) WITHOUT ROWID; -- to this tick
-CREATE TABLE outbox       (appservice TEXT, tick INTEGER, reason TEXT NOT NULL, -- why this application service gets this event
-                           PRIMARY KEY (appservice, tick)) WITHOUT ROWID;
-CREATE TABLE transactions (appservice TEXT, txn_id INTEGER, last_tick INTEGER NOT NULL, events INTEGER NOT NULL,
-                           body BLOB NOT NULL,                             -- the exact bytes, never changed
-                           acknowledged_ts INTEGER, PRIMARY KEY (appservice, txn_id));
+-- accounts
+CREATE TABLE meta           (key TEXT PRIMARY KEY, value) WITHOUT ROWID;       -- server_name; position: the last tick in this database
+CREATE TABLE users          (user_id TEXT PRIMARY KEY,
+                             password TEXT,                                    -- scrypt$salt$hash; NULL: can't log in with one
+                             appservice TEXT,                                  -- whose ghost it is
+                             displayname TEXT, avatar_url TEXT,
+                             deactivated INTEGER NOT NULL DEFAULT 0,
+                             created_ts INTEGER NOT NULL) WITHOUT ROWID;
+CREATE TABLE devices        (user_id TEXT, device_id TEXT, display_name TEXT, last_seen_ts INTEGER, last_seen_ip TEXT,
+                             PRIMARY KEY (user_id, device_id)) WITHOUT ROWID;
+CREATE TABLE sessions       (token BLOB PRIMARY KEY,                           -- SHA-256 of the access token
+                             user_id TEXT NOT NULL, device_id TEXT NOT NULL) WITHOUT ROWID;
+-- rooms, and what happens in them
+CREATE TABLE rooms          (n INTEGER PRIMARY KEY, room_id TEXT UNIQUE NOT NULL, version TEXT NOT NULL,
+                             published INTEGER NOT NULL DEFAULT 0);            -- in the public directory
+CREATE TABLE events         (tick INTEGER PRIMARY KEY, room INTEGER NOT NULL, type TEXT NOT NULL, state_key TEXT, sender TEXT NOT NULL,
+                             ts INTEGER NOT NULL,                              -- origin_server_ts
+                             json TEXT NOT NULL,                               -- as it is sent, but for unsigned
+                             replaces INTEGER,                                 -- tick of the state event before it
+                             redacted_by INTEGER,                              -- tick of the redaction
+                             relates_to INTEGER, rel_type TEXT,                -- tick of the event that m.relates_to names
+                             device_id TEXT, txn_id TEXT);                     -- the client's, for unsigned.transaction_id
+CREATE INDEX timeline       ON events (room, tick);
+CREATE INDEX relations      ON events (relates_to, tick) WHERE relates_to IS NOT NULL;
+CREATE INDEX threads        ON events (room, relates_to, tick) WHERE rel_type = 'm.thread';
+CREATE INDEX state_events   ON events (room, type, state_key, tick) WHERE state_key IS NOT NULL;
+CREATE INDEX sent           ON events (sender, txn_id, room, type) WHERE txn_id IS NOT NULL;
+CREATE TABLE state          (room INTEGER, type TEXT, state_key TEXT, tick INTEGER NOT NULL,
+                             PRIMARY KEY (room, type, state_key)) WITHOUT ROWID;
+CREATE TABLE memberships    (user_id TEXT, room INTEGER, membership TEXT NOT NULL, tick INTEGER NOT NULL,
+                             forgotten INTEGER NOT NULL DEFAULT 0, PRIMARY KEY (user_id, room)) WITHOUT ROWID;
+CREATE INDEX room_members   ON memberships (room, membership);
+CREATE TABLE aliases        (alias TEXT PRIMARY KEY, room INTEGER NOT NULL, creator TEXT NOT NULL) WITHOUT ROWID;
+CREATE INDEX room_aliases   ON aliases (room);
+CREATE TABLE receipts       (room INTEGER, type TEXT, user_id TEXT, thread_id TEXT, tick INTEGER NOT NULL, event_id TEXT NOT NULL,
+                             ts INTEGER NOT NULL, PRIMARY KEY (room, type, user_id, thread_id)) WITHOUT ROWID;
+-- what application services get
+CREATE TABLE outbox         (appservice TEXT, tick INTEGER, reason TEXT NOT NULL, -- why this application service gets this event
+                             PRIMARY KEY (appservice, tick)) WITHOUT ROWID;
+CREATE TABLE transactions   (appservice TEXT, txn_id INTEGER, last_tick INTEGER NOT NULL, events INTEGER NOT NULL,
+                             body BLOB NOT NULL,                               -- the exact bytes, never changed
+                             acknowledged_ts INTEGER, PRIMARY KEY (appservice, txn_id));
+CREATE TABLE pushed         (appservice TEXT PRIMARY KEY, key_changes INTEGER NOT NULL) WITHOUT ROWID; -- to this tick
+CREATE TABLE network_rooms  (appservice TEXT, network TEXT, room INTEGER,      -- the directory of a third-party network
+                             PRIMARY KEY (appservice, network, room)) WITHOUT ROWID;
+-- what clients keep
+CREATE TABLE account_data   (user_id TEXT, room_id TEXT,                       -- room_id '': of the account
+                             type TEXT, tick INTEGER NOT NULL, json TEXT NOT NULL, PRIMARY KEY (user_id, room_id, type)) WITHOUT ROWID;
+CREATE TABLE filters        (filter_id INTEGER PRIMARY KEY, user_id TEXT NOT NULL, json TEXT NOT NULL, UNIQUE (user_id, json));
+CREATE TABLE media          (media_id TEXT PRIMARY KEY, content_type TEXT NOT NULL, filename TEXT, user_id TEXT NOT NULL,
+                             created_ts INTEGER NOT NULL, content BLOB);       -- NULL: only the URI was made yet
+-- end-to-end encryption
+CREATE TABLE device_keys    (user_id TEXT, device_id TEXT, json TEXT NOT NULL, PRIMARY KEY (user_id, device_id)) WITHOUT ROWID;
+CREATE TABLE one_time_keys  (user_id TEXT, device_id TEXT, key_id TEXT,        -- 'algorithm:id'
+                             json TEXT NOT NULL, PRIMARY KEY (user_id, device_id, key_id));     -- they go out in the order of rowid
+CREATE TABLE fallback_keys  (user_id TEXT, device_id TEXT, algorithm TEXT, key_id TEXT NOT NULL, json TEXT NOT NULL,
+                             used INTEGER NOT NULL DEFAULT 0, PRIMARY KEY (user_id, device_id, algorithm)) WITHOUT ROWID;
+CREATE TABLE cross_signing  (user_id TEXT, usage TEXT,                         -- master, self_signing or user_signing
+                             json TEXT NOT NULL, PRIMARY KEY (user_id, usage)) WITHOUT ROWID;
+CREATE TABLE signatures     (user_id TEXT, key TEXT,                           -- what is signed: a device, or a key of cross-signing
+                             signer TEXT, key_id TEXT, signature TEXT NOT NULL, tick INTEGER NOT NULL,
+                             PRIMARY KEY (user_id, key, signer, key_id)) WITHOUT ROWID;
+CREATE INDEX own_signs      ON signatures (signer, tick);
+CREATE TABLE key_changes    (user_id TEXT PRIMARY KEY, tick INTEGER NOT NULL) WITHOUT ROWID; -- of the user's device list
+CREATE INDEX key_news       ON key_changes (tick);
+CREATE TABLE to_device      (tick INTEGER PRIMARY KEY, user_id TEXT NOT NULL, device_id TEXT NOT NULL, json TEXT NOT NULL,
+                             appservice TEXT);                                 -- who gets it in a transaction; NULL: the device's /sync
+CREATE INDEX inbox          ON to_device (user_id, device_id, tick);
+CREATE INDEX push_inbox     ON to_device (appservice, tick) WHERE appservice IS NOT NULL;
+CREATE TABLE to_device_txns (user_id TEXT, device_id TEXT, type TEXT, txn_id TEXT, ts INTEGER NOT NULL,
+                             PRIMARY KEY (user_id, device_id, type, txn_id)) WITHOUT ROWID;
+CREATE INDEX old_txns       ON to_device_txns (ts);
+CREATE TABLE backups        (version INTEGER PRIMARY KEY AUTOINCREMENT, user_id TEXT NOT NULL, algorithm TEXT NOT NULL,
+                             auth_data TEXT NOT NULL, etag INTEGER NOT NULL DEFAULT 0);
+CREATE INDEX own_backups    ON backups (user_id, version);
+CREATE TABLE backup_keys    (version INTEGER, room_id TEXT, session_id TEXT, json TEXT NOT NULL,
+                             PRIMARY KEY (version, room_id, session_id)) WITHOUT ROWID;
 """
 
 MAX_EPHEMERAL = 1000             # pieces that wait for one application service
@@ -3697,7 +3729,7 @@ class Tx(Reader):
         self.stale = False
 
     def new_batch(self) -> None:
-        self.after: list[Callable[[], object]] = []          # to be done after COMMIT, in this order
+        self.on_commit: list[Callable[[], object]] = []          # to be done after COMMIT, in this order
         self.woken: set[str] = set()                         # users to wake then,
         self.woken_rooms: set[Room] = set()                  # rooms whose members to wake,
         self.woken_around: set[str] = set()                  # and users: who is in a room with them is to be woken
@@ -3709,29 +3741,29 @@ class Tx(Reader):
 
     def new_job(self) -> None:
         self._own_rows: dict[str, list[tuple[Any, ...]]] = {}     # the same, by this job
-        self._undoable = False                               # whether what it has done in the database can be undone alone
+        self._has_savepoint = False                               # whether what it has done in the database can be undone alone
         self._touched: set[str] = set()                      # rooms whose cached state this job changed
-        self._mark = len(self.after)
-        self._done: list[Callable[[], object]] = []          # changes of what is cached, to be made if the job is not refused
+        self._mark = len(self.on_commit)
+        self._on_kept: list[Callable[[], object]] = []          # changes of what is cached, to be made if the job is not refused
 
     def job_done(self) -> None:
-        if self._undoable:
+        if self._has_savepoint:
             self.db.execute("RELEASE job")
         for table, rows in self._own_rows.items():
             self._rows.setdefault(table, []).extend(rows)
         self._own_rows.clear()
-        for change in self._done:
+        for change in self._on_kept:
             change()
 
     def job_failed(self) -> None:
         """Undoes one job, in the database and in the caches."""
-        if self._undoable:
+        if self._has_savepoint:
             self.db.execute("ROLLBACK TO job")
             self.db.execute("RELEASE job")
         self._own_rows.clear()
         for room_id in self._touched:
             self.rooms.pop(room_id, None)
-        del self.after[self._mark:]
+        del self.on_commit[self._mark:]
 
     def tick(self) -> int:
         self.tick_now += 1
@@ -3757,9 +3789,9 @@ class Tx(Reader):
         if self._rows:
             self._store_rows(self._rows)
             self._unseen.clear()
-        if (changes or self._own_rows) and not self._undoable:
+        if (changes or self._own_rows) and not self._has_savepoint:
             self.db.execute("SAVEPOINT job")
-            self._undoable = True
+            self._has_savepoint = True
         self._store_rows(self._own_rows)
 
     def one(self, sql: str, *values: Any) -> Any:
@@ -3786,7 +3818,7 @@ class Tx(Reader):
         self.run("INSERT INTO users (user_id, password, appservice, displayname, created_ts) "
                  "VALUES (?, ?, ?, ?, ?)",
                  user_id, password, appservice, localpart_of(user_id), now)
-        self.after.append(lambda: self.store.users.add(user_id))
+        self.on_commit.append(lambda: self.store.users.add(user_id))
 
     def set_profile(self, user_id: str, key: str, value: str | None) -> None:
         column = {"displayname": "displayname", "avatar_url": "avatar_url"}[key]
@@ -3801,13 +3833,13 @@ class Tx(Reader):
                  "last_seen_ts = excluded.last_seen_ts, last_seen_ip = excluded.last_seen_ip",
                  user_id, device_id, display_name, now, ip)
         self.run("INSERT INTO sessions VALUES (?, ?, ?)", token, user_id, device_id)
-        self.after.append(lambda: self.store.sessions.__setitem__(token, (user_id, device_id)))
+        self.on_commit.append(lambda: self.store.sessions.__setitem__(token, (user_id, device_id)))
 
     def end_sessions(self, user_id: str, device_id: str | None = None) -> None:
         """Ends the tokens of a device, or of all."""
         where, values = "user_id = ? AND (? IS NULL OR device_id = ?)", (user_id, device_id, device_id)
         for token in self.column(f"SELECT token FROM sessions WHERE {where}", *values):
-            self.after.append(functools.partial(self.store.sessions.pop, token, None))
+            self.on_commit.append(functools.partial(self.store.sessions.pop, token, None))
             self.wake(user_id)                               # who waits in /sync is to be told
         self.run(f"DELETE FROM sessions WHERE {where}", *values)
 
@@ -3837,7 +3869,7 @@ class Tx(Reader):
             self.run(f"DELETE FROM {table} WHERE user_id = ?", user_id)
         self.run("UPDATE users SET password = NULL, displayname = NULL, avatar_url = NULL, deactivated = 1 "
                  "WHERE user_id = ?", user_id)
-        self.after.append(lambda: self.store.users.discard(user_id))
+        self.on_commit.append(lambda: self.store.users.discard(user_id))
 
     def rename_device(self, user_id: str, device_id: str, display_name: str | None) -> None:
         self.run("UPDATE devices SET display_name = ? WHERE user_id = ? AND device_id = ?", display_name,
@@ -4004,10 +4036,8 @@ class Tx(Reader):
         self.run("UPDATE rooms SET published = ? WHERE n = ?", int(published), room.n)
 
     def publish_in_network(self, appservice: str, network: str, room: Room, published: bool) -> None:
-        change = "INSERT OR IGNORE INTO network_rooms VALUES (?, ?, ?)"
-        if not published:
-            change = "DELETE FROM network_rooms WHERE appservice = ? AND network = ? AND room = ?"
-        self.run(change, appservice, network, room.n)
+        self.run("INSERT OR IGNORE INTO network_rooms VALUES (?, ?, ?)" if published else
+                 "DELETE FROM network_rooms WHERE appservice = ? AND network = ? AND room = ?", appservice, network, room.n)
 
     def add_alias(self, alias: str, room: Room, creator: str) -> None:
         self.run("INSERT INTO aliases VALUES (?, ?, ?)", alias, room.n, creator)
@@ -4064,6 +4094,9 @@ class Tx(Reader):
 
     def _insert(self, room: Room, tick: int, draft: Draft, ts: int, text: str, device_id: str | None,
                 txn_id: str | None) -> None:
+        """Stores the event and, in the same transaction of the database, a row in the outbox of each application service that is
+        interested in it, with the reason; and what follows from it for the room's state.
+        """
         self._touched.add(room.room_id)
         audience = self.audience(room)
         target = draft.state_key if draft.type == "m.room.member" else None
@@ -4080,7 +4113,7 @@ class Tx(Reader):
         for id, reason in reasons.items():
             if self.store.registrations.by_id[id].url is not None:
                 self.add_row("outbox", id, tick, reason)
-                self._done.append(functools.partial(self._change_box, id, waiting_to=tick))
+                self._on_kept.append(functools.partial(self._change_box, id, waiting_to=tick))
         self.moved[room.n] = tick
 
     def _relation(self, room: Room, relation: Any) -> tuple[int | None, str | None]:
@@ -4100,7 +4133,7 @@ class Tx(Reader):
                      draft.content["membership"], tick)
             if was_in != (key in room.joined):
                 (audience.remove if was_in else audience.add)("users", key)
-                self.after.append(lambda: self.store.on_membership(room.n, key, tick))
+                self.on_commit.append(lambda: self.store.on_membership(room.n, key, tick))
             self.wake(key)
 
     def sent(self, room: int, draft: Draft, device_id: str | None, txn_id: str) -> str | None:
@@ -4135,7 +4168,7 @@ class Tx(Reader):
 
     def freeze(self) -> None:
         """Makes a transaction of what waits, for every AS that has none open. At the end of a batch: undone with all of it."""
-        self._undoable = True                                # no savepoint any more
+        self._has_savepoint = True                           # none is wanted any more: from here on the batch is undone as a whole
         for id in self.ready:
             box = self.boxes.get(id, NOTHING_WAITS)
             if box.open is None and (box.waiting_to > box.frozen_to or self.ephemeral.get(id) or id in self.news):
@@ -4168,7 +4201,7 @@ class Tx(Reader):
     def _open(self, box: Outbox, transaction: Transaction) -> None:
         """It is to be sent. After COMMIT its worker is told."""
         self.boxes[transaction.appservice] = box._replace(open=transaction)
-        self.after.append(lambda: self.store.on_frozen(transaction))
+        self.on_commit.append(lambda: self.store.on_frozen(transaction))
 
     def _next_txn_id(self, id: str) -> int:
         """Rises, and is never used again: not after a restart, not with a new database (the real clock, in
@@ -4183,7 +4216,7 @@ class Tx(Reader):
         if box and box.open and box.open.txn_id == txn_id:
             self.run("UPDATE transactions SET acknowledged_ts = ? WHERE appservice = ? AND txn_id = ?",
                      self.store.clock.now(), id, txn_id)
-            self._done.append(functools.partial(self._change_box, id, open=None))
+            self._on_kept.append(functools.partial(self._change_box, id, open=None))
 
     def reopen(self, id: str, txn_id: int | None, new_id: bool) -> int:
         """An acknowledged transaction (None: the last) is to be sent again, its bytes as they are, if need be under a new ID; its ID.
@@ -4227,7 +4260,7 @@ class Tx(Reader):
         self._queue_ephemeral(ids, key, {"type": kind, "room_id": room.room_id, **data})
 
     def push_presence(self, user_id: str, data: JsonObject) -> None:
-        """The same for who has to do with a user, or is in a room with one."""
+        """Queues presence for the application services that claim the user, or are interested in a room that the user is in."""
         wanting = {id for id, registration in self.store.registrations.by_id.items() if registration.hears_ephemeral}
         self._queue_ephemeral(self._concerned(user_id, wanting), ("m.presence", user_id), data)
 
@@ -4251,7 +4284,7 @@ class Tx(Reader):
             if len(waiting) > MAX_EPHEMERAL:
                 del waiting[next(iter(waiting))]
             self.ready.add(id)
-        self._done += [functools.partial(change, id) for id in sorted(ids) if self.store.registrations.by_id[id].hears_ephemeral]
+        self._on_kept += [functools.partial(change, id) for id in sorted(ids) if self.store.registrations.by_id[id].hears_ephemeral]
 
     def _hears_keys(self, id: str | None) -> bool:
         registration = self.store.registrations.by_id.get(id or "")
@@ -4267,7 +4300,7 @@ class Tx(Reader):
         def change() -> None:
             self.news.setdefault(id, set()).update(users)
             self.ready.add(id)
-        self._done.append(change)
+        self._on_kept.append(change)
 
     def hear_anew(self) -> None:
         """Whoever hears of keys and messages to devices is told what there is, with the next transaction."""
@@ -4279,7 +4312,7 @@ class Tx(Reader):
     def _frozen_ephemeral(self, id: str) -> str:
         """The part of a transaction for what waits; typing that has become stale is dropped."""
         waiting, now = self.ephemeral.get(id, {}), self.store.clock.monotonic()
-        self.after.append(functools.partial(self.ephemeral.pop, id, None))       # not if the COMMIT fails
+        self.on_commit.append(functools.partial(self.ephemeral.pop, id, None))       # not if the COMMIT fails
         data = [data for at, data in waiting.values() if data["type"] != "m.typing" or now - at < STALE_TYPING_SECONDS]
         text = to_json(data)
         registration = self.store.registrations.by_id.get(id)
@@ -4615,7 +4648,7 @@ class Store:
     def _publish(self, tx: Tx) -> None:
         """What is durable becomes visible. Nothing here can undo it any more, so an error is logged and no more."""
         late, self.late = self.late, []
-        for change in (*late, *tx.after):
+        for change in (*late, *tx.on_commit):
             try:
                 change()
             except Exception:
@@ -4837,7 +4870,7 @@ class World:
 
     def use(self, registrations: Registrations) -> None:
         """From here on these. Queues are kept; the tokens of what is gone are no tokens any more."""
-        self.store.write(lambda tx: tx.after.append(lambda: setattr(self.store, "registrations", registrations)))
+        self.store.write(lambda tx: tx.on_commit.append(lambda: setattr(self.store, "registrations", registrations)))
         self.add_senders()
 
     def add_senders(self) -> None:
@@ -4882,10 +4915,6 @@ def existing(found: T | None, error: str) -> T:
     return found
 
 
-def without_none(source: Mapping[str, Any]) -> JsonObject:
-    return {key: value for key, value in source.items() if value is not None}
-
-
 def as_far(items: list[T], costs: Iterable[int], most: int) -> list[T]:
     """The first one, and as many more as follow what costs less than `most` together."""
     return items[:1 + sum(cost < most for cost in itertools.accumulate(costs))]
@@ -4895,11 +4924,6 @@ def check_length(what: str, text: str | None, most: int) -> None:
     """M_INVALID_PARAM if it is longer."""
     if text and len(text) > most:
         raise MatrixError("M_INVALID_PARAM", f"{what} may have {most} characters at most, not {len(text)}")
-
-
-def digest(token: str) -> bytes:
-    """What is kept of an access token."""
-    return hashlib.sha256(token.encode("utf-8", "replace")).digest()
 
 
 # -- Accounts: who there is, people and ghosts (Account registration, Login, Device Management, Profiles; AS: Permissions).
@@ -5175,8 +5199,7 @@ def view_by(room: int, room_id: str, memberships: Sequence[tuple[int, str]], vis
     membership = memberships[-1][1] if memberships else "leave"
     if membership == "join" or (visibilities and visibilities[-1][1] == "world_readable"):
         return View(room, room_id, membership, ranges, FOREVER, memberships)
-    left = [tick for (tick, _), (_, before) in zip(memberships[1:], memberships, strict=False) if before == "join"]
-    return View(room, room_id, membership, ranges, left[-1] if left else -1, memberships) if ranges else None
+    return View(room, room_id, membership, ranges, left_at(memberships), memberships) if ranges else None
 
 
 def not_in(user_id: str, room_id: str) -> MatrixError:
@@ -5758,7 +5781,7 @@ class Sync(Verbs):
             while True:
                 over = full_state or since is None or clock.monotonic() >= deadline or self.world.stopping
                 if over or (since or 0) < self.store.position or (who.user_id, who.device_id or "") in self.handed:
-                    window = self._look(who, since, filter, full_state, state_after)
+                    window = self._read(who, since, filter, full_state, state_after)
                     if over or window.news:
                         break
                     del window                               # and hold nothing while it waits: many may
@@ -5774,7 +5797,7 @@ class Sync(Verbs):
             time.sleep(ECHO_SECONDS)
         return window.answer
 
-    def _look(self, who: Who, since: int | None, filter: SyncFilter, full_state: bool, state_after: str) -> Window:
+    def _read(self, who: Who, since: int | None, filter: SyncFilter, full_state: bool, state_after: str) -> Window:
         """Reads the answer, and drops the messages to the device that it has got: those up to `since`."""
         device = (who.user_id, who.device_id or "")
         with self.store.read() as reader:
@@ -5810,7 +5833,7 @@ class Window:
         self.messages = reader.to_device(who.user_id, who.device_id or "")   # (tick, json), with those that the device has got
         self.changed: dict[int, list[str]] = {}              # room → whose membership changed, for rooms that moved
         self.met = self._met()                               # whom the user may have met or lost sight of
-        # By room, of some rooms at a time (_ask):
+        # By room, of some rooms at a time (_read_rooms):
         self.own: dict[int, list[tuple[int, str]]] = {}      # the user's membership and
         self.visibilities: dict[int, list[tuple[int, str]]] = {}     # the room's visibility, each change, where the user may be new
         self.counts: dict[int, dict[str, int]] = {}          # members by membership, where that has changed,
@@ -5860,7 +5883,7 @@ class Window:
         pause = time.monotonic() + SLICE_SECONDS
         shown = [one for one in self.memberships if self._concerns(*one)]
         for start in range(0, len(shown), ROOMS_AT_ONCE):
-            self._ask(shown[start:start + ROOMS_AT_ONCE])
+            self._read_rooms(shown[start:start + ROOMS_AT_ONCE])
             for room, room_id, membership, tick, forgotten in shown[start:start + ROOMS_AT_ONCE]:
                 if time.monotonic() > pause:                 # a thousand rooms: let others to the interpreter's lock
                     time.sleep(0.0001)
@@ -5879,7 +5902,7 @@ class Window:
         return tick > self.since or (membership == "join" and (
             self.full_state or room_id in self.data or self.store.moved_since(room, self.since)))
 
-    def _ask(self, shown: Sequence[Any]) -> None:
+    def _read_rooms(self, shown: Sequence[Any]) -> None:
         """Reads what is asked of each of these rooms, with one statement for all."""
         me, rooms, new = self.who.user_id, [one[0] for one in shown], [one[0] for one in shown if one[3] > self.since]
         self.own = self.reader.changes(new, *MEMBERSHIP, me)
@@ -6376,7 +6399,8 @@ class Receipts(Verbs):
             (tx.wake_room(room) if type == "m.read" else tx.wake(user_id))
 
 
-# -- Typing and presence, kept in memory only (Typing Notifications, Presence). For the same.
+# -- Typing and presence, kept in memory only (Typing Notifications, Presence). For clients, and for application services that
+# want ephemeral data.
 
 class Timer:
     """Does something when the next of some points of time has come, on a thread that is started when first needed."""
@@ -6448,7 +6472,7 @@ class Typing(Verbs):
         tick = tx.tick()
         tx.moved[room.n] = tick
         tx.wake_room(room)
-        tx.after.append(lambda: self._publish(room.n, tick, users))
+        tx.on_commit.append(lambda: self._publish(room.n, tick, users))
         with self._guard:
             now = {**self._rooms.get(room.n, (0, {}))[1], **users}
         for user_id in users:
@@ -6473,7 +6497,7 @@ class Typing(Verbs):
             if room.n in over:
                 self._change(tx, room, dict.fromkeys(over.pop(room.n)))
         for n, users in over.items():                        # rooms that the writer has let go of
-            tx.after.append(functools.partial(self._publish, n, tx.tick(), dict.fromkeys(users)))
+            tx.on_commit.append(functools.partial(self._publish, n, tx.tick(), dict.fromkeys(users)))
 
 
 PRESENCES = ("online", "unavailable", "offline")
@@ -6600,7 +6624,7 @@ class Presence(Verbs):
         def job(tx: Tx) -> None:
             tick = tx.tick()
             tx.push_presence(user_id, *self.events([user_id]))
-            tx.after.append(lambda: self._publish(user_id, tick))
+            tx.on_commit.append(lambda: self._publish(user_id, tick))
             tx.woken_around.add(user_id)
         self.store.write(job)
 
@@ -7398,10 +7422,10 @@ LEGACY_PATHS = {"/_matrix/app/v1/transactions/": "/transactions/", "/_matrix/app
 class Worker:
     """Pushes to one application service: the open transaction, until it answers 200; then the next (Pushing events).
 
-        waiting --frozen--> sending --200--> acknowledged --> waiting
-                               ^  |
-                               |  +--anything else--> backing off --time, ping or retry()--+
-                               +----------------------------------------------------------+
+        idle --offered--> sending --200--> acknowledged: idle
+                             ^  |
+                             |  +--anything else--> backing off --time, a ping or retry()--+
+                             +-------------------------------------------------------------+
     """
 
     def __init__(self, world: World, line: Line) -> None:
@@ -7442,46 +7466,6 @@ class Worker:
     def fresh(self) -> bool:
         """Whether nothing has been offered yet."""
         return self._thread is None
-
-    def retry(self) -> None:
-        """Ends the backoff."""
-        self.next_attempt, self._hurry = 0.0, True
-        release(self._bell)
-
-    def pause(self, paused: bool = True) -> None:
-        """No further attempt until it goes on."""
-        self.paused = paused
-        release(self._bell)
-
-    def drop(self, txn_id: int) -> None:
-        """This one is not to be sent any more. Called by the writer thread."""
-        with self._guard:
-            if not self.transaction or self.transaction.txn_id != txn_id:
-                return
-            self.transaction = None
-            self._forgive()
-        self.line.abort()
-
-    def _forgive(self) -> None:
-        """The next attempt is the first one again."""
-        self.failures, self.next_attempt, self.down_since = 0, 0.0, None
-
-    @property
-    def state(self) -> str:
-        if self.paused:
-            return "paused"
-        if self.transaction is None:
-            return "idle"
-        return "backing off" if self.next_attempt > self.world.clock.monotonic() else "sending"
-
-    def stop(self, deadline: float) -> None:
-        """Lets the attempt that is under way end, until this real monotonic time."""
-        self._stopped = True
-        release(self._bell)
-        if self._thread:
-            self._thread.join(max(0.0, deadline - time.monotonic()))
-            self.line.abort()
-            self._thread.join(max(0.0, deadline + 0.2 - time.monotonic()))
 
     def _run(self) -> None:
         while not self._stopped:
@@ -7532,6 +7516,10 @@ class Worker:
             log.info("application service %s is back; transaction %d went through", transaction.appservice, transaction.txn_id)
         self._forgive()
 
+    def _forgive(self) -> None:
+        """The next attempt is the first one again."""
+        self.failures, self.next_attempt, self.down_since = 0, 0.0, None
+
     def _back_off(self) -> float:
         """Seconds until the next attempt."""
         settings = self.world.settings
@@ -7547,6 +7535,44 @@ class Worker:
                         "attempt in %.1f s",
                         transaction.appservice, transaction.txn_id, counted(transaction.events, "event"), self.failures,
                         advice(self.registration, failure), max(0.0, self.next_attempt - self.world.clock.monotonic()))
+
+    def stop(self, deadline: float) -> None:
+        """Lets the attempt that is under way end, until this real monotonic time."""
+        self._stopped = True
+        release(self._bell)
+        if self._thread:
+            self._thread.join(max(0.0, deadline - time.monotonic()))
+            self.line.abort()
+            self._thread.join(max(0.0, deadline + 0.2 - time.monotonic()))
+
+    # -- by hand, and for who looks
+
+    @property
+    def state(self) -> str:
+        if self.paused:
+            return "paused"
+        if self.transaction is None:
+            return "idle"
+        return "backing off" if self.next_attempt > self.world.clock.monotonic() else "sending"
+
+    def retry(self) -> None:
+        """Ends the backoff."""
+        self.next_attempt, self._hurry = 0.0, True
+        release(self._bell)
+
+    def pause(self, paused: bool = True) -> None:
+        """No further attempt until it goes on."""
+        self.paused = paused
+        release(self._bell)
+
+    def drop(self, txn_id: int) -> None:
+        """This one is not to be sent any more. Called by the writer thread."""
+        with self._guard:
+            if not self.transaction or self.transaction.txn_id != txn_id:
+                return
+            self.transaction = None
+            self._forgive()
+        self.line.abort()
 
 
 def next_delay(failures: int, first_ms: int, max_ms: int) -> float:
@@ -7571,8 +7597,13 @@ class Answer(NamedTuple):
     def errcode(self) -> Any:
         return self.json.get("errcode") if isinstance(self.json, dict) else None
 
+    @property
+    def unknown_path(self) -> bool:
+        """Whether it may be that there is no such path, for it says nothing better."""
+        return self.status in FALL_BACK_ON and self.errcode in (None, "M_UNRECOGNIZED")
 
-class Ask(NamedTuple):
+
+class Outgoing(NamedTuple):
     """What an application service is asked."""
     kind: str                            # "transaction", "query", "thirdparty" or "ping"
     method: str
@@ -7600,31 +7631,33 @@ class Line:
 
     def attempt(self, kind: str, method: str, path: str, body: bytes | None, seconds: float,
                 **about: Any) -> tuple[Answer | BaseException, Exchange]:
-        """Calls the path of today's specification and, if the AS does not know it, at once the older one, with the same body (Legacy
-        routes). The outcome, and its Exchange, which is still to be ended. `about` is what more is known of it.
+        """Calls the application service, with the faults that are to act. The outcome, and its Exchange, which is still to be ended.
+        `about` is what more is known of it.
         """
         faults, self._aborted = self.faults.take(kind), False
-        ask = Ask(kind, method, path, body, time.monotonic() + seconds, about)
-        outcome, one = self._ask(ask, faults)
+        ask = Outgoing(kind, method, path, body, time.monotonic() + seconds, about)
+        outcome, one = self._with_older_path(ask, faults)
         if "duplicate" in faults:
             self.wire.end(one, "the same once more")
-            outcome, one = self._ask(ask, {"duplicate": faults["duplicate"]})
+            outcome, one = self._with_older_path(ask, {"duplicate": faults["duplicate"]})
         return self._spoil(one, outcome, faults), one
 
-    def _ask(self, ask: Ask, faults: Mapping[str, Fault]) -> tuple[Answer | BaseException, Exchange]:
-        outcome, one = self._call(ask, faults)
+    def _with_older_path(self, ask: Outgoing, faults: Mapping[str, Fault]) -> tuple[Answer | BaseException, Exchange]:
+        """Calls the path of today's specification and, if that is not known there, at once the older one, with the same body (Legacy
+        routes).
+        """
+        outcome, one = self._call_once(ask, faults)
         older = next((old + ask.path[len(new):] for new, old in LEGACY_PATHS.items() if ask.path.startswith(new)), None)
-        if (older and "status" not in faults and isinstance(outcome, Answer) and outcome.status in FALL_BACK_ON
-                and outcome.errcode in (None, "M_UNRECOGNIZED")):
+        if older and "status" not in faults and isinstance(outcome, Answer) and outcome.unknown_path:
             self.wire.end(one, "the older path is tried")
             after = {name: fault for name, fault in faults.items() if name != "delay"}
-            second, one = self._call(ask._replace(path=older), after)
-            if (not isinstance(second, Answer) or (second.status == 200 and second.json is not None)
-                    or (second.status != 200 and second.errcode not in (None, "M_UNRECOGNIZED"))):
+            second, one = self._call_once(ask._replace(path=older), after)
+            if not isinstance(second, Answer) or (
+                    second.json is not None if second.status == 200 else second.errcode not in (None, "M_UNRECOGNIZED")):
                 outcome = second
         return outcome, one
 
-    def _call(self, ask: Ask, faults: Mapping[str, Fault]) -> tuple[Answer | BaseException, Exchange]:
+    def _call_once(self, ask: Outgoing, faults: Mapping[str, Fault]) -> tuple[Answer | BaseException, Exchange]:
         """The hs_token goes into the header and, for software older than v1.4, into the query."""
         token = self.registration.hs_token
         headers = {"Authorization": f"Bearer {token}", "Content-Type": "application/json",
@@ -7796,7 +7829,7 @@ class Delivery:
             tx.hear_anew()
             for box in tx.boxes.values():
                 if box.open:
-                    tx.after.append(functools.partial(self._resume, box.open))
+                    tx.on_commit.append(functools.partial(self._resume, box.open))
         self.world.store.write(job)
 
     def _resume(self, transaction: Transaction) -> None:
@@ -7878,7 +7911,7 @@ class Delivery:
             if not box.open:
                 raise MatrixError("M_NOT_FOUND", f"no transaction is open for {id!r}")
             tx.acknowledge(id, box.open.txn_id)
-            tx.after.append(functools.partial(worker.drop, box.open.txn_id))
+            tx.on_commit.append(functools.partial(worker.drop, box.open.txn_id))
             return box.open.txn_id
         txn_id = self.world.store.write(job)
         log.warning("application service %s: transaction %d is skipped by hand", id, txn_id)
@@ -7944,7 +7977,7 @@ class Delivery:
         for claim in self.world.registrations.claims(kind, id):
             if claim.namespace and claim.registration is not by and claim.registration.url is not None:
                 try:
-                    if self._ask_one(claim.registration, kind, id, by, patient):
+                    if self._ask_shared(claim.registration, kind, id, by, patient):
                         if not self._exists(kind, id):
                             log.warning("application service %s was asked for %s: it answered 200, as if it had created it, but it "
                                         "has not", claim.registration.id, printable(id))
@@ -7959,7 +7992,7 @@ class Delivery:
         with self.world.store.read() as reader:
             return bool(reader.user(id) if kind == "users" else reader.alias(id))
 
-    def _ask_one(self, registration: Registration, kind: str, id: str, by: Registration | None,
+    def _ask_shared(self, registration: Registration, kind: str, id: str, by: Registration | None,
                  patient: bool) -> bool:
         """Equal questions of people are asked once. One that an AS's request leads to is never shared, for the first
         may wait for that AS; and asked in a circle, it is answered with no.
@@ -7974,7 +8007,7 @@ class Delivery:
             return False                                     # what it waits for may wait for it
         if mine:
             try:
-                query.created = self._question(registration, kind, id, patient)
+                query.created = self._ask_patiently(registration, kind, id, patient)
             except MatrixError as error:
                 query.error = error
             finally:
@@ -7983,7 +8016,7 @@ class Delivery:
                 query.done.set()
         return query.result()
 
-    def _question(self, registration: Registration, kind: str, id: str, patient: bool) -> bool:
+    def _ask_patiently(self, registration: Registration, kind: str, id: str, patient: bool) -> bool:
         """Asks until there is an answer below 500: 200 means yes, any other no."""
         clock, why, path = self.world.clock, "", query_path(kind, id)
         deadline = clock.monotonic() + QUERY_SECONDS
@@ -8437,8 +8470,9 @@ class Route(NamedTuple):
     """One endpoint. The handler gets the call and the variables of the path. It returns what a 200 says in JSON (None: {}), or a
     Response, and refuses by raising a MatrixError.
 
-    `auth`, who may call: "nobody" (no token is looked at), "maybe", "user" (a person, or an AS as one of its users), "self" (the
-    user in the path, which the handler does not get then), "appservice", "admin" (whoever runs the homeserver).
+    `auth`, who may call: "nobody" (no token is asked for; register and login look for an as_token themselves), "maybe", "user" (a
+    person, or an AS as one of its users), "self" (the user in the path, which the handler does not get then), "appservice",
+    "admin" (whoever runs the homeserver).
     """
     method: str
     path: str
@@ -9536,7 +9570,7 @@ ROUTES = route_table(
 # for a lesson or a test: faults, pause, replay, the clock. And the examiner: does
 # an application service do what the specification asks? All of it is JSON under
 # /_asbridge/ (its own, in no specification), and a page that uses nothing else.
-# Nothing above knows of it.
+# Above, only the doorkeeper (8) and the list of what passes (7) have it in mind.
 
 MAX_MISSES = 20                  # members that don't match, of those that `why` names
 
@@ -10041,7 +10075,7 @@ class Examiner:
     def _empty(self) -> Verdict:
         """Here it shows which paths it knows, and whether it has the same registration as we."""
         answer = self._push({"events": []})
-        if answer.status in FALL_BACK_ON and answer.errcode in (None, "M_UNRECOGNIZED"):
+        if answer.unknown_path:
             self._legacy = True
             older = self._push({"events": []})
             if older.status == 200:
@@ -10987,7 +11021,7 @@ class AppService:
         self._where = urllib.parse.urlsplit(registration.url or "")
         self._prefix = self._where.path.rstrip("/")          # before each path, if the url has one
         self._server: HttpServer | None = None
-        self._delivery = threading.Lock()                    # guards the order: one transaction at a time
+        self._in_order = threading.Lock()                    # guards the order: one transaction at a time
         self._db_guard = threading.Lock()                    # guards _db: one statement at a time
         self._db = (sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
                     if database == ":memory:" else open_sqlite(database))
@@ -11080,11 +11114,11 @@ class AppService:
         server, self._server = self._server, None
         if server:
             server.stop()
-        waited = self._delivery.acquire(timeout=1)
+        waited = self._in_order.acquire(timeout=1)
         with self._db_guard:
             self._db.close()
         if waited:
-            self._delivery.release()
+            self._in_order.release()
         self.client.close()
 
     def ring(self) -> None:
@@ -11163,7 +11197,7 @@ class AppService:
         if not isinstance(events, list):
             raise MatrixError("M_BAD_JSON", "the body must have 'events': a list")
         ephemeral = body.get("ephemeral", body.get("de.sorunome.msc2409.ephemeral"))
-        with self._delivery:
+        with self._in_order:
             # An ID may come back with other events: from a homeserver that was set up anew and counts from 1. What
             # was handled is known by event; only what has no ID is taken for done with its transaction.
             done = bool(self.sql("SELECT 1 FROM transactions_done WHERE id = ?", txn_id))
@@ -11243,13 +11277,8 @@ def client_path(*segments: str) -> str:
     return "/_matrix/client/v3/" + "/".join([urllib.parse.quote(segment, safe="") for segment in segments])
 
 
-def given(**values: Any) -> JsonObject:
-    """Those that are not None."""
-    return {key: value for key, value in values.items() if value is not None}
-
-
 def query_string(query: Mapping[str, Any]) -> str:
-    words = {key: str(value).lower() if isinstance(value, bool) else value for key, value in given(**query).items()}
+    words = {key: str(value).lower() if isinstance(value, bool) else value for key, value in without_none(query).items()}
     return "?" + urllib.parse.urlencode(words) if words else ""
 
 
@@ -11350,10 +11379,10 @@ class Client:
         return str(self.ask("POST", "join", room, body={})["room_id"])
 
     def leave(self, room_id: str, reason: str | None = None) -> None:
-        self.ask("POST", "rooms", room_id, "leave", body=given(reason=reason))
+        self.ask("POST", "rooms", room_id, "leave", body=without_none({"reason": reason}))
 
     def _change_membership(self, verb: str, room_id: str, user_id: str, reason: str | None = None) -> None:
-        self.ask("POST", "rooms", room_id, verb, body=given(user_id=user_id, reason=reason))
+        self.ask("POST", "rooms", room_id, verb, body=without_none({"user_id": user_id, "reason": reason}))
 
     invite = functools.partialmethod(_change_membership, "invite")
     kick = functools.partialmethod(_change_membership, "kick")
@@ -11392,7 +11421,7 @@ class Client:
 
     def redact(self, room_id: str, event_id: str, reason: str | None = None, txn_id: str | None = None) -> str:
         where = "rooms", room_id, "redact", event_id, txn_id or self.new_txn_id()
-        return str(self.ask("PUT", *where, body=given(reason=reason))["event_id"])
+        return str(self.ask("PUT", *where, body=without_none({"reason": reason}))["event_id"])
 
     def set_state(self, room_id: str, type: str, content: JsonObject, state_key: str = "", ts: int | None = None) -> str:
         return str(self.ask("PUT", "rooms", room_id, "state", type, state_key, body=content, ts=ts)["event_id"])
@@ -11412,7 +11441,7 @@ class Client:
         return self.ask("GET", "rooms", room_id, "messages", dir=dir, limit=limit, **query)
 
     def typing(self, room_id: str, typing: bool = True, timeout: int = 30_000) -> None:
-        body = given(typing=typing, timeout=timeout if typing else None)
+        body = without_none({"typing": typing, "timeout": timeout if typing else None})
         self.ask("PUT", "rooms", room_id, "typing", self.user_id, body=body)
 
     def receipt(self, room_id: str, event_id: str, type: str = "m.read") -> None:
@@ -11523,8 +11552,9 @@ class Intent(Client):
 # An IRC server whose channels are Matrix rooms: a person on IRC is a ghost on
 # Matrix, a person on Matrix is a nick on IRC. What an IRC client says goes down
 # this section: words, server, client, and in the bridge spool, sender, ghost.
-# What Matrix says enters it at IrcBridge.on_event. RFC 1459 and 2812 for IRC;
-# nothing here but section 10 speaks Matrix.
+# What Matrix says enters it at IrcBridge.on_event. Here it is decided how names
+# map, what is relayed, and what has to outlive a crash. RFC 1459 and 2812 for IRC.
+# Does not know the homeserver: all that it asks goes through an Intent (10).
 
 IRC_NAME = "irc.asbridge"
 LINE_BYTES = 510                   # of a line, without CRLF (RFC 2812, 2.3)
@@ -13309,6 +13339,9 @@ HELP_END = """examples:
 """
 
 
+FLAGS = {"server_name": str, "bind": str, "port": int, "database": str}      # keys of the configuration
+
+
 def parse_args(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="asbridge.py", epilog=HELP_END, formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -13362,12 +13395,9 @@ def add_check(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(command=run_check)
 
 
-FLAGS = {"server_name": str, "bind": str, "port": int, "database": str}      # keys of the configuration
-
-
 def flags_of(args: argparse.Namespace) -> tuple[JsonObject, ConfigReader]:
     """The keys of the configuration that the command line sets, and a reader with what is wrong with them."""
-    reader = ConfigReader(given(**{key: getattr(args, key) for key in FLAGS}), "command line", "")
+    reader = ConfigReader(without_none({key: getattr(args, key) for key in FLAGS}), "command line", "")
     return reader.look()[0], reader
 
 
