@@ -1371,6 +1371,11 @@ class Registration:
         return self.url is not None and bool(self.ephemeral_keys)
 
     @property
+    def hears_keys(self) -> bool:
+        """Whether it is told whose device lists change, and how many keys its ghosts have left."""
+        return self.url is not None and self.msc3202
+
+    @property
     def ephemeral_keys(self) -> list[str]:
         """Under what names it wants ephemeral data in a transaction; none, if it wants none."""
         return (["ephemeral"] if self.receive_ephemeral else []) + (
@@ -1676,7 +1681,7 @@ REGISTRATION_KEYS: dict[str, tuple[Any, bool, str]] = {
     "de.sorunome.msc2409.push_ephemeral":     (bool,               False, "true or false"),
     "push_ephemeral":                         (bool,               False, "true or false"),
     "org.matrix.msc3202":                     (bool,               False, "true or false"),
-    "io.element.msc4190":                     (bool,               False, "true or false"),
+    "io.element.msc4190":                     (bool,               False, "true or false"),      # always so: see 6, set_device
     "uris":                                   (dict,               False, "an object with users and aliases"),
     "asbridge.sample":                        (dict,               False, '{"irc_port": 6667}'),
 }
@@ -3912,7 +3917,7 @@ class Tx(Reader):
         """The user's device list is new to all who share a room, and to the application services there."""
         self.run("INSERT OR REPLACE INTO key_changes VALUES (?, ?)", user_id, self.tick())
         self.woken_around.add(user_id)
-        for id in self._concerned(user_id, {id for id in self.store.registrations.by_id if self._hears_keys(id)}):
+        for id in self._concerned(user_id, {one.id for one in self.store.registrations if one.hears_keys}):
             self._tell_news(id)
 
     def put_one_time_key(self, user_id: str, device_id: str, key_id: str, text: str) -> None:
@@ -4286,14 +4291,11 @@ class Tx(Reader):
             self.ready.add(id)
         self._on_kept += [functools.partial(change, id) for id in sorted(ids) if self.store.registrations.by_id[id].hears_ephemeral]
 
-    def _hears_keys(self, id: str | None) -> bool:
-        registration = self.store.registrations.by_id.get(id or "")
-        return bool(registration and registration.msc3202 and registration.url is not None)
-
     def _tell_counts(self, user_id: str) -> None:
         owner = self.user(user_id)
-        if owner and self._hears_keys(owner[1]):
-            self._tell_news(owner[1], user_id)
+        registration = self.store.registrations.by_id.get(owner[1]) if owner else None
+        if registration and registration.hears_keys:
+            self._tell_news(registration.id, user_id)
 
     def _tell_news(self, id: str, *users: str) -> None:
         """An application service is to hear of messages to devices or of keys, and of these users' key counts."""
@@ -4306,7 +4308,7 @@ class Tx(Reader):
         """Whoever hears of keys and messages to devices is told what there is, with the next transaction."""
         for id, registration in self.store.registrations.by_id.items():
             if registration.url is not None:
-                self.news.setdefault(id, set()).update(self.ghosts_with_keys(id) if self._hears_keys(id) else ())
+                self.news.setdefault(id, set()).update(self.ghosts_with_keys(id) if registration.hears_keys else ())
                 self.ready.add(id)
 
     def _frozen_ephemeral(self, id: str) -> str:
@@ -5569,13 +5571,13 @@ class Rooms(Verbs):
         return self._once(who, room_id, draft, txn_id, ts, find)
 
     def _once(self, who: Who, room_id: str, draft: Draft, txn_id: str, ts: int | None,
-              redacted_by: Callable[[Tx, Room], Event | None] = lambda tx, room: None) -> str:
-        """Sends an event, once for each client transaction ID. `redacted_by`: finds the event that it redacts, if it may."""
+              find_redacted: Callable[[Tx, Room], Event | None] = lambda tx, room: None) -> str:
+        """Sends an event, once for each client transaction ID. `find_redacted`: the event that it redacts, if it may."""
         def job(tx: Tx) -> str:
             room = room_for(tx, who, room_id)
             event_id = tx.sent(room.n, draft, who.device_id, txn_id)
             if event_id is None:
-                redacted = redacted_by(tx, room)
+                redacted = find_redacted(tx, room)
                 event_id = self._append(tx, room, draft, ts, who.device_id, txn_id)
                 if redacted:
                     tx.redact(room, redacted, tick_of(event_id))
@@ -8390,7 +8392,9 @@ class Call:
 
     @property
     def asker(self) -> Registration | None:
-        """The application service that is asking: with its as_token, or with a session of one of its ghosts."""
+        """The application service that is asking: with its as_token, or with a session of one of its ghosts. It is not asked about
+        what it asks for itself: while it waits it may not be able to answer.
+        """
         owner = self.api.world.registrations.owner("users", self.who.user_id) if self.who.user_id else None
         return self.who.appservice or (owner.registration if owner else None)
 
