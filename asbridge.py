@@ -306,7 +306,7 @@ def digest(token: str) -> bytes:
 
 
 def quoted(value: object) -> str:
-    """The same as JSON, so that 1 and "1" can be told apart."""
+    """A value as JSON for an error text, so that 1 and "1" can be told apart."""
     return shorten(json.dumps(value, ensure_ascii=False))
 
 
@@ -1572,7 +1572,7 @@ def nearest_miss(regex: str, id: str) -> tuple[int, str]:
 
 
 def explain_namespace(namespace: Namespace, id: str) -> JsonObject:
-    """Whether it matches, the nearest miss if not, and how those decide who read regexes in another way."""
+    """Whether a namespace matches an ID, the nearest miss if not, and what those would say who read regexes in another way."""
     matches = namespace.pattern.match(id) is not None
     return {"kind": namespace.kind, "index": namespace.index, "regex": namespace.regex, "exclusive": namespace.exclusive,
             "matches": matches, "miss": None if matches else nearest_miss(namespace.regex, id)[1],
@@ -2219,7 +2219,7 @@ def chain(*parts: Tree) -> Chain:
 
 
 def letters(*trees: Tree) -> list[str]:
-    """Of all characters that the trees don't tell apart the plainest one."""
+    """One letter, the plainest, for all characters that the trees don't tell apart."""
     todo, sets = list[Tree](trees), set[Chars]()
     for tree in todo:
         if isinstance(tree, OneOf):
@@ -2711,14 +2711,14 @@ class Event(NamedTuple):
         return parts
 
     def for_client(self, now: int, sender: str | None = None, device_id: str | None = None, *more: str) -> Raw:
-        """As clients get it; the device that sent it finds its transaction ID again. `more`: further parts of unsigned."""
+        """The event as clients get it; the device that sent it finds its transaction ID again. `more`: further parts of unsigned."""
         parts = ",".join([self.unsigned(now), *more])
         if self.txn_id is not None and self.sender == sender and self.device_id == device_id:
             parts += f',"transaction_id":{encode_basestring(self.txn_id)}'
         return Raw(f'{self.json[:-1]},"unsigned":{{{parts}}}}}')
 
     def for_appservice(self, now: int) -> str:
-        """As an application service gets it: for old software with `age` and `user_id` at the top, too."""
+        """The event as an application service gets it: for old software with `age` and `user_id` at the top, too."""
         return (f'{self.json[:-1]},"age":{max(0, now - self.ts)},"user_id":{json.dumps(self.sender)},'
                 f'"unsigned":{{{self.unsigned(now)}}}}}')
 
@@ -3261,7 +3261,7 @@ def glob_of(pattern: str) -> str:
 
 @functools.lru_cache(maxsize=4096)
 def type_matcher(pattern: str) -> Callable[[str], object]:
-    """The same out of SQL. What stands before a '*' is found once and never looked for again, so that no pattern takes long."""
+    """The same test of a type in Python. What stands before a '*' is found once and never looked for again: no pattern takes long."""
     return re.compile(fnmatch.translate(glob_of(pattern))).match
 
 
@@ -3283,7 +3283,7 @@ class Reader:
         return row[0] if row else None
 
     def number(self, sql: str, *values: Any) -> int:
-        """The same of a number that is always there."""
+        """The only column of the one row that there always is."""
         return int(self.one(sql, *values)[0])
 
     def column(self, sql: str, *values: Any) -> list[Any]:
@@ -3367,7 +3367,7 @@ class Reader:
         return self.rooms_where("ORDER BY n DESC LIMIT ?", limit)
 
     def published_rooms(self, own: bool, instance_id: str | None, appservices: Iterable[str]) -> list[RoomRow]:
-        """Of the homeserver's own directory, and of the third-party network (None: of all) of application services."""
+        """Rooms of the homeserver's own directory, and of a third-party network (None: all) of these application services."""
         return self.rooms_where("WHERE (published AND ?) OR n IN "
                                 "(SELECT room FROM network_rooms WHERE (? IS NULL OR appservice || '|' || network = ?) "
                                 "AND appservice IN (SELECT value FROM json_each(?))) ORDER BY n",
@@ -3434,7 +3434,7 @@ class Reader:
         return event
 
     def all_events(self, after: int, limit: int) -> list[Event]:
-        """Of all rooms, after a tick, old to new."""
+        """Events of all rooms after a tick, old to new."""
         return self.found("e.tick > ? ORDER BY e.tick LIMIT ?", after, limit)
 
     def events(self, room: int, after: int, upto: int, limit: int, newest: bool,
@@ -3460,7 +3460,7 @@ class Reader:
                           "AND (? = '*' OR type = ?) GROUP BY type, state_key) ORDER BY e.tick", room, after, upto, type, type)
 
     def state_changes(self, room: int, after: int, upto: int) -> list[Event]:
-        """The same for a short time: looks at what is new, however many state events there are."""
+        """The same as state_at, for a short time: it looks at what is new, however many state events there are."""
         found = self.found("e.tick IN (SELECT tick FROM events INDEXED BY timeline WHERE room = ? AND tick > ? AND tick <= ? "
                            "AND state_key IS NOT NULL) ORDER BY e.tick", room, after, upto)
         return list({(event.type, event.state_key): event for event in found}.values())
@@ -4378,7 +4378,7 @@ class Waiters:
         return waiting
 
     def wait(self, waiting: Any, until: float) -> None:
-        """As Clock.wait; who comes back to it has looked."""
+        """Waits as Clock.wait does. Who comes back to it has looked."""
         with self._guard:
             self._asleep.add(waiting)
         self._next(waiting)
@@ -5188,7 +5188,7 @@ class View(NamedTuple):
         return start, self.collect(read, after, upto, limit, backwards)
 
     def then(self, tick: int) -> str:
-        """As a part of `unsigned`: the user's membership at an event, and with it."""
+        """The user's membership at the time of an event, with that event, as a part of its `unsigned`."""
         for at, membership in reversed(self.memberships):    # mostly the last one, in a loop that is run for each event
             if at <= tick:
                 return f'"membership":"{membership}"'
@@ -5205,7 +5205,7 @@ def view_by(room: int, room_id: str, memberships: Sequence[tuple[int, str]], vis
 
 
 def not_in(user_id: str, room_id: str) -> MatrixError:
-    """The same whether there is such a room or not, so that nobody finds out by asking."""
+    """The refusal for who is not in a room: the same whether there is one or not, so that nobody finds out by asking."""
     hint = "; that is an alias: GET /directory/room/{alias} says which room ID to write here" if room_id[:1] == "#" else ""
     return forbidden(f"{user_id} is not in the room {shorten(room_id)}{hint}")
 
@@ -5272,7 +5272,7 @@ class Aliases(Verbs):
         self.put(tx, who, alias, found or room_for(tx, who, room_id, joined=True), "M_UNKNOWN")
 
     def put(self, tx: Tx, who: Who, alias: str, room: Room, taken: str) -> None:
-        """The same within a job. `taken`: the errcode for one that exists already."""
+        """Adds an alias within a job. `taken`: the errcode for one that exists already."""
         check_id("#", alias, self.world.name)
         self.world.registrations.check_may_create("aliases", alias, who.appservice)
         if tx.alias(alias):
@@ -5292,7 +5292,7 @@ class Aliases(Verbs):
 
     @staticmethod
     def check_content(tx: Tx, room: Room, content: JsonObject) -> None:
-        """Of m.room.canonical_alias: what is new in it points to the room; M_BAD_ALIAS."""
+        """M_BAD_ALIAS if what is new in an m.room.canonical_alias does not point to the room."""
         old = room.content("m.room.canonical_alias")
         known = [old.get("alias"), *field(old, "alt_aliases", list, [])]
         for alias in [content.get("alias"), *field(content, "alt_aliases", list, [])]:
@@ -5471,7 +5471,7 @@ class Rooms(Verbs):
 
     @staticmethod
     def _from_outside(tx: Tx, who: Who, room_id: str, enter: Callable[[Tx, Room], T]) -> T:
-        """For who wants in. Who is refused and never had to do with the room is not told whether there is one."""
+        """Lets somebody in, or knock. Who is refused and never had to do with the room is not told whether there is one."""
         room = tx.room(room_id)
         try:
             if not room:
@@ -5607,7 +5607,7 @@ class Rooms(Verbs):
 # the user may not see.
 
 def state_events(reader: Reader, room: int, keys: Iterable[tuple[str, str]], upto: int = FOREVER) -> list[Event]:
-    """Of these types and state keys the events that there are, or were at `upto`."""
+    """The state events with these types and state keys that there are, or were at `upto`."""
     found = [reader.state_event(room, type, state_key, upto) for type, state_key in keys]
     return [event for event in found if event]
 
@@ -5873,7 +5873,7 @@ class Window:
         self.answer = {"next_batch": str(self.now), **{key: part for key, part in parts.items() if part}, **self._key_counts()}
 
     def _events(self, filter: Filter, found: Sequence[JsonObject | None]) -> JsonObject:
-        """Of these the ones that the filter wants."""
+        """The events that the filter wants, as a part of the answer."""
         events = [event for event in found if event and filter.passes(
             Event(0, event["type"], None, event.get("sender", ""), 0, '{"content":{}}', None, None, None, None, 0))]
         return {"events": events} if events else {}
@@ -6031,7 +6031,7 @@ class Window:
 
     def _chosen(self, room: int, room_id: str, state: list[Event], timeline: list[Event], last: int, unknown: int,
                 heroes: Iterable[str]) -> list[Event]:
-        """Of the state, what the filter wants. With lazy loading, of the members: who speaks, and by whom a room without
+        """What the filter wants of the state. With lazy loading, of the members: who speaks, and by whom a room without
         a name is known; but all changes after the tick `unknown`, for the client keeps a list. 0: these are changes only.
         """
         if self.filter.lazy:
@@ -6536,7 +6536,7 @@ class Status(NamedTuple):
         return self._replace(until=until if self.presence == "offline" else max(until, self.until))
 
     def content(self, now: int) -> JsonObject:
-        """Of m.presence."""
+        """The content of m.presence."""
         return without_none({"presence": self.presence, "currently_active": self.presence == "online",
                              "last_active_ago": max(0, now - self.active_ts) if self.active_ts else None, "status_msg": self.message})
 
@@ -6552,7 +6552,7 @@ class Presence(Verbs):
         self.timer = Timer(self.clock, "presence", self._next, self._expire)
 
     def set(self, who: Who, presence: str, message: str | None) -> None:
-        """As the user says. A ghost is so until its application service says otherwise."""
+        """Sets what the user says. A ghost is so until its application service says otherwise."""
         def change(status: Status, now: float) -> Status:
             until = math.inf if who.appservice or presence == "offline" else now + OFFLINE_SECONDS
             return status.lasting(until)._replace(presence=presence, message=message, active_at=now)
@@ -6865,7 +6865,7 @@ class Keys(Verbs):
 
     @staticmethod
     def _add_signatures(tx: Tx, who: Who, user_id: str, name: str, key: JsonObject) -> None:
-        """Of a device or master key of one's own, or of another's master key."""
+        """Adds signatures of a device or master key of one's own, or of another's master key."""
         master = tx.cross_signing(user_id).get("master", {})
         text = tx.device_keys(user_id, name) if user_id == who.user_id else None
         known = master if public_part(master) == name else json.loads(text or "{}")
@@ -7142,7 +7142,7 @@ class RoomFacts:
 
     @functools.cached_property
     def state(self) -> RoomState:
-        """As much of the state as power needs."""
+        """As much of the room's state as power needs."""
         events = state_events(self.reader, self.room, [("m.room.create", ""), ("m.room.power_levels", "")])
         state = RoomState(ROOM_VERSIONS[events[0].content["room_version"]])
         for event in events:
@@ -7791,7 +7791,7 @@ def is_protocol(value: Any) -> bool:
 
 
 def batch_in(value: Any, kind: str) -> list[JsonObject] | None:
-    """Of a list those that are third-party users or locations; None if it is no list."""
+    """The third-party users or locations in a list; None if it is no list."""
     keys = {THIRD_PARTY_IDS[kind]: str, "protocol": str, "fields": dict}
     return [one for one in value if has_keys(one, keys)] if isinstance(value, list) else None
 
@@ -8154,7 +8154,7 @@ class Exchange:
         return why + (f" (fault: {self.fault})" if why and self.fault else "")
 
     def told(self) -> JsonObject:
-        """As the inspector's API has it."""
+        """The exchange as the inspector's API has it."""
         return {"n": self.n, "seq": self.seq, "ts": self.ts, "from": self.source, "to": self.target, "kind": self.kind,
                 "lane": "client" if self.client else "appservice", "method": self.method, "path": self.path, "as": self.acts_as,
                 "txn_id": None if self.txn_id is None else str(self.txn_id), "events": self.events,
@@ -8181,7 +8181,7 @@ class Exchange:
 
 
 def shown_headers(headers: Mapping[str, str]) -> dict[str, str]:
-    """As many as can be kept, without what must not be seen."""
+    """Headers as they can be kept: not too many, without what must not be seen."""
     names = itertools.islice(headers, 30)
     return {shorten(name, 60): shorten(headers[name], 200) if name.lower() in SHOWN_HEADERS else "…" for name in names}
 
@@ -8312,7 +8312,7 @@ class Fault:
 
 
 class Faults:
-    """Those of one application service. Each verb takes `on` (transactions, queries or ping), and `times` (1 if nothing is
+    """The faults of one application service. Each verb takes `on` (transactions, queries or ping), and `times` (1 if nothing is
     said) or `probability`, which a `seed` makes repeat.
     """
 
@@ -9283,7 +9283,7 @@ def get_sync(call: Call) -> Any:
 
 
 def get_events(call: Call) -> Any:
-    """The same as a plain list (deprecated): what happens after `from`, or from now on."""
+    """The same as /sync as a plain list (deprecated): what happens after `from`, or from now on."""
     start, room_id = call.integer("from", call.api.world.store.position), call.query("room_id")
     if room_id and room_id not in call.api.rooms.joined(call.who):
         raise not_in(call.who.user_id, room_id)
@@ -9617,7 +9617,7 @@ class Inspector:
     # -- what was pushed
 
     def attempts(self, id: str) -> dict[int, list[JsonObject]]:
-        """Those since the start, by transaction, old to new."""
+        """The attempts since the start, by transaction, old to new."""
         worker, found = self.delivery.worker(id), collections.defaultdict[int, list[JsonObject]](list)
         for one in list(worker.attempts) if worker else ():
             found[one.txn_id or 0].append({"ts": one.ts, "status": one.status, "error": one.error or None, "ms": one.ms,
@@ -9625,7 +9625,7 @@ class Inspector:
         return found
 
     def transactions(self, id: str, limit: int = -1) -> list[JsonObject]:
-        """Those that are kept, old to new; all of their events."""
+        """The transactions that are kept, old to new, with all of their events."""
         self.delivery.registration(id)
         with self.world.store.read() as reader:
             rows, attempts = reader.transactions(id, limit), self.attempts(id)
@@ -10029,7 +10029,7 @@ class Examiner:
         return self._call("PUT", *self._last, header, query)
 
     def _event(self, type: str, content: JsonObject, **more: Any) -> Raw:
-        """As the homeserver pushes it, but from nobody and in a room that nobody has."""
+        """An event as the homeserver pushes it, but from nobody and in a room that nobody has."""
         now, tick = int(time.time() * 1000), secrets.randbelow(2**40)
         body = {"room_id": f"!{secrets.token_hex(9)}:{NOWHERE}", "sender": f"@nobody:{NOWHERE}", "type": type,
                 "content": content, "origin_server_ts": now - 100, **more}
@@ -12025,7 +12025,7 @@ class IrcClient(Person):
         self.tell(" ".join([f":{IRC_NAME} {number:03} {self.nick or '*'}", *middle, f":{last}"]))
 
     def reply_list(self, number: int, *params: str, words: Iterable[str]) -> None:
-        """As many numerics as the words need."""
+        """Tells a list of words in as many numerics as they need."""
         room = LINE_BYTES - len(" ".join([IRC_NAME, self.nick, *params]).encode()) - 10
         for piece in split_text(" ".join(words), room):
             self.reply(number, *params, piece)
@@ -12271,7 +12271,7 @@ class IrcClient(Person):
             self.reply(407, names[MAX_TARGETS])
 
     def do_notice(self, targets: str = "", text: str = "", *_: str) -> None:
-        """As PRIVMSG, but never answered (RFC 2812, 3.3.2)."""
+        """Says something as PRIVMSG does, but is never answered (RFC 2812, 3.3.2)."""
         for target in several(targets)[:MAX_TARGETS] if text else ():
             self.speak("NOTICE", target, text)
 
@@ -12776,7 +12776,7 @@ class IrcBridge(AppService):
         return f"{nick}: {text}" if nick else text
 
     def quoted_nick(self, user_id: str) -> str:
-        """Of somebody whom the body of a message names: that may be anybody, or nobody at all, who then gets no nick."""
+        """The nick of somebody whom the body of a message names: that may be anybody, or nobody at all, who then gets no nick."""
         person = self.client_of(user_id) or self.matrix.get(user_id)
         nick = person.nick if person else self.ghost_nick(user_id)
         return nick if NICK.fullmatch(nick) else ""
@@ -13759,7 +13759,7 @@ def raise_handles() -> None:
 
 
 def keep_to_one_cpu() -> None:
-    """Of all threads one at a time runs Python. To hand that over to a thread on another processor takes several times as
+    """One thread at a time runs Python. To hand that over to a thread on another processor takes several times as
     long as on the same one. For Linux; elsewhere nothing happens.
     """
     with contextlib.suppress(AttributeError, OSError):
