@@ -11022,6 +11022,7 @@ class AppService:
         self.bot = self.intent()
         self.stopping = False
         self.bells: list[Any] = []                           # rung when the homeserver calls, and to stop
+        self.ready = threading.Event()                       # set once the homeserver was found and has been asked for a ping
         self._where = urllib.parse.urlsplit(registration.url or "")
         self._prefix = self._where.path.rstrip("/")          # before each path, if the url has one
         self._server: HttpServer | None = None
@@ -11153,6 +11154,8 @@ class AppService:
         except (Unreachable, MatrixError) as error:
             if not self.stopping:
                 log.warning("%s: the homeserver does not reach us: %s", self.id, self._hint(error))
+        finally:
+            self.ready.set()
 
     def _hint(self, error: Exception) -> str:
         hint = PING_HINTS.get(error.errcode, "") if isinstance(error, MatrixError) else ""
