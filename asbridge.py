@@ -3201,11 +3201,55 @@ class Transaction(NamedTuple):
 NOTHING_WAITS = Outbox(None, 0, 0, 0)
 
 
+class UserRow(NamedTuple):
+    password: str | None         # hashed
+    appservice: str | None       # the ID of the registration whose user it is
+    displayname: str | None
+    avatar_url: str | None
+    deactivated: int
+
+
+class DeviceRow(NamedTuple):
+    device_id: str
+    display_name: str | None
+    last_seen_ts: int | None
+    last_seen_ip: str | None
+
+
 class RoomRow(NamedTuple):
     n: int
     room_id: str
     version: str
     published: int
+
+
+class AliasRow(NamedTuple):
+    room_id: str
+    creator: str
+
+
+class MembershipRow(NamedTuple):
+    room: int
+    room_id: str
+    membership: str
+    tick: int                    # of the member event
+    forgotten: int
+
+
+class MediaRow(NamedTuple):
+    content_type: str
+    filename: str | None
+    content: bytes | None        # None: not uploaded yet
+    user_id: str
+    created_ts: int
+
+
+class BackupRow(NamedTuple):
+    version: int
+    algorithm: str
+    auth_data: str               # JSON
+    etag: int
+    size: int                    # how many keys are in it
 
 
 class Filter(NamedTuple):
@@ -3265,6 +3309,9 @@ def type_matcher(pattern: str) -> Callable[[str], object]:
     return re.compile(fnmatch.translate(glob_of(pattern))).match
 
 
+R = TypeVar("R", bound=NamedTuple)
+
+
 class Reader:
     """Every question to the database. One sees a single moment of it, from the first statement on."""
 
@@ -3289,9 +3336,16 @@ class Reader:
     def column(self, sql: str, *values: Any) -> list[Any]:
         return [row[0] for row in self.all(sql, *values)]
 
+    def rows(self, kind: type[R], rest: str, *values: Any) -> list[R]:
+        """What is found; the columns are called as the fields of `kind`."""
+        return [*map(kind._make, self.all(f"SELECT {', '.join(kind._fields)} FROM {rest}", *values))]
+
+    def row(self, kind: type[R], rest: str, *values: Any) -> R | None:
+        return next(iter(self.rows(kind, rest, *values)), None)
+
     def found(self, where: str, *values: Any) -> list[Event]:
         """The events e of which this is true, in the order that it asks for."""
-        return [Event(*row) for row in self.all(f"SELECT {EVENT_COLUMNS} FROM {EVENT_TABLES} WHERE {where}", *values)]
+        return [*map(Event._make, self.all(f"SELECT {EVENT_COLUMNS} FROM {EVENT_TABLES} WHERE {where}", *values))]
 
     def by_room(self, sql: str, rooms: Sequence[int], *values: Any) -> dict[int, list[Any]]:
         """What is found in each of the rooms, with one statement for all; `sql` begins its rows with the room."""
@@ -3306,10 +3360,8 @@ class Reader:
 
     # -- accounts
 
-    def user(self, user_id: str) -> Any:
-        """(password, appservice, displayname, avatar_url, deactivated) or None."""
-        return self.one("SELECT password, appservice, displayname, avatar_url, deactivated FROM users "
-                        "WHERE user_id = ?", user_id)
+    def user(self, user_id: str) -> UserRow | None:
+        return self.row(UserRow, "users WHERE user_id = ?", user_id)
 
     def users_like(self, user_id: str, term: str, limit: int) -> list[Any]:
         """(user_id, displayname, avatar_url) of those who are in a room with the user, or in a public one."""
@@ -3321,14 +3373,11 @@ class Reader:
             "(SELECT room FROM memberships WHERE user_id = ? AND membership = 'join'))) ORDER BY user_id LIMIT ?",
             term, term, user_id, limit)
 
-    def devices(self, user_id: str) -> list[Any]:
-        """(device_id, display_name, last_seen_ts, last_seen_ip) of each."""
-        return self.all("SELECT device_id, display_name, last_seen_ts, last_seen_ip FROM devices "
-                        "WHERE user_id = ?", user_id)
+    def devices(self, user_id: str) -> list[DeviceRow]:
+        return self.rows(DeviceRow, "devices WHERE user_id = ?", user_id)
 
-    def device(self, user_id: str, device_id: str) -> Any:
-        return self.one("SELECT device_id, display_name, last_seen_ts, last_seen_ip FROM devices "
-                        "WHERE user_id = ? AND device_id = ?", user_id, device_id)
+    def device(self, user_id: str, device_id: str) -> DeviceRow | None:
+        return self.row(DeviceRow, "devices WHERE user_id = ? AND device_id = ?", user_id, device_id)
 
     def account_data(self, user_id: str, room_id: str, type: str) -> Raw | None:
         text = self.text("SELECT json FROM account_data WHERE user_id = ? AND room_id = ? AND type = ?", user_id, room_id, type)
@@ -3346,40 +3395,35 @@ class Reader:
     def filter(self, user_id: str, filter_id: int) -> Any:
         return self.one("SELECT json FROM filters WHERE user_id = ? AND filter_id = ?", user_id, filter_id)
 
-    def media(self, media_id: str) -> Any:
-        """(content_type, filename, content, user_id, created_ts) or None."""
-        return self.one("SELECT content_type, filename, content, user_id, created_ts FROM media WHERE media_id = ?", media_id)
+    def media(self, media_id: str) -> MediaRow | None:
+        return self.row(MediaRow, "media WHERE media_id = ?", media_id)
 
     # -- rooms
 
-    def rooms_where(self, where: str, *values: Any) -> list[RoomRow]:
-        return [RoomRow(*row) for row in self.all(f"SELECT n, room_id, version, published FROM rooms {where}", *values)]
-
     def room_row(self, room_id: str) -> RoomRow | None:
-        return next(iter(self.rooms_where("WHERE room_id = ?", room_id)), None)
+        return self.row(RoomRow, "rooms WHERE room_id = ?", room_id)
 
     def room_of(self, tick: int) -> RoomRow | None:
         """The room of an event."""
-        return next(iter(self.rooms_where("JOIN events ON n = room WHERE tick = ?", tick)), None)
+        return self.row(RoomRow, "rooms JOIN events ON n = room WHERE tick = ?", tick)
 
     def all_rooms(self, limit: int) -> list[RoomRow]:
         """The last ones that were made."""
-        return self.rooms_where("ORDER BY n DESC LIMIT ?", limit)
+        return self.rows(RoomRow, "rooms ORDER BY n DESC LIMIT ?", limit)
 
     def published_rooms(self, own: bool, instance_id: str | None, appservices: Iterable[str]) -> list[RoomRow]:
         """Rooms of the homeserver's own directory, and of a third-party network (None: all) of these application services."""
-        return self.rooms_where("WHERE (published AND ?) OR n IN "
-                                "(SELECT room FROM network_rooms WHERE (? IS NULL OR appservice || '|' || network = ?) "
-                                "AND appservice IN (SELECT value FROM json_each(?))) ORDER BY n",
-                                own, instance_id, instance_id, to_json(list(appservices)))
+        return self.rows(RoomRow, "rooms WHERE (published AND ?) OR n IN "
+                         "(SELECT room FROM network_rooms WHERE (? IS NULL OR appservice || '|' || network = ?) "
+                         "AND appservice IN (SELECT value FROM json_each(?))) ORDER BY n",
+                         own, instance_id, instance_id, to_json(list(appservices)))
 
     def people(self) -> list[str]:
         """Users who are no application service's."""
         return self.column("SELECT user_id FROM users WHERE appservice IS NULL AND NOT deactivated ORDER BY user_id")
 
-    def alias(self, alias: str) -> Any:
-        """(room_id, creator) or None."""
-        return self.one("SELECT room_id, creator FROM aliases JOIN rooms ON n = room WHERE alias = ?", alias)
+    def alias(self, alias: str) -> AliasRow | None:
+        return self.row(AliasRow, "aliases JOIN rooms ON n = room WHERE alias = ?", alias)
 
     def may_join_by_another(self, user_id: str, room: int) -> bool:
         """Whether the user is in one of the rooms that a restricted room names."""
@@ -3392,15 +3436,12 @@ class Reader:
     def aliases_of(self, room: int) -> list[str]:
         return self.column("SELECT alias FROM aliases WHERE room = ? ORDER BY alias", room)
 
-    def memberships_of(self, user_id: str) -> list[Any]:
-        """(room, room_id, membership, tick, forgotten) of every room that the user has to do with."""
-        return self.all("SELECT room, room_id, membership, tick, forgotten "
-                        "FROM memberships JOIN rooms ON n = room WHERE user_id = ?", user_id)
+    def memberships_of(self, user_id: str) -> list[MembershipRow]:
+        """Every room that the user has to do with."""
+        return self.rows(MembershipRow, "memberships JOIN rooms ON n = room WHERE user_id = ?", user_id)
 
-    def membership(self, user_id: str, room: int) -> Any:
-        """(membership, tick, forgotten) or None."""
-        return self.one("SELECT membership, tick, forgotten FROM memberships WHERE user_id = ? AND room = ?",
-                        user_id, room)
+    def membership(self, user_id: str, room: int) -> MembershipRow | None:
+        return self.row(MembershipRow, "memberships JOIN rooms ON n = room WHERE user_id = ? AND room = ?", user_id, room)
 
     def members(self, room: int, membership: str = "join") -> list[str]:
         return self.column("SELECT user_id FROM memberships WHERE room = ? AND membership = ?", room, membership)
@@ -3636,11 +3677,11 @@ class Reader:
         return self.all("SELECT tick, json FROM to_device WHERE user_id = ? AND device_id = ? AND appservice IS NULL ORDER BY tick",
                         user_id, device_id)
 
-    def backup(self, user_id: str, version: int | None) -> Any:
-        """(version, algorithm, auth_data, etag, number of keys) of this version or the last; None: there is none."""
-        return self.one("SELECT version, algorithm, auth_data, etag, "
-                        "(SELECT count(*) FROM backup_keys k WHERE k.version = b.version) FROM backups b WHERE user_id = ? "
-                        "AND (? IS NULL OR version = ?) ORDER BY version DESC LIMIT 1", user_id, version, version)
+    def backup(self, user_id: str, version: int | None) -> BackupRow | None:
+        """That of this version, or the last one."""
+        counted = "(SELECT *, (SELECT count(*) FROM backup_keys k WHERE k.version = b.version) AS size FROM backups b)"
+        return self.row(BackupRow, f"{counted} WHERE user_id = ? AND (? IS NULL OR version = ?) ORDER BY version DESC LIMIT 1",
+                        user_id, version, version)
 
     def backup_keys(self, version: int, room_id: str | None = None, session_id: str | None = None) -> list[Any]:
         """(room_id, session_id, json) of a backup, of one room, or of one session."""
@@ -3659,9 +3700,8 @@ class Reader:
     def _outbox(self, id: str) -> Outbox:
         frozen_to, kept = self.one("SELECT coalesce(max(last_tick), 0), count(*) FROM transactions WHERE appservice = ?", id)
         waiting_to = self.number("SELECT coalesce(max(tick), 0) FROM outbox WHERE appservice = ?", id)
-        row = self.one("SELECT appservice, txn_id, events, body FROM transactions "
-                       "WHERE appservice = ? AND acknowledged_ts IS NULL", id)
-        return Outbox(Transaction(*row) if row else None, frozen_to, max(frozen_to, waiting_to), kept)
+        open = self.row(Transaction, "transactions WHERE appservice = ? AND acknowledged_ts IS NULL", id)
+        return Outbox(open, frozen_to, max(frozen_to, waiting_to), kept)
 
     def count_waiting(self, id: str) -> int:
         """Events for this application service that it has not acknowledged."""
@@ -3947,7 +3987,8 @@ class Tx(Reader):
         """Leaves a message for a device. One for a ghost goes into the next transaction of the application service that registered
         it, if that takes such.
         """
-        id = self.user(user_id)[1]
+        user = self.user(user_id)
+        id = user.appservice or "" if user else ""
         registration = self.store.registrations.by_id.get(id)
         pushed = bool(registration and registration.hears_ephemeral)
         if pushed:
@@ -4028,7 +4069,7 @@ class Tx(Reader):
 
     def joined_rooms(self, user_id: str) -> Iterator[Room]:
         """The rooms that a user is in, each read when it is its turn."""
-        rooms = (self.room(room_id) for _, room_id, membership, _, _ in self.memberships_of(user_id) if membership == "join")
+        rooms = (self.room(one.room_id) for one in self.memberships_of(user_id) if one.membership == "join")
         return (room for room in rooms if room)
 
     def audience(self, room: Room) -> Audience:
@@ -4230,11 +4271,10 @@ class Tx(Reader):
         box = self.boxes.get(id, NOTHING_WAITS)
         if box.open:
             raise MatrixError("M_UNKNOWN", f"transaction {box.open.txn_id} is open: retry or skip it first", 409)
-        row = self.one("SELECT appservice, txn_id, events, body FROM transactions WHERE appservice = ? AND (? IS NULL OR txn_id = ?) "
-                       "ORDER BY txn_id DESC LIMIT 1", id, txn_id, txn_id)
-        if not row:
+        transaction = self.row(Transaction, "transactions WHERE appservice = ? AND (? IS NULL OR txn_id = ?) "
+                               "ORDER BY txn_id DESC LIMIT 1", id, txn_id, txn_id)
+        if not transaction:
             raise MatrixError("M_NOT_FOUND", f"{id!r} has no such transaction; the last {KEPT_TRANSACTIONS} are kept")
-        transaction = Transaction(*row)
         if new_id:
             transaction = transaction._replace(txn_id=self._next_txn_id(id))
             self._add_transaction(box, transaction, box.frozen_to)
@@ -4293,7 +4333,7 @@ class Tx(Reader):
 
     def _tell_counts(self, user_id: str) -> None:
         owner = self.user(user_id)
-        registration = self.store.registrations.by_id.get(owner[1]) if owner else None
+        registration = self.store.registrations.by_id.get(owner.appservice or "") if owner else None
         if registration and registration.hears_keys:
             self._tell_news(registration.id, user_id)
 
@@ -5017,28 +5057,28 @@ class Accounts(Verbs):
 
     def _new_session(self, tx: Tx, user_id: str, device_id: str | None = None, display_name: str | None = None,
                      ip: str | None = None) -> JsonObject:
-        if not self._active_row(tx, user_id):
+        if not self._active(tx, user_id):
             raise forbidden(f"{user_id} is not registered; register it first")
         token, device_id = self.world.chance.text(user_id, 43), device_id or self.world.chance.text(user_id, 10).upper()
         tx.add_session(user_id, device_id, display_name, digest(token), self.clock.now(), ip)
         return {"user_id": user_id, "access_token": token, "device_id": device_id, "home_server": self.world.name}
 
     @staticmethod
-    def _active_row(reader: Reader, user_id: str) -> Any:
-        """The user's row, if there is such a user; M_USER_DEACTIVATED."""
-        row = reader.user(user_id)
-        if row and row[4]:
+    def _active(reader: Reader, user_id: str) -> UserRow | None:
+        """The user, if there is such a one; M_USER_DEACTIVATED."""
+        user = reader.user(user_id)
+        if user and user.deactivated:
             raise MatrixError("M_USER_DEACTIVATED", f"{user_id} has been deactivated, for good")
-        return row
+        return user
 
     def check_active(self, user_id: str) -> None:
         with self.store.read() as reader:
-            self._active_row(reader, user_id)
+            self._active(reader, user_id)
 
     def check_password(self, user_id: str, password: str) -> None:
         with self.store.read() as reader:
-            row = self._active_row(reader, user_id)
-        stored = row[0] if row else None
+            user = self._active(reader, user_id)
+        stored = user.password if user else None
         if not password_fits(password, stored or "scrypt$00$") or not stored:    # as long for an unknown name
             raise forbidden("wrong user name or password")
 
@@ -5052,9 +5092,9 @@ class Accounts(Verbs):
 
         def job(tx: Tx) -> None:
             tx.set_password(who.user_id, hashed)
-            for device_id, *_ in tx.devices(who.user_id) if logout_devices else ():
-                if device_id != who.device_id:
-                    tx.delete_device(who.user_id, device_id)
+            for device in tx.devices(who.user_id) if logout_devices else ():
+                if device.device_id != who.device_id:
+                    tx.delete_device(who.user_id, device.device_id)
         self.store.write(job, who.token)
 
     @on_writer
@@ -5063,9 +5103,9 @@ class Accounts(Verbs):
         if who.appservice and who.user_id == who.appservice.sender(self.world.name):
             raise forbidden(f"{who.user_id} is the application service's own user, without which it could do nothing; "
                             "to deactivate one of its ghosts, name it in user_id=")
-        for _, room_id, membership, _, _ in tx.memberships_of(who.user_id):
-            room = tx.room(room_id)
-            if room and membership in ("join", "invite", "knock"):
+        for one in tx.memberships_of(who.user_id):
+            room = tx.room(one.room_id)
+            if room and one.membership in ("join", "invite", "knock"):
                 draft = Draft("m.room.member", who.user_id, {"membership": "leave"}, who.user_id)
                 tx.append(room, draft, self.clock.now())
         tx.deactivate(who.user_id)
@@ -5081,20 +5121,19 @@ class Accounts(Verbs):
 
     def devices(self, who: Who) -> list[JsonObject]:
         with self.store.read() as reader:
-            return [self._device(who, row) for row in reader.devices(who.user_id)]
+            return [self._shown(who, device) for device in reader.devices(who.user_id)]
 
     def device(self, who: Who, device_id: str) -> JsonObject:
         with self.store.read() as reader:
-            return self._device(who, self._device_row(reader, who, device_id))
+            return self._shown(who, self._device(reader, who, device_id))
 
     @staticmethod
-    def _device_row(reader: Reader, who: Who, device_id: str) -> Any:
+    def _device(reader: Reader, who: Who, device_id: str) -> DeviceRow:
         return existing(reader.device(who.user_id, device_id), f"{who.user_id} has no device {shorten(device_id)}")
 
     @staticmethod
-    def _device(who: Who, row: Sequence[Any]) -> JsonObject:
-        return {"device_id": row[0], "display_name": row[1] or "", "last_seen_ts": row[2], "last_seen_ip": row[3],
-                "user_id": who.user_id}
+    def _shown(who: Who, device: DeviceRow) -> JsonObject:
+        return {**device._asdict(), "display_name": device.display_name or "", "user_id": who.user_id}
 
     @on_writer
     def set_device(self, tx: Tx, who: Who, device_id: str, display_name: str | None) -> bool:
@@ -5102,14 +5141,14 @@ class Accounts(Verbs):
         if who.appservice and not tx.device(who.user_id, device_id):
             tx.add_device(who.user_id, device_id, display_name, self.clock.now())
             return True
-        self._device_row(tx, who, device_id)
+        self._device(tx, who, device_id)
         if display_name is not None:
             tx.rename_device(who.user_id, device_id, display_name)
         return False
 
     @on_writer
     def delete_devices(self, tx: Tx, who: Who, device_ids: Sequence[str]) -> None:
-        for device_id in {*device_ids} & {row[0] for row in tx.devices(who.user_id)}:
+        for device_id in {*device_ids} & {device.device_id for device in tx.devices(who.user_id)}:
             tx.delete_device(who.user_id, device_id)
 
     # -- profiles
@@ -5117,8 +5156,8 @@ class Accounts(Verbs):
     def profile(self, user_id: str, by: Registration | None) -> JsonObject:
         """displayname and avatar_url, as far as they are set. An unknown ghost's application service is asked."""
         found, _ = self.world.find("users", user_id, by, lambda reader: reader.user(user_id))
-        _, _, displayname, avatar_url, _ = existing(found, f"there is no user {shorten(user_id)}")
-        return without_none({"displayname": displayname, "avatar_url": avatar_url})
+        user = existing(found, f"there is no user {shorten(user_id)}")
+        return without_none({"displayname": user.displayname, "avatar_url": user.avatar_url})
 
     @on_writer
     def set_profile(self, tx: Tx, who: Who, user_id: str, key: str, value: str | None) -> None:
@@ -5215,7 +5254,7 @@ def view_of(reader: Reader, user_id: str, room_id: str, errcode: str = "M_FORBID
     row = reader.room_row(room_id)
     if row:
         own = reader.membership(user_id, row.n)
-        memberships = [] if not own or own[2] else reader.changes([row.n], *MEMBERSHIP, user_id)[row.n]
+        memberships = [] if not own or own.forgotten else reader.changes([row.n], *MEMBERSHIP, user_id)[row.n]
         if view := view_by(row.n, room_id, memberships, reader.changes([row.n], *HISTORY_VISIBILITY)[row.n]):
             return view
     raise MatrixError(errcode, not_in(user_id, room_id).error)
@@ -5298,7 +5337,7 @@ class Aliases(Verbs):
         for alias in [content.get("alias"), *field(content, "alt_aliases", list, [])]:
             if alias and alias not in known:
                 row = tx.alias(check_id("#", alias))
-                if not row or row[0] != room.room_id:
+                if not row or row.room_id != room.room_id:
                     raise MatrixError("M_BAD_ALIAS", f"{shorten(alias)} does not point to this room; create the alias first")
 
 
@@ -5486,8 +5525,8 @@ class Rooms(Verbs):
     @staticmethod
     def _member(tx: Tx, who: Who, user_id: str, membership: str, extra: JsonObject | None = None) -> Draft:
         """A member event, with the profile of the user that it is about."""
-        row = tx.user(user_id) if membership in ("join", "invite", "knock") else None
-        profile = {"displayname": row[2], "avatar_url": row[3]} if row else {}
+        user = tx.user(user_id) if membership in ("join", "invite", "knock") else None
+        profile = {"displayname": user.displayname, "avatar_url": user.avatar_url} if user else {}
         return Draft("m.room.member", who.user_id, without_none({"membership": membership, **profile, **(extra or {})}), user_id)
 
     @staticmethod
@@ -5538,7 +5577,7 @@ class Rooms(Verbs):
 
     def joined(self, who: Who) -> list[str]:
         with self.store.read() as reader:
-            return [room_id for _, room_id, membership, _, _ in reader.memberships_of(who.user_id) if membership == "join"]
+            return [one.room_id for one in reader.memberships_of(who.user_id) if one.membership == "join"]
 
     # -- sending
 
@@ -5829,7 +5868,7 @@ class Window:
         # a thread in /sync before it has the answer to its PUT.
         self.echo = False
         # What the user has to do with:
-        self.memberships = reader.memberships_of(who.user_id)        # (room, room_id, membership, tick, forgotten) of each room
+        self.memberships = reader.memberships_of(who.user_id)
         self.data = self._account_data(self.since)           # room ID, or "" for the account's → what has changed
         self.ignored = reader.ignored(who.user_id)           # users
         self.messages = reader.to_device(who.user_id, who.device_id or "")   # (tick, json), with those that the device has got
@@ -5904,9 +5943,9 @@ class Window:
         return tick > self.since or (membership == "join" and (
             self.full_state or room_id in self.data or self.store.moved_since(room, self.since)))
 
-    def _read_rooms(self, shown: Sequence[Any]) -> None:
+    def _read_rooms(self, shown: Sequence[MembershipRow]) -> None:
         """Reads what is asked of each of these rooms, with one statement for all."""
-        me, rooms, new = self.who.user_id, [one[0] for one in shown], [one[0] for one in shown if one[3] > self.since]
+        me, rooms, new = self.who.user_id, [one.room for one in shown], [one.room for one in shown if one.tick > self.since]
         self.own = self.reader.changes(new, *MEMBERSHIP, me)
         self.visibilities = self.reader.changes(new, *HISTORY_VISIBILITY)
         counted = rooms if self.initial or self.full_state else [room for room in rooms if self.changed.get(room)]
@@ -6254,7 +6293,7 @@ class Directory(Verbs):
         if not row:
             return None
         entry, own = public_entry(reader, row), reader.membership(who.user_id, row.n)
-        if not (open_to_all(entry) or (own and own[0] in ("join", "invite")) or reader.may_join_by_another(who.user_id, row.n)):
+        if not (open_to_all(entry) or (own and own.membership in ("join", "invite")) or reader.may_join_by_another(who.user_id, row.n)):
             return None
         children = [event for event in reader.state_at(row.n, type="m.space.child") if isinstance(event.content.get("via"), list)
                     and (event.content.get("suggested") is True or not suggested_only)]
@@ -6337,11 +6376,11 @@ class Relations(Verbs):
     def threads(self, who: Who, room_id: str, participated: bool, start: int | None, limit: int) -> JsonObject:
         """The roots of a room's threads, the one with the latest reply first, each with its summary."""
         with viewing(self.store, who, room_id) as (reader, view):
-            rows = [row for row in reader.threads(view.room, who.user_id, view.visible, FOREVER if start is None else start)
-                    if view.sees(row[0]) and view.sees(row[1]) and (row[2] or not participated)]
-            roots = [reader.event_at(root) for root, _, _ in rows[:limit]]
+            threads = reader.threads(view.room, who.user_id, view.visible, FOREVER if start is None else start)
+            lasts = {root: last for root, last, own in threads if view.sees(root) and view.sees(last) and (own or not participated)}
+            roots = [reader.event_at(root) for root in [*lasts][:limit]]
             chunk = bundled(reader, who, view, roots, self.clock.now())
-        return without_none({"chunk": chunk, "next_batch": str(rows[limit - 1][1] - 1) if len(rows) > limit else None})
+        return without_none({"chunk": chunk, "next_batch": str(lasts[roots[-1].tick] - 1) if len(lasts) > limit else None})
 
 
 # -- Receipts: up to where each user has read (Receipts, Fully read markers). For clients, and for application services that want
@@ -6683,19 +6722,19 @@ class Media(Verbs):
 
     @on_writer
     def fill(self, tx: Tx, who: Who, server_name: str, media_id: str, content: bytes, content_type: str, filename: str | None) -> None:
-        _, _, known, owner, created_ts = self._row(tx, server_name, media_id, self.clock.now() - UNUSED_MEDIA_MS)
-        if owner != who.user_id:
+        media = self._find(tx, server_name, media_id, self.clock.now() - UNUSED_MEDIA_MS)
+        if media.user_id != who.user_id:
             raise forbidden(f"the URI was made by somebody else than {who.user_id}")
-        if known is not None:
+        if media.content is not None:
             raise MatrixError("M_CANNOT_OVERWRITE_MEDIA", "this has its content already; make another URI")
-        tx.put_media(media_id, content_type, filename, who.user_id, created_ts, content)
+        tx.put_media(media_id, content_type, filename, who.user_id, media.created_ts, content)
 
-    def _row(self, reader: Reader, server_name: str, media_id: str, since: int = 0) -> Any:
-        """(content_type, filename, content, user_id, created_ts); M_NOT_FOUND, also if it has been empty since before `since`."""
-        row = reader.media(media_id) if server_name == self.world.name else None
-        if not row or (row[2] is None and row[4] < since):
+    def _find(self, reader: Reader, server_name: str, media_id: str, since: int = 0) -> MediaRow:
+        """M_NOT_FOUND also for what has been empty since before `since`."""
+        media = reader.media(media_id) if server_name == self.world.name else None
+        if not media or (media.content is None and media.created_ts < since):
             raise MatrixError("M_NOT_FOUND", f"there is no media mxc://{shorten(server_name)}/{shorten(media_id)} on this server")
-        return row
+        return media
 
     def download(self, server_name: str, media_id: str, timeout: float = 0.0) -> tuple[str, str | None, bytes]:
         """Type, file name and content, for which it waits up to `timeout` seconds if only its URI was made yet."""
@@ -6704,9 +6743,9 @@ class Media(Verbs):
         try:
             while True:
                 with self.store.read() as reader:
-                    content_type, filename, content, _, _ = self._row(reader, server_name, media_id)
-                if content is not None:
-                    return content_type, filename, content
+                    media = self._find(reader, server_name, media_id)
+                if media.content is not None:
+                    return media.content_type, media.filename, media.content
                 if clock.monotonic() >= deadline or self.world.stopping:
                     raise MatrixError("M_NOT_YET_UPLOADED", "the content of this URI has not been uploaded yet; try again later")
                 self.store.waiters.wait(waiting, deadline)
@@ -6802,8 +6841,9 @@ class Keys(Verbs):
         claimed = key.get("signatures")                      # whatever a client may have put there
         by_signer = claimed if isinstance(claimed, dict) else {}
         signatures = {signer: dict(by) for signer, by in by_signer.items() if isinstance(by, dict)}
-        for _, signer, key_id, signature in (row for row in rows if row[0] == name):
-            signatures.setdefault(signer, {})[key_id] = signature
+        for signed, signer, key_id, signature in rows:
+            if signed == name:
+                signatures.setdefault(signer, {})[key_id] = signature
         return {**key, "signatures": signatures}
 
     @on_writer
@@ -6897,7 +6937,7 @@ class Keys(Verbs):
         if not tx.first_to_device(who.user_id, who.device_id or "", type, txn_id, self.clock.now()):
             return
         for user_id, contents in messages.items():
-            for device_id in [row[0] for row in tx.devices(user_id)]:
+            for device_id in [device.device_id for device in tx.devices(user_id)]:
                 content = contents.get(device_id, contents.get("*"))
                 if content is not None:
                     tx.add_to_device(user_id, device_id, {"type": type, "sender": who.user_id, "content": content})
@@ -6912,31 +6952,31 @@ class Backups(Verbs):
         return str(self.store.write(lambda tx: tx.add_backup(who.user_id, algorithm, to_json(auth_data)), who.token))
 
     @staticmethod
-    def _find(reader: Reader, who: Who, version: str | None) -> Any:
-        """(version, algorithm, auth_data, etag, number of keys) of this version, or of the last; M_NOT_FOUND."""
+    def _find(reader: Reader, who: Who, version: str | None) -> BackupRow:
+        """That of this version, or the last one; M_NOT_FOUND."""
         number = None if version is None else number_in(version)
-        row = None if number is None and version is not None else reader.backup(who.user_id, number)
+        backup = None if number is None and version is not None else reader.backup(who.user_id, number)
         which = f"key backup of version {shorten(version)}" if version else "key backup"
-        return existing(row, f"{who.user_id} has no {which}")
+        return existing(backup, f"{who.user_id} has no {which}")
 
     def get(self, who: Who, version: str | None = None) -> JsonObject:
         with self.store.read() as reader:
-            row = self._find(reader, who, version)
-        return {"version": str(row[0]), "algorithm": row[1], "auth_data": Raw(row[2]), **self._size(row)}
+            backup = self._find(reader, who, version)
+        return {"version": str(backup.version), "algorithm": backup.algorithm, "auth_data": Raw(backup.auth_data), **self._size(backup)}
 
     @staticmethod
-    def _size(row: Any) -> JsonObject:
-        return {"etag": str(row[3]), "count": row[4]}
+    def _size(backup: BackupRow) -> JsonObject:
+        return {"etag": str(backup.etag), "count": backup.size}
 
     @on_writer
     def update(self, tx: Tx, who: Who, version: str, algorithm: str, auth_data: JsonObject) -> None:
-        row = self._find(tx, who, version)
-        if row[1] != algorithm:
-            raise MatrixError("M_INVALID_PARAM", f"the algorithm of this backup is {row[1]} and can't be changed")
-        tx.set_backup_auth(row[0], to_json(auth_data))
+        backup = self._find(tx, who, version)
+        if backup.algorithm != algorithm:
+            raise MatrixError("M_INVALID_PARAM", f"the algorithm of this backup is {backup.algorithm} and can't be changed")
+        tx.set_backup_auth(backup.version, to_json(auth_data))
 
     def delete(self, who: Who, version: str) -> None:
-        self.store.write(lambda tx: tx.delete_backup(self._find(tx, who, version)[0]), who.token)
+        self.store.write(lambda tx: tx.delete_backup(self._find(tx, who, version).version), who.token)
 
     def put_keys(self, who: Who, version: str, rooms: Mapping[str, Mapping[str, JsonObject]]) -> JsonObject:
         """Adds keys, {room: {session: key}}, to the last backup. One that is there stays, unless the new one is better."""
@@ -6948,18 +6988,18 @@ class Backups(Verbs):
 
     @on_writer
     def _put_keys(self, tx: Tx, who: Who, version: str, keys: Sequence[tuple[str, str, JsonObject]]) -> JsonObject:
-        row, last = self._find(tx, who, version), self._find(tx, who, None)
-        if row != last:
-            raise MatrixError("M_WRONG_ROOM_KEYS_VERSION", f"the backup to write to is version {last[0]}, not "
-                              f"{shorten(version)}", current_version=str(last[0]))
+        last = self._find(tx, who, None)
+        if self._find(tx, who, version) != last:
+            raise MatrixError("M_WRONG_ROOM_KEYS_VERSION", f"the backup to write to is version {last.version}, not "
+                              f"{shorten(version)}", current_version=str(last.version))
         changed = False
         for room_id, session_id, key in keys:
-            known = tx.backup_keys(last[0], room_id, session_id)
+            known = tx.backup_keys(last.version, room_id, session_id)
             if not known or self._quality(key) < self._quality(json.loads(known[0][2])):
-                tx.put_backup_key(last[0], room_id, session_id, to_json(key))
+                tx.put_backup_key(last.version, room_id, session_id, to_json(key))
                 changed = True
         if changed:
-            tx.backup_changed(last[0])
+            tx.backup_changed(last.version)
         return self._size(self._find(tx, who, version))
 
     @staticmethod
@@ -6971,7 +7011,7 @@ class Backups(Verbs):
         """{room: {session: key}} of a backup, of one room, or of one session."""
         found: dict[str, JsonObject] = {}
         with self.store.read() as reader:
-            for room, session, text in reader.backup_keys(self._find(reader, who, version)[0], room_id, session_id):
+            for room, session, text in reader.backup_keys(self._find(reader, who, version).version, room_id, session_id):
                 found.setdefault(room, {})[session] = Raw(text)
         return found
 
@@ -7377,7 +7417,7 @@ class Unread:
         """What notifies, with what is new. Who sends something has `read` what stands before it in its thread."""
         notes, facts = dict(tally.notes), RoomFacts(reader, room, tally.displayname)
         rows = reader.notable(room, user_id, max(tally.upto, read[-1]), now, MAX_UNREAD, tally.rules.members)
-        rows = as_far(rows, (len(row[4]) * tally.rules.weight for row in rows), MAX_LOOKS)   # the newest ones
+        rows = as_far(rows, (len(text) * tally.rules.weight for _, _, _, _, text, _, _ in rows), MAX_LOOKS)   # the newest ones
         for tick, type, state_key, sender, text, relates_to, rel_type in reversed(rows):
             own, rule = sender == user_id, None
             if type == "m.room.redaction":

@@ -3626,7 +3626,7 @@ def random_job(rnd, n, seen):
 def all_that_is_there(store):
     with store.read() as reader:
         events = [(event.type, event.sender, event.content, event.redacted_because is None) for event in reader.events(1, 0, 2**62, 10_000, False)]
-        return (events, reader.user(GHOST)[2], reader.aliases_of(1), [reason for (reason,) in reader.all("SELECT reason FROM outbox ORDER BY tick")],
+        return (events, reader.user(GHOST).displayname, reader.aliases_of(1), [reason for (reason,) in reader.all("SELECT reason FROM outbox ORDER BY tick")],
                 [event.content for event in reader.state_at(1)])
 
 
@@ -4673,7 +4673,7 @@ def test_two_with_the_same_password_have_it_stored_differently_and_a_guess_costs
     monkeypatch.setattr(hashlib, "scrypt", scrypt)
     hs.client("alice", "w"), hs.client("bob", "w"), hs.client("carol"), acting(hs, "irc", "@_irc_bob:localhost")
     with hs.world.store.read() as reader:
-        stored = [reader.user(f"@{name}:localhost")[0].split("$") for name in ("alice", "bob")]
+        stored = [reader.user(f"@{name}:localhost").password.split("$") for name in ("alice", "bob")]
     assert all(kind == "scrypt" and len(salt) == 32 for kind, salt, _ in stored) and stored[0][1] != stored[1][1] and stored[0][2] != stored[1][2]
     calls.clear()
     for name in ("alice", "carol", "_irc_bob", "nobody", "@nobody:localhost", "@x:elsewhere"):
