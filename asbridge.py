@@ -3140,6 +3140,7 @@ COUNT_KEYS = (("org.matrix.msc3202.device_one_time_keys_count", "org.matrix.msc3
 
 EVENT_COLUMNS = ("e.tick, e.type, e.state_key, e.sender, e.ts, e.json, r.json, json_extract(p.json, '$.content'), "
                  "e.device_id, e.txn_id, EXISTS (SELECT 1 FROM events WHERE relates_to = e.tick)")
+EVENT_ID = "substr(e.json, 14, 44)"              # as Event.event_id
 EVENT_TABLES = "events e LEFT JOIN events r ON r.tick = e.redacted_by LEFT JOIN events p ON p.tick = e.replaces"
 # Whether the event e is in one of these ranges of ticks, JSON [[first, last], …].
 VISIBLE = "EXISTS (SELECT 1 FROM json_each(?) v WHERE e.tick BETWEEN json_extract(v.value, '$[0]') AND json_extract(v.value, '$[1]'))"
@@ -3534,7 +3535,7 @@ class Reader:
         references) of these parents, as far as relations are bundled. Without children of those whom the user ignores.
         """
         return self.all("SELECT e.relates_to, e.rel_type, count(*), max(e.tick), sum(e.sender = ?), "
-                        "json_group_array(substr(e.json, 14, 44)) FILTER (WHERE e.rel_type = 'm.reference') "
+                        f"json_group_array({EVENT_ID}) FILTER (WHERE e.rel_type = 'm.reference') "
                         "FROM events e JOIN events p ON p.tick = e.relates_to "
                         f"WHERE e.relates_to IN (SELECT value FROM json_each(?)) AND {VISIBLE} AND p.state_key IS NULL "
                         "AND (e.rel_type = 'm.thread' AND p.rel_type IS NULL OR e.rel_type IN ('m.replace', 'm.reference') "
@@ -3553,7 +3554,7 @@ class Reader:
         found = self.found("e.relates_to = ? AND e.rel_type = 'm.replace' AND e.sender = ? AND e.type = ? "
                            f"AND e.state_key IS NULL AND {VISIBLE} "
                            "AND (e.type = 'm.room.encrypted' OR json_type(e.json, '$.content.\"m.new_content\"') = 'object') "
-                           "ORDER BY e.ts DESC, substr(e.json, 14, 44) DESC LIMIT 1", event.tick, event.sender, event.type, visible)
+                           f"ORDER BY e.ts DESC, {EVENT_ID} DESC LIMIT 1", event.tick, event.sender, event.type, visible)
         return found[0] if found and event.redacted_because is None else None
 
     def contents(self, room: int, types: Sequence[str]) -> dict[str, JsonObject]:
@@ -3754,28 +3755,10 @@ class Tx(Reader):
         self.new_batch()
         self.forget()
 
-    def undo(self) -> None:
-        """After a rollback: what is cached may be wrong, and is read anew before the next job."""
-        for id, key, before in reversed(self._replaced):
-            self.ephemeral[id].pop(key, None)
-            if before:
-                self.ephemeral[id][key] = before
-        self.new_batch()
-        self.stale = True
-
-    def forget(self) -> None:
-        """Reads anew what is cached. Before the first job of a batch only."""
-        self.rooms.clear()
-        self.boxes = self.outboxes()
-        self.ready = set(self.boxes)
-        self.news.clear()
-        self.hear_anew()
-        self.tick_now = self.position()
-        self.stale = False
-
     def new_batch(self) -> None:
-        self.on_commit: list[Callable[[], object]] = []          # to be done after COMMIT, in this order
-        self.woken: set[str] = set()                         # users to wake then,
+        """Nothing has been done yet; what there is to do after COMMIT is gathered here."""
+        self.on_commit: list[Callable[[], object]] = []      # to be done then, in this order
+        self.woken: set[str] = set()                         # users to wake,
         self.woken_rooms: set[Room] = set()                  # rooms whose members to wake,
         self.woken_around: set[str] = set()                  # and users: who is in a room with them is to be woken
         self.moved: dict[int, int] = {}                      # room → its last tick
@@ -3785,11 +3768,12 @@ class Tx(Reader):
         self.new_job()
 
     def new_job(self) -> None:
-        self._own_rows: dict[str, list[tuple[Any, ...]]] = {}     # the same, by this job
-        self._has_savepoint = False                               # whether what it has done in the database can be undone alone
-        self._touched: set[str] = set()                      # rooms whose cached state this job changed
-        self._mark = len(self.on_commit)
-        self._on_kept: list[Callable[[], object]] = []          # changes of what is cached, to be made if the job is not refused
+        """The same for one job, which may be refused when half of it is done."""
+        self._own_rows: dict[str, list[tuple[Any, ...]]] = {}        # table → rows of this job that are still to be inserted
+        self._has_savepoint = False                          # whether what it has done in the database can be undone alone
+        self._touched: set[str] = set()                      # rooms whose cached state it changed
+        self._mark = len(self.on_commit)                     # what it adds stands behind this
+        self._on_kept: list[Callable[[], object]] = []       # changes of what is cached, to be made if it is not refused
 
     def job_done(self) -> None:
         if self._has_savepoint:
@@ -3809,6 +3793,25 @@ class Tx(Reader):
         for room_id in self._touched:
             self.rooms.pop(room_id, None)
         del self.on_commit[self._mark:]
+
+    def undo(self) -> None:
+        """After a rollback: what is cached may be wrong, and is read anew before the next job."""
+        for id, key, before in reversed(self._replaced):
+            self.ephemeral[id].pop(key, None)
+            if before:
+                self.ephemeral[id][key] = before
+        self.new_batch()
+        self.stale = True
+
+    def forget(self) -> None:
+        """Reads anew what is cached. Before the first job of a batch only."""
+        self.rooms.clear()
+        self.boxes = self.outboxes()
+        self.ready = set(self.boxes)
+        self.news.clear()
+        self.hear_anew()
+        self.tick_now = self.position()
+        self.stale = False
 
     def tick(self) -> int:
         self.tick_now += 1
@@ -4189,7 +4192,7 @@ class Tx(Reader):
         """
         if (draft.sender, txn_id) in self._unseen:
             self.flush()
-        row = super().one("SELECT substr(json, 14, 44) FROM events INDEXED BY sent WHERE sender = ? AND txn_id = ? AND room = ? "
+        row = super().one(f"SELECT {EVENT_ID} FROM events AS e INDEXED BY sent WHERE sender = ? AND txn_id = ? AND room = ? "
                           "AND type = ? AND device_id IS ? AND json_extract(json, '$.redacts') IS ?",
                           draft.sender, txn_id, room, draft.type, device_id, draft.redacts)
         return row[0] if row else None
@@ -7797,7 +7800,7 @@ def without_tokens(registration: Registration, text: str, shown: str = "") -> st
     return re.sub("|".join(map(re.escape, longest_first)), lambda match: f"({shown or forms[match[0]]})", text)
 
 
-# -- Asking, and all workers together.
+# -- Asking for users and aliases that don't exist yet (Querying).
 
 class Query:
     """A question in flight, and who waits for its answer."""
@@ -7813,6 +7816,100 @@ class Query:
             raise self.error
         return self.created
 
+
+Calling = Callable[[Registration], contextlib.AbstractContextManager[Line]]
+
+
+class Questions:
+    """Whether an application service creates what is looked for. `calling`: lends a line to it."""
+
+    def __init__(self, world: World, calling: Calling) -> None:
+        self.world, self._calling = world, calling
+        # In flight: who is asked, kind, ID, patient, which application service asks (or '').
+        self._queries: dict[tuple[str, str, str, bool, str], Query] = {}
+        self._guard = threading.Lock()                       # guards _queries
+
+    def ask(self, kind: str, id: str, by: Registration | None, patient: bool) -> bool:
+        """Whether an application service, asked for a user or alias in its namespace, has created it (Querying).
+
+        Not asked: what exists already, and an application service about itself (`by`). Patient, for who wants to know an alias or
+        a profile: three attempts, then 408. For who invites, one, and the invitation goes out whatever the answer was.
+        """
+        if self._exists(kind, id):
+            return False
+        unanswered: MatrixError | None = None
+        for claim in self.world.registrations.claims(kind, id):
+            if claim.namespace and claim.registration is not by and claim.registration.url is not None:
+                try:
+                    if self._ask_shared(claim.registration, kind, id, by, patient):
+                        if not self._exists(kind, id):
+                            log.warning("application service %s was asked for %s: it answered 200, as if it had created it, but it "
+                                        "has not", claim.registration.id, printable(id))
+                        return True
+                except MatrixError as error:                 # another may know
+                    unanswered = error
+        if unanswered:
+            raise unanswered
+        return False
+
+    def _exists(self, kind: str, id: str) -> bool:
+        with self.world.store.read() as reader:
+            return bool(reader.user(id) if kind == "users" else reader.alias(id))
+
+    def _ask_shared(self, registration: Registration, kind: str, id: str, by: Registration | None,
+                 patient: bool) -> bool:
+        """Equal questions of people are asked once. One that an AS's request leads to is never shared, for the first
+        may wait for that AS; and asked in a circle, it is answered with no.
+        """
+        key = (registration.id, kind, id, patient, by.id if by else "")
+        with self._guard:
+            query = self._queries.get(key)
+            mine = query is None
+            if query is None:
+                query = self._queries[key] = Query()
+        if by and not mine:
+            return False                                     # what it waits for may wait for it
+        if mine:
+            try:
+                query.created = self._ask_patiently(registration, kind, id, patient)
+            except MatrixError as error:
+                query.error = error
+            finally:
+                with self._guard:
+                    del self._queries[key]
+                query.done.set()
+        return query.result()
+
+    def _ask_patiently(self, registration: Registration, kind: str, id: str, patient: bool) -> bool:
+        """Asks until there is an answer below 500: 200 means yes, any other no."""
+        clock, why, path = self.world.clock, "", query_path(kind, id)
+        deadline = clock.monotonic() + QUERY_SECONDS
+        with self._calling(registration) as line:
+            for attempt in range(QUERY_ATTEMPTS if patient else 1):
+                if attempt:
+                    clock.wait(bell(), min(deadline, clock.monotonic() + 0.25 * 2**attempt))
+                outcome = self._attempt(line, path, deadline)
+                if isinstance(outcome, Answer) and outcome.status in (200, 404):
+                    return outcome.status == 200
+                why = advice(registration, outcome)
+                patient = patient and not (isinstance(outcome, Answer) and outcome.status < 500)
+                if not patient or self.world.stopping:
+                    break
+        log.log(logging.DEBUG if self.world.stopping else logging.WARNING,
+                "application service %s was asked for %s: %s", registration.id, printable(id), why)
+        if patient:
+            raise MatrixError("M_UNKNOWN", f"the application service {registration.id!r} was asked for {id}, but: {why}", 408)
+        return False
+
+    def _attempt(self, line: Line, path: str, deadline: float) -> Answer | BaseException:
+        left = deadline - self.world.clock.monotonic()
+        try:
+            return line.exchange("query", "GET", path, None, max(0.001, min(self.world.settings.query_timeout_ms / 1000, left)))
+        except CALL_FAILED as error:
+            return error
+
+
+# -- Third-party networks: what application services tell of them (Third-party networks).
 
 PROTOCOL_KEYS = {"user_fields": list, "location_fields": list, "icon": str, "field_types": dict}
 THIRD_PARTY_IDS = {"user": "userid", "location": "alias"}    # what a look-up finds, and the key of its Matrix ID
@@ -7836,21 +7933,87 @@ def batch_in(value: Any, kind: str) -> list[JsonObject] | None:
     return [one for one in value if has_keys(one, keys)] if isinstance(value, list) else None
 
 
+class Networks:
+    """The protocols that application services speak, and who and where is found in them. Nobody is asked about itself (`by`): while it
+    waits, it may not be able to answer. `calling`: as for Questions.
+    """
+
+    def __init__(self, world: World, calling: Calling) -> None:
+        self.world, self._calling = world, calling
+        # What was said about a protocol, and until when it counts.
+        self._known: dict[tuple[Registration, str], tuple[JsonObject | None, float]] = {}
+
+    def protocols(self, by: Registration | None, only: str | None = None) -> dict[str, JsonObject]:
+        """Metadata of each protocol: the instances of all who have it, all else as the first of them says."""
+        asked = [(registration, protocol) for registration in self.world.registrations if registration.url is not None
+                 for protocol in dict.fromkeys(registration.protocols) if only in (None, protocol)]
+        found: dict[str, JsonObject] = {}
+        for (_, protocol), said in zip(asked, at_once(lambda one: self._protocol(*one, by), asked), strict=True):
+            if said:
+                known = found.setdefault(protocol, {**said, "instances": []})
+                known["instances"] = known["instances"] + said["instances"]
+        return found
+
+    def _protocol(self, registration: Registration, protocol: str, by: Registration | None) -> JsonObject | None:
+        """What one says about a protocol. Each instance, a network, gets the instance_id with which a client asks for the rooms of
+        that network (POST /publicRooms: third_party_instance_id; 6, Directory), which the application service lists there.
+        """
+        now = self.world.clock.monotonic()
+        said, until = self._known.get((registration, protocol), (None, 0.0))
+        if until <= now and registration is not by:
+            said = self._look_up(registration, f"protocol/{urllib.parse.quote(protocol, safe='')}",
+                                 lambda value: value if is_protocol(value) else None)
+            for instance in said["instances"] if said else ():
+                instance["instance_id"] = f"{registration.id}|{instance['network_id']}"
+            self._known[registration, protocol] = said, now + (PROTOCOL_SECONDS if said else SILENCE_SECONDS)
+        return said
+
+    def look_up(self, kind: str, protocol: str, fields: Mapping[str, str], by: Registration | None) -> list[JsonObject]:
+        """Third-party users or locations with these fields, as all who have the protocol ('': any) know them."""
+        asked = [one for one in self.world.registrations if one.url is not None and one is not by
+                 and (protocol in one.protocols if protocol else one.protocols)]
+        path = kind + (f"/{urllib.parse.quote(protocol, safe='')}" if protocol else "")
+        path += "?" + urllib.parse.urlencode(fields) if fields else ""
+        answers = at_once(lambda one: self._look_up(one, path, lambda value: batch_in(value, kind)), asked)
+        found = [one for answer in answers for one in answer or ()]
+        if not found:
+            raise MatrixError("M_NOT_FOUND", f"no application service knows of this {kind}; asked: "
+                              f"{', '.join([one.id for one in asked]) or 'none, for none declares the protocol'}")
+        return found
+
+    def _look_up(self, registration: Registration, path: str, read: Callable[[Any], Any]) -> Any:
+        """What can be used of its answer; None, with a line in the log, if nothing can. 404 is an answer."""
+        try:
+            with self._calling(registration) as line:
+                answer = line.exchange("thirdparty", "GET", "/_matrix/app/v1/thirdparty/" + path, None,
+                                       self.world.settings.query_timeout_ms / 1000)
+            if answer.status == 404:
+                return None
+            value = parse_json(answer.body) if answer.status == 200 else None
+            found, why = read(value), advice(registration, answer)
+            if found == value and found is not None:
+                return found
+        except (*CALL_FAILED, MatrixError) as error:
+            found, why = None, advice(registration, error)
+        left = ", of which only a part can be used" * bool(found)
+        log.warning("application service %s was asked for third-party %s: %s%s", registration.id, path.partition("?")[0], why, left)
+        return found
+
+
+# -- All workers together, and pings.
+
 class Delivery:
-    """All workers, and the calls that answer somebody who waits."""
+    """All calls to application services."""
 
     def __init__(self, world: World) -> None:
         self.world = world
         self.wire = Wire(world.clock)
+        self.questions, self.networks = Questions(world, self._calling), Networks(world, self._calling)
         self._workers: dict[str, Worker] = {}                # made when first needed
         self._faults: dict[str, Faults] = {}                 # made when first needed
         self._lines: set[Line] = set()                       # over which somebody asks at the moment
         self._former: dict[str, Worker] = {}                 # whose registration has changed, until there is another
-        # In flight: who is asked, kind, ID, patient, which application service asks (or '').
-        self._queries: dict[tuple[str, str, str, bool, str], Query] = {}
-        # What was said about a protocol, and until when it counts.
-        self._protocols: dict[tuple[Registration, str], tuple[JsonObject | None, float]] = {}
-        self._guard = threading.Lock()                       # guards all of these but _protocols
+        self._guard = threading.Lock()                       # guards these four
         self._stopped = False
 
     # -- pushing
@@ -7858,7 +8021,7 @@ class Delivery:
     def start(self) -> None:
         """Takes up what was open when the homeserver stopped."""
         self.world.store.on_frozen = self._offer
-        self.world.ask = self.ask
+        self.world.ask = self.questions.ask
         self._take_up()
 
     def _take_up(self) -> None:
@@ -7974,7 +8137,7 @@ class Delivery:
             for worker in changed:
                 del self._workers[worker.registration.id]
                 self._former[worker.registration.id] = worker
-        self._protocols = {}
+        self.networks = Networks(self.world, self._calling)
         for worker in changed:
             worker.stop(time.monotonic())
         self._take_up()
@@ -8004,146 +8167,6 @@ class Delivery:
         if worker:
             worker.retry()
         return int((time.monotonic() - began) * 1000)
-
-    # -- asking
-
-    def ask(self, kind: str, id: str, by: Registration | None, patient: bool) -> bool:
-        """Whether an application service, asked for a user or alias in its namespace, has created it (Querying).
-
-        Not asked: what exists already, and an application service about itself (`by`). Patient, for who wants to know an alias or
-        a profile: three attempts, then 408. For who invites, one, and the invitation goes out whatever the answer was.
-        """
-        if self._exists(kind, id):
-            return False
-        unanswered: MatrixError | None = None
-        for claim in self.world.registrations.claims(kind, id):
-            if claim.namespace and claim.registration is not by and claim.registration.url is not None:
-                try:
-                    if self._ask_shared(claim.registration, kind, id, by, patient):
-                        if not self._exists(kind, id):
-                            log.warning("application service %s was asked for %s: it answered 200, as if it had created it, but it "
-                                        "has not", claim.registration.id, printable(id))
-                        return True
-                except MatrixError as error:                 # another may know
-                    unanswered = error
-        if unanswered:
-            raise unanswered
-        return False
-
-    def _exists(self, kind: str, id: str) -> bool:
-        with self.world.store.read() as reader:
-            return bool(reader.user(id) if kind == "users" else reader.alias(id))
-
-    def _ask_shared(self, registration: Registration, kind: str, id: str, by: Registration | None,
-                 patient: bool) -> bool:
-        """Equal questions of people are asked once. One that an AS's request leads to is never shared, for the first
-        may wait for that AS; and asked in a circle, it is answered with no.
-        """
-        key = (registration.id, kind, id, patient, by.id if by else "")
-        with self._guard:
-            query = self._queries.get(key)
-            mine = query is None
-            if query is None:
-                query = self._queries[key] = Query()
-        if by and not mine:
-            return False                                     # what it waits for may wait for it
-        if mine:
-            try:
-                query.created = self._ask_patiently(registration, kind, id, patient)
-            except MatrixError as error:
-                query.error = error
-            finally:
-                with self._guard:
-                    del self._queries[key]
-                query.done.set()
-        return query.result()
-
-    def _ask_patiently(self, registration: Registration, kind: str, id: str, patient: bool) -> bool:
-        """Asks until there is an answer below 500: 200 means yes, any other no."""
-        clock, why, path = self.world.clock, "", query_path(kind, id)
-        deadline = clock.monotonic() + QUERY_SECONDS
-        with self._calling(registration) as line:
-            for attempt in range(QUERY_ATTEMPTS if patient else 1):
-                if attempt:
-                    clock.wait(bell(), min(deadline, clock.monotonic() + 0.25 * 2**attempt))
-                outcome = self._attempt(line, path, deadline)
-                if isinstance(outcome, Answer) and outcome.status in (200, 404):
-                    return outcome.status == 200
-                why = advice(registration, outcome)
-                patient = patient and not (isinstance(outcome, Answer) and outcome.status < 500)
-                if not patient or self._stopped:
-                    break
-        log.log(logging.DEBUG if self.world.stopping else logging.WARNING,
-                "application service %s was asked for %s: %s", registration.id, printable(id), why)
-        if patient:
-            raise MatrixError("M_UNKNOWN", f"the application service {registration.id!r} was asked for {id}, but: {why}", 408)
-        return False
-
-    def _attempt(self, line: Line, path: str, deadline: float) -> Answer | BaseException:
-        left = deadline - self.world.clock.monotonic()
-        try:
-            return line.exchange("query", "GET", path, None, max(0.001, min(self.world.settings.query_timeout_ms / 1000, left)))
-        except CALL_FAILED as error:
-            return error
-
-    # -- third-party networks. Nobody is asked about itself (`by`): while it waits, it may not be able to answer.
-
-    def protocols(self, by: Registration | None, only: str | None = None) -> dict[str, JsonObject]:
-        """Metadata of each protocol: the instances of all who have it, all else as the first of them says."""
-        asked = [(registration, protocol) for registration in self.world.registrations if registration.url is not None
-                 for protocol in dict.fromkeys(registration.protocols) if only in (None, protocol)]
-        found: dict[str, JsonObject] = {}
-        for (_, protocol), said in zip(asked, at_once(lambda one: self._protocol(*one, by), asked), strict=True):
-            if said:
-                known = found.setdefault(protocol, {**said, "instances": []})
-                known["instances"] = known["instances"] + said["instances"]
-        return found
-
-    def _protocol(self, registration: Registration, protocol: str, by: Registration | None) -> JsonObject | None:
-        """What one says about a protocol. Each instance, a network, gets the instance_id with which a client asks for the rooms of
-        that network (POST /publicRooms: third_party_instance_id; 6, Directory), which the application service lists there.
-        """
-        now = self.world.clock.monotonic()
-        said, until = self._protocols.get((registration, protocol), (None, 0.0))
-        if until <= now and registration is not by:
-            said = self._look_up(registration, f"protocol/{urllib.parse.quote(protocol, safe='')}",
-                                 lambda value: value if is_protocol(value) else None)
-            for instance in said["instances"] if said else ():
-                instance["instance_id"] = f"{registration.id}|{instance['network_id']}"
-            self._protocols[registration, protocol] = said, now + (PROTOCOL_SECONDS if said else SILENCE_SECONDS)
-        return said
-
-    def look_up(self, kind: str, protocol: str, fields: Mapping[str, str], by: Registration | None) -> list[JsonObject]:
-        """Third-party users or locations with these fields, as all who have the protocol ('': any) know them."""
-        asked = [one for one in self.world.registrations if one.url is not None and one is not by
-                 and (protocol in one.protocols if protocol else one.protocols)]
-        path = kind + (f"/{urllib.parse.quote(protocol, safe='')}" if protocol else "")
-        path += "?" + urllib.parse.urlencode(fields) if fields else ""
-        answers = at_once(lambda one: self._look_up(one, path, lambda value: batch_in(value, kind)), asked)
-        found = [one for answer in answers for one in answer or ()]
-        if not found:
-            raise MatrixError("M_NOT_FOUND", f"no application service knows of this {kind}; asked: "
-                              f"{', '.join([one.id for one in asked]) or 'none, for none declares the protocol'}")
-        return found
-
-    def _look_up(self, registration: Registration, path: str, read: Callable[[Any], Any]) -> Any:
-        """What can be used of its answer; None, with a line in the log, if nothing can. 404 is an answer."""
-        try:
-            with self._calling(registration) as line:
-                answer = line.exchange("thirdparty", "GET", "/_matrix/app/v1/thirdparty/" + path, None,
-                                       self.world.settings.query_timeout_ms / 1000)
-            if answer.status == 404:
-                return None
-            value = parse_json(answer.body) if answer.status == 200 else None
-            found, why = read(value), advice(registration, answer)
-            if found == value and found is not None:
-                return found
-        except (*CALL_FAILED, MatrixError) as error:
-            found, why = None, advice(registration, error)
-        left = ", of which only a part can be used" * bool(found)
-        log.warning("application service %s was asked for third-party %s: %s%s", registration.id, path.partition("?")[0], why, left)
-        return found
-
 
 # -- What passes, kept for a while to be looked at: for the trace and the inspector. To be skipped at first reading, as are the faults.
 
@@ -9438,11 +9461,11 @@ def map_uri(call: Call) -> Any:
 # -- Handlers: third-party networks.
 
 def get_protocols(call: Call) -> Any:
-    return call.api.delivery.protocols(call.asker)
+    return call.api.delivery.networks.protocols(call.asker)
 
 
 def get_protocol(call: Call, protocol: str) -> Any:
-    found = call.api.delivery.protocols(call.asker, protocol)
+    found = call.api.delivery.networks.protocols(call.asker, protocol)
     if not found:
         raise MatrixError("M_NOT_FOUND", f"no application service tells of a protocol {shorten(protocol)!r}")
     return found[protocol]
@@ -9458,7 +9481,7 @@ def look_up(call: Call, protocol: str = "") -> Any:
         if key not in fields:
             raise MatrixError("M_MISSING_PARAM", f"the query must have {key}, or the path a protocol")
         fields = {key: check_id(sigil, fields[key])}
-    return call.api.delivery.look_up(kind, protocol, fields, call.asker)
+    return call.api.delivery.networks.look_up(kind, protocol, fields, call.asker)
 
 
 # -- The table. The first letter of a path stands for a prefix; `python asbridge.py routes` prints whole paths.
