@@ -3437,9 +3437,13 @@ class Reader:
     def aliases_of(self, room: int) -> list[str]:
         return self.column("SELECT alias FROM aliases WHERE room = ? ORDER BY alias", room)
 
-    def memberships_of(self, user_id: str) -> list[MembershipRow]:
-        """Every room that the user has to do with."""
-        return self.rows(MembershipRow, "memberships JOIN rooms ON n = room WHERE user_id = ?", user_id)
+    def memberships_of(self, user_id: str, since: int = -1, rooms: Iterable[int] = (),
+                       room_ids: Iterable[str] = ()) -> list[MembershipRow]:
+        """Every room that the user has to do with; or those where that changed after this tick, and these."""
+        return self.rows(MembershipRow, "memberships JOIN rooms ON n = room WHERE user_id = ? AND (tick > ? OR room IN "
+                         "(SELECT value FROM json_each(?) UNION ALL "
+                         "SELECT n FROM rooms WHERE room_id IN (SELECT value FROM json_each(?))))",
+                         user_id, since, to_json([*rooms]), to_json([*room_ids]))
 
     def membership(self, user_id: str, room: int) -> MembershipRow | None:
         return self.row(MembershipRow, "memberships JOIN rooms ON n = room WHERE user_id = ? AND room = ?", user_id, room)
@@ -4536,9 +4540,9 @@ class Store:
         while self.position < tick:
             time.sleep(0.0001)
 
-    def moved_since(self, room: int, tick: int) -> bool:
-        """Whether anything may have happened in a room after this tick."""
-        return self._moved.get(room, self.started_at) > tick
+    def moved_since(self, tick: int) -> set[int] | None:
+        """The rooms in which anything happened after this tick; None: before the start, where that is not known."""
+        return None if tick < self.started_at else {room for room, last in self._moved.copy().items() if last > tick}
 
     @contextlib.contextmanager
     def read(self) -> Iterator[Reader]:
@@ -5870,9 +5874,11 @@ class Window:
         # Whether a relation that this device has just sent is in it. matrix-js-sdk never sends again if it sees an event of
         # a thread in /sync before it has the answer to its PUT.
         self.echo = False
+        self.moved = self.store.moved_since(self.since)      # rooms; None: any
         # What the user has to do with:
-        self.memberships = reader.memberships_of(who.user_id)
-        self.data = self._account_data(self.since)           # room ID, or "" for the account's → what has changed
+        self.data = self.account_data(self.since)            # room ID, or "" for the account's → what has changed
+        self.memberships = reader.memberships_of(who.user_id) if full_state or self.moved is None else (
+            reader.memberships_of(who.user_id, self.since, self.moved, self.data))       # those that may be told of
         self.ignored = reader.ignored(who.user_id)           # users
         self.messages = reader.to_device(who.user_id, who.device_id or "")   # (tick, json), with those that the device has got
         self.changed: dict[int, list[str]] = {}              # room → whose membership changed, for rooms that moved
@@ -5885,7 +5891,7 @@ class Window:
         self.receipts: dict[int, list[Any]] = {}             # the new ones, and all
         self.own_receipts: dict[int, list[Any]] = {}         # of the user
 
-    def _account_data(self, since: int) -> dict[str, list[JsonObject]]:
+    def account_data(self, since: int) -> dict[str, list[JsonObject]]:
         """By room ID; '' has the account's."""
         found: dict[str, list[JsonObject]] = {"": []}
         for room_id, type, content in self.reader.account_data_since(self.who.user_id, since):
@@ -5900,7 +5906,7 @@ class Window:
             if tick > self.since:
                 self.changed[room] = [self.who.user_id]
                 met |= self.reader.met_in(room, self.who.user_id, self.since)
-            elif membership == "join" and self.store.moved_since(room, self.since):
+            elif membership == "join" and self._has_moved(room):
                 self.changed[room] = self.reader.changed_members(room, self.since)
                 met.update(self.changed[room])
         return met - {self.who.user_id}
@@ -5908,13 +5914,13 @@ class Window:
     def read(self) -> None:
         presence = self.sync.presence.since(self.reader, self.who.user_id, self.since, self.now, self.met)
         fresh = [Raw(text) for tick, text in self.messages if tick > self.since]
-        parts = {"account_data": self._events(self.filter.account_data, self.data.pop("")),
-                 "presence": self._events(self.filter.presence, presence), "rooms": self._rooms(),
+        parts = {"account_data": self.events(self.filter.account_data, self.data.pop("")),
+                 "presence": self.events(self.filter.presence, presence), "rooms": self._rooms(),
                  "to_device": {"events": fresh} if fresh else {}, "device_lists": self._device_lists()}
         self.news = any(parts.values())
         self.answer = {"next_batch": str(self.now), **{key: part for key, part in parts.items() if part}, **self._key_counts()}
 
-    def _events(self, filter: Filter, found: Sequence[JsonObject | None]) -> JsonObject:
+    def events(self, filter: Filter, found: Sequence[JsonObject | None]) -> JsonObject:
         """The events that the filter wants, as a part of the answer."""
         events = [event for event in found if event and filter.passes(
             Event(0, event["type"], None, event.get("sender", ""), 0, '{"content":{}}', None, None, None, None, 0))]
@@ -5925,26 +5931,30 @@ class Window:
     def _rooms(self) -> JsonObject:
         rooms: dict[str, dict[str, Raw]] = {}
         pause = time.monotonic() + SLICE_SECONDS
-        shown = [one for one in self.memberships if self._concerns(*one)]
+        shown = [one for one in self.memberships if self._concerns(one)]
         for start in range(0, len(shown), ROOMS_AT_ONCE):
             self._read_rooms(shown[start:start + ROOMS_AT_ONCE])
-            for room, room_id, membership, tick, forgotten in shown[start:start + ROOMS_AT_ONCE]:
+            for one in shown[start:start + ROOMS_AT_ONCE]:
                 if time.monotonic() > pause:                 # a thousand rooms: let others to the interpreter's lock
                     time.sleep(0.0001)
                     pause = time.monotonic() + SLICE_SECONDS
-                section, entry = self._room(room, room_id, membership, tick, forgotten)
+                section, entry = RoomWindow(self, one).read()
                 if entry:
-                    rooms.setdefault(section, {})[room_id] = Raw(to_json(entry))     # written piece by piece, too
+                    rooms.setdefault(section, {})[one.room_id] = Raw(to_json(entry))     # written piece by piece, too
         return rooms
 
-    def _concerns(self, room: int, room_id: str, membership: str, tick: int, forgotten: int) -> bool:
+    def _concerns(self, one: MembershipRow) -> bool:
         """Whether there may be something to say of this room."""
-        if not self.filter.rooms.wants(room_id):
+        is_new = one.tick > self.since
+        if not self.filter.rooms.wants(one.room_id):
             return False
-        if membership in ("leave", "ban"):
-            return tick > self.since if not self.initial else self.filter.include_leave and not forgotten
-        return tick > self.since or (membership == "join" and (
-            self.full_state or room_id in self.data or self.store.moved_since(room, self.since)))
+        if one.membership in ("leave", "ban"):
+            return is_new if not self.initial else self.filter.include_leave and not one.forgotten
+        return is_new or (one.membership == "join" and (
+            self.full_state or one.room_id in self.data or self._has_moved(one.room)))
+
+    def _has_moved(self, room: int) -> bool:
+        return self.moved is None or room in self.moved
 
     def _read_rooms(self, shown: Sequence[MembershipRow]) -> None:
         """Reads what is asked of each of these rooms, with one statement for all."""
@@ -5955,163 +5965,11 @@ class Window:
         self.counts, self.heroes = self.reader.member_counts(counted), self.reader.heroes(counted, me)
         self.receipts, self.own_receipts = self.reader.receipts_since(rooms, self.since), self.reader.own_receipts(rooms, me)
 
-    def _room(self, room: int, room_id: str, membership: str, tick: int, forgotten: int) -> tuple[str, JsonObject]:
-        """The section of the answer that the room belongs to, and what is new in it."""
-        if membership == "join":
-            return "join", self._joined(room, room_id, tick)
-        if membership in ("invite", "knock"):
-            events = self._stripped(room)
-            return membership, {} if events[-1]["sender"] in self.ignored else {f"{membership}_state": {"events": events}}
-        return "leave", self._left(room, room_id, tick, forgotten)
-
-    def _joined(self, room: int, room_id: str, tick: int) -> JsonObject:
-        view = self._view(room, room_id)
-        came_back = self._came_back(room) if view and not self.initial else None
-        fresh = self.initial or came_back is not None
-        summary = self._summary(room)
-        entry = self._timeline(room, room_id, view, self.since if came_back is None else came_back, fresh, summary.get("m.heroes", ()))
-        if summary:
-            entry["summary"] = summary
-        since = 0 if fresh else self.since
-        receipts = self.receipts if since == self.since else self.reader.receipts_since([room], since)
-        passing = [self.sync.typing.since(room, since, self.now), receipts_event(receipts[room], self.who.user_id)]
-        known = self._account_data(0) if fresh and not self.initial else self.data   # what was set before the user came in, too
-        for key, events in (("ephemeral", self._events(self.filter.ephemeral.in_room(room_id), passing)),
-                            ("account_data", self._events(self.filter.room_data.in_room(room_id), known.get(room_id, [])))):
-            if events:
-                entry[key] = events
-        entry.update(self._unread(room, tick, bool(entry)))
-        if entry and self.state_after:
-            entry.setdefault(self.state_after, {"events": []})
-        return entry
-
-    def _left(self, room: int, room_id: str, tick: int, forgotten: int) -> JsonObject:
-        """The room up to the leave, which is told in any case: also if it was of an invitation, or if the room has been
-        forgotten since, of which other devices do not know.
-        """
-        view = (None if forgotten else self._view(room, room_id)) or View(room, room_id, "leave", [], -1, self.own[room])
-        if not view.sees(tick):
-            view = view._replace(ranges=[*(one for one in view.ranges if one[1] < tick), (tick, tick)])
-        if entry := self._timeline(room, room_id, view, self.since, upto=tick):
-            return entry
-        own = self.reader.event_at(tick)                     # the filter wants nothing of it
-        return {"timeline": {"events": self._render([own]), "limited": False, "prev_batch": str(tick)},
-                self.state_after or "state": {"events": []}}
-
-    def _view(self, room: int, room_id: str) -> View | None:
-        """What the user, who may be new here, may see. None: nothing, or is not new and sees all that comes."""
-        return view_by(room, room_id, self.own[room], self.visibilities[room]) if room in self.own else None
-
-    def _came_back(self, room: int) -> int | None:
-        """If the user was out of the room at `since` or after it: the tick of the last leave, or 0. Else None."""
-        changes = self.own[room]
-        before = [value for tick, value in changes if tick <= self.since][-1:]
-        if before == ["join"] and all(value == "join" for tick, value in changes if tick > self.since):
-            return None
-        return max((tick for tick, value in changes if value in ("leave", "ban")), default=0)
-
-    def _summary(self, room: int) -> JsonObject:
-        """Counts and heroes, when a membership has changed."""
-        if room not in self.counts:
-            return {}
-        return {"m.heroes": self.heroes[room], "m.joined_member_count": self.counts[room].get("join", 0),
-                "m.invited_member_count": self.counts[room].get("invite", 0)}
-
-    def _stripped(self, room: int) -> list[JsonObject]:
-        """What somebody invited may know: the room's face, who sent the invitation, and last the invitation itself."""
-        me = self.who.user_id
-        own = self.reader.state_event(room, "m.room.member", me)
-        speakers = [own.sender, me] if own and own.sender != me else [me]
-        keys = [*((type, "") for type in STRIPPED_STATE), *(("m.room.member", user_id) for user_id in speakers)]
-        return [{"type": event.type, "state_key": event.state_key, "sender": event.sender, "content": event.content}
-                for event in state_events(self.reader, room, keys)]
-
-    # -- a room's timeline, and its state
-
-    def _timeline(self, room: int, room_id: str, view: View | None, after: int, fresh: bool = False,
-                  heroes: Iterable[str] = (), upto: int = FOREVER) -> JsonObject:
-        """timeline, and the state that leads to it or follows from it (Syncing). A timeline that is `limited` does not reach back
-        to `after`: what stands between is read with /messages, backwards from its prev_batch. It has no gaps itself: what changed
-        unseen between two of its events would be in no state.
-
-        `view`: what may be seen, all if there is none. `fresh`: the client is to get the room anew, for its user was not in it at
-        `since`.
-        """
-        upto = min(upto, self.now)
-        seen = [max(after + 1, first) for first, last in view.ranges if last > after and first <= upto] if view else [after + 1]
-        filter = self.filter.timeline.in_room(room_id)._replace(ignored=self.ignored)
-        events = self.reader.events(room, seen[-1] - 1, upto, self.filter.limit + 1, True, filter)
-        away = fresh and after > self.since                  # the client may not know that the user was out of the room meanwhile
-        limited = len(events) > self.filter.limit or len(seen) > 1 or away
-        events = events[:self.filter.limit][::-1]
-        whole = self.full_state or fresh or not after
-        last = min(upto, view.state_upto) if view else upto
-        state = self._state(room, 0 if whole else after, last, events, whole or limited)
-        unknown = 0 if not whole else self.since if away else FOREVER
-        state = self._chosen(room, room_id, state, events, last, unknown, heroes)
-        if not events and not state:
-            return {}
-        visible = view.visible if view else to_json([(0, self.now)])     # an unlimited timeline has what relates to its events
-        more = aggregations(self.reader, self.who, events, visible, self.ts) if limited else {}
-        then = view.then if view else lambda tick: '"membership":"join"'
-        shown = self._render(events, lambda tick: (then(tick), *more.get(tick, ())))
-        prev_batch = (events[0].tick if events else seen[-1]) - 1 if limited or events else upto
-        return {"timeline": {"events": shown, "limited": limited, "prev_batch": str(prev_batch)},
-                self.state_after or "state": {"events": self._render(state)}}
-
-    def _state(self, room: int, after: int, last: int, timeline: list[Event], gap: bool) -> list[Event]:
-        """The state that changed after `after`: up to the start of the timeline, whose own events go on from there, or with
-        `state_after` up to its end. `gap`: it may be much.
-        """
-        start = min(timeline[0].tick - 1, last) if timeline and not self.state_after else last
-        state = self.reader.state_at(room, start, after) if gap else []
-        if self.state_after or self.filter.timeline != EVERYTHING:           # what the filter keeps out of the timeline comes here
-            shown = set() if self.state_after else {event.tick for event in timeline}
-            more = self.reader.state_changes(room, start if gap else after, last)
-            state += [event for event in more if event.tick not in shown]
-        return state
-
-    def _chosen(self, room: int, room_id: str, state: list[Event], timeline: list[Event], last: int, unknown: int,
-                heroes: Iterable[str]) -> list[Event]:
-        """What the filter wants of the state. With lazy loading, of the members: who speaks, and by whom a room without
-        a name is known; but all changes after the tick `unknown`, for the client keeps a list. 0: these are changes only.
-        """
-        if self.filter.lazy:
-            named = any(self.reader.contents(room, ("m.room.name", "m.room.canonical_alias")).values()) if heroes else True
-            speakers = {*(event.sender for event in timeline), *(() if named else heroes), *([self.who.user_id] if unknown else ())}
-            state = [event for event in state if event.tick > unknown or event.type != "m.room.member" or event.state_key in speakers]
-            shown = state if self.state_after else [*state, *timeline]
-            known = {event.state_key for event in shown if event.type == "m.room.member"}
-            state += state_events(self.reader, room, [("m.room.member", user_id) for user_id in sorted(speakers - known)], last)
-        filter = self.filter.state.in_room(room_id)
-        return state if filter == EVERYTHING else [event for event in state if filter.passes(event)]
-
-    def _render(self, events: list[Event], more: Callable[[int], Iterable[str]] = lambda tick: ()) -> Raw:
-        """The list of them in JSON. `more`: from an event's tick to further parts of its `unsigned`."""
-        user, device = self.who.user_id, self.who.device_id
-        self.echo |= any(event.device_id == device and 0 <= self.ts - event.ts < 100 and "m.relates_to" in event.json
-                         for event in events if event.txn_id)
-        return Raw("[" + ",".join([event.for_client(self.ts, user, device, *more(event.tick)) for event in events]) + "]")
-
-    # -- for clients: what is unread; keys for end-to-end encryption
-
-    def _unread(self, room: int, tick: int, moved: bool) -> JsonObject:
-        """How much is unread in a room that moved, or in which the user has read on; by thread, if the filter wants that."""
-        receipts = self.own_receipts[room]
-        if not moved and all(read_at <= self.since for _, _, read_at in receipts):
-            return {}
-        counts = self.sync.unread.count(self.reader, self.who.user_id, self._push_rules, self.ignored, room, tick, receipts, self.now)
-        if not self.filter.threads:
-            counts = {0: [sum(column) for column in zip([0, 0], *counts.values(), strict=True)]}
-        shown = {root: {"notification_count": count[0], "highlight_count": count[1]} for root, count in {0: [0, 0], **counts}.items()}
-        entry: JsonObject = {"unread_notifications": shown.pop(0)}
-        if shown:
-            entry["unread_thread_notifications"] = {self.reader.event_at(root).event_id: count for root, count in shown.items()}
-        return entry
-
     @functools.cached_property
-    def _push_rules(self) -> PushRules:
+    def push_rules(self) -> PushRules:
         return self.sync.unread.rules(self.reader, self.who.user_id)
+
+    # -- for clients: keys for end-to-end encryption
 
     def _device_lists(self) -> JsonObject:
         """Whose keys to ask for again, and who is met in no room any more."""
@@ -6128,6 +5986,182 @@ class Window:
         device = (self.who.user_id, self.who.device_id)
         return {"device_one_time_keys_count": self.reader.one_time_counts(*device),
                 "device_unused_fallback_key_types": self.reader.unused_fallbacks(*device)}
+
+
+class RoomWindow:
+    """The same for one room: what the answer has of it."""
+
+    def __init__(self, window: Window, one: MembershipRow) -> None:
+        self.window, self.reader, self.who, self.filter = window, window.reader, window.who, window.filter
+        self.room, self.room_id, self.membership, self.tick, self.forgotten = one
+        self.after, self.upto = window.since, window.now     # what is told lies after the one tick, up to the other
+        self.fresh = window.initial                          # the client gets the room anew: its user was not in it at `since`
+        self.own = window.own.get(self.room, [])             # each change of the user's membership, if the last one is new
+        self.view = self._view()
+        self.summary = self._summary()
+
+    def _view(self) -> View:
+        """What the user may see."""
+        if not self.own:                                     # who is not new sees all that comes
+            return View(self.room, self.room_id, "join", [(0, FOREVER)], FOREVER, [(0, "join")])
+        view = None if self.forgotten else view_by(self.room, self.room_id, self.own, self.window.visibilities[self.room])
+        return view or View(self.room, self.room_id, "leave", [], -1, self.own)
+
+    def _summary(self) -> JsonObject:
+        """Counts and heroes, when a membership has changed."""
+        window, counts = self.window, self.window.counts.get(self.room)
+        return {} if counts is None else {"m.heroes": window.heroes[self.room], "m.joined_member_count": counts.get("join", 0),
+                                          "m.invited_member_count": counts.get("invite", 0)}
+
+    def read(self) -> tuple[str, JsonObject]:
+        """The section of the answer that the room belongs to, and what is new in it."""
+        if self.membership == "join":
+            return "join", self._joined()
+        if self.membership in ("invite", "knock"):
+            events = self._stripped()
+            ignored = events[-1]["sender"] in self.window.ignored
+            return self.membership, {} if ignored else {f"{self.membership}_state": {"events": events}}
+        return "leave", self._left()
+
+    def _joined(self) -> JsonObject:
+        if self.own and not self.fresh and (came_back := self._came_back()) is not None:
+            self.after, self.fresh = came_back, True
+        entry = self._timeline()
+        if self.summary:
+            entry["summary"] = self.summary
+        for key, filter, events in (("ephemeral", self.filter.ephemeral, self._passing()),
+                                    ("account_data", self.filter.room_data, self._account_data())):
+            if told := self.window.events(filter.in_room(self.room_id), events):
+                entry[key] = told
+        entry.update(self._unread(bool(entry)))
+        if entry and self.window.state_after:
+            entry.setdefault(self.window.state_after, {"events": []})
+        return entry
+
+    def _left(self) -> JsonObject:
+        """The room up to the leave, which is told in any case: also if it was of an invitation, or if the room has been
+        forgotten since, of which other devices do not know.
+        """
+        self.upto = self.tick
+        if not self.view.sees(self.tick):
+            ranges = [one for one in self.view.ranges if one[1] < self.tick]
+            self.view = self.view._replace(ranges=[*ranges, (self.tick, self.tick)])
+        if entry := self._timeline():
+            return entry
+        own = self.reader.event_at(self.tick)                # the filter wants nothing of it
+        return {"timeline": {"events": self._render([own]), "limited": False, "prev_batch": str(self.tick)},
+                self.window.state_after or "state": {"events": []}}
+
+    def _came_back(self) -> int | None:
+        """If the user was out of the room at `since` or after it: the tick of the last leave, or 0. Else None."""
+        before = [value for tick, value in self.own if tick <= self.after][-1:]
+        if before == ["join"] and all(value == "join" for tick, value in self.own if tick > self.after):
+            return None
+        return max((tick for tick, value in self.own if value in ("leave", "ban")), default=0)
+
+    def _stripped(self) -> list[JsonObject]:
+        """What somebody invited may know: the room's face, who sent the invitation, and last the invitation itself."""
+        me = self.who.user_id
+        own = self.reader.state_event(self.room, "m.room.member", me)
+        speakers = [own.sender, me] if own and own.sender != me else [me]
+        keys = [*((type, "") for type in STRIPPED_STATE), *(("m.room.member", user_id) for user_id in speakers)]
+        return [{"type": event.type, "state_key": event.state_key, "sender": event.sender, "content": event.content}
+                for event in state_events(self.reader, self.room, keys)]
+
+    def _passing(self) -> list[JsonObject | None]:
+        """Who types, and the new receipts."""
+        since = 0 if self.fresh else self.window.since
+        receipts = self.window.receipts if since == self.window.since else self.reader.receipts_since([self.room], since)
+        return [self.window.sync.typing.since(self.room, since, self.window.now), receipts_event(receipts[self.room], self.who.user_id)]
+
+    def _account_data(self) -> list[JsonObject]:
+        """With what was set before the user came in."""
+        window = self.window
+        return (window.account_data(0) if self.fresh and not window.initial else window.data).get(self.room_id, [])
+
+    # -- its timeline, and its state
+
+    def _timeline(self) -> JsonObject:
+        """timeline, and the state that leads to it or follows from it (Syncing). A timeline that is `limited` does not reach back
+        to `after`: what stands between is read with /messages, backwards from its prev_batch. It has no gaps itself: what changed
+        unseen between two of its events would be in no state.
+        """
+        window, most = self.window, self.filter.limit
+        seen = [max(self.after + 1, first) for first, last in self.view.ranges if last > self.after and first <= self.upto]
+        filter = self.filter.timeline.in_room(self.room_id)._replace(ignored=window.ignored)
+        found = self.reader.events(self.room, seen[-1] - 1, self.upto, most + 1, True, filter)
+        events = found[:most][::-1]
+        away = self.fresh and self.after > window.since      # the client may not know that the user was out of the room meanwhile
+        limited = len(found) > most or len(seen) > 1 or away
+        whole = window.full_state or self.fresh or not self.after
+        unknown = 0 if not whole else window.since if away else FOREVER
+        state = self._chosen(self._state(0 if whole else self.after, events, whole or limited), events, unknown)
+        if not events and not state:
+            return {}
+        # An unlimited timeline has what relates to its events.
+        more = aggregations(self.reader, self.who, events, self.view.visible, window.ts) if limited else {}
+        shown = self._render(events, lambda tick: (self.view.then(tick), *more.get(tick, ())))
+        prev_batch = (events[0].tick if events else seen[-1]) - 1 if limited or events else self.upto
+        return {"timeline": {"events": shown, "limited": limited, "prev_batch": str(prev_batch)},
+                window.state_after or "state": {"events": self._render(state)}}
+
+    def _state(self, after: int, timeline: list[Event], gap: bool) -> list[Event]:
+        """The state that changed after `after`: up to the start of the timeline, whose own events go on from there, or with
+        `state_after` up to its end. `gap`: it may be much.
+        """
+        at_end = self.window.state_after
+        start = min(timeline[0].tick - 1, self._last) if timeline and not at_end else self._last
+        state = self.reader.state_at(self.room, start, after) if gap else []
+        if at_end or self.filter.timeline != EVERYTHING:     # what the filter keeps out of the timeline comes here
+            shown = set() if at_end else {event.tick for event in timeline}
+            more = self.reader.state_changes(self.room, start if gap else after, self._last)
+            state += [event for event in more if event.tick not in shown]
+        return state
+
+    @property
+    def _last(self) -> int:
+        """The tick up to which the state may be told."""
+        return min(self.upto, self.view.state_upto)
+
+    def _chosen(self, state: list[Event], timeline: list[Event], unknown: int) -> list[Event]:
+        """What the filter wants of the state. With lazy loading, of the members: who speaks, and by whom a room without
+        a name is known; but all changes after the tick `unknown`, for the client keeps a list. 0: these are changes only.
+        """
+        if self.filter.lazy:
+            heroes = self.summary.get("m.heroes", ())
+            named = any(self.reader.contents(self.room, ("m.room.name", "m.room.canonical_alias")).values()) if heroes else True
+            speakers = {*(event.sender for event in timeline), *(() if named else heroes), *([self.who.user_id] if unknown else ())}
+            state = [event for event in state if event.tick > unknown or event.type != "m.room.member" or event.state_key in speakers]
+            shown = state if self.window.state_after else [*state, *timeline]
+            known = {event.state_key for event in shown if event.type == "m.room.member"}
+            missing = [("m.room.member", user_id) for user_id in sorted(speakers - known)]
+            state += state_events(self.reader, self.room, missing, self._last)
+        filter = self.filter.state.in_room(self.room_id)
+        return state if filter == EVERYTHING else [event for event in state if filter.passes(event)]
+
+    def _render(self, events: list[Event], more: Callable[[int], Iterable[str]] = lambda tick: ()) -> Raw:
+        """The list of them in JSON. `more`: from an event's tick to further parts of its `unsigned`."""
+        user, device, now = self.who.user_id, self.who.device_id, self.window.ts
+        self.window.echo |= any(event.device_id == device and 0 <= now - event.ts < 100 and "m.relates_to" in event.json
+                                for event in events if event.txn_id)
+        return Raw("[" + ",".join([event.for_client(now, user, device, *more(event.tick)) for event in events]) + "]")
+
+    # -- what is unread in it
+
+    def _unread(self, moved: bool) -> JsonObject:
+        """How much is unread in a room that moved, or in which the user has read on; by thread, if the filter wants that."""
+        window, receipts = self.window, self.window.own_receipts[self.room]
+        if not moved and all(read_at <= window.since for _, _, read_at in receipts):
+            return {}
+        counts = window.sync.unread.count(self.reader, self.who.user_id, window.push_rules, window.ignored, self.room, self.tick,
+                                          receipts, window.now)
+        if not self.filter.threads:
+            counts = {0: [sum(column) for column in zip([0, 0], *counts.values(), strict=True)]}
+        shown = {root: {"notification_count": count[0], "highlight_count": count[1]} for root, count in {0: [0, 0], **counts}.items()}
+        entry: JsonObject = {"unread_notifications": shown.pop(0)}
+        if shown:
+            entry["unread_thread_notifications"] = {self.reader.event_at(root).event_id: count for root, count in shown.items()}
+        return entry
 
 
 # -- Clients' data: account data, tags and filters that the server only keeps; OpenID tokens (Client Config, Room Tagging,

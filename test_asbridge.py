@@ -3724,7 +3724,17 @@ def test_a_wakeup_comes_after_the_commit_to_those_whom_it_concerns(open_store):
     assert inside.acquire(timeout=5) and not outside.acquire(blocking=False)
     store.waiters.leave(ALICE, inside)
     store.waiters.leave("@other:localhost", outside)
-    assert store.waiters._bells == {} and store.moved_since(1, 0) and not store.moved_since(1, store.position)
+    assert store.waiters._bells == {} and store.moved_since(store.started_at) == {1} and not store.moved_since(store.position)
+
+
+def test_memberships_are_read_all_or_only_the_new_ones_and_those_of_some_rooms(hs, alice):
+    one, two, three = (alice.create_room() for _ in range(3))
+    with hs.world.store.read() as reader:
+        every = reader.memberships_of(alice.user_id)
+        first, second, _ = every
+        assert [row.room_id for row in every] == [one, two, three]
+        assert reader.memberships_of(alice.user_id, second.tick) == every[2:]
+        assert reader.memberships_of(alice.user_id, reader.position(), [first.room], [three]) == [every[0], every[2]]
 
 
 def test_closing_waits_for_what_is_queued(open_store):
