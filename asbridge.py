@@ -6541,10 +6541,11 @@ class Typing(Verbs):
         self.timer.set(math.inf if until is None else until)
 
     def since(self, room: int, since: int, now: int) -> JsonObject | None:
-        """The m.typing event of a room, if it changed after `since` and not after `now`."""
+        """The m.typing event of a room, if it changed after `since` and not after `now`; from the beginning: if anybody types."""
         with self._guard:
             tick, users = self._rooms.get(room, (self._began, {}))
-            return {"type": "m.typing", "content": {"user_ids": sorted(users)}} if since < tick <= now else None
+        changed = since < tick <= now and (users or since)
+        return {"type": "m.typing", "content": {"user_ids": sorted(users)}} if changed else None
 
     def _change(self, tx: Tx, room: Room, users: Mapping[str, float | None]) -> None:
         tick = tx.tick()
@@ -8608,18 +8609,13 @@ class Router:
         """The route and the variables of its path, decoded; M_UNRECOGNIZED, 404 or 405."""
         node, values = self._root, []
         for segment in self._segments(path):
-            if (literal := node.get(segment)) is not None:
-                node = literal
-            elif (variable := node.get(self.VARIABLE)) is not None:
-                node = variable
+            literal = node.get(segment)
+            if literal is None:
                 values.append(segment)
-            else:
-                raise MatrixError("M_UNRECOGNIZED", f"there is no endpoint {shorten(path)}; 'asbridge.py "
-                                  "routes' lists them")
+            node = literal or node.get(self.VARIABLE) or {}
         routes = node.get(None)                              # type: ignore[call-overload]
         if not routes:
-            raise MatrixError("M_UNRECOGNIZED", f"there is no endpoint {shorten(path)}; 'asbridge.py routes' "
-                              "lists them")
+            raise MatrixError("M_UNRECOGNIZED", f"there is no endpoint {shorten(path)}; 'asbridge.py routes' lists them")
         if method not in routes:
             raise MatrixError("M_UNRECOGNIZED", f"{shorten(path)} takes {', '.join(sorted(routes))}, not "
                               f"{shorten(method)}", 405)
@@ -8800,8 +8796,9 @@ class Api:
             log.warning("somebody uses the hs_token of the application service %s as access token: are they swapped?", swapped.id)
             return MatrixError("M_UNKNOWN_TOKEN", f"this is the hs_token of the application service "
                                f"{swapped.id!r}; it must send its as_token", soft_logout=False)
-        return MatrixError("M_UNKNOWN_TOKEN", "no session and no application service has this access token; "
-                           f"the registrations that are loaded: {len(self.world.registrations.by_id)}", soft_logout=False)
+        return MatrixError("M_UNKNOWN_TOKEN", "no session and no application service has this access token; registrations "
+                           f"that are loaded, since the start or the last SIGHUP: {len(self.world.registrations.by_id)}",
+                           soft_logout=False)
 
     def act_as(self, registration: Registration, user_id: str | None) -> Who:
         """Whoever `user_id` in the query names, if the user is in a namespace and registered; without it the sender_localpart user."""
