@@ -1746,7 +1746,7 @@ class RegistrationReader:
         """What else is asked of values that have the right type."""
         self._require("url", lambda url: url is None or is_base_url(url), "is {}")
         self._require("sender_localpart", lambda name: HISTORICAL_LOCALPART.fullmatch(name) and name[0] != "@" and len(name) <= 200,
-                  "is {}", f"{REGISTRATION_KEYS['sender_localpart'][2]}; 200 characters at most")
+                  "is {}", f"{REGISTRATION_KEYS['sender_localpart'][2]}; 200 characters at most, of ASCII, no space or ':'")
         self._require("id", bool, "is empty")
         for key in ("as_token", "hs_token"):
             self._require(key, bool, "is empty")
@@ -13454,7 +13454,7 @@ def parse_args(arguments: Sequence[str]) -> argparse.Namespace:
         parser.add_argument(f"--{key.replace('_', '-')}", type=kind, help=f"{CONFIG_KEYS[key][2]} (overrides the file)")
     parser.add_argument("--port-file", metavar="FILE", help="write the real port there, once everything listens")
     parser.add_argument("--trace", action="store_true", help="show the traffic between homeserver and application services")
-    parser.add_argument("--log-format", choices=("text", "json"), default="text")
+    parser.add_argument("--log-format", choices=("text", "json"), default="text", help="a line to read, or a JSON object each")
     parser.add_argument("-v", "--verbose", action="store_true", help="log every request")
     parser.add_argument("-q", "--quiet", action="store_true", help="log only what goes wrong")
     parser.add_argument("--version", action="version", version=f"asbridge {__version__}")
@@ -13468,15 +13468,16 @@ def parse_args(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def add_explain(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("id")
-    for flag in ("--config", "--server-name", "--database"):
-        parser.add_argument(flag, default=argparse.SUPPRESS)
+    parser.add_argument("id", help="a user ID, an alias, a room ID, or a URI such as irc://host/channel")
+    parser.add_argument("--config", metavar="FILE", default=argparse.SUPPRESS, help="whose registrations? (default: the sample's)")
+    parser.add_argument("--server-name", default=argparse.SUPPRESS, help="of the homeserver (default: localhost)")
+    parser.add_argument("--database", default=argparse.SUPPRESS, help="a file that says who exists already; it is only read")
     parser.add_argument("--json", action="store_true", help="as the inspector's API has it")
     parser.set_defaults(command=run_explain)
 
 
 def add_generate(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("id")
+    parser.add_argument("id", help="of the registration, such as irc")
     parser.add_argument("--url", default="http://127.0.0.1:29300", help="where the application service listens")
     parser.add_argument("--server-name", default=argparse.SUPPRESS, help="of the homeserver (default: localhost)")
     parser.add_argument("--prefix", help="of its users and aliases (default: the ID and '_')")
@@ -13562,6 +13563,8 @@ def run_explain(args: argparse.Namespace) -> int:
         print(error.error if isinstance(error, MatrixError) else error, file=sys.stderr)
         return 2
     print(json.dumps(told, indent=2) if args.json else "\n".join(map(printable, told["summary"])))
+    if not args.config:
+        print("(by the registration of the sample; --config FILE asks yours)", file=sys.stderr)
     return 0
 
 

@@ -14053,6 +14053,11 @@ def test_explain_says_why_nobody_may_create_what_two_claim_exclusively_or_what_i
         assert f"who may create it: {why}" in capsys.readouterr().out.splitlines()
 
 
+def test_explain_without_a_configuration_says_whose_registration_it_goes_by(capsys):
+    assert asbridge.main(["explain", "@_irc_bob:localhost"]) == 0
+    assert "(by the registration of the sample; --config FILE asks yours)" in capsys.readouterr().err
+
+
 def test_explain_of_the_command_line_reads_registrations_and_database_and_changes_neither(tmp_path, capsys):
     database, file = tmp_path / "hs.db", tmp_path / "x.json"
     file.write_text(json.dumps({"registrations": [registration()], "database": "hs.db"}))
