@@ -5961,7 +5961,8 @@ class Window:
         me, rooms, new = self.who.user_id, [one.room for one in shown], [one.room for one in shown if one.tick > self.since]
         self.own = self.reader.changes(new, *MEMBERSHIP, me)
         self.visibilities = self.reader.changes(new, *HISTORY_VISIBILITY)
-        counted = rooms if self.initial or self.full_state else [room for room in rooms if self.changed.get(room)]
+        counted = [one.room for one in shown if one.membership == "join" and (
+            self.initial or self.full_state or self.changed.get(one.room))]
         self.counts, self.heroes = self.reader.member_counts(counted), self.reader.heroes(counted, me)
         self.receipts, self.own_receipts = self.reader.receipts_since(rooms, self.since), self.reader.own_receipts(rooms, me)
 

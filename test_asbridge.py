@@ -6199,6 +6199,16 @@ def test_lazy_loading_gives_those_by_whom_a_room_without_a_name_is_known(alice, 
     assert members()[1] == [alice.user_id]
 
 
+def test_who_has_left_is_told_of_the_leave_and_not_by_whom_the_room_is_known(alice, bob, carol):
+    room = alice.create_room(preset="public_chat")
+    bob.join(room), carol.join(room)
+    since = bob.sync()["next_batch"]
+    bob.leave(room)
+    entry = bob.sync(since, filter={"room": {"state": {"lazy_load_members": True}, "timeline": {"types": ["m.reaction"]}}})["rooms"]["leave"][room]
+    told = [(event["state_key"], event["content"]["membership"]) for part in ("timeline", "state") for event in entry[part]["events"]]
+    assert told == [(bob.user_id, "leave")]
+
+
 @pytest.mark.parametrize("where", ["sync?since=", "rooms/{room}/messages?from=", "rooms/{room}/messages?to=", "rooms/{room}/members?at="])
 def test_a_token_that_is_none_is_refused(alice, room, where):
     for token in ("x", "s1_2", "-1", "1.5"):
