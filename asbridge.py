@@ -97,7 +97,7 @@ To add ...                begin at ...
     a key of the config   a field of Settings (6) or Config (12), its row in CONFIG_KEYS; a flag: FLAGS, parse_args
     a registration key    REGISTRATION_KEYS, a field of Registration, RegistrationReader (3)
     a rule of interest    Audience (3), or where the database must be asked Tx._insert (5); explain_rule (3)
-    a table, a column     SCHEMA (a column last, for rows go in by position), SCHEMA_VERSION, UPGRADES (5)
+    a table, a column     SCHEMA (a column last, for rows go in by position), SCHEMA_VERSION, UPGRADES, its ...Row (5)
     a room rule           MEMBERSHIP_RULES, authorise (4); one that looks beyond the room: Rooms._append (6)
     a push condition      CONDITION_KINDS, what it asks of Notable, Notifications.set_rule (6)
     a fault on the wire   FAULTS, Faults, Line (7); its form in the page (9)
@@ -105,7 +105,10 @@ To add ...                begin at ...
     an errcode            ERRORS (1)
     an IRC command        COMMANDS, NUMERICS, a method do_... of IrcClient (11)
     an event for IRC      IrcBridge.EVENTS, and the method that it names (11)
+    ephemeral data        Tx.push_ephemeral (5), and who calls it: Typing (6), Tx.add_receipt (5), and Presence (6)
     a check of a bridge   Examiner.CHECKS (9)
+    a question to ask it  its row in ADMIN_ROUTES, Inspector (9); a sentence of why: Inspector._summary
+    a command             parse_args, a function add_... and one run_... (12)
 
 The test stands in the section of the same number of test_asbridge.py, if it takes long in .ci; the README
 tells of what can be seen from outside.
@@ -4112,7 +4115,7 @@ class Tx(Reader):
         self.moved[room.n] = tick
         receipt = {"ts": now, **({"thread_id": thread_id} if thread_id else {})}
         self.push_ephemeral(room, user_id, "m.receipt", {"content": {event_id: {type: {user_id: receipt}}}},
-                            private=type == "m.read.private")
+                            type == "m.read.private", thread_id)
 
     # -- events
 
@@ -4302,13 +4305,14 @@ class Tx(Reader):
 
     # -- what else goes into a transaction: ephemeral data, and news for encrypting application services
 
-    def push_ephemeral(self, room: Room, user_id: str, kind: str, data: JsonObject, private: bool = False) -> None:
+    def push_ephemeral(self, room: Room, user_id: str, kind: str, data: JsonObject, private: bool = False,
+                       thread_id: str = "") -> None:
         """Ephemeral data for the application services that are interested in the room, and want such (Pushing ephemeral data).
 
-        Private: only for those that have to do with the user.
+        Private: only for those that have to do with the user. While it waits, the next of its kind, user and thread replaces it.
         """
         ids = self._claimants(user_id) if private else set(self.audience(room).interested(user_id, None))
-        key = (kind, private, room.room_id, None if kind == "m.typing" else user_id)
+        key = (kind, private, room.room_id, None if kind == "m.typing" else user_id, thread_id)
         self._queue_ephemeral(ids, key, {"type": kind, "room_id": room.room_id, **data})
 
     def push_presence(self, user_id: str, data: JsonObject) -> None:
@@ -4331,7 +4335,7 @@ class Tx(Reader):
     def _queue_ephemeral(self, ids: set[str], key: Any, data: JsonObject) -> None:
         def change(id: str) -> None:
             waiting = self.ephemeral.setdefault(id, {})
-            self._replaced.append((id, key, waiting.pop(key, None)))     # the latest for each kind, room and user
+            self._replaced.append((id, key, waiting.pop(key, None)))     # the latest of each
             waiting[key] = (self.store.clock.monotonic(), data)
             if len(waiting) > MAX_EPHEMERAL:
                 del waiting[next(iter(waiting))]
@@ -5330,9 +5334,9 @@ class Aliases(Verbs):
         """By who made it, by who may change the canonical alias, or by the application service that claims it."""
         check_id("#", alias)
         self.world.registrations.check_may_create("aliases", alias, who.appservice)
-        room_id, creator = existing(tx.alias(alias), f"there is no room alias {shorten(alias)}")
-        room = cast(Room, tx.room(room_id))
-        if not (who.appservice or creator == who.user_id or may_set_canonical_alias(room, who.user_id)):
+        row = existing(tx.alias(alias), f"there is no room alias {shorten(alias)}")
+        room = cast(Room, tx.room(row.room_id))
+        if not (who.appservice or row.creator == who.user_id or may_set_canonical_alias(room, who.user_id)):
             raise forbidden(f"{alias} may be deleted by who made it, or by who may change the canonical alias of its room")
         tx.delete_alias(alias, room)
 
@@ -10056,18 +10060,18 @@ class Examiner:
         ("answers a ping",                                  "AS: Pinging",              lambda it: it._ping()),
         ("takes an empty transaction",                      "AS: Pushing events",       lambda it: it._empty()),
         ("takes the same transaction again",                "AS: Pushing events",       lambda it: it._again()),
-        ("takes the hs_token from the header alone",        "AS: Authorization",        lambda it: it._header_alone()),
-        ("refuses a transaction without a token",           "AS: Authorization",        lambda it: it._refuses("", "")),
-        ("refuses a wrong token in the header",             "AS: Authorization",        lambda it: it._refuses(WRONG, "")),
-        ("refuses a wrong token in the query",              "AS: Authorization",        lambda it: it._refuses("", WRONG)),
+        ("takes the hs_token from the header alone",        "AS: Authorisation",        lambda it: it._header_alone()),
+        ("refuses a transaction without a token",           "AS: Authorisation",        lambda it: it._refuses("", "")),
+        ("refuses a wrong token in the header",             "AS: Authorisation",        lambda it: it._refuses(WRONG, "")),
+        ("refuses a wrong token in the query",              "AS: Authorisation",        lambda it: it._refuses("", WRONG)),
         ("refuses broken JSON, and is not broken by it",    "Standard error response",  lambda it: it._broken()),
         ("says 404 to an unknown path",                     "AS: Unknown routes",       lambda it: it._unknown(404, UNKNOWN)),
         ("says 405 to a wrong method",                      "AS: Unknown routes",       lambda it: it._unknown(405, it._last[0])),
         ("takes unknown keys in a transaction",             "AS: Pushing events",       lambda it: it._keys()),
         ("takes an event of an unknown type and shape",     "AS: Pushing events",       lambda it: it._type()),
         ("takes an event of a room that it does not know",  "AS: Pushing events",       lambda it: it._room()),
-        ("takes ephemeral data",                            "AS: Pushing EDUs",         lambda it: it._data("ephemeral")),
-        ("takes ephemeral data, by its older name",         "AS: Pushing EDUs",         lambda it: it._data(OLDER_EPHEMERAL)),
+        ("takes ephemeral data",                            "AS: Ephemeral data",       lambda it: it._data("ephemeral")),
+        ("takes ephemeral data, by its older name",         "AS: Ephemeral data",       lambda it: it._data(OLDER_EPHEMERAL)),
         ("describes its protocols",                         "AS: Third-party networks", lambda it: it._protocols()),
         ("answers when asked for an unknown user",          "AS: Querying",             lambda it: it._query("users")),
         ("answers when asked for an unknown alias",         "AS: Querying",             lambda it: it._query("aliases")),

@@ -9524,6 +9524,21 @@ def test_ephemeral_data_that_waits_is_the_latest_of_each_kind_and_stale_typing_i
     assert all(data["content"]["user_ids"] == [] for data in ephemeral_of(r) if data["type"] == "m.typing")
 
 
+def test_receipts_of_several_threads_wait_beside_each_other(start, recorder):
+    r = recorder(500, {"errcode": "M_UNKNOWN"})
+    hs = start(registration(url=r.url, rooms=["!.*"], receive_ephemeral=True))
+    alice = hs.client("alice")
+    room = alice.create_room()
+    root = alice.say(room, "x")
+    reply = alice.send(room, "m.room.message", {"body": "x", "m.relates_to": {"rel_type": "m.thread", "event_id": root}})
+    eventually(lambda: r.transactions)
+    receipt(alice, room, root, thread_id="main"), receipt(alice, room, reply, thread_id=root)
+    r.answers(200)
+    hs.advance(120)
+    hs.settle()
+    assert {id for data in ephemeral_of(r) if data["type"] == "m.receipt" for id in data["content"]} == {root, reply}
+
+
 def test_a_transaction_with_ephemeral_data_does_not_change_either(start, recorder):
     r = recorder()
     hs = start(registration(url=r.url, rooms=["!.*"], receive_ephemeral=True))
