@@ -336,21 +336,25 @@ class Raw(str):
 _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode
 canonical_json: Callable[[Any], str] = json.JSONEncoder(
     ensure_ascii=False, separators=(",", ":"), sort_keys=True, allow_nan=False).encode
-PLAIN = {str, int, float, bool, type(None)}
 MAX_INT = 2**53 - 1
 MAX_DEPTH = 100                  # of nested objects and lists
 
 
+# What these types become is said at once, without an encoder that would have to be set up for it.
+SCALARS: dict[type, Callable[[Any], str]] = {
+    Raw: lambda text: text, str: encode_basestring, int: int.__repr__, bool: {True: "true", False: "false"}.__getitem__,
+    type(None): lambda none: "null"}
+
+
 def to_json(value: Any) -> str:
     """Compact JSON of plain values in which finished pieces (Raw) may stand anywhere."""
-    if isinstance(value, Raw):
-        return value
-    if isinstance(value, (dict, list)) and PLAIN.issuperset(map(type, value.values() if isinstance(value, dict) else value)):
-        return _encode(value)
+    write = SCALARS.get(type(value))
+    if write:
+        return write(value)
     if isinstance(value, dict):
         return "{" + ",".join([f"{encode_basestring(key)}:{to_json(item)}" for key, item in value.items()]) + "}"
     if isinstance(value, (list, tuple)):
-        return "[" + ",".join([item if type(item) is Raw else to_json(item) for item in value]) + "]"
+        return "[" + ",".join([to_json(item) for item in value]) + "]"
     return _encode(value)
 
 
@@ -2713,12 +2717,13 @@ class Event(NamedTuple):
             parts += f',"redacted_because":{self.redacted_because}'
         return parts
 
-    def for_client(self, now: int, sender: str | None = None, device_id: str | None = None, *more: str) -> Raw:
-        """The event as clients get it; the device that sent it finds its transaction ID again. `more`: further parts of unsigned."""
-        parts = ",".join([self.unsigned(now), *more])
+    def for_client(self, now: int, sender: str | None = None, device_id: str | None = None, more: str = "") -> Raw:
+        """The event as clients get it; the device that sent it finds its transaction ID again. `more`: further parts of unsigned,
+        each after a comma.
+        """
         if self.txn_id is not None and self.sender == sender and self.device_id == device_id:
-            parts += f',"transaction_id":{encode_basestring(self.txn_id)}'
-        return Raw(f'{self.json[:-1]},"unsigned":{{{parts}}}}}')
+            more += f',"transaction_id":{encode_basestring(self.txn_id)}'
+        return Raw(f'{self.json[:-1]},"unsigned":{{{self.unsigned(now)}{more}}}}}')
 
     def for_appservice(self, now: int) -> str:
         """The event as an application service gets it: for old software with `age` and `user_id` at the top, too."""
@@ -5241,8 +5246,8 @@ class View(NamedTuple):
         """The user's membership at the time of an event, with that event, as a part of its `unsigned`."""
         for at, membership in reversed(self.memberships):    # mostly the last one, in a loop that is run for each event
             if at <= tick:
-                return f'"membership":"{membership}"'
-        return '"membership":"leave"'
+                return f',"membership":"{membership}"'
+        return ',"membership":"leave"'
 
 
 def view_by(room: int, room_id: str, memberships: Sequence[tuple[int, str]], visibilities: Sequence[tuple[int, str]]) -> View | None:
@@ -5665,7 +5670,7 @@ def state_events(reader: Reader, room: int, keys: Iterable[tuple[str, str]], upt
 def bundled(reader: Reader, who: Who, view: View, events: Sequence[Event], now: int) -> list[Raw]:
     """Events as clients get them, with the user's membership at the time and what others relate to them."""
     more = aggregations(reader, who, events, view.visible, now)
-    return [event.for_client(now, who.user_id, who.device_id, view.then(event.tick), *more.get(event.tick, ())) for event in events]
+    return [event.for_client(now, who.user_id, who.device_id, view.then(event.tick) + more.get(event.tick, "")) for event in events]
 
 
 class History(Verbs):
@@ -5940,7 +5945,7 @@ class Window:
             self._read_rooms(shown[start:start + ROOMS_AT_ONCE])
             for one in shown[start:start + ROOMS_AT_ONCE]:
                 if time.monotonic() > pause:                 # a thousand rooms: let others to the interpreter's lock
-                    time.sleep(0.0001)
+                    time.sleep(0.000001)
                     pause = time.monotonic() + SLICE_SECONDS
                 section, entry = RoomWindow(self, one).read()
                 if entry:
@@ -6105,7 +6110,7 @@ class RoomWindow:
             return {}
         # An unlimited timeline has what relates to its events.
         more = aggregations(self.reader, self.who, events, self.view.visible, window.ts) if limited else {}
-        shown = self._render(events, lambda tick: (self.view.then(tick), *more.get(tick, ())))
+        shown = self._render(events, lambda tick: self.view.then(tick) + more.get(tick, ""))
         prev_batch = (events[0].tick if events else seen[-1]) - 1 if limited or events else self.upto
         return {"timeline": {"events": shown, "limited": limited, "prev_batch": str(prev_batch)},
                 window.state_after or "state": {"events": self._render(state)}}
@@ -6144,12 +6149,12 @@ class RoomWindow:
         filter = self.filter.state.in_room(self.room_id)
         return state if filter == EVERYTHING else [event for event in state if filter.passes(event)]
 
-    def _render(self, events: list[Event], more: Callable[[int], Iterable[str]] = lambda tick: ()) -> Raw:
+    def _render(self, events: list[Event], more: Callable[[int], str] = lambda tick: "") -> Raw:
         """The list of them in JSON. `more`: from an event's tick to further parts of its `unsigned`."""
         user, device, now = self.who.user_id, self.who.device_id, self.window.ts
         self.window.echo |= any(event.device_id == device and 0 <= now - event.ts < 100 and "m.relates_to" in event.json
                                 for event in events if event.txn_id)
-        return Raw("[" + ",".join([event.for_client(now, user, device, *more(event.tick)) for event in events]) + "]")
+        return Raw("[" + ",".join([event.for_client(now, user, device, more(event.tick)) for event in events]) + "]")
 
     # -- what is unread in it
 
@@ -6378,7 +6383,7 @@ def thread_of(reader: Reader, tick: int) -> int:
     return next((parent for parent, rel_type in reader.ancestors(tick, MAX_RELATION_DEPTH) if rel_type == "m.thread"), 0)
 
 
-def aggregations(reader: Reader, who: Who, events: Sequence[Event], visible: str, now: int) -> dict[int, list[str]]:
+def aggregations(reader: Reader, who: Who, events: Sequence[Event], visible: str, now: int) -> dict[int, str]:
     """By tick, for those of the events that have such: what others that may be seen relate to them, as a part of
     `unsigned` (Aggregations of child events). State events get none.
     """
@@ -6389,14 +6394,14 @@ def aggregations(reader: Reader, who: Who, events: Sequence[Event], visible: str
         if rel_type == "m.thread":
             latest = reader.event_at(last)
             more = aggregations(reader, who, [latest], visible, now)     # no thread: one starts from what relates to nothing
-            children[rel_type] = {"latest_event": latest.for_client(now, who.user_id, who.device_id, *more.get(last, ())),
+            children[rel_type] = {"latest_event": latest.for_client(now, who.user_id, who.device_id, more.get(last, "")),
                                   "count": count,
                                   "current_user_participated": bool(own) or parents[tick].sender == who.user_id}
         elif rel_type == "m.reference":
             children[rel_type] = {"chunk": [{"event_id": id} for id in sorted(json.loads(ids), key=tick_of)]}
         elif edit := reader.latest_edit(parents[tick], visible):
             children[rel_type] = edit.for_client(now, who.user_id, who.device_id)
-    return {tick: [f'"m.relations":{to_json(children)}'] for tick, children in found.items() if children}
+    return {tick: f',"m.relations":{to_json(children)}' for tick, children in found.items() if children}
 
 
 class Relations(Verbs):
