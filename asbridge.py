@@ -3047,7 +3047,7 @@ def visible_ranges(visibilities: Sequence[tuple[int, str]],
 
 SCHEMA_VERSION = 3               # tables and indexes that are new in a later one are added to an older database when it is opened
 #: What else turns an older database into one of this version, by the first version that has it so: a table that goes, or a column
-#: that comes (ALTER TABLE, of a table that there has been from the first version on; it is done before new ones are made).
+#: that comes (ALTER TABLE; it is done before new tables are made, so of tables that version 3 has: VERSION_3 in the tests).
 UPGRADES = {3: "DROP TABLE IF EXISTS client_txns;"}
 SCHEMA = """
 -- accounts
