@@ -196,12 +196,14 @@ ERRORS = {
     "M_INVALID_ROOM_STATE":       400,  # createRoom was asked for a state that the room rules refuse
     "M_INVALID_SIGNATURE":        400,  # a key that is not signed as it must be
     "M_INVALID_USERNAME":         400,
+    "M_KEY_TOO_LARGE":            400,  # the name of a profile field
     "M_LIMIT_EXCEEDED":           429,
     "M_MISSING_PARAM":            400,
     "M_MISSING_TOKEN":            401,
     "M_NOT_FOUND":                404,
     "M_NOT_JSON":                 400,
     "M_NOT_YET_UPLOADED":         504,  # the content of this mxc: URI is still to come
+    "M_PROFILE_TOO_LARGE":        400,
     "M_ROOM_IN_USE":              400,  # the alias asked for in createRoom is taken
     "M_TOO_LARGE":                413,
     "M_UNKNOWN":                  500,
@@ -239,6 +241,7 @@ class MatrixError(Exception):
 
 STRICT_LOCALPART = re.compile(r"[a-z0-9._=/+-]+")           # what people may register
 HISTORICAL_LOCALPART = re.compile(r"[\x21-\x39\x3b-\x7e]+")  # what an AS may register, too
+PROFILE_KEY = re.compile(r"[a-z][a-z0-9._-]*")               # Common Namespaced Identifier Grammar
 SERVER_NAME = re.compile(r"(?:[A-Za-z0-9.-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{1,5})?")
 MAX_ID_BYTES, MAX_URI_BYTES = 255, 2048
 KINDS = {"users": "@", "aliases": "#", "rooms": "!"}         # the namespaces and their sigils
@@ -3045,7 +3048,7 @@ def visible_ranges(visibilities: Sequence[tuple[int, str]],
 # counter, the tick: a sync token is a tick, and "what is new" is what lies after
 # one. Does not know the rules: it stores what it is told.
 
-SCHEMA_VERSION = 3               # tables and indexes that are new in a later one are added to an older database when it is opened
+SCHEMA_VERSION = 4               # tables and indexes that are new in a later one are added to an older database when it is opened
 #: What else turns an older database into one of this version, by the first version that has it so: a table that goes, or a column
 #: that comes (ALTER TABLE; it is done before new tables are made, so of tables that version 3 has: VERSION_3 in the tests).
 UPGRADES = {3: "DROP TABLE IF EXISTS client_txns;"}
@@ -3058,6 +3061,8 @@ CREATE TABLE users          (user_id TEXT PRIMARY KEY,
                              displayname TEXT, avatar_url TEXT,
                              deactivated INTEGER NOT NULL DEFAULT 0,
                              created_ts INTEGER NOT NULL) WITHOUT ROWID;
+CREATE TABLE profile_fields (user_id TEXT, key TEXT, json TEXT NOT NULL,       -- besides the two above
+                             PRIMARY KEY (user_id, key)) WITHOUT ROWID;
 CREATE TABLE devices        (user_id TEXT, device_id TEXT, display_name TEXT, last_seen_ts INTEGER, last_seen_ip TEXT,
                              PRIMARY KEY (user_id, device_id)) WITHOUT ROWID;
 CREATE TABLE sessions       (token BLOB PRIMARY KEY,                           -- SHA-256 of the access token
@@ -3371,6 +3376,12 @@ class Reader:
 
     def user(self, user_id: str) -> UserRow | None:
         return self.row(UserRow, "users WHERE user_id = ?", user_id)
+
+    def profile(self, user_id: str) -> JsonObject | None:
+        """displayname, avatar_url and fields of the user's own, as far as they are set. None: there is no such user."""
+        user, fields = self.user(user_id), self.all("SELECT key, json FROM profile_fields WHERE user_id = ?", user_id)
+        return user and {**without_none({"displayname": user.displayname, "avatar_url": user.avatar_url}),
+                         **{key: Raw(text) for key, text in fields}}
 
     def users_like(self, user_id: str, term: str, limit: int) -> list[Any]:
         """(user_id, displayname, avatar_url) of those who are in a room with the user, or in a public one."""
@@ -3884,6 +3895,12 @@ class Tx(Reader):
         column = {"displayname": "displayname", "avatar_url": "avatar_url"}[key]
         self.run(f"UPDATE users SET {column} = ? WHERE user_id = ?", value, user_id)
 
+    def set_profile_field(self, user_id: str, key: str, text: str | None) -> None:
+        """The value in JSON; None takes the field away."""
+        self.run("DELETE FROM profile_fields WHERE user_id = ? AND key = ?", user_id, key)
+        if text is not None:
+            self.run("INSERT INTO profile_fields VALUES (?, ?, ?)", user_id, key, text)
+
     def add_session(self, user_id: str, device_id: str, display_name: str | None, token: bytes, now: int,
                     ip: str | None) -> None:
         """A new token for the device; one that the device had before ends."""
@@ -3925,7 +3942,7 @@ class Tx(Reader):
         """Leaves of an account its name, and what it has done in rooms."""
         self.delete_device(user_id)
         self.run("DELETE FROM backup_keys WHERE version IN (SELECT version FROM backups WHERE user_id = ?)", user_id)
-        for table in ("account_data", "cross_signing", "signatures", "backups"):
+        for table in ("profile_fields", "account_data", "cross_signing", "signatures", "backups"):
             self.run(f"DELETE FROM {table} WHERE user_id = ?", user_id)
         self.run("UPDATE users SET password = NULL, displayname = NULL, avatar_url = NULL, deactivated = 1 "
                  "WHERE user_id = ?", user_id)
@@ -4823,6 +4840,7 @@ def create_schema(db: sqlite3.Connection, path: str, server_name: str) -> None:
 # Accounts
 SCRYPT = {"n": 16_384, "r": 8, "p": 1}   # 16 MiB and 50 ms for a password:
 PASSWORDS = threading.Semaphore(2)       # two at a time
+MAX_PROFILE_BYTES = 65_535
 MAX_PROFILE = {"displayname": 256, "avatar_url": 1000}       # characters; shown to others whether they like it or not,
 MAX_STATUS = 1000                # the same of a status message
 OPENID_SECONDS = 3600            # how long an OpenID token is good
@@ -5170,17 +5188,28 @@ class Accounts(Verbs):
     # -- profiles
 
     def profile(self, user_id: str, by: Registration | None) -> JsonObject:
-        """displayname and avatar_url, as far as they are set. An unknown ghost's application service is asked."""
-        found, _ = self.world.find("users", user_id, by, lambda reader: reader.user(user_id))
-        user = existing(found, f"there is no user {shorten(user_id)}")
-        return without_none({"displayname": user.displayname, "avatar_url": user.avatar_url})
+        """displayname, avatar_url and other fields, as far as they are set. An unknown ghost's application service is asked."""
+        found, _ = self.world.find("users", user_id, by, lambda reader: reader.profile(user_id))
+        return existing(found, f"there is no user {shorten(user_id)}")
+
+    @staticmethod
+    def _check_profile(tx: Tx, who: Who, user_id: str, change: JsonObject) -> None:
+        if who.user_id != user_id:
+            raise forbidden(f"{who.user_id} can't change the profile of {shorten(user_id)}")
+        if len(to_json({**(tx.profile(user_id) or {}), **change}).encode()) > MAX_PROFILE_BYTES:
+            raise MatrixError("M_PROFILE_TOO_LARGE", f"a profile may have {MAX_PROFILE_BYTES} bytes at most, with all its fields")
+
+    @on_writer
+    def set_profile_field(self, tx: Tx, who: Who, user_id: str, key: str, text: str | None) -> None:
+        """A field of the user's own, its value in JSON; None takes it away."""
+        self._check_profile(tx, who, user_id, {key: Raw(text or "")})
+        tx.set_profile_field(user_id, key, text)
 
     @on_writer
     def set_profile(self, tx: Tx, who: Who, user_id: str, key: str, value: str | None) -> None:
-        """Changes the profile and with it the member events of the rooms that the user is in."""
-        if who.user_id != user_id:
-            raise forbidden(f"{who.user_id} can't change the profile of {shorten(user_id)}")
+        """Changes displayname or avatar_url, and with it the member events of the rooms that the user is in."""
         check_length(key, value, MAX_PROFILE[key])
+        self._check_profile(tx, who, user_id, {key: value})
         tx.set_profile(user_id, key, value)
         for room in tx.joined_rooms(user_id):
             before = room.content("m.room.member", user_id)
@@ -8485,8 +8514,8 @@ CORS = (b"Access-Control-Allow-Origin: *\r\n"
         b"Access-Control-Allow-Headers: X-Requested-With, Content-Type, Authorization, Date\r\n")
 INSPECTOR = "/_asbridge/"        # where its API is, which no web client may use
 ANONYMOUS_BODY = 65_536          # bytes of body that are read without a token
-VERSIONS = Raw(to_json({"versions": ["r0.5.0", "r0.6.0", "r0.6.1", *(f"v1.{n}" for n in range(1, 16))],
-                        "unstable_features": {"fi.mau.msc2659.stable": True}}))
+VERSIONS = Raw(to_json({"versions": ["r0.5.0", "r0.6.0", "r0.6.1", *(f"v1.{n}" for n in range(1, 17))],
+                        "unstable_features": {"fi.mau.msc2659.stable": True, "uk.tcpip.msc4133.stable": True}}))
 LOGIN_APPSERVICE = "m.login.application_service"
 IDENTITY = ("user_id", "device_id", "org.matrix.msc3202.device_id")      # in the query of an application service
 
@@ -8864,7 +8893,7 @@ def capabilities(call: Call) -> Any:
     return {"capabilities": {"m.room_versions": {"default": call.api.world.settings.room_version,
                                                  "available": versions},
                              "m.change_password": {"enabled": not call.who.appservice},
-                             "m.3pid_changes": {"enabled": False},
+                             "m.3pid_changes": {"enabled": False}, "m.profile_fields": {"enabled": True},
                              "m.set_displayname": {"enabled": True}, "m.set_avatar_url": {"enabled": True}}}
 
 
@@ -9003,21 +9032,33 @@ def get_profile(call: Call, user_id: str) -> Any:
 
 
 def get_profile_key(call: Call, user_id: str, key: str) -> Any:
-    """One field. Unset: {} and not 404, on which bridges rely."""
-    profile_key(key)
+    """One field. displayname or avatar_url unset: {} and not 404, on which bridges rely."""
     profile = get_profile(call, user_id)
+    if key not in profile and key not in MAX_PROFILE:
+        raise MatrixError("M_NOT_FOUND", f"the profile of {user_id} has no field {shorten(key)}")
     return {key: profile[key]} if key in profile else {}
 
 
 def put_profile_key(call: Call, user_id: str, key: str) -> Any:
-    profile_key(key)
-    value = call.field(key, str, None) or None         # an empty text takes it away
-    call.api.accounts.set_profile(call.who, user_id, key, value)
+    check_profile_key(key)
+    if key not in call.body:
+        raise MatrixError("M_MISSING_PARAM", f"the body must have {key!r}, the value of this field")
+    if key in MAX_PROFILE:                                   # an empty text takes it away
+        return call.api.accounts.set_profile(call.who, user_id, key, call.field(key, str, None) or None)
+    return call.api.accounts.set_profile_field(call.who, user_id, key, to_json(call.body[key]))
 
 
-def profile_key(key: str) -> None:
-    if key not in ("displayname", "avatar_url"):
-        raise MatrixError("M_UNRECOGNIZED", f"a profile has displayname and avatar_url, not {shorten(key)}")
+def delete_profile_key(call: Call, user_id: str, key: str) -> Any:
+    change = call.api.accounts.set_profile if key in MAX_PROFILE else call.api.accounts.set_profile_field
+    change(call.who, user_id, key, None)
+
+
+def check_profile_key(key: str) -> None:
+    if len(key.encode("utf-8", "replace")) > MAX_ID_BYTES:
+        raise MatrixError("M_KEY_TOO_LARGE", f"the name of a profile field may have {MAX_ID_BYTES} bytes at most")
+    if not PROFILE_KEY.fullmatch(key):
+        raise MatrixError("M_INVALID_PARAM", f"{shorten(key)!r} can't be the name of a profile field, which is a letter and "
+                          "then a-z, 0-9 and '._-', such as com.example.pronouns")
 
 
 def get_account_data(call: Call, type: str) -> Any:
@@ -9559,6 +9600,7 @@ ROUTES = route_table(
     ("GET",    "C/profile/{userId}",                           "maybe",      "Profiles",                    get_profile),
     ("GET",    "C/profile/{userId}/{keyName}",                 "maybe",      "Profiles",                    get_profile_key),
     ("PUT",    "C/profile/{userId}/{keyName}",                 "user",       "Profiles",                    put_profile_key),
+    ("DELETE", "C/profile/{userId}/{keyName}",                 "user",       "Profiles",                    delete_profile_key),
     ("GET",    "U/account_data/{type}",                        "self",       "Client Config",               get_account_data),
     ("PUT",    "U/account_data/{type}",                        "self",       "Client Config",               put_account_data),
     ("GET",    "U/rooms/{roomId}/account_data/{type}",         "self",       "Client Config",               get_room_account_data),

@@ -4905,7 +4905,7 @@ def test_a_deactivated_account_leaves_its_rooms_and_keeps_nothing_but_its_name(h
     joined, invited, knocked = bob.create_room(preset="public_chat"), bob.create_room(invite=[alice.user_id]), bob.create_room(
         initial_state=[{"type": "m.room.join_rules", "content": {"join_rule": "knock"}}])
     alice.join(joined), alice.ask("POST", "knock", knocked, body={}), alice.set_displayname("Alice"), alice.set_account_data("org.x", {"a": 1})
-    upload(alice), alice.ask("POST", "keys", "device_signing", "upload", body={"master_key": {"user_id": alice.user_id, "usage": ["master"], "keys": {"ed25519:x": "x"}}, **confirmed()})
+    alice.call("PUT", path("profile", alice.user_id, "m.tz"), {"m.tz": "UTC"}), upload(alice), alice.ask("POST", "keys", "device_signing", "upload", body={"master_key": {"user_id": alice.user_id, "usage": ["master"], "keys": {"ed25519:x": "x"}}, **confirmed()})
     alice.ask("POST", "room_keys", "version", body={"algorithm": "a", "auth_data": {}})
     alice.ask("PUT", "room_keys", "keys", joined, "s", version="1", body={"first_message_index": 0, "forwarded_count": 0, "is_verified": True, "session_data": {}})
     openid = alice.ask("POST", "user", alice.user_id, "openid", "request_token", body={})["access_token"]
@@ -5000,10 +5000,54 @@ def test_a_profile_belongs_to_its_user_and_an_unknown_one_is_not_found(alice, bo
     for where in (["@nobody:localhost"], ["@nobody:localhost", "displayname"], ["@alice:elsewhere", "avatar_url"]):
         with refused("M_NOT_FOUND", 404):
             bob.ask("GET", "profile", *where)
-    with refused("M_UNRECOGNIZED", 404):
+    with refused("M_NOT_FOUND", 404):
         bob.call("GET", path("profile", alice.user_id, "shoe_size"))
     with refused("M_BAD_JSON", 400):
         bob.call("PUT", path("profile", bob.user_id, "displayname"), {"displayname": 5})
+
+
+@pytest.mark.parametrize("value", ["Europe/London", None, 0, [{"a": "é"}], {}])
+def test_a_profile_may_have_fields_of_ones_own_of_any_type(hs, alice, room, value):
+    before, where = alice.sync()["next_batch"], path("profile", alice.user_id, "m.tz")
+    alice.call("PUT", where, {"m.tz": value, "other": 1})
+    alice.call("PUT", path("profile", alice.user_id, "com.example.pronouns"), {"com.example.pronouns": "she"})
+    assert ask(hs, "GET", where) == (200, {"m.tz": value})
+    assert alice.profile() == {"displayname": "alice", "m.tz": value, "com.example.pronouns": "she"}
+    assert alice.sync(since=before).get("rooms", {}) == {}   # only displayname and avatar_url are copied into rooms
+    alice.call("DELETE", where), alice.call("DELETE", where)
+    assert ask(hs, "GET", where)[1]["errcode"] == "M_NOT_FOUND" and "m.tz" not in alice.profile()
+
+
+def test_a_deleted_displayname_is_gone_from_the_rooms_too(alice, room):
+    alice.call("DELETE", path("profile", alice.user_id, "displayname"))
+    assert alice.profile() == {} and alice.state(room, "m.room.member", alice.user_id) == {"membership": "join"}
+
+
+@pytest.mark.parametrize("key, body, errcode", [
+    ("m.tz", {}, "M_MISSING_PARAM"), ("displayname", {}, "M_MISSING_PARAM"), ("avatar_url", {"displayname": "x"}, "M_MISSING_PARAM"),
+    ("Shoe", {"Shoe": 1}, "M_INVALID_PARAM"), ("1x", {"1x": 1}, "M_INVALID_PARAM"), ("a/b", {"a/b": 1}, "M_INVALID_PARAM"), ("a\n", {"a\n": 1}, "M_INVALID_PARAM"),
+    ("x" * 256, {"x" * 256: 1}, "M_KEY_TOO_LARGE"), ("a" * 255, {"a" * 255: "x" * 65_400}, "M_PROFILE_TOO_LARGE"), ("a", {"a": "é" * 33_000}, "M_PROFILE_TOO_LARGE")])
+def test_a_profile_field_has_a_name_a_value_and_a_largest_size(alice, key, body, errcode):
+    with refused(errcode, 400):
+        alice.call("PUT", path("profile", alice.user_id, key), body)
+    assert alice.profile() == {"displayname": "alice"}
+
+
+def test_a_profile_has_64_KiB_at_most_with_all_its_fields(alice):
+    alice.call("PUT", path("profile", alice.user_id, "a"), {"a": "x" * 40_000})
+    for key in ("b", "displayname"):
+        alice.call("PUT", path("profile", alice.user_id, "a"), {"a": "x" * 65_480})      # in place of what was there
+        with refused("M_PROFILE_TOO_LARGE", 400):
+            alice.call("PUT", path("profile", alice.user_id, key), {key: "y" * 200})
+
+
+def test_a_ghosts_profile_fields_are_set_by_its_application_service(alice, ghost):
+    where = path("profile", ghost.user_id, "com.example.network")
+    ghost.call("PUT", where, {"com.example.network": {"id": "libera"}})
+    assert alice.profile(ghost.user_id)["com.example.network"] == {"id": "libera"}
+    for method, body in (("PUT", {"com.example.network": 1}), ("DELETE", None)):
+        with refused("M_FORBIDDEN", 403):
+            alice.call(method, where, body)
 
 
 # -- What may be seen of a room.
@@ -10705,7 +10749,7 @@ def test_an_unknown_path_is_404_and_a_wrong_method_405(hs, method, where, status
     # what moderators and administrators do, room upgrades, calls, links
     ("POST", V3 + "/rooms/!x:localhost/report"), ("POST", V3 + "/rooms/!x:localhost/report/$x"), ("POST", V3 + "/users/@x:localhost/report"), ("GET", V3 + "/admin/whois/@x:localhost"),
     ("GET", "/_synapse/admin/v1/users/@x:localhost/admin"), ("POST", V3 + "/rooms/!x:localhost/upgrade"), ("GET", "/_matrix/client/v1/rooms/!x:localhost/timestamp_to_event"),
-    ("GET", V3 + "/voip/turnServer"), ("GET", "/_matrix/client/v1/media/preview_url"), ("GET", "/_matrix/media/v3/preview_url"), ("GET", V3 + "/profile/@x:localhost/m.tz"),
+    ("GET", V3 + "/voip/turnServer"), ("GET", "/_matrix/client/v1/media/preview_url"), ("GET", "/_matrix/media/v3/preview_url"),
     # federation
     ("GET", "/_matrix/federation/v1/version"), ("PUT", "/_matrix/federation/v1/send/1"), ("GET", "/_matrix/federation/v1/publicRooms"), ("GET", "/_matrix/key/v2/server"),
     ("GET", "/.well-known/matrix/server"), ("GET", "/.well-known/matrix/support")])
@@ -11310,7 +11354,7 @@ def test_a_uri_is_not_mapped_outside_the_namespace(start):
 def test_versions_capabilities_and_well_known_tell_a_client_what_there_is(start):
     hs = start(public_url="https://matrix.example.org", room_version="12")
     versions = ask(hs, "GET", "/_matrix/client/versions")[1]
-    assert {"r0.6.1", "v1.1", "v1.7", "v1.11", "v1.15"} <= set(versions["versions"]) and "v1.16" not in versions["versions"]
+    assert {"r0.6.1", "v1.1", "v1.7", "v1.11", "v1.16"} <= set(versions["versions"]) and "v1.17" not in versions["versions"]
     assert ask(hs, "GET", "/.well-known/matrix/client") == (200, {"m.homeserver": {"base_url": "https://matrix.example.org"}})
     rooms = hs.client("alice").call("GET", V3 + "/capabilities")["capabilities"]["m.room_versions"]
     assert rooms == {"default": "12", "available": {"10": "stable", "11": "stable", "12": "stable"}}
@@ -11337,7 +11381,7 @@ ASKERS = {   # who asks: token and query, and what rows for a user, for a servic
 TO_ALL = {   # what the rows for which no user is needed answer to whoever asks, with every variable 'x' and an empty body
     "GET /_matrix/client/versions": 200, "GET /.well-known/matrix/client": 200, "GET C/login": 200, "GET C/publicRooms": 200,
     "GET C/register/available": "M_MISSING_PARAM", "POST C/register": 401, "POST C/login": "M_MISSING_PARAM", "GET /_matrix/federation/v1/openid/userinfo": "M_MISSING_TOKEN",
-    "GET C/profile/{userId}": "M_NOT_FOUND", "GET C/profile/{userId}/{keyName}": "M_UNRECOGNIZED", "GET C/directory/room/{roomAlias}": "M_INVALID_PARAM",
+    "GET C/profile/{userId}": "M_NOT_FOUND", "GET C/profile/{userId}/{keyName}": "M_NOT_FOUND", "GET C/directory/room/{roomAlias}": "M_INVALID_PARAM",
     "GET L/room/{roomId}": "M_NOT_FOUND", "GET M/download/{serverName}/{mediaId}": "M_NOT_FOUND", "GET M/download/{serverName}/{mediaId}/{fileName}": "M_NOT_FOUND",
     "GET M/thumbnail/{serverName}/{mediaId}": "M_MISSING_PARAM", "GET A/user": "M_MISSING_PARAM", "GET A/alias": "M_MISSING_PARAM",
 }
