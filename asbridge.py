@@ -8514,8 +8514,10 @@ CORS = (b"Access-Control-Allow-Origin: *\r\n"
         b"Access-Control-Allow-Headers: X-Requested-With, Content-Type, Authorization, Date\r\n")
 INSPECTOR = "/_asbridge/"        # where its API is, which no web client may use
 ANONYMOUS_BODY = 65_536          # bytes of body that are read without a token
+UNSTABLE_FEATURES = ("fi.mau.msc2659.stable",                # pings, and profile fields: by these names SDKs look whether they are there
+                     "uk.tcpip.msc4133", "uk.tcpip.msc4133.stable")
 VERSIONS = Raw(to_json({"versions": ["r0.5.0", "r0.6.0", "r0.6.1", *(f"v1.{n}" for n in range(1, 17))],
-                        "unstable_features": {"fi.mau.msc2659.stable": True, "uk.tcpip.msc4133.stable": True}}))
+                        "unstable_features": dict.fromkeys(UNSTABLE_FEATURES, True)}))
 LOGIN_APPSERVICE = "m.login.application_service"
 IDENTITY = ("user_id", "device_id", "org.matrix.msc3202.device_id")      # in the query of an application service
 
