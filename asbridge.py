@@ -1368,17 +1368,24 @@ class Registration:
     namespaces: Mapping[str, Sequence[Namespace]]            # what it claims, by kind
     rate_limited: bool = True                                # whether its ghosts are; its own user never is
     protocols: Sequence[str] = ()                            # the third-party networks that it knows
-    receive_ephemeral: bool = False                          # it wants typing, receipts, presence, and its users' messages to devices
+    receive_ephemeral: bool = False                          # it wants typing, receipts and presence
     push_ephemeral: bool = False                             # the same by an older name (de.sorunome.msc2409.push_ephemeral)
-    msc3202: bool = False                                    # it wants device lists and counts of keys (org.matrix.msc3202)
+    msc3202: bool = False                                    # it encrypts without /sync (org.matrix.msc3202): see takes_to_device
     uris: Sequence[UriRule] = ()                             # our own: which URI stands for which ID
     sample: Mapping[str, Any] | None = None                  # asbridge.sample: run the IRC bridge for it
     unknown: Sequence[str] = ()                              # keys that nobody here reads
 
     @property
     def hears_ephemeral(self) -> bool:
-        """Whether ephemeral data, and messages to its users' devices, are pushed to it."""
+        """Whether ephemeral data is pushed to it."""
         return self.url is not None and bool(self.ephemeral_keys)
+
+    @property
+    def takes_to_device(self) -> bool:
+        """Whether messages to its users' devices are for its transactions. Else they are for the /sync of these devices, with which
+        most bridges encrypt, also such as take ephemeral data.
+        """
+        return self.msc3202 and bool(self.ephemeral_keys)
 
     @property
     def hears_keys(self) -> bool:
@@ -3659,8 +3666,9 @@ class Reader:
         """Algorithms of the fallback keys that nobody has got yet."""
         return self.column("SELECT algorithm FROM fallback_keys WHERE user_id = ? AND device_id = ? AND NOT used", user_id, device_id)
 
-    def devices_with_keys(self, user_id: str) -> list[str]:
-        return self.column("SELECT device_id FROM device_keys WHERE user_id = ?", user_id)
+    def devices_with_keys(self, users: Iterable[str]) -> list[Any]:
+        """(user_id, device_id) of each."""
+        return self.all("SELECT user_id, device_id FROM device_keys WHERE user_id IN (SELECT value FROM json_each(?))", to_json([*users]))
 
     def key_news(self, user_id: str, since: int, others: Iterable[str] = ()) -> dict[str, bool]:
         """Users whose device lists changed after `since` or who are among the others and ever had keys, and whether
@@ -3775,6 +3783,8 @@ class Tx(Reader):
         # Application services that may have messages to devices or news of keys waiting, and the users among their own
         # whose key counts they should hear.
         self.news: dict[str, set[str]] = {}
+        # Ghosts' new devices, (user_id, device_id), that have no keys yet. Of these it hears with each transaction until they have.
+        self.keyless: dict[str, set[tuple[str, str]]] = {}
         self.new_batch()
         self.forget()
 
@@ -4022,7 +4032,7 @@ class Tx(Reader):
         user = self.user(user_id)
         id = user.appservice or "" if user else ""
         registration = self.store.registrations.by_id.get(id)
-        pushed = bool(registration and registration.hears_ephemeral)
+        pushed = bool(registration and registration.url is not None and registration.takes_to_device)
         if pushed:
             message = {**message, "to_user_id": user_id, "to_device_id": device_id}
             self._tell_news(id)
@@ -4370,6 +4380,14 @@ class Tx(Reader):
         if registration and registration.hears_keys:
             self._tell_news(registration.id, user_id)
 
+    def expect_keys(self, user_id: str, device_id: str) -> None:
+        """A ghost's device may be new. A bridge that encrypts uploads its keys when it hears that there are none; which it may not do if
+        it hears of them before it knows that it has the device.
+        """
+        user = self.user(user_id)
+        id = user.appservice or "" if user else ""
+        self._on_kept.append(lambda: self.keyless.setdefault(id, set()).add((user_id, device_id)))
+
     def _tell_news(self, id: str, *users: str) -> None:
         """An application service is to hear of messages to devices or of keys, and of these users' key counts."""
         def change() -> None:
@@ -4399,12 +4417,16 @@ class Tx(Reader):
         inbox with it, whose device lists changed, and how many keys its users' devices have left.
         """
         users, registration = self.news.pop(id, set()), self.store.registrations.by_id.get(id)
+        new = {device for device in self.keyless.pop(id, ()) if self.device(*device)}
         parts: dict[str, Any] = {}
-        if registration and registration.ephemeral_keys:
+        if registration and registration.takes_to_device:
             parts["de.sorunome.msc2409.to_device"] = self._take_to_device(id)
         if registration and registration.msc3202:
-            counts = {user_id: {device_id: (self.one_time_counts(user_id, device_id), self.unused_fallbacks(user_id, device_id))
-                                for device_id in self.devices_with_keys(user_id)} for user_id in sorted(users)}
+            self.keyless[id] = {device for device in new if not self.device_keys(*device)}
+            counts: dict[str, JsonObject] = {user_id: {} for user_id in sorted(users)}
+            for user_id, device_id in sorted({*new, *self.devices_with_keys(users)}):
+                counts.setdefault(user_id, {})[device_id] = (self.one_time_counts(user_id, device_id),
+                                                             self.unused_fallbacks(user_id, device_id))
             parts["org.matrix.msc3202.device_lists"] = self._take_key_changes(id)
             for at, names in enumerate(COUNT_KEYS):
                 for name in names:
@@ -4954,7 +4976,7 @@ class World:
         any more are left for the devices.
         """
         def job(tx: Tx) -> None:
-            tx.return_to_device([one.id for one in self.registrations if one.ephemeral_keys])
+            tx.return_to_device([one.id for one in self.registrations if one.takes_to_device])
             for registration in self.registrations:
                 user_id = registration.sender(self.name)
                 if not tx.user(user_id):
@@ -5087,7 +5109,12 @@ class Accounts(Verbs):
         """
         user_id = self.full_id(user)
         self.world.registrations.check_claims(registration, "users", user_id, "M_EXCLUSIVE")
-        return self.store.write(lambda tx: self._new_session(tx, user_id, **device))
+
+        def job(tx: Tx) -> JsonObject:
+            session = self._new_session(tx, user_id, **device)
+            tx.expect_keys(user_id, session["device_id"])
+            return session
+        return self.store.write(job)
 
     def _new_session(self, tx: Tx, user_id: str, device_id: str | None = None, display_name: str | None = None,
                      ip: str | None = None) -> JsonObject:
@@ -5172,6 +5199,8 @@ class Accounts(Verbs):
     @on_writer
     def set_device(self, tx: Tx, who: Who, device_id: str, display_name: str | None) -> bool:
         """Names a device. An application service creates one so, if there is none (Device management); whether it did."""
+        if who.appservice and not tx.device_keys(who.user_id, device_id):
+            tx.expect_keys(who.user_id, device_id)
         if who.appservice and not tx.device(who.user_id, device_id):
             tx.add_device(who.user_id, device_id, display_name, self.clock.now())
             return True

@@ -9664,8 +9664,10 @@ def test_presence_is_pushed_of_its_own_users_and_of_who_is_in_a_room_with_them(s
 
 # -- Pushing: to services that encrypt.
 
-@pytest.mark.parametrize("flags, comes", [({"receive_ephemeral": True}, True), ({"de.sorunome.msc2409.push_ephemeral": True}, True), ({}, False)])
-def test_a_message_to_a_ghosts_device_is_pushed_once_and_in_order_to_a_service_that_takes_ephemeral_data(start, recorder, flags, comes):
+@pytest.mark.parametrize("flags, comes", [
+    (ENCRYPTING, True), ({"de.sorunome.msc2409.push_ephemeral": True, "org.matrix.msc3202": True}, True),
+    ({"receive_ephemeral": True}, False), ({"de.sorunome.msc2409.push_ephemeral": True}, False), ({"org.matrix.msc3202": True}, False), ({}, False)])
+def test_a_message_to_a_ghosts_device_is_pushed_once_and_in_order_to_a_service_that_encrypts_without_sync(start, recorder, flags, comes):
     r = recorder()
     hs = start(registration(url=r.url, **flags))
     alice, ghost = hs.client("alice"), ghost_with_device(hs)
@@ -9712,6 +9714,42 @@ def test_a_service_hears_how_many_keys_its_ghosts_have_left_under_both_names(sta
     alice.ask("PUT", "sendToDevice", "m.x", "1", body={"messages": {ghost.user_id: {"*": {}}}})
     hs.settle()
     assert {"de.sorunome.msc2409.to_device", "org.matrix.msc3202.device_one_time_keys_count"} <= json.loads(r.transactions[-1][1]).keys()
+
+
+@pytest.mark.parametrize("way", ["PUT", "PUT again", "login"])
+def test_a_service_hears_with_each_transaction_that_a_new_device_has_no_keys_until_it_has(start, recorder, way):
+    r = recorder()
+    hs = start(registration(url=r.url, **ENCRYPTING))
+    alice, bot, counts = hs.client("alice"), bot_of(hs), "org.matrix.msc3202.device_one_time_keys_count"
+    if way == "PUT again":                                   # as a bridge does at each start
+        hs.world.store.write(lambda tx: tx.add_device(bot.user_id, "DEV", None, 5))
+    if way == "login":
+        hs.api.accounts.login_ghost(hs.world.registrations.by_id["irc"], bot.user_id, device_id="DEV")
+    else:
+        bot.ask("PUT", "devices", "DEV", body={})
+    room = alice.create_room(preset="public_chat", invite=[bot.user_id])
+    hs.settle()
+    assert pushed(r, counts) and [part for part in pushed(r, counts) if part != {bot.user_id: {"DEV": {"signed_curve25519": 0}}}] == []
+    bot.join(room), alice.say(room, "hello")
+    hs.settle()
+    assert counts in json.loads(r.transactions[-1][1])
+    bot.call = functools.partial(asbridge.Client.call, bot, device_id="DEV")
+    bot.ask("POST", "keys", "upload", body={"device_keys": device_keys(bot), "one_time_keys": {"signed_curve25519:A": {}}})
+    hs.settle()
+    assert pushed(r, counts)[-1] == {bot.user_id: {"DEV": {"signed_curve25519": 1}}}
+    alice.say(room, "hello again")
+    hs.settle()
+    assert counts not in json.loads(r.transactions[-1][1])
+
+
+def test_of_a_new_device_that_is_gone_before_it_had_keys_a_service_hears_no_more(start, recorder):
+    r = recorder()
+    hs = start(registration(url=r.url, **ENCRYPTING))
+    bot = bot_of(hs)
+    bot.ask("PUT", "devices", "DEV", body={}), bot.ask("DELETE", "devices", "DEV", body={})
+    bot.create_room()
+    hs.settle()
+    assert pushed(r, "org.matrix.msc3202.device_one_time_keys_count") == []
 
 
 def test_a_service_hears_whose_devices_changed_in_the_rooms_of_its_ghosts(start, recorder):
@@ -10567,6 +10605,7 @@ class Everything:
 
     def check_keys_and_receipts(self, r):
         counts = [part[self.ghost.user_id]["GHOST"]["signed_curve25519"] for part in pushed(r, "org.matrix.msc3202.device_one_time_keys_count") if self.ghost.user_id in part]
+        counts = list(itertools.dropwhile(lambda count: not count, counts))  # before it had uploaded any
         assert counts[-1] == 50 - self.claimed and counts == sorted(counts, reverse=True)
         lists = pushed(r, "org.matrix.msc3202.device_lists")
         assert {self.alice.user_id} <= {user for part in lists for user in part["changed"]} and len(lists) <= self.changes + 1
