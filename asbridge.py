@@ -3668,7 +3668,8 @@ class Reader:
 
     def devices_with_keys(self, users: Iterable[str]) -> list[Any]:
         """(user_id, device_id) of each."""
-        return self.all("SELECT user_id, device_id FROM device_keys WHERE user_id IN (SELECT value FROM json_each(?))", to_json([*users]))
+        return self.all("SELECT user_id, device_id FROM device_keys WHERE user_id IN (SELECT value FROM json_each(?))",
+                        to_json([*users]))
 
     def key_news(self, user_id: str, since: int, others: Iterable[str] = ()) -> dict[str, bool]:
         """Users whose device lists changed after `since` or who are among the others and ever had keys, and whether
@@ -4381,8 +4382,8 @@ class Tx(Reader):
             self._tell_news(registration.id, user_id)
 
     def expect_keys(self, user_id: str, device_id: str) -> None:
-        """A ghost's device may be new. A bridge that encrypts uploads its keys when it hears that there are none; which it may not do if
-        it hears of them before it knows that it has the device.
+        """A ghost's device may be new. A bridge that encrypts uploads keys when it hears that there are none; and not if it hears of
+        that before it knows that it has the device.
         """
         user = self.user(user_id)
         id = user.appservice or "" if user else ""
@@ -8543,8 +8544,7 @@ CORS = (b"Access-Control-Allow-Origin: *\r\n"
         b"Access-Control-Allow-Headers: X-Requested-With, Content-Type, Authorization, Date\r\n")
 INSPECTOR = "/_asbridge/"        # where its API is, which no web client may use
 ANONYMOUS_BODY = 65_536          # bytes of body that are read without a token
-UNSTABLE_FEATURES = ("fi.mau.msc2659.stable",                # pings, and profile fields: by these names SDKs look whether they are there
-                     "uk.tcpip.msc4133", "uk.tcpip.msc4133.stable")
+UNSTABLE_FEATURES = ("fi.mau.msc2659.stable", "uk.tcpip.msc4133", "uk.tcpip.msc4133.stable")    # so SDKs look for pings, profile fields
 VERSIONS = Raw(to_json({"versions": ["r0.5.0", "r0.6.0", "r0.6.1", *(f"v1.{n}" for n in range(1, 17))],
                         "unstable_features": dict.fromkeys(UNSTABLE_FEATURES, True)}))
 LOGIN_APPSERVICE = "m.login.application_service"
@@ -13541,6 +13541,7 @@ def parse_args(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("-v", "--verbose", action="store_true", help="log every request")
     parser.add_argument("-q", "--quiet", action="store_true", help="log only what goes wrong")
     parser.add_argument("--version", action="version", version=f"asbridge {__version__}")
+    refuse_unknown_option(parser, [one for one in arguments if one not in ("-h", "--help")])
     parser.set_defaults(command=None)
     commands = parser.add_subparsers(metavar="check | explain | generate | routes")
     add_explain(commands.add_parser("explain", help="who claims a user ID, alias, room ID or URI, and why"))
@@ -13548,6 +13549,14 @@ def parse_args(arguments: Sequence[str]) -> argparse.Namespace:
     add_check(commands.add_parser("check", help="say what is wrong with registrations, or with the application services behind them"))
     commands.add_parser("routes", help="print the table of endpoints").set_defaults(command=run_routes)
     return parser.parse_args(arguments)
+
+
+def refuse_unknown_option(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> None:
+    """For else, what stands behind it would be taken for a command."""
+    unknown = next(iter(parser.parse_known_args(arguments)[1]), "")
+    if unknown.startswith("-"):
+        known = re.findall("--[a-z-]+", parser.format_help())
+        parser.error(f"there is no option {unknown}; the nearest one is {nearest(unknown, known)}")
 
 
 def add_explain(parser: argparse.ArgumentParser) -> None:

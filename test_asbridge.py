@@ -14155,6 +14155,13 @@ def test_a_wrong_command_line_ends_with_2(flags, capsys):
     assert caught.value.code == 2 and capsys.readouterr().out == ""
 
 
+@pytest.mark.parametrize("arguments", [["--prot", "8080"], ["--prot=8080"], ["-v", "--prot", "1", "explain", "@x:localhost"]])
+def test_an_unknown_option_is_named_with_the_nearest_one(arguments, capsys):
+    with pytest.raises(SystemExit):
+        asbridge.main(arguments)
+    assert f"there is no option {next(one for one in arguments if 'prot' in one)}; the nearest one is --port" in capsys.readouterr().err
+
+
 def test_flags_override_the_file(tmp_path):
     (tmp_path / "c.json").write_text('{"server_name": "a", "port": 1, "bind": "0.0.0.0", "database": "x.db", "room_version": "12"}')
     config = asbridge.config_of(asbridge.parse_args(["--config", str(tmp_path / "c.json"), "--server-name", "b", "--port", "0", "--bind", "127.0.0.1", "--database", ":memory:"]))
