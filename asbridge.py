@@ -3505,6 +3505,12 @@ class Reader:
         [event] = self.found("e.tick = ?", tick)
         return event
 
+    def event_near(self, room: int, ts: int, later: bool, visible: str) -> Event | None:
+        """The nearest one that was not sent before this time, or not after it."""
+        found = self.found(f"e.room = ? AND e.ts {'>=' if later else '<='} ? AND {VISIBLE} "
+                           f"ORDER BY e.ts {'ASC' if later else 'DESC'}, e.tick {'ASC' if later else 'DESC'} LIMIT 1", room, ts, visible)
+        return next(iter(found), None)
+
     def all_events(self, after: int, limit: int) -> list[Event]:
         """Events of all rooms after a tick, old to new."""
         return self.found("e.tick > ? ORDER BY e.tick LIMIT ?", after, limit)
@@ -3700,10 +3706,13 @@ class Reader:
                     found |= joined if member == user_id else {member} if user_id in joined else set()
         return found
 
-    def changed_members(self, room: int, since: int) -> list[str]:
-        """Whose membership changed after this tick. Looks at what is new, however many members there are."""
-        return self.column("SELECT DISTINCT state_key FROM events INDEXED BY timeline WHERE room = ? AND tick > ? "
-                           "AND type = 'm.room.member' AND state_key IS NOT NULL", room, since)
+    def changed_members(self, room: int, since: int) -> dict[str, int]:
+        """Whose membership changed after this tick, and whether they came or went. Looks at what is new, however many there are."""
+        is_in = "coalesce(json_extract({}.json, '$.content.membership'), '') = 'join'"
+        return dict(self.all(f"SELECT e.state_key, max(({is_in.format('e')}) != ({is_in.format('p')})) "
+                             "FROM events e INDEXED BY timeline LEFT JOIN events p ON p.tick = e.replaces "
+                             "WHERE e.room = ? AND e.tick > ? AND e.type = 'm.room.member' AND e.state_key IS NOT NULL "
+                             "GROUP BY e.state_key", room, since))
 
     def to_device(self, user_id: str, device_id: str) -> list[Any]:
         """(tick, json) of each message that is kept for the device's /sync."""
@@ -4874,6 +4883,7 @@ MAX_FIRST_EVENTS = 1000          # that a createRoom asks for: everybody waits w
 MAX_PAGE = 1000                  # events, or rooms, in one answer
 MAX_PAGE_BYTES = 4_194_304       # of events, after which a page of /messages ends
 MAX_RELATION_DEPTH = 3           # steps: of /relations with recurse, and from an event up to its thread
+NO_THIRD_PARTY_IDS = "this server knows people by their user IDs only, not by mail addresses or telephone numbers"
 MAX_SPACE_DEPTH = 10             # levels of rooms below a space in one answer
 # Sync
 MAX_SYNC_SECONDS = 600.0         # that a long poll may ask to wait
@@ -5441,6 +5451,8 @@ class RoomPlan:
         if visibility not in ("public", "private") or self.preset not in PRESETS:
             raise MatrixError("M_INVALID_PARAM", f"visibility must be public or private, not {quoted(visibility)}; preset one of "
                               f"{', '.join(PRESETS)}, not {quoted(self.preset)}")
+        if field(options, "invite_3pid", list, []):
+            raise forbidden(NO_THIRD_PARTY_IDS)
         self.invite = [check_id("@", user_id, world.name) for user_id in field(options, "invite", list, [])]
         self.trusted = self.invite if self.preset == "trusted_private_chat" else []      # with the power of the creator
         self.initial_state = field(options, "initial_state", list, [])
@@ -5471,9 +5483,12 @@ class RoomPlan:
             if not isinstance(event, dict):
                 raise MatrixError("M_BAD_JSON", "initial_state must be a list of objects with type, state_key and content")
             yield Draft(field(event, "type", str), sender, field(event, "content", dict), field(event, "state_key", str, ""))
-        for key in ("name", "topic"):
-            if self.options.get(key) is not None:
-                yield Draft(f"m.room.{key}", sender, {key: field(self.options, key, str)}, "")
+        if self.options.get("name") is not None:
+            yield Draft("m.room.name", sender, {"name": field(self.options, "name", str)}, "")
+        if self.options.get("topic") is not None:
+            topic = field(self.options, "topic", str)
+            plain = {"m.text": [{"body": topic, "mimetype": "text/plain"}]}
+            yield Draft("m.room.topic", sender, {"topic": topic, "m.topic": plain}, "")
 
     def _create(self) -> JsonObject:
         content = {**field(self.options, "creation_content", dict, {}), "room_version": self.version.id}
@@ -5743,6 +5758,13 @@ class History(Verbs):
         with viewing(self.store, who, room_id, "M_NOT_FOUND") as (reader, view):
             return bundled(reader, who, view, [view.find(reader, event_id)], self.clock.now())[0]
 
+    def near(self, who: Who, room_id: str, ts: int, later: bool) -> JsonObject:
+        """Which event is the nearest to a time (Jump to event by timestamp)."""
+        with viewing(self.store, who, room_id) as (reader, view):
+            event = existing(reader.event_near(view.room, ts, later, view.visible),
+                             f"there is no event {'at or after' if later else 'at or before'} {ts} that may be seen")
+        return {"event_id": event.event_id, "origin_server_ts": event.ts}
+
     def state(self, who: Who, room_id: str) -> list[Raw]:
         with viewing(self.store, who, room_id) as (reader, view):
             return self.render(who, reader.state_at(view.room, view.last_state()))
@@ -5814,11 +5836,11 @@ class History(Verbs):
         with viewing(self.store, who, room_id) as (reader, view):
             inside = view.membership == "join"               # who has left is not told how it went on
             data, members = reader.account_data_since(who.user_id, 0), reader.members(view.room) if inside else []
-            receipts = receipts_event(reader.receipts_since([view.room], 0)[view.room] if inside else [], who.user_id)
+            receipts = receipts_events(reader.receipts_since([view.room], 0)[view.room] if inside else [], who.user_id)
             published = cast(RoomRow, reader.room_row(room_id)).published
         return {"room_id": room_id, "membership": view.membership, "visibility": "public" if published else "private",
                 "messages": {"chunk": page["chunk"][::-1], "start": page.get("end", "0"), "end": page["start"]},
-                "state": self.state(who, room_id), "presence": presence(members), "receipts": [receipts] if receipts else [],
+                "state": self.state(who, room_id), "presence": presence(members), "receipts": receipts,
                 "account_data": [{"type": type, "content": Raw(text)} for where, type, text in data if where == room_id]}
 
 
@@ -5838,13 +5860,15 @@ class SyncFilter:
             raise MatrixError("M_INVALID_PARAM", "events come in the format \"client\" only: this server does not federate")
         room = field(source, "room", dict, {})
         timeline, state = field(room, "timeline", dict, {}), field(room, "state", dict, {})
-        self.rooms, self.include_leave = event_filter(room), bool(room.get("include_leave"))
+        names_in(source, "event_fields")
+        self.rooms, self.include_leave = event_filter(room), field(room, "include_leave", bool, False)
         self.timeline, self.state = event_filter(timeline), event_filter(state)
         self.ephemeral, self.room_data = (event_filter(field(room, key, dict, {})) for key in ("ephemeral", "account_data"))
         self.account_data, self.presence = (event_filter(field(source, key, dict, {})) for key in ("account_data", "presence"))
-        self.threads = bool(timeline.get("unread_thread_notifications"))         # whether what is unread is counted by thread
-        self.lazy = bool(state.get("lazy_load_members") or timeline.get("lazy_load_members"))
-        self.limit = min(max(field(timeline, "limit", int, TIMELINE), 1), MAX_PAGE)      # events in a timeline
+        self.threads = field(timeline, "unread_thread_notifications", bool, False)   # whether what is unread is counted by thread
+        lazy_state, lazy_timeline = (field(part, "lazy_load_members", bool, False) for part in (state, timeline))
+        self.lazy = lazy_state or lazy_timeline
+        self.limit = min(max(field(timeline, "limit", int, TIMELINE), 0), MAX_PAGE)      # events in a timeline
 
 
 @functools.lru_cache(128)
@@ -5913,6 +5937,11 @@ class Sync(Verbs):
             time.sleep(ECHO_SECONDS)
         return window.answer
 
+    def key_changes(self, who: Who, since: int) -> JsonObject:
+        """The device lists that changed after the tick `since` (Tracking the device list for a user)."""
+        with self.store.read() as reader:
+            return {"changed": [], "left": [], **Window(self, reader, who, since, SyncFilter({}), False, "").device_lists()}
+
     def _read(self, who: Who, since: int | None, filter: SyncFilter, full_state: bool, state_after: str) -> Window:
         """Reads the answer, and drops the messages to the device that it has got: those up to `since`."""
         device = (who.user_id, who.device_id or "")
@@ -5949,7 +5978,7 @@ class Window:
             reader.memberships_of(who.user_id, self.since, self.moved, self.data))       # those that may be told of
         self.ignored = reader.ignored(who.user_id)           # users
         self.messages = reader.to_device(who.user_id, who.device_id or "")   # (tick, json), with those that the device has got
-        self.changed: dict[int, list[str]] = {}              # room → whose membership changed, for rooms that moved
+        self.changed: set[int] = set()                       # rooms in which somebody's membership changed
         self.met = self._met()                               # whom the user may have met or lost sight of
         # By room, of some rooms at a time (_read_rooms):
         self.own: dict[int, list[tuple[int, str]]] = {}      # the user's membership and
@@ -5972,11 +6001,12 @@ class Window:
         met: set[str] = set()
         for room, _, membership, tick, _ in self.memberships if not self.initial else ():
             if tick > self.since:
-                self.changed[room] = [self.who.user_id]
+                self.changed.add(room)
                 met |= self.reader.met_in(room, self.who.user_id, self.since)
             elif membership == "join" and self._has_moved(room):
-                self.changed[room] = self.reader.changed_members(room, self.since)
-                met.update(self.changed[room])
+                if changed := self.reader.changed_members(room, self.since):
+                    self.changed.add(room)
+                    met.update(user_id for user_id, came_or_went in changed.items() if came_or_went)
         return met - {self.who.user_id}
 
     def read(self) -> None:
@@ -5984,7 +6014,7 @@ class Window:
         fresh = [Raw(text) for tick, text in self.messages if tick > self.since]
         parts = {"account_data": self.events(self.filter.account_data, self.data.pop("")),
                  "presence": self.events(self.filter.presence, presence), "rooms": self._rooms(),
-                 "to_device": {"events": fresh} if fresh else {}, "device_lists": self._device_lists()}
+                 "to_device": {"events": fresh} if fresh else {}, "device_lists": self.device_lists()}
         self.news = any(parts.values())
         self.answer = {"next_batch": str(self.now), **{key: part for key, part in parts.items() if part}, **self._key_counts()}
 
@@ -6030,7 +6060,7 @@ class Window:
         self.own = self.reader.changes(new, *MEMBERSHIP, me)
         self.visibilities = self.reader.changes(new, *HISTORY_VISIBILITY)
         counted = [one.room for one in shown if one.membership == "join" and (
-            self.initial or self.full_state or self.changed.get(one.room))]
+            self.initial or self.full_state or one.room in self.changed)]
         self.counts, self.heroes = self.reader.member_counts(counted), self.reader.heroes(counted, me)
         self.receipts, self.own_receipts = self.reader.receipts_since(rooms, self.since), self.reader.own_receipts(rooms, me)
 
@@ -6040,7 +6070,7 @@ class Window:
 
     # -- for clients: keys for end-to-end encryption
 
-    def _device_lists(self) -> JsonObject:
+    def device_lists(self) -> JsonObject:
         """Whose keys to ask for again, and who is met in no room any more."""
         if self.initial:
             return {}
@@ -6111,7 +6141,8 @@ class RoomWindow:
         """The room up to the leave, which is told in any case: also if it was of an invitation, or if the room has been
         forgotten since, of which other devices do not know.
         """
-        self.upto = self.tick
+        before = [value for tick, value in self.own if tick <= self.after][-1:]
+        self.fresh, self.upto = before != ["join"], self.tick
         if not self.view.sees(self.tick):
             ranges = [one for one in self.view.ranges if one[1] < self.tick]
             self.view = self.view._replace(ranges=[*ranges, (self.tick, self.tick)])
@@ -6141,7 +6172,8 @@ class RoomWindow:
         """Who types, and the new receipts."""
         since = 0 if self.fresh else self.window.since
         receipts = self.window.receipts if since == self.window.since else self.reader.receipts_since([self.room], since)
-        return [self.window.sync.typing.since(self.room, since, self.window.now), receipts_event(receipts[self.room], self.who.user_id)]
+        return [self.window.sync.typing.since(self.room, since, self.window.now),
+                *receipts_events(receipts[self.room], self.who.user_id)]
 
     def _account_data(self) -> list[JsonObject]:
         """With what was set before the user came in."""
@@ -6165,12 +6197,12 @@ class RoomWindow:
         whole = window.full_state or self.fresh or not self.after
         unknown = 0 if not whole else window.since if away else FOREVER
         state = self._chosen(self._state(0 if whole else self.after, events, whole or limited), events, unknown)
-        if not events and not state:
+        if not found and not state:
             return {}
         # An unlimited timeline has what relates to its events.
         more = aggregations(self.reader, self.who, events, self.view.visible, window.ts) if limited else {}
         shown = self._render(events, lambda tick: self.view.then(tick) + more.get(tick, ""))
-        prev_batch = (events[0].tick if events else seen[-1]) - 1 if limited or events else self.upto
+        prev_batch = events[0].tick - 1 if events else self.upto
         return {"timeline": {"events": shown, "limited": limited, "prev_batch": str(prev_batch)},
                 window.state_after or "state": {"events": self._render(state)}}
 
@@ -6374,38 +6406,59 @@ class Directory(Verbs):
                              "prev_batch": str(max(0, offset - limit)) if offset else None})
 
     def hierarchy(self, who: Who, room_id: str, suggested_only: bool, max_depth: int, offset: int, limit: int) -> JsonObject:
-        """A space and the rooms below it, as far as the user may see them, level by level (Spaces)."""
-        found: list[JsonObject] = []
-        depths = {room_id: 0}                                # how far below the space each room is that was met
-        ahead = collections.deque(depths)                    # rooms to look at
+        """A space and the rooms below it, as far as the user may see them, each before what is below it (Spaces)."""
+        found, seen = list[JsonObject](), set[str]()
+        ahead = [(room_id, 0)]                               # rooms to look at, the next one last, and how far below the space they are
         with self.store.read() as reader:
             while ahead and len(found) <= offset + limit:    # one more than is shown
-                id = ahead.popleft()
-                if entry := self._space_entry(reader, who, id, suggested_only):
+                id, depth = ahead.pop()
+                if id not in seen and (entry := self._space_entry(reader, who, id, suggested_only)):
                     found.append(entry)
-                    for child in [event["state_key"] for event in entry["children_state"]]:
-                        if child not in depths and depths[id] < max_depth:
-                            depths[child] = depths[id] + 1
-                            ahead.append(child)
+                    children = [(event["state_key"], depth + 1) for event in entry["children_state"]]
+                    ahead += children[::-1] if depth < max_depth else []
+                seen.add(id)
         if not found:
             raise forbidden(f"{who.user_id} can't see the room {shorten(room_id)}")
         more = str(offset + limit) if offset + limit < len(found) else None
         return without_none({"rooms": found[offset:offset + limit], "next_batch": more})
 
+    def summary(self, who: Who, room_id: str) -> JsonObject:
+        """What who asks may know of one room, and that user's membership (Room summaries)."""
+        with self.store.read() as reader:
+            row = reader.room_row(room_id)
+            entry, own = (self._entry(reader, who, row), reader.membership(who.user_id, row.n)) if row else (None, None)
+        return {**existing(entry, f"there is no room {shorten(room_id)} that may be seen"),
+                **({"membership": own.membership} if own else {})}
+
     @staticmethod
-    def _space_entry(reader: Reader, who: Who, room_id: str, suggested_only: bool) -> JsonObject | None:
-        """A room and its m.space.child events, in the order of the space; None if it may not be seen."""
-        row = reader.room_row(room_id)
-        if not row:
-            return None
+    def _entry(reader: Reader, who: Who, row: RoomRow) -> JsonObject | None:
+        """A room that is listed or not, for who may join it or is in it; None for others."""
         entry, own = public_entry(reader, row), reader.membership(who.user_id, row.n)
         if not (open_to_all(entry) or (own and own.membership in ("join", "invite")) or reader.may_join_by_another(who.user_id, row.n)):
             return None
-        children = [event for event in reader.state_at(row.n, type="m.space.child") if isinstance(event.content.get("via"), list)
+        state = reader.contents(row.n, ("m.room.encryption", "m.room.join_rules"))
+        allow = state.get("m.room.join_rules", {}).get("allow")
+        rules = [rule for rule in allow if isinstance(rule, dict) and "room_id" in rule] if isinstance(allow, list) else []
+        return {**entry, "room_version": row.version, **without_none({
+            "encryption": state.get("m.room.encryption", {}).get("algorithm"),
+            "allowed_room_ids": [rule["room_id"] for rule in rules] if entry["join_rule"] in ("restricted", "knock_restricted") else None})}
+
+    def _space_entry(self, reader: Reader, who: Who, room_id: str, suggested_only: bool) -> JsonObject | None:
+        """A room with the m.space.child events, in the order of the space, if it is one; None if it may not be seen."""
+        row = reader.room_row(room_id)
+        entry = self._entry(reader, who, row) if row else None
+        if not row or not entry:
+            return None
+
+        def place(event: Event) -> tuple[bool, str, int, str]:
+            found = event.content.get("order")
+            order = found if isinstance(found, str) and re.fullmatch("[ -~]{1,50}", found) else ""
+            return not order, order, event.ts, event.state_key or ""
+        found = reader.state_at(row.n, type="m.space.child") if entry.get("room_type") == "m.space" else []
+        children = [event for event in found if isinstance(event.content.get("via"), list)
                     and (event.content.get("suggested") is True or not suggested_only)]
-        children.sort(key=lambda event: (str(event.content.get("order", "\x7f")), event.ts, event.state_key or ""))
         entry["children_state"] = [{"type": event.type, "state_key": event.state_key, "content": event.content,
-                                    "sender": event.sender, "origin_server_ts": event.ts} for event in children]
+                                    "sender": event.sender, "origin_server_ts": event.ts} for event in sorted(children, key=place)]
         return entry
 
     def search_users(self, who: Who, term: str, limit: int) -> JsonObject:
@@ -6499,14 +6552,14 @@ def in_thread(reader: Reader, tick: int, thread_id: str) -> bool:
     return tick_of(thread_id) in (tick, *(parent for parent, _ in reader.ancestors(tick, MAX_RELATION_DEPTH)))
 
 
-def receipts_event(receipts: Sequence[Any], user_id: str) -> JsonObject | None:
-    """The m.receipt event of these receipts; others' private ones are not in it."""
-    content: JsonObject = {}
+def receipts_events(receipts: Sequence[Any], user_id: str) -> list[JsonObject]:
+    """The m.receipt events of these receipts, one for each thread; others' private ones are not in them."""
+    contents: dict[str, JsonObject] = {}
     for type, reader_id, thread_id, event_id, ts in receipts:
         if type == "m.read" or reader_id == user_id:
             receipt = {"ts": ts, **({"thread_id": thread_id} if thread_id else {})}
-            content.setdefault(event_id, {}).setdefault(type, {})[reader_id] = receipt
-    return {"type": "m.receipt", "content": content} if content else None
+            contents.setdefault(thread_id, {}).setdefault(event_id, {}).setdefault(type, {})[reader_id] = receipt
+    return [{"type": "m.receipt", "content": content} for content in contents.values()]
 
 
 class Receipts(Verbs):
@@ -6658,7 +6711,7 @@ class Status(NamedTuple):
     active_at: float = 0.0               # the last time that the user did something,
     active_ts: int = 0                   # and the same by the clock that stamps
     until: float = math.inf              # offline from then on
-    wishes: Mapping[str | None, str] = {}    # device → set_presence of its last /sync
+    wishes: Mapping[str | None, tuple[str, float]] = {}      # device → set_presence of its last /sync, until when that counts
     tick: int = 0                        # of the last change that others see
 
     def at(self, now: float) -> Status:
@@ -6701,19 +6754,22 @@ class Presence(Verbs):
         """Sets what the user says. A ghost is so until its application service says otherwise."""
         def change(status: Status, now: float) -> Status:
             until = math.inf if who.appservice or presence == "offline" else now + OFFLINE_SECONDS
-            return status.lasting(until)._replace(presence=presence, message=message, active_at=now)
+            spent = {device: (wish, now) for device, (wish, _) in status.wishes.items()}
+            return status.lasting(until)._replace(presence=presence, message=message, active_at=now, wishes=spent)
         self._change(who.user_id, change)
 
     def polling(self, who: Who, wish: str, seconds: float) -> None:
         """The user's /sync takes up to so many seconds. It brings back who was offline, and may have another wish than
-        the device's last one: of several devices, the one that is most there counts.
+        the device's last one: of several devices that sync, the one that is most there counts.
         """
         def change(status: Status, now: float) -> Status:
-            after = status.lasting(now + seconds + OFFLINE_SECONDS)
-            if status.presence != "offline" and status.wishes.get(who.device_id) == wish:
+            until = now + seconds + OFFLINE_SECONDS
+            last, wishes = status.wishes.get(who.device_id), {**status.wishes, who.device_id: (wish, until)}
+            after = status.lasting(until)._replace(wishes=wishes)
+            if status.presence != "offline" and last and last[0] == wish:
                 return after
-            wishes = {**status.wishes, who.device_id: wish}
-            return after._replace(presence=min(wishes.values(), key=PRESENCES.index), active_at=now, wishes=wishes)
+            counted = [one for one, counts_until in wishes.values() if counts_until > now]
+            return after._replace(presence=min(counted, key=PRESENCES.index), active_at=now)
         if wish != "offline":
             self._change(who.user_id, change)
 
@@ -6917,6 +6973,9 @@ class Keys(Verbs):
             raise MatrixError("M_MISSING_PARAM", "this is for a device: log in, or name one of the user's with device_id in the query")
         if device_keys and (device_keys.get("user_id"), device_keys.get("device_id")) != (who.user_id, who.device_id):
             raise MatrixError("M_INVALID_PARAM", f"device_keys must be those of {who.user_id} and of the device {who.device_id}")
+        for name, type_ in (("algorithms", list), ("keys", dict), ("signatures", dict)) if device_keys else ():
+            if not isinstance(device_keys.get(name), type_):
+                raise MatrixError("M_BAD_JSON", f"device_keys must have {name!r}: {TYPE_NAMES[type_]}")
         for key_id, key in others.items():
             if not re.fullmatch(r"[^:]+:.+", key_id) or not isinstance(key, (str, dict)):
                 raise MatrixError("M_INVALID_PARAM", f"{quoted({key_id: key})} is not of the form {{\"algorithm:id\": key}}")
@@ -8896,6 +8955,8 @@ class Api:
             raise MatrixError("M_MISSING_TOKEN", f"{LOGIN_APPSERVICE} needs the as_token: 'Authorization: "
                               "Bearer AS_TOKEN'")
         registration = self.world.registrations.of_as_token(digest(token))
+        if not registration and digest(token) in self.world.store.sessions:
+            raise forbidden(f"{LOGIN_APPSERVICE} needs an as_token; this is somebody's access token")
         if not registration:
             raise self.unknown_token(digest(token))
         return registration
@@ -8992,9 +9053,9 @@ def login_flows(call: Call) -> Any:
 
 def login(call: Call) -> Any:
     identifier = call.field("identifier", dict, {})
-    user = field(identifier, "user", str, None) or call.field("user", str)       # at the top: the 2016 text
     if identifier and identifier.get("type", "m.id.user") != "m.id.user":
-        raise MatrixError("M_UNKNOWN", "identifier.type must be m.id.user", 400)
+        raise MatrixError("M_UNKNOWN", f"identifier.type must be m.id.user; {NO_THIRD_PARTY_IDS}", 400)
+    user = field(identifier, "user", str, None) or call.field("user", str)       # at the top: the 2016 text
     kind = call.field("type", str)
     if kind == LOGIN_APPSERVICE:
         return call.api.accounts.login_ghost(call.api.appservice(call.request), user, **device_of(call))
@@ -9201,6 +9262,14 @@ def by_user(call: Call, key: str, kind: type[T]) -> dict[str, T]:
     return {check_id("@", user_id): field(wanted, user_id, kind) for user_id in wanted}
 
 
+def key_changes(call: Call) -> Any:
+    """`to` is not read: what has happened since is told as well, and again by the next /sync."""
+    since = call.integer("from", None)
+    if since is None:
+        raise MatrixError("M_MISSING_PARAM", "the query must have from, the next_batch of a /sync")
+    return call.api.sync.key_changes(call.who, since)
+
+
 def query_keys(call: Call) -> Any:
     wanted = by_user(call, "device_keys", list)
     call.api.world.ask_for_users(wanted, call.asker)
@@ -9274,6 +9343,8 @@ def knock_room(call: Call, room_id: str) -> Any:
 
 
 def invite(call: Call, room_id: str) -> Any:
+    if "medium" in call.body:
+        raise forbidden(NO_THIRD_PARTY_IDS)
     call.api.rooms.invite(call.who, room_id, call.field("user_id", str), call.reason)
 
 
@@ -9313,6 +9384,13 @@ def get_state_event(call: Call, room_id: str, type: str, state_key: str = "") ->
     event = call.api.history.state_event(call.who, room_id, type, state_key)
     whole = call.choice("format", ("content", "event"), "content") == "event"
     return call.api.history.render(call.who, [event])[0] if whole else event.content
+
+
+def get_event_near(call: Call, room_id: str) -> Any:
+    ts, direction = call.integer("ts", None), call.query("dir")
+    if ts is None or not direction:
+        raise MatrixError("M_MISSING_PARAM", "the query must have ts, in milliseconds since 1970, and dir, 'f' or 'b'")
+    return call.api.history.near(call.who, room_id, ts, call.choice("dir", ("f", "b"), "") == "f")
 
 
 def get_members(call: Call, room_id: str) -> Any:
@@ -9391,6 +9469,11 @@ def get_hierarchy(call: Call, room_id: str) -> Any:
     suggested_only = call.flag("suggested_only")
     max_depth = min(call.integer("max_depth", MAX_SPACE_DEPTH), MAX_SPACE_DEPTH)
     return call.api.directory.hierarchy(call.who, room_id, suggested_only, max_depth, call.integer("from", 0), call.limit(50, 1))
+
+
+def get_summary(call: Call, id: str) -> Any:
+    room_id = call.api.aliases.resolve(id, call.asker) if id[:1] == "#" else id
+    return call.api.directory.summary(call.who, room_id)
 
 
 def search_users(call: Call) -> Any:
@@ -9657,6 +9740,7 @@ ROUTES = route_table(
     # End-to-end encryption
     ("POST",   "C/keys/upload",                                "user",       "Uploading keys",              upload_keys),
     ("POST",   "C/keys/query",                                 "user",       "Querying keys; AS: Querying", query_keys),
+    ("GET",    "C/keys/changes",                               "user",       "Tracking device lists",       key_changes),
     ("POST",   "C/keys/claim",                                 "user",       "Claiming one-time keys",      claim_keys),
     ("POST",   "C/keys/device_signing/upload",                 "user",       "AS: Cross-signing",           upload_cross_signing),
     ("POST",   "C/keys/signatures/upload",                     "user",       "Cross-signing",               upload_signatures),
@@ -9694,6 +9778,7 @@ ROUTES = route_table(
     ("PUT",    "R/state/{eventType}",                          "user",       "Sending; AS: Timestamps",     put_state),
     ("PUT",    "R/state/{eventType}/{stateKey}",               "user",       "Sending; AS: Timestamps",     put_state),
     ("GET",    "R/event/{eventId}",                            "user",       "Getting events",              just(History.event)),
+    ("GET",    "V/rooms/{roomId}/timestamp_to_event",          "user",       "Jump to event by timestamp",  get_event_near),
     ("GET",    "R/members",                                    "user",       "Getting events",              get_members),
     ("GET",    "R/joined_members",                             "user",       "Getting events",              get_joined_members),
     ("GET",    "R/messages",                                   "user",       "Getting events",              get_messages),
@@ -9716,6 +9801,7 @@ ROUTES = route_table(
     ("GET",    "C/publicRooms",                                "maybe",      "Listing rooms",               get_public_rooms),
     ("POST",   "C/publicRooms",                                "user",       "Listing rooms",               search_public_rooms),
     ("GET",    "V/rooms/{roomId}/hierarchy",                   "user",       "Spaces",                      get_hierarchy),
+    ("GET",    "V/room_summary/{roomId}",                      "maybe",      "Room summaries",              get_summary),
     ("POST",   "C/user_directory/search",                      "user",       "User Directory",              search_users),
     # Media
     ("POST",   "M/upload",                                     "user",       "Content repository",          upload),

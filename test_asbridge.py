@@ -5829,6 +5829,23 @@ def test_joined_members_have_names_and_are_for_members(hs, alice, bob, room):
             client.joined_members(room)
 
 
+def test_the_event_that_is_nearest_to_a_time_is_found_among_those_that_may_be_seen(hs, alice, bob, ghost, room):
+    where = f"/_matrix/client/v1/rooms/{quote(room)}/timestamp_to_event"
+    ghost.join(room)
+    early, late = (ghost.send(room, "m.room.message", {"body": "x"}, ts=ts) for ts in (1000, 3000))
+    for ts, direction, found in ((1000, "f", early), (1000, "b", early), (1001, "f", late), (2999, "b", early), (5000, "b", late)):
+        assert alice.call("GET", where, ts=ts, dir=direction)["event_id"] == found
+    assert alice.call("GET", where, ts=0, dir="f") == {"event_id": early, "origin_server_ts": 1000}
+    for ts, direction in ((999, "b"), (2**53 - 1, "f")):
+        with refused("M_NOT_FOUND", 404):
+            alice.call("GET", where, ts=ts, dir=direction)
+    for query in ({"ts": 5}, {"dir": "f"}):
+        with refused("M_MISSING_PARAM", 400):
+            alice.call("GET", where, **query)
+    with refused("M_FORBIDDEN", 403):
+        bob.call("GET", where, ts=0, dir="f")
+
+
 def test_joined_members_are_for_a_service_with_any_of_its_users_in_the_room(hs, ghost):
     assert list(bot_of(hs).joined_members(ghost.create_room())) == ["@_irc_bob:localhost"]
 
@@ -6209,7 +6226,7 @@ def test_each_part_of_a_filter_may_choose_rooms(alice, room, part, missing):
 
 @pytest.mark.parametrize("narrow, found", [
     ({"senders": ["@bob:localhost"]}, ["picture", "b"]), ({"not_senders": ["@bob:localhost"]}, ["a"]), ({"types": ["m.room.*"], "not_types": ["m.room.member"]}, ["a", "picture", "b"]),
-    ({"contains_url": True}, ["picture"]), ({"contains_url": False, "types": ["m.room.message"]}, ["a", "b"]), ({"types": []}, []), ({"limit": 1}, ["b"]), ({"limit": 0}, ["b"])])
+    ({"contains_url": True}, ["picture"]), ({"contains_url": False, "types": ["m.room.message"]}, ["a", "b"]), ({"types": []}, []), ({"limit": 1}, ["b"]), ({"limit": 0}, []), ({"limit": -1}, [])])
 def test_a_filter_chooses_what_the_timeline_has(alice, bob, room, narrow, found):
     bob.join(room)
     since = alice.sync()["next_batch"]
@@ -6772,7 +6789,7 @@ def test_of_a_space_no_more_is_looked_at_than_is_shown(alice, monkeypatch):
     children = [alice.create_room() for _ in range(6)]
     for n, child in enumerate(children):
         alice.set_state(space, "m.space.child", {"via": ["localhost"], "order": str(n)}, child)
-    monkeypatch.setattr(asbridge.Directory, "_space_entry", staticmethod(lambda *args: looked_at.append(args[2]) or look(*args)))
+    monkeypatch.setattr(asbridge.Directory, "_space_entry", lambda *args: looked_at.append(args[3]) or look(*args))
     rooms, answer = hierarchy(alice, space, limit=2)
     assert rooms == [space, children[0]] and looked_at == [space, *children[:2]]
     pages = [rooms]
@@ -6795,9 +6812,37 @@ def test_a_restricted_room_is_seen_in_a_hierarchy_by_who_is_in_a_room_that_it_na
     assert hierarchy(carol, space)[0] == [space]
 
 
+def test_a_hierarchy_goes_down_before_it_goes_on_and_only_below_spaces(alice):
+    spaces, rooms = ([alice.create_room(creation_content={"type": type} if type else {}) for _ in range(3)] for type in ("m.space", None))
+    for parent, child, order in ((spaces[0], rooms[0], "a"), (spaces[0], spaces[1], "b"), (spaces[0], rooms[1], "c"), (spaces[1], spaces[2], "a"), (spaces[2], rooms[2], "a"),
+                                 (rooms[0], rooms[2], "a")):
+        alice.set_state(parent, "m.space.child", {"via": ["localhost"], "order": order}, child)
+    found, answer = hierarchy(alice, spaces[0])
+    assert found == [spaces[0], rooms[0], spaces[1], spaces[2], rooms[2], rooms[1]]
+    assert [bool(entry["children_state"]) for entry in answer["rooms"]] == [True, False, True, True, False, False]
+
+
+@pytest.mark.parametrize("order", [5, "é", "x" * 51, "\n", None, ""])
+def test_a_child_of_a_space_whose_order_is_no_order_comes_last(alice, order):
+    space, rooms = alice.create_room(creation_content={"type": "m.space"}), [alice.create_room() for _ in range(3)]
+    for child, its in zip(rooms, [order, "~" * 50, " "], strict=True):
+        alice.set_state(space, "m.space.child", {"via": ["localhost"], "order": its}, child)
+    assert hierarchy(alice, space)[0] == [space, rooms[2], rooms[1], rooms[0]]
+
+
+def test_a_room_summary_tells_what_a_room_is_to_who_may_join_it(hs, alice, bob):
+    room = alice.create_room(name="Tea", topic="green", room_alias_name="tea", preset="public_chat", initial_state=[
+        {"type": "m.room.encryption", "content": {"algorithm": "m.megolm.v1.aes-sha2"}}])
+    where = "/_matrix/client/v1/room_summary/" + quote("#tea:localhost")
+    told = {"room_id": room, "num_joined_members": 1, "world_readable": False, "guest_can_join": False, "join_rule": "public", "name": "Tea", "topic": "green",
+            "canonical_alias": "#tea:localhost", "room_version": "11", "encryption": "m.megolm.v1.aes-sha2"}
+    assert ask(hs, "GET", where) == (200, told) and bob.call("GET", where) == told and alice.call("GET", where) == {**told, "membership": "join"}
+    alice.set_state(room, "m.room.join_rules", {"join_rule": "restricted", "allow": [{"type": "m.room_membership", "room_id": "!x:localhost"}, 5]})
+    assert alice.call("GET", where)["allowed_room_ids"] == ["!x:localhost"] and ask(hs, "GET", where)[1]["errcode"] == "M_NOT_FOUND"
+
+
 def test_a_hierarchy_comes_in_pages_and_may_have_what_is_suggested_only(alice, bob, room):
-    space = alice.create_room(preset="public_chat")
-    other = alice.create_room(preset="public_chat")
+    space, other = alice.create_room(preset="public_chat", creation_content={"type": "m.space"}), alice.create_room(preset="public_chat")
     alice.set_state(space, "m.space.child", {"via": ["localhost"]}, room)
     alice.set_state(space, "m.space.child", {"via": ["localhost"], "suggested": True}, other)
     assert hierarchy(bob, space, suggested_only="true")[0] == [space, other]
@@ -7010,7 +7055,9 @@ def test_receipts_are_told_to_all_and_private_ones_to_nobody_else(alice, bob, ro
     bob.receipt(room, event_id)
     assert ephemeral(alice, room, since, "m.receipt")[event_id]["m.read"][bob.user_id]["ts"] > 0
     bob.call("POST", path("rooms", room, "receipt", "m.read", event_id), {"thread_id": "main"})
-    assert ephemeral(bob, room, type="m.receipt")[event_id]["m.read"][bob.user_id]["thread_id"] == "main"
+    assert "thread_id" not in ephemeral(bob, room, type="m.receipt")[event_id]["m.read"][bob.user_id]
+    told = [event["content"][event_id] for event in joined(bob.sync(), room)["ephemeral"]["events"]]         # one event for each thread
+    assert [content["m.read"][bob.user_id].get("thread_id") for content in told if "m.read" in content] == [None, "main"]
 
 
 def test_a_receipt_needs_a_known_type_and_membership(alice, bob, room):
@@ -10787,7 +10834,7 @@ def test_an_unknown_path_is_404_and_a_wrong_method_405(hs, method, where, status
     ("GET", "/_matrix/client/unstable/org.matrix.msc2697.v2/dehydrated_device"),
     # what moderators and administrators do, room upgrades, calls, links
     ("POST", V3 + "/rooms/!x:localhost/report"), ("POST", V3 + "/rooms/!x:localhost/report/$x"), ("POST", V3 + "/users/@x:localhost/report"), ("GET", V3 + "/admin/whois/@x:localhost"),
-    ("GET", "/_synapse/admin/v1/users/@x:localhost/admin"), ("POST", V3 + "/rooms/!x:localhost/upgrade"), ("GET", "/_matrix/client/v1/rooms/!x:localhost/timestamp_to_event"),
+    ("GET", "/_synapse/admin/v1/users/@x:localhost/admin"), ("POST", V3 + "/rooms/!x:localhost/upgrade"),
     ("GET", V3 + "/voip/turnServer"), ("GET", "/_matrix/client/v1/media/preview_url"), ("GET", "/_matrix/media/v3/preview_url"),
     # federation
     ("GET", "/_matrix/federation/v1/version"), ("PUT", "/_matrix/federation/v1/send/1"), ("GET", "/_matrix/federation/v1/publicRooms"), ("GET", "/_matrix/key/v2/server"),
@@ -11112,6 +11159,7 @@ PARAMETERS = [                           # of a GET by alice: what is right, wha
     *(row for where in ("N/{event}", "V/rooms/{room}/threads", "V/rooms/{room}/hierarchy") for row in (
         (where, "from", ANY[:3], NO_NUMBER, INVALID), (where, "limit", ["", *ANY[2:], *MUCH], ["0", *NO_NUMBER[:9]], INVALID))),
     ("N/{event}", "dir", ["", "b"], NO_WORD, INVALID), ("N/{event}", "recurse", ["", "true"], NO_WORD, INVALID), ("V/rooms/{room}/threads", "include", ["", "all", "participated"], NO_WORD, INVALID),
+    ("V/rooms/{room}/timestamp_to_event?dir=f", "ts", ["0"], NO_NUMBER, INVALID), ("V/rooms/{room}/timestamp_to_event?ts=0", "dir", ["f"], NO_WORD, INVALID),
     ("V/rooms/{room}/hierarchy", "max_depth", ANY, NO_NUMBER, INVALID), ("V/rooms/{room}/hierarchy", "suggested_only", ["", "true"], NO_WORD, INVALID),
     ("C/publicRooms", "since", ANY, NO_NUMBER, INVALID), ("C/publicRooms", "limit", [*ANY, *MUCH], NO_NUMBER[:9], INVALID), ("C/publicRooms", "server", ["", "localhost"], ["LOCALHOST", "localhost.", "elsewhere"], (403, "M_FORBIDDEN")),
     ("M/download/localhost/{media}", "timeout_ms", ["", "0", "120000"], [*NO_NUMBER, "120001"], INVALID), ("M/thumbnail/localhost/{media}?height=5", "width", ["1"], ["0", *NO_NUMBER], INVALID),
@@ -11267,11 +11315,11 @@ def test_a_ghost_may_have_a_historical_name_and_a_person_may_not(hs):
 
 
 @pytest.mark.parametrize("where,body", [("register", {"username": "_irc_x"}), ("login", {"user": "_irc_bot"})])
-@pytest.mark.parametrize("token,errcode", [(None, "M_MISSING_TOKEN"), ("nonsense", "M_UNKNOWN_TOKEN"), ("hs-irc", "M_UNKNOWN_TOKEN"), ("person", "M_UNKNOWN_TOKEN")])
+@pytest.mark.parametrize("token,errcode", [(None, "M_MISSING_TOKEN"), ("nonsense", "M_UNKNOWN_TOKEN"), ("hs-irc", "M_UNKNOWN_TOKEN"), ("person", "M_FORBIDDEN")])
 def test_a_ghost_is_neither_registered_nor_logged_in_without_the_as_token(hs, where, body, token, errcode):
     token = hs.client("alice").token if token == "person" else token
     status, answer = ask(hs, "POST", f"{V3}/{where}", token, {**AS_LOGIN, **body})
-    assert (status, answer["errcode"]) == (401, errcode)
+    assert (status, answer["errcode"]) == (403 if token and errcode == "M_FORBIDDEN" else 401, errcode)      # with 401 a client would forget its session
 
 
 @pytest.mark.parametrize("user,status,errcode", [("_irc_bob", 200, None), ("@_irc_bob:localhost", 200, None), ("_irc_bot", 200, None), ("alice", 400, "M_EXCLUSIVE"),
@@ -11422,7 +11470,7 @@ TO_ALL = {   # what the rows for which no user is needed answer to whoever asks,
     "GET C/register/available": "M_MISSING_PARAM", "POST C/register": 401, "POST C/login": "M_MISSING_PARAM", "GET /_matrix/federation/v1/openid/userinfo": "M_MISSING_TOKEN",
     "GET C/profile/{userId}": "M_NOT_FOUND", "GET C/profile/{userId}/{keyName}": "M_NOT_FOUND", "GET C/directory/room/{roomAlias}": "M_INVALID_PARAM",
     "GET L/room/{roomId}": "M_NOT_FOUND", "GET M/download/{serverName}/{mediaId}": "M_NOT_FOUND", "GET M/download/{serverName}/{mediaId}/{fileName}": "M_NOT_FOUND",
-    "GET M/thumbnail/{serverName}/{mediaId}": "M_MISSING_PARAM", "GET A/user": "M_MISSING_PARAM", "GET A/alias": "M_MISSING_PARAM",
+    "GET M/thumbnail/{serverName}/{mediaId}": "M_MISSING_PARAM", "GET A/user": "M_MISSING_PARAM", "GET A/alias": "M_MISSING_PARAM", "GET V/room_summary/{roomId}": "M_NOT_FOUND",
 }
 
 
@@ -11589,6 +11637,8 @@ ROOM_ROWS = """
     GET    N/{eventId}/{relType}              200     404    404   200   200   200     200     404      404      404
     GET    N/{eventId}/{relType}/{eventType}  200     404    404   200   200   200     200     404      404      404
     GET    V/rooms/{roomId}/threads           200     403    403   200   200   200     200     403      403      403
+    GET    V/rooms/{roomId}/timestamp_to_event 200    403    403   200   200   200     200     403      403      403
+    GET    V/room_summary/{roomId}            200     404    404   200   404   404     404     200      404      404
     PUT    R/typing/{userId}                  200     403    403   403   403   403     403     403      403      403
     POST   R/receipt/{receiptType}/{eventId}  200     403    403   403   403   403     403     403      403      403
     POST   R/read_markers                     200     403    403   403   403   403     403     403      403      403
@@ -11667,6 +11717,8 @@ class House:
         filter = {"room": {"rooms": [room], "include_leave": True}}
         query = {"sync": {"filter": json.dumps(filter)}, "events": {"room_id": room}, "keys": {"version": "1"}}.get(path.split("/")[4 if "room_keys" not in path else 5], {})
         body = whole_body(path) if "room_keys" in path else {"room_id": room, "user_id": self.who["left"].user_id, "m.read": event, "typing": True, "visibility": "public"}
+        if path.endswith("/timestamp_to_event"):
+            query = {"ts": 0, "dir": "f"}
         if path.endswith("/unban"):
             body["user_id"] = self.who["banned"].user_id
         return asked(method, path.format(**{key: quote(value) for key, value in values.items()}) + "?" + urllib.parse.urlencode(query), self.clients[standing].token, body)
