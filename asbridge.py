@@ -2707,6 +2707,7 @@ class Event(NamedTuple):
     json: str                     # the whole event but for unsigned
     redacted_because: str | None  # the redaction's json
     prev_content: str | None
+    replaces_state: str | None    # ID of the state event before it
     device_id: str | None         # who sent it with which client transaction ID
     txn_id: str | None
     related: int                  # whether anything relates to it
@@ -2722,7 +2723,7 @@ class Event(NamedTuple):
     def unsigned(self, now: int) -> str:
         parts = f'"age":{max(0, now - self.ts)}'
         if self.prev_content is not None:
-            parts += f',"prev_content":{self.prev_content}'
+            parts += f',"prev_content":{self.prev_content},"replaces_state":"{self.replaces_state}"'
         if self.redacted_because is not None:
             parts += f',"redacted_because":{self.redacted_because}'
         return parts
@@ -2735,10 +2736,12 @@ class Event(NamedTuple):
             more += f',"transaction_id":{encode_basestring(self.txn_id)}'
         return Raw(f'{self.json[:-1]},"unsigned":{{{self.unsigned(now)}{more}}}}}')
 
-    def for_appservice(self, now: int) -> str:
-        """The event as an application service gets it: for old software with `age` and `user_id` at the top, too."""
-        return (f'{self.json[:-1]},"age":{max(0, now - self.ts)},"user_id":{json.dumps(self.sender)},'
-                f'"unsigned":{{{self.unsigned(now)}}}}}')
+    def for_appservice(self, now: int, more: str = "") -> str:
+        """The event as an application service gets it: for old software with what is in `unsigned` at the top, too, and with
+        `user_id`. `more`: further parts of unsigned, each after a comma.
+        """
+        unsigned = self.unsigned(now)
+        return f'{self.json[:-1]},"user_id":{json.dumps(self.sender)},{unsigned},"unsigned":{{{unsigned}{more}}}}}'
 
 
 class RoomState:
@@ -2817,7 +2820,7 @@ def authorise(room: RoomState, draft: Draft) -> None:
     if draft.type == "m.room.member":                                                            # rule 5
         return authorise_membership(room, draft)
     if draft.sender not in room.joined:                                                          # rule 6
-        raise forbidden(f"{draft.sender} is not in the room")
+        raise forbidden(f"{draft.sender} is not in room")
     invites = draft.type == "m.room.third_party_invite"                                          # rule 7, else 8
     needed = room.needed("invite") if invites else room.needed_to_send(draft.type, draft.state_key is not None)
     if room.power(draft.sender) < needed:
@@ -2889,7 +2892,7 @@ def _may_leave(room: RoomState, draft: Draft, target: str) -> None:
     current = room.membership(target)
     if draft.sender == target:
         if current not in ("invite", "join", "knock"):
-            raise forbidden(f"{target} is not in the room")
+            raise forbidden(f"{target} is not in room")
         return
     _check_joined(room, draft.sender)
     if current == "ban":
@@ -2916,7 +2919,7 @@ def _may_knock(room: RoomState, draft: Draft, target: str) -> None:
 
 def _check_joined(room: RoomState, user_id: str) -> None:
     if user_id not in room.joined:
-        raise forbidden(f"{user_id} is not in the room")
+        raise forbidden(f"{user_id} is not in room")
 
 
 def _check_power(room: RoomState, user_id: str, action: str) -> None:
@@ -3142,7 +3145,6 @@ CREATE TABLE backup_keys    (version INTEGER, room_id TEXT, session_id TEXT, jso
 """
 
 MAX_EPHEMERAL = 1000             # pieces that wait for one application service
-STALE_TYPING_SECONDS = 30.0
 REMEMBERED_MS = DAY_MS           # how long a client transaction of messages to devices is remembered
 MAX_BATCH = 256                  # jobs in one COMMIT
 MAX_ROWS = 64                    # in one INSERT
@@ -3159,7 +3161,7 @@ COUNT_KEYS = (("org.matrix.msc3202.device_one_time_keys_count", "org.matrix.msc3
               ("org.matrix.msc3202.device_unused_fallback_key_types",))
 
 EVENT_COLUMNS = ("e.tick, e.type, e.state_key, e.sender, e.ts, e.json, r.json, json_extract(p.json, '$.content'), "
-                 "e.device_id, e.txn_id, EXISTS (SELECT 1 FROM events WHERE relates_to = e.tick)")
+                 "substr(p.json, 14, 44), e.device_id, e.txn_id, EXISTS (SELECT 1 FROM events WHERE relates_to = e.tick)")
 EVENT_ID = "substr(e.json, 14, 44)"              # as Event.event_id
 EVENT_TABLES = "events e LEFT JOIN events r ON r.tick = e.redacted_by LEFT JOIN events p ON p.tick = e.replaces"
 # Whether the event e is in one of these ranges of ticks, JSON [[first, last], …].
@@ -3430,6 +3432,9 @@ class Reader:
     def room_row(self, room_id: str) -> RoomRow | None:
         return self.row(RoomRow, "rooms WHERE room_id = ?", room_id)
 
+    def room_id(self, room: int) -> str:
+        return self.text("SELECT room_id FROM rooms WHERE n = ?", room) or ""
+
     def room_of(self, tick: int) -> RoomRow | None:
         """The room of an event."""
         return self.row(RoomRow, "rooms JOIN events ON n = room WHERE tick = ?", tick)
@@ -3507,8 +3512,8 @@ class Reader:
 
     def event_near(self, room: int, ts: int, later: bool, visible: str) -> Event | None:
         """The nearest one that was not sent before this time, or not after it."""
-        found = self.found(f"e.room = ? AND e.ts {'>=' if later else '<='} ? AND {VISIBLE} "
-                           f"ORDER BY e.ts {'ASC' if later else 'DESC'}, e.tick {'ASC' if later else 'DESC'} LIMIT 1", room, ts, visible)
+        at, order = (">=", "ASC") if later else ("<=", "DESC")
+        found = self.found(f"e.room = ? AND e.ts {at} ? AND {VISIBLE} ORDER BY e.ts {order}, e.tick {order} LIMIT 1", room, ts, visible)
         return next(iter(found), None)
 
     def all_events(self, after: int, limit: int) -> list[Event]:
@@ -3531,6 +3536,13 @@ class Reader:
             found = self.found("e.room = ? AND e.type = ? AND e.state_key = ? AND e.state_key IS NOT NULL AND e.tick <= ? "
                                "ORDER BY e.tick DESC LIMIT 1", room, type, state_key, upto)
         return next(iter(found), None)
+
+    def stripped(self, room: int, members: Sequence[str], upto: int = FOREVER) -> list[JsonObject]:
+        """What somebody invited may know of a room: its face, and these members (Stripped state)."""
+        keys = [*((type, "") for type in STRIPPED_STATE), *(("m.room.member", user_id) for user_id in members)]
+        found = [self.state_event(room, type, state_key, upto) for type, state_key in keys]
+        return [{"type": event.type, "state_key": event.state_key, "sender": event.sender, "content": event.content}
+                for event in found if event]
 
     def state_at(self, room: int, upto: int = FOREVER, after: int = 0, type: str = "*") -> list[Event]:
         """The state as it was at `upto`, of that only what changed since `after`, old to new."""
@@ -3788,8 +3800,8 @@ class Tx(Reader):
         self.rooms: collections.OrderedDict[str, Room] = collections.OrderedDict()
         self.boxes: dict[str, Outbox] = {}                   # the same for the outboxes
         self.ready: set[str] = set()                         # of these, the ones that freeze() is to look at
-        # Ephemeral data that waits, by application service: what it replaces → since when (monotonic), data. In memory only.
-        self.ephemeral: dict[str, dict[Any, tuple[float, JsonObject]]] = {}
+        # Ephemeral data that waits, by application service: what it replaces → data. In memory only.
+        self.ephemeral: dict[str, dict[Any, JsonObject]] = {}
         # Application services that may have messages to devices or news of keys waiting, and the users among their own
         # whose key counts they should hear.
         self.news: dict[str, set[str]] = {}
@@ -3801,6 +3813,7 @@ class Tx(Reader):
     def new_batch(self) -> None:
         """Nothing has been done yet; what there is to do after COMMIT is gathered here."""
         self.on_commit: list[Callable[[], object]] = []      # to be done then, in this order
+        self.typed: set[tuple[int, str]] = set()             # room and user: who began or stopped typing
         self.woken: set[str] = set()                         # users to wake,
         self.woken_rooms: set[Room] = set()                  # rooms whose members to wake,
         self.woken_around: set[str] = set()                  # and users: who is in a room with them is to be woken
@@ -4231,7 +4244,7 @@ class Tx(Reader):
                      draft.content["membership"], tick)
             if was_in != (key in room.joined):
                 (audience.remove if was_in else audience.add)("users", key)
-                self.on_commit.append(lambda: self.store.on_membership(room.n, key, tick))
+                self.store.on_membership(self, room, key)
             self.wake(key)
 
     def sent(self, room: int, draft: Draft, device_id: str | None, txn_id: str) -> str | None:
@@ -4288,9 +4301,16 @@ class Tx(Reader):
         more = self._frozen_ephemeral(id) + self._frozen_news(id)
         if not rows and not more:
             return
-        body = '{"events":[' + ",".join([Event(*row).for_appservice(now) for row in rows]) + f"]{more}}}"
+        events = [Event(*row) for row in rows]
+        body = '{"events":[' + ",".join([event.for_appservice(now, self._face(event)) for event in events]) + f"]{more}}}"
         transaction = Transaction(id, self._next_txn_id(id), len(rows), body.encode("utf-8", "replace"))
         self._add_transaction(box, transaction, int(rows[-1][0]) if rows else box.frozen_to)
+
+    def _face(self, event: Event) -> str:
+        """For an invitation or a knock: what the invited may know of the room, as a part of `unsigned` (m.room.member)."""
+        membership = event.content.get("membership") if event.type == "m.room.member" else None
+        row = self.room_of(event.tick) if membership in ("invite", "knock") else None
+        return f',"{membership}_room_state":{to_json(self.stripped(row.n, [event.sender], event.tick))}' if row else ""
 
     def _add_transaction(self, box: Outbox, new: Transaction, last_tick: int) -> None:
         self.run("INSERT INTO transactions VALUES (?, ?, ?, ?, ?, NULL)", new.appservice, new.txn_id, last_tick, new.events, new.body)
@@ -4378,7 +4398,7 @@ class Tx(Reader):
         def change(id: str) -> None:
             waiting = self.ephemeral.setdefault(id, {})
             self._replaced.append((id, key, waiting.pop(key, None)))     # the latest of each
-            waiting[key] = (self.store.clock.monotonic(), data)
+            waiting[key] = data
             if len(waiting) > MAX_EPHEMERAL:
                 del waiting[next(iter(waiting))]
             self.ready.add(id)
@@ -4413,14 +4433,11 @@ class Tx(Reader):
                 self.ready.add(id)
 
     def _frozen_ephemeral(self, id: str) -> str:
-        """The part of a transaction for what waits; typing that has become stale is dropped."""
-        waiting, now = self.ephemeral.get(id, {}), self.store.clock.monotonic()
+        """The part of a transaction for what waits."""
+        data, registration = [*self.ephemeral.get(id, {}).values()], self.store.registrations.by_id.get(id)
         self.on_commit.append(functools.partial(self.ephemeral.pop, id, None))       # not if the COMMIT fails
-        data = [data for at, data in waiting.values() if data["type"] != "m.typing" or now - at < STALE_TYPING_SECONDS]
-        text = to_json(data)
-        registration = self.store.registrations.by_id.get(id)
         keys = registration.ephemeral_keys if registration and data else ()
-        return "".join([f',"{key}":{text}' for key in keys])
+        return "".join([f',"{key}":{to_json(data)}' for key in keys])
 
     def _frozen_news(self, id: str) -> str:
         """The part of a transaction for encrypting bridges (MSC2409, MSC3202): messages to devices, which leave the
@@ -4551,9 +4568,9 @@ class Store:
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._moved: dict[int, int] = {}                     # room → its last tick, if it moved since the start
         self.waiters = Waiters(clock)
-        # Called on the writer thread after COMMIT: with each frozen transaction; with room, user and tick of a join or leave.
+        # Called on the writer thread: after COMMIT with each frozen transaction; within the job with room and user of a join or leave.
         self.on_frozen: Callable[[Transaction], object] = lambda transaction: None
-        self.on_membership: Callable[[int, str, int], object] = lambda room, user_id, tick: None
+        self.on_membership: Callable[[Tx, Room, str], object] = lambda tx, room, user_id: None
         self.late: list[Callable[[], object]] = []           # what there was no thread for: tried again after the next COMMIT
         self._log, self._log_limit = os.path.realpath(self.path) + "-wal", MAX_LOG_BYTES
         self._closed = False
@@ -5331,7 +5348,7 @@ def view_by(room: int, room_id: str, memberships: Sequence[tuple[int, str]], vis
 def not_in(user_id: str, room_id: str) -> MatrixError:
     """The refusal for who is not in a room: the same whether there is one or not, so that nobody finds out by asking."""
     hint = "; that is an alias: GET /directory/room/{alias} says which room ID to write here" if room_id[:1] == "#" else ""
-    return forbidden(f"{user_id} is not in the room {shorten(room_id)}{hint}")
+    return forbidden(f"{user_id} is not in room {shorten(room_id)}{hint}")      # SDKs look for "not in room"
 
 
 def view_of(reader: Reader, user_id: str, room_id: str, errcode: str = "M_FORBIDDEN") -> View:
@@ -5559,10 +5576,10 @@ class Rooms(Verbs):
             room = tx.add_room(f"!{self.world.chance.text(who.user_id)}:{self.world.name}", plan.version)
             if plan.published:
                 tx.publish_room(room, True)
-            for index, draft in enumerate(plan.drafts(self._member(tx, who, who.user_id, "join"))):
+            if plan.alias:                                   # now: who claims it gets all events
+                self.aliases.put(tx, who, plan.alias, room, "M_ROOM_IN_USE")
+            for draft in plan.drafts(self._member(tx, who, who.user_id, "join")):
                 self._append_first(tx, room, draft)
-                if index == 0 and plan.alias:
-                    self.aliases.put(tx, who, plan.alias, room, "M_ROOM_IN_USE")
             for user_id in plan.invite:
                 direct = {"is_direct": True} if plan.is_direct else {}
                 self._append_first(tx, room, self._member(tx, who, user_id, "invite", direct))
@@ -5641,7 +5658,7 @@ class Rooms(Verbs):
 
     def kick(self, who: Who, room_id: str, user_id: str, extra: JsonObject | None = None) -> None:
         """Puts somebody out, or takes an invitation back."""
-        refusal = forbidden(f"{shorten(user_id)} is not in the room")
+        refusal = forbidden(f"{shorten(user_id)} is not in room")
         self.set_membership(who, room_id, user_id, "leave", extra, ("join", "invite", "knock"), refusal)
 
     def unban(self, who: Who, room_id: str, user_id: str, extra: JsonObject | None = None) -> None:
@@ -5719,10 +5736,11 @@ class Rooms(Verbs):
             self.world.ask("users", state_key, who.appservice, False)
 
         def put(tx: Tx, room: Room) -> str:
-            chosen = content
+            chosen, membership = content, content.get("membership")
             if type == "m.room.member":                      # who vouches for a join is for the homeserver to say
                 chosen = {key: value for key, value in content.items() if key != "join_authorised_via_users_server"}
-                chosen |= self._voucher(tx, room, state_key) if content.get("membership") == "join" else {}
+                chosen = {**self._member(tx, who, state_key, membership or "").content, **chosen}
+                chosen |= self._voucher(tx, room, state_key) if membership == "join" else {}
             return self._change_state(tx, room, Draft(type, who.user_id, chosen, state_key), ts)
 
         def job(tx: Tx) -> str:
@@ -6021,7 +6039,7 @@ class Window:
     def events(self, filter: Filter, found: Sequence[JsonObject | None]) -> JsonObject:
         """The events that the filter wants, as a part of the answer."""
         events = [event for event in found if event and filter.passes(
-            Event(0, event["type"], None, event.get("sender", ""), 0, '{"content":{}}', None, None, None, None, 0))]
+            Event(0, event["type"], None, event.get("sender", ""), 0, '{"content":{}}', None, None, None, None, None, 0))]
         return {"events": events} if events else {}
 
     # -- rooms
@@ -6164,9 +6182,7 @@ class RoomWindow:
         me = self.who.user_id
         own = self.reader.state_event(self.room, "m.room.member", me)
         speakers = [own.sender, me] if own and own.sender != me else [me]
-        keys = [*((type, "") for type in STRIPPED_STATE), *(("m.room.member", user_id) for user_id in speakers)]
-        return [{"type": event.type, "state_key": event.state_key, "sender": event.sender, "content": event.content}
-                for event in state_events(self.reader, self.room, keys)]
+        return self.reader.stripped(self.room, speakers)
 
     def _passing(self) -> list[JsonObject | None]:
         """Who types, and the new receipts."""
@@ -6439,9 +6455,10 @@ class Directory(Verbs):
         state = reader.contents(row.n, ("m.room.encryption", "m.room.join_rules"))
         allow = state.get("m.room.join_rules", {}).get("allow")
         rules = [rule for rule in allow if isinstance(rule, dict) and "room_id" in rule] if isinstance(allow, list) else []
+        restricted = entry["join_rule"] in ("restricted", "knock_restricted")
         return {**entry, "room_version": row.version, **without_none({
             "encryption": state.get("m.room.encryption", {}).get("algorithm"),
-            "allowed_room_ids": [rule["room_id"] for rule in rules] if entry["join_rule"] in ("restricted", "knock_restricted") else None})}
+            "allowed_room_ids": [rule["room_id"] for rule in rules] if restricted else None})}
 
     def _space_entry(self, reader: Reader, who: Who, room_id: str, suggested_only: bool) -> JsonObject | None:
         """A room with the m.space.child events, in the order of the space, if it is one; None if it may not be seen."""
@@ -6653,7 +6670,7 @@ class Typing(Verbs):
         self._guard = threading.Lock()                       # guards _rooms
         self._began = self.store.began()                     # whoever typed before this tick has stopped
         self.timer = Timer(self.clock, "typing", self._ends, lambda: self.store.write(self._drop_expired))
-        self.store.on_membership = lambda room, user_id, tick: self._publish(room, tick, {user_id: None})
+        self.store.on_membership = self._stop
 
     def set(self, who: Who, room_id: str, until: float | None) -> None:
         """`until`: the clock's monotonic time; None: stopped typing."""
@@ -6669,8 +6686,16 @@ class Typing(Verbs):
         changed = since < tick <= now and (users or since)
         return {"type": "m.typing", "content": {"user_ids": sorted(users)}} if changed else None
 
+    def _stop(self, tx: Tx, room: Room, user_id: str) -> None:
+        """Who leaves does not type any more."""
+        with self._guard:
+            types = user_id in self._rooms.get(room.n, (0, {}))[1]
+        if types or (room.n, user_id) in tx.typed:
+            self._change(tx, room, {user_id: None})
+
     def _change(self, tx: Tx, room: Room, users: Mapping[str, float | None]) -> None:
         tick = tx.tick()
+        tx.typed.update((room.n, user_id) for user_id in users)
         tx.moved[room.n] = tick
         tx.wake_room(room)
         tx.on_commit.append(lambda: self._publish(room.n, tick, users))
@@ -6693,12 +6718,9 @@ class Typing(Verbs):
         now = self.clock.monotonic()
         with self._guard:
             ended = {room: [user for user, until in users.items() if until <= now] for room, (_, users) in self._rooms.items()}
-        over = {room: users for room, users in ended.items() if users}
-        for room in list(tx.rooms.values()):
-            if room.n in over:
-                self._change(tx, room, dict.fromkeys(over.pop(room.n)))
-        for n, users in over.items():                        # rooms that the writer has let go of
-            tx.on_commit.append(functools.partial(self._publish, n, tx.tick(), dict.fromkeys(users)))
+        for n, users in ended.items():
+            if users and (room := tx.room(tx.room_id(n))):
+                self._change(tx, room, dict.fromkeys(users))
 
 
 PRESENCES = ("online", "unavailable", "offline")
@@ -8712,32 +8734,36 @@ class Route(NamedTuple):
     handler: Callable[..., Any]
 
 
-class Router:
-    """Finds routes by walking the path's segments. r0, v1 and v3 spellings of a route are one."""
+# By which versions endpoints were called before, as old software still calls them.
+OTHER_VERSIONS = {"/_matrix/client/v3/": ("r0", "unstable"), "/_matrix/client/v1/": ("unstable",), "/_matrix/media/v3/": ("r0", "v1"),
+                  "/_matrix/app/v1/": ("r0", "unstable")}
 
-    VERSION = re.compile(r"r0|v[0-9]+|unstable")
-    VARIABLE, ANY_VERSION = "/{}", "/v"                      # no segment has a slash in it
+
+def spellings(path: str) -> list[str]:
+    """A route's path, and how else it may be written."""
+    prefix = next((prefix for prefix in OTHER_VERSIONS if path.startswith(prefix)), "")
+    api, version = prefix[:-3], prefix[-3:-1]
+    return [path, *(path.replace(f"{api}{version}", f"{api}{other}", 1) for other in OTHER_VERSIONS.get(prefix, ()))]
+
+
+class Router:
+    """Finds routes by walking the path's segments."""
+
+    VARIABLE = "/{}"                     # no segment has a slash in it
 
     def __init__(self, routes: Sequence[Route]) -> None:
         self._root: dict[str, Any] = {}  # segment, or VARIABLE → the like; None → {method: route}
-        for route in routes:
+        for route, path in [(one, path) for one in routes for path in spellings(one.path)]:
             node = self._root
-            for segment in self._segments(route.path):
+            for segment in path.split("/")[1:]:
                 node = node.setdefault(self.VARIABLE if segment[:1] == "{" else segment, {})
-            names = re.findall(r"{(\w+)}", route.path)
+            names = re.findall(r"{(\w+)}", path)
             node.setdefault(None, {})[route.method] = route, names       # type: ignore[call-overload]
-
-    @classmethod
-    def _segments(cls, path: str) -> list[str]:
-        segments = path.split("/")[1:]
-        if len(segments) > 2 and segments[0] == "_matrix" and cls.VERSION.fullmatch(segments[2]):
-            segments[2] = cls.ANY_VERSION
-        return segments
 
     def find(self, method: str, path: str) -> tuple[Route, dict[str, str]]:
         """The route and the variables of its path, decoded; M_UNRECOGNIZED, 404 or 405."""
         node, values = self._root, []
-        for segment in self._segments(path):
+        for segment in path.split("/")[1:]:
             literal = node.get(segment)
             if literal is None:
                 values.append(segment)
@@ -9805,7 +9831,7 @@ ROUTES = route_table(
     ("POST",   "C/user_directory/search",                      "user",       "User Directory",              search_users),
     # Media
     ("POST",   "M/upload",                                     "user",       "Content repository",          upload),
-    ("POST",   "M/create",                                     "user",       "Content repository",          just(Media.create)),
+    ("POST",   "/_matrix/media/v1/create",                     "user",       "Content repository",          just(Media.create)),
     ("PUT",    "M/upload/{serverName}/{mediaId}",              "user",       "Content repository",          upload),
     ("GET",    "M/download/{serverName}/{mediaId}",            "nobody",     "Content repository",          download),
     ("GET",    "M/download/{serverName}/{mediaId}/{fileName}", "nobody",     "Content repository",          download),
@@ -10297,7 +10323,7 @@ class Examiner:
         body = {"room_id": f"!{secrets.token_hex(9)}:{NOWHERE}", "sender": f"@nobody:{NOWHERE}", "type": type,
                 "content": content, "origin_server_ts": now - 100, **more}
         whole = to_json({"event_id": event_id_of(tick, canonical_json(body)), **body})
-        return Raw(Event(tick, type, None, body["sender"], now - 100, whole, None, None, None, None, 0).for_appservice(now))
+        return Raw(Event(tick, type, None, body["sender"], now - 100, whole, None, None, None, None, None, 0).for_appservice(now))
 
     # -- What is seen.
 
