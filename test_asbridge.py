@@ -5403,6 +5403,19 @@ def test_a_room_that_would_begin_with_too_many_events_is_refused_and_told_what_e
     assert (status, answer["errcode"]) == (413, "M_TOO_LARGE") and "1000" in answer["error"] and "when the room is there" in answer["error"]
 
 
+def test_a_topic_is_told_as_text_in_the_newer_form_too(alice):
+    assert alice.state(alice.create_room(topic="T"), "m.room.topic") == {"topic": "T", "m.topic": {"m.text": [{"body": "T", "mimetype": "text/plain"}]}}
+
+
+def test_third_party_identifiers_are_refused_by_name(hs, alice, room):
+    for method, where, body, status, errcode in (
+            ("POST", "/createRoom", {"invite_3pid": [{"medium": "email", "address": "a@b"}]}, 403, "M_FORBIDDEN"), ("POST", "/createRoom", {"invite_3pid": []}, 200, None),
+            ("POST", f"/rooms/{room}/invite", {"medium": "email", "address": "a@b"}, 403, "M_FORBIDDEN"),
+            ("POST", "/login", {"type": "m.login.password", "identifier": {"type": "m.id.thirdparty", "medium": "email", "address": "a@b"}, "password": "x"}, 400, "M_UNKNOWN")):
+        got, answer = ask(hs, method, V3 + where, alice.token, body)
+        assert (got, answer.get("errcode")) == (status, errcode) and (errcode is None or "user IDs only" in answer["error"])
+
+
 @pytest.mark.parametrize("options", [{}, {"preset": "trusted_private_chat", "invite": ["@bob:localhost"]}])
 @pytest.mark.parametrize("more", [5, "@a:b", ["nobody"], [5], [{}], [{}, 5], {}])
 def test_additional_creators_are_user_ids(alice, bob, more, options):
@@ -6256,6 +6269,33 @@ def test_each_part_of_a_filter_may_choose_rooms(alice, room, part, missing):
         entry = joined(alice.sync(filter={"room": {part: narrow}}), room)
         assert not entry.get(missing, {"events": []})["events"]
     assert joined(alice.sync(filter={"room": {part: {"rooms": [room]}}}), room)[missing]["events"]
+
+
+@pytest.mark.parametrize("source", [
+    {"event_fields": "x"}, {"room": {"include_leave": "true"}}, {"room": {"state": {"lazy_load_members": "false"}}}, {"room": {"timeline": {"lazy_load_members": 1}}},
+    {"room": {"timeline": {"unread_thread_notifications": "x"}}}])
+def test_a_filter_takes_only_what_is_of_the_right_type(alice, source):
+    for use in (lambda: alice.sync(filter=source), lambda: alice.call("POST", path("user", alice.user_id, "filter"), source)):
+        with refused("M_BAD_JSON", 400):
+            use()
+
+
+def test_a_timeline_of_which_no_event_is_wanted_is_limited_and_read_from_its_end(alice, bob, room):
+    since, said = alice.sync()["next_batch"], [bob.join(room), bob.say(room, "1"), bob.say(room, "2")]
+    told = joined(alice.sync(since, filter={"room": {"timeline": {"limit": 0}}}), room)["timeline"]
+    assert told["events"] == [] and told["limited"] and bodies(alice.messages(room, "b", 2, **{"from": told["prev_batch"]})["chunk"]) == ["2", "1"] and said
+
+
+def test_a_room_that_one_has_joined_and_left_since_comes_with_its_state(alice, bob):
+    room, since = alice.create_room(preset="public_chat", name="Tea"), bob.sync()["next_batch"]
+    bob.join(room), bob.leave(room)
+    state = bob.sync(since)["rooms"]["leave"][room]["state"]["events"]
+    assert {"m.room.create", "m.room.name"} <= {*types(state)}
+    bob.join(room)
+    since = bob.sync()["next_batch"]
+    alice.set_state(room, "m.room.name", {"name": "Coffee"}), bob.leave(room)
+    left = bob.sync(since)["rooms"]["leave"][room]
+    assert types(left["state"]["events"]) == [] and types(left["timeline"]["events"]) == ["m.room.name", "m.room.member"]
 
 
 @pytest.mark.parametrize("narrow, found", [
@@ -7256,6 +7296,20 @@ def test_who_is_online_and_does_nothing_becomes_unavailable_until_something_is_d
     assert presence_of(alice, bob)["presence"] == "online"
 
 
+def test_of_several_devices_those_count_that_sync_and_have_synced_since_the_user_said_something(pair):
+    hs, alice, bob, _, _ = pair
+    other = again(hs, bob)
+    other.ask("GET", "sync", set_presence="online")
+    bob.ask("GET", "sync", set_presence="unavailable")
+    assert presence_of(alice, bob)["presence"] == "online"
+    hs.advance(asbridge.OFFLINE_SECONDS + 1)                 # the other one has gone
+    bob.ask("GET", "sync", set_presence="unavailable")
+    assert presence_of(alice, bob)["presence"] == "unavailable"
+    other.ask("GET", "sync", set_presence="online"), set_presence(bob, "unavailable")
+    again(hs, bob).ask("GET", "sync", set_presence="unavailable")
+    assert presence_of(alice, bob)["presence"] == "unavailable"
+
+
 def test_what_a_user_says_stays_though_the_client_goes_on_syncing(pair):
     hs, alice, bob, _, since = pair
     since_bob = bob.sync()["next_batch"]
@@ -7690,6 +7744,35 @@ def test_a_message_to_all_devices_wakes_each_and_is_sent_once_for_its_transactio
     assert len(alice.sync(tokens[0])["to_device"]["events"]) == 1
     bob.ask("PUT", "sendToDevice", "m.y", "same", body={"messages": {alice.user_id: {"*": {"n": 2}}}})
     assert [message["type"] for message in alice.sync(tokens[0])["to_device"]["events"]] == ["m.x", "m.y"]
+
+
+@pytest.mark.parametrize("keys", [{"algorithms": None}, {"keys": None}, {"signatures": None}, {"algorithms": "x"}, {"keys": []}, {"signatures": 5}])
+def test_device_keys_that_others_could_not_read_are_refused(alice, bob, keys):
+    with refused("M_BAD_JSON", 400, next(iter(keys))):
+        alice.ask("POST", "keys", "upload", body={"device_keys": {key: value for key, value in device_keys(alice, **keys).items() if value is not None}})
+    assert bob.ask("POST", "keys", "query", body={"device_keys": {alice.user_id: []}})["device_keys"][alice.user_id] == {}
+
+
+def test_who_is_invited_banned_or_has_declined_was_met_in_no_room_and_has_not_left(alice, bob, carol):
+    upload(bob), upload(carol)
+    since, room = alice.sync()["next_batch"], alice.create_room(invite=[bob.user_id, carol.user_id])
+    assert "device_lists" not in alice.sync(since)
+    since = alice.sync()["next_batch"]
+    bob.leave(room), alice.ask("POST", "rooms", room, "ban", body={"user_id": carol.user_id})
+    assert "device_lists" not in alice.sync(since)
+
+
+def test_what_has_changed_in_device_lists_may_be_asked_for(alice, bob, room):
+    since = alice.sync()["next_batch"]
+    upload(bob), bob.join(room)
+    changes = "/_matrix/client/v3/keys/changes"
+    assert alice.call("GET", changes, **{"from": since, "to": "1"}) == {"changed": [bob.user_id], "left": []} == alice.sync(since)["device_lists"]
+    since = alice.sync()["next_batch"]
+    assert alice.call("GET", changes, **{"from": since, "to": since}) == {"changed": [], "left": []}
+    bob.leave(room)
+    assert alice.call("GET", changes, **{"from": since, "to": since}) == {"changed": [], "left": [bob.user_id]}
+    with refused("M_MISSING_PARAM", 400):
+        alice.call("GET", changes, to="5")
 
 
 def test_messages_to_devices_outlive_the_homeserver(start, tmp_path):
