@@ -42,7 +42,7 @@ is decided, and written down, in the database transaction that stores the event,
 The way of a line, there and back
 =================================
     IRC client, "PRIVMSG #lobby :hello"     11 IrcClient.lines, obey, do_privmsg, speak, say
-    the bridge, as the ghost of the nick    11 IrcBridge._send, _do_say; 10 Intent.send, Client.call
+    the bridge, as the ghost of the nick    11 IrcBridge._send, _do_say; 10 Client.send, Intent.call
     PUT ...send/m.room.message?user_id=     2 Connection.exchange; 8 Api._answer, identify, act_as; the handler: send
     may it, in this room?                   6 Rooms.send, _append; 4 authorise
     stored, with a row for each AS          5 Tx.append, _insert; 3 Audience.interested
@@ -83,7 +83,7 @@ to follow the rest.
 
 Reading paths
 =============
-    The Application Service API in an hour (about 1,900 lines)
+    The Application Service API in two hours (about 2,100 lines)
         3 down to "Why?"; in 5, of Tx, "events" and "the outbox"; 7 down to "What passes"; in 8 "Who is
         asking?"; 10. How jobs and batches work: the beginning of Tx, and "the writer thread" in 5. How a
         ghost is made, and when an alias is asked for: Accounts and Aliases in 6
@@ -149,7 +149,7 @@ import queue
 import random
 import re
 import secrets
-import select
+import selectors
 import shutil
 import signal
 import socket
@@ -1150,6 +1150,8 @@ class HttpClient:
             self._connection = self._connect(deadline)
         connection: Any = self._connection                   # where abort() finds it, too
         try:
+            if self._given_up:                               # while it connected
+                raise ConnectionAbortedError(errno.ECONNABORTED, "given up")
             connection.sock.settimeout(max(0.001, deadline - time.monotonic()))
             connection.sock.deadline, connection.sock.left = deadline, MAX_HEAD_BYTES + 2 * limit     # for the sizes of chunks
             taken = self._send(connection, method, self.base + path, body, dict(headers))
@@ -1196,7 +1198,9 @@ class HttpClient:
         """Whether the server has closed the kept connection (or said something that nobody asked for)."""
         assert self._connection is not None
         try:
-            readable = bool(select.select([self._connection.sock], [], [], 0)[0])
+            with selectors.DefaultSelector() as look:        # select() takes no handle from 1,024 on
+                look.register(self._connection.sock, selectors.EVENT_READ)
+                readable = bool(look.select(0))
         except (OSError, ValueError):
             readable = True
         if readable:
@@ -3293,6 +3297,7 @@ class Filter(NamedTuple):
         return self if self.wants(room_id) else Filter(types=[])
 
     def passes(self, event: Event) -> bool:
+        """The same for one event of a room that the filter wants, but for `ignored`."""
         def any_type(types: Sequence[str]) -> bool:
             return any(one == event.type or ("*" in one and type_matcher(one)(event.type)) for one in types)
         if self.contains_url is not None and isinstance(event.content.get("url"), str) != self.contains_url:
@@ -3463,6 +3468,7 @@ class Reader:
                         "JOIN rooms r ON r.room_id = json_extract(e.json, a.fullkey || '.room_id') JOIN memberships m ON m.room = r.n "
                         "WHERE s.room = ? AND s.type = 'm.room.join_rules' AND s.state_key = '' AND m.user_id = ? "
                         "AND json_extract(e.json, '$.content.join_rule') IN ('restricted', 'knock_restricted') "
+                        "AND json_extract(e.json, a.fullkey || '.type') = 'm.room_membership' "
                         "AND m.membership = 'join' LIMIT 1", room, user_id) is not None
 
     def aliases_of(self, room: int) -> list[str]:
@@ -3799,7 +3805,7 @@ class Tx(Reader):
         # the writer's cache of room states
         self.rooms: collections.OrderedDict[str, Room] = collections.OrderedDict()
         self.boxes: dict[str, Outbox] = {}                   # the same for the outboxes
-        self.ready: set[str] = set()                         # of these, the ones that freeze() is to look at
+        self.ready: set[str] = set()                         # application services that freeze() is to look at
         # Ephemeral data that waits, by application service: what it replaces → data. In memory only.
         self.ephemeral: dict[str, dict[Any, JsonObject]] = {}
         # Application services that may have messages to devices or news of keys waiting, and the users among their own
@@ -3813,7 +3819,7 @@ class Tx(Reader):
     def new_batch(self) -> None:
         """Nothing has been done yet; what there is to do after COMMIT is gathered here."""
         self.on_commit: list[Callable[[], object]] = []      # to be done then, in this order
-        self.typed: set[tuple[int, str]] = set()             # room and user: who began or stopped typing
+        self.typing: dict[int, dict[str, float]] = {}        # who types in a room where this batch has changed that (6, Typing)
         self.woken: set[str] = set()                         # users to wake,
         self.woken_rooms: set[Room] = set()                  # rooms whose members to wake,
         self.woken_around: set[str] = set()                  # and users: who is in a room with them is to be woken
@@ -4415,8 +4421,9 @@ class Tx(Reader):
         that before it knows that it has the device.
         """
         user = self.user(user_id)
-        id = user.appservice or "" if user else ""
-        self._on_kept.append(lambda: self.keyless.setdefault(id, set()).add((user_id, device_id)))
+        registration = self.store.registrations.by_id.get(user.appservice or "") if user else None
+        if registration and registration.hears_keys:
+            self._on_kept.append(lambda: self.keyless.setdefault(registration.id, set()).add((user_id, device_id)))
 
     def _tell_news(self, id: str, *users: str) -> None:
         """An application service is to hear of messages to devices or of keys, and of these users' key counts."""
@@ -5270,7 +5277,7 @@ class Accounts(Verbs):
         tx.set_profile(user_id, key, value)
         for room in tx.joined_rooms(user_id):
             before = room.content("m.room.member", user_id)
-            content = without_none({**before, key: value})
+            content = without_none({**before, key: value, "reason": None})       # that was of the join
             draft = Draft("m.room.member", user_id, content, user_id)
             if content != before and is_allowed(room, draft):   # where the rules let nobody join any more, the old name stays
                 tx.append(room, draft, self.clock.now())
@@ -5641,15 +5648,10 @@ class Rooms(Verbs):
         """For a restricted room: a member with the power to invite, if the user is in a room that it names."""
         if room.join_rule not in ("restricted", "knock_restricted") or room.membership(user_id) in ("invite", "join"):
             return {}
-        allow = room.content("m.room.join_rules").get("allow")
-        rules = [entry for entry in allow if isinstance(entry, dict)] if isinstance(allow, list) else []
-        ids = [entry.get("room_id") for entry in rules if entry.get("type") == "m.room_membership"]
-        others = [tx.room(id) for id in ids if isinstance(id, str)]
-        if any(other and user_id in other.joined for other in others):
-            for member in room.joined:
-                if room.power(member) >= room.needed("invite"):
-                    return {"join_authorised_via_users_server": member}
-        return {}
+        if not tx.may_join_by_another(user_id, room.n):
+            return {}
+        member = min((one for one in room.joined if room.power(one) >= room.needed("invite")), default=None)
+        return {"join_authorised_via_users_server": member} if member else {}
 
     def invite(self, who: Who, room_id: str, user_id: str, extra: JsonObject | None = None) -> None:
         """Invites; a ghost that does not exist yet is asked for first, and invited whatever the answer was."""
@@ -6670,7 +6672,7 @@ class Typing(Verbs):
         self._guard = threading.Lock()                       # guards _rooms
         self._began = self.store.began()                     # whoever typed before this tick has stopped
         self.timer = Timer(self.clock, "typing", self._ends, lambda: self.store.write(self._drop_expired))
-        self.store.on_membership = self._stop
+        self.store.on_membership = lambda tx, room, user_id: self._change(tx, room, {user_id: None})
 
     def set(self, who: Who, room_id: str, until: float | None) -> None:
         """`until`: the clock's monotonic time; None: stopped typing."""
@@ -6686,29 +6688,25 @@ class Typing(Verbs):
         changed = since < tick <= now and (users or since)
         return {"type": "m.typing", "content": {"user_ids": sorted(users)}} if changed else None
 
-    def _stop(self, tx: Tx, room: Room, user_id: str) -> None:
-        """Who leaves does not type any more."""
+    def _now(self, tx: Tx, room: int) -> dict[str, float]:
+        """Who types, with what this batch has changed."""
         with self._guard:
-            types = user_id in self._rooms.get(room.n, (0, {}))[1]
-        if types or (room.n, user_id) in tx.typed:
-            self._change(tx, room, {user_id: None})
+            return tx.typing[room] if room in tx.typing else self._rooms.get(room, (0, {}))[1]
 
     def _change(self, tx: Tx, room: Room, users: Mapping[str, float | None]) -> None:
-        tick = tx.tick()
-        tx.typed.update((room.n, user_id) for user_id in users)
-        tx.moved[room.n] = tick
+        before = self._now(tx, room.n)
+        if not (before.keys() & users.keys() or any(users.values())):        # who stops had not started
+            return
+        tick = tx.moved[room.n] = tx.tick()
+        now = tx.typing[room.n] = without_none({**before, **users})
         tx.wake_room(room)
-        tx.on_commit.append(lambda: self._publish(room.n, tick, users))
-        with self._guard:
-            now = {**self._rooms.get(room.n, (0, {}))[1], **users}
+        tx.on_commit.append(lambda: self._publish(room.n, tick, now))
         for user_id in users:
-            tx.push_ephemeral(room, user_id, "m.typing", {"content": {"user_ids": sorted(without_none(now))}})
+            tx.push_ephemeral(room, user_id, "m.typing", {"content": {"user_ids": sorted(now)}})
 
-    def _publish(self, room: int, tick: int, users: Mapping[str, float | None]) -> None:
+    def _publish(self, room: int, tick: int, users: dict[str, float]) -> None:
         with self._guard:
-            before = self._rooms.get(room, (0, {}))[1]
-            if before.keys() & users.keys() or any(users.values()):          # else who stopped had not started
-                self._rooms[room] = (tick, without_none({**before, **users}))
+            self._rooms[room] = (tick, users)
 
     def _ends(self) -> float:
         with self._guard:
@@ -6717,10 +6715,11 @@ class Typing(Verbs):
     def _drop_expired(self, tx: Tx) -> None:
         now = self.clock.monotonic()
         with self._guard:
-            ended = {room: [user for user, until in users.items() if until <= now] for room, (_, users) in self._rooms.items()}
-        for n, users in ended.items():
-            if users and (room := tx.room(tx.room_id(n))):
-                self._change(tx, room, dict.fromkeys(users))
+            rooms = list(self._rooms)
+        for n in rooms:
+            ended = [user for user, until in self._now(tx, n).items() if until <= now]
+            if ended and (room := tx.room(tx.room_id(n))):
+                self._change(tx, room, dict.fromkeys(ended))
 
 
 PRESENCES = ("online", "unavailable", "offline")
@@ -6739,7 +6738,7 @@ class Status(NamedTuple):
     def at(self, now: float) -> Status:
         """What it has become by itself."""
         if self.until <= now:
-            return Status(message=self.message, active_at=self.active_at, active_ts=self.active_ts, tick=self.tick)
+            return self._replace(presence="offline", until=math.inf, wishes={})
         return self._replace(presence="unavailable") if self.idle_at <= now else self
 
     @property
@@ -6776,7 +6775,7 @@ class Presence(Verbs):
         """Sets what the user says. A ghost is so until its application service says otherwise."""
         def change(status: Status, now: float) -> Status:
             until = math.inf if who.appservice or presence == "offline" else now + OFFLINE_SECONDS
-            spent = {device: (wish, now) for device, (wish, _) in status.wishes.items()}
+            spent = {device: (wish, 0.0) for device, (wish, _) in status.wishes.items()}
             return status.lasting(until)._replace(presence=presence, message=message, active_at=now, wishes=spent)
         self._change(who.user_id, change)
 
@@ -6786,11 +6785,12 @@ class Presence(Verbs):
         """
         def change(status: Status, now: float) -> Status:
             until = now + seconds + OFFLINE_SECONDS
+            gone = {device for device, (_, counts) in status.wishes.items() if 0 < counts <= now and device != who.device_id}
             last, wishes = status.wishes.get(who.device_id), {**status.wishes, who.device_id: (wish, until)}
-            after = status.lasting(until)._replace(wishes=wishes)
-            if status.presence != "offline" and last and last[0] == wish:
+            after = status.lasting(until)._replace(wishes={device: wishes[device] for device in wishes.keys() - gone})
+            if status.presence != "offline" and not gone and last and last[0] == wish:
                 return after
-            counted = [one for one, counts_until in wishes.values() if counts_until > now]
+            counted = [one for one, counts in after.wishes.values() if counts > now]
             return after._replace(presence=min(counted, key=PRESENCES.index), active_at=now)
         if wish != "offline":
             self._change(who.user_id, change)
@@ -6907,17 +6907,17 @@ class Media(Verbs):
 
     @on_writer
     def fill(self, tx: Tx, who: Who, server_name: str, media_id: str, content: bytes, content_type: str, filename: str | None) -> None:
-        media = self._find(tx, server_name, media_id, self.clock.now() - UNUSED_MEDIA_MS)
+        media = self._find(tx, server_name, media_id)
         if media.user_id != who.user_id:
             raise forbidden(f"the URI was made by somebody else than {who.user_id}")
         if media.content is not None:
             raise MatrixError("M_CANNOT_OVERWRITE_MEDIA", "this has its content already; make another URI")
         tx.put_media(media_id, content_type, filename, who.user_id, media.created_ts, content)
 
-    def _find(self, reader: Reader, server_name: str, media_id: str, since: int = 0) -> MediaRow:
-        """M_NOT_FOUND also for what has been empty since before `since`."""
+    def _find(self, reader: Reader, server_name: str, media_id: str) -> MediaRow:
+        """M_NOT_FOUND also for what has been empty for too long."""
         media = reader.media(media_id) if server_name == self.world.name else None
-        if not media or (media.content is None and media.created_ts < since):
+        if not media or (media.content is None and media.created_ts < self.clock.now() - UNUSED_MEDIA_MS):
             raise MatrixError("M_NOT_FOUND", f"there is no media mxc://{shorten(server_name)}/{shorten(media_id)} on this server")
         return media
 
@@ -7629,7 +7629,8 @@ class Unread:
 # The homeserver's calls to application services: transactions, until they are
 # acknowledged; pings; the questions for users and aliases that don't exist yet,
 # and for third-party networks. Spec: Application Service API, Pushing events,
-# Pinging, Querying, Third-party networks, Legacy routes. Does not know clients.
+# Pinging, Querying, Third-party networks, Legacy routes. Knows of clients only
+# where it notes what passes.
 #
 # The way of an event: it was stored together with a row in the outbox of each
 # application service that is interested (5, Tx._insert); at the end of the batch
@@ -9863,7 +9864,7 @@ ROUTES = route_table(
 # for a lesson or a test: faults, pause, replay, the clock. And the examiner: does
 # an application service do what the specification asks? All of it is JSON under
 # /_asbridge/ (its own, in no specification), and a page that uses nothing else.
-# Above, only the doorkeeper (8) and the list of what passes (7) have it in mind.
+# Above, "Why?" (3), what passes and the faults (7), and the doorkeeper (8) are made for it.
 
 MAX_MISSES = 20                  # members that don't match, of those that `why` names
 
@@ -12103,7 +12104,7 @@ class IrcServer:
         self._listener: socket.socket | None = None
         self._accepter: threading.Thread | None = None       # takes connections
         # Guards all that follows, every Person and Channel, and the bridge's maps of them. Held for one IRC line or one
-        # event, in which nothing waits: what goes to IRC is queued, what goes to Matrix is spooled.
+        # event, in which nothing waits but our own disk: what goes to IRC is queued, what goes to Matrix is spooled.
         self.lock = threading.Lock()
         self.people: dict[str, Person] = {}                  # by folded nick: registered clients, people on Matrix
         self.channels: dict[str, Channel] = {}               # by folded name
@@ -12691,7 +12692,7 @@ class IrcBridge(AppService):
         self.rooms: dict[str, Channel] = {}                  # by room ID
         self.direct: dict[str, tuple[str, str]] = {}         # by room ID: ghost and person, the latest last
         self.said: dict[str, tuple[str, str]] = {}           # by event ID: who said it, and when
-        # Only the sender's, or set once:
+        # By whoever makes a ghost, and the same each time:
         self.dressed: dict[str, str] = {}                    # by ghost: the display name that it has
         self.work, self.heard = bell(), bell()               # something was spooled; the homeserver is back
         self.bells.append(self.heard)
@@ -13162,7 +13163,9 @@ class IrcBridge(AppService):
     def on_alias_query(self, alias: str) -> bool:
         """Any channel, whose room is made now."""
         name = self.channel_of(alias)
-        if not name or not self.irc.may_open(name):
+        with self.lock:
+            may = bool(name) and self.irc.may_open(name)
+        if not may:
             return False
         room_id = self.channel_room(name)
         if name != fold(name):
@@ -13745,7 +13748,7 @@ def run_generate(args: argparse.Namespace) -> int:
 def generate_registration(id: str, url: str, prefix: str | None = None, server_name: str = "localhost") -> JsonObject:
     """A registration with random tokens, ready to be written to a file; ConfigError if it would not be one."""
     prefix = to_localpart((prefix or f"{id}_").lstrip("@#"))
-    escaped, server = (text.replace(".", r"\.").replace("+", r"\+") for text in (prefix, server_name))
+    escaped, server = (re.sub(r"([.+\[\]])", r"\\\1", text) for text in (prefix, server_name))
     if not is_base_url(url):
         raise ConfigError([Finding("--url", f"is {quoted(url)}", f"write {REGISTRATION_KEYS['url'][2]}")])
     return {"id": id, "url": url, "as_token": secrets.token_hex(32), "hs_token": secrets.token_hex(32),

@@ -1928,8 +1928,29 @@ def test_the_client_keeps_its_connection_for_the_next_request(scripted, client):
 def test_the_client_survives_a_server_that_closed_the_kept_connection(scripted, client, method):
     one = client(scripted(says(OK_ANSWER), says(OK_ANSWER)))
     assert one.request(method, "/", b"", seconds=5) == (200, b"ok")
-    assert asbridge.select.select([one._connection.sock], [], [], 5)[0]      # the end of the stream has come
+    eventually(one._went_away)                               # the end of the stream has come
     assert one.request(method, "/", b"", seconds=5) == (200, b"ok")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="handles are numbered otherwise")
+def test_the_client_keeps_its_connection_whatever_the_number_of_its_handle(scripted, client):
+    asbridge.raise_handles()
+    one, taken = client(scripted(says(OK_ANSWER, 3))), []
+    try:
+        while not taken or taken[-1] < 1030:                 # past what select() can take
+            taken.append(os.open(os.devnull, os.O_RDONLY))
+        assert [one.request("GET", "/", seconds=5) for _ in range(3)] == [(200, b"ok")] * 3
+    finally:
+        for handle in taken:
+            os.close(handle)
+
+
+def test_a_request_that_is_given_up_while_it_connects_is_not_sent(scripted, client):
+    one = client(scripted(says(OK_ANSWER)))
+    connect = one._connect
+    one._connect = lambda deadline: (connect(deadline), one.abort())[0]
+    with pytest.raises(OSError):
+        one.request("PUT", "/", b"", seconds=5)
 
 
 def hangs_up_on_the_second_request(sock):
@@ -5011,6 +5032,12 @@ def test_a_profile_spreads_into_the_rooms_that_one_has_joined(hs, alice, bob, ro
     assert ask(hs, "GET", path("profile", bob.user_id, "avatar_url")) == (200, {})
 
 
+def test_a_change_of_name_does_not_repeat_why_one_came(alice, bob, room):
+    bob.call("POST", path("join", room), {"reason": "just looking"})
+    bob.set_displayname("Bobby")
+    assert alice.state(room, "m.room.member", bob.user_id) == {"membership": "join", "displayname": "Bobby"}
+
+
 def test_an_empty_name_is_none(hs, alice, room):
     alice.set_avatar_url("mxc://localhost/x")
     for key in ("displayname", "avatar_url"):
@@ -6875,7 +6902,7 @@ def test_of_a_space_no_more_is_looked_at_than_is_shown(alice, monkeypatch):
 
 @pytest.mark.parametrize("allow, seen", [
     (lambda space: [{"type": "m.room_membership", "room_id": space}], True), (lambda space: [{"type": "m.room_membership", "room_id": "!gone:localhost"}], False),
-    (lambda space: ["x", 5, {}, {"room_id": 5}], False), (lambda space: {"room_id": space}, False), (lambda space: None, False)])
+    (lambda space: [{"type": "org.example.other", "room_id": space}], False), (lambda space: ["x", 5, {}, {"room_id": 5}], False), (lambda space: {"room_id": space}, False), (lambda space: None, False)])
 def test_a_restricted_room_is_seen_in_a_hierarchy_by_who_is_in_a_room_that_it_names(alice, bob, carol, allow, seen):
     space = alice.create_room(preset="public_chat", creation_content={"type": "m.space"})
     rule = {"join_rule": "restricted", "allow": allow(space)}
@@ -7304,6 +7331,11 @@ def test_of_several_devices_those_count_that_sync_and_have_synced_since_the_user
     assert presence_of(alice, bob)["presence"] == "online"
     hs.advance(asbridge.OFFLINE_SECONDS + 1)                 # the other one has gone
     bob.ask("GET", "sync", set_presence="unavailable")
+    assert presence_of(alice, bob)["presence"] == "unavailable"
+    other.ask("GET", "sync", set_presence="online")
+    for _ in range(3):                                       # the other one goes, this one stays
+        hs.advance(asbridge.OFFLINE_SECONDS * 0.6)
+        bob.ask("GET", "sync", set_presence="unavailable")
     assert presence_of(alice, bob)["presence"] == "unavailable"
     other.ask("GET", "sync", set_presence="online"), set_presence(bob, "unavailable")
     again(hs, bob).ask("GET", "sync", set_presence="unavailable")
@@ -9781,6 +9813,29 @@ def test_who_leaves_stops_typing_for_application_services_too(start, recorder, w
     hs.settle()
     assert [data["content"]["user_ids"] for data in ephemeral_of(r) if data["type"] == "m.typing"] == [[bob.user_id], []][way == "at once":]
     assert not hs.api.typing._rooms[1][1]
+
+
+def test_who_types_in_one_batch_is_known_to_the_next_in_it(start, recorder):
+    r = recorder()
+    hs = start(registration(url=r.url, rooms=["!.*"], receive_ephemeral=True))
+    alice, bob = hs.client("alice"), hs.client("bob")
+    room, typing = alice.create_room(preset="public_chat"), hs.api.typing
+    bob.join(room)
+    hs.settle()
+    now = hs.clock.monotonic()
+    hs.world.store.write(lambda tx: [typing._change(tx, tx.room(room), {user.user_id: now + 5}) for user in (alice, bob)] and None)
+    hs.settle()
+    told = lambda: [data["content"]["user_ids"] for data in ephemeral_of(r) if data["type"] == "m.typing"][-1]  # noqa: E731
+    assert told() == [alice.user_id, bob.user_id] == joined(alice.sync(), room)["ephemeral"]["events"][0]["content"]["user_ids"]
+    typing.timer.stop()
+    hs.advance(10)                                           # alice goes on at the moment when both have run out
+
+    def job(tx):
+        typing._change(tx, tx.room(room), {alice.user_id: now + 60})
+        typing._drop_expired(tx)
+    hs.world.store.write(job)
+    hs.settle()
+    assert told() == [alice.user_id] == joined(alice.sync(), room)["ephemeral"]["events"][0]["content"]["user_ids"]
 
 
 def test_who_has_stopped_typing_is_told_of_after_any_time_and_of_any_room(start, recorder, monkeypatch):
@@ -14386,6 +14441,12 @@ def test_generate_refuses_a_url_that_cannot_be_called(capsys, arguments):
 def test_the_bot_of_a_generated_registration_lies_in_its_namespace(prefix):
     made = asbridge.read_registration(asbridge.generate_registration("my", "http://127.0.0.1:1", prefix), "generated")
     assert made.namespaces["users"][0].pattern.match(made.sender("localhost"))
+
+
+@pytest.mark.parametrize("server", ["[::1]:8448", "matrix.example.org:8448", "localhost"])
+def test_a_generated_registration_claims_users_of_the_server(server):
+    one = read_registration(asbridge.generate_registration("my", "http://127.0.0.1:1", None, server))[0]
+    assert asbridge.Registrations(server, [one]).claim_of(one, "users", f"@my_x:{server}")
 
 
 def test_generate_prints_a_registration_with_fresh_tokens(capsys):
