@@ -7559,6 +7559,13 @@ def test_a_media_uri_can_be_made_before_its_content(hs, alice, bob):
         assert waiting.result(5) == (200, "late")
 
 
+def test_a_media_uri_whose_content_has_not_come_in_a_day_is_none_any_more(hs, alice, bob):
+    media = created(alice)
+    hs.advance(asbridge.UNUSED_MEDIA_MS / 1000 + 1)
+    with refused("M_NOT_FOUND", 404):
+        bob.call("GET", f"/_matrix/client/v1/media/download/{media}")
+
+
 def test_the_content_of_a_media_uri_comes_once_and_from_who_made_it(hs, alice, bob):
     media = created(alice)
     assert ask(hs, "PUT", f"/_matrix/media/v3/upload/{media}", bob.token, b"x")[1]["errcode"] == "M_FORBIDDEN"
