@@ -8610,11 +8610,10 @@ class Model:
                  Fact("m.room.join_rules", user, {"join_rule": join_rule}, ""), Fact("m.room.history_visibility", user, {"history_visibility": "shared"}, ""),
                  Fact("m.room.guest_access", user, {"guest_access": guests}, ""),
                  *(Fact(event["type"], user, event["content"], event["state_key"]) for event in initial_state), *([Fact("m.room.name", user, {"name": name}, "")] if name else ())]
+        room.aliases.update({alias: user} if alias else {})
         try:
             for fact in first:
                 self._append(room, fact) if fact else self._member(room, user, user, "join")
-                if fact is first[0] and alias:
-                    room.aliases[alias] = user
             for other in invite:
                 self._member(room, user, other, "invite")
         except Refused as refused:
@@ -8682,6 +8681,8 @@ class Model:
         return self._append(self._known(room_id), Fact(type, user, content))
 
     def set_state(self, user, room_id, type, content, state_key=""):
+        if type == "m.room.member" and content.get("membership") in ("join", "invite", "knock") and state_key in self.names:
+            content = {"displayname": self.names[state_key], **content}
         room, fact = self._known(room_id), Fact(type, user, content, state_key)
         if (type, state_key) == ("m.room.member", user):
             open_to_all = room.content("m.room.join_rules").get("join_rule") in ("public", "knock", "knock_restricted")
