@@ -3149,6 +3149,7 @@ CREATE TABLE backup_keys    (version INTEGER, room_id TEXT, session_id TEXT, jso
 """
 
 MAX_EPHEMERAL = 1000             # pieces that wait for one application service
+KEYLESS_TELLINGS = 10            # transactions that say of a new device that it has no keys
 REMEMBERED_MS = DAY_MS           # how long a client transaction of messages to devices is remembered
 MAX_BATCH = 256                  # jobs in one COMMIT
 MAX_ROWS = 64                    # in one INSERT
@@ -3811,8 +3812,8 @@ class Tx(Reader):
         # Application services that may have messages to devices or news of keys waiting, and the users among their own
         # whose key counts they should hear.
         self.news: dict[str, set[str]] = {}
-        # Ghosts' new devices, (user_id, device_id), that have no keys yet. Of these it hears with each transaction until they have.
-        self.keyless: dict[str, set[tuple[str, str]]] = {}
+        # Ghosts' new devices, (user_id, device_id), that have no keys yet → in how many transactions it still hears of that.
+        self.keyless: dict[str, dict[tuple[str, str], int]] = {}
         self.new_batch()
         self.forget()
 
@@ -3836,6 +3837,7 @@ class Tx(Reader):
         self._touched: set[str] = set()                      # rooms whose cached state it changed
         self._mark = len(self.on_commit)                     # what it adds stands behind this
         self._on_kept: list[Callable[[], object]] = []       # changes of what is cached, to be made if it is not refused
+        self._typing_before = self.typing.copy()
 
     def job_done(self) -> None:
         if self._has_savepoint:
@@ -3855,6 +3857,7 @@ class Tx(Reader):
         for room_id in self._touched:
             self.rooms.pop(room_id, None)
         del self.on_commit[self._mark:]
+        self.typing = self._typing_before
 
     def undo(self) -> None:
         """After a rollback: what is cached may be wrong, and is read anew before the next job."""
@@ -4423,7 +4426,8 @@ class Tx(Reader):
         user = self.user(user_id)
         registration = self.store.registrations.by_id.get(user.appservice or "") if user else None
         if registration and registration.hears_keys:
-            self._on_kept.append(lambda: self.keyless.setdefault(registration.id, set()).add((user_id, device_id)))
+            devices = self.keyless.setdefault(registration.id, {})
+            self._on_kept.append(lambda: devices.update({(user_id, device_id): KEYLESS_TELLINGS}))
 
     def _tell_news(self, id: str, *users: str) -> None:
         """An application service is to hear of messages to devices or of keys, and of these users' key counts."""
@@ -4451,12 +4455,12 @@ class Tx(Reader):
         inbox with it, whose device lists changed, and how many keys its users' devices have left.
         """
         users, registration = self.news.pop(id, set()), self.store.registrations.by_id.get(id)
-        new = {device for device in self.keyless.pop(id, ()) if self.device(*device)}
+        new = {device: left for device, left in self.keyless.pop(id, {}).items() if self.device(*device)}
         parts: dict[str, Any] = {}
         if registration and registration.takes_to_device:
             parts["de.sorunome.msc2409.to_device"] = self._take_to_device(id)
         if registration and registration.msc3202:
-            self.keyless[id] = {device for device in new if not self.device_keys(*device)}
+            self.keyless[id] = {device: left - 1 for device, left in new.items() if left > 1 and not self.device_keys(*device)}
             counts: dict[str, JsonObject] = {user_id: {} for user_id in sorted(users)}
             for user_id, device_id in sorted({*new, *self.devices_with_keys(users)}):
                 counts.setdefault(user_id, {})[device_id] = (self.one_time_counts(user_id, device_id),
@@ -6425,16 +6429,18 @@ class Directory(Verbs):
 
     def hierarchy(self, who: Who, room_id: str, suggested_only: bool, max_depth: int, offset: int, limit: int) -> JsonObject:
         """A space and the rooms below it, as far as the user may see them, each before what is below it (Spaces)."""
-        found, seen = list[JsonObject](), set[str]()
+        found, below, depths = list[JsonObject](), dict[str, list[str]](), dict[str, int]()
         ahead = [(room_id, 0)]                               # rooms to look at, the next one last, and how far below the space they are
         with self.store.read() as reader:
             while ahead and len(found) <= offset + limit:    # one more than is shown
                 id, depth = ahead.pop()
-                if id not in seen and (entry := self._space_entry(reader, who, id, suggested_only)):
-                    found.append(entry)
-                    children = [(event["state_key"], depth + 1) for event in entry["children_state"]]
-                    ahead += children[::-1] if depth < max_depth else []
-                seen.add(id)
+                if id not in below:
+                    entry = self._space_entry(reader, who, id, suggested_only)
+                    found += [entry] if entry else []
+                    below[id] = [event["state_key"] for event in entry["children_state"]] if entry else []
+                if depth < min(max_depth, depths.get(id, max_depth)):        # or again, when a shorter way leads there
+                    depths[id] = depth
+                    ahead += [(child, depth + 1) for child in below[id][::-1]]
         if not found:
             raise forbidden(f"{who.user_id} can't see the room {shorten(room_id)}")
         more = str(offset + limit) if offset + limit < len(found) else None
@@ -9499,8 +9505,9 @@ def get_hierarchy(call: Call, room_id: str) -> Any:
 
 
 def get_summary(call: Call, id: str) -> Any:
+    who = call.api.identify(call.request, "user") if token_of(call.request) else call.who      # whom an application service names
     room_id = call.api.aliases.resolve(id, call.asker) if id[:1] == "#" else id
-    return call.api.directory.summary(call.who, room_id)
+    return call.api.directory.summary(who, room_id)
 
 
 def search_users(call: Call) -> Any:

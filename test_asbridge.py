@@ -6923,6 +6923,14 @@ def test_a_hierarchy_goes_down_before_it_goes_on_and_only_below_spaces(alice):
     assert [bool(entry["children_state"]) for entry in answer["rooms"]] == [True, False, True, True, False, False]
 
 
+def test_a_room_to_which_a_short_and_a_long_way_lead_is_as_far_down_as_the_short_one(alice):
+    a, b, c = (alice.create_room(creation_content={"type": "m.space"}) for _ in range(3))
+    d = alice.create_room()
+    for parent, child, order in ((a, b, "1"), (a, c, "2"), (b, c, "1"), (c, d, "1")):
+        alice.set_state(parent, "m.space.child", {"via": ["localhost"], "order": order}, child)
+    assert hierarchy(alice, a, max_depth=2)[0] == [a, b, c, d] and hierarchy(alice, a, max_depth=1)[0] == [a, b, c]
+
+
 @pytest.mark.parametrize("order", [5, "é", "x" * 51, "\n", None, ""])
 def test_a_child_of_a_space_whose_order_is_no_order_comes_last(alice, order):
     space, rooms = alice.create_room(creation_content={"type": "m.space"}), [alice.create_room() for _ in range(3)]
@@ -6940,6 +6948,13 @@ def test_a_room_summary_tells_what_a_room_is_to_who_may_join_it(hs, alice, bob):
     assert ask(hs, "GET", where) == (200, told) and bob.call("GET", where) == told and alice.call("GET", where) == {**told, "membership": "join"}
     alice.set_state(room, "m.room.join_rules", {"join_rule": "restricted", "allow": [{"type": "m.room_membership", "room_id": "!x:localhost"}, 5]})
     assert alice.call("GET", where)["allowed_room_ids"] == ["!x:localhost"] and ask(hs, "GET", where)[1]["errcode"] == "M_NOT_FOUND"
+
+
+def test_a_room_summary_is_for_the_ghost_that_its_service_names(hs, ghost):
+    own, other = ghost.create_room(preset="private_chat"), bot_of(hs).create_room(preset="private_chat")
+    assert ghost.call("GET", f"/_matrix/client/v1/room_summary/{quote(own)}")["membership"] == "join"
+    with refused("M_NOT_FOUND", 404):
+        ghost.call("GET", f"/_matrix/client/v1/room_summary/{quote(other)}")
 
 
 def test_a_hierarchy_comes_in_pages_and_may_have_what_is_suggested_only(alice, bob, room):
@@ -9846,6 +9861,18 @@ def test_who_types_in_one_batch_is_known_to_the_next_in_it(start, recorder):
     assert told() == [alice.user_id] == joined(alice.sync(), room)["ephemeral"]["events"][0]["content"]["user_ids"]
 
 
+def test_what_a_refused_job_did_to_who_types_is_undone(hs, alice, bob, room):
+    bob.join(room), alice.typing(room)
+    typing, far = hs.api.typing, hs.clock.monotonic() + 60
+
+    def refused_job(tx):
+        tx.append(tx.room(room), asbridge.Draft("m.room.member", alice.user_id, {"membership": "leave"}, alice.user_id), 5)
+        raise MatrixError("M_FORBIDDEN", "no")
+    done = in_one_batch(hs.world.store, refused_job, lambda tx: typing._change(tx, tx.room(room), {bob.user_id: far}))
+    assert [bool(job.error) for job in done] == [True, False]
+    assert joined(alice.sync(), room)["ephemeral"]["events"][0]["content"]["user_ids"] == [alice.user_id, bob.user_id]
+
+
 def test_who_has_stopped_typing_is_told_of_after_any_time_and_of_any_room(start, recorder, monkeypatch):
     monkeypatch.setattr(asbridge, "MAX_CACHED_ROOMS", 1)
     r = recorder()
@@ -9990,6 +10017,17 @@ def test_a_service_hears_with_each_transaction_that_a_new_device_has_no_keys_unt
     alice.say(room, "hello again")
     hs.settle()
     assert counts not in json.loads(r.transactions[-1][1])
+
+
+def test_of_a_new_device_that_never_has_keys_a_service_hears_a_few_times(start, recorder):
+    r = recorder()
+    hs = start(registration(url=r.url, **ENCRYPTING))
+    bot = bot_of(hs)
+    bot.ask("PUT", "devices", "DEV", body={})
+    room = bot.create_room()
+    for n in range(2 * asbridge.KEYLESS_TELLINGS):
+        bot.say(room, str(n)), hs.settle()
+    assert len(pushed(r, "org.matrix.msc3202.device_one_time_keys_count")) == asbridge.KEYLESS_TELLINGS
 
 
 def test_of_a_new_device_that_is_gone_before_it_had_keys_a_service_hears_no_more(start, recorder):
@@ -11675,6 +11713,7 @@ ASKERS = {   # who asks: token and query, and what rows for a user, for a servic
     "the same, as some still write it":        ("as-irc", "org.matrix.msc3202.device_id=GONE", "M_UNKNOWN_DEVICE", "M_UNKNOWN_DEVICE", None),
     "a person":                                ("{person}", "", "may", "M_FORBIDDEN", None),
 }
+ASKERS_AS = {query: says for token, query, *says in ASKERS.values() if token == "as-irc"}
 TO_ALL = {   # what the rows for which no user is needed answer to whoever asks, with every variable 'x' and an empty body
     "GET /_matrix/client/versions": 200, "GET /.well-known/matrix/client": 200, "GET C/login": 200, "GET C/publicRooms": 200,
     "GET C/register/available": "M_MISSING_PARAM", "POST C/register": 401, "POST C/login": "M_MISSING_PARAM", "GET /_matrix/federation/v1/openid/userinfo": "M_MISSING_TOKEN",
@@ -11719,6 +11758,8 @@ def test_each_row_of_the_table_refuses_whoever_may_not_ask_it(asking):
         says = dict(zip(("user", "appservice", "maybe"), says, strict=True)).get(route.auth.replace("self", "user")) or to_all[route.method, route.path]
         if says == 401 and token == "as-irc":                # a service registers in another way
             says = "M_MISSING_PARAM"
+        if route.path.endswith("/room_summary/{roomId}") and token == "as-irc":      # it tells what the user whom a service names may know
+            says = next(iter(ASKERS_AS.get(query, [says])))
         if says == "may":
             continue
         token = people[token[1:-1]].token if token[:1] == "{" else token
