@@ -1154,6 +1154,7 @@ def in_lobby(bridge):
     """bob, in a channel whose room is there."""
     bob = Irc(bridge, "bob", "#lobby")
     channel_is_known(bridge)
+    eventually(lambda: not bridge.sql("SELECT * FROM irc_spool"))         # and so who is in the room has been asked
     return bob
 
 
