@@ -2680,6 +2680,7 @@ KEPT_BY_REDACTION = {
 ALL_POWER = 2**53                # of a creator in room version 12: above every level that can be given
 JOIN_RULES = ("public", "invite", "knock", "restricted", "knock_restricted")
 OPEN_RULES = ("public", "knock", "knock_restricted")         # anybody may know that there is such a room
+RESTRICTED_RULES = ("restricted", "knock_restricted")        # whoever is in a room that the rule names may join
 LEVELS = ("users_default", "events_default", "state_default", "ban", "redact", "kick", "invite")
 STRIPPED_STATE = ("m.room.create", "m.room.name", "m.room.avatar", "m.room.topic", "m.room.join_rules",
                   "m.room.canonical_alias", "m.room.encryption")     # what an invited user is shown
@@ -2871,7 +2872,7 @@ def _may_join(room: RoomState, draft: Draft, target: str) -> None:
         raise MatrixError("M_BAD_STATE", f"{target} is banned from the room")
     if room.join_rule == "public" or (current in ("join", "invite") and room.join_rule in JOIN_RULES):
         return
-    if room.join_rule in ("restricted", "knock_restricted"):
+    if room.join_rule in RESTRICTED_RULES:
         voucher = draft.content.get("join_authorised_via_users_server")      # the homeserver's word: a client can't write it
         if isinstance(voucher, str) and voucher in room.joined and room.power(voucher) >= room.needed("invite"):
             return
@@ -3298,7 +3299,7 @@ class Filter(NamedTuple):
         return self if self.wants(room_id) else Filter(types=[])
 
     def passes(self, event: Event) -> bool:
-        """The same for one event of a room that the filter wants, but for `ignored`."""
+        """What sql() asks, of one event; but not whether its sender is ignored."""
         def any_type(types: Sequence[str]) -> bool:
             return any(one == event.type or ("*" in one and type_matcher(one)(event.type)) for one in types)
         if self.contains_url is not None and isinstance(event.content.get("url"), str) != self.contains_url:
@@ -3544,12 +3545,16 @@ class Reader:
                                "ORDER BY e.tick DESC LIMIT 1", room, type, state_key, upto)
         return next(iter(found), None)
 
+    def state_events(self, room: int, keys: Iterable[tuple[str, str]], upto: int = FOREVER) -> list[Event]:
+        """Those with these types and state keys that there are, or were at `upto`."""
+        found = [self.state_event(room, type, state_key, upto) for type, state_key in keys]
+        return [event for event in found if event]
+
     def stripped(self, room: int, members: Sequence[str], upto: int = FOREVER) -> list[JsonObject]:
         """What somebody invited may know of a room: its face, and these members (Stripped state)."""
         keys = [*((type, "") for type in STRIPPED_STATE), *(("m.room.member", user_id) for user_id in members)]
-        found = [self.state_event(room, type, state_key, upto) for type, state_key in keys]
         return [{"type": event.type, "state_key": event.state_key, "sender": event.sender, "content": event.content}
-                for event in found if event]
+                for event in self.state_events(room, keys, upto)]
 
     def state_at(self, room: int, upto: int = FOREVER, after: int = 0, type: str = "*") -> list[Event]:
         """The state as it was at `upto`, of that only what changed since `after`, old to new."""
@@ -4061,16 +4066,12 @@ class Tx(Reader):
         """Leaves a message for a device. One for a ghost goes into the next transaction of the application service that registered
         it, if that takes such.
         """
-        user = self.user(user_id)
-        id = user.appservice or "" if user else ""
-        registration = self.store.registrations.by_id.get(id)
-        pushed = bool(registration and registration.url is not None and registration.takes_to_device)
-        if pushed:
-            message = {**message, "to_user_id": user_id, "to_device_id": device_id}
-            self._tell_news(id)
+        owner, pushed_to = self._owner(user_id), None
+        if owner and owner.url is not None and owner.takes_to_device:
+            message, pushed_to = {**message, "to_user_id": user_id, "to_device_id": device_id}, owner.id
+            self._tell_news(owner.id)
             self._tell_counts(user_id)
-        self.run("INSERT INTO to_device VALUES (?, ?, ?, ?, ?)", self.tick(), user_id, device_id, to_json(message),
-                 id if pushed else None)
+        self.run("INSERT INTO to_device VALUES (?, ?, ?, ?, ?)", self.tick(), user_id, device_id, to_json(message), pushed_to)
         self.wake(user_id)
 
     def first_to_device(self, user_id: str, device_id: str, type: str, txn_id: str, now: int) -> bool:
@@ -4177,7 +4178,7 @@ class Tx(Reader):
         self.run("INSERT OR REPLACE INTO receipts VALUES (?, ?, ?, ?, ?, ?, ?)", room.n, type, user_id,
                  thread_id, tick, event_id, now)
         self.moved[room.n] = tick
-        receipt = {"ts": now, **({"thread_id": thread_id} if thread_id else {})}
+        receipt = without_none({"ts": now, "thread_id": thread_id or None})
         self.push_ephemeral(room, user_id, "m.receipt", {"content": {event_id: {type: {user_id: receipt}}}},
                             type == "m.read.private", thread_id)
 
@@ -4413,20 +4414,23 @@ class Tx(Reader):
             self.ready.add(id)
         self._on_kept += [functools.partial(change, id) for id in sorted(ids) if self.store.registrations.by_id[id].hears_ephemeral]
 
+    def _owner(self, user_id: str) -> Registration | None:
+        """The application service that registered a ghost."""
+        user = self.user(user_id)
+        return self.store.registrations.by_id.get(user.appservice or "") if user else None
+
     def _tell_counts(self, user_id: str) -> None:
-        owner = self.user(user_id)
-        registration = self.store.registrations.by_id.get(owner.appservice or "") if owner else None
-        if registration and registration.hears_keys:
-            self._tell_news(registration.id, user_id)
+        owner = self._owner(user_id)
+        if owner and owner.hears_keys:
+            self._tell_news(owner.id, user_id)
 
     def expect_keys(self, user_id: str, device_id: str) -> None:
         """A ghost's device may be new. A bridge that encrypts uploads keys when it hears that there are none; and not if it hears of
         that before it knows that it has the device.
         """
-        user = self.user(user_id)
-        registration = self.store.registrations.by_id.get(user.appservice or "") if user else None
-        if registration and registration.hears_keys:
-            devices = self.keyless.setdefault(registration.id, {})
+        owner = self._owner(user_id)
+        if owner and owner.hears_keys:
+            devices = self.keyless.setdefault(owner.id, {})
             self._on_kept.append(lambda: devices.update({(user_id, device_id): KEYLESS_TELLINGS}))
 
     def _tell_news(self, id: str, *users: str) -> None:
@@ -5650,11 +5654,11 @@ class Rooms(Verbs):
     @staticmethod
     def _voucher(tx: Tx, room: Room, user_id: str) -> JsonObject:
         """For a restricted room: a member with the power to invite, if the user is in a room that it names."""
-        if room.join_rule not in ("restricted", "knock_restricted") or room.membership(user_id) in ("invite", "join"):
+        if (room.join_rule not in RESTRICTED_RULES or room.membership(user_id) in ("invite", "join")
+                or not tx.may_join_by_another(user_id, room.n)):
             return {}
-        if not tx.may_join_by_another(user_id, room.n):
-            return {}
-        member = min((one for one in room.joined if room.power(one) >= room.needed("invite")), default=None)
+        needed = room.needed("invite")
+        member = min((one for one in room.joined if room.power(one) >= needed), default=None)
         return {"join_authorised_via_users_server": member} if member else {}
 
     def invite(self, who: Who, room_id: str, user_id: str, extra: JsonObject | None = None) -> None:
@@ -5759,12 +5763,6 @@ class Rooms(Verbs):
 # -- Reading: what there is in a room, and what there was (Getting events for a room, Event Context). Nothing is told of what
 # the user may not see.
 
-def state_events(reader: Reader, room: int, keys: Iterable[tuple[str, str]], upto: int = FOREVER) -> list[Event]:
-    """The state events with these types and state keys that there are, or were at `upto`."""
-    found = [reader.state_event(room, type, state_key, upto) for type, state_key in keys]
-    return [event for event in found if event]
-
-
 def bundled(reader: Reader, who: Who, view: View, events: Sequence[Event], now: int) -> list[Raw]:
     """Events as clients get them, with the user's membership at the time and what others relate to them."""
     more = aggregations(reader, who, events, view.visible, now)
@@ -5818,7 +5816,7 @@ class History(Verbs):
             users = reader.members(row.n) if row else []
             if not row or (who.user_id not in users and not self.world.has_user_among(who.appservice, users)):
                 raise not_in(who.user_id, room_id)
-            events = state_events(reader, row.n, [("m.room.member", user_id) for user_id in users])
+            events = reader.state_events(row.n, [("m.room.member", user_id) for user_id in users])
         contents = {event.state_key or "": event.content for event in events}
         return {user_id: {"display_name": content.get("displayname"), "avatar_url": content.get("avatar_url")}
                 for user_id, content in contents.items()}
@@ -5832,7 +5830,7 @@ class History(Verbs):
             start, events = view.page(reader, read, start, stop, backwards, min(limit, MAX_PAGE))
             events = as_far(events, (len(event.json) for event in events), MAX_PAGE_BYTES)
             speakers = sorted({event.sender for event in events} if lazy else ())
-            members = state_events(reader, view.room, [("m.room.member", sender) for sender in speakers], view.state_upto)
+            members = reader.state_events(view.room, [("m.room.member", sender) for sender in speakers], view.state_upto)
             chunk = bundled(reader, who, view, events, self.clock.now())
         end = str(events[-1].tick - backwards) if events else None       # also with the last ones: clients ask on until no `end` comes
         return without_none({"start": str(start), "chunk": chunk, "end": end, "state": self.render(who, members) or None})
@@ -5884,7 +5882,7 @@ class SyncFilter:
             raise MatrixError("M_INVALID_PARAM", "events come in the format \"client\" only: this server does not federate")
         room = field(source, "room", dict, {})
         timeline, state = field(room, "timeline", dict, {}), field(room, "state", dict, {})
-        names_in(source, "event_fields")
+        names_in(source, "event_fields")                     # not read, but checked
         self.rooms, self.include_leave = event_filter(room), field(room, "include_leave", bool, False)
         self.timeline, self.state = event_filter(timeline), event_filter(state)
         self.ephemeral, self.room_data = (event_filter(field(room, key, dict, {})) for key in ("ephemeral", "account_data"))
@@ -6165,8 +6163,7 @@ class RoomWindow:
         """The room up to the leave, which is told in any case: also if it was of an invitation, or if the room has been
         forgotten since, of which other devices do not know.
         """
-        before = [value for tick, value in self.own if tick <= self.after][-1:]
-        self.fresh, self.upto = before != ["join"], self.tick
+        self.fresh, self.upto = not self._was_in(), self.tick
         if not self.view.sees(self.tick):
             ranges = [one for one in self.view.ranges if one[1] < self.tick]
             self.view = self.view._replace(ranges=[*ranges, (self.tick, self.tick)])
@@ -6176,10 +6173,13 @@ class RoomWindow:
         return {"timeline": {"events": self._render([own]), "limited": False, "prev_batch": str(self.tick)},
                 self.window.state_after or "state": {"events": []}}
 
+    def _was_in(self) -> bool:
+        """Whether the user was in the room at `after`."""
+        return [value for tick, value in self.own if tick <= self.after][-1:] == ["join"]
+
     def _came_back(self) -> int | None:
         """If the user was out of the room at `since` or after it: the tick of the last leave, or 0. Else None."""
-        before = [value for tick, value in self.own if tick <= self.after][-1:]
-        if before == ["join"] and all(value == "join" for tick, value in self.own if tick > self.after):
+        if self._was_in() and all(value == "join" for tick, value in self.own if tick > self.after):
             return None
         return max((tick for tick, value in self.own if value in ("leave", "ban")), default=0)
 
@@ -6258,7 +6258,7 @@ class RoomWindow:
             shown = state if self.window.state_after else [*state, *timeline]
             known = {event.state_key for event in shown if event.type == "m.room.member"}
             missing = [("m.room.member", user_id) for user_id in sorted(speakers - known)]
-            state += state_events(self.reader, self.room, missing, self._last)
+            state += self.reader.state_events(self.room, missing, self._last)
         filter = self.filter.state.in_room(self.room_id)
         return state if filter == EVERYTHING else [event for event in state if filter.passes(event)]
 
@@ -6463,7 +6463,7 @@ class Directory(Verbs):
         state = reader.contents(row.n, ("m.room.encryption", "m.room.join_rules"))
         allow = state.get("m.room.join_rules", {}).get("allow")
         rules = [rule for rule in allow if isinstance(rule, dict) and "room_id" in rule] if isinstance(allow, list) else []
-        restricted = entry["join_rule"] in ("restricted", "knock_restricted")
+        restricted = entry["join_rule"] in RESTRICTED_RULES
         return {**entry, "room_version": row.version, **without_none({
             "encryption": state.get("m.room.encryption", {}).get("algorithm"),
             "allowed_room_ids": [rule["room_id"] for rule in rules] if restricted else None})}
@@ -6582,7 +6582,7 @@ def receipts_events(receipts: Sequence[Any], user_id: str) -> list[JsonObject]:
     contents: dict[str, JsonObject] = {}
     for type, reader_id, thread_id, event_id, ts in receipts:
         if type == "m.read" or reader_id == user_id:
-            receipt = {"ts": ts, **({"thread_id": thread_id} if thread_id else {})}
+            receipt = without_none({"ts": ts, "thread_id": thread_id or None})
             contents.setdefault(thread_id, {}).setdefault(event_id, {}).setdefault(type, {})[reader_id] = receipt
     return [{"type": "m.receipt", "content": content} for content in contents.values()]
 
@@ -6793,7 +6793,7 @@ class Presence(Verbs):
             until = now + seconds + OFFLINE_SECONDS
             gone = {device for device, (_, counts) in status.wishes.items() if 0 < counts <= now and device != who.device_id}
             last, wishes = status.wishes.get(who.device_id), {**status.wishes, who.device_id: (wish, until)}
-            after = status.lasting(until)._replace(wishes={device: wishes[device] for device in wishes.keys() - gone})
+            after = status.lasting(until)._replace(wishes={device: one for device, one in wishes.items() if device not in gone})
             if status.presence != "offline" and not gone and last and last[0] == wish:
                 return after
             counted = [one for one, counts in after.wishes.values() if counts > now]
@@ -7377,7 +7377,7 @@ class RoomFacts:
     @functools.cached_property
     def state(self) -> RoomState:
         """As much of the room's state as power needs."""
-        events = state_events(self.reader, self.room, [("m.room.create", ""), ("m.room.power_levels", "")])
+        events = self.reader.state_events(self.room, [("m.room.create", ""), ("m.room.power_levels", "")])
         state = RoomState(ROOM_VERSIONS[events[0].content["room_version"]])
         for event in events:
             state.put(event.type, "", StateEvent(event.tick, event.sender, event.content))
@@ -8679,11 +8679,11 @@ class Call:
     def query(self, name: str) -> str | None:
         return self.request.query.get(name)
 
-    def required(self, name: str) -> str:
-        """A text in the query that must be there."""
+    def required(self, name: str, what: str = "") -> str:
+        """A text in the query that must be there. `what` it is, in words after a comma."""
         value = self.request.query.get(name)
         if not value:
-            raise MatrixError("M_MISSING_PARAM", f"the query must have {name}")
+            raise MatrixError("M_MISSING_PARAM", f"the query must have {name}{what}")
         return value
 
     def integer(self, name: str, default: T, least: int = 0, most: int = MAX_INT) -> int | T:
@@ -8741,16 +8741,19 @@ class Route(NamedTuple):
     handler: Callable[..., Any]
 
 
-# By which versions endpoints were called before, as old software still calls them.
-OTHER_VERSIONS = {"/_matrix/client/v3/": ("r0", "unstable"), "/_matrix/client/v1/": ("unstable",), "/_matrix/media/v3/": ("r0", "v1"),
-                  "/_matrix/app/v1/": ("r0", "unstable")}
+# How paths began before, as old software still writes them.
+OLDER_PREFIXES = {
+    "/_matrix/client/v3/": ("/_matrix/client/r0/", "/_matrix/client/unstable/"),
+    "/_matrix/client/v1/": ("/_matrix/client/unstable/",),
+    "/_matrix/media/v3/":  ("/_matrix/media/r0/", "/_matrix/media/v1/"),
+    "/_matrix/app/v1/":    ("/_matrix/app/r0/", "/_matrix/app/unstable/"),
+}
 
 
 def spellings(path: str) -> list[str]:
     """A route's path, and how else it may be written."""
-    prefix = next((prefix for prefix in OTHER_VERSIONS if path.startswith(prefix)), "")
-    api, version = prefix[:-3], prefix[-3:-1]
-    return [path, *(path.replace(f"{api}{version}", f"{api}{other}", 1) for other in OTHER_VERSIONS.get(prefix, ()))]
+    return [path, *(path.replace(prefix, older, 1) for prefix, others in OLDER_PREFIXES.items() if path.startswith(prefix)
+                    for older in others)]
 
 
 class Router:
@@ -9297,10 +9300,8 @@ def by_user(call: Call, key: str, kind: type[T]) -> dict[str, T]:
 
 def key_changes(call: Call) -> Any:
     """`to` is not read: what has happened since is told as well, and again by the next /sync."""
-    since = call.integer("from", None)
-    if since is None:
-        raise MatrixError("M_MISSING_PARAM", "the query must have from, the next_batch of a /sync")
-    return call.api.sync.key_changes(call.who, since)
+    call.required("from", ", the next_batch of a /sync")
+    return call.api.sync.key_changes(call.who, call.integer("from", 0))
 
 
 def query_keys(call: Call) -> Any:
@@ -9420,10 +9421,8 @@ def get_state_event(call: Call, room_id: str, type: str, state_key: str = "") ->
 
 
 def get_event_near(call: Call, room_id: str) -> Any:
-    ts, direction = call.integer("ts", None), call.query("dir")
-    if ts is None or not direction:
-        raise MatrixError("M_MISSING_PARAM", "the query must have ts, in milliseconds since 1970, and dir, 'f' or 'b'")
-    return call.api.history.near(call.who, room_id, ts, call.choice("dir", ("f", "b"), "") == "f")
+    call.required("ts", ", in milliseconds since 1970"), call.required("dir", ", 'f' or 'b'")
+    return call.api.history.near(call.who, room_id, call.integer("ts", 0), call.choice("dir", ("f", "b"), "") == "f")
 
 
 def get_members(call: Call, room_id: str) -> Any:
